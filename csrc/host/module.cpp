@@ -1,0 +1,97 @@
+// The python module lmfusion_kernels._host_native: numpy in, numpy out. No torch, so that data workers load it fast.
+// lmfusion_kernels/_host.py holds the same functions in numpy, and their documentation.
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "../cpu/isa.h"
+#include "layout.h"
+#include "packing.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+std::pair<py::dict, py::dict> build_layout(const Array<uint8_t>& kinds, const Array<int32_t>& lengths,
+                                           const Array<int32_t>& documents, bool frozen_text,
+                                           const std::optional<Array<int32_t>>& cached_lengths, int64_t cache_capacity) {
+  if (kinds.size() != lengths.size() || kinds.size() != documents.size()) {
+    throw py::value_error("kinds, lengths and documents must have one entry a span");
+  }
+  const lmf::Spans spans{kinds.data(), lengths.data(), documents.data(), kinds.size()};
+  const lmf::Cache cache{cached_lengths ? cached_lengths->data() : nullptr, static_cast<int32_t>(cache_capacity)};
+  const lmf::LayoutCounts counts = lmf::count_tokens(spans, frozen_text, cache);
+
+  py::dict vectors;
+  const auto vector = [&](const char* name, int64_t size) {
+    py::array_t<int32_t> array(size);
+    vectors[name] = array;
+    return array.mutable_data();
+  };
+  const int64_t num_tokens = counts.num_tokens, num_constant = counts.num_constant;
+  const int64_t num_active = num_tokens - num_constant;
+  const bool has_cache = cache.length != nullptr;
+  lmf::LayoutVectors out;
+  out.tower_to_sequence = vector("tower_to_sequence", num_tokens);
+  out.sequence_to_tower = vector("sequence_to_tower", num_tokens);
+  out.position = vector("position", num_tokens);
+  out.key_start = vector("key_start", num_tokens);
+  out.key_end = vector("key_end", num_tokens);
+  out.query_start = vector("query_start", has_cache ? 0 : num_tokens);
+  out.query_end = vector("query_end", has_cache ? 0 : num_tokens);
+  out.key_slot = vector("key_slot", num_tokens);
+  out.query_row = vector("query_row", num_tokens);
+  out.constant_key_start = vector("constant_key_start", num_constant);
+  out.constant_key_end = vector("constant_key_end", num_constant);
+  out.active_key_start = vector("active_key_start", num_active);
+  out.active_key_end = vector("active_key_end", num_active);
+  out.active_key = vector("active_key", num_active);
+  out.active_query_start = vector("active_query_start", has_cache ? 0 : num_active);
+  out.active_query_end = vector("active_query_end", has_cache ? 0 : num_active);
+  out.active_row = vector("active_row", num_active);
+  {
+    py::gil_scoped_release release;
+    lmf::fill_layout(spans, frozen_text, cache, counts, out);
+  }
+  py::dict numbers;
+  numbers["num_tokens"] = num_tokens;
+  numbers["num_text"] = counts.num_text;
+  numbers["num_constant"] = num_constant;
+  return {vectors, numbers};
+}
+
+py::list pack(const Array<int64_t>& lengths, int64_t capacity, int64_t window) {
+  std::vector<std::vector<int64_t>> rows;
+  {
+    py::gil_scoped_release release;
+    rows = lmf::pack(lengths.data(), lengths.size(), capacity, window);
+  }
+  py::list result;
+  for (const auto& row : rows) result.append(py::array_t<int64_t>(row.size(), row.data()));
+  return result;
+}
+
+const char* instruction_set() {
+  switch (lmf::best_isa()) {
+    case lmf::Isa::kAvx512: return "avx512";
+    case lmf::Isa::kAvx2: return "avx2";
+    case lmf::Isa::kBaseline: return "baseline";
+  }
+  return "baseline";
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host_native, m) {
+  m.def("build_layout", &build_layout);
+  m.def("pack", &pack);
+  m.def("instruction_set", &instruction_set);
+}

@@ -1,0 +1,31 @@
+"""lmfusion: a frozen text LLM that learns to draw. Names are loaded when first used, so `import lmfusion` is quick.
+
+After `import lmfusion`, transformers' AutoConfig and AutoModel know the model type "lmfusion" as soon as transformers is
+imported, before or after.
+"""
+
+import importlib
+import sys
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LMFusion": "lmfusion.modeling",
+    "LMFusionOutput": "lmfusion.modeling",
+    "LMFusionConfig": "lmfusion.configuration",
+    "ImageTowerConfig": "lmfusion.configuration",
+    "CodecConfig": "lmfusion.image.codec",
+    "PatchCoderConfig": "lmfusion.image.patch_coder",
+    "DiffusionConfig": "lmfusion.diffusion",
+    "Batch": "lmfusion.batch",
+    "verify": "lmfusion.verification",
+}
+
+__all__ = [*_HOME, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

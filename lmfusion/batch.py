@@ -1,0 +1,211 @@
+"""What does the model read at once? Documents of text and images, packed into one batch of rows.
+
+Two kinds of document are trained on, with BOI and EOI around every image:
+
+    caption-first   [bos] caption BOI image EOI              the caption draws the image
+    image-first     [bos] BOI image EOI caption              the image is described
+
+bos is there where the tokenizer puts it by itself. eos is a label only: a row for it would predict nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmfusion_kernels.layout import TokenLayout
+
+IGNORED = -100
+"""Label of a row whose next token is not scored."""
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of the tokens that documents are built with. The model owns BOI and EOI, its tokenizer the rest."""
+
+    boi_token_id: int
+    eoi_token_id: int
+    bos_token_id: int | None = None
+    """Put before every document; None for tokenizers that do not do so."""
+    eos_token_id: int | None = None
+    """What the last token of a document is taught to be followed by; None: nothing."""
+
+    @classmethod
+    def of(cls, tokenizer: Any, vocab_size: int) -> "SpecialTokens":
+        """Those of a transformers tokenizer, with BOI and EOI right after a vocabulary of `vocab_size`."""
+        prefix = tokenizer("")["input_ids"]
+        bos = tokenizer.bos_token_id
+        return cls(
+            boi_token_id=vocab_size,
+            eoi_token_id=vocab_size + 1,
+            bos_token_id=bos if bos is not None and bos in prefix else None,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+
+    @property
+    def bos(self) -> list[int]:
+        return [] if self.bos_token_id is None else [self.bos_token_id]
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document in sequence order: its spans, and an id and a label for each of its rows in the text tower."""
+
+    spans: tuple[tuple[str, int], ...] = ()
+    """(modality, length) as `TokenLayout.from_spans` takes them."""
+    token_ids: tuple[int, ...] = ()
+    """One a text or marker row."""
+    labels: tuple[int, ...] = field(default=())
+    """One a text or marker row: the id that should follow, or -100."""
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(length for _, length in self.spans)
+
+    @property
+    def num_images(self) -> int:
+        return sum(modality == "image" for modality, _ in self.spans)
+
+    def text(self, ids: Sequence[int]) -> "Document":
+        """This document followed by text tokens. The last of them has no label until something follows."""
+        if len(ids) == 0:
+            return self
+        grown = self._follow("text", len(ids), ids[0])
+        return replace(grown, token_ids=grown.token_ids + tuple(ids), labels=(*grown.labels, *ids[1:], IGNORED))
+
+    def marker(self, token_id: int) -> "Document":
+        """This document followed by BOI or EOI."""
+        grown = self._follow("marker", 1, token_id)
+        return replace(grown, token_ids=(*grown.token_ids, token_id), labels=(*grown.labels, IGNORED))
+
+    def image(self, num_tokens: int) -> "Document":
+        """This document followed by an image of that many rows. The row before an image is never scored."""
+        return replace(self, spans=(*self.spans, ("image", num_tokens)))
+
+    def end(self, eos_token_id: int | None) -> "Document":
+        """This document with its last row labelled eos, if there is such a token."""
+        return self if eos_token_id is None else self._follow(None, 0, eos_token_id)
+
+    def _follow(self, modality: str | None, length: int, next_id: int) -> "Document":
+        labels, spans = self.labels, self.spans
+        if spans and spans[-1][0] != "image":  # image rows predict no token
+            labels = (*labels[:-1], next_id)
+        return replace(self, labels=labels, spans=spans if modality is None else (*spans, (modality, length)))
+
+
+def encode_caption(tokenizer: Any, caption: str) -> list[int]:
+    """Token ids of a caption, without bos and eos. Raises ValueError if it is empty."""
+    text = caption.strip()
+    if not text:
+        raise ValueError("the caption is empty; write one, or leave the sample out")
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def caption_first_document(caption_ids: Sequence[int], num_image_tokens: int, tokens: SpecialTokens) -> Document:
+    """[bos] caption BOI image EOI. Without a caption (dropped for guidance) nothing after the image is scored:
+
+    up to there such a document reads like an image-first one, which must not learn to end before its caption.
+    """
+    document = draw_prompt(caption_ids, tokens).image(num_image_tokens).marker(tokens.eoi_token_id)
+    return document.end(tokens.eos_token_id) if caption_ids else document
+
+
+def image_first_document(caption_ids: Sequence[int], num_image_tokens: int, tokens: SpecialTokens) -> Document:
+    """[bos] BOI image EOI caption, ended by eos."""
+    return caption_prompt(caption_ids, num_image_tokens, tokens).end(tokens.eos_token_id)
+
+
+def draw_prompt(caption_ids: Sequence[int], tokens: SpecialTokens) -> Document:
+    """[bos] caption BOI: what precedes an image to be drawn. Without a caption it is the unconditional prompt."""
+    return Document().text([*tokens.bos, *caption_ids]).marker(tokens.boi_token_id)
+
+
+def caption_prompt(prompt_ids: Sequence[int], num_image_tokens: int, tokens: SpecialTokens) -> Document:
+    """[bos] BOI image EOI prompt: what precedes a caption to be written. The prompt may be empty."""
+    opened = draw_prompt([], tokens).image(num_image_tokens)
+    return opened.marker(tokens.eoi_token_id).text(list(prompt_ids))
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Packed documents and their images, ready for `LMFusion.forward`. All tensors lie on one device."""
+
+    layout: TokenLayout
+    token_ids: Tensor
+    """int64 [num_text] in tower order (constant, then live rows); BOI and EOI by their own ids"""
+    labels: Tensor
+    """int64 [num_live]: the id that should follow each live row, or -100"""
+    latents: Tensor
+    """[B, C, h, w] clean latents of all images, in order of appearance"""
+    noise: Tensor
+    """like latents"""
+    timesteps: Tensor
+    """int64 [B]: the noise level of each image; 0 for an image that is context"""
+    sample_ids: tuple[str, ...]
+    num_labels: int
+    """Rows with a label, counted on the host."""
+
+    @property
+    def num_images(self) -> int:
+        return self.latents.shape[0]
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on `device`, copied without waiting for it."""
+        names = ("layout", "token_ids", "labels", "latents", "noise", "timesteps")
+        moved = {name: getattr(self, name) for name in names}
+        return replace(
+            self,
+            **{
+                name: value.to(device) if isinstance(value, TokenLayout) else value.to(device, non_blocking=True)
+                for name, value in moved.items()
+            },
+        )
+
+
+def pack(
+    documents: Sequence[Document],
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    *,
+    sample_ids: Sequence[str] = (),
+    frozen_text: bool = True,
+) -> Batch:
+    """Pack documents into one batch on the CPU.
+
+    latents, noise: [B, C, h, w]; timesteps: integer [B]; one for each image span, in order of appearance.
+    With `frozen_text`, rows before the first image are constant and not scored.
+
+    Raises ValueError when the counts or shapes do not fit.
+    """
+    num_images = sum(document.num_images for document in documents)
+    if latents.dim() != 4 or latents.shape[0] != num_images:
+        raise ValueError(
+            f"the documents hold {num_images} images; latents [B, C, h, w] have shape {tuple(latents.shape)}"
+        )
+    if noise.shape != latents.shape or timesteps.shape != (num_images,):
+        raise ValueError(
+            f"noise {tuple(noise.shape)} must be shaped like latents {tuple(latents.shape)}, "
+            f"and timesteps {tuple(timesteps.shape)} must be ({num_images},)"
+        )
+    layout = TokenLayout.from_spans([document.spans for document in documents], frozen_text=frozen_text)
+    spans = [span for document in documents for span in document.spans]
+    is_text = np.repeat([m != "image" for m, _ in spans], [n for _, n in spans]).astype(bool)
+    rows = np.zeros((2, layout.num_tokens), np.int64)  # ids and labels in sequence order
+    rows[0, is_text] = [i for document in documents for i in document.token_ids]
+    rows[1, is_text] = [i for document in documents for i in document.labels]
+    text_rows = layout.tower_to_sequence[: layout.num_text].numpy()
+    labels = rows[1, text_rows[layout.num_constant :]]
+    return Batch(
+        layout=layout,
+        token_ids=torch.from_numpy(rows[0, text_rows]),
+        labels=torch.from_numpy(labels),
+        latents=latents,
+        noise=noise,
+        timesteps=timesteps.to(torch.int64),
+        sample_ids=tuple(sample_ids),
+        num_labels=int((labels != IGNORED).sum()),
+    )

@@ -1,0 +1,54 @@
+"""The command `lmfusion`. Each subcommand is a module here: HELP, add_arguments(parser) and run(args) -> exit code.
+
+Subcommands import what they need when they run, so that `lmfusion --help` answers at once.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = ("adapt", "train", "generate", "caption", "verify", "demo")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the subcommand that `argv` (default: the process's arguments) names; answer with the exit code.
+
+    Input that cannot be used ends in one line on stderr and exit code 2, Ctrl-C in 130.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="lmfusion",
+        description="Teach a frozen text LLM to draw and to describe images.",
+        epilog="`lmfusion COMMAND --help` tells more about a command.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    chosen = arguments[0] if arguments and arguments[0] in COMMANDS else None
+    for name in COMMANDS if chosen is None else (chosen,):
+        module = importlib.import_module(f"lmfusion.cli.{name}")
+        subparser = subparsers.add_parser(
+            name,
+            help=module.HELP,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run)
+    args = parser.parse_args(arguments)
+    try:
+        return args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"lmfusion: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("lmfusion: interrupted", file=sys.stderr)
+        return 130
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from lmfusion import __version__
+
+        print(__version__)
+        parser.exit()

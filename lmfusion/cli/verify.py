@@ -1,0 +1,25 @@
+"""Compare the text side of a saved model with its base LLM, bit for bit.
+
+Prints how many text tensors have the base's sha256, and whether the logits of a few prompts are the same to the last
+bit. The exit code is 0 only if everything is identical, 1 if something differs.
+"""
+
+import argparse
+
+HELP = "check that the text side of a model is still its base LLM, bit for bit"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", help="folder of a saved model")
+    parser.add_argument(
+        "--base",
+        help="the base LLM (Hugging Face folder, GGUF file, or name on the hub); default: where the model was made from",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from lmfusion.verification import verify
+
+    verification = verify(args.path, args.base)
+    print(verification.table())
+    return 0 if verification.text_identical else 1

@@ -1,0 +1,149 @@
+"""What is a model made of? The base LLM's own configuration, plus one dataclass each for image tower, codec and diffusion."""
+
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from typing import Any, ClassVar, TypeVar
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from lmfusion.diffusion import DiffusionConfig
+from lmfusion.image.codec import CodecConfig
+from lmfusion.image.patch_coder import PatchCoderConfig
+
+SEPARATIONS = ("deep", "shallow", "none")
+
+T = TypeVar("T")
+
+
+@dataclass
+class ImageTowerConfig:
+    """The tower that processes image tokens. Heads and head size are the text tower's, as attention is shared."""
+
+    hidden_size: int | None = None
+    """Width of the tower; None: the text tower's, which makes the tower start as a copy of it."""
+    intermediate_size: int | None = None
+    """Width of its feed-forward network; None: the text tower's, scaled with hidden_size to a multiple of 8."""
+    separation: str = "deep"
+    """"deep": own weights throughout; "shallow": own feed-forward network, attention shared with the text tower;
+    "none": every layer shared (only embeddings, final norm and patch coder are the image side's own)."""
+    patch_coder: PatchCoderConfig = field(default_factory=PatchCoderConfig)
+
+    def __post_init__(self) -> None:
+        self.patch_coder = config_from(PatchCoderConfig, self.patch_coder, "image.patch_coder")
+        if self.separation not in SEPARATIONS:
+            raise ValueError(f"image.separation is {self.separation!r}; it is one of {', '.join(SEPARATIONS)}")
+        for name in ("hidden_size", "intermediate_size"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value <= 0):
+                raise ValueError(f"image.{name} is {value!r}; give a positive integer, or None for the text tower's")
+
+
+class LMFusionConfig(PreTrainedConfig):
+    """Configuration of an `LMFusion` model; saved as config.json.
+
+    text_config: configuration of the base LLM, as transformers has it (Llama, Mistral, Qwen2, Qwen3). image, codec and
+    diffusion may be given as dicts; unknown keys are errors.
+    """
+
+    model_type: ClassVar[str] = "lmfusion"
+
+    def __init__(
+        self,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        image: ImageTowerConfig | dict[str, Any] | None = None,
+        codec: CodecConfig | dict[str, Any] | None = None,
+        diffusion: DiffusionConfig | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        unknown = set(kwargs) - _TRANSFORMERS_KEYS
+        if unknown:
+            raise ValueError(
+                f"unknown configuration key {min(unknown)!r}; known: text_config, image, codec, diffusion"
+            )
+        super().__init__(**kwargs)
+        if text_config is None:
+            text_config = {"model_type": "llama"}
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.text_config = text_config
+        self.image: ImageTowerConfig = config_from(ImageTowerConfig, image, "image")
+        self.codec: CodecConfig = config_from(CodecConfig, codec, "codec")
+        self.diffusion: DiffusionConfig = config_from(DiffusionConfig, diffusion, "diffusion")
+        self._check_sharing()
+
+    def _check_sharing(self) -> None:
+        shared = {
+            "deep": [],
+            "shallow": [("hidden_size", self.image_hidden_size)],
+            "none": [("hidden_size", self.image_hidden_size), ("intermediate_size", self.image_intermediate_size)],
+        }
+        for name, value in shared[self.image.separation]:
+            if value != (expected := getattr(self.text_config, name)):
+                raise ValueError(
+                    f"image.{name} is {value}, but with separation {self.image.separation!r} the image tower shares weights "
+                    f"of the text tower, which has {expected}; leave it out, or use separation 'deep'"
+                )
+
+    @property
+    def image_hidden_size(self) -> int:
+        return self.image.hidden_size or self.text_config.hidden_size
+
+    @property
+    def image_intermediate_size(self) -> int:
+        text = self.text_config
+        if self.image.intermediate_size is not None:
+            return self.image.intermediate_size
+        if self.image_hidden_size == text.hidden_size:
+            return text.intermediate_size
+        return max(8, 8 * round(text.intermediate_size * self.image_hidden_size / text.hidden_size / 8))
+
+    @property
+    def head_dim(self) -> int:
+        """Size of one attention head, in both towers."""
+        return head_dim_of(self.text_config)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts all the way down, as config.json holds them."""
+        output = super().to_dict()
+        return {name: asdict(value) if is_dataclass_config(value) else value for name, value in output.items()}
+
+
+_TRANSFORMERS_KEYS = {f.name for f in fields(PreTrainedConfig)} | {
+    "model_type",
+    "name_or_path",
+    "_name_or_path",
+    "attn_implementation",
+    "torch_dtype",
+    "num_labels",
+    "output_attentions",
+}
+
+
+def head_dim_of(config: PreTrainedConfig) -> int:
+    """Size of one attention head of a Llama-type LLM."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def is_dataclass_config(value: Any) -> bool:
+    """Whether `value` is one of this package's configuration dataclasses (transformers' are dataclasses too)."""
+    return is_dataclass(value) and not isinstance(value, (type, PreTrainedConfig))
+
+
+def config_from(cls: type[T], value: T | dict[str, Any] | None, name: str) -> T:
+    """An instance of the dataclass `cls`: `value` itself, one built from a dict, or the defaults for None.
+
+    Raises ValueError for a key that `cls` does not have, naming it as `name`.key, and for any other kind of value.
+    """
+    if value is None:
+        return cls()
+    if isinstance(value, cls):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} is {value!r}; give a {cls.__name__} or a dict of its fields")
+    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    unknown = [key for key in value if key not in known]
+    if unknown:
+        raise ValueError(f"unknown configuration key {name}.{unknown[0]}; known: {', '.join(known)}")
+    return cls(**value)
+
+
+AutoConfig.register(LMFusionConfig.model_type, LMFusionConfig)

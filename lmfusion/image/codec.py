@@ -1,0 +1,201 @@
+"""How do pixels become the latents that diffusion works on, and back? Frozen codecs behind one small interface."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+
+KINDS = ("pixels", "autoencoder_kl", "autoencoder_tiny")
+
+
+@dataclass
+class CodecConfig:
+    """Which codec, and the square image it takes.
+
+    Raises ValueError for an unknown kind, an autoencoder without a path, or sizes out of range.
+    """
+
+    kind: str = "pixels"
+    """"pixels" (the image is its own latent: small images), "autoencoder_kl" or "autoencoder_tiny" (diffusers)."""
+    path: str | None = None
+    """Local folder of the autoencoder, as diffusers' `save_pretrained` writes it: config.json and safetensors."""
+    channels: int = 3
+    """Image channels: 3 (RGB) or 1 (grey)."""
+    image_size: int = 256
+    """Height and width in pixels; images are centre-cropped and resized to it."""
+    sha256: str | None = None
+    """Digest of the autoencoder's weights file. Filled in when the codec is first loaded, checked ever after: latents
+    of
+    another autoencoder would be noise to the image tower."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown codec kind {self.kind!r}; known: {', '.join(KINDS)}")
+        if self.kind != "pixels" and self.path is None:
+            raise ValueError(f"codec {self.kind!r} needs a path: the local folder of a diffusers autoencoder")
+        if self.kind == "pixels" and self.path is not None:
+            raise ValueError(
+                f"codec 'pixels' has no weights, but path is {self.path!r}; name an autoencoder kind or drop it"
+            )
+        if self.channels not in (1, 3):
+            raise ValueError(f"images have 1 (grey) or 3 (RGB) channels, not {self.channels}")
+        if self.image_size < 1:
+            raise ValueError(f"image_size is {self.image_size}; it is a positive number of pixels")
+
+
+class Codec(nn.Module):
+    """Images [B, channels, H, W] in [-1, 1] to latents [B, latent_channels, h, w] of about unit variance, and back.
+
+    Frozen: no gradient is recorded in either direction, so `parameters()` never asks for one. Both directions are
+    deterministic and answer in the dtype they were given, whatever dtype the weights have.
+    """
+
+    config: CodecConfig
+    latent_channels: int
+    downscale: int
+    """Pixels per latent pixel, along each side."""
+    latent_range: float
+    """Latents lie in [-latent_range, latent_range]; samplers clip what they predict to it."""
+
+    @property
+    def latent_size(self) -> int:
+        """Height and width of the latents of an image of the configured size."""
+        return self.config.image_size // self.downscale
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents of `images`. Raises ValueError when the channels, or a side not divisible by `downscale`, do not
+        fit."""
+        if images.dim() != 4 or images.shape[1] != self.config.channels:
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}; the codec takes [B, {self.config.channels}, H, W]"
+            )
+        if images.shape[2] % self.downscale or images.shape[3] % self.downscale:
+            raise ValueError(
+                f"images are {images.shape[2]} x {images.shape[3]} pixels; the codec needs sides divisible by {self.downscale}"
+            )
+        with torch.no_grad():
+            return self._encode(images)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images in [-1, 1] of latents [B, latent_channels, h, w]. Raises ValueError for another shape."""
+        if latents.dim() != 4 or latents.shape[1] != self.latent_channels:
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)}; the codec takes [B, {self.latent_channels}, h, w]"
+            )
+        with torch.no_grad():
+            return self._decode(latents).clamp(-1, 1)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class PixelCodec(Codec):
+    """The image is its own latent."""
+
+    def __init__(self, config: CodecConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.latent_channels = config.channels
+        self.downscale = 1
+        self.latent_range = 1.0
+
+    def _encode(self, images: Tensor) -> Tensor:
+        return images
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return latents
+
+
+class AutoencoderCodec(Codec):
+    """A frozen diffusers AutoencoderKL (mode of its posterior) or AutoencoderTiny."""
+
+    def __init__(self, config: CodecConfig, autoencoder: Any) -> None:
+        super().__init__()
+        self.config = config
+        self.autoencoder = autoencoder.eval().requires_grad_(False)
+        settings: Any = autoencoder.config
+        if settings.in_channels != config.channels:
+            raise ValueError(
+                f"the autoencoder in {config.path} takes {settings.in_channels} image channels, but the codec is configured "
+                f"for {config.channels}; set channels: {settings.in_channels}"
+            )
+        self.latent_channels = settings.latent_channels
+        widths = (
+            settings.encoder_block_out_channels if config.kind == "autoencoder_tiny" else settings.block_out_channels
+        )
+        self.downscale = 2 ** (len(widths) - 1)
+        if config.image_size % self.downscale:
+            raise ValueError(
+                f"image_size {config.image_size} is not divisible by {self.downscale}, the autoencoder's downscale"
+            )
+        self.latent_range = 5.0  # standard deviations: a bound that real latents keep
+        self.shift, self.scale = self._shift_and_scale(settings)
+
+    def _shift_and_scale(self, settings: Any) -> tuple[Tensor | float, Tensor | float]:
+        """latents = (encoded - shift) * scale, one number or one a channel, as the autoencoder's config tells."""
+        scale = settings.scaling_factor if settings.scaling_factor is not None else 1.0
+        mean, std = settings.get("latents_mean"), settings.get("latents_std")
+        if mean is not None and std is not None:
+            return torch.tensor(mean).view(-1, 1, 1), scale / torch.tensor(std).view(-1, 1, 1)
+        return settings.get("shift_factor") or 0.0, scale
+
+    def _encode(self, images: Tensor) -> Tensor:
+        output = self.autoencoder.encode(images.to(self.autoencoder.dtype))
+        encoded = output.latents if self.config.kind == "autoencoder_tiny" else output.latent_dist.mode()
+        shift, scale = (_like(x, images) for x in (self.shift, self.scale))
+        return (encoded.to(images.dtype) - shift) * scale
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        shift, scale = (_like(x, latents) for x in (self.shift, self.scale))
+        return self.autoencoder.decode((latents / scale + shift).to(self.autoencoder.dtype)).sample.to(latents.dtype)
+
+
+def _like(x: Tensor | float, other: Tensor) -> Tensor | float:
+    return x.to(other) if isinstance(x, Tensor) else x
+
+
+def load_codec(config: CodecConfig) -> Codec:
+    """The codec that `config` describes, in float32 on the CPU. Fills in `config.sha256` where it is None.
+
+    Raises FileNotFoundError where the folder or its safetensors file is missing, ValueError where the file is damaged,
+    is not the one whose digest the config holds, or does not fit the configured image.
+    """
+    if config.kind == "pixels":
+        return PixelCodec(config)
+    import diffusers  # slow to import, and only these codecs need it
+
+    assert config.path is not None
+    kind = {"autoencoder_kl": diffusers.AutoencoderKL, "autoencoder_tiny": diffusers.AutoencoderTiny}[config.kind]
+    weights = Path(config.path) / WEIGHTS_NAME
+    if not weights.is_file():
+        raise FileNotFoundError(
+            f"no autoencoder at {config.path}: {WEIGHTS_NAME} is missing; path is a local folder written by diffusers' save_pretrained"
+        )
+    digest = _sha256(weights)
+    if config.sha256 not in (None, digest):
+        raise ValueError(
+            f"{weights} has sha256 {digest}, but this model was made with {config.sha256}; point the codec's path to the original"
+        )
+    try:
+        autoencoder = kind.from_pretrained(config.path, local_files_only=True, use_safetensors=True)
+    except Exception as error:  # whatever diffusers and safetensors raise on a damaged or foreign folder
+        raise ValueError(f"cannot load the autoencoder in {config.path}: {error}") from error
+    codec = AutoencoderCodec(config, autoencoder)
+    config.sha256 = digest
+    return codec
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,253 @@
+"""How does a noisy latent become rows of the image tower, and how do its rows become a prediction? Two patch coders.
+
+`unet` is the paper's: half a U-Net down (equation 6), the other half up (equation 14), with the timestep in both and
+long skips from the first to the second. `linear` cuts the latent into squares and projects each: small, and enough
+for small images.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+KINDS = ("unet", "linear")
+LINEAR_TIME_CHANNELS = 256
+
+Skip = tuple[Tensor, ...]
+"""Feature maps that `encode` hands to `decode` of the same images; images are their first dimension."""
+
+
+@dataclass
+class PatchCoderConfig:
+    """Kind and size of a patch coder. Raises ValueError for an unknown kind or sizes that do not go together."""
+
+    kind: str = "unet"
+    """"unet" or "linear"."""
+    patch_size: int = 2
+    """Side in latent pixels of the square that one row stands for."""
+    channels: tuple[int, ...] = (640, 992)
+    """unet: width of each level, from the full resolution down; each further level halves the sides, so patch_size is
+    2 ** (levels - 1)."""
+    num_blocks: int = 3
+    """unet: residual blocks a level, down and up alike. The defaults give 0.27 B parameters beside a tower of width
+    4,096."""
+
+    def __post_init__(self) -> None:
+        self.channels = tuple(self.channels)
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown patch coder {self.kind!r}; known: {', '.join(KINDS)}")
+        if self.patch_size < 1:
+            raise ValueError(f"patch_size is {self.patch_size}; it is a positive number of latent pixels")
+        if self.kind == "unet":
+            if not self.channels or min(self.channels) < 2 or self.num_blocks < 1:
+                raise ValueError(
+                    f"a unet has channels of at least 2 and at least one block a level, not channels {self.channels} and "
+                    f"num_blocks {self.num_blocks}"
+                )
+            if self.patch_size != 2 ** (len(self.channels) - 1):
+                raise ValueError(
+                    f"a unet of {len(self.channels)} levels makes patches of {2 ** (len(self.channels) - 1)}, not {self.patch_size}; "
+                    "change patch_size or the number of channels"
+                )
+
+
+class PatchCoder(nn.Module):
+    """Latents [B, C, h, w] at timesteps [B] to rows [B * L, width], and rows to predictions [B, C, h, w].
+
+    Rows follow the image left to right, top to bottom. Computes in the dtype of its weights and answers in it; the
+    caller casts the rows to that of the tower.
+    """
+
+    patch_size: int
+    latent_channels: int
+    width: int
+
+    def tokens_per_image(self, height: int, width: int) -> int:
+        """Rows L that a latent of height x width becomes. Raises ValueError when it does not divide into patches."""
+        size = self.patch_size
+        if height < size or width < size or height % size or width % size:
+            raise ValueError(
+                f"a latent of {height} x {width} does not divide into patches of {size} x {size}; "
+                f"choose an image size that gives multiples of {size}"
+            )
+        return (height // size) * (width // size)
+
+    def encode(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Skip]:
+        """Rows [B * L, width] of `latents` at `timesteps` (integer [B]), and what `decode` wants back.
+
+        Raises ValueError when the latents' shape does not fit, or there is not one timestep an image.
+        """
+        if latents.dim() != 4 or latents.shape[1] != self.latent_channels:
+            raise ValueError(
+                f"latents have shape {tuple(latents.shape)}; this model takes [B, {self.latent_channels}, h, w]"
+            )
+        if timesteps.shape != latents.shape[:1]:
+            raise ValueError(f"{latents.shape[0]} latents need as many timesteps, not shape {tuple(timesteps.shape)}")
+        self.tokens_per_image(latents.shape[2], latents.shape[3])
+        return self._encode(latents.to(self.dtype), timesteps)
+
+    def decode(self, rows: Tensor, timesteps: Tensor, skip: Skip) -> Tensor:
+        """Prediction [B, C, h, w] from the tower's rows [B * L, width], with `timesteps` and `skip` of their `encode`.
+
+        Raises ValueError when rows, timesteps and skip are not those of the same images.
+        """
+        num_images, height, width = timesteps.shape[0], skip[-1].shape[-2], skip[-1].shape[-1]
+        if skip[-1].shape[0] != num_images or rows.shape != (num_images * height * width, self.width):
+            raise ValueError(
+                f"rows have shape {tuple(rows.shape)}; {num_images} images of {height} x {width} patches have "
+                f"[{num_images * height * width}, {self.width}]"
+            )
+        return self._decode(rows.to(self.dtype), timesteps, skip)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def _encode(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Skip]:
+        raise NotImplementedError
+
+    def _decode(self, rows: Tensor, timesteps: Tensor, skip: Skip) -> Tensor:
+        raise NotImplementedError
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoids of the timestep through a small MLP: integer [B] to [B, out_channels]."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.sinusoids = Timesteps(channels, flip_sin_to_cos=True, downscale_freq_shift=0)
+        self.mlp = TimestepEmbedding(channels, out_channels)
+
+    def forward(self, timesteps: Tensor) -> Tensor:
+        return self.mlp(self.sinusoids(timesteps).to(self.mlp.linear_1.weight.dtype))
+
+
+class LinearPatchCoder(PatchCoder):
+    """One linear map in, one out; the timestep's embedding is added to every row going in.
+
+    The output map starts at zero: the first predictions are then the mean of what is to be predicted, and the loss
+    starts at 1 whatever the tower's copied final norm gives.
+    """
+
+    def __init__(self, config: PatchCoderConfig, latent_channels: int, width: int) -> None:
+        super().__init__()
+        self.patch_size, self.latent_channels, self.width = config.patch_size, latent_channels, width
+        patch_values = latent_channels * config.patch_size**2
+        self.in_proj = nn.Linear(patch_values, width)
+        self.time_embedder = TimestepEmbedder(LINEAR_TIME_CHANNELS, width)
+        self.out_proj = nn.Linear(width, patch_values)
+        nn.init.zeros_(self.out_proj.weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def _encode(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Skip]:
+        size = self.patch_size
+        patches = latents.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [B, C, rows, size, columns, size]
+        patches = patches.permute(0, 2, 4, 1, 3, 5)  # [B, rows, columns, C, size, size]
+        rows = self.in_proj(patches.flatten(3)) + self.time_embedder(timesteps)[:, None, None]
+        grid = latents.new_empty(latents.shape[0], 0, *rows.shape[1:3])  # no features, only the shape of the patch grid
+        return rows.flatten(0, 2), (grid,)
+
+    def _decode(self, rows: Tensor, timesteps: Tensor, skip: Skip) -> Tensor:
+        num_images, _, grid_height, grid_width = skip[0].shape
+        size = self.patch_size
+        patches = self.out_proj(rows).view(num_images, grid_height, grid_width, self.latent_channels, size, size)
+        return patches.permute(0, 3, 1, 4, 2, 5).reshape(num_images, -1, grid_height * size, grid_width * size)
+
+
+class UNetPatchCoder(PatchCoder):
+    """The two halves of a U-Net, with the image tower in the place of its middle.
+
+    Every block of the half down hands its feature map along a long skip to its mirror image in the half up. The last
+    convolution starts at zero, as in every diffusion U-Net.
+    """
+
+    def __init__(self, config: PatchCoderConfig, latent_channels: int, width: int) -> None:
+        super().__init__()
+        self.patch_size, self.latent_channels, self.width = config.patch_size, latent_channels, width
+        channels, time_channels = config.channels, 4 * config.channels[0]
+        self.time_embedder = TimestepEmbedder(channels[0], time_channels)
+        self.conv_in = nn.Conv2d(latent_channels, channels[0], kernel_size=3, padding=1)
+        self.down = nn.ModuleList()
+        self.downsample = nn.ModuleList()
+        for i, out_channels in enumerate(channels):
+            in_channels = channels[max(i - 1, 0)]
+            if i > 0:
+                self.downsample.append(Downsample2D(in_channels, use_conv=True))
+            block_inputs = [in_channels] + [out_channels] * (config.num_blocks - 1)
+            self.down.append(_level(block_inputs, out_channels, time_channels))
+        self.in_proj = nn.Linear(channels[-1], width)
+
+        self.out_proj = nn.Linear(width, channels[-1])
+        self.up = nn.ModuleList()
+        self.upsample = nn.ModuleList()
+        for i in reversed(range(len(channels))):
+            out_channels = channels[max(i - 1, 0)]
+            self.up.append(_level([2 * channels[i]] * config.num_blocks, channels[i], time_channels))
+            if i > 0:
+                self.upsample.append(Upsample2D(channels[i], use_conv=True, out_channels=out_channels))
+        self.norm_out = nn.GroupNorm(_num_groups(channels[0]), channels[0], eps=1e-6)
+        self.conv_out = nn.Conv2d(channels[0], latent_channels, kernel_size=3, padding=1)
+        nn.init.zeros_(self.conv_out.weight)
+        assert self.conv_out.bias is not None
+        nn.init.zeros_(self.conv_out.bias)
+
+    def _encode(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Skip]:
+        time = self.time_embedder(timesteps)
+        x = self.conv_in(latents)
+        skip = []
+        for i, level in enumerate(self.down):
+            if i > 0:
+                x = self.downsample[i - 1](x)
+            assert isinstance(level, nn.ModuleList)
+            for block in level:
+                x = block(x, time)
+                skip.append(x)
+        return self.in_proj(x.permute(0, 2, 3, 1)).flatten(0, 2), tuple(skip)
+
+    def _decode(self, rows: Tensor, timesteps: Tensor, skip: Skip) -> Tensor:
+        time = self.time_embedder(timesteps)
+        num_images, _, grid_height, grid_width = skip[-1].shape
+        x = self.out_proj(rows).view(num_images, grid_height, grid_width, -1).permute(0, 3, 1, 2)
+        features = reversed(skip)
+        for i, level in enumerate(self.up):
+            if i > 0:
+                x = self.upsample[i - 1](x)
+            assert isinstance(level, nn.ModuleList)
+            for block in level:
+                x = block(torch.cat([x, next(features)], dim=1), time)
+        return self.conv_out(nn.functional.silu(self.norm_out(x)))
+
+
+def _level(block_inputs: list[int], out_channels: int, time_channels: int) -> nn.ModuleList:
+    """Residual blocks of one resolution, each from its input channels to `out_channels`."""
+    return nn.ModuleList(
+        ResnetBlock2D(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            temb_channels=time_channels,
+            groups=_num_groups(in_channels),
+            groups_out=_num_groups(out_channels),
+            time_embedding_norm="scale_shift",  # a mere shift before the norm can be lost in it
+        )
+        for in_channels in block_inputs
+    )
+
+
+def _num_groups(channels: int) -> int:
+    """32 groups a norm, as usual, or fewer in a narrow level: a group of one channel would forget what level it is
+    on."""
+    num_groups = 32
+    while num_groups > 1 and (channels % num_groups or channels // num_groups < 4):
+        num_groups //= 2
+    return num_groups
+
+
+def build_patch_coder(config: PatchCoderConfig, latent_channels: int, width: int) -> PatchCoder:
+    """The patch coder of `config` between latents of `latent_channels` and an image tower of `width`, freshly
+    initialised."""
+    kind = {"unet": UNetPatchCoder, "linear": LinearPatchCoder}[config.kind]
+    return kind(config, latent_channels, width)

@@ -1,0 +1,108 @@
+"""How does somebody's image become a tensor? Careful reading, then centre crop and resize."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
+"""A JPEG, PNG or WEBP file, a Pillow image, or an array [H, W] or [H, W, 1 | 3 | 4]: uint8, or floating in [0, 1]."""
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+"""Formats read. Pillow knows many more, whose decoders are less hardened."""
+MAX_PIXELS = 64 * 1024 * 1024
+"""Larger images are refused before they are decoded."""
+
+
+def load_image(source: ImageSource) -> Image.Image:
+    """`source` as a Pillow image of mode "RGB" or "L" (grey), upright, with transparency laid on white.
+
+    Raises FileNotFoundError and other OSErrors of the file system as they are; ValueError, naming the file, for one
+    that is no JPEG, PNG or WEBP, is damaged or truncated, or has more than MAX_PIXELS; ValueError for an array that is
+    no image.
+    """
+    if isinstance(source, np.ndarray):
+        return _flatten(_from_array(source))
+    if isinstance(source, Image.Image):
+        with _named("the given image"):
+            return _flatten(ImageOps.exif_transpose(source))
+    with open(source, "rb") as file, _named(os.fspath(source)), Image.open(file, formats=FORMATS) as image:
+        num_pixels = image.width * image.height
+        if num_pixels > MAX_PIXELS:
+            raise _TooLargeError(f"{image.width} x {image.height} pixels")
+        image.load()
+        return _flatten(ImageOps.exif_transpose(image))
+
+
+def to_tensor(source: ImageSource, image_size: int, channels: int = 3) -> Tensor:
+    """`source` as float32 [channels, image_size, image_size] in [-1, 1]: centre crop to a square, then resize.
+
+    channels: 3 (RGB) or 1 (grey). An image that has the size already keeps its pixels. Raises what `load_image` raises.
+    """
+    image = load_image(source).convert("L" if channels == 1 else "RGB")
+    image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).view(image_size, image_size, channels)
+    return pixels.permute(2, 0, 1) / 127.5 - 1
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """Pillow images of a batch [B, 1 | 3, H, W] in [-1, 1]."""
+    pixels = ((images.detach().float().clamp(-1, 1) + 1) * 127.5).round().to("cpu", torch.uint8)
+    arrays = pixels.permute(0, 2, 3, 1).numpy()
+    return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]
+
+
+class _TooLargeError(ValueError):
+    pass
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Turn whatever a decoder raises into one ValueError that names the image."""
+    try:
+        yield
+    except (_TooLargeError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"{name} is too large to read safely ({error}); the limit is {MAX_PIXELS} pixels, scale it down"
+        ) from error
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(f"{name} is not an image of a known format; {', '.join(FORMATS)} are read") from error
+    except Exception as error:  # decoders raise almost anything on damaged data
+        raise ValueError(f"{name} is damaged or truncated: {error}; replace it or leave it out") from error
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.ndim == 3 and array.shape[-1] == 1:
+        array = array[..., 0]
+    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))) or array.size == 0:
+        raise ValueError(f"an image array has shape [H, W] or [H, W, 1 | 3 | 4], not {list(array.shape)}")
+    if array.shape[0] * array.shape[1] > MAX_PIXELS:
+        raise ValueError(f"the image array has {array.shape[0]} x {array.shape[1]} pixels; the limit is {MAX_PIXELS}")
+    if np.issubdtype(array.dtype, np.floating):
+        if not (array.min() >= 0 and array.max() <= 1):  # also false for NaN
+            raise ValueError(f"a floating image array holds values in [0, 1], not {array.min()} to {array.max()}")
+        array = (array * 255).round().astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ValueError(f"an image array is uint8, or floating in [0, 1], not {array.dtype}")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """Any mode to "RGB" or "L"."""
+    if image.mode in ("1", "L"):
+        return image.convert("L") if "transparency" not in image.info else _on_white(image)
+    if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it at 255
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        return _on_white(image)
+    return image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    rgba = image.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, "white")
+    return Image.alpha_composite(white, rgba).convert("RGB")

@@ -1,0 +1,296 @@
+"""How do text and images become a loss, logits and predictions? `LMFusion`: two towers around shared attention."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from PIL.Image import Image
+from torch import Tensor
+from transformers import AutoModel, PreTrainedModel
+from transformers.utils import ModelOutput
+
+import lmfusion_kernels as lk
+from lmfusion import generation, serialization
+from lmfusion.batch import IGNORED, Batch
+from lmfusion.configuration import ImageTowerConfig, LMFusionConfig
+from lmfusion.conversion import load_base
+from lmfusion.conversion.architectures import check_supported, sliding_window
+from lmfusion.diffusion import Diffusion, DiffusionConfig
+from lmfusion.image.codec import Codec, CodecConfig, load_codec
+from lmfusion.image.patch_coder import Skip
+from lmfusion.image.preprocessing import ImageSource
+from lmfusion.serialization import BaseRecord
+from lmfusion.towers import ImageTower, TextTower
+
+# TEMP begin: until lmfusion_kernels exports its block
+from lmfusion_kernels import reference as _reference
+from lmfusion_kernels.weights import split_towers as _split_towers
+
+_routed_linear = _reference.routed_linear
+
+
+def _pair_linear(x, text_weight, image_weight, layout, text_bias=None, image_bias=None):
+    if isinstance(x, Tensor) and text_weight.shape[0] != image_weight.shape[0]:
+        x = _split_towers(x, layout)
+    return _routed_linear(x, text_weight, image_weight, layout, text_bias, image_bias)
+
+
+_reference.routed_linear = _pair_linear
+_routed_block = getattr(lk, "routed_block", lk.reference.routed_block)
+_routed_rms_norm = getattr(lk, "routed_rms_norm", lk.reference.routed_rms_norm)
+# TEMP end
+
+KeyValueCaches = Sequence[tuple[Tensor, Tensor]]
+"""One pair a layer: keys and values [num_keys, H_kv, D] of a cached layout."""
+
+
+@dataclass
+class LMFusionOutput(ModelOutput):
+    """What `LMFusion.forward` gives: with `input_ids` the logits, with a batch everything else."""
+
+    loss: Tensor | None = None
+    """lm_loss_sum / num_labels + loss_weight * diffusion_loss_sum / num_images, float32"""
+    lm_loss_sum: Tensor | None = None
+    """Cross-entropy summed over the labels, in nats"""
+    num_labels: int | None = None
+    diffusion_loss_sum: Tensor | None = None
+    """Mean squared error of each image, summed over the images"""
+    num_images: int | None = None
+    logits: Tensor | None = None
+    """[B, T, V]"""
+
+
+class LMFusion(PreTrainedModel):
+    """A text LLM and an image tower beside it. Make one with `from_llm`, load one with `from_pretrained`.
+
+    text: the base LLM, frozen unless `freeze_text(False)` is called. image: everything that is trained. codec: frozen,
+    between pixels and latents. tokenizer: the base's, or None. base: where the text tower came from, and its digests.
+    """
+
+    config: LMFusionConfig
+    config_class = LMFusionConfig
+    base_model_prefix = ""
+    main_input_name: ClassVar[str] = "input_ids"
+
+    def __init__(self, config: LMFusionConfig, codec: Codec | None = None) -> None:
+        """A model with random weights. codec: one that is already loaded; None loads the one `config` names."""
+        super().__init__(config)
+        check_supported(config.text_config, "text_config")
+        with torch.device("cpu"):  # also while the towers are being built on the meta device
+            self.codec = load_codec(config.codec) if codec is None else codec
+            self.diffusion = Diffusion(config.diffusion)
+        self.text = TextTower(config.text_config)
+        self.image = ImageTower(config, self.codec.latent_channels)
+        self.tokenizer: Any = None
+        self.base: BaseRecord | None = None
+        self.compute_dtype: torch.dtype | None = None
+        """dtype of the rows; None: that of the text weights. Weights in another dtype are cast as they are used."""
+        self.boi_token_id: int = config.text_config.vocab_size
+        self.eoi_token_id: int = config.text_config.vocab_size + 1
+        if not self.image.marker_embedding.is_meta:
+            self.image.initialize(self.text)
+        self.freeze_text()
+
+    @classmethod
+    def from_llm(
+        cls,
+        path: str | Path,
+        image: ImageTowerConfig | dict[str, Any] | None = None,
+        codec: CodecConfig | dict[str, Any] | None = None,
+        diffusion: DiffusionConfig | dict[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> "LMFusion":
+        """A model around the LLM at `path`, its image tower started from it and ready to be trained.
+
+        path: a Hugging Face folder, a GGUF file, or a name on the hub. image, codec, diffusion: configurations, or dicts of
+        their fields; None for the defaults. dtype: of the weights; None keeps the checkpoint's (float32 for GGUF). seed: of
+        the weights that are drawn.
+
+        Raises FileNotFoundError and ValueError as `lmfusion.conversion.load_base` and the configurations do.
+        """
+        return serialization.from_base(cls, load_base(path, dtype), image, codec, diffusion, seed)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, path: str | Path, base: str | Path | None = None, dtype: torch.dtype | None = None, **kwargs: Any
+    ) -> "LMFusion":
+        """The model saved in the folder `path`.
+
+        base: where its base LLM is now, if it was saved without the text tower and the LLM is not where it was. It must be
+        the same LLM: every tensor's sha256 is compared. dtype: of the weights; None keeps them as they were saved.
+
+        Raises FileNotFoundError when a file or the base is missing, ValueError when one is damaged or differs.
+        """
+        kwargs.pop("config", None)  # given by AutoModel, which read it from the same folder
+        if kwargs:
+            raise ValueError(f"unknown argument {min(kwargs)!r}; LMFusion.from_pretrained takes path, base and dtype")
+        return serialization.load(cls, Path(path), base, dtype)
+
+    def save_pretrained(self, path: str | Path, parts: str = "image") -> None:  # type: ignore[override]
+        """Save into the folder `path`: config.json, base.json, safetensors and tokenizer.
+
+        parts: "image" (all that was trained; the base LLM is loaded from where it is, and checked) or "all".
+
+        A model already saved there is kept until the new one is complete. Raises ValueError for a folder that holds
+        something else, or for parts="image" after training the text tower; OSError when writing fails.
+        """
+        serialization.save(self, Path(path), parts)
+
+    @property
+    def frozen_text(self) -> bool:
+        """Whether the text tower is left as it is. Batches must be packed with the same `frozen_text`."""
+        return not self.text.norm.weight.requires_grad
+
+    def freeze_text(self, frozen: bool = True) -> None:
+        """Freeze the text tower (the state a model starts in), or make it trainable."""
+        self.text.requires_grad_(not frozen)
+        self.text.train(self.training and not frozen)
+        if not frozen and self.base is not None:
+            self.base.may_differ = True
+
+    def train(self, mode: bool = True) -> "LMFusion":
+        """As for any module, except that a frozen text tower and the codec stay in evaluation mode."""
+        super().train(mode)
+        self.codec.eval()
+        self.text.train(mode and not self.frozen_text)
+        return self
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Rows that an image of the configured size takes."""
+        return self.image.patch_coder.tokens_per_image(self.codec.latent_size, self.codec.latent_size)
+
+    def generate(self, prompts: Sequence[str], **options: Any) -> list[str]:
+        """Text after each prompt; `options` are those of `lmfusion.generation.generate_text`."""
+        return generation.generate_text(self, prompts, **options)
+
+    def draw(self, prompts: Sequence[str], **options: Any) -> list[Image]:
+        """An image of each prompt; `options` are those of `lmfusion.generation.draw_images`."""
+        return generation.draw_images(self, prompts, **options)
+
+    def caption(self, images: Sequence[ImageSource], **options: Any) -> list[str]:
+        """A caption of each image; `options` are those of `lmfusion.generation.caption_images`."""
+        return generation.caption_images(self, images, **options)
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Text-tower rows [n, d_text] of token ids (integer [n]), BOI and EOI among them."""
+        vocab_size = self.boi_token_id
+        is_marker = token_ids >= vocab_size
+        rows = F.embedding(token_ids.clamp(max=vocab_size - 1), self.text.embed_tokens.weight)
+        markers = F.embedding((token_ids - vocab_size).clamp(min=0), self.image.marker_embedding)
+        return torch.where(is_marker[:, None], markers.to(rows.dtype), rows).to(self._dtype)
+
+    def encode_images(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Skip | None]:
+        """Image-tower rows [B * L, d_image] of (noisy) latents [B, C, h, w] at `timesteps` (int64 [B]), and the long skip."""
+        if latents.shape[0] == 0:
+            return latents.new_zeros(0, self.config.image_hidden_size, dtype=self._dtype), None
+        rows, skip = self.image.patch_coder.encode(latents, timesteps)
+        return rows.to(self._dtype), skip
+
+    def decode_images(self, h_image: Tensor, timesteps: Tensor, skip: Skip | None) -> Tensor:
+        """Predictions [B, C, h, w] of the diffusion from image rows after `run_layers`."""
+        if skip is None:
+            return h_image.new_zeros(0, self.codec.latent_channels, self.codec.latent_size, self.codec.latent_size)
+        return self.image.patch_coder.decode(h_image, timesteps, skip)
+
+    def run_layers(
+        self, x_text: Tensor, x_image: Tensor, layout: lk.TokenLayout, kv_caches: KeyValueCaches | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Both towers' rows ([num_text, d_text], [num_image, d_image]) through all layers and their final norms.
+
+        kv_caches: with a cached layout, keys and values of each layer, written in place.
+        """
+        self._check_layout(layout)
+        rope = self.text.rope(layout.position)
+        rows: tuple[Tensor, Tensor] = (x_text, x_image)
+        dtype = x_text.dtype
+        for i, layer in enumerate(self.text.layers):
+            text = layer.weights(dtype)
+            image = self.image.layer_weights(i, text, dtype)
+            kv_cache = None if kv_caches is None else kv_caches[i]
+            rows = _routed_block(rows, layout, text, image, rope, kv_cache=kv_cache)
+        norms = (self.text.norm.weight.to(dtype), self.image.norm.weight.to(dtype))
+        return _routed_rms_norm(rows, *norms, layout, self.config.text_config.rms_norm_eps)
+
+    def _check_layout(self, layout: lk.TokenLayout) -> None:
+        if layout.num_constant and not self.frozen_text and torch.is_grad_enabled():
+            raise ValueError(
+                "the batch was packed for a frozen text tower, but this model's is trainable; pack with frozen_text=False, or "
+                "call model.freeze_text()"
+            )
+        window = sliding_window(self.config.text_config)
+        if window is not None and layout.num_tokens > window and (longest := int(layout.position.max()) + 1) > window:
+            raise ValueError(
+                f"a document has {longest} tokens, but the base LLM attends in a sliding window of {window}, which is "
+                "supported only as far as documents fit in it; shorten the documents"
+            )
+
+    def text_logits(self, h_text: Tensor) -> Tensor:
+        """Logits [n, V + 2] of text rows after `run_layers`: the vocabulary's, then BOI's and EOI's."""
+        markers = F.linear(h_text, self.image.marker_head.to(h_text.dtype))
+        return torch.cat([self._vocabulary_logits(h_text), markers], dim=-1)
+
+    def _vocabulary_logits(self, h_text: Tensor) -> Tensor:
+        return F.linear(h_text, self.text.head_weight.to(h_text.dtype))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.compute_dtype or self.text.embed_tokens.weight.dtype
+
+    def forward(self, input_ids: Tensor | None = None, batch: Batch | None = None) -> LMFusionOutput:
+        """Logits of text alone, or the losses of a batch of text and images.
+
+        input_ids: integer [B, T], rows of equal length, each a document of its own. The logits are the base LLM's; no weight
+        of the image side takes part. batch: see `lmfusion.batch.pack`.
+
+        Raises ValueError unless exactly one of the two is given, for ids outside the vocabulary, and for a batch that does
+        not fit the model.
+        """
+        if (input_ids is None) == (batch is None):
+            raise ValueError("give either input_ids (text alone) or batch (text and images)")
+        return self._score(batch) if batch is not None else LMFusionOutput(logits=self._read(input_ids))
+
+    def _read(self, input_ids: Tensor | None) -> Tensor:
+        assert input_ids is not None
+        vocab_size = self.boi_token_id
+        if input_ids.dim() != 2 or input_ids.is_floating_point():
+            raise ValueError(f"input_ids are {input_ids.dtype} of shape {tuple(input_ids.shape)}; they are integers [B, T]")
+        num_rows, length = input_ids.shape
+        if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab_size:
+            raise ValueError(f"input_ids hold an id outside the vocabulary of {vocab_size}; images are given by batch=")
+        documents = [[("text", length)]] * num_rows if length else []
+        layout = lk.TokenLayout.from_spans(documents, frozen_text=self.frozen_text, device=input_ids.device)
+        x_text = F.embedding(input_ids.flatten(), self.text.embed_tokens.weight).to(self._dtype)
+        h_text, _ = self.run_layers(x_text, x_text.new_zeros(0, self.config.image_hidden_size), layout)
+        return self._vocabulary_logits(h_text).unflatten(0, (num_rows, length))
+
+    def _score(self, batch: Batch) -> LMFusionOutput:
+        layout, timesteps = batch.layout, batch.timesteps
+        noisy = self.diffusion.add_noise(batch.latents, batch.noise, timesteps)
+        x_image, skip = self.encode_images(noisy, timesteps)
+        h_text, h_image = self.run_layers(self.embed(batch.token_ids), x_image, layout)
+
+        # Sums start from a zero with a graph, so that a batch without images or labels can be trained on too.
+        zero = 0.0 * self.image.marker_embedding.float().sum()
+        lm_loss_sum, diffusion_loss_sum = zero, zero
+        if batch.num_labels:
+            is_labelled = batch.labels != IGNORED
+            h_live, labels = h_text[layout.num_constant :], batch.labels
+            if h_live.device.type == "cpu":  # elsewhere choosing rows would wait for the device
+                h_live, labels = h_live[is_labelled], labels[is_labelled]
+            logits = self.text_logits(h_live).float()
+            lm_loss_sum = zero + F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        if batch.num_images:
+            prediction = self.decode_images(h_image, timesteps, skip)
+            target = self.diffusion.target(batch.latents, batch.noise, timesteps)
+            diffusion_loss_sum = zero + self.diffusion.loss(prediction, target).sum()
+        loss = lm_loss_sum / max(1, batch.num_labels)
+        loss = loss + self.config.diffusion.loss_weight * diffusion_loss_sum / max(1, batch.num_images)
+        return LMFusionOutput(loss, lm_loss_sum, batch.num_labels, diffusion_loss_sum, batch.num_images)
+
+
+AutoModel.register(LMFusionConfig, LMFusion)

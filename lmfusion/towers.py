@@ -1,0 +1,133 @@
+"""Which weights does each tower hold, and how do they start? Module trees with Llama's names.
+
+The modules here only hold weights; `lmfusion_kernels` computes with them, a layer of both towers at a time.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+import lmfusion_kernels as lk
+from lmfusion.configuration import LMFusionConfig, head_dim_of
+from lmfusion.image.patch_coder import build_patch_coder
+from lmfusion_kernels.weights import Rope
+
+
+class TextTower(nn.Module):
+    """The base LLM: embeddings, layers, final norm and head."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        self.layers = nn.ModuleList(
+            _tower_layer(lk.TowerLayer, config, width, config.intermediate_size) for _ in range(config.num_hidden_layers)
+        )
+        self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(width, config.vocab_size, bias=False)
+        # No buffer: these stay float32 whatever the weights are converted to.
+        self.inv_freq, self.attention_scaling = rope_frequencies(config)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, d] of the LM head, which may be the embedding."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def rope(self, position: Tensor) -> Rope:
+        """cos and sin of every token's angles, from its position (int32 [N], sequence order)."""
+        self.inv_freq = self.inv_freq.to(position.device)
+        return lk.rope_tables(position, self.inv_freq, self.attention_scaling)
+
+
+class FeedForwardLayer(lk.TowerLayer):
+    """A layer's own feed-forward network and its norm; the attention is the text tower's (separation "shallow")."""
+
+    def __init__(self, *args: int, **kwargs: float) -> None:
+        super().__init__(*args, **kwargs)
+        del self.input_layernorm, self.self_attn
+
+
+class ImageTower(nn.Module):
+    """What is trained: layers beside the text tower's, a final norm, the patch coder, and the rows of BOI and EOI."""
+
+    def __init__(self, config: LMFusionConfig, latent_channels: int) -> None:
+        super().__init__()
+        text, width = config.text_config, config.image_hidden_size
+        kind = {"deep": lk.TowerLayer, "shallow": FeedForwardLayer, "none": None}[config.image.separation]
+        self.layers = nn.ModuleList(
+            _tower_layer(kind, text, width, config.image_intermediate_size)
+            for _ in range(0 if kind is None else text.num_hidden_layers)
+        )
+        """One a layer; none at all where every layer is shared (separation "none")."""
+        self.norm = nn.RMSNorm(width, eps=text.rms_norm_eps)
+        self.patch_coder = build_patch_coder(config.image.patch_coder, latent_channels, width)
+        self.marker_embedding = nn.Parameter(torch.empty(2, text.hidden_size))
+        """Embeddings of BOI and EOI, which the text tower processes."""
+        self.marker_head = nn.Parameter(torch.empty(2, text.hidden_size))
+        """Rows of BOI and EOI beside the LM head."""
+
+    def layer_weights(self, index: int, text: lk.BlockWeights, dtype: torch.dtype) -> lk.BlockWeights:
+        """Weights of layer `index` in `dtype`, those of the same layer of the text tower where they are shared."""
+        if len(self.layers) == 0:
+            return text
+        layer = self.layers[index]
+        if not isinstance(layer, FeedForwardLayer):
+            return layer.weights(dtype)
+        return replace(
+            text,
+            post_attention_layernorm=layer.post_attention_layernorm.weight.to(dtype),
+            gate_up_proj=layer.mlp.gate_up_proj.weight.to(dtype),
+            down_proj=layer.mlp.down_proj.weight.to(dtype),
+        )
+
+    @torch.no_grad()
+    def initialize(self, text: TextTower) -> None:
+        """Start from `text`: weights of the same shape are copied, those of a narrower tower drawn as Llama's are.
+
+        Marker rows start near the mean of the vocabulary's. The patch coder is left as it is. Draws come from torch's
+        global generator.
+        """
+        sources = dict(text.named_parameters())
+        for i, layer in enumerate(self.layers):
+            of_layer = {name: sources[f"layers.{i}.{name}"] for name, _ in layer.named_parameters()}
+            if any(parameter.shape != of_layer[name].shape for name, parameter in layer.named_parameters()):
+                layer.initialize(len(self.layers))
+            for name, parameter in layer.named_parameters():
+                if parameter.shape == of_layer[name].shape:
+                    parameter.copy_(of_layer[name])
+        if self.norm.weight.shape == text.norm.weight.shape:
+            self.norm.weight.copy_(text.norm.weight)
+        else:
+            self.norm.weight.fill_(1.0)
+        for marker, vocabulary in ((self.marker_embedding, text.embed_tokens.weight), (self.marker_head, text.head_weight)):
+            mean, spread = vocabulary.float().mean(0), 0.1 * vocabulary.float().std()
+            marker.copy_(mean + spread * torch.randn(marker.shape, device=marker.device))
+
+
+def _tower_layer(
+    kind: type[lk.TowerLayer], config: PreTrainedConfig, width: int, intermediate_size: int
+) -> lk.TowerLayer:
+    """A layer with the heads of the LLM `config`, and the biases and norms that its architecture has."""
+    return kind(
+        width,
+        intermediate_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        head_dim=head_dim_of(config),
+        qkv_bias=config.model_type == "qwen2",
+        qk_norm=config.model_type == "qwen3",
+        eps=config.rms_norm_eps,
+    )
+
+
+def rope_frequencies(config: PreTrainedConfig) -> tuple[Tensor, float]:
+    """Angular frequencies, float32 [D/2] on the CPU, and the factor of cos and sin, with the config's rope scaling."""
+    with torch.device("cpu"):  # also while the model is being built on the meta device
+        rope = config.rope_parameters
+        if rope["rope_type"] != "default":
+            return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))
+        head_dim = head_dim_of(config)
+        return 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim), 1.0

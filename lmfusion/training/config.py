@@ -1,0 +1,271 @@
+"""What does a run consist of? Dataclasses, read from a YAML recipe and `key.sub=value` overrides."""
+
+import dataclasses
+import difflib
+import importlib.util
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from lmfusion.configuration import ImageTowerConfig
+from lmfusion.data.sources import DataConfig
+from lmfusion.diffusion import SAMPLERS, DiffusionConfig
+from lmfusion.image.codec import CodecConfig
+
+T = TypeVar("T")
+
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass
+class ModelConfig:
+    """Which LLM is adapted, and what is put beside it; or which adapted model is trained further."""
+
+    base: str | None = None
+    """Folder or GGUF file of a Llama-type LLM. `package:name/file` is a file inside an installed Python package."""
+    adapted: str | None = None
+    """Instead of base: folder of an LMFusion model (of `lmfusion adapt`, or of an earlier run) to start from. It brings
+    its own image, codec and diffusion."""
+    image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+
+    def __post_init__(self) -> None:
+        if (self.base is None) == (self.adapted is None):
+            raise ValueError("give either model.base (an LLM) or model.adapted (an LMFusion model)")
+        if self.adapted is not None and (self.image, self.codec, self.diffusion) != (
+            ImageTowerConfig(),
+            CodecConfig(),
+            DiffusionConfig(),
+        ):
+            raise ValueError("model.adapted brings its own image, codec and diffusion; leave these out")
+
+
+@dataclass
+class TrainConfig:
+    """How long, how fast and where. The optimiser is AdamW; defaults are the paper's."""
+
+    num_steps: int = 250_000
+    batch_size: int = 128
+    """Samples a step."""
+    micro_batch_size: int | None = None
+    """Samples a forward; gradients add up to those of the whole step, so this trades memory for time. None: all."""
+    learning_rate: float = 1e-4
+    """Of the image tower, after warm-up; from there it falls along a cosine."""
+    min_learning_rate: float = 1.5e-5
+    """At the last step."""
+    warmup_steps: int = 4000
+    text_learning_rate_ratio: float = 0.0
+    """Learning rate of the text tower over that of the image tower; 0 freezes the text tower, bit for bit."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """On matrices and convolutions; never on norms, biases and embeddings."""
+    max_grad_norm: float = 1.0
+    """Gradients of a larger total norm are scaled down to it."""
+    ema_decay: float = 0.9999
+    """Of the running average of the trained weights, which is what samples and the exported model use. In early steps
+    (1 + step) / (10 + step) holds where it is less. 0: no averaging."""
+    dtype: str = "float32"
+    """"float32" or "bfloat16": of the activations and the frozen weights. Trained weights are always float32."""
+    seed: int = 0
+    device: str = "auto"
+    """"auto" (a GPU where there is one), "cpu" or "cuda"."""
+    log_every: int = 10
+    """Steps a line of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        _check_least(self, "train", num_steps=1, batch_size=1, micro_batch_size=1, warmup_steps=0, log_every=1)
+        _check_least(self, "train", min_learning_rate=0, text_learning_rate_ratio=0, weight_decay=0, seed=0)
+        for name in ("learning_rate", "eps", "max_grad_norm"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be a positive number")
+        for name, value in (("betas", max(self.betas)), ("betas", min(self.betas)), ("ema_decay", self.ema_decay)):
+            if not 0 <= value < 1:
+                raise ValueError(f"train.{name} is {getattr(self, name)}; 0 up to, but not including, 1")
+        if self.warmup_steps > self.num_steps:
+            raise ValueError(f"train.warmup_steps is {self.warmup_steps}, more than train.num_steps, {self.num_steps}")
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"train.min_learning_rate is {self.min_learning_rate}, "
+                f"more than train.learning_rate, {self.learning_rate}"
+            )
+        _check_choice("train.dtype", self.dtype, DTYPES)
+        _check_choice("train.device", self.device, DEVICES)
+
+
+@dataclass
+class SampleConfig:
+    """Images drawn while training, to see how it goes."""
+
+    prompts: list[str] = field(default_factory=list)
+    """One row of the picture each; none: no pictures."""
+    every: int = 1000
+    """Steps between pictures."""
+    num_images: int = 4
+    """Images a prompt, with other seeds."""
+    sampler: str = "dpm-solver"
+    num_steps: int = 20
+    guidance_scale: float = 1.55
+
+    def __post_init__(self) -> None:
+        _check_choice("sample.sampler", self.sampler, SAMPLERS)
+        _check_least(self, "sample", every=1, num_images=1, num_steps=1, guidance_scale=1)
+
+
+@dataclass
+class CheckpointConfig:
+    """What a run can be resumed from."""
+
+    every: int = 1000
+    """Steps between checkpoints. One is also written at the end, and when the run is interrupted."""
+    keep_last: int = 2
+    """Older ones are deleted, once their successor is complete."""
+
+    def __post_init__(self) -> None:
+        _check_least(self, "checkpoint", every=1, keep_last=1)
+
+
+@dataclass
+class RunConfig:
+    """One training run."""
+
+    output: str
+    """Folder of the run: checkpoints, metrics.jsonl, samples, and the trained model. A run resumes from its folder."""
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig = field(default_factory=TrainConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """The run that a YAML recipe describes, changed by overrides like "train.num_steps=100" (values are YAML).
+
+    Raises ValueError, naming the key, for one that does not exist or has a value of the wrong type or out of range.
+    """
+    path = Path(recipe)
+    if not path.is_file():
+        raise ValueError(f"no recipe at {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds no keys; a recipe has {_field_names(RunConfig)}")
+    for override in overrides:
+        _override(values, override)
+    return build_config(RunConfig, values)
+
+
+def build_config(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    """The dataclass `cls` from nested mappings, values checked against the types of its fields."""
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            meant = f"; did you mean {prefix}{near[0]}?" if near else ""
+            raise ValueError(f"unknown key {prefix}{key}{meant} (known: {', '.join(known)})")
+    for name, f in known.items():
+        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{prefix}{name} is missing")
+    return cls(**{key: _convert(value, hints[key], f"{prefix}{key}") for key, value in values.items()})
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain values, as YAML and JSON hold them; `build_config` takes them back."""
+    return {
+        f.name: to_dict(value) if dataclasses.is_dataclass(value := getattr(config, f.name)) else _plain(value)
+        for f in dataclasses.fields(config)
+    }
+
+
+def resolve_path(path: str) -> str:
+    """`path`, or, for `package:name/file`, the file inside the installed package `name`, which is not imported.
+
+    Raises ValueError where the package is not installed or holds no such file.
+    """
+    if not path.startswith("package:"):
+        return path
+    package, _, file = path.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"{path}: the package {package} is not installed; pip install {package.replace('_', '-')}")
+    for location in spec.submodule_search_locations:
+        found = Path(location, file)
+        if file and found.exists():
+            return str(found)
+    raise ValueError(f"{path}: the package {package} has no file {file!r}")
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ValueError(f"{override!r} is no override; write key.sub=value")
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"{key}: {parent} is a value and has nothing below it")
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{override!r}: the value is not YAML: {error}") from error
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    """`value` as the type `hint`, or ValueError naming the key."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        hint = next(arg for arg in args if arg is not type(None))
+        origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        if dataclasses.is_dataclass(value):
+            return value
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name} is {value!r}; it has keys of its own: {_field_names(hint)}")
+        return build_config(typing.cast(type, hint), value, prefix=f"{name}.")
+    if origin in (list, tuple):
+        length = len(args) if origin is tuple and args[-1] is not Ellipsis else None
+        if not isinstance(value, (list, tuple)) or length not in (None, len(value)):
+            raise ValueError(f"{name} is {value!r}; it is a list" + (f" of {length}" if length else ""))
+        return origin(_convert(item, args[0], f"{name}[{i}]") for i, item in enumerate(value))
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4 as text
+        except ValueError:
+            pass
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, hint.__name__)
+        raise ValueError(f"{name} is {value!r}; it must be {kind}")
+    return value
+
+
+def _field_names(cls: Any) -> str:
+    return ", ".join(f.name for f in dataclasses.fields(cls))
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _check_least(config: Any, section: str, **limits: float) -> None:
+    for name, least in limits.items():
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and value >= least):
+            raise ValueError(f"{section}.{name} is {value}; it must be at least {least}")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; it is one of {', '.join(choices)}")

@@ -1,0 +1,154 @@
+"""Host-side builders (numpy in, numpy out): the compiled module where it was built, else the same in numpy."""
+
+import bisect
+
+import numpy as np
+
+try:
+    from lmfusion_kernels import _host_native
+except ImportError:
+    _host_native = None  # type: ignore[assignment]
+
+_IMAGE = 1
+_MAX_ROWS = 2**31 - 1
+
+
+def build_layout(
+    kinds: np.ndarray,
+    lengths: np.ndarray,
+    documents: np.ndarray,
+    frozen_text: bool,
+    cached_lengths: np.ndarray | None,
+    cache_capacity: int,
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """The vectors and counts of `TokenLayout` from S spans.
+
+    kinds uint8 [S] (0 text, 1 image, 2 marker), lengths int32 [S], documents int32 [S] (non-decreasing from 0),
+    cached_lengths int32 [num_documents] or None. All vectors of the answer are int32.
+
+    Raises ValueError if there are more tokens or cache rows than int32 can count, or a negative cached length.
+    """
+    num_tokens = int(lengths.sum(dtype=np.int64))
+    if num_tokens > _MAX_ROWS:
+        raise ValueError(f"the batch has {num_tokens} tokens; the limit is {_MAX_ROWS}, split it")
+    if cached_lengths is not None:
+        if cached_lengths.size and cached_lengths.min() < 0:
+            raise ValueError(f"document {int(cached_lengths.argmin())} has a cached length of {cached_lengths.min()}")
+        if cached_lengths.size * cache_capacity > _MAX_ROWS:
+            raise ValueError(
+                f"a cache of {cached_lengths.size} documents x {cache_capacity} rows is larger than {_MAX_ROWS} rows; "
+                "use a smaller batch or capacity"
+            )
+    if _host_native is not None:
+        return _host_native.build_layout(kinds, lengths, documents, frozen_text, cached_lengths, cache_capacity)
+    return build_layout_numpy(kinds, lengths, documents, frozen_text, cached_lengths, cache_capacity)
+
+
+def build_layout_numpy(
+    kinds: np.ndarray,
+    lengths: np.ndarray,
+    documents: np.ndarray,
+    frozen_text: bool,
+    cached_lengths: np.ndarray | None,
+    cache_capacity: int,
+) -> tuple[dict[str, np.ndarray], dict[str, int]]:
+    """`build_layout` in numpy: its specification, and its stand-in where nothing was compiled."""
+    num_tokens = int(lengths.sum())
+    index = np.arange(num_tokens, dtype=np.int32)
+    span_end = np.cumsum(lengths).astype(np.int32)
+    span_start = span_end - lengths
+    num_documents = int(documents.max(initial=-1)) + 1
+    document_start = np.zeros(num_documents, np.int32)
+    document_end = np.zeros(num_documents, np.int32)
+    document_start[documents[::-1]] = span_start[::-1]
+    document_end[documents] = span_end
+
+    kind = np.repeat(kinds, lengths)  # by token, as everything below
+    document = np.repeat(documents, lengths)
+    is_image = kind == _IMAGE
+    first_key = document_start[document]
+    end_key = np.where(is_image, np.repeat(span_end, lengths), index + 1).astype(np.int32)
+    position = index - first_key
+
+    is_constant = np.zeros(num_tokens, bool)
+    if frozen_text and cached_lengths is None:  # a cached layout has no backward, so nothing to leave out of it
+        first_trained = document_end.copy()
+        trained_spans = np.flatnonzero(kinds != 0)[::-1]
+        first_trained[documents[trained_spans]] = span_start[trained_spans]
+        is_constant = index < first_trained[document]
+    constant, image = np.flatnonzero(is_constant), np.flatnonzero(is_image)
+    live = np.flatnonzero(~is_constant & ~is_image)
+    tower_to_sequence = np.concatenate([constant, live, image]).astype(np.int32)
+    sequence_to_tower = np.empty(num_tokens, np.int32)
+    sequence_to_tower[tower_to_sequence] = index
+    num_constant = constant.size
+
+    first_query = np.where(is_image, np.repeat(span_start, lengths), index).astype(np.int32)
+    end_query = document_end[document]
+    active = np.flatnonzero(~is_constant).astype(np.int32)
+    rank_before = np.concatenate([[0], np.cumsum(~is_constant)]).astype(np.int32)  # active rows before a sequence index
+    query_row = np.concatenate([index[:num_constant], num_constant + rank_before[tower_to_sequence[num_constant:]]])
+
+    key_slot = index
+    no_queries = np.empty(0, np.int32)
+    if cached_lengths is not None:
+        position = position + cached_lengths[document]
+        slot_start = document * np.int32(cache_capacity)
+        key_slot = slot_start + position
+        end_key = end_key - first_key + slot_start + cached_lengths[document]
+        first_key = slot_start
+    vectors = {
+        "tower_to_sequence": tower_to_sequence,
+        "sequence_to_tower": sequence_to_tower,
+        "position": position,
+        "key_start": first_key,
+        "key_end": end_key,
+        "query_start": first_query if cached_lengths is None else no_queries,
+        "query_end": end_query if cached_lengths is None else no_queries,
+        "key_slot": key_slot,
+        "query_row": query_row,
+        "constant_key_start": first_key[constant],
+        "constant_key_end": end_key[constant],
+        "active_key_start": first_key[active],
+        "active_key_end": end_key[active],
+        "active_key": active,
+        "active_query_start": rank_before[first_query[active]] if cached_lengths is None else no_queries,
+        "active_query_end": rank_before[end_query[active]] if cached_lengths is None else no_queries,
+        "active_row": sequence_to_tower[active] - np.int32(num_constant),
+    }
+    vectors = {name: np.ascontiguousarray(vector, np.int32) for name, vector in vectors.items()}
+    counts = {"num_tokens": num_tokens, "num_text": num_tokens - image.size, "num_constant": int(num_constant)}
+    return vectors, counts
+
+
+def pack(lengths: np.ndarray, capacity: int, window: int) -> list[np.ndarray]:
+    """The rows of `pack_documents`. lengths int64 [n], each in 1..capacity."""
+    if _host_native is not None:
+        return _host_native.pack(lengths, capacity, window)
+    return pack_python(lengths, capacity, window)
+
+
+def pack_python(lengths: np.ndarray, capacity: int, window: int) -> list[np.ndarray]:
+    """`pack` in python: its specification, and its stand-in where nothing was compiled."""
+    packed: list[list[int]] = []
+    for begin in range(0, len(lengths), window):
+        rows: list[list[int]] = []
+        room: list[tuple[int, int]] = []  # (free tokens, row), sorted: the first that is large enough is the best fit
+        by_length = np.argsort(-lengths[begin : begin + window], kind="stable") + begin
+        for document in by_length.tolist():
+            length = int(lengths[document])
+            best = bisect.bisect_left(room, (length, 0))
+            if best < len(room):
+                free, row = room.pop(best)
+            else:
+                free, row = capacity, len(rows)
+                rows.append([])
+            rows[row].append(document)
+            bisect.insort(room, (free - length, row))
+        packed += sorted(sorted(row) for row in rows)
+    return [np.array(row, np.int64) for row in packed]
+
+
+def instruction_set() -> str | None:
+    """What the CPU kernels use here: "avx512", "avx2" or "baseline"; None if nothing was compiled."""
+    return None if _host_native is None else _host_native.instruction_set()

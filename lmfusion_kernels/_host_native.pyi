@@ -1,0 +1,12 @@
+import numpy as np
+
+def build_layout(
+    kinds: np.ndarray,
+    lengths: np.ndarray,
+    documents: np.ndarray,
+    frozen_text: bool,
+    cached_lengths: np.ndarray | None,
+    cache_capacity: int,
+) -> tuple[dict[str, np.ndarray], dict[str, int]]: ...
+def pack(lengths: np.ndarray, capacity: int, window: int) -> list[np.ndarray]: ...
+def instruction_set() -> str: ...

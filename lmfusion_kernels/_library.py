@@ -1,0 +1,45 @@
+"""Is the compiled library of torch ops here? Loads it once; `why_not` is one sentence: what is missing, the way out."""
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MINIMUM_TORCH = (2, 10)
+INSTALL_AGAIN = "`pip install --force-reinstall --no-deps lmfusion` (in a checkout: `make build`)"
+
+
+def read_build_info(folder: Path) -> dict[str, Any]:
+    """What the build wrote about itself (`_build.json`): torch, compiler, cuda_architectures, cuda_why_not, why_not."""
+    path = folder / "_build.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def load(folder: Path) -> str:
+    """Load the ops of the library in `folder` into torch.ops.lmfusion. Returns "", or why that cannot be."""
+    version = torch.__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TORCH:
+        return f"torch {version} is installed and the native ops need 2.10 or later; `pip install 'torch>=2.10'`"
+    libraries = sorted(folder.glob("_C*.so"))
+    if not libraries:
+        reason = read_build_info(folder).get("why_not") or f"they were never compiled here; {INSTALL_AGAIN}"
+        return f"the native ops were not built: {reason}"
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except (OSError, RuntimeError) as error:
+        first_line = str(error).splitlines()[0]
+        return f"{libraries[0].name} does not load ({first_line}); build it again with {INSTALL_AGAIN}"
+    return ""
+
+
+FOLDER = Path(__file__).resolve().parent
+build_info = read_build_info(FOLDER)
+why_not = load(FOLDER)
+native = not why_not
+"""Whether torch.ops.lmfusion holds the native ops."""
+
+if not native and os.environ.get("LMFUSION_KERNELS_BACKEND") != "reference":
+    warnings.warn(f"lmfusion_kernels runs in plain PyTorch, which is slower: {why_not}", stacklevel=2)

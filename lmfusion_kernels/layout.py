@@ -1,0 +1,267 @@
+"""Which tower handles a token, and which keys does it see? Index vectors for one packed batch, built once on the host.
+
+Two orders of the same rows (docs/design.md, section 2):
+
+* sequence order: documents one after another, spans as they occur. Attention works here.
+* tower order: rows grouped stably as [constant text | live text | image]. Everything else works here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmfusion_kernels import _host
+
+TEXT, IMAGE, MARKER = 0, 1, 2
+MODALITIES = {"text": TEXT, "image": IMAGE, "marker": MARKER}
+
+Document = Sequence[tuple[str, int]]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLayout:
+    """Routing and mask of a packed batch of N tokens.
+
+    Every vector is int32 and lies on one device; every count is an int on the host, so no op that uses a layout has to
+    wait for the device. Query `i` sees the keys `[key_start[i], key_end[i])`; key `j` is seen by the queries
+    `[query_start[j], query_end[j])`. All four are non-decreasing in sequence order.
+
+    Row classes: *constant* rows are text rows before the first image or marker of their document when the text tower is
+    frozen; nothing trainable reaches them, so they have no backward. *live* rows are the other text rows and the
+    markers (BOI, EOI: text-tower rows whose embedding is trained). *image* rows belong to the image tower.
+
+    Build one with `from_spans` or `from_modality_ids`.
+    """
+
+    num_tokens: int
+    num_text: int
+    """Rows of the text tower: constant and live."""
+    num_constant: int
+    num_keys: int
+    """Rows of the key buffer: num_tokens, or num_documents * cache_capacity where a key-value cache is used."""
+    num_documents: int
+
+    tower_to_sequence: Tensor
+    """[N] sequence index of each row in tower order."""
+    sequence_to_tower: Tensor
+    """[N] tower index of each row in sequence order."""
+    position: Tensor
+    """[N] RoPE position in sequence order: one running count per document."""
+    key_start: Tensor
+    key_end: Tensor
+    query_start: Tensor
+    query_end: Tensor
+    key_slot: Tensor
+    """[N] row of the key buffer that holds the key of each token, in sequence order (the identity without a cache)."""
+
+    # The same mask for the rows that take part in a backward ("active": all but the constant ones). An active row's rank
+    # is its place among the active rows in sequence order. Without constant rows these are the vectors above.
+    query_row: Tensor
+    """[N] by tower row: a constant row's own index, or num_constant + rank of an active one."""
+    constant_key_start: Tensor
+    constant_key_end: Tensor
+    active_key_start: Tensor
+    """[num_active] first key seen by the active query of this rank."""
+    active_key_end: Tensor
+    active_key: Tensor
+    """[num_active] sequence index of the active row of this rank."""
+    active_query_start: Tensor
+    """[num_active] first rank among the active queries that see this active key."""
+    active_query_end: Tensor
+    active_row: Tensor
+    """[num_active] by rank: row in [live | image] order, that is tower index minus num_constant."""
+
+    @property
+    def num_image(self) -> int:
+        return self.num_tokens - self.num_text
+
+    @property
+    def num_live(self) -> int:
+        return self.num_text - self.num_constant
+
+    @property
+    def num_active(self) -> int:
+        return self.num_tokens - self.num_constant
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether keys live in a cache that holds earlier tokens too. Such a layout has no backward."""
+        return self.query_start.numel() != self.num_tokens
+
+    @property
+    def device(self) -> torch.device:
+        return self.position.device
+
+    @classmethod
+    def from_spans(
+        cls,
+        documents: Sequence[Document],
+        *,
+        frozen_text: bool = True,
+        device: torch.device | str | None = None,
+        cached_lengths: Sequence[int] | None = None,
+        cache_capacity: int | None = None,
+    ) -> "TokenLayout":
+        """Lay out documents given as lists of (modality, length).
+
+        Modalities are "text", "image" and "marker" (text-tower tokens whose embedding is trained: BOI, EOI). Lengths are
+        positive token counts. An empty list of documents gives an empty layout.
+
+        With `cached_lengths`, document `d` already has that many tokens in its own stretch of `cache_capacity` rows of a
+        key-value cache, and the given spans continue it.
+
+        Raises ValueError for an unknown modality, a length that is not a positive integer, a document without spans, or
+        a document that outgrows its cache.
+        """
+        kinds: list[int] = []
+        lengths: list[int] = []
+        span_documents: list[int] = []
+        for d, document in enumerate(documents):
+            if len(document) == 0:
+                raise ValueError(f"document {d} has no spans; leave it out of the batch")
+            for modality, length in document:
+                kind = MODALITIES.get(modality)
+                if kind is None:
+                    raise ValueError(
+                        f"document {d} has a span of unknown modality {modality!r}; known: {', '.join(MODALITIES)}"
+                    )
+                if length.__class__ is not int:
+                    length = _as_count(length, d)
+                if length <= 0:
+                    raise ValueError(f"document {d} has a {modality} span of length {length}; lengths are positive")
+                kinds.append(kind)
+                lengths.append(length)
+                span_documents.append(d)
+        return cls._build(
+            np.asarray(kinds, np.uint8),
+            np.asarray(lengths, np.int32),
+            np.asarray(span_documents, np.int32),
+            len(documents),
+            frozen_text,
+            device,
+            cached_lengths,
+            cache_capacity,
+        )
+
+    @classmethod
+    def from_modality_ids(
+        cls,
+        modality_ids: Any,
+        document_ids: Any,
+        image_ids: Any,
+        *,
+        frozen_text: bool = True,
+        device: torch.device | str | None = None,
+    ) -> "TokenLayout":
+        """Lay out N tokens given one id each, in sequence order.
+
+        modality_ids [N]: 0 text, 1 image, 2 marker. document_ids [N]: non-decreasing. image_ids [N]: the same number for
+        all tokens of an image, another for the next image; ignored at text tokens. Tensors on a device are copied to
+        the host, which waits for the device; `from_spans` does not.
+
+        Raises ValueError when shapes differ, a modality is unknown, or document ids decrease.
+        """
+        modality, document, image = (
+            np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids).astype(np.int64).reshape(-1)
+            for ids in (modality_ids, document_ids, image_ids)
+        )
+        if not modality.shape == document.shape == image.shape:
+            raise ValueError(
+                "modality_ids, document_ids and image_ids must have one entry a token; "
+                f"they have {modality.size}, {document.size} and {image.size}"
+            )
+        unknown = modality[(modality < TEXT) | (modality > MARKER)]
+        if unknown.size:
+            raise ValueError(f"unknown modality id {unknown[0]}; known: 0 (text), 1 (image), 2 (marker)")
+        if (np.diff(document) < 0).any():
+            raise ValueError("document_ids must not decrease; pack the tokens of a document next to each other")
+        image = np.where(modality == IMAGE, image, -1)
+        is_first = np.ones(modality.size, bool)
+        is_first[1:] = (np.diff(modality) != 0) | (np.diff(document) != 0) | (np.diff(image) != 0)
+        starts = np.flatnonzero(is_first)
+        _, span_documents = np.unique(document[starts], return_inverse=True)
+        return cls._build(
+            modality[starts].astype(np.uint8),
+            np.diff(np.append(starts, modality.size)).astype(np.int32),
+            span_documents.astype(np.int32),
+            int(span_documents.max(initial=-1)) + 1,
+            frozen_text,
+            device,
+        )
+
+    @classmethod
+    def _build(
+        cls,
+        kinds: np.ndarray,
+        lengths: np.ndarray,
+        span_documents: np.ndarray,
+        num_documents: int,
+        frozen_text: bool,
+        device: torch.device | str | None,
+        cached_lengths: Sequence[int] | None = None,
+        cache_capacity: int | None = None,
+    ) -> "TokenLayout":
+        if (cached_lengths is None) != (cache_capacity is None):
+            raise ValueError("give cached_lengths and cache_capacity together, or neither")
+        cached = None
+        if cached_lengths is not None:
+            cached = np.asarray(cached_lengths, np.int32)
+            if cached.shape != (num_documents,):
+                raise ValueError(f"cached_lengths has {cached.size} entries for {num_documents} documents")
+            totals = cached + np.bincount(span_documents, lengths, num_documents).astype(np.int64)
+            if num_documents and totals.max() > cache_capacity:
+                raise ValueError(
+                    f"document {int(totals.argmax())} would hold {int(totals.max())} tokens, but the cache has room for "
+                    f"{cache_capacity}; allocate a larger one"
+                )
+        vectors, counts = _host.build_layout(kinds, lengths, span_documents, frozen_text, cached, cache_capacity or 0)
+        num_tokens = counts["num_tokens"]
+        num_keys = num_tokens if cached is None else num_documents * int(cache_capacity or 0)
+        tensors = {name: torch.from_numpy(vector) for name, vector in vectors.items()}
+        layout = cls(
+            num_tokens=num_tokens,
+            num_text=counts["num_text"],
+            num_constant=counts["num_constant"],
+            num_keys=num_keys,
+            num_documents=num_documents,
+            **tensors,
+        )
+        return layout if device is None else layout.to(device)
+
+    def to(self, device: torch.device | str) -> "TokenLayout":
+        """The same layout with its vectors on `device`, copied without waiting for it."""
+        moved = {
+            field.name: getattr(self, field.name).to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
+
+    def to_tower_order(self, x: Tensor) -> Tensor:
+        """Rows [N, ...] from sequence order to tower order."""
+        self.check_rows(x)
+        return x.index_select(0, self.tower_to_sequence)
+
+    def to_sequence_order(self, x: Tensor) -> Tensor:
+        """Rows [N, ...] from tower order to sequence order."""
+        self.check_rows(x)
+        return x.index_select(0, self.sequence_to_tower)
+
+    def check_rows(self, x: Tensor, num_rows: int | None = None, name: str = "x") -> None:
+        """Raise ValueError unless `x` has `num_rows` rows (default: one a token) on this layout's device."""
+        num_rows = self.num_tokens if num_rows is None else num_rows
+        if x.dim() == 0 or x.shape[0] != num_rows:
+            raise ValueError(f"{name} has shape {tuple(x.shape)}, but the layout needs {num_rows} rows")
+        if x.device != self.device:
+            raise ValueError(f"{name} is on {x.device}, the layout on {self.device}; build it with device={str(x.device)!r}")
+
+
+def _as_count(length: Any, document: int) -> int:
+    try:
+        return length.__index__()
+    except (AttributeError, TypeError):
+        raise ValueError(f"document {document} has a span of length {length!r}; lengths are integers") from None

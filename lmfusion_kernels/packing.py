@@ -1,0 +1,34 @@
+"""Which documents share a row of fixed capacity, so that few tokens of it stay empty?"""
+
+from typing import Any
+
+import numpy as np
+
+from lmfusion_kernels import _host
+
+
+def pack_documents(lengths: Any, capacity: int, window: int = 1024) -> list[np.ndarray]:
+    """Pack documents of `lengths` tokens (integers [n]) into rows of at most `capacity` tokens.
+
+    Best-fit decreasing within each window of `window` consecutive documents, so a row never reaches outside its window
+    and a stream can be packed window by window. Deterministic: equal input, equal rows, on any machine.
+
+    Returns one int64 array a row: the indices of its documents, ascending. Every document is in exactly one row.
+
+    Raises ValueError if a length is not positive, a document is longer than `capacity`, or `window` is below 1.
+    """
+    lengths = np.asarray(lengths)
+    if lengths.size == 0:
+        lengths = lengths.astype(np.int64)
+    if lengths.ndim != 1 or lengths.dtype.kind not in "iu":
+        raise ValueError(f"lengths must be integers [n]; got {lengths.dtype} of shape {lengths.shape}")
+    if window < 1:
+        raise ValueError(f"window={window}; it is a number of documents and at least 1")
+    if lengths.size and lengths.min() <= 0:
+        raise ValueError(f"document {int(lengths.argmin())} has length {int(lengths.min())}; lengths are positive")
+    if lengths.size and lengths.max() > capacity:
+        raise ValueError(
+            f"document {int(lengths.argmax())} has {int(lengths.max())} tokens, but a row has room for {capacity}; "
+            "shorten it, leave it out, or raise the capacity"
+        )
+    return _host.pack(np.ascontiguousarray(lengths, np.int64), capacity, window)

@@ -1,0 +1,112 @@
+"""RMSNorm of rows of two towers, each with its tower's weight: public wrapper, shapes under tracing, autograd."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmfusion_kernels import _library, reference
+from lmfusion_kernels.backends import choose
+from lmfusion_kernels.checks import check_like, check_rows, check_weight
+from lmfusion_kernels.layout import TokenLayout
+from lmfusion_kernels.weights import Rows
+
+_ops = torch.ops.lmfusion
+
+
+def routed_rms_norm(
+    x: Rows,
+    text_weight: Tensor,
+    image_weight: Tensor,
+    layout: TokenLayout,
+    eps: float,
+    residual: Rows | None = None,
+    backend: str | None = None,
+) -> Rows | tuple[Rows, Rows]:
+    """x / rms(x) * weight, row by row, text rows with `text_weight` and image rows with `image_weight`.
+
+    x: [N, d] in tower order, or the pair ([num_text, d_text], [num_image, d_image]). text_weight [d_text], image_weight
+    [d_image], in the dtype of x. With `residual`, held like x, normalises x + residual and returns
+    (normed, x + residual). backend: None (choose), "native" or "reference". Results have the form of x.
+
+    Sums are float32 for bfloat16 rows. A weight that requires no gradient gets none.
+    Raises ValueError for shapes, dtypes or devices that do not match.
+    """
+    rows = check_rows(x, layout)
+    check_weight(text_weight, (rows[0].shape[1],), rows[0], "text_weight")
+    check_weight(image_weight, (rows[-1].shape[1],), rows[-1], "image_weight")
+    added = [] if residual is None else check_rows(residual, layout, "residual")
+    if added:
+        check_like(added, rows, "residual")
+    if choose(backend, rows[0]) == "reference":
+        return reference.routed_rms_norm(x, text_weight, image_weight, layout, eps, residual)
+    out = _ops.rms_norm(rows, added, text_weight, image_weight, layout.num_text, eps)
+    if isinstance(x, Tensor):
+        return out[0] if residual is None else (out[0], out[1])
+    return (out[0], out[1]) if residual is None else ((out[0], out[1]), (out[2], out[3]))
+
+
+def _fake(
+    x: list[Tensor], residual: list[Tensor], text_weight: Tensor, image_weight: Tensor, num_text: int, eps: float
+) -> list[Tensor]:
+    num_rows = sum(tensor.shape[0] for tensor in x)
+    rows = [tensor.new_empty(tensor.shape) for tensor in (*x, *residual)]
+    return [*rows, x[0].new_empty(num_rows, dtype=torch.float32)]
+
+
+def _fake_backward(
+    dy: list[Tensor],
+    x: list[Tensor],
+    rstd: Tensor,
+    text_weight: Tensor,
+    image_weight: Tensor,
+    num_text: int,
+    dresidual: list[Tensor],
+    text_grad: bool,
+    image_grad: bool,
+    recompute: bool,
+) -> list[Tensor]:
+    dx = [tensor.new_empty(tensor.shape) for tensor in x]
+    wanted = [weight for weight, want in ((text_weight, text_grad), (image_weight, image_grad)) if want]
+    y = [tensor.new_empty(tensor.shape) for tensor in x] if recompute else []
+    return [*dx, *(weight.new_empty(weight.shape) for weight in wanted), *y]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, residual, text_weight, image_weight, num_text, _ = inputs
+    *rows, rstd = output
+    ctx.save_for_backward(*(rows[len(x) :] if residual else x), rstd, text_weight, image_weight)
+    ctx.num_text, ctx.has_residual = num_text, bool(residual)
+    ctx.mark_non_differentiable(rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    *x, rstd, text_weight, image_weight = ctx.saved_tensors
+    dy, dsum = _filled(grads[: len(x)], x), _filled(grads[len(x) : -1], x)
+    want_text, want_image = ctx.needs_input_grad[2:4]
+    dx: list[Tensor] | list[None]
+    if dy:
+        dx = _ops.rms_norm_backward(
+            dy, x, rstd, text_weight, image_weight, ctx.num_text, dsum, want_text, want_image, False
+        )
+    else:
+        dx = dsum or [None] * len(x)
+    dx, weight_grads = dx[: len(x)], list(dx[len(x) :])
+    dtext_weight, dimage_weight = (
+        weight_grads.pop(0) if want and weight_grads else None for want in (want_text, want_image)
+    )
+    return dx, dx if ctx.has_residual else [], dtext_weight, dimage_weight, None, None
+
+
+def _filled(grads: list[Tensor | None], x: list[Tensor]) -> list[Tensor]:
+    """`grads` with zeros for missing ones, or [] where all are missing."""
+    if all(grad is None for grad in grads):
+        return []
+    return [torch.zeros_like(rows) if grad is None else grad for grad, rows in zip(grads, x, strict=True)]
+
+
+if _library.native:
+    torch.library.register_fake("lmfusion::rms_norm", _fake)
+    torch.library.register_fake("lmfusion::rms_norm_backward", _fake_backward)
+    torch.library.register_autograd("lmfusion::rms_norm", _backward, setup_context=_setup_context)

@@ -1,0 +1,88 @@
+"""SwiGLU and the feed-forward networks of two towers around it: public wrappers, shapes under tracing, autograd."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmfusion_kernels import _library, reference
+from lmfusion_kernels.backends import choose
+from lmfusion_kernels.checks import check_rows, check_weight
+from lmfusion_kernels.layout import TokenLayout
+from lmfusion_kernels.linear import apply_linear
+from lmfusion_kernels.weights import Rows
+
+_ops = torch.ops.lmfusion
+
+
+def swiglu(gate_up: Tensor, backend: str | None = None) -> Tensor:
+    """silu(gate) * up, with gate_up [N, 2 I] the two halves side by side. Returns [N, I].
+
+    Raises ValueError for another shape.
+    """
+    if gate_up.dim() != 2 or gate_up.shape[1] % 2:
+        raise ValueError(f"gate_up has shape {tuple(gate_up.shape)}; it is [N, 2 I], gate and up side by side")
+    if choose(backend, gate_up) == "reference":
+        return reference.swiglu(gate_up)
+    return _ops.swiglu([gate_up])[0]
+
+
+def routed_swiglu(
+    x: Rows,
+    text_gate_up: Tensor,
+    text_down: Tensor,
+    image_gate_up: Tensor,
+    image_down: Tensor,
+    layout: TokenLayout,
+    backend: str | None = None,
+) -> Rows:
+    """down(silu(gate(x)) * up(x)), each row through the feed-forward network of its own tower.
+
+    x: [N, d] in tower order, or the pair ([num_text, d_text], [num_image, d_image]). A tower's gate_up [2 I, d] holds the
+    gate's rows, then the up projection's; its down is [d, I]; both in the dtype of x. I may differ between the towers.
+    backend: None (choose), "native" or "reference". The result has the form of x.
+
+    A weight that requires no gradient gets none. Raises ValueError for shapes, dtypes or devices that do not match.
+    """
+    rows = check_rows(x, layout)
+    towers = (("text", rows[0], text_gate_up, text_down), ("image", rows[-1], image_gate_up, image_down))
+    for name, tower_rows, gate_up, down in towers:
+        width = tower_rows.shape[1]
+        check_weight(gate_up, (-1, width), tower_rows, f"{name}_gate_up")
+        check_weight(down, (width, -1), tower_rows, f"{name}_down")
+        if gate_up.shape[0] != 2 * down.shape[1]:
+            raise ValueError(
+                f"{name}_gate_up has {gate_up.shape[0]} rows and {name}_down {down.shape[1]} columns; "
+                "gate_up needs two rows (gate and up) for every column of down"
+            )
+    if choose(backend, rows[0]) == "reference":
+        return reference.routed_swiglu(x, text_gate_up, text_down, image_gate_up, image_down, layout)
+    is_joined = isinstance(x, Tensor)
+    # Between the two projections the towers may be of different width, so their rows stay in one tensor only if not.
+    is_hidden_joined = is_joined and text_gate_up.shape[0] == image_gate_up.shape[0]
+    hidden = apply_linear(rows, text_gate_up, image_gate_up, None, None, layout.num_text, is_hidden_joined)
+    out = apply_linear(_ops.swiglu(hidden), text_down, image_down, None, None, layout.num_text, is_joined)
+    return out[0] if is_joined else (out[0], out[1])
+
+
+def _fake(gate_up: list[Tensor]) -> list[Tensor]:
+    return [tensor.new_empty(tensor.shape[0], tensor.shape[1] // 2) for tensor in gate_up]
+
+
+def _fake_backward(dy: list[Tensor], gate_up: list[Tensor], recompute: bool) -> list[Tensor]:
+    y = [tensor.new_empty(tensor.shape) for tensor in dy] if recompute else []
+    return [*(tensor.new_empty(tensor.shape) for tensor in gate_up), *y]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.save_for_backward(*inputs[0])
+
+
+def _backward(ctx: Any, dy: list[Tensor]) -> list[Tensor]:
+    return _ops.swiglu_backward(dy, ctx.saved_tensors, False)
+
+
+if _library.native:
+    torch.library.register_fake("lmfusion::swiglu", _fake)
+    torch.library.register_fake("lmfusion::swiglu_backward", _fake_backward)
+    torch.library.register_autograd("lmfusion::swiglu", _backward, setup_context=_setup_context)

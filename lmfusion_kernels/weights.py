@@ -1,0 +1,74 @@
+"""What does one layer of a tower consist of, and how are the rows of two towers held? Shared by reference and fast paths."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmfusion_kernels.layout import TokenLayout
+
+Rows = Tensor | tuple[Tensor, Tensor]
+"""Rows in tower order: one [N, d] tensor, or one a tower ([num_text, d_text], [num_image, d_image]) where the image
+tower is narrower. Functions answer in the form they were given."""
+
+Rope = tuple[Tensor, Tensor]
+"""(cos, sin), float32 [N, D/2] in sequence order; see `rope_tables`."""
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """Weights of one tower in one layer, named as in Llama, with q, k, v and gate, up stacked into one matrix each.
+
+    d: width of the tower, I: its FFN width, H and H_kv: query and key-value heads, D: head size. H, H_kv and D are the
+    same in both towers.
+    """
+
+    input_layernorm: Tensor
+    """[d]"""
+    qkv_proj: Tensor
+    """[(H + 2 H_kv) D, d]: rows of q, then k, then v"""
+    o_proj: Tensor
+    """[d, H D]"""
+    post_attention_layernorm: Tensor
+    """[d]"""
+    gate_up_proj: Tensor
+    """[2 I, d]: rows of gate, then up"""
+    down_proj: Tensor
+    """[d, I]"""
+    qkv_bias: Tensor | None = None
+    """[(H + 2 H_kv) D] (Qwen2)"""
+    q_norm: Tensor | None = None
+    """[D], applied per head before RoPE (Qwen3)"""
+    k_norm: Tensor | None = None
+    """[D]"""
+    eps: float = 1e-6
+    """epsilon of every norm"""
+
+    def num_heads(self, rope: Rope) -> int:
+        return self.o_proj.shape[1] // (2 * rope[0].shape[-1])
+
+
+def rope_tables(position: Tensor, inv_freq: Tensor, attention_scaling: float = 1.0) -> Rope:
+    """cos and sin of every token's rotation angles, float32 [N, D/2], once per batch for all layers.
+
+    position: integer [N] in sequence order. inv_freq: [D/2] angular frequencies. attention_scaling multiplies both
+    tables (YaRN-type context extensions).
+    """
+    angles = position.to(torch.float32)[:, None] * inv_freq.to(torch.float32)
+    return angles.cos() * attention_scaling, angles.sin() * attention_scaling
+
+
+def split_towers(x: Rows, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+    """The text rows and the image rows of `x` in tower order, as views."""
+    if isinstance(x, Tensor):
+        layout.check_rows(x)
+        return x[: layout.num_text], x[layout.num_text :]
+    x_text, x_image = x
+    layout.check_rows(x_text, layout.num_text, "text rows")
+    layout.check_rows(x_image, layout.num_image, "image rows")
+    return x_text, x_image
+
+
+def join_towers(text: Tensor, image: Tensor, like: Rows) -> Rows:
+    """The rows of both towers in the form of `like`: one tensor, or one a tower."""
+    return torch.cat([text, image]) if isinstance(like, Tensor) else (text, image)

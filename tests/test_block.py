@@ -1,0 +1,289 @@
+"""Is the fused block the block of the paper? Values, gradients, row classes, memory and FLOPs against the reference."""
+
+import itertools
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import lmfusion_kernels as lk
+from lmfusion_kernels import reference
+
+DOCUMENTS = [
+    [("text", 5), ("marker", 1), ("image", 16), ("marker", 1), ("text", 3)],
+    [("marker", 1), ("image", 4), ("marker", 1), ("text", 7), ("image", 4)],
+    [("text", 9)],
+    [("text", 2), ("image", 1)],
+]
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
+
+
+def make_block(dtype=torch.float32, image_width=32, separation="deep", frozen_text=True, **options):
+    torch.manual_seed(0)
+    block = lk.RoutedBlock(
+        32, 48, HEADS, KV_HEADS, HEAD_DIM, image_hidden_size=image_width, image_intermediate_size=image_width + 8
+        if separation == "deep" else 48, separation=separation, frozen_text=frozen_text, **options,
+    )  # fmt: skip
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return block.to(dtype)
+
+
+def make_inputs(layout, dtype, image_width=32, paired=True):
+    generator = torch.Generator().manual_seed(1)
+    x_text = torch.randn(layout.num_text, 32, generator=generator).to(dtype)
+    x_image = torch.randn(layout.num_image, image_width, generator=generator).to(dtype)
+    rope = lk.rope_tables(layout.position, 1e4 ** -torch.linspace(0, 1, HEAD_DIM // 2))
+    return ((x_text, x_image) if paired else torch.cat([x_text, x_image])), rope
+
+
+def run(block, x, layout, rope, backend, constant_grad=True):
+    """Outputs and the gradient of everything trainable for a fixed random loss on the rows that are not constant."""
+    rows = [t.detach().clone().requires_grad_() for t in (x if isinstance(x, tuple) else (x,))]
+    block.zero_grad(set_to_none=True)
+    y = block(tuple(rows) if isinstance(x, tuple) else rows[0], layout, rope, backend=backend)
+    ys = y if isinstance(y, tuple) else (y[: layout.num_text], y[layout.num_text :])
+    generator = torch.Generator().manual_seed(2)
+    loss = torch.zeros((), dtype=torch.float64)
+    for part, first in zip(ys, (layout.num_constant, 0), strict=True):
+        loss = loss + (part.double() * torch.randn(part.shape, generator=generator).double())[first:].sum()
+    loss.backward()
+    grads = {name: p.grad for name, p in block.named_parameters() if p.requires_grad}
+    for i, row in enumerate(rows):
+        grads[f"x{i}"] = row.grad[layout.num_constant :] if i == 0 else row.grad
+    return {"y_text": ys[0], "y_image": ys[1]} | grads
+
+
+def assert_as_good_as_reference(block, x, layout, rope, backend="native"):
+    exact_block = replace_dtype(block, torch.float64)
+    exact_x = tuple(t.double() for t in x) if isinstance(x, tuple) else x.double()
+    exact = run(exact_block, exact_x, layout, rope, "reference")
+    plain = run(block, x, layout, rope, "reference")
+    fused = run(block, x, layout, rope, backend)
+    assert fused.keys() == exact.keys()
+    for name, target in exact.items():
+        if target is None or target.numel() == 0:
+            assert fused[name] is None or fused[name].numel() == target.numel()
+            continue
+        scale = target.abs().max().item() + 1e-6
+        error = (fused[name].double() - target).abs().max().item() / scale
+        plain_error = (plain[name].double() - target).abs().max().item() / scale
+        assert error <= 2 * plain_error + 4 * torch.finfo(plain[name].dtype).eps, (name, error, plain_error)
+
+
+def replace_dtype(block, dtype):
+    import copy
+
+    return copy.deepcopy(block).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("frozen_text", [True, False], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("variant", ["plain", "qk_norm", "bias", "narrow", "shallow", "none", "one tensor"])
+def test_block_equals_reference(dtype, frozen_text, variant):
+    options = {"qk_norm": variant == "qk_norm", "qkv_bias": variant == "bias"}
+    if variant in ("shallow", "none"):
+        options["separation"] = variant
+    image_width = 16 if variant == "narrow" else 32
+    block = make_block(dtype, image_width, frozen_text=frozen_text, **options)
+    layout = lk.TokenLayout.from_spans(DOCUMENTS, frozen_text=frozen_text)
+    x, rope = make_inputs(layout, dtype, image_width, paired=variant != "one tensor")
+    assert_as_good_as_reference(block, x, layout, rope)
+
+
+@pytest.mark.parametrize("frozen_text", [True, False], ids=["frozen", "trainable"])
+@pytest.mark.parametrize(
+    "documents",
+    [[], [[("text", 1)]], [[("image", 1)]], [[("text", 12)], [("text", 3)]], [[("image", 8)], [("image", 4)]], [[("marker", 1)]]],
+    ids=["empty", "one text token", "one image token", "all text", "all image", "one marker"],
+)  # fmt: skip
+def test_block_on_batches_of_one_kind(documents, frozen_text):
+    block = make_block(frozen_text=frozen_text)
+    layout = lk.TokenLayout.from_spans(documents, frozen_text=frozen_text)
+    x, rope = make_inputs(layout, torch.float32)
+    assert_as_good_as_reference(block, x, layout, rope)
+
+
+def test_sequence_order_is_tower_order_moved():
+    block = make_block()
+    layout = lk.TokenLayout.from_spans(DOCUMENTS)
+    x, rope = make_inputs(layout, torch.float32, paired=False)
+    expected = layout.to_sequence_order(block(x, layout, rope))
+    torch.testing.assert_close(block(layout.to_sequence_order(x), layout, rope, order="sequence"), expected)
+
+
+def test_frozen_weights_and_constant_rows_get_no_gradient():
+    block = make_block()
+    layout = lk.TokenLayout.from_spans(DOCUMENTS)
+    (x_text, x_image), rope = make_inputs(layout, torch.float32)
+    x_text.requires_grad_()
+    y_text, y_image = block((x_text, x_image), layout, rope)
+    (y_text.sum() + y_image.sum()).backward()
+    assert all(p.grad is None for p in block.text.parameters())
+    assert all(p.grad is not None for p in block.image.parameters())
+    assert x_text.grad[: layout.num_constant].eq(0).all()
+    assert x_text.grad[layout.num_constant :].abs().sum(1).gt(0).all()
+
+
+def test_text_loss_after_an_image_reaches_the_image_tower_through_frozen_text():
+    block = make_block()
+    layout = lk.TokenLayout.from_spans([[("image", 4), ("text", 3)]])
+    x, rope = make_inputs(layout, torch.float32)
+    y_text, _ = block(x, layout, rope)
+    y_text.square().sum().backward()
+    qkv_grad = block.image.self_attn.qkv_proj.weight.grad
+    k_and_v = qkv_grad[HEADS * HEAD_DIM :]
+    assert k_and_v.abs().sum() > 0
+    reference_block = make_block()
+    reference_block(x, layout, rope, backend="reference")[0].square().sum().backward()
+    torch.testing.assert_close(qkv_grad, reference_block.image.self_attn.qkv_proj.weight.grad, rtol=1e-4, atol=1e-5)
+
+
+def saved_bytes(block, x, layout, rope):
+    """Bytes of the distinct storages autograd keeps, without weights, rope and the layout's vectors."""
+    known = {t.untyped_storage().data_ptr() for t in [*block.parameters(), *rope]}
+    known |= {t.untyped_storage().data_ptr() for f in fields(layout) if isinstance(t := getattr(layout, f.name), Tensor)}
+    storages = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in known:
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = block(x, layout, rope)
+    return sum(storages.values()), y
+
+
+def test_saves_what_the_docstring_says():
+    num_constant, num_active, d, intermediate = 96, 40, 32, 40
+    layout = lk.TokenLayout.from_spans([[("text", num_constant), ("image", num_active)]])
+    block = make_block()
+    x, rope = make_inputs(layout, torch.float32)
+    total, _ = saved_bytes(block, x, layout, rope)
+    kv = 2 * KV_HEADS * HEAD_DIM
+    active = 2 * d + 2 * HEADS * HEAD_DIM + kv + 2 * intermediate + HEADS + 2
+    assert total == 4 * (num_constant * kv + num_active * active)
+
+
+def test_backward_flops_are_those_of_the_row_classes():
+    layout = lk.TokenLayout.from_spans([[("text", 64), ("image", 64), ("text", 32)]])
+    block = make_block()
+    x, rope = make_inputs(layout, torch.float32)
+    x[0].requires_grad_()
+    x[1].requires_grad_()
+    y = block(x, layout, rope)
+    with FlopCounterMode(display=False) as counter:
+        (y[0].sum() + y[1].sum()).backward()
+    counts = counter.get_flop_counts()["Global"]
+    gemm = sum(flops for op, flops in counts.items() if str(op) in ("aten.mm", "aten.addmm"))
+
+    def parameters(layer):
+        return sum(p.numel() for p in layer.parameters() if p.dim() == 2)
+
+    ideal = 2 * (layout.num_live * parameters(block.text) + 2 * layout.num_image * parameters(block.image))
+    assert ideal <= gemm <= 1.02 * ideal
+
+
+@pytest.mark.parametrize("frozen_text", [True, False], ids=["frozen", "trainable"])
+def test_compiles_without_graph_break(frozen_text):
+    block = make_block(frozen_text=frozen_text)
+    layout = lk.TokenLayout.from_spans(DOCUMENTS, frozen_text=frozen_text)
+    x, rope = make_inputs(layout, torch.float32)
+    eager = run(block, x, layout, rope, None)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for name, value in run_compiled(compiled, block, x, layout, rope).items():
+        torch.testing.assert_close(value, eager[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def run_compiled(compiled, block, x, layout, rope):
+    def call(rows, layout, rope, backend=None):
+        return compiled(rows, layout, rope)
+
+    call.zero_grad = block.zero_grad
+    call.named_parameters = block.named_parameters
+    return run(call, x, layout, rope, None)
+
+
+def test_cached_decoding_equals_one_pass():
+    block = make_block()
+    documents = [[("text", 6), ("image", 4)], [("text", 3), ("image", 4)]]
+    layout = lk.TokenLayout.from_spans(documents)
+    (x_text, x_image), rope = make_inputs(layout, torch.float32)
+    with torch.no_grad():
+        whole_text, whole_image = block((x_text, x_image), layout, rope)
+        capacity, inv_freq = 12, 1e4 ** -torch.linspace(0, 1, HEAD_DIM // 2)
+        weights = block.text.weights(torch.float32), block.image.weights(torch.float32)
+        cache = tuple(torch.zeros(2 * capacity, KV_HEADS, HEAD_DIM) for _ in range(2))
+        for backend in ("native", "reference"):
+            prefix = lk.TokenLayout.from_spans(
+                [[("text", 6)], [("text", 3)]], cached_lengths=[0, 0], cache_capacity=capacity
+            )
+            images = lk.TokenLayout.from_spans(
+                [[("image", 4)], [("image", 4)]], cached_lengths=[6, 3], cache_capacity=capacity
+            )
+            none = x_text[:0], x_image[:0]
+            first, _ = lk.routed_block((x_text, none[1]), prefix, *weights, lk.rope_tables(prefix.position, inv_freq),
+                                       kv_cache=cache, backend=backend)  # fmt: skip
+            _, second = lk.routed_block((none[0], x_image), images, *weights, lk.rope_tables(images.position, inv_freq),
+                                        kv_cache=cache, backend=backend)  # fmt: skip
+            torch.testing.assert_close(first, whole_text, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(second, whole_image, rtol=1e-4, atol=1e-5)
+
+
+def test_bad_input_is_named():
+    block = make_block()
+    layout = lk.TokenLayout.from_spans(DOCUMENTS)
+    x, rope = make_inputs(layout, torch.float32)
+    text, image = block.text.weights(torch.float32), block.image.weights(torch.float32)
+    with pytest.raises(ValueError, match="order is 'towers'"):
+        lk.routed_block(x, layout, text, image, rope, order="towers")
+    with pytest.raises(ValueError, match="the layout needs 35 rows|rows"):
+        lk.routed_block((x[0][1:], x[1]), layout, text, image, rope)
+    with pytest.raises(ValueError, match="float64"):
+        lk.routed_block(x, layout, text, replace(image, down_proj=image.down_proj.double()), rope)
+    with pytest.raises(ValueError, match="frozen_text=False"):
+        lk.routed_block(x, layout, replace(text, down_proj=text.down_proj.detach().requires_grad_()), image, rope)
+    with pytest.raises(ValueError, match="rope has"):
+        lk.routed_block(x, layout, text, image, (rope[0][1:], rope[1][1:]))
+    with pytest.raises(ValueError, match="equally many heads"):
+        lk.routed_block(x, layout, replace(text, qkv_proj=text.qkv_proj[HEAD_DIM:]), image, rope)
+    with pytest.raises(ValueError, match="kv_cache"):
+        lk.routed_block(x, layout, text, image, rope, kv_cache=(x[0], x[0]))
+    with pytest.raises(ValueError, match="backend"):
+        lk.routed_block(x, layout, text, image, rope, backend="fastest")
+
+
+def test_reference_block_passes_gradcheck():
+    block = make_block(torch.float64, qk_norm=True, qkv_bias=True)
+    layout = lk.TokenLayout.from_spans([[("text", 1), ("marker", 1), ("image", 2), ("text", 1)]])
+    (x_text, x_image), rope = make_inputs(layout, torch.float64)
+    text, image = block.text.weights(torch.float64), block.image.weights(torch.float64)
+    names = [f.name for f in fields(image) if isinstance(getattr(image, f.name), Tensor)]
+    tensors = [getattr(image, name).detach().requires_grad_() for name in names]
+
+    def call(x_text, x_image, *tensors):
+        trained = replace(image, **dict(zip(names, tensors, strict=True)))
+        return reference.routed_block((x_text, x_image), layout, text, trained, rope)
+
+    rows = (x_text.requires_grad_(), x_image.requires_grad_())
+    assert torch.autograd.gradcheck(call, (*rows, *tensors), fast_mode=True)
+
+
+def test_many_random_layouts():
+    generator = torch.Generator().manual_seed(3)
+    kinds = ("text", "image", "marker")
+    block = make_block()
+    for _, frozen_text in itertools.product(range(4), (True, False)):
+        block.text.requires_grad_(not frozen_text)
+        documents = [
+            [(kinds[int(torch.randint(3, (), generator=generator))], int(torch.randint(1, 9, (), generator=generator)))
+             for _ in range(int(torch.randint(1, 6, (), generator=generator)))]
+            for _ in range(4)
+        ]  # fmt: skip
+        layout = lk.TokenLayout.from_spans(documents, frozen_text=frozen_text)
+        x, rope = make_inputs(layout, torch.float32)
+        assert_as_good_as_reference(block, x, layout, rope)

@@ -1,0 +1,236 @@
+"""TokenLayout against its definition, token by token; the compiled builder against the numpy one; bad input; speed."""
+
+import time
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmfusion_kernels import TokenLayout, _host, reference
+
+MODALITIES = ("text", "image", "marker")
+needs_native = pytest.mark.skipif(_host._host_native is None, reason="_host_native was not compiled")
+
+spans = st.tuples(st.sampled_from(MODALITIES), st.integers(1, 5))
+batches = st.lists(st.lists(spans, min_size=1, max_size=6), max_size=4)
+
+
+def tokens_of(documents):
+    """(modality, document, span, position in the document) of every token, in sequence order."""
+    tokens, span_number = [], 0
+    for d, document in enumerate(documents):
+        position = 0
+        for modality, length in document:
+            for _ in range(length):
+                tokens.append((modality, d, span_number, position))
+                position += 1
+            span_number += 1
+    return tokens
+
+
+def visible(tokens):
+    """Bool [N, N] by the words of the definition: query i sees key j."""
+    mask = np.zeros((len(tokens), len(tokens)), bool)
+    for i, (modality, document, span, _) in enumerate(tokens):
+        for j, (_, other_document, other_span, _) in enumerate(tokens):
+            in_same_image = modality == "image" and span == other_span
+            mask[i, j] = document == other_document and (j <= i or in_same_image)
+    return mask
+
+
+def constant_tokens(tokens, frozen_text):
+    """Bool [N]: text before the first image or marker of its document, where the text tower is frozen."""
+    trained_documents, result = set(), []
+    for modality, document, _, _ in tokens:
+        if modality != "text":
+            trained_documents.add(document)
+        result.append(frozen_text and document not in trained_documents)
+    return np.array(result, bool)
+
+
+def ranges_to_mask(starts, ends, num_columns):
+    column = np.arange(num_columns)
+    return (column >= starts.numpy()[:, None]) & (column < ends.numpy()[:, None])
+
+
+def assert_equal_layouts(a, b):
+    for field in fields(TokenLayout):
+        x, y = getattr(a, field.name), getattr(b, field.name)
+        equal = torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+        assert equal, field.name
+
+
+@given(batches, st.booleans())
+def test_orders_and_counts(documents, frozen_text):
+    layout = TokenLayout.from_spans(documents, frozen_text=frozen_text)
+    tokens = tokens_of(documents)
+    is_constant = constant_tokens(tokens, frozen_text)
+    is_image = np.array([modality == "image" for modality, *_ in tokens], bool)
+    index = np.arange(len(tokens))
+    expected = np.concatenate([index[is_constant], index[~is_constant & ~is_image], index[is_image]])
+    assert layout.tower_to_sequence.tolist() == expected.tolist()
+    assert layout.sequence_to_tower[layout.tower_to_sequence].tolist() == index.tolist()
+    assert layout.position.tolist() == [position for *_, position in tokens]
+    assert layout.num_tokens == layout.num_keys == len(tokens)
+    assert layout.num_documents == len(documents)
+    assert (layout.num_constant, layout.num_image) == (is_constant.sum(), is_image.sum())
+    assert layout.num_constant + layout.num_live + layout.num_image == layout.num_tokens
+    assert not layout.is_cached or layout.num_tokens == 0
+    assert all(v.dtype == torch.int32 for v in vars(layout).values() if isinstance(v, torch.Tensor))
+
+
+@given(batches, st.booleans())
+def test_mask_by_query_and_by_key(documents, frozen_text):
+    layout = TokenLayout.from_spans(documents, frozen_text=frozen_text)
+    mask = visible(tokens_of(documents))
+    assert (reference.hybrid_mask(layout).numpy() == mask).all()
+    assert (ranges_to_mask(layout.query_start, layout.query_end, layout.num_tokens) == mask.T).all()
+    for name in ("key_start", "key_end", "query_start", "query_end"):
+        assert (getattr(layout, name).diff() >= 0).all(), name
+    assert layout.key_slot.tolist() == list(range(layout.num_tokens))
+
+
+@given(batches, st.booleans())
+def test_rows_that_take_part_in_a_backward(documents, frozen_text):
+    """The vectors of the active and of the constant rows are the mask, cut to these rows."""
+    layout = TokenLayout.from_spans(documents, frozen_text=frozen_text)
+    tokens = tokens_of(documents)
+    mask, is_constant = visible(tokens), constant_tokens(tokens, frozen_text)
+    active = np.flatnonzero(~is_constant)
+    assert layout.active_key.tolist() == active.tolist()
+    by_rank = ranges_to_mask(layout.active_key_start, layout.active_key_end, len(tokens))
+    assert (by_rank == mask[active]).all()
+    by_key = ranges_to_mask(layout.active_query_start, layout.active_query_end, len(active))
+    assert (by_key == mask[np.ix_(active, active)].T).all()
+    constant = ranges_to_mask(layout.constant_key_start, layout.constant_key_end, len(tokens))
+    assert (constant == mask[is_constant]).all()
+    assert layout.active_row.tolist() == [layout.sequence_to_tower[i] - layout.num_constant for i in active]
+    rank = {int(i): r for r, i in enumerate(active)}
+    for row, i in enumerate(layout.tower_to_sequence.tolist()):
+        assert layout.query_row[row] == (row if is_constant[i] else layout.num_constant + rank[i])
+
+
+@given(batches.filter(bool), st.data())
+def test_cached_layout_continues_a_document(documents, data):
+    """A document cut between two spans: the second part sees the first one's cache rows as it saw its tokens."""
+    cuts = [data.draw(st.integers(0, len(document) - 1)) for document in documents]
+    cached_lengths = [sum(n for _, n in document[:cut]) for document, cut in zip(documents, cuts, strict=True)]
+    rest = [document[cut:] for document, cut in zip(documents, cuts, strict=True)]
+    capacity = max(sum(n for _, n in document) for document in documents) + data.draw(st.integers(0, 3))
+    layout = TokenLayout.from_spans(rest, cached_lengths=cached_lengths, cache_capacity=capacity)
+    assert layout.is_cached
+    assert (layout.num_keys, layout.num_constant) == (len(documents) * capacity, 0)
+
+    tokens, whole = tokens_of(documents), visible(tokens_of(documents))
+    slots = [document * capacity + position for _, document, _, position in tokens]
+    continued = [i for i, (_, document, _, position) in enumerate(tokens) if position >= cached_lengths[document]]
+    expected = np.zeros((len(continued), layout.num_keys), bool)
+    expected[:, slots] = whole[continued]
+    assert (reference.hybrid_mask(layout).numpy() == expected).all()
+    assert layout.key_slot.tolist() == [slots[i] for i in continued]
+    assert layout.position.tolist() == [tokens[i][3] for i in continued]
+
+
+@needs_native
+@given(batches, st.booleans(), st.booleans(), st.data())
+def test_compiled_builder_equals_numpy(documents, frozen_text, is_cached, data):
+    kinds = np.array([MODALITIES.index(modality) for document in documents for modality, _ in document], np.uint8)
+    lengths = np.array([length for document in documents for _, length in document], np.int32)
+    numbers = np.array([d for d, document in enumerate(documents) for _ in document], np.int32)
+    cached = np.array([data.draw(st.integers(0, 9)) for _ in documents], np.int32) if is_cached else None
+    arguments = (kinds, lengths, numbers, frozen_text, cached, 50)
+    vectors, counts = _host._host_native.build_layout(*arguments)
+    expected_vectors, expected_counts = _host.build_layout_numpy(*arguments)
+    assert counts == expected_counts
+    assert vectors.keys() == expected_vectors.keys()
+    for name, vector in vectors.items():
+        assert vector.dtype == np.int32, name
+        np.testing.assert_array_equal(vector, expected_vectors[name], err_msg=name)
+
+
+@given(batches, st.booleans())
+def test_modality_ids_give_the_layout_of_the_spans(documents, frozen_text):
+    tokens = tokens_of(documents)
+    modality = torch.tensor([("text", "image", "marker").index(modality) for modality, *_ in tokens], dtype=torch.int64)
+    document = np.array([3 * document for _, document, _, _ in tokens], np.int32)  # ids need not be consecutive
+    image = [span for _, _, span, _ in tokens]
+    layout = TokenLayout.from_modality_ids(modality, document, image, frozen_text=frozen_text)
+    assert_equal_layouts(layout, TokenLayout.from_spans(documents, frozen_text=frozen_text))
+
+
+def test_orders_are_inverse_and_check_rows():
+    layout = TokenLayout.from_spans([[("text", 2), ("image", 3), ("text", 1)]])
+    x = torch.randn(6, 4)
+    assert torch.equal(layout.to_sequence_order(layout.to_tower_order(x)), x)
+    with pytest.raises(ValueError, match=r"shape \(5, 4\).*6 rows"):
+        layout.to_tower_order(x[:5])
+    with pytest.raises(ValueError, match="is on meta, the layout on cpu"):
+        layout.to_tower_order(x.to("meta"))
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        ([[("text", 1)], [("audio", 3)]], r"document 1 .*'audio'.*text, image, marker"),
+        ([[("text", 0)]], "text span of length 0; lengths are positive"),
+        ([[("image", -4)]], "image span of length -4; lengths are positive"),
+        ([[("image", 2.5)]], "length 2.5; lengths are integers"),
+        ([[("text", 1)], []], "document 1 has no spans"),
+        ([[("text", 2**30), ("text", 2**30)]], "2147483648 tokens; the limit is 2147483647"),
+    ],
+)
+def test_bad_spans(documents, message):
+    with pytest.raises(ValueError, match=message):
+        TokenLayout.from_spans(documents)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"cached_lengths": [1]}, "cached_lengths and cache_capacity together"),
+        ({"cached_lengths": [1, 2], "cache_capacity": 9}, "2 entries for 1 documents"),
+        ({"cached_lengths": [8], "cache_capacity": 9}, "document 0 would hold 10 tokens.*room for 9"),
+        ({"cached_lengths": [-1], "cache_capacity": 9}, "document 0 has a cached length of -1"),
+        ({"cached_lengths": [1], "cache_capacity": 2**31}, "larger than 2147483647 rows"),
+    ],
+)
+def test_bad_cache(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        TokenLayout.from_spans([[("text", 2)]], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("modality", "document", "message"),
+    [
+        ([0, 0], [0, 0, 0], "one entry a token; they have 2, 3 and 2"),
+        ([0, 3], [0, 0], "unknown modality id 3"),
+        ([0, -1], [0, 0], "unknown modality id -1"),
+        ([0, 0], [1, 0], "must not decrease"),
+    ],
+)
+def test_bad_ids(modality, document, message):
+    with pytest.raises(ValueError, match=message):
+        TokenLayout.from_modality_ids(modality, document, [0, 0])
+
+
+def test_numpy_lengths_and_an_empty_batch():
+    assert TokenLayout.from_spans([[("text", np.int64(3))]]).num_tokens == 3
+    empty = TokenLayout.from_spans([])
+    assert (empty.num_tokens, empty.num_documents, empty.num_keys) == (0, 0, 0)
+    assert reference.hybrid_mask(empty).shape == (0, 0)
+
+
+@needs_native
+def test_a_large_batch_takes_less_than_5_ms():
+    document = [("text", 20), ("marker", 1), ("image", 64), ("marker", 1), ("text", 14)]
+    documents = [document] * 1000
+    times = []
+    for _ in range(30):
+        start = time.perf_counter()
+        layout = TokenLayout.from_spans(documents)
+        times.append(time.perf_counter() - start)
+    assert layout.num_tokens == 100_000
+    assert min(times) < 5e-3, f"{min(times) * 1e3:.1f} ms"

@@ -1,0 +1,134 @@
+"""Does every row go through the projection of its own tower, forward and backward, and frozen weights get no gradient?"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lmfusion_kernels.linear import routed_linear
+from tests.row_ops import LAYOUTS, assert_as_good_as_reference, assert_compiles, make_layout, needs_native, random
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def make_tensors(layout, dtype, paired, bias, width=37, out=24):
+    image_width, image_out = (20, 18) if paired else (width, out)
+    sizes = {"text_weight": (out, width), "image_weight": (image_out, image_width)}
+    if bias:
+        sizes |= {"text_bias": (out,), "image_bias": (image_out,)}
+    if paired:
+        sizes |= {"x_text": (layout.num_text, width), "x_image": (layout.num_image, image_width)}
+    else:
+        sizes["x"] = (layout.num_tokens, width)
+    return {name: random(*size, seed=i, dtype=dtype) for i, (name, size) in enumerate(sizes.items())}
+
+
+def make_op(layout):
+    def op(backend, text_weight, image_weight, text_bias=None, image_bias=None, x=None, x_text=None, x_image=None):
+        rows = (x_text, x_image) if x is None else x
+        return routed_linear(rows, text_weight, image_weight, layout, text_bias, image_bias, backend=backend)
+
+    return op
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("paired", [False, True], ids=["one tensor", "pair"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_equals_reference(name, paired, bias, dtype):
+    layout = make_layout(name)
+    assert_as_good_as_reference(make_op(layout), make_tensors(layout, dtype, paired, bias))
+
+
+@needs_native
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        ["text_weight", "text_bias"],
+        ["text_weight", "image_weight", "text_bias", "image_bias"],
+        ["x"],
+        ["x", "text_weight", "image_weight"],
+        ["x", "image_weight", "text_bias", "image_bias"],
+    ],
+    ids=str,
+)
+def test_frozen_tensors_get_no_gradient(frozen):
+    layout = make_layout("mixed")
+    assert_as_good_as_reference(make_op(layout), make_tensors(layout, torch.float32, False, True), frozen)
+
+
+@needs_native
+def test_keeps_rows_only_for_weight_gradients():
+    layout = make_layout("mixed")
+    tensors = make_tensors(layout, torch.float32, False, False)
+    x = tensors["x"].requires_grad_()
+    for trainable, expected in ((False, 2), (True, 3)):
+        tensors["image_weight"].requires_grad_(trainable)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            make_op(layout)("native", **tensors)
+        assert len(saved) == expected
+        assert any(t is x for t in saved) == trainable
+
+
+@needs_native
+def test_rows_and_weights_that_are_not_contiguous():
+    layout = make_layout("mixed")
+    x, weight = random(37, layout.num_tokens).t(), random(37, 24).t()
+    result = routed_linear(x, weight, weight, layout, backend="native")
+    torch.testing.assert_close(result, F.linear(x, weight))
+
+
+@pytest.mark.parametrize("paired", [False, True], ids=["one tensor", "pair"])
+@pytest.mark.parametrize("joined", [False, True])
+def test_schema_fake_and_autograd(paired, joined):
+    x = [random(20, 24), random(9, 16)] if paired else [random(29, 24)]
+    weights = [random(12, 24), random(12, x[-1].shape[1])]
+    bias = random(12, seed=3)
+    for tensor in (*x, *weights, bias):
+        tensor.requires_grad_()
+    torch.library.opcheck(torch.ops.lmfusion.routed_linear.default, (x, *weights, None, bias, 20, joined))
+
+
+@needs_native
+@pytest.mark.parametrize("paired", [False, True], ids=["one tensor", "pair"])
+def test_compiles_to_one_graph(paired):
+    layout = make_layout("mixed")
+    assert_compiles(make_op(layout), make_tensors(layout, torch.float32, paired, bias=True))
+
+
+def test_reference_gradients():
+    layout = make_layout("mixed")
+    tensors = make_tensors(layout, torch.float64, False, True, width=3, out=2)
+    names = list(tensors)
+
+    def op(*values):
+        return make_op(layout)("reference", **dict(zip(names, values, strict=True)))
+
+    assert torch.autograd.gradcheck(op, [tensor.requires_grad_() for tensor in tensors.values()])
+
+
+def test_without_native_ops(monkeypatch):
+    monkeypatch.setenv("LMFUSION_KERNELS_BACKEND", "reference")
+    layout = make_layout("mixed")
+    tensors = make_tensors(layout, torch.float32, False, False)
+    result = make_op(layout)(None, **tensors)
+    expected = tensors["x"][layout.num_text :] @ tensors["image_weight"].t()
+    torch.testing.assert_close(result[layout.num_text :], expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"text_weight": random(24, 36)}, r"text_weight has shape \(24, 36\), expected \[\*, 37\]"),
+        ({"image_bias": random(23)}, r"image_bias has shape \(23,\), expected \[24\]"),
+        ({"image_weight": random(23, 37), "image_bias": None}, "text_weight has 24 rows and image_weight 23"),
+        ({"text_weight": random(24, 37, dtype=torch.bfloat16)}, "text_weight is torch.bfloat16"),
+        ({"x": random(64, 37).to("meta")}, "x is on meta, the layout on cpu"),
+    ],
+)
+def test_wrong_arguments(change, message):
+    layout = make_layout("mixed")
+    right = make_tensors(layout, torch.float32, False, True)
+    with pytest.raises(ValueError, match=message):
+        routed_linear(**right | change, layout=layout)

@@ -1,0 +1,73 @@
+"""pack_documents: every document once, no row too full, the same answer everywhere, few empty tokens, bad input."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lmfusion_kernels as lk
+from lmfusion_kernels import _host
+
+lengths_and_windows = st.tuples(st.lists(st.integers(1, 20), max_size=60), st.integers(20, 40), st.integers(1, 70))
+
+
+@given(lengths_and_windows)
+def test_every_document_is_in_one_row_that_has_room(arguments):
+    lengths, capacity, window = arguments
+    rows = lk.pack_documents(lengths, capacity, window)
+    assert sorted(np.concatenate([*rows, []]).tolist()) == list(range(len(lengths)))
+    for row in rows:
+        assert row.dtype == np.int64
+        assert row.tolist() == sorted(row)
+        assert sum(lengths[i] for i in row) <= capacity
+        assert row[0] // window == row[-1] // window, "a row reaches outside its window"
+    assert [row[0] for row in rows] == sorted(row[0] for row in rows)
+
+
+@pytest.mark.skipif(_host._host_native is None, reason="_host_native was not compiled")
+@given(lengths_and_windows)
+def test_compiled_packer_equals_python(arguments):
+    lengths, capacity, window = arguments
+    lengths = np.array(lengths, np.int64)
+    compiled = _host._host_native.pack(lengths, capacity, window)
+    expected = _host.pack_python(lengths, capacity, window)
+    assert [row.tolist() for row in compiled] == [row.tolist() for row in expected]
+
+
+@given(lengths_and_windows)
+def test_a_stream_can_be_packed_window_by_window(arguments):
+    lengths, capacity, window = arguments
+    whole = lk.pack_documents(lengths, capacity, window)
+    parts = []
+    for begin in range(0, len(lengths), window):
+        parts += [row + begin for row in lk.pack_documents(lengths[begin : begin + window], capacity, window)]
+    assert [row.tolist() for row in parts] == [row.tolist() for row in whole]
+
+
+def test_best_fit_by_hand():
+    # 6 opens row A (4 free), 5 row B (5 free), 4 goes to A (the fullest that takes it), 3 and 2 fill B
+    rows = lk.pack_documents([3, 6, 4, 5, 2], 10)
+    assert [row.tolist() for row in rows] == [[0, 3, 4], [1, 2]]
+
+
+def test_few_tokens_stay_empty():
+    lengths = np.random.default_rng(0).integers(50, 1000, 4096)
+    rows = lk.pack_documents(lengths, 4096)
+    assert lengths.sum() / (4096 * len(rows)) > 0.97
+
+
+@pytest.mark.parametrize(
+    ("lengths", "capacity", "window", "message"),
+    [
+        ([5, 12, 3], 10, 8, "document 1 has 12 tokens, but a row has room for 10"),
+        ([5, 0], 10, 8, "document 1 has length 0; lengths are positive"),
+        ([5, -2], 10, 8, "document 1 has length -2; lengths are positive"),
+        ([5], 0, 8, "room for 0"),
+        ([5], 10, 0, "window=0"),
+        ([1.5], 10, 8, "lengths must be integers"),
+        ([[1, 2]], 10, 8, r"of shape \(1, 2\)"),
+    ],
+)
+def test_bad_input(lengths, capacity, window, message):
+    with pytest.raises(ValueError, match=message):
+        lk.pack_documents(lengths, capacity, window)
