@@ -30,8 +30,9 @@ const int32_t* int32_vector(const Tensor& x, int64_t size, const char* name) {
 }
 
 void check_heads(const Tensor& x, int64_t rows, int64_t heads, int64_t dim, ScalarType dtype, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 3 && x.size(0) == rows && x.size(1) == heads && x.size(2) == dim && x.scalar_type() == dtype,
-                  "hybrid_attention: ", name, " must be [", rows, ", ", heads, ", ", dim, "] and of q's dtype");
+  const bool fits = x.dim() == 3 && x.size(0) == rows && x.size(1) == heads && x.size(2) == dim;
+  STD_TORCH_CHECK(fits && x.scalar_type() == dtype, "hybrid_attention: ", name, " must be [", rows, ", ", heads, ", ",
+                  dim, "] and of q's dtype");
 }
 
 Tensor empty_floats(int64_t size) { return torch::stable::empty({size}, ScalarType::Float); }
@@ -62,13 +63,15 @@ struct Setup {
     const ScalarType dtype = q_any.scalar_type();
     STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
                     "hybrid_attention: q must be float32 or bfloat16 on the CPU");
-    STD_TORCH_CHECK(q_any.dim() == 3 && k_any.dim() == 3, "hybrid_attention: q must be [Nq, H, D], k and v [Nk, H_kv, D]");
+    STD_TORCH_CHECK(q_any.dim() == 3 && k_any.dim() == 3,
+                    "hybrid_attention: q must be [Nq, H, D], k and v [Nk, H_kv, D]");
     a.num_queries = q_any.size(0), a.num_heads = q_any.size(1), a.head_dim = q_any.size(2);
     a.num_keys = k_any.size(0), a.num_kv_heads = k_any.size(1);
     check_heads(k_any, a.num_keys, a.num_kv_heads, a.head_dim, dtype, "k");
     check_heads(v_any, a.num_keys, a.num_kv_heads, a.head_dim, dtype, "v");
     STD_TORCH_CHECK(a.head_dim > 0 && a.num_kv_heads > 0 && a.num_heads > 0 && a.num_heads % a.num_kv_heads == 0,
-                    "hybrid_attention: ", a.num_heads, " query heads are no multiple of ", a.num_kv_heads, " key-value heads");
+                    "hybrid_attention: ", a.num_heads, " query heads are no multiple of ", a.num_kv_heads,
+                    " key-value heads");
     q = torch::stable::contiguous(q_any), k = torch::stable::contiguous(k_any), v = torch::stable::contiguous(v_any);
     a.q = q.const_data_ptr(), a.k = k.const_data_ptr(), a.v = v.const_data_ptr();
     a.is_bfloat16 = dtype == ScalarType::BFloat16;
@@ -97,14 +100,13 @@ struct Setup {
                     " keys, out_row within the queries");
   }
 
-  // A key cache may be much longer than what is in it, so only tiles that a query tile looks at are packed.
+  // A key cache may be much longer than what is in it, so only tiles with keys that some query sees are packed.
   void find_tiles(lmf::Attention& a) {
     tile_slot.assign(a.num_keys / lmf::kKeyTile + 1, 0);
     int64_t next_tile = 0;
-    for (int64_t first = 0; first < a.num_queries; first += a.queries_per_tile) {
-      const int64_t last = std::min(first + a.queries_per_tile, a.num_queries) - 1;
-      const int64_t end_tile = (a.key_end[last] + lmf::kKeyTile - 1) / lmf::kKeyTile;
-      for (next_tile = std::max<int64_t>(next_tile, a.key_start[first] / lmf::kKeyTile); next_tile < end_tile; ++next_tile) {
+    for (int64_t i = 0; i < a.num_queries; ++i) {
+      next_tile = std::max<int64_t>(next_tile, a.key_start[i] / lmf::kKeyTile);
+      for (; next_tile * lmf::kKeyTile < a.key_end[i]; ++next_tile) {
         tile_slot[next_tile] = static_cast<int32_t>(packed_tile.size());
         packed_tile.push_back(static_cast<int32_t>(next_tile));
       }
@@ -158,8 +160,8 @@ void order_key_grads(const lmf::AttentionBackward& a, std::vector<int32_t>& firs
 }
 
 std::tuple<Tensor, Tensor, Tensor> hybrid_attention_backward(
-    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor key_start, Tensor key_end, Tensor grad_key,
-    Tensor query_start, Tensor query_end, std::optional<Tensor> out_row, double scale) {
+    Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor key_start, Tensor key_end,
+    Tensor grad_key, Tensor query_start, Tensor query_end, std::optional<Tensor> out_row, double scale) {
   lmf::AttentionBackward a{};
   Setup setup;
   setup.fill(a, q, k, v, key_start, key_end, out_row, scale, kBackwardRows);
@@ -174,8 +176,9 @@ std::tuple<Tensor, Tensor, Tensor> hybrid_attention_backward(
 
   a.num_grad_keys = grad_key.numel();
   a.grad_key = int32_vector(grad_key, a.num_grad_keys, "grad_key");
-  int32_vector(query_start, a.num_grad_keys, "query_start");  // key_start and key_end say the same; kernels that go over
-  int32_vector(query_end, a.num_grad_keys, "query_end");      // key tiles need these
+  // Kernels that go over key tiles need these two; here key_start and key_end say it all.
+  int32_vector(query_start, a.num_grad_keys, "query_start");
+  int32_vector(query_end, a.num_grad_keys, "query_end");
   for (int64_t r = 0; r < a.num_grad_keys; ++r)
     STD_TORCH_CHECK(a.grad_key[r] > (r == 0 ? -1 : a.grad_key[r - 1]) && a.grad_key[r] < a.num_keys,
                     "hybrid_attention: grad_key must ascend within the ", a.num_keys, " keys");

@@ -2,20 +2,21 @@
 // lmfusion_kernels/<op>.py the shapes under tracing and the autograd formulas.
 //
 // Tensor[] of rows: one tensor [N, d] in tower order, or the two towers' own tensors [num_text, d_text] and
-// [num_image, d_image]. Results come in the same form.
+// [num_image, d_image]. Results come in the same form. Counts that differ from batch to batch are SymInt, so that
+// torch.compile does not compile again for each.
 
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(lmfusion, m) {
   // residual: [] or like x. Returns [*y, rstd] or, with a residual, [*y, *(x + residual), rstd]; rstd is float32 [N].
   m.def(
-      "rms_norm(Tensor[] x, Tensor[] residual, Tensor text_weight, Tensor image_weight, int num_text, float eps) "
+      "rms_norm(Tensor[] x, Tensor[] residual, Tensor text_weight, Tensor image_weight, SymInt num_text, float eps) "
       "-> Tensor[]");
   // dresidual: [] or like x, added to dx. Returns [*dx, dtext_weight if text_grad, dimage_weight if image_grad,
   // *y if recompute].
   m.def(
-      "rms_norm_backward(Tensor[] dy, Tensor[] x, Tensor rstd, Tensor text_weight, Tensor image_weight, int num_text, "
-      "Tensor[] dresidual, bool text_grad, bool image_grad, bool recompute) -> Tensor[]");
+      "rms_norm_backward(Tensor[] dy, Tensor[] x, Tensor rstd, Tensor text_weight, Tensor image_weight, "
+      "SymInt num_text, Tensor[] dresidual, bool text_grad, bool image_grad, bool recompute) -> Tensor[]");
 
   // gate_up [n, 2 I] -> [n, I], for each tensor of the list.
   m.def("swiglu(Tensor[] gate_up) -> Tensor[]");
@@ -25,15 +26,15 @@ STABLE_TORCH_LIBRARY(lmfusion, m) {
   // Tower row t goes to row tower_to_sequence[t] of k and v; its query to row query_row[t] of q_constant followed by q.
   // cos, sin: float32 [N, D/2] by sequence index.
   m.def(
-      "rope_reorder(Tensor[] qkv, Tensor cos, Tensor sin, Tensor tower_to_sequence, Tensor query_row, int num_text, "
-      "int num_constant, int num_heads, Tensor? text_q_norm, Tensor? text_k_norm, Tensor? image_q_norm, "
+      "rope_reorder(Tensor[] qkv, Tensor cos, Tensor sin, Tensor tower_to_sequence, Tensor query_row, SymInt num_text, "
+      "SymInt num_constant, int num_heads, Tensor? text_q_norm, Tensor? text_k_norm, Tensor? image_q_norm, "
       "Tensor? image_k_norm, float eps) -> (Tensor q_constant, Tensor q, Tensor k, Tensor v)");
   // Gradients of rank r go to row active_row[r] of [live | image]; its angles are row active_key[r] of cos, sin (None:
   // row r). qkv (the op's input in that order) may be [] without norms. Returns [dqkv of live, dqkv of image], or one
   // tensor if joined, and the gradients of those norms that are there and wanted, in the order of the arguments.
   m.def(
       "rope_reorder_backward(Tensor dq, Tensor dk, Tensor dv, Tensor[] qkv, Tensor cos, Tensor sin, Tensor active_row, "
-      "Tensor? active_key, int num_live, int num_heads, Tensor? text_q_norm, Tensor? text_k_norm, "
+      "Tensor? active_key, SymInt num_live, int num_heads, Tensor? text_q_norm, Tensor? text_k_norm, "
       "Tensor? image_q_norm, Tensor? image_k_norm, float eps, bool text_norm_grad, bool image_norm_grad, "
       "bool joined=False) -> Tensor[]");
 

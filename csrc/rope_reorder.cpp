@@ -1,4 +1,4 @@
-// RoPE with reorder between the two orders on the CPU: checks, results, threads. The arithmetic is in cpu/rope_reorder.cpp.
+// RoPE with reorder on the CPU: checks, results, threads. The arithmetic is in cpu/rope_reorder.cpp.
 
 #include "cpu/rope_reorder.h"
 
@@ -127,8 +127,8 @@ Tensors rope_reorder_backward(
     }
   }
   const Tensor active_row = check_index(active_row_in, num_rows, num_rows, "active_row");
-  const OptionalTensor active_key =
-      active_key_in ? OptionalTensor(check_index(*active_key_in, num_rows, cos_in.size(0), "active_key")) : std::nullopt;
+  OptionalTensor active_key;
+  if (active_key_in) active_key = check_index(*active_key_in, num_rows, cos_in.size(0), "active_key");
   const Tensor dq = as_contiguous(dq_in), dk = as_contiguous(dk_in), dv = as_contiguous(dv_in);
   const Tensor cos = as_contiguous(cos_in), sin = as_contiguous(sin_in);
   const Tensors qkv = as_contiguous(qkv_in);

@@ -1,12 +1,12 @@
 """lmfusion: a frozen text LLM that learns to draw. Names are loaded when first used, so `import lmfusion` is quick.
 
-After `import lmfusion`, transformers' AutoConfig and AutoModel know the model type "lmfusion" as soon as transformers is
-imported, before or after.
+After `import lmfusion`, transformers' AutoConfig and AutoModel know saved models, wherever transformers is imported.
 """
 
 import importlib
-import sys
 from typing import Any
+
+from lmfusion._auto import register_with_transformers
 
 __version__ = "0.1.0"
 
@@ -29,3 +29,6 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+register_with_transformers()

@@ -154,14 +154,14 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`, copied without waiting for it."""
-        names = ("layout", "token_ids", "labels", "latents", "noise", "timesteps")
-        moved = {name: getattr(self, name) for name in names}
         return replace(
             self,
-            **{
-                name: value.to(device) if isinstance(value, TokenLayout) else value.to(device, non_blocking=True)
-                for name, value in moved.items()
-            },
+            layout=self.layout.to(device),
+            token_ids=self.token_ids.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            latents=self.latents.to(device, non_blocking=True),
+            noise=self.noise.to(device, non_blocking=True),
+            timesteps=self.timesteps.to(device, non_blocking=True),
         )
 
 

@@ -1,4 +1,4 @@
-"""What is a model made of? The base LLM's own configuration, plus one dataclass each for image tower, codec and diffusion."""
+"""What is a model made of? The base LLM's configuration, and one dataclass each for image tower, codec, diffusion."""
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, TypeVar
@@ -56,10 +56,8 @@ class LMFusionConfig(PreTrainedConfig):
     ) -> None:
         unknown = set(kwargs) - _TRANSFORMERS_KEYS
         if unknown:
-            raise ValueError(
-                f"unknown configuration key {min(unknown)!r}; known: text_config, image, codec, diffusion"
-            )
-        super().__init__(**kwargs)
+            raise ValueError(f"unknown configuration key {min(unknown)!r}; known: text_config, image, codec, diffusion")
+        super().__init__(**{"architectures": ["LMFusion"], **kwargs})
         if text_config is None:
             text_config = {"model_type": "llama"}
         if isinstance(text_config, dict):
@@ -79,8 +77,8 @@ class LMFusionConfig(PreTrainedConfig):
         for name, value in shared[self.image.separation]:
             if value != (expected := getattr(self.text_config, name)):
                 raise ValueError(
-                    f"image.{name} is {value}, but with separation {self.image.separation!r} the image tower shares weights "
-                    f"of the text tower, which has {expected}; leave it out, or use separation 'deep'"
+                    f"image.{name} is {value}, but with separation {self.image.separation!r} the image tower shares "
+                    f"weights of the text tower, which has {expected}; leave it out, or use separation 'deep'"
                 )
 
     @property

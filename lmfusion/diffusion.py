@@ -1,5 +1,4 @@
-"""What noise does training add, what must the network predict, and how do samplers undo it? Diffusers schedulers,
-set up once."""
+"""What noise is added in training, what must the network predict, how do samplers undo it? On diffusers schedulers."""
 
 import math
 from dataclasses import dataclass
@@ -50,7 +49,8 @@ class DiffusionConfig:
             raise ValueError(f"loss_weight is {self.loss_weight}; it must be a finite number, 0 or more")
         if not 0 <= self.image_first_max_timestep < self.num_train_timesteps:
             raise ValueError(
-                f"image_first_max_timestep is {self.image_first_max_timestep}; timesteps are 0 to {self.num_train_timesteps - 1}"
+                f"image_first_max_timestep is {self.image_first_max_timestep}; "
+                f"timesteps are 0 to {self.num_train_timesteps - 1}"
             )
 
 

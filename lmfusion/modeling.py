@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,24 +24,7 @@ from lmfusion.image.patch_coder import Skip
 from lmfusion.image.preprocessing import ImageSource
 from lmfusion.serialization import BaseRecord
 from lmfusion.towers import ImageTower, TextTower
-
-# TEMP begin: until lmfusion_kernels exports its block
-from lmfusion_kernels import reference as _reference
-from lmfusion_kernels.weights import split_towers as _split_towers
-
-_routed_linear = _reference.routed_linear
-
-
-def _pair_linear(x, text_weight, image_weight, layout, text_bias=None, image_bias=None):
-    if isinstance(x, Tensor) and text_weight.shape[0] != image_weight.shape[0]:
-        x = _split_towers(x, layout)
-    return _routed_linear(x, text_weight, image_weight, layout, text_bias, image_bias)
-
-
-_reference.routed_linear = _pair_linear
-_routed_block = getattr(lk, "routed_block", lk.reference.routed_block)
-_routed_rms_norm = getattr(lk, "routed_rms_norm", lk.reference.routed_rms_norm)
-# TEMP end
+from lmfusion_kernels.weights import Rows
 
 KeyValueCaches = Sequence[tuple[Tensor, Tensor]]
 """One pair a layer: keys and values [num_keys, H_kv, D] of a cached layout."""
@@ -73,7 +56,7 @@ class LMFusion(PreTrainedModel):
     config: LMFusionConfig
     config_class = LMFusionConfig
     base_model_prefix = ""
-    main_input_name: ClassVar[str] = "input_ids"
+    main_input_name = "input_ids"
 
     def __init__(self, config: LMFusionConfig, codec: Codec | None = None) -> None:
         """A model with random weights. codec: one that is already loaded; None loads the one `config` names."""
@@ -106,9 +89,9 @@ class LMFusion(PreTrainedModel):
     ) -> "LMFusion":
         """A model around the LLM at `path`, its image tower started from it and ready to be trained.
 
-        path: a Hugging Face folder, a GGUF file, or a name on the hub. image, codec, diffusion: configurations, or dicts of
-        their fields; None for the defaults. dtype: of the weights; None keeps the checkpoint's (float32 for GGUF). seed: of
-        the weights that are drawn.
+        path: a Hugging Face folder, a GGUF file, or a name on the hub. image, codec, diffusion: configurations, or
+        dicts of their fields; None for the defaults. dtype: of the weights; None keeps the checkpoint's (float32 for
+        GGUF). seed: of the weights that are drawn.
 
         Raises FileNotFoundError and ValueError as `lmfusion.conversion.load_base` and the configurations do.
         """
@@ -120,14 +103,16 @@ class LMFusion(PreTrainedModel):
     ) -> "LMFusion":
         """The model saved in the folder `path`.
 
-        base: where its base LLM is now, if it was saved without the text tower and the LLM is not where it was. It must be
-        the same LLM: every tensor's sha256 is compared. dtype: of the weights; None keeps them as they were saved.
+        base: where its base LLM is now, if it was saved without the text tower and the LLM is not where it was. It
+        must be the same LLM: every tensor's sha256 is compared. dtype: of the weights; None keeps them as they were
+        saved.
 
         Raises FileNotFoundError when a file or the base is missing, ValueError when one is damaged or differs.
         """
         kwargs.pop("config", None)  # given by AutoModel, which read it from the same folder
-        if kwargs:
-            raise ValueError(f"unknown argument {min(kwargs)!r}; LMFusion.from_pretrained takes path, base and dtype")
+        unknown = [name for name, value in kwargs.items() if value]  # AutoModel also names options that are not set
+        if unknown:
+            raise ValueError(f"unknown argument {unknown[0]!r}; LMFusion.from_pretrained takes path, base and dtype")
         return serialization.load(cls, Path(path), base, dtype)
 
     def save_pretrained(self, path: str | Path, parts: str = "image") -> None:  # type: ignore[override]
@@ -185,7 +170,7 @@ class LMFusion(PreTrainedModel):
         return torch.where(is_marker[:, None], markers.to(rows.dtype), rows).to(self._dtype)
 
     def encode_images(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Skip | None]:
-        """Image-tower rows [B * L, d_image] of (noisy) latents [B, C, h, w] at `timesteps` (int64 [B]), and the long skip."""
+        """Image-tower rows [B * L, d_image] of (noisy) latents [B, C, h, w] at `timesteps` int64 [B], and the skip."""
         if latents.shape[0] == 0:
             return latents.new_zeros(0, self.config.image_hidden_size, dtype=self._dtype), None
         rows, skip = self.image.patch_coder.encode(latents, timesteps)
@@ -206,21 +191,29 @@ class LMFusion(PreTrainedModel):
         """
         self._check_layout(layout)
         rope = self.text.rope(layout.position)
-        rows: tuple[Tensor, Tensor] = (x_text, x_image)
+        rows: Rows = (x_text, x_image)
         dtype = x_text.dtype
         for i, layer in enumerate(self.text.layers):
+            assert isinstance(layer, lk.TowerLayer)
             text = layer.weights(dtype)
             image = self.image.layer_weights(i, text, dtype)
             kv_cache = None if kv_caches is None else kv_caches[i]
-            rows = _routed_block(rows, layout, text, image, rope, kv_cache=kv_cache)
+            rows = lk.routed_block(rows, layout, text, image, rope, kv_cache=kv_cache)
         norms = (self.text.norm.weight.to(dtype), self.image.norm.weight.to(dtype))
-        return _routed_rms_norm(rows, *norms, layout, self.config.text_config.rms_norm_eps)
+        h = lk.routed_rms_norm(rows, *norms, layout, self.config.text_config.rms_norm_eps)
+        return cast(tuple[Tensor, Tensor], h)
+
+    def _check_device(self, device: torch.device, what: str) -> None:
+        if device != self.text.norm.weight.device:
+            raise ValueError(
+                f"the model is on {self.text.norm.weight.device}, but {what} on {device}; move one of them"
+            )
 
     def _check_layout(self, layout: lk.TokenLayout) -> None:
         if layout.num_constant and not self.frozen_text and torch.is_grad_enabled():
             raise ValueError(
-                "the batch was packed for a frozen text tower, but this model's is trainable; pack with frozen_text=False, or "
-                "call model.freeze_text()"
+                "the batch was packed for a frozen text tower, but this model's is trainable; pack with "
+                "frozen_text=False, or call model.freeze_text()"
             )
         window = sliding_window(self.config.text_config)
         if window is not None and layout.num_tokens > window and (longest := int(layout.position.max()) + 1) > window:
@@ -244,11 +237,11 @@ class LMFusion(PreTrainedModel):
     def forward(self, input_ids: Tensor | None = None, batch: Batch | None = None) -> LMFusionOutput:
         """Logits of text alone, or the losses of a batch of text and images.
 
-        input_ids: integer [B, T], rows of equal length, each a document of its own. The logits are the base LLM's; no weight
-        of the image side takes part. batch: see `lmfusion.batch.pack`.
+        input_ids: integer [B, T], rows of equal length, each a document of its own. The logits are the base LLM's; no
+        weight of the image side takes part. batch: see `lmfusion.batch.pack`.
 
-        Raises ValueError unless exactly one of the two is given, for ids outside the vocabulary, and for a batch that does
-        not fit the model.
+        Raises ValueError unless exactly one of the two is given, for ids outside the vocabulary, and for a batch that
+        does not fit the model.
         """
         if (input_ids is None) == (batch is None):
             raise ValueError("give either input_ids (text alone) or batch (text and images)")
@@ -258,17 +251,22 @@ class LMFusion(PreTrainedModel):
         assert input_ids is not None
         vocab_size = self.boi_token_id
         if input_ids.dim() != 2 or input_ids.is_floating_point():
-            raise ValueError(f"input_ids are {input_ids.dtype} of shape {tuple(input_ids.shape)}; they are integers [B, T]")
+            raise ValueError(
+                f"input_ids are {input_ids.dtype} of shape {tuple(input_ids.shape)}; they are integers [B, T]"
+            )
+        self._check_device(input_ids.device, "input_ids")
         num_rows, length = input_ids.shape
         if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocab_size:
             raise ValueError(f"input_ids hold an id outside the vocabulary of {vocab_size}; images are given by batch=")
         documents = [[("text", length)]] * num_rows if length else []
         layout = lk.TokenLayout.from_spans(documents, frozen_text=self.frozen_text, device=input_ids.device)
-        x_text = F.embedding(input_ids.flatten(), self.text.embed_tokens.weight).to(self._dtype)
-        h_text, _ = self.run_layers(x_text, x_text.new_zeros(0, self.config.image_hidden_size), layout)
-        return self._vocabulary_logits(h_text).unflatten(0, (num_rows, length))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_text):
+            x_text = F.embedding(input_ids.flatten(), self.text.embed_tokens.weight).to(self._dtype)
+            h_text, _ = self.run_layers(x_text, x_text.new_zeros(0, self.config.image_hidden_size), layout)
+            return self._vocabulary_logits(h_text).unflatten(0, (num_rows, length))
 
     def _score(self, batch: Batch) -> LMFusionOutput:
+        self._check_device(batch.layout.device, "the batch")
         layout, timesteps = batch.layout, batch.timesteps
         noisy = self.diffusion.add_noise(batch.latents, batch.noise, timesteps)
         x_image, skip = self.encode_images(noisy, timesteps)

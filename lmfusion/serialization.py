@@ -1,21 +1,22 @@
-"""How does a model get to disk and back? Safetensors and JSON, and a record of the base LLM with a digest of each tensor.
+"""How does a model get to disk and back? Safetensors, JSON, and a record of the base LLM with a digest of each tensor.
 
 A saved model is a folder:
 
     config.json          configuration of the base LLM, image tower, codec and diffusion
-    base.json            where the base LLM was, its dtype, the sha256 of each of its tensors, and which parts are saved
+    base.json            which parts are saved; where the base LLM was, its dtype, and the sha256 of each of its tensors
     model.safetensors    tensors under `image.`, and under `text.` if all parts are saved (in shards above 4 GB)
+    codec/               if all parts are saved: the autoencoder, if there is one
     tokenizer files      as transformers writes them
 """
 
+import copy
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,10 +26,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lmfusion.configuration import ImageTowerConfig, LMFusionConfig, config_from
-from lmfusion.conversion import BaseModel, load_base, names
+from lmfusion.conversion import EMBEDDING_NAME, BaseModel, load_base, names
 from lmfusion.conversion.huggingface import read_safetensors, read_tokenizer
 from lmfusion.diffusion import DiffusionConfig
-from lmfusion.image.codec import CodecConfig, load_codec
+from lmfusion.image.codec import WEIGHTS_NAME, CodecConfig, load_codec
 from lmfusion.image.patch_coder import build_patch_coder
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "config.json"
 BASE_NAME = "base.json"
+CODEC_NAME = "codec"
 PARTS = ("image", "all")
 MAX_SHARD_BYTES = 4 * 10**9
 
@@ -63,7 +65,7 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
     def digest(tensor: Tensor) -> str:
         flat = tensor.detach().cpu().contiguous().flatten()
-        return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()
+        return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()  # type: ignore[arg-type]
 
     with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter's lock
         return dict(zip(map(names.to_llama, tensors), pool.map(digest, tensors.values()), strict=True))
@@ -89,7 +91,12 @@ def from_base(
 ) -> "LMFusion":
     """See `LMFusion.from_llm`. Empties `base.tensors`."""
     config = LMFusionConfig(base.config, image, codec, diffusion)
-    return _assemble(cls, config, base.name, base.tensors, base.read_tokenizer(), seed=seed)
+    if config.codec.path is not None:
+        config.codec = replace(config.codec, path=str(Path(config.codec.path).resolve()))
+    sha256 = digests(base.tensors)
+    model = _assemble(cls, config, base.name, base.tensors, base.read_tokenizer(), seed=seed)
+    model.base = BaseRecord(base.name, str(model.text.norm.weight.dtype).removeprefix("torch."), sha256)
+    return model
 
 
 def _assemble(
@@ -99,33 +106,30 @@ def _assemble(
     text: dict[str, Tensor],
     tokenizer: Any,
     image: dict[str, Tensor] | None = None,
-    record: BaseRecord | None = None,
     seed: int = 0,
 ) -> "LMFusion":
-    """A model that holds the given tensors themselves (file names; `text` is emptied); without `image` it is drawn.
-
-    record: of the base; None makes one of `text`.
-    """
+    """A model that holds the given tensors (file names; both dicts are emptied); without `image` that part is drawn."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         codec = load_codec(config.codec)
         with torch.device("meta"):
             model = cls(config, codec)
         expected = names.split(model.state_dict(), config.text_config)
         names.check_tensors(text, _under("text.", expected), name)
-        dtype = text["text.embed_tokens.weight"].dtype
-        if record is None:
-            record = BaseRecord(name, str(dtype).removeprefix("torch."), digests(text))
+        dtype = text[EMBEDDING_NAME].dtype
         model.load_state_dict(names.stack(text), strict=False, assign=True)
         if image is None:
             tower = model.image.to(dtype).to_empty(device="cpu")
-            tower.patch_coder = build_patch_coder(config.image.patch_coder, codec.latent_channels, tower.norm.weight.numel())
+            tower.patch_coder = build_patch_coder(
+                config.image.patch_coder, codec.latent_channels, tower.norm.weight.numel()
+            )
             tower.patch_coder.to(dtype)
             tower.initialize(model.text)
         else:
             names.check_tensors(image, _under("image.", expected), "the saved model")
             model.load_state_dict(names.stack(image), strict=False, assign=True)
-    model.tokenizer, model.base = tokenizer, record
+    assert not any(parameter.is_meta for parameter in model.parameters())
+    model.tokenizer = tokenizer
     model.freeze_text()
     return model.eval()
 
@@ -148,20 +152,25 @@ def load(
             "LMFusion.from_llm or `lmfusion adapt`"
         )
     config = LMFusionConfig(**{key: value for key, value in settings.items() if key != "model_type"})
+    if config.codec.path is not None:  # relative: saved along with the model
+        config.codec.path = str(folder / config.codec.path)
     saved = _read_json(folder / BASE_NAME)
-    parts = saved.pop("parts", None)
-    if parts not in PARTS:
-        raise ValueError(f"{folder / BASE_NAME} has parts {parts!r}; it is one of {', '.join(PARTS)}")
-    record = config_from(BaseRecord, saved, BASE_NAME)
+    parts, base_fields = saved.get("parts"), saved.get("base")
+    if parts not in PARTS or (parts == "image" and base_fields is None):
+        raise ValueError(f"{folder / BASE_NAME} is damaged: it tells neither base LLM nor parts; copy it again")
+    record = None if base_fields is None else config_from(BaseRecord, base_fields, "base")
     tensors = read_safetensors(folder)
     text = _under("text.", tensors)
-    if parts == "image":
-        if text:
-            raise ValueError(f"{folder} holds text tensors, though {BASE_NAME} says that only the image part was saved")
-        text = _load_recorded_base(record, base)
     image = {name: tensor for name, tensor in tensors.items() if name not in text}
-    model = _assemble(cls, config, str(folder), text, read_tokenizer(folder), image, record)
-    return model if dtype is None else model.to(dtype)
+    if parts == "image":
+        assert record is not None
+        text |= _load_recorded_base(record, base)
+    model = _assemble(cls, config, str(folder), text, read_tokenizer(folder), image)
+    model.base = record
+    if dtype is not None:
+        model.text.to(dtype)
+        model.image.to(dtype)
+    return model
 
 
 def _load_recorded_base(record: BaseRecord, base: str | Path | None) -> dict[str, Tensor]:
@@ -171,14 +180,14 @@ def _load_recorded_base(record: BaseRecord, base: str | Path | None) -> dict[str
         found = load_base(path, record.torch_dtype)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"the model was saved without its base LLM, which is not at {str(path)!r} any more; give its place with base= "
-            f"({error})"
+            f"the model was saved without its base LLM, which is not at {str(path)!r} any more; give its place with "
+            f"base= ({error})"
         ) from error
     changed = differing(record.sha256, digests(found.tensors))
     if changed:
         raise ValueError(
-            f"the base LLM at {path} is not the one this model was made from: {len(changed)} of {len(record.sha256)} tensors "
-            f"differ, first {changed[0]!r}; give the place of the original with base="
+            f"the base LLM at {path} is not the one this model was made from: {len(changed)} of {len(record.sha256)} "
+            f"tensors differ, first {changed[0]!r}; give the place of the original with base="
         )
     return found.tensors
 
@@ -206,14 +215,18 @@ def save(model: "LMFusion", path: Path, parts: str = "image") -> None:
         raise ValueError(f"parts is {parts!r}; it is one of {', '.join(PARTS)}")
     if parts == "image":
         if model.base is None:
-            raise ValueError("this model was made without a base LLM, so its text part has no other home; use parts='all'")
+            raise ValueError(
+                "this model was made without a base LLM, so its text part has no other home; use parts='all'"
+            )
         if model.base.may_differ:
             raise ValueError("the text tower has been trainable, so it is no longer the base LLM; use parts='all'")
     path = path.resolve()
     _check_replaceable(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        new = path.with_name(f".{path.name}.saving-{os.getpid()}")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir()
         try:
             _write(model, new, parts)
             _swap(new, path)
@@ -234,18 +247,24 @@ def _check_replaceable(path: Path) -> None:
 
 def _write(model: "LMFusion", folder: Path, parts: str) -> None:
     """Everything, flushed to the disk, into the empty `folder`."""
-    model.config.architectures = [type(model).__name__]
-    (folder / CONFIG_NAME).write_text(model.config.to_json_string(), encoding="utf-8")
-    if model.base is not None:
-        text = json.dumps({**asdict(model.base), "parts": parts}, indent=1)
-        (folder / BASE_NAME).write_text(text, encoding="utf-8")
+    config = copy.deepcopy(model.config)
+    if parts == "all" and config.codec.path is not None:
+        for name in ("config.json", WEIGHTS_NAME):
+            (folder / CODEC_NAME).mkdir(exist_ok=True)
+            shutil.copyfile(Path(config.codec.path) / name, folder / CODEC_NAME / name)
+        config.codec.path = CODEC_NAME
+    (folder / CONFIG_NAME).write_text(config.to_json_string(), encoding="utf-8")
+    origin = {"parts": parts, "base": None if model.base is None else asdict(model.base)}
+    (folder / BASE_NAME).write_text(json.dumps(origin, indent=1), encoding="utf-8")
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(folder)
     tensors = _file_tensors(model, "image.")
     if parts == "all":
         tensors |= _file_tensors(model, "text.")
     _write_tensors(tensors, folder)
-    folder.chmod(0o755)  # mkdtemp made it private
+    mode = (folder / CONFIG_NAME).stat().st_mode
+    for file in folder.glob("*.safetensors"):
+        file.chmod(mode)  # safetensors makes them private
     for file in (*folder.rglob("*"), folder):
         descriptor = os.open(file, os.O_RDONLY)
         try:
@@ -276,7 +295,7 @@ def _write_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
 
 
 def _previous(path: Path) -> Path:
-    """Where the old model lies between the two renames of `_swap`; it stays there only if the process dies just then."""
+    """Where the old model lies between the two renames of `_swap`; it stays there if the process dies just then."""
     return path.with_name(f".{path.name}.previous")
 
 

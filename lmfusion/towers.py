@@ -4,6 +4,7 @@ The modules here only hold weights; `lmfusion_kernels` computes with them, a lay
 """
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ class TextTower(nn.Module):
         width = config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.layers = nn.ModuleList(
-            _tower_layer(lk.TowerLayer, config, width, config.intermediate_size) for _ in range(config.num_hidden_layers)
+            _tower_layer(lk.TowerLayer, config, width, config.intermediate_size)
+            for _ in range(config.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(width, config.vocab_size, bias=False)
@@ -45,7 +47,7 @@ class TextTower(nn.Module):
 class FeedForwardLayer(lk.TowerLayer):
     """A layer's own feed-forward network and its norm; the attention is the text tower's (separation "shallow")."""
 
-    def __init__(self, *args: int, **kwargs: float) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         del self.input_layernorm, self.self_attn
 
@@ -56,10 +58,10 @@ class ImageTower(nn.Module):
     def __init__(self, config: LMFusionConfig, latent_channels: int) -> None:
         super().__init__()
         text, width = config.text_config, config.image_hidden_size
-        kind = {"deep": lk.TowerLayer, "shallow": FeedForwardLayer, "none": None}[config.image.separation]
+        kind = FeedForwardLayer if config.image.separation == "shallow" else lk.TowerLayer
+        num_layers = 0 if config.image.separation == "none" else text.num_hidden_layers
         self.layers = nn.ModuleList(
-            _tower_layer(kind, text, width, config.image_intermediate_size)
-            for _ in range(0 if kind is None else text.num_hidden_layers)
+            _tower_layer(kind, text, width, config.image_intermediate_size) for _ in range(num_layers)
         )
         """One a layer; none at all where every layer is shared (separation "none")."""
         self.norm = nn.RMSNorm(width, eps=text.rms_norm_eps)
@@ -74,6 +76,7 @@ class ImageTower(nn.Module):
         if len(self.layers) == 0:
             return text
         layer = self.layers[index]
+        assert isinstance(layer, lk.TowerLayer)
         if not isinstance(layer, FeedForwardLayer):
             return layer.weights(dtype)
         return replace(
@@ -92,6 +95,7 @@ class ImageTower(nn.Module):
         """
         sources = dict(text.named_parameters())
         for i, layer in enumerate(self.layers):
+            assert isinstance(layer, lk.TowerLayer)
             of_layer = {name: sources[f"layers.{i}.{name}"] for name, _ in layer.named_parameters()}
             if any(parameter.shape != of_layer[name].shape for name, parameter in layer.named_parameters()):
                 layer.initialize(len(self.layers))
@@ -102,7 +106,10 @@ class ImageTower(nn.Module):
             self.norm.weight.copy_(text.norm.weight)
         else:
             self.norm.weight.fill_(1.0)
-        for marker, vocabulary in ((self.marker_embedding, text.embed_tokens.weight), (self.marker_head, text.head_weight)):
+        for marker, vocabulary in (
+            (self.marker_embedding, text.embed_tokens.weight),
+            (self.marker_head, text.head_weight),
+        ):
             mean, spread = vocabulary.float().mean(0), 0.1 * vocabulary.float().std()
             marker.copy_(mean + spread * torch.randn(marker.shape, device=marker.device))
 

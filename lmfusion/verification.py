@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
-from lmfusion.conversion import BaseModel, load_base, names
+from lmfusion.conversion import EMBEDDING_NAME, BaseModel, load_base, names
 from lmfusion.modeling import LMFusion
 from lmfusion.serialization import differing, digests, from_base, text_tensors
 
@@ -61,7 +62,8 @@ class Verification:
             *(f"              changed: {name}" for name in self.changed[:10]),
             *([f"              and {len(self.changed) - 10} more"] if len(self.changed) > 10 else []),
             "",
-            f"{'logits of':40} {'tokens':>6}  {'bits':9}  largest difference from transformers (limit {self.tolerance:g})",
+            f"{'logits of':40} {'tokens':>6}  {'bits':9}  "
+            f"largest difference from transformers (up to {self.tolerance:g})",
         ]
         for check in self.prompts:
             verdict = "identical" if check.identical else "CHANGED"
@@ -81,16 +83,18 @@ def verify(model: LMFusion | str | Path, base: str | Path | None = None) -> Veri
         raise ValueError("this model was made without a base LLM, so there is nothing to compare it with")
     found = load_base(model.base.name if base is None else base, model.base.torch_dtype)
     text = text_tensors(model)
-    dtype = text["text.embed_tokens.weight"].dtype
+    dtype = text[EMBEDDING_NAME].dtype
     tensors = {name: tensor.to(dtype) for name, tensor in found.tensors.items()}
     changed = differing(digests(tensors), digests(text))
 
-    theirs = AutoModelForCausalLM.from_config(found.config).to(dtype).eval()
+    with no_init_weights():
+        theirs = AutoModelForCausalLM.from_config(found.config).to(dtype).eval()
     theirs.load_state_dict({names.to_llama(name): tensor for name, tensor in tensors.items()}, strict=False)
     theirs.tie_weights()
     base_model = BaseModel(found.name, found.config, tensors, read_tokenizer=lambda: None)
     config = model.config
-    original = from_base(LMFusion, base_model, config.image, config.codec, config.diffusion).to(model.device)
+    original = from_base(LMFusion, base_model, config.image, config.codec, config.diffusion)
+    original.to(model.device)  # type: ignore[arg-type]
     original.compute_dtype = model.compute_dtype
     checks = []
     for prompt in PROMPTS:

@@ -1,4 +1,4 @@
-"""What do the ops demand of their arguments? One ValueError each, naming the argument, what it is and what it has to be."""
+"""What do the ops demand of their arguments? One ValueError each: the argument, what it is, what it has to be."""
 
 from torch import Tensor
 

@@ -1,5 +1,7 @@
-"""Softmax attention of all rows together: causal text, bidirectional images, documents apart, in time proportional to what
-is visible and memory proportional to the tokens."""
+"""Softmax attention of all rows together: causal text, bidirectional images, documents apart. Time is proportional to
+the visible (query, key) pairs, memory to the tokens."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,17 +11,19 @@ from lmfusion_kernels import _library, reference
 from lmfusion_kernels.backends import choose
 from lmfusion_kernels.layout import TokenLayout
 
+_ops = torch.ops.lmfusion
+
 
 def hybrid_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, scale: float | None = None, backend: str | None = None
 ) -> Tensor:
     """Attention under the hybrid mask of `layout`: query `i` sees the keys `[key_start[i], key_end[i])`.
 
-    q: [N, H, D]. k, v: [layout.num_keys, H_kv, D]; all three in sequence order, of one dtype, on the layout's device. H is
-    a multiple of H_kv: query head h reads key-value head h // (H / H_kv). scale multiplies the scores, default D ** -0.5.
-    Arithmetic is float32, or wider if the inputs are. Returns [N, H, D] of q's dtype.
+    q: [N, H, D]. k, v: [layout.num_keys, H_kv, D]. All three are in sequence order, of one dtype and on the layout's
+    device. H is a multiple of H_kv: query head h reads key-value head h // (H / H_kv). scale multiplies the scores;
+    default D ** -0.5. Arithmetic is float32, or wider if the inputs are. Returns [N, H, D] of q's dtype.
 
-    With a cached layout k and v are the whole cache; rows that hold no token yet are not read. Such a layout has no backward.
+    With a cached layout k and v are the whole cache, rows that hold no token yet included. It has no backward.
 
     Raises ValueError when shapes, dtypes or devices do not fit, when H is no multiple of H_kv, when a gradient would be
     needed through a cached layout, or when `backend` cannot be had (see `backends()`).
@@ -28,7 +32,7 @@ def hybrid_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if choose(backend, q, k, v) == "reference":
         return reference.hybrid_attention(q, k, v, layout, scale)
-    out, _ = torch.ops.lmfusion.hybrid_attention(q, k, v, layout.key_start, layout.key_end, None, scale)
+    out, _ = _ops.hybrid_attention(q, k, v, layout.key_start, layout.key_end, None, scale)
     return out
 
 
@@ -58,57 +62,88 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
 
 
 def ranges_by_key(key_start: Tensor, key_end: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
-    """The queries `[query_start[j], query_end[j])` that see key `j`, int32 [num_keys], from the keys that queries see."""
+    """Which queries `[query_start[j], query_end[j])` see key `j`? int32 [num_keys], from the keys each query sees."""
     key = torch.arange(num_keys, dtype=torch.int32, device=key_start.device)
     query_start = torch.searchsorted(key_end, key, right=True, out_int32=True)
     query_end = torch.searchsorted(key_start, key, right=True, out_int32=True)
     return query_start, torch.maximum(query_start, query_end)  # seen by none: an empty range
 
 
-def _fake(q, k, v, key_start, key_end, out_row, scale):
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[1::-1], dtype=torch.float32)
+def _fake(
+    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, out_row: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    num_queries, num_heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((num_heads, num_queries), dtype=torch.float32)
 
 
-def _backward_fake(dout, q, k, v, out, lse, key_start, key_end, grad_key, query_start, query_end, out_row, scale):
-    dk, dv = (x.new_empty((grad_key.shape[0], *x.shape[1:])) for x in (k, v))
-    return torch.empty_like(q, memory_format=torch.contiguous_format), dk, dv
+def _fake_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    grad_key: Tensor,
+    query_start: Tensor,
+    query_end: Tensor,
+    out_row: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_shape = (grad_key.shape[0], *k.shape[1:])
+    return q.new_empty(q.shape), k.new_empty(grad_shape), v.new_empty(grad_shape)
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, key_start, key_end, out_row, ctx.scale = inputs
     out, lse = output
-    ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(q, k, v, out, lse, key_start, key_end, out_row)
+    ctx.mark_non_differentiable(lse)
 
 
-def _backward(ctx, dout, _):
+def _backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, out, lse, key_start, key_end, out_row = ctx.saved_tensors
-    num_grad_keys = k.shape[0] if ctx.needs_input_grad[1] or ctx.needs_input_grad[2] else 0
+    _, want_k, want_v, *_ = ctx.needs_input_grad
+    num_grad_keys = k.shape[0] if want_k or want_v else 0
     grad_key = torch.arange(num_grad_keys, dtype=torch.int32, device=q.device)
     query_start, query_end = ranges_by_key(key_start, key_end, num_grad_keys)
-    dq, dk, dv = torch.ops.lmfusion.hybrid_attention_backward(
+    dq, dk, dv = _ops.hybrid_attention_backward(
         dout, q, k, v, out, lse, key_start, key_end, grad_key, query_start, query_end, out_row, ctx.scale
     )
-    return dq, dk if num_grad_keys else None, dv if num_grad_keys else None, None, None, None, None
+    return dq, dk if want_k else None, dv if want_v else None, None, None, None, None
 
 
 def visible_area(start: Tensor, end: Tensor, upper_bound: int) -> int:
-    """How many (query, key) pairs the ranges hold; the upper bound where they have no values (fake and meta tensors)."""
+    """How many (query, key) pairs are in the ranges; the upper bound where these are fake or meta tensors."""
     if type(start) is not Tensor or start.device.type == "meta":
         return upper_bound
     return int((end.long() - start.long()).sum())
 
 
-def _flops(q, k, v, key_start, key_end, *args, out_val=None, **kwargs) -> int:
-    """Scores and weighted values: 2 products over the visible pairs."""
+def _flops(q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, *_: Any, **__: Any) -> int:
+    """Two products, scores and weighted values, over the visible pairs."""
     num_queries, num_heads, head_dim = q.shape
     return 2 * 2 * num_heads * head_dim * visible_area(key_start, key_end, num_queries * k.shape[0])
 
 
 def _backward_flops(
-    dout, q, k, v, out, lse, key_start, key_end, grad_key, query_start, query_end, *args, out_val=None, **kwargs
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    grad_key: Tensor,
+    query_start: Tensor,
+    query_end: Tensor,
+    *_: Any,
+    **__: Any,
 ) -> int:
-    """Scores again, weights' gradients and dq over the visible pairs; dk and dv over those of the listed keys."""
+    """Three products (scores again, gradients of the weights, dq) over the visible pairs; dk and dv over those of the
+    listed keys."""
     num_queries, num_heads, head_dim = q.shape
     pairs = visible_area(key_start, key_end, num_queries * k.shape[0])
     grad_pairs = visible_area(query_start, query_end, num_queries * grad_key.shape[0])
@@ -117,8 +152,8 @@ def _backward_flops(
 
 if _library.native:
     torch.library.register_fake("lmfusion::hybrid_attention", _fake)
-    torch.library.register_fake("lmfusion::hybrid_attention_backward", _backward_fake)
+    torch.library.register_fake("lmfusion::hybrid_attention_backward", _fake_backward)
     torch.library.register_autograd("lmfusion::hybrid_attention", _backward, setup_context=_setup_context)
     # torch.utils.flop_counter.FlopCounterMode counts what is visible; under fake tensors it is as if all keys were.
-    register_flop_formula(torch.ops.lmfusion.hybrid_attention, get_raw=True)(_flops)
-    register_flop_formula(torch.ops.lmfusion.hybrid_attention_backward, get_raw=True)(_backward_flops)
+    register_flop_formula(_ops.hybrid_attention, get_raw=True)(_flops)
+    register_flop_formula(_ops.hybrid_attention_backward, get_raw=True)(_backward_flops)

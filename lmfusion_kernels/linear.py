@@ -54,7 +54,7 @@ def routed_linear(
 _library = torch.library.Library("lmfusion", "FRAGMENT")
 _library.define(
     "routed_linear(Tensor[] x, Tensor text_weight, Tensor image_weight, Tensor? text_bias, Tensor? image_bias, "
-    "int num_text, bool joined) -> Tensor[]"
+    "SymInt num_text, bool joined) -> Tensor[]"
 )
 apply_linear = torch.ops.lmfusion.routed_linear
 """x and the result: one tensor, or one a tower; `joined` asks for one, whatever x is."""
@@ -118,8 +118,10 @@ def _backward(ctx: Any, dy: list[Tensor]) -> tuple[Any, ...]:
         transposed = [weight.t() for weight in weights]
         dx = apply_linear(dy, *transposed, None, None, ctx.num_text, ctx.joined)
     dys = _split(dy, ctx.num_text)
-    xs = _split(x, ctx.num_text) if any(needs[:2]) else (None, None)
-    weight_grads = [torch.mm(d.t(), rows) if want else None for d, rows, want in zip(dys, xs, needs[:2], strict=True)]
+    weight_grads: list[Tensor | None] = [None, None]
+    if any(needs[:2]):
+        xs = _split(x, ctx.num_text)
+        weight_grads = [torch.mm(d.t(), r) if want else None for d, r, want in zip(dys, xs, needs[:2], strict=True)]
     bias_grads = [d.sum(0) if want else None for d, want in zip(dys, needs[2:4], strict=True)]
     return dx, *weight_grads, *bias_grads, None, None
 

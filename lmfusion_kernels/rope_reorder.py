@@ -1,4 +1,4 @@
-"""RoPE, with the rows of both towers brought to sequence order on the way: public wrapper, shapes under tracing, autograd."""
+"""RoPE, with the rows of both towers brought to sequence order: public wrapper, shapes under tracing, autograd."""
 
 from typing import Any
 
@@ -29,9 +29,9 @@ def rope_reorder(
     """q, k and v of both towers from tower order to sequence order, with RoPE on q and k.
 
     qkv: [N, (H + 2 H_kv) D] in tower order (heads of q, then k, then v), or the pair ([num_text, ..], [num_image, ..]).
-    rope: cos, sin from `rope_tables`, float32 [N, D/2] in sequence order; they get no gradient. The optional norm weights
-    [D], in the dtype of qkv, are applied to every query or key head before the rotation (Qwen3), with `eps`. backend:
-    None (choose), "native" or "reference".
+    rope: cos, sin from `rope_tables`, float32 [N, D/2] in sequence order; they get no gradient. The optional norm
+    weights [D], in the dtype of qkv, are applied to every query or key head before the rotation (Qwen3), with `eps`.
+    backend: None (choose), "native" or "reference".
 
     Returns q [N, H, D], k and v [N, H_kv, D]. Raises ValueError for shapes, dtypes or devices that do not match.
     """

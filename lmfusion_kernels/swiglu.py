@@ -38,8 +38,8 @@ def routed_swiglu(
 ) -> Rows:
     """down(silu(gate(x)) * up(x)), each row through the feed-forward network of its own tower.
 
-    x: [N, d] in tower order, or the pair ([num_text, d_text], [num_image, d_image]). A tower's gate_up [2 I, d] holds the
-    gate's rows, then the up projection's; its down is [d, I]; both in the dtype of x. I may differ between the towers.
+    x: [N, d] in tower order, or the pair ([num_text, d_text], [num_image, d_image]). A tower's gate_up [2 I, d] holds
+    the gate's rows, then the up projection's; its down is [d, I]; both in the dtype of x. I may differ between towers.
     backend: None (choose), "native" or "reference". The result has the form of x.
 
     A weight that requires no gradient gets none. Raises ValueError for shapes, dtypes or devices that do not match.

@@ -41,7 +41,8 @@ def run(op: Callable, tensors: dict[str, Tensor], frozen: Sequence[str] = ()) ->
     leaves = {name: t.detach().clone().requires_grad_(name not in frozen) for name, t in tensors.items()}
     results = flatten(op(**leaves))
     grads = [random(*result.shape, seed=9 + i).to(result.dtype) for i, result in enumerate(results)]
-    torch.autograd.backward(results, grads)
+    trained = [(result, grad) for result, grad in zip(results, grads, strict=True) if result.requires_grad]
+    torch.autograd.backward(*zip(*trained, strict=True))
     outcome: dict[str, Tensor | None] = {f"result {i}": result.detach() for i, result in enumerate(results)}
     return outcome | {f"gradient of {name}": leaf.grad for name, leaf in leaves.items()}
 

@@ -1,10 +1,15 @@
-"""Does every row go through the projection of its own tower, forward and backward, and frozen weights get no gradient?"""
+"""Does every row go through the projection of its own tower, and do frozen weights get no gradient?"""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.registry import lookup_backend
 
+import lmfusion_kernels as lk
 from lmfusion_kernels.linear import routed_linear
+from lmfusion_kernels.rms_norm import routed_rms_norm
+from lmfusion_kernels.rope_reorder import rope_reorder
+from lmfusion_kernels.swiglu import routed_swiglu
 from tests.row_ops import LAYOUTS, assert_as_good_as_reference, assert_compiles, make_layout, needs_native, random
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -132,3 +137,32 @@ def test_wrong_arguments(change, message):
     right = make_tensors(layout, torch.float32, False, True)
     with pytest.raises(ValueError, match=message):
         routed_linear(**right | change, layout=layout)
+
+
+@needs_native
+def test_compiles_once_for_layouts_of_any_size():
+    """All row ops in one function: one graph for the first layout, one for every other size."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    def op(x, weight, matrix, layout, rope):
+        normed = routed_rms_norm(x, weight, weight, layout, 1e-6, backend="native")
+        qkv = routed_linear(normed, matrix, matrix, layout, backend="native")
+        qkv = routed_swiglu(qkv, matrix, matrix[:, :40], matrix, matrix[:, :40], layout, backend="native")
+        return torch.cat([t.flatten() for t in rope_reorder(qkv, layout, rope, 4, backend="native")])
+
+    torch._dynamo.reset()
+    compiled = torch.compile(op, fullgraph=True, backend=backend)
+    for num_text in range(3, 15):
+        layout = lk.TokenLayout.from_spans([[("text", num_text), ("image", 4 + num_text // 2), ("text", 1)]])
+        arguments = [random(layout.num_tokens, 80), random(80), random(80, 80)]
+        rope = lk.rope_tables(layout.position, torch.ones(5))
+        for tensor in arguments:
+            tensor.requires_grad_()
+        results = [run(*arguments, layout, rope) for run in (compiled, op)]
+        torch.testing.assert_close(*results)
+        torch.testing.assert_close(*(torch.autograd.grad(result.sum(), arguments) for result in results))
+    assert len(graphs) <= 2

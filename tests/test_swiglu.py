@@ -13,7 +13,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def make_tensors(layout, dtype, form, width=37, inner=19):
-    """Arguments by name. Forms: "one tensor", "pair" (a narrower image tower), "uneven" (one tensor, two FFN widths)."""
+    """Arguments by name. Forms: "one tensor", "pair" (narrow image tower), "uneven" (one tensor, two FFN widths)."""
     image_width, image_inner = {"one tensor": (width, inner), "pair": (24, 10), "uneven": (width, 10)}[form]
     sizes = {
         "text_gate_up": (2 * inner, width),
@@ -64,13 +64,14 @@ def test_frozen_tensors_get_no_gradient(frozen, form):
 
 @needs_native
 def test_sigmoid_is_accurate_over_the_whole_range():
-    """Relative error against float64 from the smallest to the largest gate; 1e-37: where float32 loses its precision."""
+    """Relative error against float64 at all gates whose sigmoid is a normal float32 number; beyond, 0 or 1."""
     gate = torch.linspace(-100, 100, 400_001)
     up = torch.ones_like(gate)
     native = swiglu(torch.stack([gate, up], 1), backend="native").flatten().double()
     exact = F.silu(gate.double())
-    ulp = torch.finfo(torch.float32).eps / 2
-    assert ((native - exact).abs() <= 8 * ulp * exact.abs() + 1e-36).all()
+    # Rounding 1 + exp(-gate), the quotient and the product alone can make 1.5 of this; PyTorch's own comes to 1.5.
+    tolerance = 1.8 * torch.finfo(torch.float32).eps
+    assert ((native - exact).abs() <= tolerance * exact.abs() + 1e-36).all()
 
 
 @needs_native
@@ -87,13 +88,15 @@ def test_extreme_gates(dtype):
 
 
 @needs_native
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3.3e38, 1.00390625, 1.01171875])
-def test_bfloat16_rounds_as_torch_does(value):
-    """To nearest, ties to even; NaN and overflow as well. A gate of 100 has sigmoid 1, so y is 100 * up, rounded once."""
-    up = torch.full((33,), value / 100).to(torch.bfloat16)
-    gate_up = torch.cat([torch.full((33,), 100.0, dtype=torch.bfloat16), up])[None]
-    expected = (up.float() * 100).to(torch.bfloat16)
-    torch.testing.assert_close(swiglu(gate_up, backend="native")[0], expected, rtol=0, atol=0, equal_nan=True)
+@pytest.mark.parametrize(
+    ("gate", "up", "rounded"),
+    [(29, 9, 260), (37, 7, 260), (29, -9, -260), (31, 17, 528), (100, math.nan, math.nan), (100, -math.inf, -math.inf)],
+)
+def test_bfloat16_rounds_to_nearest_even(gate, up, rounded):
+    """29 * 9 = 261 and 37 * 7 = 259 lie between two bfloat16 numbers; 31 * 17 = 527 is nearer to 528 than to 524."""
+    gate_up = torch.tensor([[gate] * 33 + [up] * 33], dtype=torch.bfloat16)
+    expected = torch.full((1, 33), rounded, dtype=torch.bfloat16)
+    torch.testing.assert_close(swiglu(gate_up, backend="native"), expected, rtol=0, atol=0, equal_nan=True)
 
 
 @needs_native

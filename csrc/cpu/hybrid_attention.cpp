@@ -24,7 +24,8 @@ void attention_backward(const AttentionBackward& problem, int64_t task, int64_t 
 }
 
 void store_key_grads(const AttentionBackward& problem, int64_t begin, int64_t end) {
-  problem.is_bfloat16 ? store_key_grads_of<bfloat16>(problem, begin, end) : store_key_grads_of<float>(problem, begin, end);
+  problem.is_bfloat16 ? store_key_grads_of<bfloat16>(problem, begin, end)
+                      : store_key_grads_of<float>(problem, begin, end);
 }
 
 }  // namespace lmf::LMF_ISA

@@ -1,8 +1,8 @@
-// What do the op (csrc/hybrid_attention.cpp) and its CPU kernels tell each other? The problem, the buffers, and the tasks.
+// What do the op (csrc/hybrid_attention.cpp) and its CPU kernels tell each other? The problem, the buffers, the tasks.
 //
 // Work is cut into tasks of one key-value head and one tile of consecutive queries. A tile's rows are the queries times
-// the H / H_kv heads that share the key-value head, in memory order: row r is query r / group, so rows that sit together
-// see nearly the same keys. Keys come in tiles of kKeyTile; tiles that no query sees are never touched.
+// the H / H_kv heads that share the key-value head, in memory order: row r is query r / group, so rows that sit
+// together see nearly the same keys. Keys come in tiles of kKeyTile; tiles that no query sees are never touched.
 
 #pragma once
 
@@ -26,13 +26,13 @@ struct Attention {
   float scale;
 
   int64_t num_queries, num_keys, num_heads, num_kv_heads, head_dim;
-  int64_t padded_dim;        // head_dim rounded up to kHeadPadding
+  int64_t padded_dim;  // head_dim rounded up to kHeadPadding
   int64_t queries_per_tile;
   int64_t num_query_tiles;
 
   // Keys and values as float32, packed tile by tile: [num_kv_heads, num_packed, ...].
   const int32_t* packed_tile;  // [num_packed]: the key tiles that some query sees
-  const int32_t* tile_slot;    // [key tiles]: where in packed_tile, if there
+  const int32_t* tile_slot;    // [key tiles]: where in packed_tile; meaningless for the others
   int64_t num_packed;
   float* k_rows;     // [kKeyTile, padded_dim]; backward only
   float* k_columns;  // [head_dim, kKeyTile]
@@ -81,5 +81,5 @@ LMF_DECLARE_KERNEL(void, pack_keys, (const Attention& attention, int64_t task))
 // num_kv_heads * num_query_tiles tasks. Backward: to be begun in ascending order (see `turn`).
 LMF_DECLARE_KERNEL(void, attention_forward, (const AttentionForward& problem, int64_t task, int64_t worker))
 LMF_DECLARE_KERNEL(void, attention_backward, (const AttentionBackward& problem, int64_t task, int64_t worker))
-// num_kv_heads * num_grad_keys tasks' worth of rows [begin, end): dk and dv from their sums.
+// Rows [begin, end) of the num_grad_keys * num_kv_heads rows of dk and dv, from their sums.
 LMF_DECLARE_KERNEL(void, store_key_grads, (const AttentionBackward& problem, int64_t begin, int64_t end))

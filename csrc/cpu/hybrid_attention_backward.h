@@ -11,13 +11,13 @@ namespace lmf::LMF_ISA {
 
 // A worker's memory for one task.
 struct BackwardScratch {
-  float* q;         // [rows, padded_dim], scaled
-  float* dout;      // [rows, padded_dim]
-  float* dq;        // [rows, padded_dim]
-  float* weights;   // [rows, kKeyTile]
-  float* dscores;   // [rows, kKeyTile]
-  float* lse;       // [rows]
-  float* delta;     // [rows], the row's sum of dout * out
+  float* q;        // [rows, padded_dim], scaled
+  float* dout;     // [rows, padded_dim]
+  float* dq;       // [rows, padded_dim]
+  float* weights;  // [rows, kKeyTile]
+  float* dscores;  // [rows, kKeyTile]
+  float* lse;      // [rows]
+  float* delta;    // [rows], the row's sum of dout * out
   int32_t* row_start;
   int32_t* row_end;
   int64_t size;
@@ -43,8 +43,8 @@ struct BackwardScratch {
   }
 };
 
-// Scores become weights, and gradients of weights become gradients of scores, over all columns of the key tile: 0 where the
-// row does not see, so that products over rows need no mask.
+// Scores become weights, and gradients of weights become gradients of scores, over all columns of the key tile: 0 where
+// the row does not see, so that products over rows need no mask.
 LMF_INLINE void softmax_backward_row(
     float* weights, float* dscores, const ColumnRange& columns, int64_t begin, int64_t end, float lse, float delta) {
   for (int64_t c = 0; c < columns.vector_begin; c += kLanes) {
@@ -71,10 +71,10 @@ LMF_INLINE void softmax_backward_row(
   }
 }
 
-// dv += weights^T dout and dk += dscores^T q for the listed keys of a key tile, kBlockRows keys that follow each other at
-// a time, over the rows that see any of them.
-inline void add_key_grads(
-    const AttentionBackward& a, const BackwardScratch& s, const QueryTile& tile, int64_t key_tile, const VisibleRows& rows) {
+// dv += weights^T dout and dk += dscores^T q for the listed keys of a key tile, kBlockRows keys that follow each other
+// at a time, over the rows that see any of them.
+inline void add_key_grads(const AttentionBackward& a, const BackwardScratch& s, const QueryTile& tile, int64_t key_tile,
+                          const VisibleRows& rows) {
   const int64_t dim = a.padded_dim, tile_start = key_tile * kKeyTile;
   const int64_t end = a.first_grad[key_tile + 1];
   VisibleRows seeing = rows;
@@ -127,19 +127,21 @@ void backward_task(const AttentionBackward& a, int64_t task, int64_t worker) {
       const ColumnRange columns(tile, row, row + count - 1, tile_start);
       float* weights = s.weights + row * kKeyTile;
       float* dscores = s.dscores + row * kKeyTile;
-      multiply<false, Update::kStore>(count, a.head_dim, columns.num_vectors(), s.q + row * dim, dim,
-                                      k_columns + columns.vector_begin, kKeyTile, weights + columns.vector_begin, kKeyTile);
-      multiply<false, Update::kStore>(count, a.head_dim, columns.num_vectors(), s.dout + row * dim, dim,
-                                      v_columns + columns.vector_begin, kKeyTile, dscores + columns.vector_begin, kKeyTile);
+      const int64_t c = columns.vector_begin;
+      multiply<false, Update::kStore>(count, a.head_dim, columns.num_vectors(), s.q + row * dim, dim, k_columns + c,
+                                      kKeyTile, weights + c, kKeyTile);
+      multiply<false, Update::kStore>(count, a.head_dim, columns.num_vectors(), s.dout + row * dim, dim, v_columns + c,
+                                      kKeyTile, dscores + c, kKeyTile);
       for (int64_t r = 0; r < count; ++r)
-        softmax_backward_row(weights + r * kKeyTile, dscores + r * kKeyTile, columns, tile.row_start[row + r] - tile_start,
-                             tile.row_end[row + r] - tile_start, s.lse[row + r], s.delta[row + r]);
+        softmax_backward_row(weights + r * kKeyTile, dscores + r * kKeyTile, columns,
+                             tile.row_start[row + r] - tile_start, tile.row_end[row + r] - tile_start, s.lse[row + r],
+                             s.delta[row + r]);
       multiply<false, Update::kAdd>(count, columns.end - columns.begin, dim / kLanes, dscores + columns.begin, kKeyTile,
                                     k_rows + columns.begin * dim, dim, s.dq + row * dim, dim);
     }
     if (a.first_grad[key_tile] == a.first_grad[key_tile + 1]) continue;
     int32_t* turn = a.turn + tile.head * a.num_key_tiles + key_tile;
-    // Whoever has the turn has begun before us and waits for earlier ones only, so this ends.
+    // Whoever has the turn began before this task and waits for still earlier ones only, so this ends.
     while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != tile.index) sched_yield();
     add_key_grads(a, s, tile, key_tile, rows);
     __atomic_store_n(turn, static_cast<int32_t>(tile.index - 1), __ATOMIC_RELEASE);

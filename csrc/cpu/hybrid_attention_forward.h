@@ -41,15 +41,16 @@ struct ForwardScratch {
 
 constexpr float kInfinity = __builtin_inff();
 
-// Scores of one row over the vectors of `columns` become weights exp(score - highest); [begin, end) is what the row sees.
-LMF_INLINE void softmax_row(
-    float* scores, const ColumnRange& columns, int64_t begin, int64_t end, float* total, float* highest, float* rescale) {
+// Scores of one row over the vectors of `columns` become weights exp(score - highest). [begin, end): what the row sees.
+LMF_INLINE void softmax_row(float* scores, const ColumnRange& columns, int64_t begin, int64_t end, float* total,
+                            float* highest, float* rescale) {
   if (begin > columns.vector_begin || end < columns.vector_end) {
     for (int64_t c = columns.vector_begin; c < columns.vector_end; c += kLanes)
       store(scores + c, select(visible(c, begin, end), load(scores + c), broadcast(-kInfinity)));
   }
   Vec largest = broadcast(-kInfinity);
-  for (int64_t c = columns.vector_begin; c < columns.vector_end; c += kLanes) largest = maximum(load(scores + c), largest);
+  for (int64_t c = columns.vector_begin; c < columns.vector_end; c += kLanes)
+    largest = maximum(load(scores + c), largest);
   const float before = *highest;
   const float tile_highest = max_of_lanes(largest) * kLog2e;
   const float now = tile_highest > before ? tile_highest : before;
@@ -87,13 +88,16 @@ void forward_task(const AttentionForward& a, int64_t task, int64_t worker) {
     for (int64_t row = rows.first; row < rows.end; row += kBlockRows) {
       const int64_t count = rows.end - row < kBlockRows ? rows.end - row : kBlockRows;
       const ColumnRange columns(tile, row, row + count - 1, tile_start);
-      multiply<false, Update::kStore>(count, a.head_dim, columns.num_vectors(), s.q + row * dim, dim,
-                                      k_columns + columns.vector_begin, kKeyTile, s.weights + columns.vector_begin, kKeyTile);
+      const int64_t c = columns.vector_begin;
+      multiply<false, Update::kStore>(count, a.head_dim, columns.num_vectors(), s.q + row * dim, dim, k_columns + c,
+                                      kKeyTile, s.weights + c, kKeyTile);
       for (int64_t r = 0; r < count; ++r)
         softmax_row(s.weights + r * kKeyTile, columns, tile.row_start[row + r] - tile_start,
-                    tile.row_end[row + r] - tile_start, s.total + (row + r) * kLanes, s.highest + row + r, s.rescale + r);
-      multiply<false, Update::kScaleAdd>(count, columns.end - columns.begin, dim / kLanes, s.weights + columns.begin, kKeyTile,
-                                         v_rows + columns.begin * dim, dim, s.out + row * dim, dim, s.rescale);
+                    tile.row_end[row + r] - tile_start, s.total + (row + r) * kLanes, s.highest + row + r,
+                    s.rescale + r);
+      multiply<false, Update::kScaleAdd>(count, columns.end - columns.begin, dim / kLanes, s.weights + columns.begin,
+                                         kKeyTile, v_rows + columns.begin * dim, dim, s.out + row * dim, dim,
+                                         s.rescale);
     }
   }
 

@@ -20,9 +20,10 @@ LMF_INLINE void store_row(const float* source, int64_t n, float factor, T* targe
   for (int64_t i = 0; i < n; ++i) target[i] = narrow<T>(factor * source[i]);
 }
 
-// Keys [first, first + count) of one head into rows [kKeyTile, padded] and/or columns [head_dim, kKeyTile]; the rest 0.
+// `count` keys of one head into rows [kKeyTile, padded] and/or columns [head_dim, kKeyTile]; zeros after them.
 template <typename T>
-void pack_tile(const T* source, int64_t stride, int64_t count, int64_t head_dim, int64_t padded, float* rows, float* columns) {
+void pack_tile(const T* source, int64_t stride, int64_t count, int64_t head_dim, int64_t padded, float* rows,
+               float* columns) {
   if (rows != nullptr) {
     for (int64_t j = 0; j < count; ++j) load_row(source + j * stride, head_dim, padded, 1.0f, rows + j * padded);
     for (int64_t i = count * padded; i < kKeyTile * padded; ++i) rows[i] = 0.0f;
@@ -84,7 +85,7 @@ struct QueryTile {
     end_key_tile = (row_end[num_rows - 1] + kKeyTile - 1) / kKeyTile;
   }
 
-  // Where row `row` is in a [num_queries, num_heads, head_dim] tensor. `query_row`: another order of the queries, or null.
+  // Where row `row` is in a [num_queries, num_heads, head_dim] tensor. query_row: another order of queries, or null.
   int64_t offset(const Attention& a, int64_t row, const int32_t* query_row) const {
     const int64_t query = first_query + row / a.group();
     const int64_t at = query_row == nullptr ? query : query_row[query];

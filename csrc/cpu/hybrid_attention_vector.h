@@ -1,5 +1,5 @@
-// What is a vector here? One register of floats of the instruction set this file is compiled for, with the few operations
-// attention needs. Compiler vector extensions (GCC, Clang) instead of intrinsics, so that every architecture is served.
+// What is a vector here? One register of floats of the instruction set this file is compiled for, with the few
+// operations attention needs. Vector extensions of GCC and Clang, no intrinsics, so that every architecture is served.
 
 #pragma once
 
@@ -38,7 +38,7 @@ LMF_INLINE IntVec iota() {
   return index;
 }
 
-// Lanes turned by half of 2 * kShift: with max or + this is one step of a reduction over all lanes.
+// Lane i of the result is lane i + kShift of x, round the end: with max or + one step of a reduction over all lanes.
 template <int kShift>
 LMF_INLINE Vec rotate(Vec x) {
 #if defined(__clang__)

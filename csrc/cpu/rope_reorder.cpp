@@ -1,5 +1,5 @@
-// RoPE with reorder on one thread, forward and backward, with the optional norm of every query and key head; compiled once
-// per instruction set.
+// RoPE with reorder on one thread, forward and backward, with the optional norm of every query and key head; compiled
+// once per instruction set.
 
 #include "rope_reorder.h"
 

@@ -40,15 +40,14 @@ LMF_HD float narrow<float>(float x) {
   return x;
 }
 
-// Rounds to nearest even; NaN stays NaN. Integer comparisons, so that compilers turn the choice into a blend.
+// Rounds to nearest even; NaN becomes the quiet NaN. Compares integers, so that compilers turn the choice into a blend.
 template <>
 LMF_HD bfloat16 narrow<bfloat16>(float x) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof(bits));
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const uint32_t quiet_nan = (bits >> 16) | 0x40u;
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return {static_cast<uint16_t>(is_nan ? quiet_nan : rounded)};
+  const uint32_t rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return {static_cast<uint16_t>((is_nan ? 0x7fc00000u : rounded) >> 16)};
 }
 
 }  // namespace LMF_ISA

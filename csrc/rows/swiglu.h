@@ -4,16 +4,17 @@
 
 #pragma once
 
+#include <math.h>
+
 #include "scalar.h"
 
 namespace lmf {
 namespace LMF_ISA {
 
-// exp(x) to about 1 ulp for x in [-87, 88], clamped outside; NaN stays NaN. Free of branches and calls, so that loops over
-// it vectorise: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial in r (Cephes' expf), and n added to the exponent.
-LMF_HD float exp_clamped(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
+// exp(x) to about 1 ulp for x in [-87, 88], 0 below and infinity above; NaN stays NaN. Free of branches and calls, so
+// that loops over it vectorise: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial in r (Cephes' expf), and n added to
+// the exponent.
+LMF_HD float fast_exp(float x) {
   const float round_magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
   const float shifted = x * 1.44269504088896341f + round_magic;
   const float n = shifted - round_magic;
@@ -31,10 +32,11 @@ LMF_HD float exp_clamped(float x) {
   memcpy(&bits, &p, sizeof(bits));
   bits += shifted_bits << 23;
   memcpy(&p, &bits, sizeof(p));
-  return p;
+  p = x < -87.0f ? 0.0f : p;
+  return x > 88.0f ? HUGE_VALF : p;
 }
 
-LMF_HD float sigmoid(float x) { return 1.0f / (1.0f + exp_clamped(-x)); }
+LMF_HD float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
 
 struct SwigluGrad {
   float gate, up, y;

@@ -4,8 +4,8 @@
         --image-size 8 --patch-coder linear
     lmfusion adapt meta-llama/Meta-Llama-3-8B models/llama --codec autoencoder_kl --codec-path models/vae
 
-The base LLM is a Hugging Face folder (Llama, SmolLM2, Mistral, Qwen2, Qwen3; safetensors), a GGUF file, or a name on the
-hub. The saved model holds the image part alone, with the place of the base LLM and the sha256 of each of its tensors.
+The base LLM is a Hugging Face folder (Llama, SmolLM2, Mistral, Qwen2, Qwen3; safetensors), a GGUF file, or a name on
+the hub. The saved model holds the image part alone, and of the base LLM its place and the sha256 of every tensor.
 """
 
 import argparse
@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("output", help="folder to save the model in")
     tower = parser.add_argument_group("image tower")
     tower.add_argument("--image-width", type=int, metavar="N", help="its hidden size; default: the LLM's (a full copy)")
-    tower.add_argument("--image-ffn-width", type=int, metavar="N", help="its FFN width; default: scaled with --image-width")
+    tower.add_argument(
+        "--image-ffn-width", type=int, metavar="N", help="its FFN width; default: scaled with --image-width"
+    )
     tower.add_argument(
         "--separation",
         choices=("deep", "shallow", "none"),
@@ -36,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     images.add_argument("--image-size", type=int, metavar="N", help="pixels a side (default: 256)")
     images.add_argument("--channels", type=int, choices=(1, 3), help="1: grey, 3: RGB (default: 3)")
     images.add_argument("--patch-coder", choices=("unet", "linear"), help="latents to rows and back (default: unet)")
-    images.add_argument("--patch-size", type=int, metavar="N", help="latent pixels a row stands for, along a side (default: 2)")
+    images.add_argument(
+        "--patch-size", type=int, metavar="N", help="latent pixels a row stands for, along a side (default: 2)"
+    )
     images.add_argument(
         "--prediction", choices=("epsilon", "v_prediction"), help="what the diffusion predicts (default: epsilon)"
     )
@@ -67,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
     model.save_pretrained(args.output, parts=args.parts)
     num_image, num_text = (sum(p.numel() for p in tower.parameters()) for tower in (model.image, model.text))
     print(
-        f"{args.output}: {num_text / 1e6:.1f} M frozen text parameters, {num_image / 1e6:.1f} M image parameters to train, "
-        f"{num_tokens} rows an image"
+        f"{args.output}: {num_text / 1e6:.1f} M frozen text parameters, {num_image / 1e6:.1f} M image parameters to "
+        f"train, {num_tokens} rows an image"
     )
     return 0
 

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="folder of a saved model")
     parser.add_argument(
         "--base",
-        help="the base LLM (Hugging Face folder, GGUF file, or name on the hub); default: where the model was made from",
+        help="the base LLM: Hugging Face folder, GGUF file, or name on the hub; default: the one it was made from",
     )
 
 

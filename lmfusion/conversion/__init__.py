@@ -1,7 +1,7 @@
 """Where does the text tower come from? `load_base` reads any supported LLM into one form.
 
-Supported: Llama (and what shares its architecture, such as SmolLM2), Mistral, Qwen2, Qwen3; from a Hugging Face folder with
-safetensors, a GGUF file, or a name known to the Hugging Face hub.
+Supported: Llama (and what shares its architecture, such as SmolLM2), Mistral, Qwen2, Qwen3; from a Hugging Face folder
+with safetensors, a GGUF file, or a name known to the Hugging Face hub.
 """
 
 from collections.abc import Callable
@@ -16,6 +16,8 @@ from transformers import PreTrainedConfig
 
 from lmfusion.conversion import gguf, huggingface
 from lmfusion.conversion.architectures import check_supported
+
+EMBEDDING_NAME = "text.embed_tokens.weight"
 
 
 @dataclass
@@ -34,7 +36,7 @@ class BaseModel:
 def load_base(path: str | Path, dtype: torch.dtype | None = None) -> BaseModel:
     """Read the LLM at `path`: a Hugging Face folder, a GGUF file, or a name on the hub.
 
-    dtype: of the tensors; None keeps the checkpoint's, or float32 where it is quantised (GGUF).
+    dtype: of the tensors; None keeps the checkpoint's (that of its embedding), or float32 for GGUF.
 
     Raises FileNotFoundError when there is nothing at `path`, and ValueError for a damaged file or an unsupported
     architecture.
@@ -50,7 +52,11 @@ def load_base(path: str | Path, dtype: torch.dtype | None = None) -> BaseModel:
     else:
         raise ValueError(f"{location} is neither a Hugging Face folder nor a .gguf file")
     check_supported(config, str(location))
-    return BaseModel(name, config, read_tensors(dtype), read_tokenizer)
+    tensors = read_tensors(dtype)
+    if dtype is None and EMBEDDING_NAME in tensors:  # some checkpoints keep their norms in another dtype
+        dtype = tensors[EMBEDDING_NAME].dtype
+        tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+    return BaseModel(name, config, tensors, read_tokenizer)
 
 
 def _from_hub(name: str) -> Path:

@@ -9,7 +9,9 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 def check_supported(config: PreTrainedConfig, where: str) -> None:
     """Raise ValueError naming what in `config` (of the checkpoint at `where`) is not supported, and what is."""
     if config.model_type not in MODEL_TYPES:
-        raise ValueError(unsupported(where, f"architecture {config.model_type!r}", f"Llama-type LLMs: {', '.join(MODEL_TYPES)}"))
+        raise ValueError(
+            unsupported(where, f"architecture {config.model_type!r}", f"Llama-type LLMs: {', '.join(MODEL_TYPES)}")
+        )
     if config.hidden_act != "silu":
         raise ValueError(unsupported(where, f"activation {config.hidden_act!r}", "'silu'"))
     if getattr(config, "mlp_bias", False):
@@ -25,7 +27,9 @@ def check_supported(config: PreTrainedConfig, where: str) -> None:
         raise ValueError(unsupported(where, "partial_rotary_factor other than 1", "heads rotated as a whole"))
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
-            unsupported(where, "quantised safetensors", "float32, float16 and bfloat16 checkpoints, and quantised GGUF files")
+            unsupported(
+                where, "quantised safetensors", "float32, float16 and bfloat16 checkpoints, and quantised GGUF files"
+            )
         )
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFReader, dequantize
+from gguf import GGUFReader, GGUFValueType, dequantize
+from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -37,16 +38,17 @@ _LAYER_NAMES = {
 _LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
-def open_file(path: Path) -> tuple[PreTrainedConfig, Callable[[torch.dtype | None], dict[str, Tensor]], Callable[[], Any]]:
+def open_file(
+    path: Path,
+) -> tuple[PreTrainedConfig, Callable[[torch.dtype | None], dict[str, Tensor]], Callable[[], Any]]:
     """The configuration of the LLM in the GGUF file, and readers of its tensors (file names) and of its tokenizer.
 
     Raises ValueError for a damaged file or an architecture other than llama, qwen2 and qwen3.
     """
     try:
         reader = GGUFReader(path)
-        metadata = {
-            name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.ggml.t")
-        }
+        scalars = {name: field for name, field in reader.fields.items() if field.types[:1] != [GGUFValueType.ARRAY]}
+        metadata = {name: field.contents() for name, field in scalars.items()}
     except Exception as error:  # the reader slices the file without checks: any kind of error may come of a damaged one
         raise ValueError(f"{path} is truncated or no GGUF file ({error}); copy it again from its source") from error
     arrays = {tensor.name: tensor for tensor in reader.tensors}
@@ -66,13 +68,26 @@ def open_file(path: Path) -> tuple[PreTrainedConfig, Callable[[torch.dtype | Non
             tensors[_file_name(name)] = tensor.to(dtype or torch.float32)
         return tensors
 
-    return config, read_tensors, lambda: AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return config, read_tensors, lambda: _read_tokenizer(path, metadata)
+
+
+def _read_tokenizer(path: Path, metadata: dict[str, Any]) -> Any:
+    """The tokenizer in the file, chat template and all; None where there is none."""
+    if "tokenizer.ggml.model" not in metadata:
+        return None
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    if metadata.get("tokenizer.ggml.pre") == "smollm":  # which transformers takes for GPT-2's
+        splits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits)
+    return tokenizer
 
 
 def _read_config(path: Path, metadata: dict[str, Any], arrays: dict[str, Any]) -> PreTrainedConfig:
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
-        raise ValueError(unsupported(str(path), f"architecture {architecture!r}", f"GGUF of {', '.join(ARCHITECTURES)}"))
+        raise ValueError(
+            unsupported(str(path), f"architecture {architecture!r}", f"GGUF of {', '.join(ARCHITECTURES)}")
+        )
 
     def get(key: str, default: Any = None) -> Any:
         value = metadata.get(f"{architecture}.{key}", default)
@@ -106,7 +121,9 @@ def _read_config(path: Path, metadata: dict[str, Any], arrays: dict[str, Any]) -
     }
     if window is not None:
         if architecture != "llama":
-            raise ValueError(unsupported(str(path), f"a sliding window with {architecture!r}", "sliding windows in 'llama' files"))
+            raise ValueError(
+                unsupported(str(path), f"a sliding window with {architecture!r}", "sliding windows in 'llama' files")
+            )
         return AutoConfig.for_model("mistral", sliding_window=window, **settings)
     return AutoConfig.for_model(architecture, **settings)
 

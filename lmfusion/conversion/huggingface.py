@@ -16,7 +16,9 @@ from lmfusion.conversion.names import from_llama
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def open_folder(folder: Path) -> tuple[PreTrainedConfig, Callable[[torch.dtype | None], dict[str, Tensor]], Callable[[], Any]]:
+def open_folder(
+    folder: Path,
+) -> tuple[PreTrainedConfig, Callable[[torch.dtype | None], dict[str, Tensor]], Callable[[], Any]]:
     """The configuration of the LLM in `folder`, and readers of its tensors (file names) and of its tokenizer."""
     config = read_config(folder)
 
@@ -65,8 +67,8 @@ def read_safetensors(folder: Path, dtype: torch.dtype | None = None) -> dict[str
             raise ValueError(f"{index} is damaged: {error!r}; copy it again from its source") from error
     elif any(folder.glob("*.bin")):
         raise ValueError(
-            f"{folder} holds its weights as pickle (.bin), which can run code when read; convert them to safetensors, for "
-            "example with transformers' save_pretrained"
+            f"{folder} holds its weights as pickle (.bin), which can run code when read; convert them to safetensors, "
+            "for example with transformers' save_pretrained"
         )
     else:
         raise FileNotFoundError(f"{folder} holds neither model.safetensors nor model.safetensors.index.json")

@@ -63,7 +63,7 @@ def to_llama(name: str) -> str:
 
 
 def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
-    """Raise ValueError naming the first tensors that are missing, unexpected or of another shape. `where`: the source."""
+    """Raise ValueError naming the first tensors that are missing, unexpected or misshapen. `where`: the source."""
     missing = [name for name in expected if name not in found]
     if missing:
         raise ValueError(f"{where} lacks {len(missing)} tensor(s), first {missing[0]!r}; is the file complete?")

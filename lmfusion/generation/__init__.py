@@ -1,5 +1,4 @@
-"""What can a trained model make? Images from text, captions from images, and plain text, all over one key-value
-cache."""
+"""What can a trained model make? Images from text, captions from images, and text, over one key-value cache."""
 
 from lmfusion.generation.captioning import caption_images
 from lmfusion.generation.drawing import draw_images

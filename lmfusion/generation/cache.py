@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lmfusion.batch import Document
+from lmfusion.conversion.architectures import sliding_window
 from lmfusion_kernels import layout as layouts
 from lmfusion_kernels.layout import TokenLayout
 
@@ -63,11 +64,17 @@ def no_image_rows(model: "LMFusion", x_text: Tensor) -> Tensor:
     return x_text.new_empty(0, model.config.image_hidden_size)
 
 
-def check_context(model: "LMFusion", num_tokens: int, what: str) -> None:
-    """Raise ValueError when `what` would need more positions than the LLM was trained with."""
-    limit = getattr(model.config.text_config, "max_position_embeddings", None)
-    if limit is not None and num_tokens > limit:
-        raise ValueError(f"{what} needs {num_tokens} tokens, but the model's context is {limit}; shorten it")
+def check_context(model: "LMFusion", documents: Sequence[Document], num_new: int) -> None:
+    """Raise ValueError when a document with `num_new` more tokens exceeds the LLM's positions or its window."""
+    num_tokens = max(document.num_tokens for document in documents) + num_new
+    text_config = model.config.text_config
+    limits = (getattr(text_config, "max_position_embeddings", None), sliding_window(text_config))
+    limit = min((limit for limit in limits if limit is not None), default=num_tokens)
+    if num_tokens > limit:
+        raise ValueError(
+            f"a document of {num_tokens - num_new} tokens and {num_new} new ones need {num_tokens}, "
+            f"but the model's context is {limit}; shorten one or the other"
+        )
 
 
 @contextmanager

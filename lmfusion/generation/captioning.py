@@ -1,5 +1,4 @@
-"""What does an image show? The image is read like one of a training document without noise, and the LLM goes on from
-it."""
+"""What does an image show? It is read like a training image without noise, and the LLM goes on from there."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -7,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lmfusion.batch import SpecialTokens, caption_prompt, encode_caption
-from lmfusion.generation.cache import generating
+from lmfusion.generation.cache import check_context, generating
 from lmfusion.generation.sampling import check_decoding, check_list, generators
 from lmfusion.generation.text import continue_documents, require_tokenizer
 from lmfusion.image.preprocessing import ImageSource, to_tensor
@@ -45,6 +44,7 @@ def caption_images(
     num_image_tokens = patch_coder.tokens_per_image(codec.latent_size, codec.latent_size)
     document = caption_prompt(prompt_ids, num_image_tokens, tokens)
 
+    check_context(model, [document], max_new_tokens)
     answers: list[list[int]] = []
     with generating(model):
         for start in range(0, len(images), batch_size):

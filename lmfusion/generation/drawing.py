@@ -50,6 +50,7 @@ def draw_images(
     negative_ids = encode_caption(tokenizer, negative_prompt) if negative_prompt else []
     unconditional = draw_prompt(negative_ids, tokens)
     latent_shape = _latent_shape(model, image_size)
+    check_context(model, [*documents, unconditional], model.image.patch_coder.tokens_per_image(*latent_shape[1:]))
     model.diffusion.sampler(sampler, num_steps, model.codec.latent_range)  # complain before anything is computed
 
     images: list[Image.Image] = []
@@ -83,7 +84,6 @@ class Denoiser:
     def __init__(self, model: "LMFusion", documents: Sequence[Document], latent_shape: tuple[int, int, int]) -> None:
         num_image_tokens = model.image.patch_coder.tokens_per_image(*latent_shape[1:])
         longest = max(document.num_tokens for document in documents)
-        check_context(model, longest + num_image_tokens, f"a prompt of {longest} tokens and its image")
         self._model = model
         self._num_documents = len(documents)
         self._cache = KeyValueCache(model, len(documents), longest + num_image_tokens)
@@ -94,8 +94,7 @@ class Denoiser:
     def predict(self, latents: Tensor, timestep: int) -> Tensor:
         """Raw predictions [num_documents, C, h, w] for noisy `latents` [B, C, h, w] at `timestep`.
 
-        With fewer latents than documents, they repeat: documents b, b + B, ... share latent b. They are then coded
-        once.
+        With fewer latents than documents they repeat, coded once: documents b, b + B, ... share latent b.
         """
         num_repeats = self._num_documents // latents.shape[0]
         timesteps = torch.full((latents.shape[0],), timestep, device=latents.device)
@@ -116,5 +115,4 @@ def _latent_shape(model: "LMFusion", image_size: int | None) -> tuple[int, int, 
     if image_size < 1 or image_size % codec.downscale:
         raise ValueError(f"image_size is {image_size}; the codec makes positive multiples of {codec.downscale} pixels")
     size = image_size // codec.downscale
-    model.image.patch_coder.tokens_per_image(size, size)
     return codec.latent_channels, size, size

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def generators(seed: int, indices: Sequence[int]) -> list[torch.Generator]:
-    """CPU generators keyed by (seed, index), so that an item does not depend on what it is batched with, or on a device.
+    """CPU generators keyed by (seed, index), so that neither its batch nor a device changes an item.
 
     Raises ValueError for a negative seed.
     """

@@ -38,6 +38,7 @@ def generate_text(
     check_decoding(max_new_tokens, temperature, top_p)
     tokenizer = require_tokenizer(model)
     documents = [Document().text(_encode_prompt(tokenizer, prompt, chat)) for prompt in prompts]
+    check_context(model, documents, max_new_tokens)
     answers: list[list[int]] = []
     with generating(model):
         for start in range(0, len(prompts), batch_size):
@@ -61,10 +62,10 @@ def continue_documents(
 ) -> list[list[int]]:
     """Ids that follow each document, without the eos that ends them. To be called in `generating(model)`.
 
-    Documents end with a text or marker row. x_image: rows of their images, [num_image, d_image], or None.
+    Documents end with a text or marker row, and fit the context with what is to come. x_image: rows of their images,
+    [num_image, d_image], or None.
     """
     longest = max(document.num_tokens for document in documents)
-    check_context(model, longest + max_new_tokens, f"a document of {longest} tokens with {max_new_tokens} new ones")
     cache = KeyValueCache(model, len(documents), longest + max_new_tokens)
     h_text = cache.read(model, documents, x_image)
     last_rows = [end - 1 for end in itertools.accumulate(len(document.token_ids) for document in documents)]
@@ -74,9 +75,7 @@ def continue_documents(
     answers: list[list[int]] = [[] for _ in documents]
     running = set(range(len(documents)))
     while True:
-        logits = model.text_logits(h_last)[
-            :, : model.boi_token_id
-        ]  # BOI and EOI are the two columns behind the vocabulary
+        logits = model.text_logits(h_last)[:, : model.boi_token_id]  # without BOI and EOI, which come last
         next_ids = next_tokens(logits, temperature, top_p, chance)
         for row, token_id in enumerate(next_ids.tolist()):
             if row not in running:
@@ -89,12 +88,11 @@ def continue_documents(
                 running.discard(row)
         if not running:
             return answers
-        # Rows that have ended run along, writing into the same free place of their cache again and again
+        # Rows that have ended run along unheard
         x_text = model.embed(next_ids)
         layout = cache.layout([[("text", 1)]] * len(documents))
         h_last, _ = model.run_layers(x_text, no_image_rows(model, x_text), layout, cache.layers)
-        for row in running:
-            cache.lengths[row] += 1
+        cache.lengths = [length + 1 for length in cache.lengths]
 
 
 def end_token_ids(model: "LMFusion") -> set[int]:

@@ -1,2 +1,1 @@
-"""The image path: files to pixels (preprocessing), pixels to latents (codec), latents to rows of the image tower
-(patch coder)."""
+"""The image path: files to pixels (preprocessing), to latents (codec), to rows of the image tower (patch_coder)."""

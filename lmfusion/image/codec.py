@@ -29,8 +29,7 @@ class CodecConfig:
     image_size: int = 256
     """Height and width in pixels; images are centre-cropped and resized to it."""
     sha256: str | None = None
-    """Digest of the autoencoder's weights file. Filled in when the codec is first loaded, checked ever after: latents
-    of
+    """Digest of the autoencoder's weights file. Filled in at the first load, checked from then on: latents of
     another autoencoder would be noise to the image tower."""
 
     def __post_init__(self) -> None:
@@ -68,15 +67,15 @@ class Codec(nn.Module):
         return self.config.image_size // self.downscale
 
     def encode(self, images: Tensor) -> Tensor:
-        """Latents of `images`. Raises ValueError when the channels, or a side not divisible by `downscale`, do not
-        fit."""
+        """Latents of `images`. Raises ValueError for other channels, or sides not divisible by `downscale`."""
         if images.dim() != 4 or images.shape[1] != self.config.channels:
             raise ValueError(
                 f"images have shape {tuple(images.shape)}; the codec takes [B, {self.config.channels}, H, W]"
             )
         if images.shape[2] % self.downscale or images.shape[3] % self.downscale:
             raise ValueError(
-                f"images are {images.shape[2]} x {images.shape[3]} pixels; the codec needs sides divisible by {self.downscale}"
+                f"images are {images.shape[2]} x {images.shape[3]} pixels; "
+                f"the codec needs sides divisible by {self.downscale}"
             )
         with torch.no_grad():
             return self._encode(images)
@@ -124,8 +123,8 @@ class AutoencoderCodec(Codec):
         settings: Any = autoencoder.config
         if settings.in_channels != config.channels:
             raise ValueError(
-                f"the autoencoder in {config.path} takes {settings.in_channels} image channels, but the codec is configured "
-                f"for {config.channels}; set channels: {settings.in_channels}"
+                f"the autoencoder in {config.path} takes {settings.in_channels} image channels, but the codec is "
+                f"configured for {config.channels}; set channels: {settings.in_channels}"
             )
         self.latent_channels = settings.latent_channels
         widths = (
@@ -177,12 +176,14 @@ def load_codec(config: CodecConfig) -> Codec:
     weights = Path(config.path) / WEIGHTS_NAME
     if not weights.is_file():
         raise FileNotFoundError(
-            f"no autoencoder at {config.path}: {WEIGHTS_NAME} is missing; path is a local folder written by diffusers' save_pretrained"
+            f"no autoencoder at {config.path}: {WEIGHTS_NAME} is missing; path is a local folder written by diffusers' "
+            "save_pretrained"
         )
     digest = _sha256(weights)
     if config.sha256 not in (None, digest):
         raise ValueError(
-            f"{weights} has sha256 {digest}, but this model was made with {config.sha256}; point the codec's path to the original"
+            f"{weights} has sha256 {digest}, but this model was made with {config.sha256}; "
+            "point the codec's path to the original"
         )
     try:
         autoencoder = kind.from_pretrained(config.path, local_files_only=True, use_safetensors=True)

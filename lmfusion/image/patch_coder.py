@@ -33,8 +33,7 @@ class PatchCoderConfig:
     """unet: width of each level, from the full resolution down; each further level halves the sides, so patch_size is
     2 ** (levels - 1)."""
     num_blocks: int = 3
-    """unet: residual blocks a level, down and up alike. The defaults give 0.27 B parameters beside a tower of width
-    4,096."""
+    """unet: residual blocks a level, down and up alike. Defaults: 0.27 B parameters beside a tower of width 4,096."""
 
     def __post_init__(self) -> None:
         self.channels = tuple(self.channels)
@@ -45,13 +44,13 @@ class PatchCoderConfig:
         if self.kind == "unet":
             if not self.channels or min(self.channels) < 2 or self.num_blocks < 1:
                 raise ValueError(
-                    f"a unet has channels of at least 2 and at least one block a level, not channels {self.channels} and "
-                    f"num_blocks {self.num_blocks}"
+                    "a unet has channels of at least 2 and at least one block a level, "
+                    f"not channels {self.channels} and num_blocks {self.num_blocks}"
                 )
             if self.patch_size != 2 ** (len(self.channels) - 1):
                 raise ValueError(
-                    f"a unet of {len(self.channels)} levels makes patches of {2 ** (len(self.channels) - 1)}, not {self.patch_size}; "
-                    "change patch_size or the number of channels"
+                    f"a unet of {len(self.channels)} levels makes patches of {2 ** (len(self.channels) - 1)}, "
+                    f"not {self.patch_size}; change patch_size or the number of channels"
                 )
 
 
@@ -238,8 +237,7 @@ def _level(block_inputs: list[int], out_channels: int, time_channels: int) -> nn
 
 
 def _num_groups(channels: int) -> int:
-    """32 groups a norm, as usual, or fewer in a narrow level: a group of one channel would forget what level it is
-    on."""
+    """32 groups a norm, as usual, or fewer in a narrow level: a group of one channel would forget its mean."""
     num_groups = 32
     while num_groups > 1 and (channels % num_groups or channels // num_groups < 4):
         num_groups //= 2
@@ -247,7 +245,6 @@ def _num_groups(channels: int) -> int:
 
 
 def build_patch_coder(config: PatchCoderConfig, latent_channels: int, width: int) -> PatchCoder:
-    """The patch coder of `config` between latents of `latent_channels` and an image tower of `width`, freshly
-    initialised."""
+    """A freshly initialised coder between latents of `latent_channels` and an image tower of `width`."""
     kind = {"unet": UNetPatchCoder, "linear": LinearPatchCoder}[config.kind]
     return kind(config, latent_channels, width)

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,10 @@ def save_checkpoint(folder: Path, step: int, parts: Parts, state: Mapping[str, A
         manifest: dict[str, Any] = {"format": FORMAT, "files": {}}
         for name, tensors in parts.items():
             held = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-            manifest["files"][f"{name}.safetensors"] = _write(
-                unfinished / f"{name}.safetensors", lambda path, held=held: save_file(held, path)
-            )
-        manifest["files"][STATE] = _write(unfinished / STATE, lambda path: _write_json(path, {**state, "step": step}))
-        _write(unfinished / MANIFEST, lambda path: _write_json(path, manifest))
+            file = f"{name}.safetensors"
+            manifest["files"][file] = _write(unfinished / file, partial(save_file, held))
+        manifest["files"][STATE] = _write(unfinished / STATE, partial(_write_json, {**state, "step": step}))
+        _write(unfinished / MANIFEST, partial(_write_json, manifest))
         _sync(unfinished)
         unfinished.rename(target)
         _sync(folder)
@@ -114,7 +114,7 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+def _write_json(values: Mapping[str, Any], path: Path) -> None:
     path.write_text(json.dumps(values, indent=1), encoding="utf-8")
 
 

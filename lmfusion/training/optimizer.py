@@ -8,6 +8,9 @@ from torch import Tensor, nn
 
 from lmfusion.training.config import TrainConfig
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+"""AdamW's state of a weight, by torch's names."""
+
 
 def learning_rate(step: int, config: TrainConfig) -> float:
     """Of the update that ends step number `step` (from 0): a linear warm-up, then a cosine that ends at the minimum."""
@@ -55,16 +58,15 @@ class Optimizer:
             f"{moment}/{name}": state[moment]
             for name, weight in self.weights.items()
             if (state := self._adamw.state.get(weight))
-            for moment in ("exp_avg", "exp_avg_sq", "step")
+            for moment in MOMENTS
         }
 
     def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Continue from `state_tensors` of an optimizer over weights of the same names and shapes."""
         for name, weight in self.weights.items():
             if f"step/{name}" in tensors:
-                device = weight.device
                 self._adamw.state[weight] = {
-                    moment: tensors[f"{moment}/{name}"].to(device) for moment in ("step", "exp_avg", "exp_avg_sq")
+                    moment: tensors[f"{moment}/{name}"].to(weight.device, copy=True) for moment in MOMENTS
                 }
 
 

@@ -137,7 +137,7 @@ class Trainer:
 
     def save_checkpoint(self) -> None:
         """Save what `Trainer` needs to continue from here."""
-        parts = {
+        parts: checkpoint.Parts = {
             "weights": self.weights,
             "optimizer": self.optimizer.state_tensors(),
             "ema": self.ema.state_tensors(),
@@ -214,7 +214,8 @@ def build_model(config: ModelConfig, train: TrainConfig) -> LMFusion:
     device = choose_device(train.device)
     dtype = getattr(torch, train.dtype)
     if config.adapted is not None:
-        model = LMFusion.from_pretrained(resolve_path(config.adapted), dtype=dtype)
+        model = LMFusion.from_pretrained(resolve_path(config.adapted))  # in the dtype it has: its image side is trained
+        model.text.to(dtype)
     else:
         assert config.base is not None
         path = resolve_path(config.base)
@@ -224,7 +225,7 @@ def build_model(config: ModelConfig, train: TrainConfig) -> LMFusion:
     model.image.float()
     if not model.frozen_text:
         model.text.float()
-    return model.to(device)
+    return model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
 
 
 def choose_device(name: str) -> torch.device:
@@ -248,7 +249,8 @@ def stop_signals() -> Iterator[Stop]:
     """
     stop = Stop()
     handlers: dict[int, Any] = {}
-    numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT) if is_main else ()
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop.is_set = True

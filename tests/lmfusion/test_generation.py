@@ -11,7 +11,7 @@ from lmfusion.generation import caption_images, draw_images, generate_text
 from lmfusion.generation.drawing import Denoiser
 from lmfusion.generation.sampling import generators, next_tokens
 from lmfusion.generation.text import end_token_ids
-from lmfusion.image.preprocessing import to_tensor
+from lmfusion.image.preprocessing import to_pil, to_tensor
 from lmfusion.modeling import LMFusion
 
 PROMPTS = ["a seven", "the digit three, please", "x"]
@@ -19,19 +19,19 @@ LATENT_SHAPE = (1, 8, 8)
 NUM_IMAGE_TOKENS = 16
 
 
-def build(folder, **patch_coder):
-    """A model in float64 whose every weight matters: what training starts at zero is drawn too."""
+def build(folder, dtype=torch.float64, **patch_coder):
+    """A model whose every weight matters: what training starts at zero is drawn too."""
     model = LMFusion.from_llm(
         folder,
         image={"hidden_size": 16, "patch_coder": {"kind": "linear", **patch_coder}},
         codec={"kind": "pixels", "channels": 1, "image_size": 8},
         diffusion={"prediction_type": "v_prediction"},
-        dtype=torch.float64,
+        dtype=dtype,
     )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.image.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
     return model
 
 
@@ -81,32 +81,51 @@ def uncached_greedy(model, document, rows, num_new):
 
 
 @torch.inference_mode()
-def test_cached_prediction_equals_uncached(model):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
+def test_cached_prediction_equals_uncached(tiny_llama, dtype, tolerance):
+    model = build(tiny_llama, dtype)
     documents = draw_documents(model)
     denoiser = Denoiser(model, documents, LATENT_SHAPE)
     generator = torch.Generator().manual_seed(0)
     for timestep in (999, 500, 0):  # each step overwrites the image of the one before
-        latents = torch.randn(3, *LATENT_SHAPE, generator=generator, dtype=torch.float64)
+        latents = torch.randn(3, *LATENT_SHAPE, generator=generator, dtype=dtype)
         predictions = denoiser.predict(latents, timestep)
         assert predictions.abs().max() > 0.1
         for document, latent, prediction in zip(documents, latents, predictions, strict=True):
             expected = uncached_prediction(model, document, latent, timestep)
-            torch.testing.assert_close(prediction, expected, atol=1e-10, rtol=0)
+            torch.testing.assert_close(prediction, expected, atol=tolerance, rtol=0)
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("kind", ["linear", "unet"])
-def test_guidance_in_one_forward_equals_two(tiny_llama, kind):
-    model = build(tiny_llama, **({"kind": "unet", "channels": (8, 16), "num_blocks": 1} if kind == "unet" else {}))
+def test_guidance_in_one_forward_equals_two(tiny_llama, kind, dtype, tolerance):
+    unet = {"kind": "unet", "channels": (8, 16), "num_blocks": 1}
+    model = build(tiny_llama, dtype, **(unet if kind == "unet" else {}))
     conditional = draw_documents(model)
     unconditional = [draw_prompt([], tokens_of(model))] * 3
-    latents = torch.randn(3, *LATENT_SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    latents = torch.randn(3, *LATENT_SHAPE, generator=torch.Generator().manual_seed(0), dtype=dtype)
     together = Denoiser(model, conditional + unconditional, LATENT_SHAPE).predict(latents, 700)
     apart = [
         Denoiser(model, documents, LATENT_SHAPE).predict(latents, 700) for documents in (conditional, unconditional)
     ]
-    torch.testing.assert_close(together, torch.cat(apart), atol=1e-10, rtol=0)
+    torch.testing.assert_close(together, torch.cat(apart), atol=tolerance, rtol=0)
     assert (apart[0] - apart[1]).abs().max() > 1e-3
+
+
+def test_guidance_goes_from_the_unconditional_prediction_past_the_prompts(model):
+    """One DDIM step done by hand, from uncached predictions."""
+    drawn = draw_images(model, ["a seven"], guidance_scale=2.5, num_steps=1, sampler="ddim", seed=7)[0]
+    noise = torch.randn(LATENT_SHAPE, generator=generators(7, [0])[0])
+    with torch.inference_mode():
+        conditional, base = (
+            uncached_prediction(model, draw_prompt(ids, tokens_of(model)), noise, 999)
+            for ids in (encode_caption(model.tokenizer, "a seven"), [])
+        )
+    velocity = base + 2.5 * (conditional - base)
+    expected = to_pil(-velocity[None].clamp(-1, 1))[0]  # at t = 999 all is noise, so the velocity is minus the image
+    assert np.abs(np.asarray(drawn).astype(int) - np.asarray(expected)).max() <= 1
+    assert np.asarray(drawn).std() > 20
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpm-solver"])
@@ -159,6 +178,15 @@ def test_prompt_is_read_once_and_steps_run_image_rows_alone(model, monkeypatch, 
     assert calls[0][1] == 0
     assert calls[1:] == [(0, num_documents * NUM_IMAGE_TOKENS)] * 4
     assert told == [[t] for t in (999, 999, 749, 749, 499, 499, 249, 249)]
+
+
+def test_all_ways_in_bfloat16(tiny_llama, pictures):
+    model = build(tiny_llama, torch.bfloat16)
+    image = np.asarray(draw_images(model, ["a seven"], num_steps=3, guidance_scale=2.0)[0])
+    reference = np.asarray(draw_images(build(tiny_llama), ["a seven"], num_steps=3, guidance_scale=2.0)[0])
+    assert np.abs(image.astype(int) - reference).mean() < 30 < np.abs(image.astype(int) - 128).mean()
+    assert len(caption_images(model, pictures, max_new_tokens=2)) == 3
+    assert generate_text(model, ["x"], max_new_tokens=2) != [""]
 
 
 def test_drawing_at_another_size(model):
@@ -242,9 +270,20 @@ def test_generators_are_keyed_by_seed_and_index():
 # --- captions ---
 
 
-def test_captions_equal_uncached_ones_and_do_not_depend_on_the_batch(model, pictures):
-    batched = caption_images(model, pictures, prompt="it is", max_new_tokens=8, batch_size=3)
-    assert batched == caption_images(model, pictures, prompt="it is", max_new_tokens=8, batch_size=1)
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_batched_captions_equal_single_ones(model, pictures, temperature):
+    def caption(batch_size):
+        return caption_images(model, pictures, max_new_tokens=8, temperature=temperature, batch_size=batch_size)
+
+    assert caption(3) == caption(1) == caption(2)
+
+
+def test_captions_equal_uncached_ones(model, pictures, monkeypatch):
+    told = []
+    encode_images = model.encode_images
+    monkeypatch.setattr(model, "encode_images", lambda x, t: (told.append(t.tolist()), encode_images(x, t))[1])
+    batched = caption_images(model, pictures, prompt="it is", max_new_tokens=8)
+    assert told == [[0, 0, 0]]
     with torch.inference_mode():
         for picture, caption in zip(pictures, batched, strict=True):
             latents = model.codec.encode(to_tensor(picture, 8, channels=1)[None])
@@ -314,6 +353,13 @@ def test_wrong_decoding_settings_are_named(model, pictures, settings, message):
         generate_text(model, ["x"], **settings)
     with pytest.raises(ValueError, match=message):
         caption_images(model, pictures[:1], **settings)
+
+
+def test_sliding_window_bounds_the_context(model, monkeypatch):
+    monkeypatch.setattr(model.config.text_config, "sliding_window", 20, raising=False)
+    assert len(generate_text(model, ["0123456789"], max_new_tokens=9)) == 1  # 11 tokens with bos
+    with pytest.raises(ValueError, match=r"need 21, but the model's context is 20"):
+        generate_text(model, ["0123456789"], max_new_tokens=10)
 
 
 def test_wrong_prompts_and_images_are_named(model, monkeypatch, tmp_path):

@@ -1,12 +1,15 @@
-"""Saving and loading: nothing is lost, the base is the right one, an old model outlives a failed save, bad files are named."""
+"""Saving and loading: nothing is lost, the base is checked, an old model outlives a failed save, bad files named."""
 
 import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 
@@ -31,7 +34,9 @@ def assert_same(model, other):
 
 
 @pytest.mark.parametrize("parts", ["image", "all"])
-@pytest.mark.parametrize("image", [IMAGE, {**IMAGE, "hidden_size": None}, {**IMAGE, "hidden_size": None, "separation": "none"}])
+@pytest.mark.parametrize(
+    "image", [IMAGE, {**IMAGE, "hidden_size": None}, {**IMAGE, "hidden_size": None, "separation": "none"}]
+)
 def test_saved_and_loaded_is_the_same(tiny_llama, tmp_path, parts, image):
     model = LMFusion.from_llm(tiny_llama, image=image, codec=CODEC, diffusion={"loss_weight": 2.0})
     model.image.marker_embedding.data.normal_()
@@ -49,7 +54,8 @@ def test_files_hold_llama_names_and_the_image_part_alone(model, tmp_path):
     layer = {n.removeprefix("image.layers.1.") for n in names if n.startswith("image.layers.1.")}
     projections = [f"self_attn.{p}_proj" for p in "qkvo"] + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
     assert layer == {f"{n}.weight" for n in [*projections, "input_layernorm", "post_attention_layernorm"]}
-    base = json.loads((tmp_path / "m" / "base.json").read_text())
+    assert len({file.stat().st_mode for file in (tmp_path / "m").iterdir()}) == 1
+    base = json.loads((tmp_path / "m" / "base.json").read_text())["base"]
     assert "model.layers.0.self_attn.q_proj.weight" in base["sha256"] and "lm_head.weight" in base["sha256"]
 
 
@@ -103,6 +109,28 @@ def test_loading_in_another_dtype(model, tmp_path):
     assert LMFusion.from_pretrained(tmp_path / "half").text.norm.weight.dtype == torch.float32
 
 
+def test_an_autoencoder_is_saved_with_all_parts(tiny_llama, tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    blocks = {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8)}
+    counts = {"num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
+    AutoencoderTiny(in_channels=1, out_channels=1, latent_channels=2, **blocks, **counts).save_pretrained(
+        tmp_path / "vae"
+    )
+    monkeypatch.chdir(tmp_path)
+    codec = {"kind": "autoencoder_tiny", "path": "vae", "channels": 1, "image_size": 8}
+    model = LMFusion.from_llm(tiny_llama, image=IMAGE, codec=codec)
+    model.save_pretrained("image")
+    model.save_pretrained("all", parts="all")
+    monkeypatch.chdir(tmp_path.parent)
+    assert_same(model, LMFusion.from_pretrained(tmp_path / "image"))
+    (tmp_path / "vae").rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError, match="no autoencoder at"):
+        LMFusion.from_pretrained(tmp_path / "image")
+    loaded = LMFusion.from_pretrained(tmp_path / "all", dtype=torch.bfloat16)
+    pixels = torch.rand(1, 1, 8, 8)
+    assert torch.equal(loaded.codec.encode(pixels), model.codec.encode(pixels))
+
+
 def test_a_base_read_as_bfloat16_is_read_so_again(tiny_llama, tmp_path):
     model = LMFusion.from_llm(tiny_llama, image=IMAGE, codec=CODEC, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path / "m")
@@ -113,6 +141,19 @@ def test_auto_classes(model, tmp_path):
     model.save_pretrained(tmp_path / "m")
     assert isinstance(AutoConfig.from_pretrained(tmp_path / "m"), LMFusionConfig)
     assert_same(model, AutoModel.from_pretrained(tmp_path / "m"))
+    with pytest.raises(ValueError, match="unknown argument 'device_map'"):
+        AutoModel.from_pretrained(tmp_path / "m", device_map="cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "order", ["import lmfusion, transformers", "import transformers; transformers.AutoModel; import lmfusion"]
+)
+def test_auto_model_after_import_lmfusion(model, tmp_path, order):
+    model.save_pretrained(tmp_path / "m")
+    code = f"{order}; print(type(transformers.AutoModel.from_pretrained({str(tmp_path / 'm')!r})).__module__)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "lmfusion.modeling\n", result.stderr
 
 
 def test_a_model_made_without_a_base(tmp_path):
@@ -163,6 +204,7 @@ def test_a_failed_last_rename_puts_the_old_model_back(model, tmp_path, monkeypat
         model.save_pretrained(tmp_path / "m")
     monkeypatch.undo()
     assert len(calls) == 3
+    assert [folder.name for folder in tmp_path.iterdir()] == ["m"]
     assert_same(model, LMFusion.from_pretrained(tmp_path / "m"))
 
 
@@ -196,7 +238,9 @@ def edit_json(path, **changes):
         (lambda m: edit_json(m / "config.json", colour="red"), "unknown configuration key 'colour'"),
         (lambda m: edit_json(m / "config.json", image={"hidden": 3}), "unknown configuration key image.hidden"),
         (lambda m: (m / "base.json").unlink(), "base.json is missing"),
-        (lambda m: edit_json(m / "base.json", parts="most"), "parts 'most'"),
+        (lambda m: edit_json(m / "base.json", parts="most"), "tells neither"),
+        (lambda m: edit_json(m / "base.json", base=None), "tells neither"),
+        (lambda m: edit_json(m / "base.json", base={"nam": "x"}), "unknown configuration key base.nam"),
         (lambda m: os.truncate(m / "model.safetensors", 5000), "truncated or damaged"),
         (lambda m: (m / "model.safetensors").unlink(), "holds neither"),
     ],
@@ -213,7 +257,10 @@ def test_damaged_files_are_named(model, tmp_path, damage, message):
     [
         (lambda t: t.pop("image.norm.weight"), "lacks 1 tensor.*image.norm.weight"),
         (lambda t: t.update({"image.extra": torch.zeros(1)}), "does not know, first 'image.extra'"),
-        (lambda t: t.update({"image.norm.weight": torch.zeros(3)}), r"shape \(3,\), the configuration asks for \(16,\)"),
+        (
+            lambda t: t.update({"image.norm.weight": torch.zeros(3)}),
+            r"shape \(3,\), the configuration asks for \(16,\)",
+        ),
     ],
 )
 def test_wrong_tensors_are_named(model, tmp_path, change, message):
@@ -228,4 +275,7 @@ def test_wrong_tensors_are_named(model, tmp_path, change, message):
 def test_names_are_those_of_transformers(model, tiny_llama):
     llm = LlamaForCausalLM.from_pretrained(tiny_llama)
     assert set(model.base.sha256) == set(llm.state_dict())
-    assert serialization.digests({"text." + k.removeprefix("model."): t for k, t in llm.state_dict().items()}) == model.base.sha256
+    assert (
+        serialization.digests({"text." + k.removeprefix("model."): t for k, t in llm.state_dict().items()})
+        == model.base.sha256
+    )

@@ -1,0 +1,7 @@
+"""`python -m lmfusion.demo` is `lmfusion demo`."""
+
+import sys
+
+from lmfusion.cli import main
+
+sys.exit(main(["demo", *sys.argv[1:]]))

@@ -1,0 +1,155 @@
+"""The stages of the demo, from the base LLM to the report."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmfusion.data.digits import NAMES, Digits, caption_of
+from lmfusion.demo.judge import Judge
+from lmfusion.demo.report import render_report
+from lmfusion.modeling import LMFusion
+from lmfusion.training.config import load_config
+from lmfusion.training.trainer import Trainer
+from lmfusion.verification import verify
+
+DRAWINGS_PER_DIGIT = 10
+SAMPLING = {"sampler": "dpm-solver", "num_steps": 20, "guidance_scale": 2.0, "seed": 0, "batch_size": 100}
+NUM_SHOWN = 24
+"""Captions of each kind in the report."""
+PACKAGES = ("lmfusion", "torch", "transformers", "diffusers", "scikit-learn", "numpy")
+
+
+def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Run all stages and write report.html and summary.json into `output`; answer with the summary.
+
+    overrides: changes to recipes/digits.yaml, as `lmfusion train` takes them. The held-out digits are used once: for the
+    captions of the report.
+    """
+    folder = Path(output)
+    config = load_config(_recipe(), [*overrides, f"output={folder / 'run'}"])
+    times: dict[str, float] = {}
+    with _stage("adapt", times):
+        trainer = Trainer(config)
+    model = trainer.model
+    num_trained = sum(weight.numel() for weight in trainer.weights.values())
+    print(f"{num_trained / 1e6:.1f} M parameters to train on {len(trainer.loader.source)} digits, on {model.device}")
+    if trainer.step:
+        print(f"continuing from step {trainer.step} in {trainer.folder}; delete that folder to train anew")
+    with _stage("train", times):
+        is_finished = trainer.run()
+    if not is_finished:
+        raise SystemExit("interrupted; the same command continues")
+    metrics = [json.loads(line) for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()]
+    train_seconds = _train_seconds(metrics, config.train.batch_size)
+
+    # What is shown is the saved model, read back as a user would.
+    model = LMFusion.from_pretrained(trainer.folder / "model").to(model.device)  # type: ignore[arg-type]
+    judge = Judge()
+    with _stage("draw", times):
+        wanted = [digit for digit in range(10) for _ in range(DRAWINGS_PER_DIGIT)]
+        drawings = model.draw([caption_of(digit) for digit in wanted], **SAMPLING)
+    num_read = sum(read == digit for read, digit in zip(judge.read(drawings), wanted, strict=True))
+    with _stage("caption", times):
+        held_out = Digits("test")
+        images = [held_out[i].load_image() for i in range(len(held_out))]
+        written = model.caption(images, max_new_tokens=8, batch_size=64)
+    expected = [caption_of(digit) for digit in held_out.labels]
+    examples = list(zip(images, expected, written, strict=True))
+    right = [example for example in examples if example[1] == example[2]]
+    wrong = [example for example in examples if example[1] != example[2]]
+    with _stage("verify", times):
+        verification = verify(trainer.folder / "model")
+    print(verification.table())
+
+    summary: dict[str, Any] = {
+        "model": Path(verification.base).name,
+        "text_identical": verification.text_identical,
+        "digit_accuracy": num_read / len(wanted),
+        "caption_accuracy": len(right) / len(examples),
+        "train_seconds": round(train_seconds, 1),
+        "images_per_second": round(config.train.num_steps * config.train.batch_size / train_seconds, 1),
+        "text_parameters": sum(p.numel() for p in model.text.parameters()),
+        "trainable_parameters": num_trained,
+        "train_images": len(trainer.loader.source),
+        "held_out_images": len(examples),
+        "steps": config.train.num_steps,
+        "device": _device_name(model.device),
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
+    }
+    training = Digits("train")
+    page = render_report(
+        summary,
+        metrics,
+        real=_by_digit(
+            [training[i].load_image() for i in range(len(training))], training.labels, limit=DRAWINGS_PER_DIGIT
+        ),
+        drawn=_by_digit(drawings, wanted, limit=DRAWINGS_PER_DIGIT),
+        captions_right=right[:NUM_SHOWN],
+        captions_wrong=wrong[:NUM_SHOWN],
+        text_checks=_text_checks(verification),
+        times={stage: round(seconds, 1) for stage, seconds in times.items()},
+    )
+    _write(folder / "report.html", page)
+    _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    print(json.dumps(summary, indent=2))
+    print(f"open {folder / 'report.html'}")
+    return summary
+
+
+def _recipe() -> Path:
+    here = Path(__file__).resolve().parents[2] / "recipes" / "digits.yaml"
+    if not here.is_file():
+        raise ValueError("the demo reads recipes/digits.yaml of a checkout of lmfusion; clone it and install with -e")
+    return here
+
+
+@contextmanager
+def _stage(name: str, times: dict[str, float]) -> Iterator[None]:
+    print(f"== {name}", flush=True)
+    start = time.perf_counter()
+    yield
+    times[name] = time.perf_counter() - start
+
+
+def _train_seconds(metrics: Sequence[dict[str, Any]], batch_size: int) -> float:
+    """Seconds in training steps, over all the runs that led here if training was interrupted."""
+    steps = [0, *(line["step"] for line in metrics)]
+    intervals = (b - a for a, b in zip(steps[:-1], steps[1:], strict=True))
+    return sum(n * batch_size / line["images_per_second"] for n, line in zip(intervals, metrics, strict=True))
+
+
+def _by_digit(images: Sequence[Any], digits: Sequence[int], limit: int) -> dict[str, list[Any]]:
+    return {
+        name: [image for image, shown in zip(images, digits, strict=True) if shown == digit][:limit]
+        for digit, name in enumerate(NAMES)
+    }
+
+
+def _text_checks(verification: Any) -> list[tuple[str, str, str]]:
+    same = verification.num_tensors - len(verification.changed)
+    rows = [("sha256 of text tensors", "identical" if not verification.changed else "CHANGED",
+             f"{same} of {verification.num_tensors}")]  # fmt: skip
+    for check in verification.prompts:
+        detail = f"{check.num_tokens} tokens; at most {check.max_difference:.1g} from transformers' implementation"
+        rows.append((f"logits of {check.prompt.splitlines()[0]!r}", "identical" if check.identical else "CHANGED", detail))
+    return rows
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_suffix(path.suffix + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,28 @@
+"""Do the CPU kernels of the smaller instruction sets, which this processor would not choose, pass the same tests?"""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.row_ops import needs_native
+
+FILES = ["test_rms_norm.py", "test_rope_reorder.py", "test_swiglu.py"]
+SELECTED = "equals_reference and mixed or head_sizes or extreme_gates or rounds_to_nearest or not_contiguous"
+
+
+@needs_native
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="one instruction set on this architecture")
+@pytest.mark.parametrize("isa", ["baseline", "avx2"])
+def test_row_ops(isa):
+    folder = Path(__file__).resolve().parent
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", SELECTED]
+    command += [str(folder / name) for name in FILES]
+    environment = {**os.environ, "LMFUSION_CPU_ISA": isa}
+    result = subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+    assert " passed" in result.stdout and "skipped" not in result.stdout
