@@ -36,7 +36,8 @@ def record(
 ) -> dict[str, float]:
     """Time all contestants in turns, hand our times to pytest-benchmark, and put the ratios into `extra_info`.
 
-    bars: for a baseline's name, the ratio of our median to its median that we promise to stay below. Returns the ratios.
+    bars: for a baseline's name, the ratio of our median to its median that we promise to stay below. Returns the
+    ratios.
     A bar that is missed is shown in the table, it does not fail the run: a loaded machine is no bug.
     """
     seconds = interleaved_seconds(contestants, rounds)

@@ -1,4 +1,4 @@
-"""Two threads, random data, and one table at the end: median, spread, rate, ratio to each baseline, and the promised bar."""
+"""Two threads, random data, and one table at the end: median, spread, rate, ratio to each baseline, promised bar."""
 
 import os
 import platform
@@ -34,4 +34,3 @@ def pytest_terminal_summary(terminalreporter, config):
                 f"{'' if ratio is None else format(ratio, '.2f'):>9s} {'' if bar is None else format(bar, '.2f'):>6s}"
                 f"{unit if name == info['ours'] else mark}"
             )
-

@@ -1,6 +1,7 @@
 """What does a whole two-tower layer cost, forward and backward, beside diffusers' layer and beside gather and scatter?
 
-Width 576, FFN 1,536, 9 query and 3 key-value heads of 64 (SmolLM2-135M), QK norm; 512 text tokens, then 512 image tokens.
+Width 576, FFN 1,536, 9 query and 3 key-value heads of 64 (SmolLM2-135M), QK norm; 512 text tokens, then 512 of an
+image.
 Same weights, outputs compared first.
 """
 
@@ -44,7 +45,9 @@ def steps(module, call, inputs, grad_text):
         module.zero_grad(set_to_none=True)
         rows = [x.detach().requires_grad_(i == 1 or grad_text) for i, x in enumerate(inputs)]
         outputs = call(*rows)
-        torch.autograd.backward(*zip(*[(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad], strict=True))
+        torch.autograd.backward(
+            *zip(*[(o, g) for o, g in zip(outputs, grads, strict=True) if o.requires_grad], strict=True)
+        )
         return outputs
 
     return step

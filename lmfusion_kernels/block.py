@@ -3,14 +3,15 @@
 Saved for the backward, in elements per token (d: width of the row's tower, I: its FFN width):
 
     constant rows      2 H_kv D                       their keys and values
-    live, image rows   2 d + 2 H D + 2 H_kv D + 2 I   input, middle of the residual stream, query, attention output, key,
-                                                      value, gate and up; with QK norm another (H + 2 H_kv) D
+    live, image rows   2 d + 2 H D + 2 H_kv D + 2 I   input, middle of the residual stream, query, attention output,
+                                                      key, value, gate, up; with QK norm another (H + 2 H_kv) D
     every such row     H + 2 in float32               log-sum-exp, two reciprocal root mean squares
 
-Norm outputs and the SwiGLU product are recomputed by the backward kernels on their way. Given one tensor for both towers,
-the node keeps that tensor (the caller's) instead of the image part of it.
+Norm outputs and the SwiGLU product are recomputed by the backward kernels on their way. Given one tensor for both
+towers, the node keeps that tensor (the caller's) instead of the image part of it.
 """
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -91,8 +92,8 @@ def _check(
             raise ValueError(f"{name} rows have width {x.shape[-1]}, {name}.qkv_proj takes {weights.qkv_proj.shape[1]}")
         if weights.o_proj.shape[1] % head_dim or weights.qkv_proj.shape[0] % head_dim:
             raise ValueError(
-                f"{name}.o_proj {tuple(weights.o_proj.shape)} and {name}.qkv_proj {tuple(weights.qkv_proj.shape)} do not "
-                f"divide into heads of {head_dim}, the size rope is made for"
+                f"{name}.o_proj {tuple(weights.o_proj.shape)} and {name}.qkv_proj {tuple(weights.qkv_proj.shape)} do "
+                f"not divide into heads of {head_dim}, the size rope is made for"
             )
     if text.qkv_proj.shape[0] != image.qkv_proj.shape[0] or text.o_proj.shape[1] != image.o_proj.shape[1]:
         raise ValueError(
@@ -107,9 +108,14 @@ def _check(
         trainable = [n for n in _WEIGHT_NAMES if (w := getattr(text, n)) is not None and w.requires_grad]
         if trainable:
             raise ValueError(
-                f"text.{trainable[0]} requires a gradient, but the layout takes the text tower for frozen; build it with "
-                "frozen_text=False, or call requires_grad_(False) on the text weights"
+                f"text.{trainable[0]} requires a gradient, but the layout takes the text tower for frozen; build it "
+                "with frozen_text=False, or call requires_grad_(False) on the text weights"
             )
+
+
+def _named(tensors: Sequence[Tensor | None], eps: float) -> BlockWeights:
+    values: dict[str, Any] = dict(zip(_WEIGHT_NAMES, tensors, strict=True))
+    return BlockWeights(**values, eps=eps)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -184,13 +190,13 @@ def _forward(
 
 
 class _RoutedBlock(torch.autograd.Function):
-    """Rows of both towers in, rows of both towers out; `x` holds all rows, or `x_text` and `x_image` those of a tower."""
+    """Rows of both towers in, rows of both towers out; `x` has all rows, or `x_text` and `x_image` a tower's."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor | None, x_text: Tensor | None, x_image: Tensor | None, *args: Any) -> Any:
         count = len(_WEIGHT_NAMES)
         *weights, cos, sin, layout, eps = args
-        text, image = BlockWeights(*weights[:count], eps=eps), BlockWeights(*weights[count:], eps=eps)
+        text, image = _named(weights[:count], eps), _named(weights[count:], eps)
         rows: Rows
         if x is None:
             assert x_text is not None and x_image is not None
@@ -209,7 +215,7 @@ class _RoutedBlock(torch.autograd.Function):
         num_constant, num_live = layout.num_constant, layout.num_live
         count = len(_WEIGHT_NAMES)
         tensors = ctx.saved_tensors
-        text, image = BlockWeights(*tensors[:count], eps=ctx.eps), BlockWeights(*tensors[count : 2 * count], eps=ctx.eps)
+        text, image = _named(tensors[:count], ctx.eps), _named(tensors[count : 2 * count], ctx.eps)
         weights = (text, image)
         cos, sin = tensors[2 * count : 2 * count + 2]
         x_live, x_image, rstd_in, middle_live, middle_image, rstd_middle, q, k, v, out, lse, *rest = tensors[
@@ -217,7 +223,8 @@ class _RoutedBlock(torch.autograd.Function):
         ]
         gate_up, qkv = rest[:2], rest[2:]
         wants = [
-            dict(zip(_WEIGHT_NAMES, needs[3 + tower * count : 3 + (tower + 1) * count], strict=True)) for tower in (0, 1)
+            dict(zip(_WEIGHT_NAMES, needs[3 + tower * count : 3 + (tower + 1) * count], strict=True))
+            for tower in (0, 1)
         ]
         grads: list[dict[str, Tensor]] = [{}, {}]
         is_single = needs[0] or dy[1] is None
@@ -234,8 +241,8 @@ class _RoutedBlock(torch.autograd.Function):
         ) -> tuple[list[Tensor], list[Tensor]]:
             want_text, want_image = wants[0][name], wants[1][name]
             dx_live, dx_image, *more = _ops.rms_norm_backward(
-                dnormed, rows, rstd, getattr(text, name), getattr(image, name), num_live, dresidual, want_text, want_image,
-                recompute,
+                dnormed, rows, rstd, getattr(text, name), getattr(image, name), num_live, dresidual,
+                want_text, want_image, recompute,
             )  # fmt: skip
             for grad, want in zip(grads, (want_text, want_image), strict=True):
                 if want:

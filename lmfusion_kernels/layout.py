@@ -58,8 +58,8 @@ class TokenLayout:
     key_slot: Tensor
     """[N] row of the key buffer that holds the key of each token, in sequence order (the identity without a cache)."""
 
-    # The same mask for the rows that take part in a backward ("active": all but the constant ones). An active row's rank
-    # is its place among the active rows in sequence order. Without constant rows these are the vectors above.
+    # The same mask for the rows that take part in a backward ("active": all but the constant ones). An active row's
+    # rank is its place among the active rows in sequence order. Without constant rows these are the vectors above.
     query_row: Tensor
     """[N] by tower row: a constant row's own index, or num_constant + rank of an active one."""
     constant_key_start: Tensor
@@ -108,11 +108,11 @@ class TokenLayout:
     ) -> "TokenLayout":
         """Lay out documents given as lists of (modality, length).
 
-        Modalities are "text", "image" and "marker" (text-tower tokens whose embedding is trained: BOI, EOI). Lengths are
-        positive token counts. An empty list of documents gives an empty layout.
+        Modalities are "text", "image" and "marker" (text-tower tokens whose embedding is trained: BOI, EOI). Lengths
+        are positive token counts. An empty list of documents gives an empty layout.
 
-        With `cached_lengths`, document `d` already has that many tokens in its own stretch of `cache_capacity` rows of a
-        key-value cache, and the given spans continue it.
+        With `cached_lengths`, document `d` already has that many tokens in its own stretch of `cache_capacity` rows of
+        a key-value cache, and the given spans continue it.
 
         Raises ValueError for an unknown modality, a length that is not a positive integer, a document without spans, or
         a document that outgrows its cache.
@@ -159,9 +159,9 @@ class TokenLayout:
     ) -> "TokenLayout":
         """Lay out N tokens given one id each, in sequence order.
 
-        modality_ids [N]: 0 text, 1 image, 2 marker. document_ids [N]: non-decreasing. image_ids [N]: the same number for
-        all tokens of an image, another for the next image; ignored at text tokens. Tensors on a device are copied to
-        the host, which waits for the device; `from_spans` does not.
+        modality_ids [N]: 0 text, 1 image, 2 marker. document_ids [N]: non-decreasing. image_ids [N]: the same number
+        for all tokens of an image, another for the next image; ignored at text tokens. Tensors on a device are copied
+        to the host, which waits for the device; `from_spans` does not.
 
         Raises ValueError when shapes differ, a modality is unknown, or document ids decrease.
         """
@@ -215,8 +215,8 @@ class TokenLayout:
             totals = cached + np.bincount(span_documents, lengths, num_documents).astype(np.int64)
             if num_documents and totals.max() > cache_capacity:
                 raise ValueError(
-                    f"document {int(totals.argmax())} would hold {int(totals.max())} tokens, but the cache has room for "
-                    f"{cache_capacity}; allocate a larger one"
+                    f"document {int(totals.argmax())} would hold {int(totals.max())} tokens, but the cache has room "
+                    f"for {cache_capacity}; allocate a larger one"
                 )
         vectors, counts = _host.build_layout(kinds, lengths, span_documents, frozen_text, cached, cache_capacity or 0)
         num_tokens = counts["num_tokens"]
@@ -257,7 +257,9 @@ class TokenLayout:
         if x.dim() == 0 or x.shape[0] != num_rows:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, but the layout needs {num_rows} rows")
         if x.device != self.device:
-            raise ValueError(f"{name} is on {x.device}, the layout on {self.device}; build it with device={str(x.device)!r}")
+            raise ValueError(
+                f"{name} is on {x.device}, the layout on {self.device}; build it with device={str(x.device)!r}"
+            )
 
 
 def _as_count(length: Any, document: int) -> int:

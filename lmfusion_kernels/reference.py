@@ -4,12 +4,14 @@ Equations are those of LMFusion (arXiv 2412.15188, section 3). Every fast path o
 file. It builds an [N, N] mask, so it is for tests and small inputs.
 """
 
+from typing import overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lmfusion_kernels.layout import TokenLayout
-from lmfusion_kernels.weights import BlockWeights, Rows, Rope, join_towers, split_towers
+from lmfusion_kernels.weights import BlockWeights, Rope, Rows, join_towers, split_towers
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -19,6 +21,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (normed * weight.to(wide.dtype)).to(x.dtype)
 
 
+@overload
+def routed_rms_norm(
+    x: Rows, text_weight: Tensor, image_weight: Tensor, layout: TokenLayout, eps: float, residual: None = None
+) -> Rows: ...
+@overload
+def routed_rms_norm(
+    x: Rows, text_weight: Tensor, image_weight: Tensor, layout: TokenLayout, eps: float, residual: Rows
+) -> tuple[Rows, Rows]: ...
 def routed_rms_norm(
     x: Rows, text_weight: Tensor, image_weight: Tensor, layout: TokenLayout, eps: float, residual: Rows | None = None
 ) -> Rows | tuple[Rows, Rows]:
@@ -85,10 +95,10 @@ def rope_reorder(
     image_k_norm: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of both towers meet: q, k and v from tower order to sequence order, with RoPE on q and k (equation 9's input).
+    """Rows of both towers meet: q, k and v from tower order to sequence order, with RoPE on q and k (equation 9).
 
-    qkv: [N, (H + 2 H_kv) D] in tower order. rope: cos, sin [N, D/2] in sequence order. The optional norm weights [D] are
-    applied per head before the rotation (Qwen3). Returns q [N, H, D], k and v [N, H_kv, D].
+    qkv: [N, (H + 2 H_kv) D] in tower order. rope: cos, sin [N, D/2] in sequence order. The optional norm weights [D]
+    are applied per head before the rotation (Qwen3). Returns q [N, H, D], k and v [N, H_kv, D].
     """
     cos, sin = rope
     head_dim = 2 * cos.shape[-1]
@@ -108,7 +118,7 @@ def rope_reorder(
 
 
 def hybrid_mask(layout: TokenLayout) -> Tensor:
-    """Bool [N, num_keys]: True where a query sees a key. Causal text, bidirectional inside an image, documents apart."""
+    """Bool [N, num_keys]: True where a query sees a key. Causal text, bidirectional images, documents apart."""
     key = torch.arange(layout.num_keys, device=layout.device)
     return (key >= layout.key_start[:, None]) & (key < layout.key_end[:, None])
 
@@ -139,12 +149,14 @@ def routed_block(
 ) -> Rows:
     """One two-tower decoder layer, equations 7 to 12 with Llama's residual connections.
 
-    x in tower order ([N, d], or one tensor a tower), or with `order="sequence"` [N, d] in sequence order. Keys and values
-    of a cached layout are written into `kv_cache` (k, v [num_keys, H_kv, D]) in place.
+    x in tower order ([N, d], or one tensor a tower), or with `order="sequence"` [N, d] in sequence order. Keys and
+    values of a cached layout are written into `kv_cache` (k, v [num_keys, H_kv, D]) in place.
     """
     if order == "sequence":
         assert isinstance(x, Tensor)
-        return layout.to_sequence_order(routed_block(layout.to_tower_order(x), layout, text, image, rope, "tower", kv_cache))
+        y = routed_block(layout.to_tower_order(x), layout, text, image, rope, "tower", kv_cache)
+        assert isinstance(y, Tensor)
+        return layout.to_sequence_order(y)
     normed = routed_rms_norm(x, text.input_layernorm, image.input_layernorm, layout, text.eps)
     qkv = routed_linear(normed, text.qkv_proj, image.qkv_proj, layout, text.qkv_bias, image.qkv_bias)
     q, k, v = rope_reorder(

@@ -1,4 +1,4 @@
-"""What does one layer of a tower consist of, and how are the rows of two towers held? Shared by reference and fast paths."""
+"""What does one layer of a tower consist of, and how are the rows of two towers held?"""
 
 from dataclasses import dataclass
 

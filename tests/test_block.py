@@ -97,7 +97,8 @@ def test_block_equals_reference(dtype, frozen_text, variant):
 @pytest.mark.parametrize("frozen_text", [True, False], ids=["frozen", "trainable"])
 @pytest.mark.parametrize(
     "documents",
-    [[], [[("text", 1)]], [[("image", 1)]], [[("text", 12)], [("text", 3)]], [[("image", 8)], [("image", 4)]], [[("marker", 1)]]],
+    [[], [[("text", 1)]], [[("image", 1)]], [[("text", 12)], [("text", 3)]], [[("image", 8)], [("image", 4)]],
+     [[("marker", 1)]]],
     ids=["empty", "one text token", "one image token", "all text", "all image", "one marker"],
 )  # fmt: skip
 def test_block_on_batches_of_one_kind(documents, frozen_text):
@@ -145,7 +146,9 @@ def test_text_loss_after_an_image_reaches_the_image_tower_through_frozen_text():
 def saved_bytes(block, x, layout, rope):
     """Bytes of the distinct storages autograd keeps, without weights, rope and the layout's vectors."""
     known = {t.untyped_storage().data_ptr() for t in [*block.parameters(), *rope]}
-    known |= {t.untyped_storage().data_ptr() for f in fields(layout) if isinstance(t := getattr(layout, f.name), Tensor)}
+    known |= {
+        t.untyped_storage().data_ptr() for f in fields(layout) if isinstance(t := getattr(layout, f.name), Tensor)
+    }
     storages = {}
 
     def pack(t):
@@ -241,7 +244,7 @@ def test_bad_input_is_named():
     text, image = block.text.weights(torch.float32), block.image.weights(torch.float32)
     with pytest.raises(ValueError, match="order is 'towers'"):
         lk.routed_block(x, layout, text, image, rope, order="towers")
-    with pytest.raises(ValueError, match="the layout needs 35 rows|rows"):
+    with pytest.raises(ValueError, match=r"text rows has shape .*, but the layout needs \d+ rows"):
         lk.routed_block((x[0][1:], x[1]), layout, text, image, rope)
     with pytest.raises(ValueError, match="float64"):
         lk.routed_block(x, layout, text, replace(image, down_proj=image.down_proj.double()), rope)

@@ -1,5 +1,8 @@
-"""A two-tower layer routed as most published training code does it (BAGEL is the best known): at every step of the layer
-the rows of a tower are gathered by index, sent through that tower's module, and scattered into a buffer of zeros."""
+"""A two-tower layer routed as most published training code does it (BAGEL is the best known).
+
+At every step of the layer the rows of a tower are gathered by index, sent through that tower's module, and scattered into
+a buffer of zeros.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +25,9 @@ def rotate_half(x: Tensor) -> Tensor:
 class GatherScatterLayer(nn.Module):
     """Takes and returns rows [N, d] in sequence order; weights as in `BlockWeights`, q, k, v, gate and up unstacked."""
 
-    def __init__(self, text: BlockWeights, image: BlockWeights, num_heads: int, num_kv_heads: int, head_dim: int) -> None:
+    def __init__(
+        self, text: BlockWeights, image: BlockWeights, num_heads: int, num_kv_heads: int, head_dim: int
+    ) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.eps = text.eps

@@ -1,1 +1,1 @@
-"""The whole chain on real data: adapt an LLM, train its image tower on digits, draw, caption, and prove the text unchanged."""
+"""The whole chain on real data: adapt an LLM, train on digits, draw, caption, prove the text unchanged."""

@@ -14,7 +14,8 @@ h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; }
 table { border-collapse: collapse; } th, td { text-align: left; padding: .25rem .9rem .25rem 0; vertical-align: top; }
 th { font-weight: 600; } td.number { text-align: right; font-variant-numeric: tabular-nums; }
 .cards { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1rem 0; }
-.card { border: 1px solid #d5d5d5; border-radius: .5rem; padding: .6rem 1rem; } .card b { display: block; font-size: 1.5rem; }
+.card { border: 1px solid #d5d5d5; border-radius: .5rem; padding: .6rem 1rem; }
+.card b { display: block; font-size: 1.5rem; }
 .grid img, figure img { image-rendering: pixelated; width: 40px; height: 40px; margin: 1px; }
 figure { display: inline-block; margin: 0 .75rem .75rem 0; width: 8.5rem; font-size: .85rem; vertical-align: top; }
 figure img { width: 64px; height: 64px; display: block; }
@@ -52,7 +53,8 @@ def line_chart(x: Sequence[float], y: Sequence[float], label: str, width: int = 
         smooth.append(value if not smooth else 0.9 * smooth[-1] + 0.1 * value)
     base, end = height - bottom, width - right
     return (
-        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{html.escape(label)}">'
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
+        f'aria-label="{html.escape(label)}">'
         f'<line x1="{left}" y1="{base}" x2="{end}" y2="{base}" stroke="#999"/>'
         f'<line x1="{left}" y1="{top}" x2="{left}" y2="{base}" stroke="#999"/>'
         f'<polyline fill="none" stroke="#bcd0ea" points="{path(y)}"/>'
@@ -108,7 +110,7 @@ def render_report(
     text_checks: Sequence[Sequence[Any]],
     times: Mapping[str, float],
 ) -> str:
-    """The page. `summary` is what summary.json holds, `metrics` the lines of metrics.jsonl, `times` seconds by stage."""
+    """The page. `summary` is what summary.json holds, `metrics` the lines of metrics.jsonl, `times` seconds."""
     steps = [m["step"] for m in metrics]
     curves = "".join(
         line_chart(steps, [m[key] for m in metrics], label)
@@ -129,10 +131,10 @@ def render_report(
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>lmfusion demo</title><style>{_STYLE}</style></head><body>
 <h1>A frozen language model that learned to draw</h1>
-<p>{html.escape(summary["model"])} was given an image tower of {summary["trainable_parameters"]:,} parameters, trained on
-{summary["train_images"]:,} handwritten digits with captions in words. Its {summary["text_parameters"]:,} text parameters
-were frozen. The pictures and captions below come from the trained model; {summary["held_out_images"]:,} digits were held out
-and used once, for this page.</p>
+<p>{html.escape(summary["model"])} was given an image tower of {summary["trainable_parameters"]:,} parameters, trained
+on {summary["train_images"]:,} handwritten digits with captions in words. Its {summary["text_parameters"]:,} text
+parameters were frozen. The pictures and captions below come from the trained model;
+{summary["held_out_images"]:,} digits were held out and used once, for this page.</p>
 <div class="cards">{card_html}</div>
 <h2>Drawn from captions</h2>
 <p>A support vector machine trained on the real training digits judges the drawings.</p>

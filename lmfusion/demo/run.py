@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,8 @@ PACKAGES = ("lmfusion", "torch", "transformers", "diffusers", "scikit-learn", "n
 def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Run all stages and write report.html and summary.json into `output`; answer with the summary.
 
-    overrides: changes to recipes/digits.yaml, as `lmfusion train` takes them. The held-out digits are used once: for the
-    captions of the report.
+    overrides: changes to recipes/digits.yaml, as `lmfusion train` takes them. The held-out digits are used once: for
+    the captions of the report.
     """
     folder = Path(output)
     config = load_config(_recipe(), [*overrides, f"output={folder / 'run'}"])
@@ -122,7 +123,7 @@ def _stage(name: str, times: dict[str, float]) -> Iterator[None]:
 def _train_seconds(metrics: Sequence[dict[str, Any]], batch_size: int) -> float:
     """Seconds in training steps, over all the runs that led here if training was interrupted."""
     steps = [0, *(line["step"] for line in metrics)]
-    intervals = (b - a for a, b in zip(steps[:-1], steps[1:], strict=True))
+    intervals = (b - a for a, b in pairwise(steps))
     return sum(n * batch_size / line["images_per_second"] for n, line in zip(intervals, metrics, strict=True))
 
 
@@ -139,7 +140,9 @@ def _text_checks(verification: Any) -> list[tuple[str, str, str]]:
              f"{same} of {verification.num_tensors}")]  # fmt: skip
     for check in verification.prompts:
         detail = f"{check.num_tokens} tokens; at most {check.max_difference:.1g} from transformers' implementation"
-        rows.append((f"logits of {check.prompt.splitlines()[0]!r}", "identical" if check.identical else "CHANGED", detail))
+        rows.append(
+            (f"logits of {check.prompt.splitlines()[0]!r}", "identical" if check.identical else "CHANGED", detail)
+        )
     return rows
 
 

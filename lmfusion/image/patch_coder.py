@@ -175,7 +175,8 @@ class UNetPatchCoder(PatchCoder):
         for i, out_channels in enumerate(channels):
             in_channels = channels[max(i - 1, 0)]
             if i > 0:
-                self.downsample.append(Downsample2D(in_channels, use_conv=True))
+                # "op" is the one name under which diffusers registers the convolution once
+                self.downsample.append(Downsample2D(in_channels, use_conv=True, name="op"))
             block_inputs = [in_channels] + [out_channels] * (config.num_blocks - 1)
             self.down.append(_level(block_inputs, out_channels, time_channels))
         self.in_proj = nn.Linear(channels[-1], width)
