@@ -113,7 +113,6 @@ def test_rows_that_are_not_contiguous():
 @pytest.mark.parametrize("paired", [False, True], ids=["one tensor", "pair"])
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 def test_schema_fake_and_autograd(paired, residual):
-    layout = make_layout("mixed")
     x, added = ([random(20, 24), random(9, 16)] if paired else [random(29, 24)] for _ in range(2))
     weights = [random(24, seed=1), random(x[-1].shape[1], seed=2)]
     dy = [random(*rows.shape, seed=3) for rows in x]
@@ -128,7 +127,6 @@ def test_schema_fake_and_autograd(paired, residual):
     for wants in ((True, False, True), (False, True, False)):
         backward = (dy, x, rstd, *weights, 20, added if residual else [], *wants)
         torch.library.opcheck(ops.rms_norm_backward.default, backward)
-    assert layout.num_tokens > 0
 
 
 @needs_native

@@ -1,7 +1,7 @@
 """A two-tower layer routed as most published training code does it (BAGEL is the best known).
 
-At every step of the layer the rows of a tower are gathered by index, sent through that tower's module, and scattered into
-a buffer of zeros.
+At every step of the layer the rows of a tower are gathered by index, sent through that tower's module, and scattered
+into a buffer of zeros.
 """
 
 import torch

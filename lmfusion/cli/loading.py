@@ -32,9 +32,9 @@ def load_model(args: argparse.Namespace) -> "LMFusion":
     """
     import torch
 
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but PyTorch finds no GPU here; use --device auto or cpu")
-    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    from lmfusion.devices import choose_device
+
+    device = choose_device(args.device, "--device")  # before anything slow
 
     from lmfusion.modeling import LMFusion
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from lmfusion.batch import Batch, SpecialTokens
 from lmfusion.data import load_source
 from lmfusion.data.loader import BatchLoader
+from lmfusion.devices import choose_device
 from lmfusion.modeling import LMFusion
 from lmfusion.training import checkpoint
 from lmfusion.training.config import ModelConfig, RunConfig, TrainConfig, resolve_path, to_dict
@@ -211,7 +212,7 @@ class Trainer:
 
 def build_model(config: ModelConfig, train: TrainConfig) -> LMFusion:
     """The model of a run on its device: frozen weights in `train.dtype`, trained ones in float32."""
-    device = choose_device(train.device)
+    device = choose_device(train.device, "train.device")
     dtype = getattr(torch, train.dtype)
     if config.adapted is not None:
         model = LMFusion.from_pretrained(resolve_path(config.adapted))  # in the dtype it has: its image side is trained
@@ -226,13 +227,6 @@ def build_model(config: ModelConfig, train: TrainConfig) -> LMFusion:
     if not model.frozen_text:
         model.text.float()
     return model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides the signature
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called "auto", "cpu" or "cuda". Raises ValueError where a GPU is asked for and there is none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("train.device is 'cuda', but PyTorch finds no GPU here; use train.device=auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 class Stop:

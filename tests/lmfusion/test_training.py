@@ -353,7 +353,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_works(config, unbroke
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_missing_gpu_is_named(config):
-    with pytest.raises(ValueError, match=r"train\.device is 'cuda', but PyTorch finds no GPU"):
+    with pytest.raises(ValueError, match=r"train\.device is cuda, but PyTorch finds no GPU"):
         Trainer(config(train__device="cuda"))
 
 
