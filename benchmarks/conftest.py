@@ -20,7 +20,7 @@ def pytest_terminal_summary(terminalreporter, config):
     write = terminalreporter.write_line
     terminalreporter.section("ratios to the baselines of the same run")
     write(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
-    header = f"{'benchmark':44s} {'contestant':34s} {'median ms':>10s} {'spread':>8s} {'ours / it':>9s} {'bar':>6s}"
+    header = f"{'benchmark':60s} {'contestant':34s} {'median ms':>10s} {'spread':>8s} {'ours / it':>9s} {'bar':>6s}"
     write(header)
     for b in rows:
         info = b.extra_info
@@ -30,7 +30,7 @@ def pytest_terminal_summary(terminalreporter, config):
             ratio, bar = info["ratios"].get(name), info["bars"].get(name)
             mark = "" if bar is None else "  met" if ratio <= bar else "  MISSED"
             write(
-                f"{b.name[:44]:44s} {name[:34]:34s} {median:10.3f} {info['spread_ms'][name]:8.3f} "
+                f"{b.name[:60]:60s} {name[:34]:34s} {median:10.3f} {info['spread_ms'][name]:8.3f} "
                 f"{'' if ratio is None else format(ratio, '.2f'):>9s} {'' if bar is None else format(bar, '.2f'):>6s}"
                 f"{unit if name == info['ours'] else mark}"
             )

@@ -174,6 +174,7 @@ def test_saves_what_the_docstring_says():
 
 def test_backward_flops_are_those_of_the_row_classes():
     layout = lk.TokenLayout.from_spans([[("text", 64), ("image", 64), ("text", 32)]])
+    assert (layout.num_constant, layout.num_live, layout.num_image) == (64, 32, 64)
     block = make_block()
     x, rope = make_inputs(layout, torch.float32)
     x[0].requires_grad_()

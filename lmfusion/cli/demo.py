@@ -1,8 +1,8 @@
 """Adapt SmolLM2-135M, train a narrow image tower on scikit-learn's handwritten digits, draw and caption digits, and
 check that the text side did not change by a bit. Minutes on two CPU cores, faster on a GPU.
 
-Writes report.html (open it in a browser) and summary.json into the output folder. The training run lies in its
-subfolder `run`: an interrupted demo continues there, a finished one only draws, captions and reports again.
+Writes report.html (open it in a browser), summary.json and digits.png into the output folder. The training run lies in
+its subfolder `run`: an interrupted demo continues there, a finished one only draws, captions and reports again.
 
     lmfusion demo
     lmfusion demo --output runs/other train.num_steps=1000

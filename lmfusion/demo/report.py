@@ -100,6 +100,20 @@ def captioned(examples: Sequence[tuple[Image.Image, str, str]]) -> str:
     )
 
 
+def render_picture(
+    real: Mapping[str, Sequence[Image.Image]], drawn: Mapping[str, Sequence[Image.Image]]
+) -> Image.Image:
+    """Real digits above, drawn ones below: a column a digit, three and five of each."""
+    cell, gap, scale = 8 * 6 + 4, 24, 6
+    picture = Image.new("L", (cell * len(real), cell * 8 + gap), 255)
+    for first_row, offset, count, images in ((0, 0, 3, real), (3, gap, 5, drawn)):
+        for column, examples in enumerate(images.values()):
+            for row, image in enumerate(examples[:count]):
+                large = image.convert("L").resize((8 * scale, 8 * scale), Image.Resampling.NEAREST)
+                picture.paste(large, (column * cell + 2, (first_row + row) * cell + offset + 2))
+    return picture
+
+
 def render_report(
     summary: Mapping[str, Any],
     metrics: Sequence[Mapping[str, float]],

@@ -15,7 +15,7 @@ import torch
 
 from lmfusion.data.digits import NAMES, Digits, caption_of
 from lmfusion.demo.judge import Judge
-from lmfusion.demo.report import render_report
+from lmfusion.demo.report import render_picture, render_report
 from lmfusion.modeling import LMFusion
 from lmfusion.training.config import load_config
 from lmfusion.training.trainer import Trainer
@@ -29,7 +29,7 @@ PACKAGES = ("lmfusion", "torch", "transformers", "diffusers", "scikit-learn", "n
 
 
 def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Run all stages and write report.html and summary.json into `output`; answer with the summary.
+    """Run all stages and write report.html, summary.json and digits.png into `output`; answer with the summary.
 
     overrides: changes to recipes/digits.yaml, as `lmfusion train` takes them. The held-out digits are used once: for
     the captions of the report.
@@ -86,18 +86,19 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
     }
     training = Digits("train")
+    real = _by_digit([training[i].load_image() for i in range(len(training))], training.labels)
+    drawn = _by_digit(drawings, wanted)
     page = render_report(
         summary,
         metrics,
-        real=_by_digit(
-            [training[i].load_image() for i in range(len(training))], training.labels, limit=DRAWINGS_PER_DIGIT
-        ),
-        drawn=_by_digit(drawings, wanted, limit=DRAWINGS_PER_DIGIT),
+        real,
+        drawn,
         captions_right=right[:NUM_SHOWN],
         captions_wrong=wrong[:NUM_SHOWN],
         text_checks=_text_checks(verification),
         times={stage: round(seconds, 1) for stage, seconds in times.items()},
     )
+    render_picture(real, drawn).save(folder / "digits.png")
     _write(folder / "report.html", page)
     _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))
@@ -127,9 +128,9 @@ def _train_seconds(metrics: Sequence[dict[str, Any]], batch_size: int) -> float:
     return sum(n * batch_size / line["images_per_second"] for n, line in zip(intervals, metrics, strict=True))
 
 
-def _by_digit(images: Sequence[Any], digits: Sequence[int], limit: int) -> dict[str, list[Any]]:
+def _by_digit(images: Sequence[Any], digits: Sequence[int]) -> dict[str, list[Any]]:
     return {
-        name: [image for image, shown in zip(images, digits, strict=True) if shown == digit][:limit]
+        name: [image for image, shown in zip(images, digits, strict=True) if shown == digit][:DRAWINGS_PER_DIGIT]
         for digit, name in enumerate(NAMES)
     }
 

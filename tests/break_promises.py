@@ -1,0 +1,165 @@
+"""Would the tests notice? Breaks the code behind each promise of docs/design.md in a copy, and runs its test.
+
+    python tests/break_promises.py        # all; exit code 0 only if every test passes as it is and fails once broken
+    python tests/break_promises.py 3 6    # some
+
+The copy is made of the checkout with its compiled libraries; nothing in the checkout is touched.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Breakage(NamedTuple):
+    """One line of code that keeps a promise, and what somebody might write there instead."""
+
+    promise: str
+    test: str
+    path: str
+    right: str
+    wrong: str
+
+
+BREAKAGES = (
+    Breakage(
+        "1 text is bit-identical: the image side's norm is used for text too",
+        "tests/lmfusion/test_modeling.py::test_training_does_not_change_a_bit_of_the_text_side",
+        "lmfusion/modeling.py",
+        "norms = (self.text.norm.weight.to(dtype), self.image.norm.weight.to(dtype))",
+        "norms = (self.image.norm.weight.to(dtype), self.image.norm.weight.to(dtype))",
+    ),
+    Breakage(
+        "1 text is bit-identical: the optimiser gets the text tower",
+        "tests/lmfusion/test_training.py::test_frozen_text_does_not_change_by_a_bit",
+        "lmfusion/modeling.py",
+        "self.text.requires_grad_(not frozen)",
+        "self.text.requires_grad_(True)",
+    ),
+    Breakage(
+        "2 caption loss reaches the image tower: gradients of live rows are cut",
+        "tests/test_block.py::test_text_loss_after_an_image_reaches_the_image_tower_through_frozen_text",
+        "lmfusion_kernels/block.py",
+        "dys = [dy_text[num_constant:].contiguous(), dy_image.contiguous()]",
+        "dys = [torch.zeros_like(dy_text[num_constant:]), dy_image.contiguous()]",
+    ),
+    Breakage(
+        "3 frozen weights get no gradient: every weight's gradient is computed",
+        "tests/test_block.py::test_backward_flops_are_those_of_the_row_classes",
+        "lmfusion_kernels/block.py",
+        "if want[name]:\n                    grad[name] = torch.mm",
+        "if True:\n                    grad[name] = torch.mm",
+    ),
+    Breakage(
+        "3 constant rows have no backward: they are taken for live ones",
+        "tests/test_block.py::test_backward_flops_are_those_of_the_row_classes",
+        "lmfusion_kernels/layout.py",
+        "vectors, counts = _host.build_layout(kinds, lengths, span_documents, frozen_text,",
+        "vectors, counts = _host.build_layout(kinds, lengths, span_documents, False,",
+    ),
+    Breakage(
+        "4 who sees whom: images are causal",
+        "tests/test_hybrid_attention.py::test_visibility",
+        "lmfusion_kernels/layout.py",
+        "num_tokens = counts[",
+        'vectors["key_end"] = np.arange(1, counts["num_tokens"] + 1, dtype=np.int32)\n        num_tokens = counts[',
+    ),
+    Breakage(
+        "4 who sees whom: documents see each other",
+        "tests/test_hybrid_attention.py::test_visibility",
+        "lmfusion_kernels/layout.py",
+        "num_tokens = counts[",
+        'vectors["key_start"] = np.zeros_like(vectors["key_start"])\n        num_tokens = counts[',
+    ),
+    Breakage(
+        "5 batches of one kind: a batch without images is sent to the patch coder",
+        "tests/lmfusion/test_modeling.py::test_batches_without_images_or_labels_have_a_loss_of_zero_with_a_graph",
+        "lmfusion/modeling.py",
+        "if latents.shape[0] == 0:",
+        "if latents.shape[0] < 0:",
+    ),
+    Breakage(
+        "6 the t of the noise is the t the network is told: it is told 0",
+        "tests/lmfusion/test_modeling.py::test_losses_are_those_of_the_parts",
+        "lmfusion/modeling.py",
+        "x_image, skip = self.encode_images(noisy, timesteps)",
+        "x_image, skip = self.encode_images(noisy, torch.zeros_like(timesteps))",
+    ),
+    Breakage(
+        "7 cached equals uncached: cached tokens are not counted",
+        "tests/lmfusion/test_generation.py::test_cached_prediction_equals_uncached",
+        "lmfusion/generation/cache.py",
+        "self.lengths = [document.num_tokens for document in documents]",
+        "self.lengths = [document.num_tokens - 1 for document in documents]",
+    ),
+    Breakage(
+        "7 batched equals single: all images share one source of noise",
+        "tests/lmfusion/test_generation.py::test_batched_drawings_equal_single_ones",
+        "lmfusion/generation/drawing.py",
+        "chance = generators(seed, range(start, start + len(batch)))",
+        "chance = generators(seed, [0]) * len(batch)",
+    ),
+    Breakage(
+        "7 guidance in one forward equals two: the branches are swapped",
+        "tests/lmfusion/test_generation.py::test_guidance_in_one_forward_equals_two",
+        "lmfusion/generation/drawing.py",
+        "conditional, base = prediction.chunk(2)",
+        "base, conditional = prediction.chunk(2)",
+    ),
+    Breakage(
+        "9 no pickle: a module reads one",
+        "tests/packaging/test_no_pickle.py::test_no_pickle",
+        "lmfusion/verification.py",
+        "import torch\n",
+        "import pickle\n\nimport torch\n",
+    ),
+    Breakage(
+        "9 nothing is overwritten before its successor is complete: the old model is deleted first",
+        "tests/lmfusion/test_serialization.py::test_a_full_disk_keeps_the_old_model",
+        "lmfusion/serialization.py",
+        "        new.mkdir()\n",
+        "        shutil.rmtree(path, ignore_errors=True)\n        new.mkdir()\n",
+    ),
+)
+
+
+def passes(folder: Path, test: str) -> bool:
+    """Whether `test` passes in the checkout at `folder`."""
+    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "--benchmark-disable", test]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if result.returncode not in (0, 1):  # neither passed nor failed: not a verdict
+        raise SystemExit(f"{test} did not run:\n{result.stdout}\n{result.stderr}")
+    return result.returncode == 0
+
+
+def main(promises: list[str]) -> int:
+    wanted = [b for b in BREAKAGES if not promises or b.promise.split()[0] in promises]
+    num_unnoticed = 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "checkout"
+        ignore = shutil.ignore_patterns(".git", ".venv", "build", "runs", "__pycache__", ".*_cache", ".hypothesis")
+        shutil.copytree(ROOT, folder, ignore=ignore)
+        good = {test: passes(folder, test) for test in dict.fromkeys(b.test for b in wanted)}
+        for breakage in wanted:
+            file = folder / breakage.path
+            source = file.read_text(encoding="utf-8")
+            if source.count(breakage.right) != 1:
+                raise SystemExit(f"{breakage.path} no longer holds {breakage.right!r} once; mend this script")
+            file.write_text(source.replace(breakage.right, breakage.wrong), encoding="utf-8")
+            is_noticed = good[breakage.test] and not passes(folder, breakage.test)
+            file.write_text(source, encoding="utf-8")
+            num_unnoticed += not is_noticed
+            print(f"{'noticed' if is_noticed else 'UNNOTICED':10} {breakage.promise}", flush=True)
+    print(f"{len(wanted) - num_unnoticed} passed, {num_unnoticed} failed")
+    return 1 if num_unnoticed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
