@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import lmfusion_kernels as lk
-from benchmarks.baselines.cosmos3 import cosmos3_rope, make_cosmos3_layer, text_half
 from benchmarks.baselines.gather_scatter import GatherScatterLayer
 from benchmarks.compare import record
 
@@ -56,6 +55,9 @@ def steps(module, call, inputs, grad_text):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.benchmark(group="routed block")
 def test_frozen_text_beside_cosmos3(benchmark, dtype):
+    pytest.importorskip("diffusers", reason="its layer is the baseline; pip install diffusers")
+    from benchmarks.baselines.cosmos3 import cosmos3_rope, make_cosmos3_layer, text_half
+
     block, layout, x_text, x_image, rope = make_case(dtype, frozen_text=True)
     peer = make_cosmos3_layer(block, HEADS, KV_HEADS, HEAD_DIM)
     peer_rope = cosmos3_rope(rope, layout, dtype)

@@ -78,11 +78,18 @@ BREAKAGES = (
         'vectors["key_start"] = np.zeros_like(vectors["key_start"])\n        num_tokens = counts[',
     ),
     Breakage(
-        "5 batches of one kind: a batch without images is sent to the patch coder",
+        "5 batches of one kind: without images and labels the loss has no graph",
         "tests/lmfusion/test_modeling.py::test_batches_without_images_or_labels_have_a_loss_of_zero_with_a_graph",
         "lmfusion/modeling.py",
-        "if latents.shape[0] == 0:",
-        "if latents.shape[0] < 0:",
+        "zero = 0.0 * self.image.marker_embedding.float().sum()",
+        "zero = torch.zeros(())",
+    ),
+    Breakage(
+        "5 batches of one kind: the block forgets the constant rows where a batch has nothing else",
+        "tests/test_block.py::test_block_on_batches_of_one_kind",
+        "lmfusion_kernels/block.py",
+        "    if num_constant:\n        out_constant",
+        "    if num_constant and layout.num_active:\n        out_constant",
     ),
     Breakage(
         "6 the t of the noise is the t the network is told: it is told 0",
@@ -106,8 +113,15 @@ BREAKAGES = (
         "chance = generators(seed, [0]) * len(batch)",
     ),
     Breakage(
-        "7 guidance in one forward equals two: the branches are swapped",
+        "7 guidance in one forward equals two: the branches get other images' rows",
         "tests/lmfusion/test_generation.py::test_guidance_in_one_forward_equals_two",
+        "lmfusion/generation/drawing.py",
+        "rows, timesteps = rows.repeat(num_repeats, 1)",
+        "rows, timesteps = rows.repeat_interleave(num_repeats, 0)",
+    ),
+    Breakage(
+        "7 guidance goes towards the prompt: the branches are swapped",
+        "tests/lmfusion/test_generation.py::test_guidance_goes_from_the_unconditional_prediction_past_the_prompts",
         "lmfusion/generation/drawing.py",
         "conditional, base = prediction.chunk(2)",
         "base, conditional = prediction.chunk(2)",
