@@ -75,7 +75,7 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
         "text_identical": verification.text_identical,
         "digit_accuracy": num_read / len(wanted),
         "caption_accuracy": len(right) / len(examples),
-        "train_seconds": round(train_seconds, 1),
+        "train_seconds": round(train_seconds, 3),
         "images_per_second": round(config.train.num_steps * config.train.batch_size / train_seconds, 1),
         "text_parameters": sum(p.numel() for p in model.text.parameters()),
         "trainable_parameters": num_trained,
