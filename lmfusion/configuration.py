@@ -8,8 +8,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from lmfusion.diffusion import DiffusionConfig
 from lmfusion.image.codec import CodecConfig
 from lmfusion.image.patch_coder import PatchCoderConfig
-
-SEPARATIONS = ("deep", "shallow", "none")
+from lmfusion_kernels.module import SEPARATIONS
 
 T = TypeVar("T")
 

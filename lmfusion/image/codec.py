@@ -1,6 +1,7 @@
 """How do pixels become the latents that diffusion works on, and back? Frozen codecs behind one small interface."""
 
 import hashlib
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class CodecConfig:
             raise ValueError(f"image_size is {self.image_size}; it is a positive number of pixels")
 
 
-class Codec(nn.Module):
+class Codec(nn.Module, ABC):
     """Images [B, channels, H, W] in [-1, 1] to latents [B, latent_channels, h, w] of about unit variance, and back.
 
     Frozen: no gradient is recorded in either direction, so `parameters()` never asks for one. Both directions are
@@ -89,11 +90,11 @@ class Codec(nn.Module):
         with torch.no_grad():
             return self._decode(latents).clamp(-1, 1)
 
-    def _encode(self, images: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _encode(self, images: Tensor) -> Tensor: ...
 
-    def _decode(self, latents: Tensor) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _decode(self, latents: Tensor) -> Tensor: ...
 
 
 class PixelCodec(Codec):

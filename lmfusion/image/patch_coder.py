@@ -5,6 +5,7 @@ long skips from the first to the second. `linear` cuts the latent into squares a
 for small images.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -54,7 +55,7 @@ class PatchCoderConfig:
                 )
 
 
-class PatchCoder(nn.Module):
+class PatchCoder(nn.Module, ABC):
     """Latents [B, C, h, w] at timesteps [B] to rows [B * L, width], and rows to predictions [B, C, h, w].
 
     Rows follow the image left to right, top to bottom. Computes in the dtype of its weights and answers in it; the
@@ -106,11 +107,11 @@ class PatchCoder(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
-    def _encode(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Skip]:
-        raise NotImplementedError
+    @abstractmethod
+    def _encode(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Skip]: ...
 
-    def _decode(self, rows: Tensor, timesteps: Tensor, skip: Skip) -> Tensor:
-        raise NotImplementedError
+    @abstractmethod
+    def _decode(self, rows: Tensor, timesteps: Tensor, skip: Skip) -> Tensor: ...
 
 
 class TimestepEmbedder(nn.Module):
