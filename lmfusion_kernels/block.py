@@ -240,14 +240,15 @@ class _RoutedBlock(torch.autograd.Function):
             name: str, dnormed: list[Tensor], rows: list[Tensor], rstd: Tensor, dresidual: list[Tensor], recompute: bool
         ) -> tuple[list[Tensor], list[Tensor]]:
             want_text, want_image = wants[0][name], wants[1][name]
-            dx_live, dx_image, *more = _ops.rms_norm_backward(
+            results = iter(_ops.rms_norm_backward(
                 dnormed, rows, rstd, getattr(text, name), getattr(image, name), num_live, dresidual,
                 want_text, want_image, recompute,
-            )  # fmt: skip
+            ))  # fmt: skip
+            dx = [next(results), next(results)]
             for grad, want in zip(grads, (want_text, want_image), strict=True):
                 if want:
-                    grad[name] = more.pop(0)
-            return [dx_live, dx_image], more
+                    grad[name] = next(results)
+            return dx, list(results)
 
         # Feed-forward network, from its end.
         dh = [torch.mm(d, w.down_proj) for d, w in zip(dys, weights, strict=True)]
@@ -274,17 +275,17 @@ class _RoutedBlock(torch.autograd.Function):
             layout.active_query_start, layout.active_query_end, layout.active_row, q.shape[-1] ** -0.5,
         )  # fmt: skip
         norm_wants = [wants[tower]["q_norm"] or wants[tower]["k_norm"] for tower in (0, 1)]
-        dqkv_live, dqkv_image, *norm_grads = _ops.rope_reorder_backward(
+        results = iter(_ops.rope_reorder_backward(
             dq, dk, dv, list(qkv), cos, sin, layout.active_row, layout.active_key, num_live, q.shape[1],
             text.q_norm, text.k_norm, image.q_norm, image.k_norm, ctx.eps, *norm_wants,
-        )  # fmt: skip
+        ))  # fmt: skip
+        dqkv = [next(results), next(results)]
         for grad, want, w in zip(grads, norm_wants, weights, strict=True):
             for name in ("q_norm", "k_norm"):
                 if want and getattr(w, name) is not None:
-                    grad[name] = norm_grads.pop(0)
+                    grad[name] = next(results)
 
         # Projections and the first norm; where the inputs want no gradient, only the weights' share is computed.
-        dqkv = [dqkv_live, dqkv_image]
         for grad, want, d in zip(grads, wants, dqkv, strict=True):
             if want["qkv_bias"]:
                 grad["qkv_bias"] = d.sum(0)
