@@ -44,7 +44,8 @@ def routed_block(
     sequence order, to put the block into a model that knows nothing of towers. The result has the form of `x`.
     text, image: weights in the dtype of `x`. rope: cos, sin from `rope_tables`. backend: None (choose), "native" or
     "reference". kv_cache: with a cached layout, the key and value buffers [num_keys, H_kv, D], started from zeros and
-    written in place; for inference only.
+    written in place; for inference only. torch.autocast has no effect: rows and weights in bfloat16 are computed in
+    bfloat16.
 
     Weights that do not require a gradient get none, and constant rows of the layout take no part in the backward: the
     gradient of `x` is zero there. Raises ValueError for mismatched shapes, dtypes or devices, and for a layout with
@@ -60,14 +61,15 @@ def routed_block(
         return layout.to_sequence_order(y)
     x_text, x_image = split_towers(x, layout)
     _check(x_text, x_image, layout, text, image, rope, kv_cache)
-    if choose(backend, x_text, x_image) == "reference":
-        return reference.routed_block(x, layout, text, image, rope, "tower", kv_cache)
-    if kv_cache is not None:
-        return _forward(x, layout, (text, image), rope, kv_cache)[0]
-    weights = (getattr(tower, name) for tower in (text, image) for name in _WEIGHT_NAMES)
-    rows = (x, None, None) if isinstance(x, Tensor) else (None, *x)
-    y_text, y_image = _RoutedBlock.apply(*rows, *weights, *rope, layout, text.eps)
-    return y_text if isinstance(x, Tensor) else (y_text, y_image)
+    with torch.autocast(x_text.device.type, enabled=False):
+        if choose(backend, x_text, x_image) == "reference":
+            return reference.routed_block(x, layout, text, image, rope, "tower", kv_cache)
+        if kv_cache is not None:
+            return _forward(x, layout, (text, image), rope, kv_cache)[0]
+        weights = (getattr(tower, name) for tower in (text, image) for name in _WEIGHT_NAMES)
+        rows = (x, None, None) if isinstance(x, Tensor) else (None, *x)
+        y_text, y_image = _RoutedBlock.apply(*rows, *weights, *rope, layout, text.eps)
+        return y_text if isinstance(x, Tensor) else (y_text, y_image)
 
 
 def _check(
@@ -211,92 +213,96 @@ class _RoutedBlock(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dy: Tensor) -> Any:
-        layout, needs = ctx.layout, ctx.needs_input_grad
-        num_constant, num_live = layout.num_constant, layout.num_live
-        count = len(_WEIGHT_NAMES)
-        tensors = ctx.saved_tensors
-        text, image = _named(tensors[:count], ctx.eps), _named(tensors[count : 2 * count], ctx.eps)
-        weights = (text, image)
-        cos, sin = tensors[2 * count : 2 * count + 2]
-        x_live, x_image, rstd_in, middle_live, middle_image, rstd_middle, q, k, v, out, lse, *rest = tensors[
-            2 * count + 2 :
-        ]
-        gate_up, qkv = rest[:2], rest[2:]
-        wants = [
-            dict(zip(_WEIGHT_NAMES, needs[3 + tower * count : 3 + (tower + 1) * count], strict=True))
-            for tower in (0, 1)
-        ]
-        grads: list[dict[str, Tensor]] = [{}, {}]
-        is_single = needs[0] or dy[1] is None
-        dy_text, dy_image = dy[0].tensor_split([layout.num_text]) if is_single else dy
-        dys = [dy_text[num_constant:].contiguous(), dy_image.contiguous()]
+        with torch.autocast(ctx.layout.device.type, enabled=False):
+            return _backward(ctx, dy)
 
-        def weight_grads(name: str, dout: list[Tensor], rows: list[Tensor]) -> None:
-            for want, grad, d, r in zip(wants, grads, dout, rows, strict=True):
-                if want[name]:
-                    grad[name] = torch.mm(d.t(), r)
 
-        def norm_backward(
-            name: str, dnormed: list[Tensor], rows: list[Tensor], rstd: Tensor, dresidual: list[Tensor], recompute: bool
-        ) -> tuple[list[Tensor], list[Tensor]]:
-            want_text, want_image = wants[0][name], wants[1][name]
-            results = iter(_ops.rms_norm_backward(
-                dnormed, rows, rstd, getattr(text, name), getattr(image, name), num_live, dresidual,
-                want_text, want_image, recompute,
-            ))  # fmt: skip
-            dx = [next(results), next(results)]
-            for grad, want in zip(grads, (want_text, want_image), strict=True):
-                if want:
-                    grad[name] = next(results)
-            return dx, list(results)
+def _backward(ctx: Any, dy: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    layout, needs = ctx.layout, ctx.needs_input_grad
+    num_constant, num_live = layout.num_constant, layout.num_live
+    count = len(_WEIGHT_NAMES)
+    tensors = ctx.saved_tensors
+    text, image = _named(tensors[:count], ctx.eps), _named(tensors[count : 2 * count], ctx.eps)
+    weights = (text, image)
+    cos, sin = tensors[2 * count : 2 * count + 2]
+    x_live, x_image, rstd_in, middle_live, middle_image, rstd_middle, q, k, v, out, lse, *rest = tensors[
+        2 * count + 2 :
+    ]
+    gate_up, qkv = rest[:2], rest[2:]
+    wants = [
+        dict(zip(_WEIGHT_NAMES, needs[3 + tower * count : 3 + (tower + 1) * count], strict=True)) for tower in (0, 1)
+    ]
+    grads: list[dict[str, Tensor]] = [{}, {}]
+    is_single = needs[0] or dy[1] is None
+    dy_text, dy_image = dy[0].tensor_split([layout.num_text]) if is_single else dy
+    dys = [dy_text[num_constant:].contiguous(), dy_image.contiguous()]
 
-        # Feed-forward network, from its end.
-        dh = [torch.mm(d, w.down_proj) for d, w in zip(dys, weights, strict=True)]
-        want_down = wants[0]["down_proj"] or wants[1]["down_proj"]
-        dgate_live, dgate_image, *h = _ops.swiglu_backward(dh, list(gate_up), want_down)
-        if want_down:
-            weight_grads("down_proj", dys, h)
-        dgate_up = [dgate_live, dgate_image]
-        dnormed = [torch.mm(d, w.gate_up_proj) for d, w in zip(dgate_up, weights, strict=True)]
-        want_gate_up = wants[0]["gate_up_proj"] or wants[1]["gate_up_proj"]
-        dmiddle, normed = norm_backward(
-            "post_attention_layernorm", dnormed, [middle_live, middle_image], rstd_middle, dys, want_gate_up
-        )
-        if want_gate_up:
-            weight_grads("gate_up_proj", dgate_up, normed)
+    def weight_grads(name: str, dout: list[Tensor], rows: list[Tensor]) -> None:
+        for want, grad, d, r in zip(wants, grads, dout, rows, strict=True):
+            if want[name]:
+                grad[name] = torch.mm(d.t(), r)
 
-        # Attention: rows arrive in [live | image] order, gradients of q, k, v leave in sequence order.
-        dout = torch.empty_like(out)
-        for rows, d, w in zip(dout.flatten(1).tensor_split([num_live]), dmiddle, weights, strict=True):
-            torch.mm(d, w.o_proj, out=rows)
-        weight_grads("o_proj", dmiddle, list(out.flatten(1).tensor_split([num_live])))
-        dq, dk, dv = _ops.hybrid_attention_backward(
-            dout, q, k, v, out, lse, layout.active_key_start, layout.active_key_end, layout.active_key,
-            layout.active_query_start, layout.active_query_end, layout.active_row, q.shape[-1] ** -0.5,
-        )  # fmt: skip
-        norm_wants = [wants[tower]["q_norm"] or wants[tower]["k_norm"] for tower in (0, 1)]
-        results = iter(_ops.rope_reorder_backward(
-            dq, dk, dv, list(qkv), cos, sin, layout.active_row, layout.active_key, num_live, q.shape[1],
-            text.q_norm, text.k_norm, image.q_norm, image.k_norm, ctx.eps, *norm_wants,
+    def norm_backward(
+        name: str, dnormed: list[Tensor], rows: list[Tensor], rstd: Tensor, dresidual: list[Tensor], recompute: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        want_text, want_image = wants[0][name], wants[1][name]
+        results = iter(_ops.rms_norm_backward(
+            dnormed, rows, rstd, getattr(text, name), getattr(image, name), num_live, dresidual,
+            want_text, want_image, recompute,
         ))  # fmt: skip
-        dqkv = [next(results), next(results)]
-        for grad, want, w in zip(grads, norm_wants, weights, strict=True):
-            for name in ("q_norm", "k_norm"):
-                if want and getattr(w, name) is not None:
-                    grad[name] = next(results)
+        dx = [next(results), next(results)]
+        for grad, want in zip(grads, (want_text, want_image), strict=True):
+            if want:
+                grad[name] = next(results)
+        return dx, list(results)
 
-        # Projections and the first norm; where the inputs want no gradient, only the weights' share is computed.
-        for grad, want, d in zip(grads, wants, dqkv, strict=True):
-            if want["qkv_bias"]:
-                grad["qkv_bias"] = d.sum(0)
-        dnormed = [torch.mm(d, w.qkv_proj) for d, w in zip(dqkv, weights, strict=True)]
-        want_qkv = wants[0]["qkv_proj"] or wants[1]["qkv_proj"]
-        dx, normed = norm_backward("input_layernorm", dnormed, [x_live, x_image], rstd_in, dmiddle, want_qkv)
-        if want_qkv:
-            weight_grads("qkv_proj", dqkv, normed)
-        weight_results = (grad.get(name) if want[name] else None for grad, want in zip(grads, wants, strict=True)
-                          for name in _WEIGHT_NAMES)  # fmt: skip
-        return (*_input_grads(dx, needs, num_constant), *weight_results, None, None, None, None)
+    # Feed-forward network, from its end.
+    dh = [torch.mm(d, w.down_proj) for d, w in zip(dys, weights, strict=True)]
+    want_down = wants[0]["down_proj"] or wants[1]["down_proj"]
+    dgate_live, dgate_image, *h = _ops.swiglu_backward(dh, list(gate_up), want_down)
+    if want_down:
+        weight_grads("down_proj", dys, h)
+    dgate_up = [dgate_live, dgate_image]
+    dnormed = [torch.mm(d, w.gate_up_proj) for d, w in zip(dgate_up, weights, strict=True)]
+    want_gate_up = wants[0]["gate_up_proj"] or wants[1]["gate_up_proj"]
+    dmiddle, normed = norm_backward(
+        "post_attention_layernorm", dnormed, [middle_live, middle_image], rstd_middle, dys, want_gate_up
+    )
+    if want_gate_up:
+        weight_grads("gate_up_proj", dgate_up, normed)
+
+    # Attention: rows arrive in [live | image] order, gradients of q, k, v leave in sequence order.
+    dout = torch.empty_like(out)
+    for rows, d, w in zip(dout.flatten(1).tensor_split([num_live]), dmiddle, weights, strict=True):
+        torch.mm(d, w.o_proj, out=rows)
+    weight_grads("o_proj", dmiddle, list(out.flatten(1).tensor_split([num_live])))
+    dq, dk, dv = _ops.hybrid_attention_backward(
+        dout, q, k, v, out, lse, layout.active_key_start, layout.active_key_end, layout.active_key,
+        layout.active_query_start, layout.active_query_end, layout.active_row, q.shape[-1] ** -0.5,
+    )  # fmt: skip
+    norm_wants = [wants[tower]["q_norm"] or wants[tower]["k_norm"] for tower in (0, 1)]
+    results = iter(_ops.rope_reorder_backward(
+        dq, dk, dv, list(qkv), cos, sin, layout.active_row, layout.active_key, num_live, q.shape[1],
+        text.q_norm, text.k_norm, image.q_norm, image.k_norm, ctx.eps, *norm_wants,
+    ))  # fmt: skip
+    dqkv = [next(results), next(results)]
+    for grad, want, w in zip(grads, norm_wants, weights, strict=True):
+        for name in ("q_norm", "k_norm"):
+            if want and getattr(w, name) is not None:
+                grad[name] = next(results)
+
+    # Projections and the first norm; where the inputs want no gradient, only the weights' share is computed.
+    for grad, want, d in zip(grads, wants, dqkv, strict=True):
+        if want["qkv_bias"]:
+            grad["qkv_bias"] = d.sum(0)
+    dnormed = [torch.mm(d, w.qkv_proj) for d, w in zip(dqkv, weights, strict=True)]
+    want_qkv = wants[0]["qkv_proj"] or wants[1]["qkv_proj"]
+    dx, normed = norm_backward("input_layernorm", dnormed, [x_live, x_image], rstd_in, dmiddle, want_qkv)
+    if want_qkv:
+        weight_grads("qkv_proj", dqkv, normed)
+    weight_results = (grad.get(name) if want[name] else None for grad, want in zip(grads, wants, strict=True)
+                      for name in _WEIGHT_NAMES)  # fmt: skip
+    return (*_input_grads(dx, needs, num_constant), *weight_results, None, None, None, None)
 
 
 def _input_grads(dx: list[Tensor], needs: tuple[bool, ...], num_constant: int) -> tuple[Tensor | None, ...]:

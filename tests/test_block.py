@@ -291,3 +291,15 @@ def test_many_random_layouts():
         layout = lk.TokenLayout.from_spans(documents, frozen_text=frozen_text)
         x, rope = make_inputs(layout, torch.float32)
         assert_as_good_as_reference(block, x, layout, rope)
+
+
+def test_autocast_has_no_effect():
+    block = make_block()
+    layout = lk.TokenLayout.from_spans(DOCUMENTS)
+    x, rope = make_inputs(layout, torch.float32)
+    expected = run(block, x, layout, rope, "native")
+    with torch.autocast("cpu", torch.bfloat16):
+        for name, value in run(block, x, layout, rope, "native").items():
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=0, msg=name)
+        for y, target in zip(block(x, layout, rope, backend="reference"), block(x, layout, rope), strict=True):
+            torch.testing.assert_close(y, target, rtol=1e-4, atol=1e-4)
