@@ -216,10 +216,10 @@ class LMFusion(PreTrainedModel):
                 "frozen_text=False, or call model.freeze_text()"
             )
         window = sliding_window(self.config.text_config)
-        if window is not None and layout.num_tokens > window and (longest := int(layout.position.max()) + 1) > window:
+        if window is not None and layout.longest_document > window:
             raise ValueError(
-                f"a document has {longest} tokens, but the base LLM attends in a sliding window of {window}, which is "
-                "supported only as far as documents fit in it; shorten the documents"
+                f"a document has {layout.longest_document} tokens, but the base LLM attends in a sliding window of "
+                f"{window}, which is supported only as far as documents fit in it; shorten the documents"
             )
 
     def text_logits(self, h_text: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from lmfusion.configuration import ImageTowerConfig, LMFusionConfig, config_from
 from lmfusion.conversion import EMBEDDING_NAME, BaseModel, load_base, names
 from lmfusion.conversion.huggingface import read_safetensors, read_tokenizer
 from lmfusion.diffusion import DiffusionConfig
+from lmfusion.files import flush
 from lmfusion.image.codec import WEIGHTS_NAME, CodecConfig, load_codec
 from lmfusion.image.patch_coder import build_patch_coder
 
@@ -266,11 +267,7 @@ def _write(model: "LMFusion", folder: Path, parts: str) -> None:
     for file in folder.glob("*.safetensors"):
         file.chmod(mode)  # safetensors makes them private
     for file in (*folder.rglob("*"), folder):
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        flush(file)
 
 
 def _write_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
@@ -304,6 +301,7 @@ def _swap(new: Path, path: Path) -> None:
     previous = _previous(path)
     if not path.exists():
         os.rename(new, path)
+        flush(path.parent)
     else:
         shutil.rmtree(previous, ignore_errors=True)
         os.rename(path, previous)
@@ -312,6 +310,7 @@ def _swap(new: Path, path: Path) -> None:
         except OSError:
             os.rename(previous, path)
             raise
+        flush(path.parent)
     if previous.exists():
         for file in previous.iterdir():
             is_stale = file.name.startswith("model") and ".safetensors" in file.name

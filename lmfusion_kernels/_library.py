@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 MINIMUM_TORCH = (2, 10)
-INSTALL_AGAIN = "`pip install --force-reinstall --no-deps lmfusion` (in a checkout: `make build`)"
+INSTALL_AGAIN = "`python setup.py build_ext --inplace` in the checkout, or install it again"
 
 
 def read_build_info(folder: Path) -> dict[str, Any]:
@@ -43,3 +43,12 @@ native = not why_not
 
 if not native and os.environ.get("LMFUSION_KERNELS_BACKEND") != "reference":
     warnings.warn(f"lmfusion_kernels runs in plain PyTorch, which is slower: {why_not}", stacklevel=2)
+
+
+def refuse_second_derivative(op: str) -> None:
+    """Make a backward through lmfusion::<op> fail instead of giving wrong numbers."""
+
+    def refuse(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"{op} of the native backend has no second derivative; backend='reference' has")
+
+    torch.library.register_autograd(f"lmfusion::{op}", refuse)

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from lmfusion_kernels import reference
 from lmfusion_kernels.backends import choose
+from lmfusion_kernels.checks import check_rope, check_weight
 from lmfusion_kernels.layout import TokenLayout
 from lmfusion_kernels.weights import BlockWeights, Rope, Rows, split_towers
 
@@ -64,8 +65,8 @@ def routed_block(
     with torch.autocast(x_text.device.type, enabled=False):
         if choose(backend, x_text, x_image) == "reference":
             return reference.routed_block(x, layout, text, image, rope, "tower", kv_cache)
-        if kv_cache is not None:
-            return _forward(x, layout, (text, image), rope, kv_cache)[0]
+        if kv_cache is not None or not torch.is_grad_enabled():
+            return _forward(x, layout, (text, image), rope, kv_cache, keep=False)[0]
         weights = (getattr(tower, name) for tower in (text, image) for name in _WEIGHT_NAMES)
         rows = (x, None, None) if isinstance(x, Tensor) else (None, *x)
         y_text, y_image = _RoutedBlock.apply(*rows, *weights, *rope, layout, text.eps)
@@ -81,31 +82,52 @@ def _check(
     rope: Rope,
     kv_cache: tuple[Tensor, Tensor] | None,
 ) -> None:
+    check_rope(*rope, layout, x_text)
     head_dim = 2 * rope[0].shape[-1]
-    for name, x, weights in (("text", x_text, text), ("image", x_image, image)):
-        for weight_name in _WEIGHT_NAMES:
-            weight = getattr(weights, weight_name)
-            if weight is not None and (weight.dtype != x.dtype or weight.device != x.device):
-                raise ValueError(
-                    f"{name} rows are {x.dtype} on {x.device}, but {name}.{weight_name} is {weight.dtype} on "
-                    f"{weight.device}; convert one to the other"
-                )
-        if weights.qkv_proj.shape[1] != x.shape[-1]:
-            raise ValueError(f"{name} rows have width {x.shape[-1]}, {name}.qkv_proj takes {weights.qkv_proj.shape[1]}")
-        if weights.o_proj.shape[1] % head_dim or weights.qkv_proj.shape[0] % head_dim:
-            raise ValueError(
-                f"{name}.o_proj {tuple(weights.o_proj.shape)} and {name}.qkv_proj {tuple(weights.qkv_proj.shape)} do "
-                f"not divide into heads of {head_dim}, the size rope is made for"
-            )
-    if text.qkv_proj.shape[0] != image.qkv_proj.shape[0] or text.o_proj.shape[1] != image.o_proj.shape[1]:
+    qkv_width, out_width = text.qkv_proj.shape[0], text.o_proj.shape[-1]
+    num_kv_rows = qkv_width - out_width
+    if out_width % head_dim or num_kv_rows <= 0 or num_kv_rows % (2 * head_dim) or 2 * out_width % num_kv_rows:
+        raise ValueError(
+            f"text.o_proj {tuple(text.o_proj.shape)} and text.qkv_proj {tuple(text.qkv_proj.shape)} do not divide into "
+            f"H query and 2 H_kv key and value heads of {head_dim}, rope's size, with H a multiple of H_kv"
+        )
+    if image.qkv_proj.shape[0] != qkv_width or image.o_proj.shape[-1] != out_width:
         raise ValueError(
             "the towers share their attention, so they need equally many heads; qkv_proj has "
-            f"{text.qkv_proj.shape[0]} rows in the text tower and {image.qkv_proj.shape[0]} in the image tower"
+            f"{qkv_width} rows in the text tower and {image.qkv_proj.shape[0]} in the image tower"
         )
-    if rope[0].shape[0] != layout.num_tokens:
-        raise ValueError(f"rope has {rope[0].shape[0]} rows, the layout {layout.num_tokens} tokens")
+    if text.eps != image.eps:
+        raise ValueError(
+            f"eps is {text.eps} in the text tower and {image.eps} in the image tower; it must be one number"
+        )
+    for name, x, weights in (("text", x_text, text), ("image", x_image, image)):
+        if x.dim() != 2:
+            raise ValueError(f"{name} rows have shape {tuple(x.shape)}; they are [rows, width]")
+        width, intermediate = x.shape[1], weights.down_proj.shape[-1]
+        shapes = {
+            "input_layernorm": (width,),
+            "qkv_proj": (qkv_width, width),
+            "o_proj": (width, out_width),
+            "post_attention_layernorm": (width,),
+            "gate_up_proj": (2 * intermediate, width),
+            "down_proj": (width, intermediate),
+            "qkv_bias": (qkv_width,),
+            "q_norm": (head_dim,),
+            "k_norm": (head_dim,),
+        }
+        for weight_name, shape in shapes.items():
+            check_weight(getattr(weights, weight_name), shape, x, f"{name}.{weight_name}")
     if layout.is_cached != (kv_cache is not None):
         raise ValueError("a layout with cached_lengths needs kv_cache, and kv_cache needs such a layout")
+    if kv_cache is not None:
+        shape = (layout.num_keys, num_kv_rows // (2 * head_dim), head_dim)
+        for name, cache in zip(("keys", "values"), kv_cache, strict=True):
+            check_weight(cache, shape, x_text, f"kv_cache {name}")
+        tensors = (x_text, x_image, *(getattr(w, n) for w in (text, image) for n in _WEIGHT_NAMES))
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+            raise ValueError(
+                "a block with kv_cache has no backward, and an input requires a gradient; use torch.no_grad()"
+            )
     if layout.num_constant and torch.is_grad_enabled():
         trainable = [n for n in _WEIGHT_NAMES if (w := getattr(text, n)) is not None and w.requires_grad]
         if trainable:
@@ -129,9 +151,10 @@ def _forward(
     layout: TokenLayout,
     weights: tuple[BlockWeights, BlockWeights],
     rope: Rope,
-    kv_cache: tuple[Tensor, Tensor] | None = None,
+    kv_cache: tuple[Tensor, Tensor] | None,
+    keep: bool,
 ) -> tuple[Rows, tuple[Tensor, ...]]:
-    """The output in the form of `x`, and what the backward reads."""
+    """The output in the form of `x`, and what the backward reads if it is to be kept."""
     text, image = weights
     xs = split_towers(x, layout)
     num_constant, num_live = layout.num_constant, layout.num_live
@@ -180,13 +203,16 @@ def _forward(
         y_text, y_image = (torch.addmm(m, h, w.down_proj.t()) for m, h, w in fed)
         y = (y_text, y_image)
 
+    if not keep:
+        return y, ()
+
     def active(rows: Tensor) -> Tensor:
         """The rows that are not constant, without keeping the constant ones alive."""
         return rows[num_constant:].clone() if num_constant else rows
 
     saved = [active(xs[0]), xs[1], active(rstd_in), active(middle[0]), middle[1], active(rstd_middle)]
     saved += [q, k, v, out, lse, active(gate_up[0]), gate_up[1]]
-    if text.q_norm is not None or text.k_norm is not None:
+    if any(norm is not None for w in weights for norm in (w.q_norm, w.k_norm)):
         saved += [active(qkv[0]), qkv[1]]
     return y, tuple(saved)
 
@@ -205,7 +231,7 @@ class _RoutedBlock(torch.autograd.Function):
             rows = (x_text, x_image)
         else:
             rows = x
-        y, saved = _forward(rows, layout, (text, image), (cos, sin))
+        y, saved = _forward(rows, layout, (text, image), (cos, sin), None, keep=True)
         ctx.save_for_backward(*weights, cos, sin, *saved)
         ctx.layout, ctx.eps = layout, eps
         return (y, None) if isinstance(y, Tensor) else y
@@ -291,7 +317,7 @@ def _backward(ctx: Any, dy: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
             if want and getattr(w, name) is not None:
                 grad[name] = next(results)
 
-    # Projections and the first norm; where the inputs want no gradient, only the weights' share is computed.
+    # Projections and the first norm.
     for grad, want, d in zip(grads, wants, dqkv, strict=True):
         if want["qkv_bias"]:
             grad["qkv_bias"] = d.sum(0)

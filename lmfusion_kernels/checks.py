@@ -1,5 +1,6 @@
 """What do the ops demand of their arguments? One ValueError each: the argument, what it is, what it has to be."""
 
+import torch
 from torch import Tensor
 
 from lmfusion_kernels.layout import TokenLayout
@@ -51,3 +52,19 @@ def check_dtype(tensor: Tensor, x: Tensor, name: str) -> None:
         raise ValueError(f"{name} is {tensor.dtype}, the rows are {x.dtype}; cast it with {name}.to({x.dtype})")
     if tensor.device != x.device:
         raise ValueError(f"{name} is on {tensor.device}, the rows are on {x.device}; move one to the other")
+
+
+def check_rope(cos: Tensor, sin: Tensor, layout: TokenLayout, x: Tensor) -> None:
+    """Raise ValueError unless cos and sin are float32 tables of angles for the rows `x` and their layout."""
+    if cos.dim() != 2 or cos.shape != sin.shape or cos.shape[0] != layout.num_tokens:
+        raise ValueError(
+            f"rope's cos and sin have shapes {tuple(cos.shape)} and {tuple(sin.shape)}; they are [N, D/2] with "
+            f"N = {layout.num_tokens} tokens, as rope_tables(layout.position, inv_freq) makes them"
+        )
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table.dtype != torch.float32 and x.dtype != torch.float64:
+            raise ValueError(
+                f"rope's {name} is {table.dtype}; angles need float32, so cast the positions, not the tables"
+            )
+        if table.device != x.device:
+            raise ValueError(f"rope's {name} is on {table.device}, the rows on {x.device}; move one to the other")

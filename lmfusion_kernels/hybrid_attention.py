@@ -154,6 +154,7 @@ if _library.native:
     torch.library.register_fake("lmfusion::hybrid_attention", _fake)
     torch.library.register_fake("lmfusion::hybrid_attention_backward", _fake_backward)
     torch.library.register_autograd("lmfusion::hybrid_attention", _backward, setup_context=_setup_context)
+    _library.refuse_second_derivative("hybrid_attention_backward")
     # torch.utils.flop_counter.FlopCounterMode counts what is visible; under fake tensors it is as if all keys were.
     register_flop_formula(_ops.hybrid_attention, get_raw=True)(_flops)
     register_flop_formula(_ops.hybrid_attention_backward, get_raw=True)(_backward_flops)

@@ -44,6 +44,10 @@ class TokenLayout:
     num_keys: int
     """Rows of the key buffer: num_tokens, or num_documents * cache_capacity where a key-value cache is used."""
     num_documents: int
+    longest_document: int
+    """Tokens of the longest document, those in the cache included."""
+    is_cached: bool
+    """Whether keys live in a cache that holds earlier tokens too. Such a layout has no backward."""
 
     tower_to_sequence: Tensor
     """[N] sequence index of each row in tower order."""
@@ -86,11 +90,6 @@ class TokenLayout:
     @property
     def num_active(self) -> int:
         return self.num_tokens - self.num_constant
-
-    @property
-    def is_cached(self) -> bool:
-        """Whether keys live in a cache that holds earlier tokens too. Such a layout has no backward."""
-        return self.query_start.numel() != self.num_tokens
 
     @property
     def device(self) -> torch.device:
@@ -138,7 +137,7 @@ class TokenLayout:
                 span_documents.append(d)
         return cls._build(
             np.asarray(kinds, np.uint8),
-            np.asarray(lengths, np.int32),
+            np.asarray(lengths, np.int64),
             np.asarray(span_documents, np.int32),
             len(documents),
             frozen_text,
@@ -186,7 +185,7 @@ class TokenLayout:
         _, span_documents = np.unique(document[starts], return_inverse=True)
         return cls._build(
             modality[starts].astype(np.uint8),
-            np.diff(np.append(starts, modality.size)).astype(np.int32),
+            np.diff(np.append(starts, modality.size)),
             span_documents.astype(np.int32),
             int(span_documents.max(initial=-1)) + 1,
             frozen_text,
@@ -208,11 +207,12 @@ class TokenLayout:
         if (cached_lengths is None) != (cache_capacity is None):
             raise ValueError("give cached_lengths and cache_capacity together, or neither")
         cached = None
+        totals = np.bincount(span_documents, lengths, num_documents).astype(np.int64)  # tokens of each document
         if cached_lengths is not None:
             cached = np.asarray(cached_lengths, np.int32)
             if cached.shape != (num_documents,):
                 raise ValueError(f"cached_lengths has {cached.size} entries for {num_documents} documents")
-            totals = cached + np.bincount(span_documents, lengths, num_documents).astype(np.int64)
+            totals = cached + totals
             if num_documents and totals.max() > cache_capacity:
                 raise ValueError(
                     f"document {int(totals.argmax())} would hold {int(totals.max())} tokens, but the cache has room "
@@ -228,6 +228,8 @@ class TokenLayout:
             num_constant=counts["num_constant"],
             num_keys=num_keys,
             num_documents=num_documents,
+            longest_document=int(totals.max(initial=0)),
+            is_cached=cached is not None,
             **tensors,
         )
         return layout if device is None else layout.to(device)

@@ -146,6 +146,11 @@ class RoutedBlock(nn.Module):
                 f"separation {separation!r} shares weights, so image_hidden_size {image_hidden_size} must equal "
                 f"hidden_size {hidden_size}"
             )
+        if separation == "none" and image_intermediate_size != intermediate_size:
+            raise ValueError(
+                f"separation 'none' shares every weight, so image_intermediate_size {image_intermediate_size} must "
+                f"equal intermediate_size {intermediate_size}"
+            )
         head_dim = hidden_size // num_heads if head_dim is None else head_dim
         shared = (num_heads, num_kv_heads, head_dim, qkv_bias, qk_norm, eps)
         self.text = TowerLayer(hidden_size, intermediate_size, *shared)

@@ -110,3 +110,4 @@ if _library.native:
     torch.library.register_fake("lmfusion::rms_norm", _fake)
     torch.library.register_fake("lmfusion::rms_norm_backward", _fake_backward)
     torch.library.register_autograd("lmfusion::rms_norm", _backward, setup_context=_setup_context)
+    _library.refuse_second_derivative("rms_norm_backward")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lmfusion_kernels import _library, reference
 from lmfusion_kernels.backends import choose
-from lmfusion_kernels.checks import check_rows, check_weight
+from lmfusion_kernels.checks import check_rope, check_rows, check_weight
 from lmfusion_kernels.layout import TokenLayout
 from lmfusion_kernels.weights import Rope, Rows
 
@@ -54,18 +54,7 @@ def _check(
     num_heads: int,
     norms: tuple[Tensor | None, ...],
 ) -> None:
-    if cos.dim() != 2 or cos.shape != sin.shape or cos.shape[0] != layout.num_tokens:
-        raise ValueError(
-            f"rope's cos and sin have shapes {tuple(cos.shape)} and {tuple(sin.shape)}; they are [N, D/2] with "
-            f"N = {layout.num_tokens} tokens, as rope_tables(layout.position, inv_freq) makes them"
-        )
-    for name, table in (("cos", cos), ("sin", sin)):
-        if table.dtype != torch.float32 and rows[0].dtype != torch.float64:
-            raise ValueError(
-                f"rope's {name} is {table.dtype}; angles need float32, so cast the positions, not the tables"
-            )
-        if table.device != rows[0].device:
-            raise ValueError(f"rope's {name} is on {table.device}, qkv on {rows[0].device}; move one to the other")
+    check_rope(cos, sin, layout, rows[0])
     head_dim = 2 * cos.shape[1]
     for tensor in rows:
         num_kv_rows = tensor.shape[1] - num_heads * head_dim
@@ -162,3 +151,4 @@ if _library.native:
     torch.library.register_fake("lmfusion::rope_reorder", _fake)
     torch.library.register_fake("lmfusion::rope_reorder_backward", _fake_backward)
     torch.library.register_autograd("lmfusion::rope_reorder", _backward, setup_context=_setup_context)
+    _library.refuse_second_derivative("rope_reorder_backward")

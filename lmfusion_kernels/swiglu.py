@@ -86,3 +86,4 @@ if _library.native:
     torch.library.register_fake("lmfusion::swiglu", _fake)
     torch.library.register_fake("lmfusion::swiglu_backward", _fake_backward)
     torch.library.register_autograd("lmfusion::swiglu", _backward, setup_context=_setup_context)
+    _library.refuse_second_derivative("swiglu_backward")

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 import lmfusion_kernels as lk
@@ -212,6 +213,19 @@ def run_compiled(compiled, block, x, layout, rope):
     return run(call, x, layout, rope, None)
 
 
+def test_one_compiled_block_serves_many_layouts():
+    block = make_block()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(block, fullgraph=True, backend=counter)
+    for num_text in (3, 5, 8, 13, 21):
+        layout = lk.TokenLayout.from_spans([[("text", num_text), ("image", 2 * num_text), ("text", 4)]])
+        x, rope = make_inputs(layout, torch.float32)
+        expected = run(block, x, layout, rope, None)
+        for name, value in run_compiled(compiled, block, x, layout, rope).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5, msg=name)
+    assert counter.frame_count <= 2  # one for the first numbers, one for all others
+
+
 def test_cached_decoding_equals_one_pass():
     block = make_block()
     documents = [[("text", 6), ("image", 4)], [("text", 3), ("image", 4)]]
@@ -251,14 +265,68 @@ def test_bad_input_is_named():
         lk.routed_block(x, layout, text, replace(image, down_proj=image.down_proj.double()), rope)
     with pytest.raises(ValueError, match="frozen_text=False"):
         lk.routed_block(x, layout, replace(text, down_proj=text.down_proj.detach().requires_grad_()), image, rope)
-    with pytest.raises(ValueError, match="rope has"):
+    with pytest.raises(ValueError, match="cos and sin have shapes"):
         lk.routed_block(x, layout, text, image, (rope[0][1:], rope[1][1:]))
     with pytest.raises(ValueError, match="equally many heads"):
+        lk.routed_block(x, layout, text, replace(image, qkv_proj=image.qkv_proj[2 * HEAD_DIM :]), rope)
+    with pytest.raises(ValueError, match="do not divide into H"):
         lk.routed_block(x, layout, replace(text, qkv_proj=text.qkv_proj[HEAD_DIM:]), image, rope)
     with pytest.raises(ValueError, match="kv_cache"):
         lk.routed_block(x, layout, text, image, rope, kv_cache=(x[0], x[0]))
+    with pytest.raises(ValueError, match="eps"):
+        lk.routed_block(x, layout, text, replace(image, eps=1e-3), rope)
+    with pytest.raises(ValueError, match=r"cos is torch\.bfloat16"):
+        lk.routed_block(x, layout, text, image, (rope[0].bfloat16(), rope[1]))
+    with pytest.raises(ValueError, match=r"\[rows, width\]"):
+        lk.routed_block((x[0][None].transpose(0, 1), x[1]), layout, text, image, rope)
+    for name in ("o_proj", "gate_up_proj", "down_proj", "input_layernorm", "post_attention_layernorm"):
+        with pytest.raises(ValueError, match=name):
+            lk.routed_block(x, layout, text, replace(image, **{name: getattr(image, name)[:-1]}), rope)
     with pytest.raises(ValueError, match="backend"):
         lk.routed_block(x, layout, text, image, rope, backend="fastest")
+
+
+def test_bad_caches_are_named():
+    block = make_block()
+    layout = lk.TokenLayout.from_spans([[("text", 3)]], cached_lengths=[2], cache_capacity=8)
+    x, rope = make_inputs(layout, torch.float32)
+    weights = block.text.weights(torch.float32), block.image.weights(torch.float32)
+    cache = torch.zeros(8, KV_HEADS, HEAD_DIM)
+    with pytest.raises(ValueError, match="no backward"):
+        lk.routed_block(x, layout, *weights, rope, kv_cache=(cache, cache))
+    with torch.no_grad():
+        for wrong in (cache[1:], cache.double(), cache[:, :1]):
+            with pytest.raises(ValueError, match="kv_cache values"):
+                lk.routed_block(x, layout, *weights, rope, kv_cache=(cache, wrong))
+        with pytest.raises(ValueError, match="needs kv_cache"):
+            lk.routed_block(x, layout, *weights, rope)
+
+
+def test_qk_norm_in_the_image_tower_alone():
+    block = make_block(qk_norm=True)
+    block.text.self_attn.q_norm = block.text.self_attn.k_norm = None
+    layout = lk.TokenLayout.from_spans(DOCUMENTS)
+    x, rope = make_inputs(layout, torch.float32)
+    assert_as_good_as_reference(block, x, layout, rope)
+
+
+def test_no_second_derivative_of_native_ops():
+    q = torch.randn(4, 2, 16, requires_grad=True)
+    layout = lk.TokenLayout.from_spans([[("text", 4)]])
+    (dq,) = torch.autograd.grad(lk.hybrid_attention(q, q, q, layout).sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        dq.sum().backward()
+    (dq,) = torch.autograd.grad(lk.hybrid_attention(q, q, q, layout, backend="reference").sum(), q, create_graph=True)
+    dq.sum().backward()
+
+
+def test_shared_weights_have_one_shape():
+    with pytest.raises(ValueError, match="image_hidden_size"):
+        lk.RoutedBlock(32, 48, 4, 2, image_hidden_size=16, separation="shallow")
+    with pytest.raises(ValueError, match="image_intermediate_size"):
+        lk.RoutedBlock(32, 48, 4, 2, image_intermediate_size=96, separation="none")
+    with pytest.raises(ValueError, match="separation"):
+        lk.RoutedBlock(32, 48, 4, 2, separation="half")
 
 
 def test_reference_block_passes_gradcheck():

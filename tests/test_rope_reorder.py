@@ -211,7 +211,7 @@ def test_without_native_ops(monkeypatch):
         ({"rope": (random(63, 5), random(63, 5))}, r"cos and sin have shapes \(63, 5\) and \(63, 5\)"),
         ({"rope": (random(64, 5), random(64, 4))}, r"N = 64 tokens"),
         ({"rope": (random(64, 5, dtype=torch.bfloat16), random(64, 5))}, "cos is torch.bfloat16; angles need float32"),
-        ({"rope": (random(64, 5), random(64, 5).to("meta"))}, "sin is on meta, qkv on cpu"),
+        ({"rope": (random(64, 5), random(64, 5).to("meta"))}, "sin is on meta, the rows on cpu"),
         ({"text_q_norm": random(8)}, r"text_q_norm has shape \(8,\), expected \[10\]"),
         ({"image_k_norm": random(10, dtype=torch.bfloat16)}, "image_k_norm is torch.bfloat16"),
     ],

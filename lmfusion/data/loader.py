@@ -1,5 +1,6 @@
 """Which batches does step number n train on? A pure function of the configuration and n, prepared ahead in threads."""
 
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -67,6 +68,7 @@ class BatchLoader:
         self._order = lru_cache(maxsize=4)(lambda epoch: Permutation(len(source), seed, epoch))
         self._latents: dict[int, Tensor] = {}
         self._latents_room = config.cache_megabytes * 2**20
+        self._latents_lock = threading.Lock()
 
     def step(self, step: int) -> list[Batch]:
         """The micro-batches of one step, on the CPU. Raises ValueError, naming the sample, for data it cannot use."""
@@ -142,7 +144,8 @@ class BatchLoader:
         pixels = to_tensor(sample.load_image(), config.image_size, config.channels)
         latents = self._codec.encode(pixels[None].to(self._device))[0].cpu()
         num_bytes = latents.numel() * latents.element_size()
-        if num_bytes <= self._latents_room:
-            self._latents_room -= num_bytes
-            self._latents[index] = latents
+        with self._latents_lock:  # several workers come here
+            if num_bytes <= self._latents_room and index not in self._latents:
+                self._latents_room -= num_bytes
+                self._latents[index] = latents
         return latents

@@ -8,7 +8,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -18,6 +17,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from lmfusion.files import flush
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
@@ -47,9 +48,9 @@ def save_checkpoint(folder: Path, step: int, parts: Parts, state: Mapping[str, A
             manifest["files"][file] = _write(unfinished / file, partial(save_file, held))
         manifest["files"][STATE] = _write(unfinished / STATE, partial(_write_json, {**state, "step": step}))
         _write(unfinished / MANIFEST, partial(_write_json, manifest))
-        _sync(unfinished)
+        flush(unfinished)
         unfinished.rename(target)
-        _sync(folder)
+        flush(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         steps = list_steps(folder)
@@ -94,16 +95,8 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 def _write(path: Path, write: Callable[[Path], Any]) -> dict[str, Any]:
     """Let `write` make the file at `path`, force it onto the disk, and answer with its size and sha256."""
     write(path)
-    _sync(path)
+    flush(path)
     return {"size": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

@@ -21,6 +21,7 @@ from lmfusion.data import load_source
 from lmfusion.data.loader import BatchLoader
 from lmfusion.devices import choose_device
 from lmfusion.modeling import LMFusion
+from lmfusion.serialization import digests, text_tensors
 from lmfusion.training import checkpoint
 from lmfusion.training.config import ModelConfig, RunConfig, TrainConfig, resolve_path, to_dict
 from lmfusion.training.ema import EMA
@@ -87,8 +88,15 @@ class Trainer:
         if self.step < last:
             return False
         with self.ema.applied():
-            self.model.eval().save_pretrained(self.folder / "model", parts="image" if self.model.frozen_text else "all")
+            self.model.eval().save_pretrained(
+                self.folder / "model", parts="image" if self._is_text_the_bases else "all"
+            )
         return True
+
+    @property
+    def _is_text_the_bases(self) -> bool:
+        """Whether the text tower is certainly the base LLM's: then the model is saved without it."""
+        return self.model.base is not None and not self.model.base.may_differ
 
     def _update(self, micro_batches: list[Batch]) -> StepMetrics:
         """One step: gradients of all micro-batches, then one update. Micro-batches of any size add up to the same."""
@@ -153,13 +161,13 @@ class Trainer:
             return
         path = checkpoint.checkpoint_path(self._checkpoints, steps[-1])
         parts, state = checkpoint.load_checkpoint(path)
-        if state["base_sha256"] != self._base_digest():
-            raise ValueError(f"{path} belongs to another base LLM; point model.base to the one it was made with")
         identity = self._identity()
         changed = [key for key, value in state["run"].items() if identity[key] != value]
         if changed:
             was = ", ".join(f"{key} was {state['run'][key]!r}, is {identity[key]!r}" for key in changed)
             raise ValueError(f"{path} belongs to another run: {was}. Change it back, or set output to another folder")
+        if state["base_sha256"] != self._base_digest():
+            raise ValueError(f"{path} belongs to another base LLM; point model.base to the one it was made with")
         with torch.no_grad():
             for name, weight in self.weights.items():
                 weight.copy_(parts["weights"][name])
@@ -178,7 +186,9 @@ class Trainer:
         sections = {"image": model.image, "codec": model.codec, "diffusion": model.diffusion}
         identity = {f"model.{name}": to_dict(section) for name, section in sections.items()}
         identity["model.codec"].pop("path")  # files may be moved; their digests may not change
-        identity |= {f"train.{key}": getattr(train, key) for key in ("seed", "batch_size", "text_learning_rate_ratio")}
+        identity |= {
+            f"train.{key}": getattr(train, key) for key in ("seed", "batch_size", "text_learning_rate_ratio", "dtype")
+        }
         identity |= {
             f"data.{key}": getattr(data, key)
             for key in ("source", "split", "image_first", "caption_drop", "max_caption_tokens")
@@ -186,9 +196,15 @@ class Trainer:
         return identity | {"number of samples": len(self.loader.source)}
 
     def _base_digest(self) -> str:
-        """One digest of the base LLM's tensors, as they were loaded."""
-        assert self.model.base is not None
-        return hashlib.sha256(json.dumps(self.model.base.sha256, sort_keys=True).encode()).hexdigest()
+        """One digest of the text tower the run started from."""
+        if not self.model.frozen_text:  # it has moved on since; the checkpoint holds it
+            sha256 = {} if self.model.base is None else self.model.base.sha256
+        elif self._is_text_the_bases:
+            assert self.model.base is not None
+            sha256 = self.model.base.sha256
+        else:
+            sha256 = digests(text_tensors(self.model))
+        return hashlib.sha256(json.dumps(sha256, sort_keys=True).encode()).hexdigest()
 
     def _build_loader(self) -> BatchLoader:
         model, train = self.model, self.config.train
