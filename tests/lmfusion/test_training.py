@@ -271,6 +271,35 @@ def test_another_run_in_the_same_folder_is_refused(config, change, message):
         Trainer(config(**change))
 
 
+def test_stages_with_the_text_tower_trained_then_frozen(config):
+    """The second stage starts from a text tower that is no LLM's any more: it is saved whole, and told from others."""
+    first = config("first", train__text_learning_rate_ratio=0.5)
+    assert Trainer(first).run()
+    adapted = Path(first.output) / "model"
+
+    def second(model):
+        values = {"adapted": str(model)}
+        run = config("second", train__num_steps=4)
+        run.model = build_config(type(run.model), values)
+        return run
+
+    assert Trainer(second(adapted)).run()
+    again = LMFusion.from_pretrained(Path(second(adapted).output) / "model")
+    text = LMFusion.from_pretrained(adapted).text.state_dict()
+    assert all(torch.equal(tensor, text[name]) for name, tensor in again.text.state_dict().items())
+
+    untouched = config("untouched", train__num_steps=1, train__warmup_steps=0)
+    assert Trainer(untouched).run()
+    with pytest.raises(ValueError, match="another base LLM"):
+        Trainer(second(Path(untouched.output) / "model"))
+
+
+def test_another_dtype_is_refused_by_name(config):
+    assert Trainer(config()).run(max_steps=4)
+    with pytest.raises(ValueError, match=r"train\.dtype was 'float32', is 'bfloat16'"):
+        Trainer(config(train__dtype="bfloat16"))
+
+
 def test_another_base_is_refused(config, tiny_llama, tmp_path):
     Trainer(config()).run(max_steps=1)
     other = tmp_path / "other_llama"
