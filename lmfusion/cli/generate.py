@@ -51,11 +51,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.chat and not args.text:
-        raise ValueError("--chat is about text; add --text")
+    _refuse_options_without_effect(args)
     if args.count < 1:
         raise ValueError(f"--count is {args.count}; it must be at least 1")
     return _write(args) if args.text else _draw(args)
+
+
+def _refuse_options_without_effect(args: argparse.Namespace) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    drawing = ("output", "count", "guidance_scale", "num_steps", "sampler", "negative_prompt", "image_size")
+    writing = ("chat", "max_new_tokens", "temperature", "top_p")
+    for name in drawing if args.text else writing:
+        if getattr(args, name) != parser.get_default(name):
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} is about {'drawing; leave out' if args.text else 'text; add'} --text")
 
 
 def _write(args: argparse.Namespace) -> int:

@@ -69,6 +69,8 @@ def test_caption_describes_files(saved, tmp_path, capsys):
         (["generate", "{saved}", "x", "--sampler", "euler"], "unknown sampler 'euler'"),
         (["generate", "{saved}", "x", "--count", "0"], "--count is 0"),
         (["generate", "{saved}", "x", "--chat"], "add --text"),
+        (["generate", "{saved}", "x", "--temperature", "0.5"], "--temperature is about text"),
+        (["generate", "{saved}", "x", "--text", "--num-steps", "5"], "--num-steps is about drawing"),
         (["generate", "{saved}", ""], "caption is empty"),
         (["generate", "nowhere", "x"], "no saved model at nowhere"),
         (["caption", "{saved}", "nowhere.png"], "nowhere.png"),
