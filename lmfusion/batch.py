@@ -101,7 +101,8 @@ def encode_caption(tokenizer: Any, caption: str) -> list[int]:
     text = caption.strip()
     if not text:
         raise ValueError("the caption is empty; write one, or leave the sample out")
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    # Split: "<|im_end|>" in a caption is text, not an end
+    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
 
 def caption_first_document(caption_ids: Sequence[int], num_image_tokens: int, tokens: SpecialTokens) -> Document:

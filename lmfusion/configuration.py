@@ -140,7 +140,10 @@ def config_from(cls: type[T], value: T | dict[str, Any] | None, name: str) -> T:
     unknown = [key for key in value if key not in known]
     if unknown:
         raise ValueError(f"unknown configuration key {name}.{unknown[0]}; known: {', '.join(known)}")
-    return cls(**value)
+    try:
+        return cls(**value)
+    except TypeError as error:  # a value of the wrong type, or a field that is missing
+        raise ValueError(f"{name} = {value} is no {cls.__name__}: {error}") from error
 
 
 AutoConfig.register(LMFusionConfig.model_type, LMFusionConfig)

@@ -97,7 +97,18 @@ def from_base(
     sha256 = digests(base.tensors)
     model = _assemble(cls, config, base.name, base.tensors, base.read_tokenizer(), seed=seed)
     model.base = BaseRecord(base.name, str(model.text.norm.weight.dtype).removeprefix("torch."), sha256)
+    _check_image_fits(model)
     return model
+
+
+def _check_image_fits(model: "LMFusion") -> None:
+    context = getattr(model.config.text_config, "max_position_embeddings", None)
+    if context is not None and model.tokens_per_image + 2 > context:
+        raise ValueError(
+            f"an image of {model.codec.config.image_size} pixels is {model.tokens_per_image} rows with codec "
+            f"{model.codec.config.kind!r} and patch_size {model.config.image.patch_coder.patch_size}, but the LLM's "
+            f"context is {context}; use an autoencoder as codec, smaller images, or a larger patch_size"
+        )
 
 
 def _assemble(
@@ -258,7 +269,10 @@ def _write(model: "LMFusion", folder: Path, parts: str) -> None:
     origin = {"parts": parts, "base": None if model.base is None else asdict(model.base)}
     (folder / BASE_NAME).write_text(json.dumps(origin, indent=1), encoding="utf-8")
     if model.tokenizer is not None:
-        model.tokenizer.save_pretrained(folder)
+        try:
+            model.tokenizer.save_pretrained(folder)
+        except Exception as error:  # tokenizers raises no narrower one when the disk is full
+            raise OSError(f"the tokenizer could not be written: {error}") from error
     tensors = _file_tensors(model, "image.")
     if parts == "all":
         tensors |= _file_tensors(model, "text.")

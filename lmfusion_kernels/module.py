@@ -153,6 +153,7 @@ class RoutedBlock(nn.Module):
             )
         head_dim = hidden_size // num_heads if head_dim is None else head_dim
         shared = (num_heads, num_kv_heads, head_dim, qkv_bias, qk_norm, eps)
+        self.head_dim = head_dim
         self.text = TowerLayer(hidden_size, intermediate_size, *shared)
         self.image = TowerLayer(image_hidden_size, image_intermediate_size, *shared)
         for tower in (self.text, self.image):
@@ -165,5 +166,10 @@ class RoutedBlock(nn.Module):
         self, x: Rows, layout: TokenLayout, rope: Rope, order: str = "tower", backend: str | None = None
     ) -> Rows:
         """See `routed_block`."""
+        if rope[0].shape[-1] != self.head_dim // 2:
+            raise ValueError(
+                f"rope's cos and sin are {rope[0].shape[-1]} wide; heads of {self.head_dim} need half of that, "
+                f"{self.head_dim // 2}: one angle for each pair, as rope_tables makes them"
+            )
         dtype = x.dtype if isinstance(x, Tensor) else x[0].dtype
         return routed_block(x, layout, self.text.weights(dtype), self.image.weights(dtype), rope, order, backend)

@@ -157,6 +157,7 @@ def routed_block(
         y = routed_block(layout.to_tower_order(x), layout, text, image, rope, "tower", kv_cache)
         assert isinstance(y, Tensor)
         return layout.to_sequence_order(y)
+    x = detach_constant_rows(x, layout)
     normed = routed_rms_norm(x, text.input_layernorm, image.input_layernorm, layout, text.eps)
     qkv = routed_linear(normed, text.qkv_proj, image.qkv_proj, layout, text.qkv_bias, image.qkv_bias)
     q, k, v = rope_reorder(
@@ -177,3 +178,10 @@ def add_rows(x: Rows, y: Rows, layout: TokenLayout) -> Rows:
     """x + y, tower by tower."""
     (x_text, x_image), (y_text, y_image) = split_towers(x, layout), split_towers(y, layout)
     return join_towers(x_text + y_text, x_image + y_image, like=x)
+
+
+def detach_constant_rows(x: Rows, layout: TokenLayout) -> Rows:
+    """Constant rows depend on nothing that is trained: no gradient goes to them."""
+    x_text, x_image = split_towers(x, layout)
+    constant, live = x_text.tensor_split([layout.num_constant])
+    return join_towers(torch.cat([constant.detach(), live]), x_image, like=x)

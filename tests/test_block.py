@@ -130,6 +130,17 @@ def test_frozen_weights_and_constant_rows_get_no_gradient():
     assert x_text.grad[layout.num_constant :].abs().sum(1).gt(0).all()
 
 
+def test_gradients_at_constant_rows_do_not_depend_on_the_backend():
+    block = make_block()
+    layout = lk.TokenLayout.from_spans(DOCUMENTS)
+    x, rope = make_inputs(layout, torch.float32)
+    for backend in ("native", "reference"):
+        x_text = x[0].clone().requires_grad_()
+        y_text, y_image = block((x_text, x[1]), layout, rope, backend=backend)
+        (y_text.square().sum() + y_image.square().sum()).backward()
+        assert x_text.grad[: layout.num_constant].eq(0).all(), backend
+
+
 def test_text_loss_after_an_image_reaches_the_image_tower_through_frozen_text():
     block = make_block()
     layout = lk.TokenLayout.from_spans([[("image", 4), ("text", 3)]])
@@ -282,6 +293,8 @@ def test_bad_input_is_named():
     for name in ("o_proj", "gate_up_proj", "down_proj", "input_layernorm", "post_attention_layernorm"):
         with pytest.raises(ValueError, match=name):
             lk.routed_block(x, layout, text, replace(image, **{name: getattr(image, name)[:-1]}), rope)
+    with pytest.raises(ValueError, match="one angle for each pair"):
+        block(x, layout, tuple(torch.cat([table, table], dim=-1) for table in rope))
     with pytest.raises(ValueError, match="backend"):
         lk.routed_block(x, layout, text, image, rope, backend="fastest")
 
@@ -331,7 +344,7 @@ def test_shared_weights_have_one_shape():
 
 def test_reference_block_passes_gradcheck():
     block = make_block(torch.float64, qk_norm=True, qkv_bias=True)
-    layout = lk.TokenLayout.from_spans([[("text", 1), ("marker", 1), ("image", 2), ("text", 1)]])
+    layout = lk.TokenLayout.from_spans([[("text", 1), ("marker", 1), ("image", 2), ("text", 1)]], frozen_text=False)
     (x_text, x_image), rope = make_inputs(layout, torch.float64)
     text, image = block.text.weights(torch.float64), block.image.weights(torch.float64)
     names = [f.name for f in fields(image) if isinstance(getattr(image, f.name), Tensor)]

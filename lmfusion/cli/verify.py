@@ -1,7 +1,8 @@
 """Compare the text side of a saved model with its base LLM, bit for bit.
 
 Prints how many text tensors have the base's sha256, and whether the logits of a few prompts are the same to the last
-bit. The exit code is 0 only if everything is identical, 1 if something differs.
+bit. The exit code is 0 only if everything is identical, 1 if something differs, and 2 if the
+model cannot be put together: without its text tower it is not loaded onto another base LLM.
 """
 
 import argparse

@@ -47,7 +47,10 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(
             unsupported(str(folder), f"architecture {model_type!r}", f"Llama-type LLMs: {', '.join(MODEL_TYPES)}")
         )
-    return AutoConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever transformers' validation raises on values of the wrong type
+        raise ValueError(f"{path} is no configuration that transformers can read: {error}") from error
 
 
 def read_safetensors(folder: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -90,4 +93,7 @@ def read_tokenizer(folder: Path) -> Any:
     """The tokenizer saved in `folder`; None where there is none."""
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise many kinds, and do not name the file
+        raise ValueError(f"the tokenizer in {folder} is damaged: {error}") from error

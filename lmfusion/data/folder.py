@@ -40,7 +40,7 @@ class ImageFolder:
 
     def _read_metadata(self, metadata: Path) -> dict[str, tuple[str, ...]]:
         samples: dict[str, tuple[str, ...]] = {}
-        for number, line in enumerate(metadata.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(_read_lines(metadata), start=1):
             if not line.strip():
                 continue
             where = f"{metadata}, line {number}"
@@ -54,6 +54,7 @@ class ImageFolder:
                 raise ValueError(f'{where}: not an object like {{"file_name": "cat.png", "text": "a cat"}}') from None
             if Path(name).is_absolute() or ".." in Path(name).parts:
                 raise ValueError(f"{where}: file_name {name!r} leads out of the folder; name it relative to the folder")
+            name = Path(name).as_posix()  # "./cat.png" is "cat.png"
             if name in samples:
                 raise ValueError(f"{where}: {name} is listed twice; give its captions as one list")
             if not (self._folder / name).is_file():
@@ -69,9 +70,17 @@ class ImageFolder:
             text = image.with_suffix(".txt")
             if not text.is_file():
                 raise ValueError(f"{image} has no caption; write {text.name} beside it, or use a metadata.jsonl")
-            lines = text.read_text(encoding="utf-8").strip().splitlines()
+            lines = [line for line in _read_lines(text) if line.strip()]
             samples[image.relative_to(self._folder).as_posix()] = _checked(lines, str(text))
         return samples
+
+
+def _read_lines(path: Path) -> list[str]:
+    """Lines of a UTF-8 file, ended by newlines alone: captions may hold other separators."""
+    try:
+        return path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
 
 
 def _checked(captions: list[str], where: str) -> tuple[str, ...]:

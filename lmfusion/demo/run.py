@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ import torch
 from lmfusion.data.digits import NAMES, Digits, caption_of
 from lmfusion.demo.judge import Judge
 from lmfusion.demo.report import render_picture, render_report
+from lmfusion.files import replace_text
 from lmfusion.modeling import LMFusion
 from lmfusion.training.config import load_config
 from lmfusion.training.trainer import Trainer
@@ -99,8 +99,8 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
         times={stage: round(seconds, 1) for stage, seconds in times.items()},
     )
     render_picture(real, drawn).save(folder / "digits.png")
-    _write(folder / "report.html", page)
-    _write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    replace_text(folder / "report.html", page)
+    replace_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))
     print(f"open {folder / 'report.html'}")
     return summary
@@ -151,9 +151,3 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -1,6 +1,7 @@
 """How do pixels become the latents that diffusion works on, and back? Frozen codecs behind one small interface."""
 
 import hashlib
+import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,6 +181,13 @@ def load_codec(config: CodecConfig) -> Codec:
             f"no autoencoder at {config.path}: {WEIGHTS_NAME} is missing; path is a local folder written by diffusers' "
             "save_pretrained"
         )
+    settings = Path(config.path) / "config.json"
+    try:
+        written = json.loads(settings.read_text(encoding="utf-8")).get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"cannot load the autoencoder in {config.path}: {settings.name}: {error}") from error
+    if written != kind.__name__:
+        raise ValueError(f"{config.path} holds a {written}, but codec kind {config.kind!r} is an {kind.__name__}")
     digest = _sha256(weights)
     if config.sha256 not in (None, digest):
         raise ValueError(

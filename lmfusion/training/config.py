@@ -117,7 +117,9 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         _check_choice("sample.sampler", self.sampler, SAMPLERS)
-        _check_least(self, "sample", every=1, num_images=1, num_steps=1, guidance_scale=1)
+        _check_least(self, "sample", every=1, num_images=1, num_steps=1, guidance_scale=0)
+        if not all(prompt.strip() for prompt in self.prompts):
+            raise ValueError("sample.prompts holds an empty prompt; write one, or leave it out")
 
 
 @dataclass
@@ -144,6 +146,11 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        num_timesteps = self.model.diffusion.num_train_timesteps
+        if self.sample.num_steps > num_timesteps:
+            raise ValueError(f"sample.num_steps is {self.sample.num_steps}; the diffusion has {num_timesteps} steps")
 
 
 def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -243,6 +250,12 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-4 as text
+        except ValueError:
+            pass
+    if hint is int and isinstance(value, (float, str)):
+        try:
+            number = float(value)
+            value = int(number) if number.is_integer() else value
         except ValueError:
             pass
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):

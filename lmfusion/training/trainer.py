@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +20,7 @@ from lmfusion.batch import Batch, SpecialTokens
 from lmfusion.data import load_source
 from lmfusion.data.loader import BatchLoader
 from lmfusion.devices import choose_device
+from lmfusion.files import locked, replace_text
 from lmfusion.modeling import LMFusion
 from lmfusion.serialization import digests, text_tensors
 from lmfusion.training import checkpoint
@@ -62,11 +63,11 @@ class Trainer:
         last = train.num_steps if max_steps is None else min(max_steps, train.num_steps)
         self.folder.mkdir(parents=True, exist_ok=True)
         resolved = yaml.safe_dump(to_dict(self.config), sort_keys=False, allow_unicode=True)
-        (self.folder / "config.yaml").write_text(resolved, encoding="utf-8")
+        replace_text(self.folder / "config.yaml", resolved)
         self.model.train()
         progress = tqdm(total=last, initial=self.step, unit="step", mininterval=1 if sys.stderr.isatty() else 30)
         watch = Stopwatch()
-        with stop_signals() as stop, progress:
+        with locked(self.folder), stop_signals() as stop, progress, self._saving_on_error():
             for micro_batches in self.loader.steps(self.step, last):
                 data_wait = watch.lap()
                 metrics = self._update(micro_batches)
@@ -76,10 +77,10 @@ class Trainer:
                 progress.update()
                 if line is not None:
                     progress.set_postfix(loss=f"{line.loss:.4f}", images_per_second=f"{line.images_per_second:.0f}")
-                if self.config.sample.prompts and self.step % self.config.sample.every == 0:
-                    self._draw_samples()
                 if self.step % self.config.checkpoint.every == 0 or stop.is_set:
                     self.save_checkpoint()
+                if self.config.sample.prompts and self.step % self.config.sample.every == 0:
+                    self._draw_samples()
                 if stop.is_set:
                     break
                 watch.lap()
@@ -97,6 +98,16 @@ class Trainer:
     def _is_text_the_bases(self) -> bool:
         """Whether the text tower is certainly the base LLM's: then the model is saved without it."""
         return self.model.base is not None and not self.model.base.may_differ
+
+    @contextmanager
+    def _saving_on_error(self) -> Iterator[None]:
+        """A sample that cannot be read or a loss that is not finite costs none of the steps before it."""
+        try:
+            yield
+        except (ValueError, OSError):
+            with suppress(OSError):  # the first error is the one to tell
+                self.save_checkpoint()
+            raise
 
     def _update(self, micro_batches: list[Batch]) -> StepMetrics:
         """One step: gradients of all micro-batches, then one update. Micro-batches of any size add up to the same."""

@@ -127,3 +127,10 @@ def test_tokenizer_that_adds_no_bos(tokenizer):
             return {"input_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
 
     assert SpecialTokens.of(Silent(), 60).bos == []
+
+
+def test_control_tokens_in_a_caption_are_text(tokenizer):
+    assert tokenizer("</s>", add_special_tokens=False)["input_ids"] == [tokenizer.eos_token_id]
+    ids = encode_caption(tokenizer, "an end </s> of it")
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.decode(ids) == "an end </s> of it"

@@ -150,3 +150,9 @@ def test_autoencoder_that_does_not_fit_is_named(tmp_path):
 def test_wrong_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         CodecConfig(**settings)
+
+
+def test_another_kind_of_autoencoder_is_named(tmp_path):
+    save_autoencoder(tmp_path, "autoencoder_kl")
+    with pytest.raises(ValueError, match="holds a AutoencoderKL, but codec kind 'autoencoder_tiny'"):
+        load_codec(CodecConfig("autoencoder_tiny", path=str(tmp_path), image_size=8))

@@ -57,6 +57,7 @@ def test_head_dim_is_explicit_or_derived():
         ({"image": {"patch_coder": {"size": 3}}}, "unknown configuration key image.patch_coder.size"),
         ({"codec": {"vae": 3}}, "unknown configuration key codec.vae"),
         ({"diffusion": {"steps": 3}}, "unknown configuration key diffusion.steps"),
+        ({"codec": {"image_size": "32"}}, "is no CodecConfig"),
         ({"diffusion": 3}, "diffusion is 3; give a DiffusionConfig or a dict"),
         ({"image": {"separation": "wide"}}, "image.separation is 'wide'; it is one of deep"),
         ({"image": {"hidden_size": 0}}, "image.hidden_size is 0"),

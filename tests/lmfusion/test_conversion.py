@@ -190,6 +190,10 @@ def test_unsupported_architectures_are_named(tmp_path, changes, message):
         ),
         (lambda f: (f / "config.json").unlink(), "holds no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "config.json is no valid JSON"),
+        (
+            lambda f: (f / "config.json").write_text('{"model_type": "llama", "num_attention_heads": "x"}'),
+            "config.json is no configuration that transformers can read",
+        ),
     ],
 )
 def test_damaged_folders_are_named(tmp_path, damage, message):

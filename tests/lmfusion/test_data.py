@@ -134,6 +134,15 @@ def test_folder_with_metadata(folder):
     assert [source[i].captions for i in range(len(source))] == [("a", "an a"), ("b",)]
 
 
+def test_captions_are_split_at_newlines_alone(folder):
+    text = "\ufeffa cat\u2028sleeping\n\na second caption\n"
+    (folder / "a.txt").write_text(text, encoding="utf-8")
+    assert load_source(DataConfig(path=str(folder)), 8)[0].captions == ("a cat\u2028sleeping", "a second caption")
+    (folder / "a.txt").write_bytes("ein K\u00e4tzchen".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8"):
+        load_source(DataConfig(path=str(folder)), 8)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

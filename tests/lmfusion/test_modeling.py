@@ -316,3 +316,8 @@ def test_smollm2_from_gguf_is_the_llm_in_transformers():
     expected = model.tokenizer.decode(greedy, skip_special_tokens=True)
     assert "Paris" in expected
     assert model.generate([prompt], max_new_tokens=9) == [expected]
+
+
+def test_an_image_longer_than_the_context_is_refused(tiny_llama):
+    with pytest.raises(ValueError, match=r"64 pixels is 1024 rows .* context is 256; use an autoencoder"):
+        LMFusion.from_llm(tiny_llama, codec={"image_size": 64}, image={"patch_coder": {"kind": "linear"}})

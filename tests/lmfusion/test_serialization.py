@@ -189,6 +189,16 @@ def test_a_full_disk_keeps_the_old_model(model, tmp_path, monkeypatch, failing):
     assert_same(model, LMFusion.from_pretrained(tmp_path / "m"))
 
 
+def test_a_full_disk_while_the_tokenizer_is_written(model, tmp_path, monkeypatch):
+    def no_space_of_tokenizers(*_, **__):
+        raise Exception("No space left on device (os error 28)")
+
+    monkeypatch.setattr(model.tokenizer, "save_pretrained", no_space_of_tokenizers)
+    with pytest.raises(OSError, match=r"could not save the model to .*No space left"):
+        model.save_pretrained(tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failed_last_rename_puts_the_old_model_back(model, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "m")
     rename, calls = os.rename, []

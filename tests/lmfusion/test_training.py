@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from lmfusion import LMFusion
+from lmfusion.files import locked
 from lmfusion.training import checkpoint
 from lmfusion.training.config import RunConfig, TrainConfig, build_config, load_config
 from lmfusion.training.ema import EMA
@@ -294,6 +295,15 @@ def test_stages_with_the_text_tower_trained_then_frozen(config):
         Trainer(second(Path(untouched.output) / "model"))
 
 
+def test_two_runs_do_not_share_a_folder(config):
+    first, second = Trainer(config()), Trainer(config())
+    with locked(first.folder.parent):  # another folder is no matter
+        first.folder.mkdir()
+        with locked(first.folder), pytest.raises(OSError, match="another process is training in"):
+            second.run()
+    assert second.run()
+
+
 def test_another_dtype_is_refused_by_name(config):
     assert Trainer(config()).run(max_steps=4)
     with pytest.raises(ValueError, match=r"train\.dtype was 'float32', is 'bfloat16'"):
@@ -333,7 +343,7 @@ def test_non_finite_loss_stops_before_the_update(config, micro_batch_size):
     named = str(caught.value).split("samples: ")[1].split(", ")
     assert poisoned in named and len(named) == micro_batch_size
     assert all(weight.isfinite().all() for weight in trainer.weights.values())
-    assert Trainer(run).step == 4
+    assert Trainer(run).step == 6, "the steps before it are kept"
 
 
 def test_non_finite_gradient_stops_before_the_update(config):

@@ -1,0 +1,7 @@
+"""`python -m lmfusion` is the command `lmfusion`."""
+
+import sys
+
+from lmfusion.cli import main
+
+sys.exit(main())
