@@ -12,10 +12,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from lmfusion import LMFusion
+from lmfusion import LMFusion, cli
 from lmfusion.files import locked
 from lmfusion.training import checkpoint
-from lmfusion.training.config import RunConfig, TrainConfig, build_config, load_config
+from lmfusion.training.config import RunConfig, TrainConfig, build_config, load_config, to_dict
 from lmfusion.training.ema import EMA
 from lmfusion.training.optimizer import Optimizer, has_decay, learning_rate
 from lmfusion.training.trainer import NonFiniteError, Trainer
@@ -217,20 +217,31 @@ def test_signal_stops_at_the_step_with_a_checkpoint(config, unbroken, number):
     assert_same_run(unbroken, run)
 
 
-def test_killed_again_and_again(config, unbroken):
+def test_killed_again_and_again(config, unbroken, tmp_path, monkeypatch):
     """SIGKILL a few steps after each start, wherever that hits, until a start gets to the end."""
     run = config("killed", checkpoint__every=1)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(to_dict(run)))
     metrics = Path(run.output) / "metrics.jsonl"
-    fork = multiprocessing.get_context("fork")
+    # Forked from a fresh process: this one has threads, which a fork may leave holding a lock
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["lmfusion.training.trainer"])
+
+    def num_lines():
+        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
     num_killed = 0
     while True:
-        lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-        process = fork.Process(target=lambda: Trainer(run).run())
+        target = min(num_lines() + 4, 12)
+        process = server.Process(target=cli.main, args=(["train", str(recipe)],))
         process.start()
-        while process.is_alive() and (not metrics.exists() or metrics.read_bytes().count(b"\n") < min(lines + 4, 12)):
+        deadline = time.monotonic() + 60
+        while process.is_alive() and num_lines() < target:
+            assert time.monotonic() < deadline, "the run makes no steps"
             time.sleep(0.001)
         time.sleep(0.002 * num_killed)  # another moment each time
-        if metrics.read_bytes().count(b"\n") >= 12:
+        if num_lines() >= 12:
             process.join(60)
             break
         process.kill()
