@@ -1,16 +1,15 @@
 """What is a model made of? The base LLM's configuration, and one dataclass each for image tower, codec, diffusion."""
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from lmfusion.config_values import from_values
 from lmfusion.diffusion import DiffusionConfig
 from lmfusion.image.codec import CodecConfig
 from lmfusion.image.patch_coder import PatchCoderConfig
 from lmfusion_kernels.module import SEPARATIONS
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -27,7 +26,7 @@ class ImageTowerConfig:
     patch_coder: PatchCoderConfig = field(default_factory=PatchCoderConfig)
 
     def __post_init__(self) -> None:
-        self.patch_coder = config_from(PatchCoderConfig, self.patch_coder, "image.patch_coder")
+        self.patch_coder = from_values(PatchCoderConfig, self.patch_coder, "image.patch_coder")
         if self.separation not in SEPARATIONS:
             raise ValueError(f"image.separation is {self.separation!r}; it is one of {', '.join(SEPARATIONS)}")
         for name in ("hidden_size", "intermediate_size"):
@@ -55,16 +54,16 @@ class LMFusionConfig(PreTrainedConfig):
     ) -> None:
         unknown = set(kwargs) - _TRANSFORMERS_KEYS
         if unknown:
-            raise ValueError(f"unknown configuration key {min(unknown)!r}; known: text_config, image, codec, diffusion")
+            raise ValueError(f"unknown key {min(unknown)} (known: text_config, image, codec, diffusion)")
         super().__init__(**{"architectures": ["LMFusion"], **kwargs})
         if text_config is None:
             text_config = {"model_type": "llama"}
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
         self.text_config = text_config
-        self.image: ImageTowerConfig = config_from(ImageTowerConfig, image, "image")
-        self.codec: CodecConfig = config_from(CodecConfig, codec, "codec")
-        self.diffusion: DiffusionConfig = config_from(DiffusionConfig, diffusion, "diffusion")
+        self.image: ImageTowerConfig = from_values(ImageTowerConfig, image, "image")
+        self.codec: CodecConfig = from_values(CodecConfig, codec, "codec")
+        self.diffusion: DiffusionConfig = from_values(DiffusionConfig, diffusion, "diffusion")
         self._check_sharing()
 
     def _check_sharing(self) -> None:
@@ -123,27 +122,6 @@ def head_dim_of(config: PreTrainedConfig) -> int:
 def is_dataclass_config(value: Any) -> bool:
     """Whether `value` is one of this package's configuration dataclasses (transformers' are dataclasses too)."""
     return is_dataclass(value) and not isinstance(value, (type, PreTrainedConfig))
-
-
-def config_from(cls: type[T], value: T | dict[str, Any] | None, name: str) -> T:
-    """An instance of the dataclass `cls`: `value` itself, one built from a dict, or the defaults for None.
-
-    Raises ValueError for a key that `cls` does not have, naming it as `name`.key, and for any other kind of value.
-    """
-    if value is None:
-        return cls()
-    if isinstance(value, cls):
-        return value
-    if not isinstance(value, dict):
-        raise ValueError(f"{name} is {value!r}; give a {cls.__name__} or a dict of its fields")
-    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-    unknown = [key for key in value if key not in known]
-    if unknown:
-        raise ValueError(f"unknown configuration key {name}.{unknown[0]}; known: {', '.join(known)}")
-    try:
-        return cls(**value)
-    except TypeError as error:  # a value of the wrong type, or a field that is missing
-        raise ValueError(f"{name} = {value} is no {cls.__name__}: {error}") from error
 
 
 AutoConfig.register(LMFusionConfig.model_type, LMFusionConfig)

@@ -25,7 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lmfusion.configuration import ImageTowerConfig, LMFusionConfig, config_from
+from lmfusion.config_values import from_values
+from lmfusion.configuration import ImageTowerConfig, LMFusionConfig
 from lmfusion.conversion import EMBEDDING_NAME, BaseModel, load_base, names
 from lmfusion.conversion.huggingface import read_safetensors, read_tokenizer
 from lmfusion.diffusion import DiffusionConfig
@@ -170,7 +171,7 @@ def load(
     parts, base_fields = saved.get("parts"), saved.get("base")
     if parts not in PARTS or (parts == "image" and base_fields is None):
         raise ValueError(f"{folder / BASE_NAME} is damaged: it tells neither base LLM nor parts; copy it again")
-    record = None if base_fields is None else config_from(BaseRecord, base_fields, "base")
+    record = None if base_fields is None else from_values(BaseRecord, base_fields, "base")
     tensors = read_safetensors(folder)
     text = _under("text.", tensors)
     image = {name: tensor for name, tensor in tensors.items() if name not in text}

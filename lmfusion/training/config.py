@@ -1,24 +1,19 @@
 """What does a run consist of? Dataclasses, read from a YAML recipe and `key.sub=value` overrides."""
 
-import dataclasses
-import difflib
 import importlib.util
 import math
-import types
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 
+from lmfusion.config_values import field_names, from_values
 from lmfusion.configuration import ImageTowerConfig
 from lmfusion.data.sources import DataConfig
 from lmfusion.diffusion import SAMPLERS, DiffusionConfig
 from lmfusion.image.codec import CodecConfig
-
-T = TypeVar("T")
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16")
@@ -166,33 +161,10 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no keys; a recipe has {_field_names(RunConfig)}")
+        raise ValueError(f"{path} holds no keys; a recipe has {field_names(RunConfig)}")
     for override in overrides:
         _override(values, override)
-    return build_config(RunConfig, values)
-
-
-def build_config(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
-    """The dataclass `cls` from nested mappings, values checked against the types of its fields."""
-    hints = typing.get_type_hints(cls)
-    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            meant = f"; did you mean {prefix}{near[0]}?" if near else ""
-            raise ValueError(f"unknown key {prefix}{key}{meant} (known: {', '.join(known)})")
-    for name, f in known.items():
-        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise ValueError(f"{prefix}{name} is missing")
-    return cls(**{key: _convert(value, hints[key], f"{prefix}{key}") for key, value in values.items()})
-
-
-def to_dict(config: Any) -> dict[str, Any]:
-    """Plain values, as YAML and JSON hold them; `build_config` takes them back."""
-    return {
-        f.name: to_dict(value) if dataclasses.is_dataclass(value := getattr(config, f.name)) else _plain(value)
-        for f in dataclasses.fields(config)
-    }
+    return from_values(RunConfig, values)
 
 
 def resolve_path(path: str) -> str:
@@ -226,50 +198,6 @@ def _override(values: dict[str, Any], override: str) -> None:
         values[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{override!r}: the value is not YAML: {error}") from error
-
-
-def _convert(value: Any, hint: Any, name: str) -> Any:
-    """`value` as the type `hint`, or ValueError naming the key."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in args:
-            return None
-        hint = next(arg for arg in args if arg is not type(None))
-        origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        if dataclasses.is_dataclass(value):
-            return value
-        if not isinstance(value, Mapping):
-            raise ValueError(f"{name} is {value!r}; it has keys of its own: {_field_names(hint)}")
-        return build_config(typing.cast(type, hint), value, prefix=f"{name}.")
-    if origin in (list, tuple):
-        length = len(args) if origin is tuple and args[-1] is not Ellipsis else None
-        if not isinstance(value, (list, tuple)) or length not in (None, len(value)):
-            raise ValueError(f"{name} is {value!r}; it is a list" + (f" of {length}" if length else ""))
-        return origin(_convert(item, args[0], f"{name}[{i}]") for i, item in enumerate(value))
-    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML reads 1e-4 as text
-        except ValueError:
-            pass
-    if hint is int and isinstance(value, (float, str)):
-        try:
-            number = float(value)
-            value = int(number) if number.is_integer() else value
-        except ValueError:
-            pass
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, hint.__name__)
-        raise ValueError(f"{name} is {value!r}; it must be {kind}")
-    return value
-
-
-def _field_names(cls: Any) -> str:
-    return ", ".join(f.name for f in dataclasses.fields(cls))
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _check_least(config: Any, section: str, **limits: float) -> None:

@@ -17,6 +17,7 @@ import yaml
 from tqdm import tqdm
 
 from lmfusion.batch import Batch, SpecialTokens
+from lmfusion.config_values import to_values
 from lmfusion.data import load_source
 from lmfusion.data.loader import BatchLoader
 from lmfusion.devices import choose_device
@@ -24,7 +25,7 @@ from lmfusion.files import locked, replace_text
 from lmfusion.modeling import LMFusion
 from lmfusion.serialization import digests, text_tensors
 from lmfusion.training import checkpoint
-from lmfusion.training.config import ModelConfig, RunConfig, TrainConfig, resolve_path, to_dict
+from lmfusion.training.config import ModelConfig, RunConfig, TrainConfig, resolve_path
 from lmfusion.training.ema import EMA
 from lmfusion.training.metrics import MetricsLog, StepMetrics, Stopwatch
 from lmfusion.training.optimizer import Optimizer, clip_gradients
@@ -62,7 +63,7 @@ class Trainer:
         train = self.config.train
         last = train.num_steps if max_steps is None else min(max_steps, train.num_steps)
         self.folder.mkdir(parents=True, exist_ok=True)
-        resolved = yaml.safe_dump(to_dict(self.config), sort_keys=False, allow_unicode=True)
+        resolved = yaml.safe_dump(to_values(self.config), sort_keys=False, allow_unicode=True)
         replace_text(self.folder / "config.yaml", resolved)
         self.model.train()
         progress = tqdm(total=last, initial=self.step, unit="step", mininterval=1 if sys.stderr.isatty() else 30)
@@ -195,7 +196,7 @@ class Trainer:
         """What a run cannot change on the way, by its key in the configuration."""
         model, train, data = self.model.config, self.config.train, self.config.data
         sections = {"image": model.image, "codec": model.codec, "diffusion": model.diffusion}
-        identity = {f"model.{name}": to_dict(section) for name, section in sections.items()}
+        identity = {f"model.{name}": to_values(section) for name, section in sections.items()}
         identity["model.codec"].pop("path")  # files may be moved; their digests may not change
         identity |= {
             f"train.{key}": getattr(train, key) for key in ("seed", "batch_size", "text_learning_rate_ratio", "dtype")

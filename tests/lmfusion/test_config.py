@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lmfusion.training.config import RunConfig, build_config, load_config, resolve_path, to_dict
+from lmfusion.config_values import from_values, to_values
+from lmfusion.training.config import RunConfig, load_config, resolve_path
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -44,7 +45,7 @@ def test_overrides(recipe):
 
 def test_resolved_config_reads_back(recipe):
     config = load_config(recipe, ["train.num_steps=5000", "model.codec.channels=1"])
-    assert build_config(RunConfig, yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
+    assert from_values(RunConfig, yaml.safe_load(yaml.safe_dump(to_values(config)))) == config
 
 
 @pytest.mark.parametrize(

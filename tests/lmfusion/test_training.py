@@ -13,9 +13,10 @@ import yaml
 from safetensors.torch import load_file
 
 from lmfusion import LMFusion, cli
+from lmfusion.config_values import from_values, to_values
 from lmfusion.files import locked
 from lmfusion.training import checkpoint
-from lmfusion.training.config import RunConfig, TrainConfig, build_config, load_config, to_dict
+from lmfusion.training.config import RunConfig, TrainConfig, load_config
 from lmfusion.training.ema import EMA
 from lmfusion.training.optimizer import Optimizer, has_decay, learning_rate
 from lmfusion.training.trainer import NonFiniteError, Trainer
@@ -47,7 +48,7 @@ def config(tiny_llama, tmp_path):
             for parent in parents:
                 section = section.setdefault(parent, {})
             section[last] = value
-        return build_config(RunConfig, values)
+        return from_values(RunConfig, values)
 
     return make
 
@@ -221,7 +222,7 @@ def test_killed_again_and_again(config, unbroken, tmp_path, monkeypatch):
     """SIGKILL a few steps after each start, wherever that hits, until a start gets to the end."""
     run = config("killed", checkpoint__every=1)
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(to_dict(run)))
+    recipe.write_text(yaml.safe_dump(to_values(run)))
     metrics = Path(run.output) / "metrics.jsonl"
     # Forked from a fresh process: this one has threads, which a fork may leave holding a lock
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -292,7 +293,7 @@ def test_stages_with_the_text_tower_trained_then_frozen(config):
     def second(model):
         values = {"adapted": str(model)}
         run = config("second", train__num_steps=4)
-        run.model = build_config(type(run.model), values)
+        run.model = from_values(type(run.model), values)
         return run
 
     assert Trainer(second(adapted)).run()
@@ -409,7 +410,7 @@ def test_missing_gpu_is_named(config):
 
 def test_resolved_config_is_written_down(config, unbroken):
     values = yaml.safe_load((Path(unbroken.output) / "config.yaml").read_text())
-    assert build_config(RunConfig, values) == unbroken
+    assert from_values(RunConfig, values) == unbroken
 
 
 # Parts

@@ -1,0 +1,88 @@
+"""How do plain values (YAML, JSON, dicts) become configuration dataclasses, and these plain values again?"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def from_values(cls: type[T], value: Any, name: str = "") -> T:
+    """An instance of the dataclass `cls`: `value` itself, one read from a (nested) mapping, or the defaults for None.
+
+    Values are checked against the types of the fields. Raises ValueError, naming the key as `name`.key, for one that
+    does not exist or is missing, and for a value of the wrong type.
+    """
+    if isinstance(value, cls):
+        return value
+    if value is None:
+        value = {}
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} is {value!r}; it has keys of its own: {field_names(cls)}")
+    prefix = f"{name}." if name else ""
+    hints = typing.get_type_hints(cls)
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in value:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            meant = f"; did you mean {prefix}{near[0]}?" if near else ""
+            raise ValueError(f"unknown key {prefix}{key}{meant} (known: {', '.join(known)})")
+    for key, f in known.items():
+        if key not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{prefix}{key} is missing")
+    return cls(**{key: _convert(item, hints[key], f"{prefix}{key}") for key, item in value.items()})
+
+
+def to_values(config: Any) -> dict[str, Any]:
+    """Plain values, as YAML and JSON hold them; `from_values` takes them back."""
+    return {
+        f.name: to_values(value) if dataclasses.is_dataclass(value := getattr(config, f.name)) else _plain(value)
+        for f in dataclasses.fields(config)
+    }
+
+
+def field_names(cls: Any) -> str:
+    return ", ".join(f.name for f in dataclasses.fields(cls))
+
+
+def _convert(value: Any, hint: Any, name: str) -> Any:
+    """`value` as the type `hint`, or ValueError naming the key."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in args:
+            return None
+        hint = next(arg for arg in args if arg is not type(None))
+        origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return from_values(typing.cast(type, hint), value, name)
+    if origin in (list, tuple):
+        length = len(args) if origin is tuple and args[-1] is not Ellipsis else None
+        if not isinstance(value, (list, tuple)) or length not in (None, len(value)):
+            raise ValueError(f"{name} is {value!r}; it is a list" + (f" of {length}" if length else ""))
+        return origin(_convert(item, args[0], f"{name}[{i}]") for i, item in enumerate(value))
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{name} is {value!r}; it maps names to values")
+        return {key: _convert(item, args[1], f"{name}.{key}") for key, item in value.items()}
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 1e-4 as text
+        except ValueError:
+            pass
+    if hint is int and isinstance(value, (float, str)):
+        try:
+            number = float(value)
+            value = int(number) if number.is_integer() else value
+        except ValueError:
+            pass
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, hint.__name__)
+        raise ValueError(f"{name} is {value!r}; it must be {kind}")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
