@@ -6,6 +6,8 @@
 #include <sys/mman.h>
 #endif
 
+#include <cstring>
+
 #include "checks.h"
 
 namespace lmf {
@@ -37,6 +39,13 @@ inline Tensors allocate_like(const Tensors& like) {
 }
 
 inline void append(Tensors& to, const Tensors& from) { to.insert(to.end(), from.begin(), from.end()); }
+
+// Copies those of the rows [begin, end) of `in` that are at or after `first` to row i - first of `out`.
+template <typename T>
+void copy_rows_from(int64_t first, int64_t begin, int64_t end, int64_t width, const T* in, T* out) {
+  begin = std::max(begin, first);
+  if (begin < end) std::memcpy(out + (begin - first) * width, in + begin * width, (end - begin) * width * sizeof(T));
+}
 
 // Rows per thread below which a thread is not worth waking.
 inline int64_t grain_of(int64_t width) { return std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width)); }

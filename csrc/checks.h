@@ -1,5 +1,7 @@
-// What do the ops demand of their arguments, and how do they see rows of two towers? For csrc/<op>.cpp; the Python
-// wrappers have said the same in their own words before, so these are for direct callers of torch.ops.lmfusion.
+// What do the ops demand of their arguments, and how do they see rows of two towers? For csrc/<op>.cpp and
+// csrc/cuda/<op>.cu; the Python wrappers have said the same in their own words before, so these are for direct callers
+// of torch.ops.lmfusion. The dispatcher calls a CUDA op as soon as one argument is on a GPU, so where all arguments are
+// beside each other, they are on the device that the op was written for.
 
 #pragma once
 
@@ -28,19 +30,40 @@ inline std::string shape_of(const Tensor& t) {
   return text + "]";
 }
 
+// Whether `t` is where the kernels of csrc/cuda work: on a GPU, or anywhere in the tests that run them on the CPU.
+inline bool is_on_gpu(const Tensor& t) {
+#ifdef LMF_CUDA_EMULATION
+  (void)t;
+  return true;
+#else
+  return t.is_cuda();
+#endif
+}
+
+inline void check_device(const Tensor& t, const Tensor& beside, const char* name) {
+  STD_TORCH_CHECK(
+      t.device() == beside.device(), name,
+      " is on another device than the rest; all arguments must be on the CPU, or all on one GPU");
+}
+
 inline void check_dtype(const Tensor& t, ScalarType dtype, const char* name) {
-  STD_TORCH_CHECK(t.is_cpu(), name, " is on another device than the rest; all arguments must be on the CPU");
   STD_TORCH_CHECK(
       t.scalar_type() == dtype, name, " has dtype ", torch::headeronly::toString(t.scalar_type()), ", expected ",
       torch::headeronly::toString(dtype));
 }
 
+inline void check_dtype(const Tensor& t, ScalarType dtype, const Tensor& beside, const char* name) {
+  check_device(t, beside, name);
+  check_dtype(t, dtype, name);
+}
+
 // dtype of rows that the kernels can work on.
 inline ScalarType check_row_dtype(const Tensor& t, const char* name) {
   const ScalarType dtype = t.scalar_type();
+  const bool is_known = dtype == ScalarType::Float || dtype == ScalarType::BFloat16;
   STD_TORCH_CHECK(
-      dtype == ScalarType::Float || dtype == ScalarType::BFloat16, name, " has dtype ",
-      torch::headeronly::toString(dtype), "; native ops take float32 and bfloat16");
+      is_known || (dtype == ScalarType::Half && is_on_gpu(t)), name, " has dtype ", torch::headeronly::toString(dtype),
+      "; native ops take float32 and bfloat16, on a GPU float16 too");
   return dtype;
 }
 
@@ -52,11 +75,13 @@ inline void check_shape(const Tensor& t, const std::vector<int64_t>& shape, cons
   STD_TORCH_CHECK(same, name, " has shape ", shape_of(t), ", expected [", expected, "]");
 }
 
-// An int32 vector of `size` indices below `limit`, contiguous.
-inline Tensor check_index(const Tensor& t, int64_t size, int64_t limit, const char* name) {
-  check_dtype(t, ScalarType::Int, name);
+// An int32 vector of `size` indices below `limit`, contiguous. What it holds is looked at on the CPU alone: a GPU's
+// indices would make the host wait.
+inline Tensor check_index(const Tensor& t, int64_t size, int64_t limit, const Tensor& beside, const char* name) {
+  check_dtype(t, ScalarType::Int, beside, name);
   check_shape(t, {size}, name);
   Tensor index = torch::stable::contiguous(t);
+  if (is_on_gpu(index)) return index;
   const int32_t* data = index.const_data_ptr<int32_t>();
   int32_t low = 0, high = -1;
   for (int64_t i = 0; i < size; ++i) {
@@ -81,7 +106,7 @@ inline int64_t check_rows(const Tensors& x, int64_t num_text, const char* name) 
   const ScalarType dtype = check_row_dtype(x[0], name);
   int64_t num_rows = 0;
   for (const Tensor& t : x) {
-    check_dtype(t, dtype, name);
+    check_dtype(t, dtype, x[0], name);
     STD_TORCH_CHECK(t.dim() == 2, name, " has shape ", shape_of(t), ", expected [rows, width]");
     num_rows += t.size(0);
   }
@@ -95,7 +120,7 @@ inline void check_like(const Tensors& tensors, const Tensors& like, const char* 
   STD_TORCH_CHECK(
       tensors.size() == like.size(), name, " holds ", tensors.size(), " tensors, expected ", like.size());
   for (size_t i = 0; i < like.size(); ++i) {
-    check_dtype(tensors[i], like[i].scalar_type(), name);
+    check_dtype(tensors[i], like[i].scalar_type(), like[0], name);
     check_shape(tensors[i], {like[i].size(0), like[i].size(1)}, name);
   }
 }

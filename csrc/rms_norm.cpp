@@ -3,32 +3,37 @@
 #include "cpu/rms_norm.h"
 
 #include "allocate.h"
-#include "checks.h"
+#include "arguments.h"
 
 namespace lmf {
 namespace {
 
-void check_weights(const Tensors& x, const Tensor& text_weight, const Tensor& image_weight) {
-  check_dtype(text_weight, x[0].scalar_type(), "text_weight");
-  check_shape(text_weight, {x[0].size(1)}, "text_weight");
-  check_dtype(image_weight, x[0].scalar_type(), "image_weight");
-  check_shape(image_weight, {x.back().size(1)}, "image_weight");
-}
-
 Tensors rms_norm(
     const Tensors& x_in, const Tensors& residual_in, const Tensor& text_weight, const Tensor& image_weight,
-    int64_t num_text, double eps) {
+    int64_t num_text, double eps, int64_t num_constant, bool keep_text, bool keep_image) {
   const int64_t num_rows = check_rows(x_in, num_text, "x");
-  check_weights(x_in, text_weight, image_weight);
+  check_num_constant(num_constant, num_text);
+  check_norm_weights(x_in, text_weight, image_weight);
   if (!residual_in.empty()) check_like(residual_in, x_in, "residual");
   const Tensors x = as_contiguous(x_in), residual = as_contiguous(residual_in);
   const Tensor weights[2] = {as_contiguous(text_weight), as_contiguous(image_weight)};
   const Tensors y = allocate_like(x), sum = allocate_like(residual);
   const Tensor rstd = allocate({num_rows}, ScalarType::Float);
+  const bool is_kept[2] = {keep_text, keep_image};
+  const int64_t first_kept[2] = {num_constant, 0};
+  const int64_t num_kept[2] = {num_text - num_constant, num_rows - num_text};
+  Tensors kept;
+  for (int tower : {0, 1}) {
+    if (is_kept[tower]) {
+      kept.push_back(allocate({num_kept[tower], (tower ? x.back() : x[0]).size(1)}, x[0].scalar_type()));
+    }
+  }
   with_element_type(x[0].scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const auto x_rows = towers_of<T>(x, num_text), residual_rows = towers_of<T>(residual, num_text);
     const auto y_rows = towers_of<T>(y, num_text), sum_rows = towers_of<T>(sum, num_text);
+    const auto& normed_rows = sum.empty() ? x_rows : sum_rows;
+    T* const copies[2] = {keep_text ? data<T>(kept[0]) : nullptr, keep_image ? data<T>(kept.back()) : nullptr};
     parallel_towers(x_rows.num_rows, grain_of(x_rows.width[0]), [&](int tower, int64_t begin, int64_t end) {
       const RmsNormRows<T> rows = {
           x_rows.row(tower, begin),
@@ -41,10 +46,15 @@ Tensors rms_norm(
           x_rows.width[tower],
           static_cast<float>(eps)};
       LMF_CALL_KERNEL(rms_norm_rows, rows);
+      if (is_kept[tower]) {
+        copy_rows_from(
+            first_kept[tower], begin, end, normed_rows.width[tower], normed_rows.row(tower, 0), copies[tower]);
+      }
     });
   });
   Tensors result = y;
   append(result, sum);
+  append(result, kept);
   result.push_back(rstd);
   return result;
 }
@@ -54,10 +64,10 @@ Tensors rms_norm_backward(
     const Tensor& image_weight, int64_t num_text, const Tensors& dresidual_in, bool text_grad, bool image_grad,
     bool recompute) {
   const int64_t num_rows = check_rows(x_in, num_text, "x");
-  check_weights(x_in, text_weight, image_weight);
+  check_norm_weights(x_in, text_weight, image_weight);
   check_like(dy_in, x_in, "dy");
   if (!dresidual_in.empty()) check_like(dresidual_in, x_in, "dresidual");
-  check_dtype(rstd_in, ScalarType::Float, "rstd");
+  check_dtype(rstd_in, ScalarType::Float, x_in[0], "rstd");
   check_shape(rstd_in, {num_rows}, "rstd");
   const Tensors dy = as_contiguous(dy_in), x = as_contiguous(x_in), dresidual = as_contiguous(dresidual_in);
   const Tensor weights[2] = {as_contiguous(text_weight), as_contiguous(image_weight)}, rstd = as_contiguous(rstd_in);

@@ -3,35 +3,34 @@
 #include "cpu/swiglu.h"
 
 #include "allocate.h"
-#include "checks.h"
+#include "arguments.h"
 
 namespace lmf {
 namespace {
 
-// Half the width of gate_up: the feed-forward width.
-int64_t check_gate_up(const Tensor& gate_up) {
-  check_dtype(gate_up, check_row_dtype(gate_up, "gate_up"), "gate_up");
-  STD_TORCH_CHECK(
-      gate_up.dim() == 2 && gate_up.size(1) % 2 == 0, "gate_up has shape ", shape_of(gate_up),
-      ", expected [rows, 2 I]: gate and up side by side");
-  return gate_up.size(1) / 2;
-}
-
-Tensors swiglu(const Tensors& gate_ups) {
-  Tensors result;
+Tensors swiglu(const Tensors& gate_ups, int64_t num_constant, bool keep) {
+  Tensors result, kept;
   for (const Tensor& tower : gate_ups) {
-    const int64_t width = check_gate_up(tower), num_rows = tower.size(0);
+    const int64_t width = check_gate_up(tower, gate_ups[0]), num_rows = tower.size(0);
     const Tensor gate_up = as_contiguous(tower), y = allocate({num_rows, width}, tower.scalar_type());
+    const bool is_kept = keep && result.empty();
+    if (is_kept) {
+      check_num_constant(num_constant, num_rows);
+      kept.push_back(allocate({num_rows - num_constant, 2 * width}, tower.scalar_type()));
+    }
     with_element_type(tower.scalar_type(), [&](auto zero) {
       using T = decltype(zero);
       const T* in = data<T>(gate_up);
       T* out = data<T>(y);
+      T* copy = is_kept ? data<T>(kept[0]) : nullptr;
       torch::stable::parallel_for(0, num_rows, grain_of(2 * width), [&](int64_t begin, int64_t end) {
         LMF_CALL_KERNEL(swiglu_rows, in + begin * 2 * width, out + begin * width, end - begin, width);
+        if (is_kept) copy_rows_from(num_constant, begin, end, 2 * width, in, copy);
       });
     });
     result.push_back(y);
   }
+  append(result, kept);
   return result;
 }
 
@@ -40,9 +39,9 @@ Tensors swiglu_backward(const Tensors& dys, const Tensors& gate_ups, bool recomp
       dys.size() == gate_ups.size(), "dy holds ", dys.size(), " tensors, expected ", gate_ups.size());
   Tensors result, recomputed;
   for (size_t i = 0; i < gate_ups.size(); ++i) {
-    const int64_t width = check_gate_up(gate_ups[i]), num_rows = gate_ups[i].size(0);
+    const int64_t width = check_gate_up(gate_ups[i], gate_ups[0]), num_rows = gate_ups[i].size(0);
     const ScalarType dtype = gate_ups[i].scalar_type();
-    check_dtype(dys[i], dtype, "dy");
+    check_dtype(dys[i], dtype, gate_ups[0], "dy");
     check_shape(dys[i], {num_rows, width}, "dy");
     const Tensor dy = as_contiguous(dys[i]), gate_up = as_contiguous(gate_ups[i]);
     result.push_back(allocate({num_rows, 2 * width}, dtype));

@@ -47,10 +47,22 @@ def routed_rms_norm(
 
 
 def _fake(
-    x: list[Tensor], residual: list[Tensor], text_weight: Tensor, image_weight: Tensor, num_text: int, eps: float
+    x: list[Tensor],
+    residual: list[Tensor],
+    text_weight: Tensor,
+    image_weight: Tensor,
+    num_text: int,
+    eps: float,
+    num_constant: int = 0,
+    keep_text: bool = False,
+    keep_image: bool = False,
 ) -> list[Tensor]:
     num_rows = sum(tensor.shape[0] for tensor in x)
     rows = [tensor.new_empty(tensor.shape) for tensor in (*x, *residual)]
+    if keep_text:
+        rows.append(x[0].new_empty(num_text - num_constant, x[0].shape[1]))
+    if keep_image:
+        rows.append(x[-1].new_empty(num_rows - num_text, x[-1].shape[1]))
     return [*rows, x[0].new_empty(num_rows, dtype=torch.float32)]
 
 
@@ -73,17 +85,18 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, residual, text_weight, image_weight, num_text, _ = inputs
-    *rows, rstd = output
-    ctx.save_for_backward(*(rows[len(x) :] if residual else x), rstd, text_weight, image_weight)
+    x, residual, text_weight, image_weight, num_text, *_ = inputs
+    normed, rstd = output[len(x) : 2 * len(x)] if residual else x, output[-1]
+    ctx.save_for_backward(*normed, rstd, text_weight, image_weight)
     ctx.num_text, ctx.has_residual = num_text, bool(residual)
-    ctx.mark_non_differentiable(rstd)
+    ctx.mark_non_differentiable(*output[len(x) + len(residual) :])  # what is kept, and rstd
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     *x, rstd, text_weight, image_weight = ctx.saved_tensors
-    dy, dsum = _filled(grads[: len(x)], x), _filled(grads[len(x) : -1], x)
+    dy = _filled(grads[: len(x)], x)
+    dsum = _filled(grads[len(x) : 2 * len(x)], x) if ctx.has_residual else []
     want_text, want_image = ctx.needs_input_grad[2:4]
     dx: list[Tensor] | list[None]
     if dy:
@@ -96,7 +109,9 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     dtext_weight, dimage_weight = (
         weight_grads.pop(0) if want and weight_grads else None for want in (want_text, want_image)
     )
-    return dx, dx if ctx.has_residual else [], dtext_weight, dimage_weight, None, None
+    # Arguments left at their defaults are not passed on and take no gradient.
+    rest = [None] * (len(ctx.needs_input_grad) - 4)
+    return dx, dx if ctx.has_residual else [], dtext_weight, dimage_weight, *rest
 
 
 def _filled(grads: list[Tensor | None], x: list[Tensor]) -> list[Tensor]:

@@ -93,6 +93,25 @@ def _fake(
     )
 
 
+def _fake_cached(
+    qkv: list[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    tower_to_sequence: Tensor,
+    key_slot: Tensor,
+    num_text: int,
+    num_heads: int,
+    text_q_norm: Tensor | None,
+    text_k_norm: Tensor | None,
+    image_q_norm: Tensor | None,
+    image_k_norm: Tensor | None,
+    eps: float,
+    k_cache: Tensor,
+    v_cache: Tensor,
+) -> Tensor:
+    return qkv[0].new_empty(cos.shape[0], num_heads, 2 * cos.shape[1])
+
+
 def _fake_backward(
     dq: Tensor,
     dk: Tensor,
@@ -149,6 +168,7 @@ def _backward(ctx: Any, dq_constant: Tensor, dq: Tensor, dk: Tensor, dv: Tensor)
 
 if _library.native:
     torch.library.register_fake("lmfusion::rope_reorder", _fake)
+    torch.library.register_fake("lmfusion::rope_reorder_cached", _fake_cached)
     torch.library.register_fake("lmfusion::rope_reorder_backward", _fake_backward)
     torch.library.register_autograd("lmfusion::rope_reorder", _backward, setup_context=_setup_context)
     _library.refuse_second_derivative("rope_reorder_backward")

@@ -8,9 +8,10 @@ from torch import Tensor
 from lmfusion_kernels import _library, reference
 from lmfusion_kernels.backends import choose
 from lmfusion_kernels.checks import check_rows, check_weight
+from lmfusion_kernels.ffn import choose_ffn
 from lmfusion_kernels.layout import TokenLayout
 from lmfusion_kernels.linear import apply_linear
-from lmfusion_kernels.weights import Rows
+from lmfusion_kernels.weights import Rows, split_towers
 
 _ops = torch.ops.lmfusion
 
@@ -42,7 +43,8 @@ def routed_swiglu(
     the gate's rows, then the up projection's; its down is [d, I]; both in the dtype of x. I may differ between towers.
     backend: None (choose), "native" or "reference". The result has the form of x.
 
-    A weight that requires no gradient gets none. Raises ValueError for shapes, dtypes or devices that do not match.
+    A weight that requires no gradient gets none. Raises ValueError for shapes, dtypes or devices that do not match, and
+    where the kernel that LMFUSION_KERNELS_FFN asks for cannot run (see `lmfusion_kernels.ffn`).
     """
     rows = check_rows(x, layout)
     towers = (("text", rows[0], text_gate_up, text_down), ("image", rows[-1], image_gate_up, image_down))
@@ -60,13 +62,20 @@ def routed_swiglu(
     is_joined = isinstance(x, Tensor)
     # Between the two projections the towers may be of different width, so their rows stay in one tensor only if not.
     is_hidden_joined = is_joined and text_gate_up.shape[0] == image_gate_up.shape[0]
-    hidden = apply_linear(rows, text_gate_up, image_gate_up, None, None, layout.num_text, is_hidden_joined)
-    out = apply_linear(_ops.swiglu(hidden), text_down, image_down, None, None, layout.num_text, is_joined)
+    by_tower, weights = split_towers(x, layout), (text_gate_up, image_gate_up)
+    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*rows, *weights))
+    kernel = choose_ffn(by_tower, weights, keep=needs_grad)
+    if kernel == "two-calls":
+        hidden = _ops.swiglu(apply_linear(rows, *weights, None, None, layout.num_text, is_hidden_joined))
+    else:
+        hidden = _ops.gate_up_swiglu(*by_tower, *weights, 0, needs_grad, kernel)[:2]
+    out = apply_linear(hidden, text_down, image_down, None, None, layout.num_text, is_joined)
     return out[0] if is_joined else (out[0], out[1])
 
 
-def _fake(gate_up: list[Tensor]) -> list[Tensor]:
-    return [tensor.new_empty(tensor.shape[0], tensor.shape[1] // 2) for tensor in gate_up]
+def _fake(gate_up: list[Tensor], num_constant: int = 0, keep: bool = False) -> list[Tensor]:
+    kept = [gate_up[0].new_empty(gate_up[0].shape[0] - num_constant, gate_up[0].shape[1])] if keep else []
+    return [*(tensor.new_empty(tensor.shape[0], tensor.shape[1] // 2) for tensor in gate_up), *kept]
 
 
 def _fake_backward(dy: list[Tensor], gate_up: list[Tensor], recompute: bool) -> list[Tensor]:
@@ -75,11 +84,16 @@ def _fake_backward(dy: list[Tensor], gate_up: list[Tensor], recompute: bool) -> 
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.save_for_backward(*inputs[0])
+    gate_up = inputs[0]
+    ctx.save_for_backward(*gate_up)
+    ctx.mark_non_differentiable(*output[len(gate_up) :])  # what is kept
 
 
-def _backward(ctx: Any, dy: list[Tensor]) -> list[Tensor]:
-    return _ops.swiglu_backward(dy, ctx.saved_tensors, False)
+def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    gate_up = ctx.saved_tensors
+    # Arguments left at their defaults are not passed on and take no gradient.
+    rest = [None] * (len(ctx.needs_input_grad) - 1)
+    return _ops.swiglu_backward(grads[: len(gate_up)], gate_up, False), *rest
 
 
 if _library.native:

@@ -138,6 +138,41 @@ def test_recompute_gives_the_forward_back():
 
 
 @needs_native
+@pytest.mark.parametrize("keep", [(True, False), (False, True), (True, True)], ids=["text", "image", "both"])
+@pytest.mark.parametrize("paired", [False, True], ids=["one tensor", "pair"])
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("num_constant", [0, 7, 20])
+def test_kept_rows_are_copies_without_gradient(num_constant, residual, paired, keep):
+    x, added = ([random(20, 24), random(9, 16)] if paired else [random(29, 24)] for _ in range(2))
+    weights = [random(24, seed=1), random(x[-1].shape[1], seed=2)]
+    for tensor in (*x, *weights):
+        tensor.requires_grad_()
+    arguments = (x, added if residual else [], *weights, 20, EPS)
+    op = torch.ops.lmfusion.rms_norm
+    *results, rstd = op(*arguments, num_constant, *keep)
+    *plain, plain_rstd = op(*arguments)
+    assert torch.equal(rstd, plain_rstd)
+    assert all(torch.equal(a, b) for a, b in zip(results[: len(plain)], plain, strict=True))
+    normed = plain[len(x) :] if residual else x
+    text, image = normed if paired else normed[0].split([20, 9])
+    kept = results[len(plain) :]
+    expected = [rows for rows, is_kept in zip((text[num_constant:], image), keep, strict=True) if is_kept]
+    assert [torch.equal(a, b) for a, b in zip(kept, expected, strict=True)] == [True] * sum(keep)
+    assert not any(tensor.requires_grad for tensor in kept)
+    own = {tensor.untyped_storage().data_ptr() for tensor in kept if tensor.numel()}
+    assert not own & {tensor.untyped_storage().data_ptr() for tensor in (*x, *plain)}
+    if not num_constant:
+        torch.library.opcheck(op.default, (*arguments, 3, *keep))
+    inputs = (*x, *weights)
+    for grad, target in zip(grads(results[: len(x)], inputs), grads(plain[: len(x)], inputs), strict=True):
+        assert torch.equal(grad, target)
+
+
+def grads(results, inputs):
+    return torch.autograd.grad(results, inputs, [random(*t.shape, seed=5) for t in results])
+
+
+@needs_native
 @pytest.mark.parametrize("paired", [False, True], ids=["one tensor", "pair"])
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 def test_compiles_to_one_graph(paired, residual):
@@ -199,6 +234,14 @@ def test_wrong_arguments(change, message):
     right = {"x": random(64, 37), "text_weight": random(37), "image_weight": random(37)}
     with pytest.raises(ValueError, match=message):
         routed_rms_norm(**right | change, layout=layout, eps=EPS)
+
+
+@needs_native
+@pytest.mark.parametrize("num_constant", [-1, 3])
+def test_native_op_checks_num_constant(num_constant):
+    weight = random(8)
+    with pytest.raises(RuntimeError, match=rf"num_constant is {num_constant}, outside of \[0, num_text\], with 2 text"):
+        torch.ops.lmfusion.rms_norm([random(4, 8)], [], weight, weight, 2, EPS, num_constant, True, False)
 
 
 @needs_native

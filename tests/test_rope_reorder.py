@@ -119,6 +119,65 @@ def test_queries_of_constant_rows_apart():
     assert [tuple(d.shape) for d in dnorms] == [(10,), (10,)]  # the image tower's alone
 
 
+def make_cached(dtype, norms, paired=True, head_dim=10, num_slots=90):
+    """Arguments of rope_reorder_cached for the mixed layout, with keys that go to shuffled slots of filled caches."""
+    layout = make_layout("mixed")
+    tensors = make_tensors(layout, dtype, paired, NORMS[norms], head_dim)
+    qkv = [tensors["qkv_text"], tensors["qkv_image"]] if paired else [tensors["qkv"]]
+    weights = [tensors.get(name) for name in NORMS["all norms"]]
+    slot = torch.randperm(num_slots, generator=torch.Generator().manual_seed(1))[: layout.num_tokens].int()
+    caches = [random(num_slots, KV_HEADS, head_dim, dtype=dtype, seed=seed) for seed in (20, 21)]
+    order = layout.tower_to_sequence
+    return (qkv, *make_rope(layout, head_dim), order, slot, layout.num_text, HEADS, *weights, 1e-5, *caches)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norms", NORMS)
+@pytest.mark.parametrize("paired", [False, True], ids=["one tensor", "pair"])
+def test_cached_equals_rope_reorder_and_index_copy(paired, norms, dtype):
+    arguments = make_cached(dtype, norms, paired)
+    qkv, cos, sin, order, slot, num_text, num_heads, *weights, eps, k_cache, v_cache = arguments
+    _, q, *new = torch.ops.lmfusion.rope_reorder(qkv, cos, sin, order, order, num_text, 0, num_heads, *weights, eps)
+    expected = [cache.index_copy(0, slot.long(), rows) for cache, rows in zip((k_cache, v_cache), new, strict=True)]
+    assert torch.equal(torch.ops.lmfusion.rope_reorder_cached(*arguments), q)
+    assert torch.equal(k_cache, expected[0])
+    assert torch.equal(v_cache, expected[1])
+
+
+@needs_native
+@pytest.mark.parametrize("norms", ["no norms", "all norms"])
+def test_cached_schema_and_fake(norms):
+    torch.library.opcheck(torch.ops.lmfusion.rope_reorder_cached.default, make_cached(torch.float32, norms))
+
+
+@needs_native
+def test_cached_compiles_to_one_graph():
+    eager, compiled = (make_cached(torch.float32, "all norms") for _ in range(2))
+    expected = torch.ops.lmfusion.rope_reorder_cached(*eager)
+    op = torch.compile(lambda *a: torch.ops.lmfusion.rope_reorder_cached(*a), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(op(*compiled), expected)
+    torch.testing.assert_close(compiled[-2:], eager[-2:])
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({4: torch.full((64,), 90, dtype=torch.int32)}, r"key_slot holds an index outside of \[0, 90\)"),
+        ({12: random(90, KV_HEADS, 8)}, r"k_cache has shape \[90, 2, 8\], expected \[90, 2, 10\]"),
+        ({13: random(80, KV_HEADS, 10)}, r"v_cache has shape \[80, 2, 10\], expected \[90, 2, 10\]"),
+        ({12: random(90, KV_HEADS * 10)}, r"k_cache has shape \[90, 20\], expected \[0, 2, 10\]"),
+        ({13: random(90, KV_HEADS, 10).bfloat16()}, "v_cache has dtype BFloat16, expected Float"),
+        ({12: random(90, KV_HEADS, 20)[..., ::2]}, "k_cache is not contiguous, but it is written in place"),
+    ],
+)
+def test_cached_op_checks_its_arguments(change, message):
+    arguments = make_cached(torch.float32, "no norms")
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.lmfusion.rope_reorder_cached(*(change.get(i, value) for i, value in enumerate(arguments)))
+
+
 @needs_native
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_norm_gradients_do_not_depend_on_threads(dtype):

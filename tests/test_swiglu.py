@@ -117,6 +117,27 @@ def test_schema_fake_and_autograd(count):
 
 
 @needs_native
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("num_constant", [0, 2, 5])
+def test_kept_rows_are_a_copy_without_gradient(num_constant, count):
+    op = torch.ops.lmfusion.swiglu
+    gate_ups = [random(5, 74).requires_grad_(), random(3, 20).requires_grad_()][:count]
+    *results, kept = op(gate_ups, num_constant, True)
+    plain = op(gate_ups)
+    assert all(torch.equal(a, b) for a, b in zip(results, plain, strict=True))
+    assert torch.equal(kept, gate_ups[0][num_constant:])
+    assert not kept.requires_grad
+    assert kept.untyped_storage().data_ptr() != gate_ups[0].untyped_storage().data_ptr()
+    torch.library.opcheck(op.default, (gate_ups, num_constant, True))
+    for kept_grad, grad in zip(grads(results, gate_ups), grads(plain, gate_ups), strict=True):
+        assert torch.equal(kept_grad, grad)
+
+
+def grads(results, inputs):
+    return torch.autograd.grad(results, inputs, [random(*t.shape, seed=5) for t in results])
+
+
+@needs_native
 def test_recompute_gives_the_forward_back():
     gate_up = random(5, 74)
     _, again = torch.ops.lmfusion.swiglu_backward([random(5, 37)], [gate_up], True)
@@ -181,3 +202,7 @@ def test_native_op_checks_its_arguments():
         torch.ops.lmfusion.swiglu_backward([random(4, 8)], [random(4, 8)], False)
     with pytest.raises(RuntimeError, match="native ops take float32 and bfloat16"):
         torch.ops.lmfusion.swiglu([random(4, 8).double()])
+    with pytest.raises(RuntimeError, match=r"num_constant is 5, outside of \[0, num_text\], with 4 text rows"):
+        torch.ops.lmfusion.swiglu([random(4, 8)], 5, True)
+    with pytest.raises(RuntimeError, match="gate_up has dtype BFloat16, expected Float"):
+        torch.ops.lmfusion.swiglu([random(4, 8), random(4, 8, dtype=torch.bfloat16)])

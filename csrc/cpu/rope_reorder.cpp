@@ -63,13 +63,14 @@ void forward(const RopeReorderRows<T>& rows) {
     const T* q = rows.qkv + i * (q_width + 2 * kv_width);
     const T* k = q + q_width;
     const int64_t to = rows.sequence_row[i], query_to = rows.query_row[i];
+    const int64_t key_to = rows.key_slot ? rows.key_slot[to] : to;
     const float* cos = rows.cos + to * half;
     const float* sin = rows.sin + to * half;
     T* q_out = query_to < rows.num_constant ? rows.q_constant + query_to * q_width
                                             : rows.q + (query_to - rows.num_constant) * q_width;
     rotate_heads<T, kHalf>(q, rows.heads.num_heads, half, cos, sin, rows.q_norm, rows.eps, q_out);
-    rotate_heads<T, kHalf>(k, rows.heads.num_kv_heads, half, cos, sin, rows.k_norm, rows.eps, rows.k + to * kv_width);
-    memcpy(rows.v + to * kv_width, k + kv_width, kv_width * sizeof(T));
+    rotate_heads<T, kHalf>(k, rows.heads.num_kv_heads, half, cos, sin, rows.k_norm, rows.eps, rows.k + key_to * kv_width);
+    memcpy(rows.v + key_to * kv_width, k + kv_width, kv_width * sizeof(T));
   }
 }
 

@@ -19,8 +19,9 @@ struct RopeReorderRows {
   const T* qkv;
   const float* cos;  // [N, head_dim / 2] by sequence index, as sin
   const float* sin;
-  const int32_t* sequence_row;  // by row: row of k, v, cos and sin
+  const int32_t* sequence_row;  // by row: its sequence index, row of cos and sin
   const int32_t* query_row;     // by row: below num_constant a row of q_constant, else that row of q plus num_constant
+  const int32_t* key_slot;      // by sequence index: row of k and v; null: that index
   const T* q_norm;              // [head_dim]; null: none, as k_norm
   const T* k_norm;
   T* q_constant;

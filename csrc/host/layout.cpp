@@ -1,5 +1,7 @@
 #include "layout.h"
 
+#include <algorithm>
+
 namespace lmf {
 namespace {
 
@@ -25,13 +27,24 @@ void for_each_document(const Spans& spans, bool has_constant, F f) {
 }  // namespace
 
 LayoutCounts count_tokens(const Spans& spans, bool frozen_text, const Cache& cache) {
-  LayoutCounts counts{0, 0, 0};
+  LayoutCounts counts{};
   for (int64_t s = 0; s < spans.num_spans; ++s) {
     counts.num_tokens += spans.length[s];
-    if (spans.kind[s] != kImage) counts.num_text += spans.length[s];
+    if (spans.kind[s] != kImage) {
+      counts.num_text += spans.length[s];
+    } else if (spans.length[s] > 1) {
+      const int64_t num_rows = spans.length[s] - 1;
+      ++counts.num_triangles;
+      counts.num_triangle_rows += num_rows;
+      counts.longest_triangle = std::max(counts.longest_triangle, num_rows);
+    }
   }
   for_each_document(spans, frozen_text && cache.length == nullptr,
-                    [&](int64_t, int64_t, int64_t, int64_t num_constant, int64_t) { counts.num_constant += num_constant; });
+                    [&](int64_t, int64_t, int64_t, int64_t num_constant, int64_t num_tokens) {
+    ++counts.num_documents;
+    counts.num_constant += num_constant;
+    counts.longest_active = std::max(counts.longest_active, num_tokens - num_constant);
+  });
   return counts;
 }
 
@@ -41,6 +54,7 @@ void fill_layout(const Spans& spans, bool frozen_text, const Cache& cache, const
   const auto num_constant = static_cast<int32_t>(counts.num_constant);
   // Running tower index of each row class, and rank of the next active row.
   int32_t next_constant = 0, next_live = num_constant, next_image = static_cast<int32_t>(counts.num_text), rank = 0;
+  int32_t triangle = 0, triangle_row = 0;
 
   for_each_document(spans, frozen_text && !has_cache,
                     [&](int64_t first, int64_t end, int64_t start64, int64_t constant_here, int64_t num_tokens) {
@@ -52,6 +66,11 @@ void fill_layout(const Spans& spans, bool frozen_text, const Cache& cache, const
     const int32_t cached = has_cache ? cache.length[document] : 0;
     const int32_t first_key = has_cache ? document * cache.capacity : start;
     const int32_t key_shift = first_key + cached - start;  // from sequence index to row of the key buffer
+
+    out.document_start[document] = start;
+    out.document_key_start[document] = first_key;
+    out.document_num_keys[document] = cached + static_cast<int32_t>(num_tokens);
+    out.active_document_start[document] = rank;
 
     int32_t span_start = start;
     for (int64_t s = first; s < end; ++s) {
@@ -89,9 +108,21 @@ void fill_layout(const Spans& spans, bool frozen_text, const Cache& cache, const
         }
         ++rank;
       }
+      if (is_image && span_end - span_start > 1) {
+        out.triangle_start[triangle++] = triangle_row;
+        for (int32_t i = span_end - 2; i >= span_start; --i, ++triangle_row) {
+          out.triangle_row[triangle_row] = i;
+          out.active_triangle_row[triangle_row] = span_rank + (i - span_start);
+        }
+      }
       span_start = span_end;
     }
   });
+  out.document_start[counts.num_documents] = static_cast<int32_t>(counts.num_tokens);
+  out.document_key_start[counts.num_documents] =
+      static_cast<int32_t>(has_cache ? counts.num_documents * cache.capacity : counts.num_tokens);
+  out.active_document_start[counts.num_documents] = rank;
+  out.triangle_start[triangle] = triangle_row;
 }
 
 }  // namespace lmf

@@ -23,6 +23,8 @@ struct Cache {
 
 struct LayoutCounts {
   int64_t num_tokens, num_text, num_constant;
+  int64_t num_documents, num_triangles, num_triangle_rows;
+  int64_t longest_active, longest_triangle;
 };
 
 struct LayoutVectors {
@@ -30,6 +32,8 @@ struct LayoutVectors {
   int32_t *constant_key_start, *constant_key_end;
   int32_t *active_key_start, *active_key_end, *active_key, *active_row;
   int32_t *query_start, *query_end, *active_query_start, *active_query_end;  // null with a cache
+  int32_t *document_start, *document_key_start, *document_num_keys, *active_document_start;
+  int32_t *triangle_start, *triangle_row, *active_triangle_row;
 };
 
 LayoutCounts count_tokens(const Spans& spans, bool frozen_text, const Cache& cache);

@@ -57,6 +57,13 @@ std::pair<py::dict, py::dict> build_layout(const Array<uint8_t>& kinds, const Ar
   out.active_query_start = vector("active_query_start", has_cache ? 0 : num_active);
   out.active_query_end = vector("active_query_end", has_cache ? 0 : num_active);
   out.active_row = vector("active_row", num_active);
+  out.document_start = vector("document_start", counts.num_documents + 1);
+  out.document_key_start = vector("document_key_start", counts.num_documents + 1);
+  out.document_num_keys = vector("document_num_keys", counts.num_documents);
+  out.active_document_start = vector("active_document_start", counts.num_documents + 1);
+  out.triangle_start = vector("triangle_start", counts.num_triangles + 1);
+  out.triangle_row = vector("triangle_row", counts.num_triangle_rows);
+  out.active_triangle_row = vector("active_triangle_row", counts.num_triangle_rows);
   {
     py::gil_scoped_release release;
     lmf::fill_layout(spans, frozen_text, cache, counts, out);
@@ -65,6 +72,8 @@ std::pair<py::dict, py::dict> build_layout(const Array<uint8_t>& kinds, const Ar
   numbers["num_tokens"] = num_tokens;
   numbers["num_text"] = counts.num_text;
   numbers["num_constant"] = num_constant;
+  numbers["longest_active"] = counts.longest_active;
+  numbers["longest_triangle"] = counts.longest_triangle;
   return {vectors, numbers};
 }
 

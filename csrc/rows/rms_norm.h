@@ -13,14 +13,27 @@
 namespace lmf {
 namespace LMF_ISA {
 
+// On the GPU exact quotients and roots are subroutines; these come within 2 ulp each.
+LMF_HD float mean(float sum, int64_t width) {
+#if defined(__CUDA_ARCH__)
+  return __fdividef(sum, static_cast<float>(width));
+#else
+  return sum / static_cast<float>(width);
+#endif
+}
+
 LMF_HD float norm_rstd(float sum_of_squares, int64_t width, float eps) {
-  return 1.0f / sqrtf(sum_of_squares / static_cast<float>(width) + eps);
+#if defined(__CUDA_ARCH__)
+  return rsqrtf(mean(sum_of_squares, width) + eps);
+#else
+  return 1.0f / sqrtf(mean(sum_of_squares, width) + eps);
+#endif
 }
 
 LMF_HD float norm_element(float x, float weight, float rstd) { return x * rstd * weight; }
 
 LMF_HD float norm_correction(float sum_of_weight_dy_x, int64_t width, float rstd) {
-  return sum_of_weight_dy_x / static_cast<float>(width) * rstd * rstd;
+  return mean(sum_of_weight_dy_x, width) * rstd * rstd;
 }
 
 LMF_HD float norm_backward_element(float dy, float x, float weight, float rstd, float correction) {

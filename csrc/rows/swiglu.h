@@ -36,7 +36,39 @@ LMF_HD float fast_exp(float x) {
   return x > 88.0f ? HUGE_VALF : p;
 }
 
+#if defined(__CUDA_ARCH__) || defined(LMF_CUDA_EMULATION)
+// 2^x and 1 / x by the special function unit, to about 2 and 1 ulp; results below 2^-126 become 0.
+LMF_HD float exp2_approx(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+
+LMF_HD float reciprocal_approx(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.0f / x;
+#endif
+}
+
+// exp(-x) = 2^t with t = -x / ln 2 in two floats: one alone would cost as many bits as t has before the point. Beyond
+// +-128 the result is 1 or 0 already.
+LMF_HD float sigmoid(float x) {
+  const float y = fminf(fmaxf(-x, -128.0f), 128.0f);
+  const float t = y * 1.44269504088896341f;
+  const float rest = fmaf(y, 1.925963033500e-8f, fmaf(y, 1.44269504088896341f, -t));
+  return reciprocal_approx(1.0f + exp2_approx(t) * fmaf(rest, 0.693147180559945f, 1.0f));
+}
+#else
 LMF_HD float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }
+#endif
 
 struct SwigluGrad {
   float gate, up, y;

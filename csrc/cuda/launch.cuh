@@ -1,0 +1,115 @@
+// How do the ops of csrc/cuda reach the GPU? Device, stream, memory, launches, registration. Nothing here waits for the
+// device, and all memory comes from torch's allocator, so every op can be captured into a CUDA graph.
+//
+// tests/cuda_emulation compiles the same sources for the CPU: its cuda_emulation.h then has LMF_LAUNCH and class Gpu.
+
+#pragma once
+
+#include <initializer_list>
+
+#include "../arguments.h"
+#include "device.cuh"
+
+// Registers CUDA implementations: LMF_CUDA_LIBRARY_IMPL(m) { m.impl("swiglu", TORCH_BOX(&swiglu)); }
+#define LMF_CUDA_LIBRARY_IMPL(m) STABLE_TORCH_LIBRARY_IMPL(lmfusion, CUDA, m)
+
+#ifndef LMF_CUDA_EMULATION
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+
+// Part of libtorch_cuda, which a torch for CPUs lacks; weak, so that the library loads there too.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+
+// Launches kernel<<<grid, block, 0, stream>>>(arguments...); parenthesise a kernel that is an instance of a template.
+#define LMF_LAUNCH(kernel, grid, block, stream, ...)                \
+  do {                                                              \
+    (kernel)<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__);        \
+    ::lmf::check_cuda(cudaGetLastError(), "the launch of " #kernel); \
+  } while (false)
+
+namespace lmf {
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  STD_TORCH_CHECK(error == cudaSuccess, what, " failed: ", cudaGetErrorString(error));
+}
+
+// The device of a tensor, current for as long as this lives, and torch's current stream there.
+class Gpu {
+ public:
+  explicit Gpu(const Tensor& beside) : device_(beside.get_device_index()), guard_(device_) {
+    STD_TORCH_CHECK(
+        aoti_torch_get_current_cuda_stream != nullptr,
+        "a tensor is on a GPU, but this torch has no CUDA; install a torch that was built with it");
+    void* handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &handle));
+    stream = static_cast<cudaStream_t>(handle);
+  }
+
+  int64_t num_multiprocessors() const {
+    int count = 0;
+    check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_), "asking for the device's size");
+    return count;
+  }
+
+  cudaStream_t stream;
+
+ private:
+  torch::stable::accelerator::DeviceIndex device_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+}  // namespace lmf
+
+#endif  // LMF_CUDA_EMULATION
+
+namespace lmf {
+
+inline Tensor allocate_beside(const std::vector<int64_t>& shape, ScalarType dtype, const Tensor& beside) {
+  return torch::stable::empty(shape, dtype, std::nullopt, beside.device());
+}
+
+inline Tensors allocate_like(const Tensors& like) {
+  Tensors result;
+  for (const Tensor& t : like) result.push_back(allocate_beside({t.size(0), t.size(1)}, t.scalar_type(), t));
+  return result;
+}
+
+inline void append(Tensors& to, const Tensors& from) { to.insert(to.end(), from.begin(), from.end()); }
+
+// Calls f(T{}) with the element type T of `dtype`.
+template <typename F>
+void with_gpu_element_type(ScalarType dtype, const F& f) {
+  if (dtype == ScalarType::Half) {
+    f(float16{});
+  } else {
+    with_element_type(dtype, f);
+  }
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Blocks for rows of `width` accesses, `in_flight` of them a thread: threadIdx.x and blockIdx.x run along a row,
+// threadIdx.y and blockIdx.y (which may have to go round) over the rows. No division is left to the threads.
+struct RowsGrid {
+  static constexpr int64_t kMaxGridY = 65535;
+  dim3 grid, block;
+
+  RowsGrid(int64_t width, int64_t num_rows, int64_t in_flight, int64_t num_threads) {
+    const int64_t chunks = ceil_div(width, in_flight * num_threads);
+    const int64_t threads_x = round_up(ceil_div(width, chunks * in_flight), LMF_ISA::kWarp);
+    const int64_t threads_y = num_threads / threads_x;
+    block = dim3(threads_x, threads_y);
+    grid = dim3(chunks, std::min(kMaxGridY, ceil_div(num_rows, threads_y)));
+  }
+};
+
+// Whether rows of this width that start here can be read in packs of 16 bytes. Null pointers are never read.
+inline bool is_aligned(int64_t row_bytes, std::initializer_list<const void*> starts) {
+  bool aligned = row_bytes % 16 == 0;
+  for (const void* start : starts) aligned = aligned && reinterpret_cast<uintptr_t>(start) % 16 == 0;
+  return aligned;
+}
+
+}  // namespace lmf

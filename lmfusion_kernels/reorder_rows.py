@@ -1,0 +1,45 @@
+"""Rows of any dtype in another order, one way and back: shapes under tracing, autograd.
+
+For `TokenLayout`; the gradient of a permutation is the opposite permutation, where PyTorch's index_select would add
+rows up.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmfusion_kernels import _library
+from lmfusion_kernels.backends import choose
+
+_ops = torch.ops.lmfusion
+
+
+def reorder_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """Row i of the result is row index[i] of x [N, ...].
+
+    index: int32 [N], a permutation on the device of x; inverse: int32 [N], the opposite permutation. Any dtype. In
+    plain PyTorch where the native op cannot run.
+    """
+    if choose(None, index) == "reference":
+        return x.index_select(0, index)
+    return _ops.reorder_rows(x, index, inverse)
+
+
+def _fake(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, index, inverse = inputs
+    ctx.save_for_backward(index, inverse)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    index, inverse = ctx.saved_tensors
+    return _ops.reorder_rows(dy, inverse, index), None, None
+
+
+if _library.native:
+    torch.library.register_fake("lmfusion::reorder_rows", _fake)
+    torch.library.register_autograd("lmfusion::reorder_rows", _backward, setup_context=_setup_context)
