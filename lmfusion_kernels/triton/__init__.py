@@ -1,0 +1,1 @@
+"""Triton kernels. Nothing here imports triton before one of the modules is asked for."""

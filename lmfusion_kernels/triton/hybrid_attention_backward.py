@@ -1,0 +1,255 @@
+"""What are the gradients of q, k and v? Three kernels: values by row, dq by query tile, dk and dv by listed keys.
+
+Each gradient is summed by the one program that owns it, in a fixed order, and no atomics are used: the same inputs give
+the same bits. The price is that scores and weight gradients are computed twice (7 products of tiles rather than 5).
+Weights come again from q, k and the log-sum-exp of the forward: exp2(score - lse), both in base 2.
+"""
+
+# mypy: disallow-untyped-defs=False
+
+import triton
+import triton.language as tl
+
+from lmfusion_kernels.triton.hybrid_attention_tiles import (
+    gather_rows,
+    interior,
+    load_rows,
+    next_run,
+    store_rows,
+    tile_and_head,
+)
+
+
+@triton.jit(do_not_specialize=["num_queries", "statistics_pitch"])
+def attention_backward_rows(
+    dout,
+    out,
+    lse,
+    out_row,
+    sorted_dout,  # [Nq, H, D] or None
+    statistics,  # float32 [2, H, pitch]: lse in base 2 (inf for a query that saw nothing: weights 0); -dout . out
+    statistics_pitch,
+    num_queries,
+    dout_row_stride,
+    dout_head_stride,
+    out_row_stride,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Brings rows of dout from the order of out_row into that of the queries, so that the other kernels read tiles."""
+    head = tl.program_id(1)
+    query = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_query = query < num_queries
+    statistic = query  # up to the pitch: tiles are read whole, so what lies behind the last query has to be finite
+    query = tl.minimum(query, num_queries - 1)
+    row = query
+    if out_row is not None:
+        row = tl.load(out_row + query)
+    dout_tile = gather_rows(dout + head.to(tl.int64) * dout_head_stride, dout_row_stride, row, HEAD_DIM, PADDED_DIM)
+    out_tile = gather_rows(out + head * HEAD_DIM, out_row_stride, row, HEAD_DIM, PADDED_DIM)
+    minus_delta = -tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), axis=1)
+    log_sum = tl.load(lse + head.to(tl.int64) * num_queries + query)
+    log_sum = tl.where(log_sum == float("-inf"), float("inf"), log_sum * 1.4426950408889634)
+    is_statistic = statistic < statistics_pitch
+    tl.store(statistics + head.to(tl.int64) * statistics_pitch + statistic, log_sum, mask=is_statistic)
+    deltas = statistics + (NUM_HEADS + head).to(tl.int64) * statistics_pitch
+    tl.store(deltas + statistic, minus_delta, mask=is_statistic)
+    if sorted_dout is not None:
+        base = sorted_dout + head * HEAD_DIM
+        store_rows(base, NUM_HEADS * HEAD_DIM, query, is_query, dout_tile, HEAD_DIM, PADDED_DIM)
+
+
+@triton.jit(do_not_specialize=["statistics_pitch", "num_queries", "num_tiles", "heads_together", "group"])
+def attention_backward_queries(
+    dout,  # in the order of the queries
+    q,
+    k,
+    v,
+    k_tiles,  # tensor descriptors of the same memory as [Nk, all heads], or None: interior tiles come by TMA
+    v_tiles,
+    statistics,
+    statistics_pitch,
+    key_start,
+    key_end,
+    dq,
+    scale,  # as given to the op: natural exponent
+    num_queries,
+    num_tiles,
+    heads_together,
+    group,
+    dout_row_stride,
+    dout_head_stride,
+    q_row_stride,
+    q_head_stride,
+    k_row_stride,
+    k_head_stride,
+    v_row_stride,
+    v_head_stride,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BORDER_N: tl.constexpr,  # divides BLOCK_N
+):
+    """dq of a tile of queries of one head: keys are read tile by tile, as in the forward."""
+    tile, head = tile_and_head(num_tiles, heads_together)
+    q += head.to(tl.int64) * q_head_stride
+    dout += head.to(tl.int64) * dout_head_stride
+    k += (head // group).to(tl.int64) * k_head_stride
+    v += (head // group).to(tl.int64) * v_head_stride
+
+    first_row = tile * BLOCK_M
+    last_row = tl.minimum(first_row + BLOCK_M, num_queries) - 1
+    row = first_row + tl.arange(0, BLOCK_M)
+    is_row = row <= last_row
+    row = tl.minimum(row, last_row)
+    low = tl.load(key_start + first_row)
+    high = tl.load(key_end + last_row)
+    interior_start, interior_end = interior(low, tl.load(key_start + last_row), tl.load(key_end + first_row), BLOCK_N)
+
+    q_tile = gather_rows(q, q_row_stride, row, HEAD_DIM, PADDED_DIM)
+    dout_tile = gather_rows(dout, dout_row_stride, row, HEAD_DIM, PADDED_DIM)
+    log_sum = tl.load(statistics + head.to(tl.int64) * statistics_pitch + row)
+    minus_delta = tl.load(statistics + (NUM_HEADS + head).to(tl.int64) * statistics_pitch + row)
+    exp2_scale = scale * 1.4426950408889634
+    acc = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
+
+    for i in tl.range(0, (interior_end - interior_start) // BLOCK_N):
+        start = interior_start + i * BLOCK_N
+        if k_tiles is not None:
+            k_tile = k_tiles.load([start, (head // group) * k_head_stride])
+            v_tile = v_tiles.load([start, (head // group) * v_head_stride])
+        else:
+            k_tile = load_rows(k, k_row_stride, start, high, BLOCK_N, HEAD_DIM, PADDED_DIM, False)
+            v_tile = load_rows(v, v_row_stride, start, high, BLOCK_N, HEAD_DIM, PADDED_DIM, False)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+        dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
+        weights = tl.math.exp2(scores * exp2_scale - log_sum[:, None])
+        dscores = weights * (dweights + minus_delta[:, None])
+        acc = tl.dot(dscores.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
+
+    done = low
+    while done < high:
+        run_start, run_end = next_run(key_start, key_end, row, last_row, done)
+        skipped = interior_end - interior_start
+        row_start = tl.load(key_start + row)
+        row_end = tl.minimum(tl.load(key_end + row), run_end)  # a tile may reach into the next run
+        for i in tl.range(0, tl.cdiv(run_end - run_start - skipped, BORDER_N)):
+            start = run_start + i * BORDER_N
+            start += tl.where(start >= interior_start, skipped, 0)
+            k_tile = load_rows(k, k_row_stride, start, run_end, BORDER_N, HEAD_DIM, PADDED_DIM, True)
+            v_tile = load_rows(v, v_row_stride, start, run_end, BORDER_N, HEAD_DIM, PADDED_DIM, True)
+            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+            dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
+            key = start + tl.arange(0, BORDER_N)
+            visible = (key[None, :] >= row_start[:, None]) & (key[None, :] < row_end[:, None])
+            weights = tl.math.exp2(scores * exp2_scale - log_sum[:, None])
+            dscores = tl.where(visible, weights * (dweights + minus_delta[:, None]), 0.0)
+            acc = tl.dot(dscores.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
+        done = run_end
+
+    store_rows(dq + head * HEAD_DIM, NUM_HEADS * HEAD_DIM, row, is_row, acc * scale, HEAD_DIM, PADDED_DIM)
+
+
+@triton.jit(do_not_specialize=["statistics_pitch", "num_grad_keys", "num_head_parts", "heads_per_part"])
+def attention_backward_keys(
+    dout,  # in the order of the queries
+    q,
+    k,
+    v,
+    q_tiles,  # tensor descriptors of the same memory as [Nq, all heads], or None: interior tiles come by TMA
+    dout_tiles,
+    statistics_tiles,  # and of statistics as one long vector
+    statistics,
+    statistics_pitch,
+    grad_key,
+    query_start,
+    query_end,
+    dk,  # [num_head_parts, num_grad_keys, H_kv, D]
+    dv,
+    scale,
+    num_grad_keys,
+    num_head_parts,
+    heads_per_part,
+    dout_row_stride,
+    dout_head_stride,
+    q_row_stride,
+    q_head_stride,
+    k_row_stride,
+    k_head_stride,
+    v_row_stride,
+    v_head_stride,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """dk and dv of a tile of listed keys: all heads of the group, or those of a part of it, and their query tiles."""
+    # The first keys of a document are seen by most queries: tiles in ascending order.
+    program = tl.program_id(0)
+    tile = program // (NUM_KV_HEADS * num_head_parts)
+    part = program % num_head_parts
+    kv_head = program // num_head_parts % NUM_KV_HEADS
+    k += kv_head.to(tl.int64) * k_head_stride
+    v += kv_head.to(tl.int64) * v_head_stride
+
+    first_rank = tile * BLOCK_N
+    last_rank = tl.minimum(first_rank + BLOCK_N, num_grad_keys) - 1
+    rank = tl.minimum(first_rank + tl.arange(0, BLOCK_N), last_rank)
+    low = tl.load(query_start + first_rank) // 4 * 4  # 16-byte steps of statistics
+    high = tl.load(query_end + last_rank)
+    shared_low = tl.load(query_start + last_rank)
+    shared_high = tl.load(query_end + first_rank)  # all keys of the tile are seen from shared_low to here
+
+    key = tl.load(grad_key + rank)
+    k_tile = gather_rows(k, k_row_stride, key, HEAD_DIM, PADDED_DIM)
+    v_tile = gather_rows(v, v_row_stride, key, HEAD_DIM, PADDED_DIM)
+    first_query = tl.load(query_start + rank)
+    end_query = tl.load(query_end + rank)
+    exp2_scale = scale * 1.4426950408889634
+    dk_acc = tl.zeros([BLOCK_N, PADDED_DIM], tl.float32)
+    dv_acc = tl.zeros([BLOCK_N, PADDED_DIM], tl.float32)
+
+    # One loop over the tiles of all heads, so that loads run ahead across the heads too.
+    tiles_per_head = tl.cdiv(high - low, BLOCK_M)
+    for i in tl.range(0, heads_per_part * tiles_per_head):
+        head = (kv_head * num_head_parts + part) * heads_per_part + i // tiles_per_head
+        start = low + i % tiles_per_head * BLOCK_M
+        q_head = q + tl.cast(head, tl.int64) * q_head_stride
+        dout_head = dout + tl.cast(head, tl.int64) * dout_head_stride
+        log_sums = statistics + tl.cast(head, tl.int64) * statistics_pitch
+        deltas = statistics + tl.cast(NUM_HEADS + head, tl.int64) * statistics_pitch
+        query = start + tl.arange(0, BLOCK_M)
+        if q_tiles is not None:  # rows from `high` on are another document's, or zero
+            q_tile = q_tiles.load([start, head * q_head_stride])
+            dout_tile = dout_tiles.load([start, head * dout_head_stride])
+            log_sum = statistics_tiles.load([head * statistics_pitch + start])
+            minus_delta = statistics_tiles.load([(NUM_HEADS + head) * statistics_pitch + start])
+        else:
+            q_tile = load_rows(q_head, q_row_stride, start, high, BLOCK_M, HEAD_DIM, PADDED_DIM, True)
+            dout_tile = load_rows(dout_head, dout_row_stride, start, high, BLOCK_M, HEAD_DIM, PADDED_DIM, True)
+            log_sum = tl.load(log_sums + query, mask=query < high, other=float("inf"))
+            minus_delta = tl.load(deltas + query, mask=query < high, other=0.0)
+        scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
+        weights = tl.math.exp2(scores * exp2_scale - log_sum[None, :])
+        if (start < shared_low) | (start + BLOCK_M > shared_high):
+            visible = (query[None, :] >= first_query[:, None]) & (query[None, :] < end_query[:, None])
+            weights = tl.where(visible, weights, 0.0)
+        # delta is subtracted by the product, where it needs no registers of its own
+        dweights = tl.broadcast_to(minus_delta[None, :], scores.shape)
+        dweights = tl.dot(v_tile, tl.trans(dout_tile), dweights, input_precision="ieee")
+        dv_acc = tl.dot(weights.to(dout_tile.dtype), dout_tile, dv_acc, input_precision="ieee")
+        dscores = weights * dweights
+        dk_acc = tl.dot(dscores.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
+
+    # Adds zero. Were the rows those of the top, their addresses would take registers all the way down here.
+    rank = first_rank + tl.minimum(tl.load(query_start + first_rank), 0) + tl.arange(0, BLOCK_N)
+    is_rank = rank < num_grad_keys
+    to_store = (part.to(tl.int64) * num_grad_keys * NUM_KV_HEADS + kv_head) * HEAD_DIM
+    store_rows(dk + to_store, NUM_KV_HEADS * HEAD_DIM, rank, is_rank, dk_acc * scale, HEAD_DIM, PADDED_DIM)
+    store_rows(dv + to_store, NUM_KV_HEADS * HEAD_DIM, rank, is_rank, dv_acc, HEAD_DIM, PADDED_DIM)

@@ -1,0 +1,89 @@
+"""Runs Triton kernels on the CPU, in Triton's interpreter, in a process of its own.
+
+Whether kernels are interpreted is settled when triton is first imported: its own functions (tl.max, ...) are then
+decorated one way or the other. A test process cannot have both, and compile-only tests need the other, so calls go to
+one worker process with TRITON_INTERPRET=1. It is started at the first call and ends with the test process.
+
+The interpreter is silently wrong about bfloat16: float16 and float32 only.
+"""
+
+import atexit
+import importlib
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+
+def call(module: str, name: str, *args: Any, **kwargs: Any) -> Any:
+    """`module.name(*args, **kwargs)` in the interpreter. Tensors go there and come back by value; errors come back."""
+    assert not any(isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 for x in args), "bfloat16 is not right"
+    return _unpack(_worker().submit(_call_in_worker, module, name, _pack(args), _pack(kwargs)).result())
+
+
+@cache
+def _worker() -> ProcessPoolExecutor:
+    worker = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _set_up)
+    atexit.register(worker.shutdown)
+    # Inherited by the process, which the first task starts. The interpreter's products are small: threads only wait.
+    with mock.patch.dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"):
+        worker.submit(os.getpid).result()
+    return worker
+
+
+def _set_up() -> None:
+    """Once in the worker: memory of torch.empty holds NaN, and loop bounds that are tensors work with numpy >= 2.4."""
+    from triton.runtime import interpreter
+
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    np.seterr(invalid="ignore", over="ignore")  # -inf - x and the like, where a GPU says nothing
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index
+
+
+def _call_in_worker(module: str, name: str, args: Any, kwargs: Any) -> Any:
+    return _pack(getattr(importlib.import_module(module), name)(*_unpack(args), **_unpack(kwargs)))
+
+
+def _pack(value: Any) -> Any:
+    """Tensors as numpy arrays of their memory: torch would send them through shared memory and file handles."""
+    if isinstance(value, torch.Tensor):
+        size = value.untyped_storage().nbytes() // value.element_size()
+        memory = value.detach().as_strided((size,), (1,), 0).numpy()
+        return _Packed(memory, tuple(value.shape), value.stride(), value.storage_offset())
+    if isinstance(value, list | tuple):
+        return tuple(_pack(x) for x in value)
+    if isinstance(value, dict):
+        return {name: _pack(x) for name, x in value.items()}
+    return value
+
+
+def _unpack(value: Any) -> Any:
+    if isinstance(value, _Packed):
+        return torch.from_numpy(value.memory.copy()).as_strided(value.shape, value.stride, value.offset)
+    if isinstance(value, tuple):
+        return tuple(_unpack(x) for x in value)
+    if isinstance(value, dict):
+        return {name: _unpack(x) for name, x in value.items()}
+    return value
+
+
+@dataclass
+class _Packed:
+    memory: np.ndarray
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int

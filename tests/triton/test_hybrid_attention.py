@@ -1,0 +1,376 @@
+"""Are the Triton attention kernels right, forward and backward, for every mask? In Triton's interpreter, on the CPU."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import lmfusion_kernels as lk
+from lmfusion_kernels.hybrid_attention import ranges_by_key
+from lmfusion_kernels.triton.hybrid_attention_configurations import Configurations, Tile, configurations
+from tests.triton import interpreter
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+MODULE = "lmfusion_kernels.triton.hybrid_attention"
+DTYPES = [torch.float32, torch.float16]
+MIXED = [[("text", 70), ("image", 90), ("text", 30)], [("image", 5), ("text", 1)], [("text", 3), ("marker", 1)]]
+
+
+def tiles(block: int, step: int, border: int, descriptors: bool) -> Configurations:
+    """Warps and stages mean nothing to the interpreter; few large tiles are quick."""
+    tile = Tile(block, step, border, 4, 2, descriptors)
+    return Configurations(tile, Tile(32, step, step, 4, 2), tile, tile)
+
+
+LARGE, SMALL, BY_POINTER = tiles(128, 64, 32, True), tiles(32, 32, 16, True), tiles(32, 64, 32, False)
+
+UNSHRUNK = [Phase.explicit, Phase.reuse, Phase.generate]  # an example takes a second: smaller ones, too many of them
+
+spans = st.tuples(st.sampled_from(["text", "image", "marker"]), st.one_of(st.integers(1, 9), st.integers(10, 60)))
+documents = st.lists(st.lists(spans, min_size=1, max_size=3), min_size=1, max_size=3)
+
+
+def make_inputs(num_queries, num_keys, num_heads, num_kv_heads, head_dim, dtype=torch.float32, seed=0):
+    """q, k, v and a gradient of the output."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = [(num_queries, num_heads), (num_keys, num_kv_heads), (num_keys, num_kv_heads), (num_queries, num_heads)]
+    return [torch.randn(*size, head_dim, generator=generator).to(dtype) for size in sizes]
+
+
+def int32(values):
+    return torch.as_tensor(values, dtype=torch.int32)
+
+
+def forward(*arguments, **options):
+    return interpreter.call(MODULE, "forward", *arguments, **options)
+
+
+def triton_attention(q, k, v, dout, key_start, key_end, scale, grad_key=None, by_key=None, out_row=None, tiles=LARGE):
+    """out, lse, dq, dk, dv of the kernels; out by query."""
+    if grad_key is None:
+        grad_key = torch.arange(k.shape[0], dtype=torch.int32)
+        by_key = ranges_by_key(key_start, key_end, k.shape[0])
+    rows = slice(None) if out_row is None else out_row.long()
+    stored_dout = torch.empty_like(dout)
+    stored_dout[rows] = dout
+    return interpreter.call(
+        "tests.triton.test_hybrid_attention", "forward_and_backward", stored_dout, q, k, v, key_start, key_end,
+        grad_key, *by_key, out_row, scale, tiles,
+    )  # fmt: skip
+
+
+def forward_and_backward(dout, q, k, v, key_start, key_end, grad_key, query_start, query_end, out_row, scale, tiles):
+    """In the interpreter."""
+    from lmfusion_kernels.triton import hybrid_attention
+
+    out, lse = hybrid_attention.forward(q, k, v, key_start, key_end, out_row, scale, tiles)
+    grads = hybrid_attention.backward(
+        dout, q, k, v, out, lse, key_start, key_end, grad_key, query_start, query_end, out_row, scale, tiles
+    )
+    return (out if out_row is None else out[out_row.long()]), lse, *grads
+
+
+def dense_attention(q, k, v, dout, key_start, key_end, scale, dtype=torch.float64):
+    """The same by the full score matrix and PyTorch's autograd, computed in `dtype`. A query without keys gives 0."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
+    group = q.shape[1] // k.shape[1]
+    wide_q, wide_k, wide_v = (x.to(torch.promote_types(dtype, torch.float32)) for x in leaves)
+    wide_k, wide_v = (x.repeat_interleave(group, dim=1) for x in (wide_k, wide_v))
+    key = torch.arange(k.shape[0])
+    mask = (key >= key_start[:, None]) & (key < key_end[:, None])
+    scores = (torch.einsum("nhd,mhd->hnm", wide_q, wide_k) * scale).masked_fill(~mask, float("-inf"))
+    lse = scores.logsumexp(-1)
+    weights = torch.where(mask, (scores - lse[..., None].nan_to_num(neginf=0.0)).exp(), 0.0)
+    out = torch.einsum("hnm,mhd->nhd", weights, wide_v).to(dtype)
+    grads = torch.autograd.grad(out, leaves, dout.to(dtype))
+    return [x.detach().double() for x in (out, lse, *grads)]
+
+
+def assert_as_good_as_dense(q, k, v, dout, key_start, key_end, scale, grad_key=None, **options):
+    """Errors against float64, as root mean squares: at most twice those of the dense form in the same dtype.
+
+    The floor is what rounding, also that of `out` to the dtype, leaves of gradients of scores that cancel.
+    """
+    exact = dense_attention(q, k, v, dout, key_start, key_end, scale)
+    plain = dense_attention(q, k, v, dout, key_start, key_end, scale, q.dtype)
+    result = triton_attention(q, k, v, dout, key_start, key_end, scale, grad_key, **options)
+    if grad_key is not None:
+        for some in (exact, plain):
+            some[3:] = [grad[grad_key.long()] for grad in some[3:]]
+    unit = max(1.0, exact[0].square().mean().sqrt().item()) if exact[0].numel() else 1.0
+    floor = 4 * torch.finfo(torch.float32).eps + torch.finfo(q.dtype).eps / 4 * unit
+    for name, target, same_dtype, value in zip(("out", "lse", "dq", "dk", "dv"), exact, plain, result, strict=True):
+        assert value.shape == target.shape and value.dtype == (torch.float32 if name == "lse" else q.dtype)
+        is_finite = target.isfinite()
+        assert value.isfinite().equal(is_finite) and value[~is_finite].eq(float("-inf")).all(), name
+        if is_finite.any():
+            error = (value.double() - target)[is_finite].square().mean().sqrt()
+            allowed = 2 * (same_dtype - target)[is_finite].square().mean().sqrt() + floor
+            assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("head_dim", "num_heads", "num_kv_heads"),
+    [(64, 2, 1), (96, 1, 1), (128, 2, 2), (256, 1, 1), (8, 3, 1), (24, 1, 1), (80, 1, 1)],
+)
+def test_equals_reference(head_dim, num_heads, num_kv_heads, dtype):
+    layout = lk.TokenLayout.from_spans(MIXED)
+    inputs = make_inputs(layout.num_tokens, layout.num_tokens, num_heads, num_kv_heads, head_dim, dtype)
+    assert_as_good_as_dense(*inputs, layout.key_start, layout.key_end, head_dim**-0.5)
+
+
+@pytest.mark.parametrize("tiles", [LARGE, SMALL, BY_POINTER], ids=["large", "small", "pointers"])
+def test_every_kind_of_tile(tiles):
+    """Interior tiles (an image and a text that are longer than any tile), borders, tiles of several documents."""
+    layout = lk.TokenLayout.from_spans([[("text", 3)], [("image", 140), ("text", 20)], *[[("text", 2)]] * 5])
+    inputs = make_inputs(layout.num_tokens, layout.num_tokens, 1, 1, 32, torch.float16)
+    assert_as_good_as_dense(*inputs, layout.key_start, layout.key_end, 0.2, tiles=tiles)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "capability"), [(torch.float16, (8, 0)), (torch.float16, (9, 0)), (torch.float32, (9, 0))], ids=str
+)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_tiles_of_the_table(head_dim, dtype, capability):
+    layout = lk.TokenLayout.from_spans([[("text", 20), ("image", 140), ("text", 100)], [("image", 40)]])
+    table = configurations(head_dim, dtype.itemsize, capability)
+    inputs = make_inputs(layout.num_tokens, layout.num_tokens, 2, 1, head_dim, dtype)
+    assert_as_good_as_dense(*inputs, layout.key_start, layout.key_end, head_dim**-0.5, tiles=table)
+    few = make_inputs(20, layout.num_tokens, 2, 1, head_dim, dtype)
+    ranges = layout.key_start[-50:-30].clone(), layout.key_end[-50:-30].clone()
+    assert_as_good_as_dense(*few, *ranges, head_dim**-0.5, tiles=table)
+
+
+@settings(max_examples=15, phases=UNSHRUNK)
+@given(
+    documents,
+    st.booleans(),
+    st.sampled_from([(1, 1), (2, 1), (2, 2)]),
+    st.sampled_from([16, 40, 64]),
+    st.sampled_from(DTYPES),
+    st.sampled_from([LARGE, SMALL, BY_POINTER]),
+    st.integers(0, 99),
+)
+def test_random_documents(documents, only_active, heads, head_dim, dtype, tiles, seed):
+    """All rows; or the active ones alone, stored in tower order, as a block with frozen text has them."""
+    layout = lk.TokenLayout.from_spans(documents)
+    num_queries = layout.num_active if only_active else layout.num_tokens
+    q, k, v, dout = make_inputs(num_queries, layout.num_tokens, *heads, head_dim, dtype, seed)
+    ranges, options = (layout.key_start, layout.key_end), {}
+    if only_active:
+        ranges = layout.active_key_start, layout.active_key_end
+        by_key = layout.active_query_start, layout.active_query_end
+        options = {"grad_key": layout.active_key, "by_key": by_key, "out_row": layout.active_row}
+    assert_as_good_as_dense(q, k, v, dout, *ranges, head_dim**-0.5, tiles=tiles, **options)
+
+
+@settings(max_examples=12, phases=UNSHRUNK)
+@given(
+    st.sampled_from([1, 7, 40, 129, 150]),
+    st.integers(1, 200),
+    st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    st.sampled_from(DTYPES),
+    st.sampled_from([SMALL, BY_POINTER]),
+    st.integers(0, 999),
+)
+def test_random_ranges(num_queries, num_keys, heads, dtype, tiles, seed):
+    """Any monotone ranges: gaps, empty ones, overlaps; any of the keys listed. Up to 128 queries take the kernels for
+    few queries, more the others."""
+    random = np.random.default_rng(seed)
+    key_start, key_end = (np.sort(random.integers(0, num_keys + 1, num_queries)) for _ in range(2))
+    ranges = int32(key_start), int32(np.maximum(key_start, key_end))
+    grad_key = int32(np.flatnonzero(random.random(num_keys) < random.random()))
+    by_key = tuple(x[grad_key.long()].contiguous() for x in ranges_by_key(*ranges, num_keys))
+    inputs = make_inputs(num_queries, num_keys, *heads, 16, dtype, seed)
+    row = int32(random.permutation(num_queries))
+    assert_as_good_as_dense(*inputs, *ranges, 0.3, grad_key, by_key=by_key, out_row=row, tiles=tiles)
+
+
+@pytest.mark.parametrize(
+    ("num_new", "heads", "dtype", "tiles"),
+    [
+        (1, (1, 1), torch.float32, SMALL),
+        (1, (6, 2), torch.float16, BY_POINTER),
+        (3, (8, 1), torch.float16, SMALL),
+        (3, (2, 2), torch.float32, BY_POINTER),
+        (40, (1, 1), torch.float16, LARGE),
+        (40, (2, 1), torch.float32, BY_POINTER),
+    ],
+)
+def test_generation_with_a_cache(num_new, heads, dtype, tiles):
+    """Documents of different lengths continued by a few tokens each. What no query sees in the cache is NaN, and the
+    results are those of each document alone. 40 new tokens a document are too many for the kernels for few queries."""
+    cached, capacity, head_dim = [300, 7, 90, 0], 400, 16
+    document = [("text", 1)] if num_new == 1 else [("text", 1), ("image", num_new - 1)]
+    layout = lk.TokenLayout.from_spans([document] * 4, cached_lengths=cached, cache_capacity=capacity)
+    q, k, v, _ = make_inputs(layout.num_tokens, layout.num_keys, *heads, head_dim, dtype)
+    is_seen = torch.zeros(layout.num_keys, dtype=torch.bool)
+    for document_number, length in enumerate(cached):
+        is_seen[document_number * capacity :][: length + num_new] = True
+    exact, exact_lse, *_ = dense_attention(q, k, v, q, layout.key_start, layout.key_end, 0.25)
+    plain, *_ = dense_attention(q, k, v, q, layout.key_start, layout.key_end, 0.25, dtype)
+    k, v = (torch.where(is_seen[:, None, None], x, float("nan")) for x in (k, v))
+    out, lse = forward(q, k, v, layout.key_start, layout.key_end, None, 0.25, tiles)
+    assert (out - exact).abs().max() <= 2 * (plain - exact).abs().max() + torch.finfo(dtype).eps
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_few_queries_are_stored_at_out_row():
+    q, k, v, _ = make_inputs(5, 70, 3, 1, 24)
+    ranges, row = (int32([0, 0, 5, 60, 60]), int32([3, 40, 41, 60, 70])), int32([4, 2, 0, 1, 3])
+    expected, expected_lse = forward(q, k, v, *ranges, None, 1.0, SMALL)
+    out, lse = forward(q, k, v, *ranges, row, 1.0, SMALL)
+    assert out[row.long()].equal(expected) and lse.equal(expected_lse)
+    assert out[1].eq(0).all() and lse[:, 3].eq(float("-inf")).all()  # the query without keys
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0, 3.0])
+def test_scale(scale):
+    for num_queries in (140, 20):
+        inputs = make_inputs(num_queries, 140, 1, 1, 16)
+        assert_as_good_as_dense(*inputs, int32([0] * num_queries), int32(range(1, num_queries + 1)), scale)
+
+
+@pytest.mark.parametrize(("num_queries", "num_keys"), [(0, 0), (0, 5), (4, 0), (1, 1)])
+def test_empty_and_one(num_queries, num_keys):
+    ranges = int32([0] * num_queries), int32([num_keys] * num_queries)
+    inputs = make_inputs(num_queries, num_keys, 4, 2, 16)
+    out, lse, dq, dk, dv = triton_attention(*inputs, *ranges, 1.0)
+    assert out.shape == dq.shape == (num_queries, 4, 16) and dk.shape == dv.shape == (num_keys, 2, 16)
+    if num_keys == 0:
+        assert out.eq(0).all() and dq.eq(0).all() and lse.eq(float("-inf")).all()
+    elif num_queries == 0:
+        assert dk.eq(0).all() and dv.eq(0).all()
+    else:
+        torch.testing.assert_close(out, inputs[2].repeat_interleave(2, dim=1))
+
+
+@pytest.mark.parametrize("tiles", [LARGE, BY_POINTER], ids=["descriptors", "pointers"])
+def test_strided_inputs(tiles):
+    """Views of one qkv buffer, as a fused projection gives them; rows that no descriptor can have; one gradient for
+    all, as `out.sum()` gives it."""
+    layout = lk.TokenLayout.from_spans([[("text", 5), ("image", 20)], [("text", 7)]])
+    n, ranges = layout.num_tokens, (layout.key_start, layout.key_end)
+    views = [
+        torch.randn(n, 4, 16, dtype=torch.float16).split([2, 1, 1], dim=1),
+        [torch.randn(n, heads, 17, dtype=torch.float16)[..., 1:] for heads in (2, 1, 1)],
+        [torch.randn(heads, n, 16, dtype=torch.float16).transpose(0, 1) for heads in (2, 1, 1)],
+    ]
+    for q, k, v in views:
+        dout = torch.ones(1, 1, 1, dtype=torch.float16).expand(n, 2, 16)
+        expected = triton_attention(*(x.contiguous() for x in (q, k, v, dout)), *ranges, 1.0, tiles=tiles)
+        result = interpreter.call(
+            "tests.triton.test_hybrid_attention", "forward_and_backward", dout, q, k, v, *ranges,
+            layout.active_key, layout.query_start[layout.active_key.long()], layout.query_end[layout.active_key.long()],
+            None, 1.0, tiles,
+        )  # fmt: skip
+        for name, x, y in zip(("out", "lse", "dq"), result, expected, strict=False):
+            assert x.equal(y), name
+        for x, y in zip(result[3:], expected[3:], strict=True):
+            torch.testing.assert_close(x, y[layout.active_key.long()], rtol=1e-2, atol=1e-3)
+
+
+def far_rows(stride: int) -> list[torch.Tensor]:
+    """In the interpreter: attention of rows that lie `stride` elements apart, and the same rows side by side."""
+    from lmfusion_kernels.triton import hybrid_attention
+
+    torch.utils.deterministic.fill_uninitialized_memory = False  # gigabytes that are never touched take no memory
+    near = make_inputs(160, 160, 1, 1, 16, torch.float16)
+    far = [torch.empty(160 * stride, dtype=torch.float16).as_strided(x.shape, (stride, 16, 1)) for x in near]
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    for x, y in zip(far, near, strict=True):
+        x.copy_(y)
+    ranges, listed = (int32([0] * 160), int32([160] * 160)), torch.arange(160, dtype=torch.int32)
+    results = []
+    for q, k, v, dout in (near, far):
+        for some in (BY_POINTER, LARGE):
+            out, lse = hybrid_attention.forward(q, k, v, *ranges, None, 0.25, some)
+            arguments = (dout, q, k, v, out, lse, *ranges, listed, *ranges, None, 0.25, some)
+            results.append([out, *hybrid_attention.backward(*arguments)])
+    return results
+
+
+def test_addresses_beyond_32_bits():
+    near, near_large, far, far_large = interpreter.call("tests.triton.test_hybrid_attention", "far_rows", 2**24)
+    assert all(x.equal(y) for x, y in zip((*near, *near_large), (*far, *far_large), strict=True))
+
+
+def test_same_bits_again():
+    layout = lk.TokenLayout.from_spans(MIXED)
+    inputs = make_inputs(layout.num_tokens, layout.num_tokens, 2, 1, 16)
+    first, second = (triton_attention(*inputs, layout.key_start, layout.key_end, 0.25) for _ in range(2))
+    assert all(x.equal(y) for x, y in zip(first, second, strict=True))
+
+
+def test_number_of_parts():
+    """Enough programs for the device, and no more; the same for the same shapes."""
+
+    def splits(*shape):
+        return interpreter.call(MODULE, "num_splits_of", *shape)
+
+    assert splits(8, 131072, 64, 132) == 33  # one query, 8 key-value heads: 264 programs
+    assert splits(8, 300, 64, 132) == 2  # not less than four tiles a part
+    assert splits(512, 131072, 64, 132) == 1
+    assert splits(1, 131072, 64, 132) == 64
+
+    def head_parts(*shape):
+        return interpreter.call(MODULE, "num_head_parts", *shape)
+
+    assert head_parts(512, 4, 132) == 1
+    assert head_parts(128, 4, 132) == 2
+    assert head_parts(8, 6, 132) == 6
+    assert head_parts(100, 6, 132) == 2
+
+
+def test_bfloat16_and_consumer_devices_have_tiles():
+    for capability, largest in (((8, 0), 99), ((8, 6), 99), ((9, 0), 227), ((12, 0), 99)):
+        for head_dim, size in ((8, 2), (64, 2), (80, 2), (128, 4), (256, 2)):
+            table = configurations(head_dim, size, capability)
+            assert table.forward.step % table.forward.border == 0 and table.queries.step % table.queries.border == 0
+            tile = table.keys
+            padded = max(16, 1 << (head_dim - 1).bit_length())
+            rows = 2 * tile.block + 2 * tile.step * (tile.num_stages if tile.descriptors else 1)
+            assert rows * padded * size <= largest * 1024
+
+
+BAD_INPUTS = {
+    "flat q": (lambda q, k, v: (q.flatten(1), k, v), r"q must be \[Nq, H, D\]"),
+    "k unlike v": (lambda q, k, v: (q, k, v[:, :1]), "k and v both"),
+    "heads": (lambda q, k, v: (q[:, :3], k, v), "3 heads, which is no multiple of the 2"),
+    "dtype": (lambda q, k, v: (q, k.half(), v), "one dtype"),
+    "double": (lambda *x: [y.double() for y in x], "float16, bfloat16 or float32"),
+    "head size": (lambda *x: [y[..., :12] for y in x], "head size is 12; .* multiples of 8 up to 256"),
+    "large head": (lambda *x: [y.repeat(1, 1, 17) for y in x], "head size is 272"),
+    "no head size": (lambda *x: [y[..., :0] for y in x], "head size is 0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_input(name):
+    spoil, message = BAD_INPUTS[name]
+    q, k, v, _ = make_inputs(9, 9, 4, 2, 16)
+    ranges = int32([0] * 9), int32([9] * 9)
+    with pytest.raises(ValueError, match=message):
+        forward(*spoil(q, k, v), *ranges, None, 1.0)
+
+
+def test_bad_vectors_and_gradients():
+    q, k, v, dout = make_inputs(9, 9, 4, 2, 16)
+    start, end = int32([0] * 9), int32([9] * 9)
+    with pytest.raises(ValueError, match="key_end must be a contiguous int32 vector with 9 entries"):
+        forward(q, k, v, start, end.long(), None, 1.0)
+    with pytest.raises(ValueError, match="out_row must be"):
+        forward(q, k, v, start, end, start[1:], 1.0)
+    out, lse = forward(q, k, v, start, end, None, 1.0)
+    good = {"dout": dout, "out": out, "lse": lse, "query_start": start}
+    for name, bad in {"dout": dout[1:], "out": out.half(), "lse": lse[:2], "query_start": start[1:]}.items():
+        x = good | {name: bad}
+        with pytest.raises(ValueError, match=name):
+            interpreter.call(
+                MODULE, "backward", x["dout"], q, k, v, x["out"], x["lse"], start, end, start, x["query_start"], end,
+                None, 1.0,
+            )  # fmt: skip
