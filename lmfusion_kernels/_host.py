@@ -89,6 +89,18 @@ def build_layout_numpy(
     rank_before = np.concatenate([[0], np.cumsum(~is_constant)]).astype(np.int32)  # active rows before a sequence index
     query_row = np.concatenate([index[:num_constant], num_constant + rank_before[tower_to_sequence[num_constant:]]])
 
+    # Image rows but the last of each image see later rows of it; these rows in reverse, image by image.
+    triangles = np.flatnonzero((kinds == _IMAGE) & (lengths > 1))
+    triangle_sizes = lengths[triangles] - 1
+    triangle_start = np.concatenate([[0], np.cumsum(triangle_sizes)]).astype(np.int32)
+    step = np.arange(triangle_start[-1], dtype=np.int32) - np.repeat(triangle_start[:-1], triangle_sizes)
+    triangle_row = np.repeat(span_end[triangles] - 2, triangle_sizes) - step
+
+    document_bounds = np.append(document_start, num_tokens)
+    document_key_start = document_bounds
+    document_num_keys = document_end - document_start
+    active_document_start = rank_before[document_bounds]
+
     key_slot = index
     no_queries = np.empty(0, np.int32)
     if cached_lengths is not None:
@@ -97,6 +109,8 @@ def build_layout_numpy(
         key_slot = slot_start + position
         end_key = end_key - first_key + slot_start + cached_lengths[document]
         first_key = slot_start
+        document_key_start = np.arange(num_documents + 1, dtype=np.int64) * cache_capacity
+        document_num_keys = document_num_keys + cached_lengths
     vectors = {
         "tower_to_sequence": tower_to_sequence,
         "sequence_to_tower": sequence_to_tower,
@@ -115,9 +129,22 @@ def build_layout_numpy(
         "active_query_start": rank_before[first_query[active]] if cached_lengths is None else no_queries,
         "active_query_end": rank_before[end_query[active]] if cached_lengths is None else no_queries,
         "active_row": sequence_to_tower[active] - np.int32(num_constant),
+        "document_start": document_bounds,
+        "document_key_start": document_key_start,
+        "document_num_keys": document_num_keys,
+        "active_document_start": active_document_start,
+        "triangle_start": triangle_start,
+        "triangle_row": triangle_row,
+        "active_triangle_row": rank_before[triangle_row],
     }
     vectors = {name: np.ascontiguousarray(vector, np.int32) for name, vector in vectors.items()}
-    counts = {"num_tokens": num_tokens, "num_text": num_tokens - image.size, "num_constant": int(num_constant)}
+    counts = {
+        "num_tokens": num_tokens,
+        "num_text": num_tokens - image.size,
+        "num_constant": int(num_constant),
+        "longest_active": int(np.diff(active_document_start).max(initial=0)),
+        "longest_triangle": int(triangle_sizes.max(initial=0)),
+    }
     return vectors, counts
 
 

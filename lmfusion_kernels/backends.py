@@ -1,7 +1,7 @@
 """Which implementation of an op runs: the compiled ops ("native"), or plain PyTorch ("reference")?
 
 An argument `backend=` decides; without it the environment variable LMFUSION_KERNELS_BACKEND; without that, native
-wherever it can run.
+wherever it can run. The name of an attention kernel (lmfusion_kernels.attention) means the native ops with that kernel.
 """
 
 import os
@@ -11,26 +11,41 @@ import torch
 from torch import Tensor
 
 from lmfusion_kernels import _host, _library
+from lmfusion_kernels.device import capability, constant_result, runs_on
 
-BACKENDS = ("native", "reference")
-NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+ATTENTION_KERNELS = ("triton", "flash", "flash-attn-2", "flash-attn-3", "flash-attn-4", "flex")
+BACKENDS = ("native", "reference", *ATTENTION_KERNELS)
+NATIVE_DTYPES = {
+    "cpu": (torch.float32, torch.bfloat16),
+    "meta": (torch.float32, torch.bfloat16),
+    "cuda": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 
-def choose(backend: str | None, *tensors: Tensor | None) -> str:
-    """The backend that an op on `tensors` runs with: "native" or "reference".
+def asked_for(backend: str | None) -> str | None:
+    """The backend that the argument or else the environment names; None if neither does.
 
-    Raises ValueError for an unknown backend, and where "native" is asked for and cannot run.
+    Raises ValueError for an unknown name.
     """
     asked = backend or os.environ.get("LMFUSION_KERNELS_BACKEND") or None
     if asked is not None and asked not in BACKENDS:
         source = "backend" if backend else "LMFUSION_KERNELS_BACKEND"
         raise ValueError(f"{source}={asked!r} is unknown; known: {', '.join(BACKENDS)}")
+    return asked
+
+
+def choose(backend: str | None, *tensors: Tensor | None) -> str:
+    """The backend that an op without attention on `tensors` runs with: "native" or "reference".
+
+    Raises ValueError for an unknown backend, and where native ops are asked for and cannot run.
+    """
+    asked = asked_for(backend)
     if asked == "reference":
         return "reference"
     reason = why_not_native(*tensors)
     if not reason:
         return "native"
-    if asked == "native":
+    if asked is not None:
         raise ValueError(f"the native backend was asked for, but {reason}; backend='reference' runs everywhere")
     return "reference"
 
@@ -42,19 +57,35 @@ def why_not_native(*tensors: Tensor | None) -> str:
     for tensor in tensors:
         if tensor is None:
             continue
-        if tensor.is_floating_point() and tensor.dtype not in NATIVE_DTYPES:
-            return f"it takes float32 and bfloat16, not {str(tensor.dtype).removeprefix('torch.')}"
-        if reason := _why_not_device(tensor.device.type):
+        if reason := _why_not_device(tensor.device):
             return reason
+        dtypes = NATIVE_DTYPES[tensor.device.type]
+        if tensor.is_floating_point() and tensor.dtype not in dtypes:
+            names = [str(dtype).removeprefix("torch.") for dtype in (*dtypes, tensor.dtype)]
+            return f"it takes {', '.join(names[:-2])} and {names[-2]} on {tensor.device.type}, not {names[-1]}"
     return ""
 
 
-def _why_not_device(device_type: str) -> str:
-    if device_type in ("cpu", "meta"):
+def _why_not_device(device: torch.device) -> str:
+    if device.type in ("cpu", "meta"):
         return ""
-    if device_type == "cuda":
-        return "" if _library.build_info.get("cuda_architectures") else _library.build_info["cuda_why_not"]
-    return f"it runs on cpu and cuda, not on {device_type}"
+    if device.type != "cuda":
+        return f"it runs on cpu and cuda, not on {device.type}"
+    architectures = _library.build_info.get("cuda_architectures")
+    if not architectures:
+        return _library.build_info["cuda_why_not"]
+    return _why_not_capability(tuple(architectures), device)
+
+
+@constant_result
+def _why_not_capability(architectures: tuple[str, ...], device: torch.device) -> str:
+    found = capability(device)
+    if found is None or runs_on(architectures, found):  # None: fake tensors on a machine without the device
+        return ""
+    return (
+        f"the device has compute capability {found[0]}.{found[1]} and the library was compiled for "
+        f"{', '.join(architectures)}; set LMFUSION_CUDA_ARCHITECTURES={found[0]}{found[1]} and build it again"
+    )
 
 
 @dataclass(frozen=True)
@@ -80,18 +111,43 @@ class Backends(dict[str, Backend]):
 
 
 def backends() -> Backends:
-    """What is available here, what is chosen (for float32 and bfloat16 tensors), and why not the rest."""
-    asked = choose(os.environ.get("LMFUSION_KERNELS_BACKEND"))
+    """What is available here, what is chosen, and why not the rest.
+
+    First the ops without attention, by device; then the kernels of attention (on the CPU native-cpu has one too); last
+    the reference. `chosen_for` speaks of float32 and bfloat16 tensors.
+    """
+    asked = asked_for(None)
+    rows = choose(None)
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     result = Backends()
     for device in ("cpu", "cuda"):
-        reason = _library.why_not or _why_not_device(device)
+        where = torch.device("cuda", torch.cuda.current_device()) if device in devices[1:] else torch.device(device)
+        reason = _library.why_not or _why_not_device(where)
         if not reason and device not in devices:
             reason = "torch finds no CUDA device"
-        is_chosen = not reason and asked == "native"
+        is_chosen = not reason and rows == "native"
         result[f"native-{device}"] = Backend(not reason, (device,) if is_chosen else (), reason or _describe(device))
+    result.update(_attention_kernels(asked))
     rest = tuple(device for device in devices if not result[f"native-{device}"].chosen_for)
-    result["reference"] = Backend(True, rest, "plain PyTorch, every dtype and device; also for float64 and float16")
+    result["reference"] = Backend(True, rest, "plain PyTorch, every dtype and device; also for what nothing else takes")
+    return result
+
+
+def _attention_kernels(asked: str | None) -> dict[str, Backend]:
+    """The kernels of attention on CUDA devices; FlexAttention also runs on the CPU, to be compared."""
+    from lmfusion_kernels import attention
+
+    has_cuda = torch.cuda.is_available()
+    result = {}
+    for name in ATTENTION_KERNELS:
+        reason = attention.why_absent(name, torch.device("cuda"))
+        if reason and not attention.why_absent(name, torch.device("cpu")):
+            reason = ""
+        detail = f"attention: {attention.KERNELS[name].summary}"
+        choices = attention.explain(name, asked) if has_cuda and not reason else []
+        if choices:
+            detail += "; chosen " + ", ".join(choices)
+        result[name] = Backend(not reason, ("cuda",) if choices else (), f"{detail}; {reason}" if reason else detail)
     return result
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lmfusion_kernels import _library, reference
-from lmfusion_kernels.backends import choose
+from lmfusion_kernels import _library, attention, reference
+from lmfusion_kernels.attention.case import ranges_by_key
 from lmfusion_kernels.layout import TokenLayout
 
 _ops = torch.ops.lmfusion
@@ -25,15 +25,72 @@ def hybrid_attention(
 
     With a cached layout k and v are the whole cache, rows that hold no token yet included. It has no backward.
 
+    backend: None for the kernel that is best here, "native" for any but the reference, or the name of a kernel:
+    "triton", "flash", "flash-attn-2", "flash-attn-3", "flash-attn-4", "flex" or "reference" (lmfusion_kernels.attention
+    describes them, `backends()` says which are here). There is no second derivative but by the reference.
+
     Raises ValueError when shapes, dtypes or devices do not fit, when H is no multiple of H_kv, when a gradient would be
-    needed through a cached layout, or when `backend` cannot be had (see `backends()`).
+    needed through a cached layout, or when `backend` cannot be had.
     """
     _check(q, k, v, layout)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if choose(backend, q, k, v) == "reference":
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    kernel = attention.choose(
+        backend,
+        layout,
+        device=q.device,
+        dtype=q.dtype,
+        num_heads=q.shape[1],
+        num_kv_heads=k.shape[1],
+        head_dim=q.shape[2],
+        needs_grad=needs_grad,
+    )
+    if kernel == "reference":
         return reference.hybrid_attention(q, k, v, layout, scale)
-    out, _ = _ops.hybrid_attention(q, k, v, layout.key_start, layout.key_end, None, scale)
-    return out
+    if needs_grad and not attention.KERNELS[kernel].is_differentiable:
+        return _HybridAttention.apply(q, k, v, layout, kernel, scale)
+    return attention.forward(kernel, q, k, v, layout, "all", scale)[0]
+
+
+class _HybridAttention(torch.autograd.Function):
+    """Attention by a kernel that autograd cannot follow."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, kernel: str, scale: float) -> Tensor:
+        out, lse = attention.forward(kernel, q, k, v, layout, "all", scale)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.layout, ctx.kernel, ctx.scale = layout, kernel, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        dq, dk, dv = _HybridAttentionBackward.apply(dout, *ctx.saved_tensors, ctx.layout, ctx.kernel, ctx.scale)
+        _, want_k, want_v, *_ = ctx.needs_input_grad
+        return dq, dk if want_k else None, dv if want_v else None, None, None, None
+
+
+class _HybridAttentionBackward(torch.autograd.Function):
+    """The gradients, which have none themselves."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        layout: TokenLayout,
+        kernel: str,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.kernel = kernel
+        return attention.backward(kernel, dout, q, k, v, out, lse, layout, "all", scale)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise RuntimeError(f"{ctx.kernel} attention has no second derivative; backend='reference' has")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
@@ -59,14 +116,6 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
             "a layout with cached_lengths has no backward, and q, k or v requires a gradient; "
             "run under torch.no_grad(), or build the layout without a cache"
         )
-
-
-def ranges_by_key(key_start: Tensor, key_end: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
-    """Which queries `[query_start[j], query_end[j])` see key `j`? int32 [num_keys], from the keys each query sees."""
-    key = torch.arange(num_keys, dtype=torch.int32, device=key_start.device)
-    query_start = torch.searchsorted(key_end, key, right=True, out_int32=True)
-    query_end = torch.searchsorted(key_start, key, right=True, out_int32=True)
-    return query_start, torch.maximum(query_start, query_end)  # seen by none: an empty range
 
 
 def _fake(

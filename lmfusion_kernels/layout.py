@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lmfusion_kernels import _host
+from lmfusion_kernels.reorder_rows import reorder_rows
 
 TEXT, IMAGE, MARKER = 0, 1, 2
 MODALITIES = {"text": TEXT, "image": IMAGE, "marker": MARKER}
@@ -46,6 +47,10 @@ class TokenLayout:
     num_documents: int
     longest_document: int
     """Tokens of the longest document, those in the cache included."""
+    longest_active: int
+    """Active rows of the document that has most of them; with a cache, its new tokens."""
+    longest_triangle: int
+    """Rows of the longest triangle (see `triangle_row`)."""
     is_cached: bool
     """Whether keys live in a cache that holds earlier tokens too. Such a layout has no backward."""
 
@@ -78,6 +83,24 @@ class TokenLayout:
     active_query_end: Tensor
     active_row: Tensor
     """[num_active] by rank: row in [live | image] order, that is tower index minus num_constant."""
+
+    # The mask as kernels for packed causal attention know it: causal documents, and for each image the triangle that
+    # causality leaves out. An image's rows but the last, in reverse, see its rows but the first, in reverse, causally.
+    document_start: Tensor
+    """[num_documents + 1] first token of each document, then num_tokens."""
+    document_key_start: Tensor
+    """[num_documents + 1] row of the key buffer where each document begins, then num_keys."""
+    document_num_keys: Tensor
+    """[num_documents] tokens of each document, those in the cache included."""
+    active_document_start: Tensor
+    """[num_documents + 1] rank of the first active row of each document, then num_active."""
+    triangle_start: Tensor
+    """[number of images with two tokens or more + 1] where in triangle_row each of them begins, then its size."""
+    triangle_row: Tensor
+    """Sequence indices of the rows of all images but the last of each: every image in reverse. The key that the first
+    query of an image sees beyond itself, and so on down, is that of the next row, triangle_row + 1."""
+    active_triangle_row: Tensor
+    """The same rows by their rank."""
 
     @property
     def num_image(self) -> int:
@@ -229,29 +252,30 @@ class TokenLayout:
             num_keys=num_keys,
             num_documents=num_documents,
             longest_document=int(totals.max(initial=0)),
+            longest_active=counts["longest_active"],
+            longest_triangle=counts["longest_triangle"],
             is_cached=cached is not None,
             **tensors,
         )
         return layout if device is None else layout.to(device)
 
     def to(self, device: torch.device | str) -> "TokenLayout":
-        """The same layout with its vectors on `device`, copied without waiting for it."""
-        moved = {
-            field.name: getattr(self, field.name).to(device, non_blocking=True)
-            for field in fields(self)
-            if isinstance(getattr(self, field.name), Tensor)
-        }
+        """The same layout with its vectors on `device`: one copy for all of them, without waiting for it."""
+        if torch.device(device) == self.device:
+            return self
+        vectors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
+        moved: dict[str, Any] = {**copy_together(vectors, device)}
         return replace(self, **moved)
 
     def to_tower_order(self, x: Tensor) -> Tensor:
         """Rows [N, ...] from sequence order to tower order."""
         self.check_rows(x)
-        return x.index_select(0, self.tower_to_sequence)
+        return reorder_rows(x, self.tower_to_sequence, self.sequence_to_tower)
 
     def to_sequence_order(self, x: Tensor) -> Tensor:
         """Rows [N, ...] from tower order to sequence order."""
         self.check_rows(x)
-        return x.index_select(0, self.sequence_to_tower)
+        return reorder_rows(x, self.sequence_to_tower, self.tower_to_sequence)
 
     def check_rows(self, x: Tensor, num_rows: int | None = None, name: str = "x") -> None:
         """Raise ValueError unless `x` has `num_rows` rows (default: one a token) on this layout's device."""
@@ -262,6 +286,20 @@ class TokenLayout:
             raise ValueError(
                 f"{name} is on {x.device}, the layout on {self.device}; build it with device={str(x.device)!r}"
             )
+
+
+def copy_together(vectors: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    """Copies on `device` of vectors of one dtype, as parts of one buffer, which takes one transfer.
+
+    Each begins at a multiple of 64 bytes, as if it had memory of its own: kernels may be compiled for aligned pointers.
+    """
+    sizes = [vector.numel() for vector in vectors.values()]
+    padded = [-(-size // 16) * 16 for size in sizes]
+    buffer = next(iter(vectors.values())).new_zeros(sum(padded))
+    for part, vector in zip(buffer.split(padded), vectors.values(), strict=True):
+        part[: vector.numel()] = vector
+    parts = buffer.to(device, non_blocking=True).split(padded)
+    return {name: part[:size] for name, part, size in zip(vectors, parts, sizes, strict=True)}
 
 
 def _as_count(length: Any, document: int) -> int:

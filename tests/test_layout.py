@@ -1,5 +1,6 @@
 """TokenLayout against its definition, token by token; the compiled builder against the numpy one; bad input; speed."""
 
+import itertools
 import time
 from dataclasses import fields
 
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmfusion_kernels import TokenLayout, _host, reference
+from lmfusion_kernels.layout import copy_together
 
 MODALITIES = ("text", "image", "marker")
 needs_native = pytest.mark.skipif(_host._host_native is None, reason="_host_native was not compiled")
@@ -113,6 +115,37 @@ def test_rows_that_take_part_in_a_backward(documents, frozen_text):
         assert layout.query_row[row] == (row if is_constant[i] else layout.num_constant + rank[i])
 
 
+@given(batches, st.booleans())
+def test_causal_documents_and_triangles_are_the_mask(documents, frozen_text):
+    """Causality inside documents, and in each image what it leaves out: rows in reverse, causal again."""
+    layout = TokenLayout.from_spans(documents, frozen_text=frozen_text)
+    n = layout.num_tokens
+    counted = np.zeros((n, n), int)
+    for start, end in itertools.pairwise(layout.document_start.tolist()):
+        counted[start:end, start:end] += np.tri(end - start, dtype=int)
+    rows = layout.triangle_row.tolist()
+    for start, end in itertools.pairwise(layout.triangle_start.tolist()):
+        queries, keys = rows[start:end], [row + 1 for row in rows[start:end]]
+        counted[np.ix_(queries, keys)] += np.tri(end - start, dtype=int)
+    assert (counted == visible(tokens_of(documents))).all()  # every pair once
+    lengths = [sum(length for _, length in document) for document in documents]
+    assert layout.document_start.diff().tolist() == layout.document_num_keys.tolist() == lengths
+    assert layout.document_key_start.equal(layout.document_start)
+    triangles = layout.triangle_start.diff()
+    assert (triangles > 0).all() and layout.longest_triangle == max(triangles.tolist(), default=0)
+
+
+@given(batches, st.booleans())
+def test_documents_and_triangles_of_the_active_rows(documents, frozen_text):
+    layout = TokenLayout.from_spans(documents, frozen_text=frozen_text)
+    active = layout.active_key.tolist()
+    starts = layout.document_start.tolist()
+    expected = [sum(i < start for i in active) for start in starts]
+    assert layout.active_document_start.tolist() == expected
+    assert layout.longest_active == max(np.diff(expected), default=0)
+    assert [active[rank] for rank in layout.active_triangle_row] == layout.triangle_row.tolist()
+
+
 @given(batches.filter(bool), st.data())
 def test_cached_layout_continues_a_document(documents, data):
     """A document cut between two spans: the second part sees the first one's cache rows as it saw its tokens."""
@@ -131,6 +164,9 @@ def test_cached_layout_continues_a_document(documents, data):
     expected[:, slots] = whole[continued]
     assert (reference.hybrid_mask(layout).numpy() == expected).all()
     assert layout.key_slot.tolist() == [slots[i] for i in continued]
+    assert layout.document_key_start.tolist() == [capacity * d for d in range(len(documents) + 1)]
+    assert layout.document_num_keys.tolist() == [sum(n for _, n in document) for document in documents]
+    assert layout.longest_active == max(layout.document_start.diff().tolist())
     assert layout.position.tolist() == [tokens[i][3] for i in continued]
 
 
@@ -159,6 +195,17 @@ def test_modality_ids_give_the_layout_of_the_spans(documents, frozen_text):
     image = [span for _, _, span, _ in tokens]
     layout = TokenLayout.from_modality_ids(modality, document, image, frozen_text=frozen_text)
     assert_equal_layouts(layout, TokenLayout.from_spans(documents, frozen_text=frozen_text))
+
+
+def test_vectors_are_copied_together_and_aligned():
+    vectors = {name: torch.arange(size, dtype=torch.int32) for name, size in (("a", 17), ("none", 0), ("b", 5))}
+    copies = copy_together(vectors, "cpu")
+    assert list(copies) == list(vectors)
+    for name, vector in vectors.items():
+        assert torch.equal(copies[name], vector)
+        assert (copies[name].data_ptr() - copies["a"].data_ptr()) % 64 == 0
+    copies["a"][0] = 9
+    assert vectors["a"][0] == 0
 
 
 def test_orders_are_inverse_and_check_rows():

@@ -5,7 +5,7 @@ import torch
 
 import lmfusion_kernels as lk
 from lmfusion_kernels import _library
-from lmfusion_kernels.backends import choose
+from lmfusion_kernels.backends import ATTENTION_KERNELS, choose
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def test_a_wish_and_the_environment(monkeypatch):
 @pytest.mark.usefixtures("with_library")
 def test_an_impossible_wish():
     with pytest.raises(
-        ValueError, match=r"native backend was asked for, but it takes float32 and bfloat16, not float64"
+        ValueError, match=r"native backend was asked for, but it takes float32 and bfloat16 on cpu, not float64"
     ):
         choose("native", torch.ones(2, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"but it runs on cpu and cuda, not on mps.*backend='reference'"):
@@ -77,7 +77,7 @@ class FakeDevice:
 
 
 def test_an_unknown_backend(monkeypatch):
-    with pytest.raises(ValueError, match="backend='cuda' is unknown; known: native, reference"):
+    with pytest.raises(ValueError, match="backend='cuda' is unknown; known: native, reference, triton, flash,"):
         choose("cuda")
     monkeypatch.setenv("LMFUSION_KERNELS_BACKEND", "fast")
     with pytest.raises(ValueError, match="LMFUSION_KERNELS_BACKEND='fast' is unknown"):
@@ -98,7 +98,7 @@ def test_without_the_library():
 @pytest.mark.usefixtures("with_library")
 def test_the_table(monkeypatch):
     here = lk.backends()
-    assert list(here) == ["native-cpu", "native-cuda", "reference"]
+    assert list(here) == ["native-cpu", "native-cuda", *ATTENTION_KERNELS, "reference"]
     assert here["native-cpu"].chosen_for == ("cpu",)
     assert here["native-cuda"].detail == "it was built without nvcc"
     lines = repr(here).splitlines()

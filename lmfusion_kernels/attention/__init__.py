@@ -1,0 +1,163 @@
+"""Which kernel computes hybrid attention here, and how is each called?
+
+`choose` names a kernel, `forward` and `backward` run it. A kernel is one file of this folder; none imports an optional
+package before it is considered for a call.
+
+| name           | what it is                                                        | needs                         |
+| -------------- | ----------------------------------------------------------------- | ----------------------------- |
+| native         | C++ (csrc/hybrid_attention.cpp)                                   | a CPU                         |
+| triton         | Triton, from the layout's vectors                                 | CUDA, triton                  |
+| flash          | two causal calls of PyTorch's FlashAttention-2                    | CUDA 8.0                      |
+| flash-attn-2   | two causal calls of FlashAttention-2                              | CUDA 8.0, flash-attn          |
+| flash-attn-3   | two causal calls of FlashAttention-3                              | CUDA 9.0, flash-attn-3        |
+| flash-attn-4   | FlashAttention-4 with the mask and its block lists                | CUDA 9.0, flash-attn-4        |
+| flex           | FlexAttention with a block mask                                   | CUDA 8.0, or a CPU to compare |
+| reference      | plain PyTorch                                                     | nothing                       |
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lmfusion_kernels.attention import table
+from lmfusion_kernels.attention.case import Case, Kernel, QueryRows, dtype_name
+from lmfusion_kernels.attention.flash import TorchFlash
+from lmfusion_kernels.attention.flash_attn_2 import FlashAttn2
+from lmfusion_kernels.attention.flash_attn_3 import FlashAttn3
+from lmfusion_kernels.attention.flash_attn_4 import FlashAttn4
+from lmfusion_kernels.attention.flex import Flex
+from lmfusion_kernels.attention.plain import Reference
+from lmfusion_kernels.attention.registered import Native, Triton
+from lmfusion_kernels.attention.two_calls import TwoCalls
+from lmfusion_kernels.backends import asked_for
+from lmfusion_kernels.device import capability, constant_result
+from lmfusion_kernels.layout import TokenLayout
+
+KERNELS: dict[str, Kernel] = {
+    "native": Native(),
+    "triton": Triton(),
+    "flash": TwoCalls(TorchFlash()),
+    "flash-attn-2": TwoCalls(FlashAttn2()),
+    "flash-attn-3": TwoCalls(FlashAttn3()),
+    "flash-attn-4": FlashAttn4(),
+    "flex": Flex(),
+    "reference": Reference(),
+}
+DEFAULT_ORDER = ("triton", "flash")
+"""What is tried on a CUDA device, in this order, where the measured table says nothing or names what is not here."""
+
+
+def choose(
+    backend: str | None,
+    layout: TokenLayout,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    needs_grad: bool,
+) -> str:
+    """The name of the kernel that runs attention with tensors of this kind.
+
+    backend: the argument of an op (None: the environment variable LMFUSION_KERNELS_BACKEND decides, and without it the
+    fastest kernel as far as measured). "native" means any kernel but the reference.
+
+    Raises ValueError for an unknown name, and when what was asked for cannot run; the message says why, and how to get
+    it.
+    """
+    case = Case(device, dtype, num_heads, num_kv_heads, head_dim, needs_grad, layout.is_cached)
+    asked = asked_for(backend)
+    if asked is not None and asked != "native":
+        if reason := why_not(asked, case):
+            raise ValueError(f"{asked} attention was asked for, but {reason}; backend='reference' runs everywhere")
+        return asked
+    order = order_for(case, layout.num_tokens)
+    for name in order:
+        if not why_not(name, case):
+            return name
+    if asked is not None:
+        reasons = "; ".join(f"{name}: {why_not(name, case)}" for name in order)
+        raise ValueError(f"no native attention can run here ({reasons}); backend='reference' runs everywhere")
+    return "reference"
+
+
+def order_for(case: Case, num_tokens: int) -> tuple[str, ...]:
+    """The kernels to try, best first."""
+    if case.device.type != "cuda":
+        return ("native",)
+    best: tuple[str, ...] = ()
+    for min_tokens, kernel in _measured(case.device, dtype_name(case.dtype), case.head_dim, case.needs_grad):
+        if num_tokens >= min_tokens:
+            best = (kernel,)
+    return best + DEFAULT_ORDER
+
+
+@constant_result
+def _measured(device: torch.device, dtype: str, head_dim: int, needs_grad: bool) -> list[tuple[int, str]]:
+    found = capability(device)
+    return [] if found is None else table.measured(found, dtype, head_dim)["training" if needs_grad else "forward"]
+
+
+def explain(name: str, asked: str | None) -> list[str]:
+    """Where kernel `name` is chosen on the current CUDA device, and whether because that was measured."""
+    if asked is not None and asked != "native":
+        return ["because it was asked for"] if asked == name else []
+    device = torch.device("cuda", torch.cuda.current_device())
+    where: dict[str, list[str]] = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        for head_dim in (64, 96, 128, 256):
+            for needs_grad in (False, True):
+                case = Case(device, dtype, 32, 8, head_dim, needs_grad, is_cached=False)
+                best = _measured(device, dtype_name(dtype), head_dim, needs_grad)
+                call = f"{dtype_name(dtype)} heads of {head_dim}" + (" with gradients" if needs_grad else "")
+                if any(kernel == name for _, kernel in best) and not why_not(name, case):
+                    where.setdefault("measured", []).append(call)
+                elif next((kernel for kernel in DEFAULT_ORDER if not why_not(kernel, case)), None) == name and not best:
+                    where.setdefault("by default, not measured", []).append(call)
+    return [f"{reason}: {' | '.join(calls)}" if len(calls) < 16 else reason for reason, calls in where.items()]
+
+
+def why_not(name: str, case: Case) -> str:
+    """Why kernel `name` cannot run `case`, as the rest of a sentence; empty if it can."""
+    return why_absent(name, case.device) or KERNELS[name].why_not(case)
+
+
+@constant_result
+def why_absent(name: str, device: torch.device) -> str:
+    """Why kernel `name` cannot run on `device` at all. Asked once a process: an answer is kept."""
+    return _why_absent(name, device)
+
+
+@lru_cache
+def _why_absent(name: str, device: torch.device) -> str:
+    return KERNELS[name].why_absent(device)
+
+
+def forward(
+    kernel: str, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, rows: QueryRows, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out and lse by the kernel of this name, for the queries of `rows`; shapes and orders: `case.Kernel`."""
+    if scale < 0:  # some kernels take the largest score for the largest scaled score
+        q, scale = -q, -scale
+    return KERNELS[kernel].forward(q, k, v, layout, rows, scale)
+
+
+def backward(
+    kernel: str,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: TokenLayout,
+    rows: QueryRows,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv from `out` and `lse` of `forward`; dk, dv of all keys ("all") or of layout.active_key ("active")."""
+    if scale < 0:
+        dq, dk, dv = KERNELS[kernel].backward(dout, -q, k, v, out, lse, layout, rows, -scale)
+        return -dq, dk, dv
+    return KERNELS[kernel].backward(dout, q, k, v, out, lse, layout, rows, scale)

@@ -1,0 +1,110 @@
+"""What does a kernel of hybrid attention look like to the dispatcher, and what does it have to know of a call?"""
+
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from lmfusion_kernels.layout import TokenLayout
+
+QueryRows = Literal["all", "active", "constant"]
+"""Which rows are queries: all rows of the layout, those that take part in a backward, or the others."""
+
+
+class Case(NamedTuple):
+    """What decides whether a kernel can run a call."""
+
+    device: torch.device
+    dtype: torch.dtype
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    needs_grad: bool
+    is_cached: bool
+    """Whether the keys are those of a key-value cache."""
+
+
+class Kernel(Protocol):
+    """One implementation of hybrid attention.
+
+    q: [Nq, H, D], the queries of `rows` in sequence order. k, v: [layout.num_keys, H_kv, D] in sequence order.
+    out: [Nq, H, D] in sequence order, but for "active" rows in [live | image] order. lse: float32 [H, Nq] by query, the
+    log of the sum of exp(score). scale multiplies the scores.
+    """
+
+    @property
+    def summary(self) -> str:
+        """What it is, in one line of `backends()`."""
+        ...
+
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether autograd follows `forward`; otherwise a caller has to use `backward`."""
+        ...
+
+    def why_absent(self, device: torch.device) -> str:
+        """Why it cannot run on `device` whatever the tensors, as the rest of a sentence; empty if it can."""
+        ...
+
+    def why_not(self, case: Case) -> str:
+        """Why a kernel that is not absent cannot run `case`, as the rest of a sentence; empty if it can."""
+        ...
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, rows: QueryRows, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """out and lse."""
+        ...
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        layout: TokenLayout,
+        rows: QueryRows,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv from what `forward` returned; dk, dv of the keys of `rows` alone. "constant" has no backward."""
+        ...
+
+
+def key_ranges(layout: TokenLayout, rows: QueryRows) -> tuple[Tensor, Tensor, Tensor | None]:
+    """key_start, key_end by query, and the row of the result for each query (None: the same)."""
+    if rows == "all":
+        return layout.key_start, layout.key_end, None
+    if rows == "active":
+        return layout.active_key_start, layout.active_key_end, layout.active_row
+    return layout.constant_key_start, layout.constant_key_end, None
+
+
+def query_ranges(layout: TokenLayout, rows: QueryRows) -> tuple[Tensor, Tensor, Tensor]:
+    """The keys that get gradients, and for each the range of queries (counted among `rows`) that see it."""
+    if rows == "all":
+        return layout.key_slot, layout.query_start, layout.query_end
+    if rows == "active":
+        return layout.active_key, layout.active_query_start, layout.active_query_end
+    raise ValueError("constant rows have no backward: nothing trainable reaches them")
+
+
+def ranges_by_key(key_start: Tensor, key_end: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
+    """Which queries `[query_start[j], query_end[j])` see key `j`? int32 [num_keys], from the keys each query sees."""
+    key = torch.arange(num_keys, dtype=torch.int32, device=key_start.device)
+    query_start = torch.searchsorted(key_end, key, right=True, out_int32=True)
+    query_end = torch.searchsorted(key_start, key, right=True, out_int32=True)
+    return query_start, torch.maximum(query_start, query_end)  # seen by none: an empty range
+
+
+def aligned(x: Tensor) -> Tensor:
+    """`x` [n, H, D], copied unless every row of every head is contiguous and begins at a multiple of 8 elements."""
+    fits = x.stride(-1) == 1 and all(step % 8 == 0 for step in x.stride()[:-1])
+    if fits and not torch.compiler.is_compiling():  # a traced tensor cannot be asked for its offset
+        fits = x.storage_offset() % 8 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

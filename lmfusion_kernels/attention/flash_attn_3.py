@@ -1,0 +1,130 @@
+"""FlashAttention-3 for Hopper (the folder hopper/ of flash-attention, module flash_attn_interface): "flash-attn-3".
+
+bfloat16 and float16, head sizes that are multiples of 8 up to 256 as far as the build has them, compute capability 9.0;
+with and without a key-value cache (which has no backward). Builds without a backward are refused where a gradient is
+needed. dq is added up with atomics unless torch.use_deterministic_algorithms(True).
+Needs a version whose ops are registered with torch (2025-12 or later). Untested on GPU.
+"""
+
+import importlib
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lmfusion_kernels.attention.case import Case
+from lmfusion_kernels.attention.installed import (
+    has_module,
+    wants_deterministic,
+    why_no_import,
+    why_not_device,
+    why_not_flash,
+)
+from lmfusion_kernels.device import constant_result
+
+
+class FlashAttn3:
+    """Packed causal attention by hopper's flash_attn_interface."""
+
+    summary = "two causal calls of FlashAttention-3"
+    install = "pip install flash-attn-3 --index-url https://download.pytorch.org/whl/cu130"
+
+    def why_absent(self, device: torch.device) -> str:
+        if not (has_module("flash_attn_interface") and has_module("flash_attn_3")):
+            return f"FlashAttention-3 is not installed; `{self.install}`"
+        if reason := why_not_device(device, "9.0", ((9, 9),)) or why_no_import("flash_attn_interface"):
+            return reason
+        if not hasattr(torch.ops.flash_attn_3, "_flash_attn_backward"):
+            return f"this FlashAttention-3 is older than its registered ops; `{self.install}`"
+        return ""
+
+    def why_not(self, case: Case) -> str:
+        if reason := why_not_flash(case):
+            return reason
+        flags = build_flags()
+        built = [size for size in (64, 96, 128, 192, 256) if not flags.get(f"FLASHATTENTION_DISABLE_HDIM{size}")]
+        if not built or case.head_dim > built[-1]:
+            return f"it was built for head sizes up to {built[-1] if built else 0}, not {case.head_dim}"
+        if case.needs_grad and flags.get("FLASHATTENTION_DISABLE_BACKWARD"):
+            return f"it was built without a backward; `{self.install}`"
+        if case.dtype == torch.float16 and flags.get("FLASHATTENTION_DISABLE_FP16"):
+            return "it was built without float16; use bfloat16"
+        return ""
+
+    def forward(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        query_start: Tensor,
+        key_start: Tensor,
+        max_queries: int,
+        max_keys: int,
+        scale: float,
+        num_keys: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        import flash_attn_interface
+
+        out, lse, _, _ = flash_attn_interface._flash_attn_forward(
+            q=q,
+            k=k,
+            v=v,
+            cu_seqlens_q=query_start,
+            cu_seqlens_k=key_start,
+            seqused_k=num_keys,
+            max_seqlen_q=max_queries,
+            max_seqlen_k=max_keys,
+            softmax_scale=scale,
+            causal=True,
+        )
+        return out, lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        query_start: Tensor,
+        key_start: Tensor,
+        max_queries: int,
+        max_keys: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        import flash_attn_interface
+
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        flash_attn_interface._flash_attn_backward(
+            dout=dout,
+            q=q,
+            k=k,
+            v=v,
+            out=out,
+            softmax_lse=lse,
+            cu_seqlens_q=query_start,
+            cu_seqlens_k=key_start,
+            max_seqlen_q=max_queries,
+            max_seqlen_k=max_keys,
+            dq=dq,
+            dk=dk,
+            dv=dv,
+            softmax_scale=scale,
+            is_causal=True,
+            deterministic=wants_deterministic(),
+        )
+        return dq, dk, dv
+
+
+@constant_result
+def build_flags() -> dict[str, bool]:
+    """What the installed build left out; empty where it does not say."""
+    return _build_flags()
+
+
+@lru_cache(maxsize=1)
+def _build_flags() -> dict[str, bool]:
+    if not has_module("flash_attn_config"):
+        return {}
+    return importlib.import_module("flash_attn_config").CONFIG["build_flags"]

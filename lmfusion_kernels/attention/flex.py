@@ -1,0 +1,114 @@
+"""PyTorch's FlexAttention with a block mask made straight from the layout's vectors: the kernel "flex".
+
+A baseline for the others, and a way out where they cannot run. float32, bfloat16 and float16 on CUDA devices of
+capability 8.0 and later, compiled by torch.compile when first run and again for shapes it has not seen; it is also
+differentiable there. On the CPU it runs uncompiled and forms all scores: any dtype, small inputs, no gradients. No
+key-value cache, whose unused rows it would read. Its `backward`, which a block needs, runs the forward once more. Each
+call makes its block mask, (N / 128)^2 int32 on the device. Untested on GPU.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmfusion_kernels.attention.blocks import block_lists
+from lmfusion_kernels.attention.case import Case, QueryRows, dtype_name, key_ranges
+from lmfusion_kernels.attention.installed import why_not_device
+from lmfusion_kernels.attention.plain import recomputed_backward, store_rows
+from lmfusion_kernels.layout import TokenLayout
+
+BLOCK = 128
+
+
+class Flex:
+    """Hybrid attention by torch.nn.attention.flex_attention."""
+
+    summary = "PyTorch's FlexAttention, block mask from the layout's vectors"
+    is_differentiable = True
+
+    def why_absent(self, device: torch.device) -> str:
+        return "" if device.type == "cpu" else why_not_device(device, "8.0 or later", ((8, 99),))
+
+    def why_not(self, case: Case) -> str:
+        if case.is_cached:
+            return "it takes no key-value cache"
+        if case.device.type == "cpu":
+            return "it has no gradients on the CPU" if case.needs_grad else ""
+        if case.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"it takes float32, bfloat16 and float16, not {dtype_name(case.dtype)}"
+        if case.head_dim < 16:
+            return f"it takes head sizes from 16 on, not {case.head_dim}"
+        return ""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, rows: QueryRows, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        if q.shape[0] == 0:
+            return torch.empty_like(q), q.new_empty((q.shape[1], 0), dtype=torch.float32)
+        key_start, key_end, out_row = key_ranges(layout, rows)
+        query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out, aux = _flex_attention(q)(
+            query,
+            key,
+            value,
+            block_mask=block_mask(key_start, key_end, k.shape[0]),
+            scale=scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+            return_aux=_lse_too(),
+        )
+        return store_rows(out[0].transpose(0, 1), out_row), aux.lse[0]
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        layout: TokenLayout,
+        rows: QueryRows,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return recomputed_backward(self.forward, dout, q, k, v, layout, rows, scale)
+
+
+def block_mask(key_start: Tensor, key_end: Tensor, num_keys: int) -> Any:
+    """A BlockMask in which query i sees the keys [key_start[i], key_end[i])."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key >= key_start[query]) & (key < key_end[query])
+
+    num_partial, partial, num_full, full = (x[None, None] for x in block_lists(key_start, key_end, num_keys, BLOCK))
+    return BlockMask.from_kv_blocks(
+        num_partial,
+        partial,
+        num_full,
+        full,
+        BLOCK_SIZE=BLOCK,
+        mask_mod=sees,
+        seq_lengths=(key_start.shape[0], num_keys),
+    )
+
+
+def _flex_attention(q: Tensor) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # Inside a compiled function it is compiled with it.
+    return _compiled() if q.is_cuda and not torch.compiler.is_compiling() else flex_attention
+
+
+@lru_cache(maxsize=1)
+def _compiled() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
+def _lse_too() -> Any:
+    from torch.nn.attention.flex_attention import AuxRequest
+
+    return AuxRequest(lse=True)

@@ -1,0 +1,86 @@
+"""Hybrid attention in plain PyTorch from the ranges of the keys: the kernel "reference", and gradients by autograd.
+
+It holds an [H, Nq, Nk] tensor, so it is for small inputs and for dtypes that nothing else takes.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lmfusion_kernels.attention.case import Case, QueryRows, key_ranges, query_ranges
+from lmfusion_kernels.layout import TokenLayout
+
+Forward = Callable[[Tensor, Tensor, Tensor, TokenLayout, QueryRows, float], tuple[Tensor, Tensor]]
+
+
+def dense_attention(
+    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out [Nq, H, D] in q's dtype and lse [H, Nq], both computed in float32 or wider."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[1] // k.shape[1]
+    k, v = (x.to(wide).repeat_interleave(group, dim=1) for x in (k, v))
+    key = torch.arange(k.shape[0], device=k.device)
+    visible = (key >= key_start[:, None]) & (key < key_end[:, None])
+    scores = (torch.einsum("nhd,mhd->hnm", q.to(wide), k) * scale).masked_fill(~visible, float("-inf"))
+    lse = scores.logsumexp(dim=-1)
+    return torch.einsum("hnm,mhd->nhd", (scores - lse[..., None]).exp(), v).to(q.dtype), lse
+
+
+def store_rows(out: Tensor, out_row: Tensor | None) -> Tensor:
+    """Row i of `out` moved to row out_row[i], a permutation."""
+    return out if out_row is None else torch.empty_like(out).index_copy_(0, out_row.long(), out)
+
+
+def recomputed_backward(
+    forward: Forward,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: TokenLayout,
+    rows: QueryRows,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of a forward that autograd can follow, which is run once more."""
+    keys, _, _ = query_ranges(layout, rows)
+    with torch.enable_grad():
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        out, _ = forward(q, k, v, layout, rows, scale)
+        dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
+    return (dq, dk, dv) if rows == "all" else (dq, dk.index_select(0, keys), dv.index_select(0, keys))
+
+
+class Reference:
+    """Plain PyTorch: every device, dtype and head size, time and memory proportional to queries times keys."""
+
+    summary = "plain PyTorch"
+    is_differentiable = True
+
+    def why_absent(self, device: torch.device) -> str:
+        return ""
+
+    def why_not(self, case: Case) -> str:
+        return ""
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, rows: QueryRows, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        key_start, key_end, out_row = key_ranges(layout, rows)
+        out, lse = dense_attention(q, k, v, key_start, key_end, scale)
+        return store_rows(out, out_row), lse
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        layout: TokenLayout,
+        rows: QueryRows,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return recomputed_backward(self.forward, dout, q, k, v, layout, rows, scale)

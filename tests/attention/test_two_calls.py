@@ -1,0 +1,160 @@
+"""Two causal calls give hybrid attention, forward and backward, to the last bits of float64, for any batch."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lmfusion_kernels as lk
+from lmfusion_kernels import attention, reference
+from lmfusion_kernels.attention.plain import Reference
+from lmfusion_kernels.attention.two_calls import TwoCalls
+from tests.attention.packed_causal import PlainPackedCausal
+
+spans = st.tuples(st.sampled_from(["text", "image", "marker"]), st.integers(1, 12))
+documents = st.lists(st.lists(spans, min_size=1, max_size=5), min_size=1, max_size=5)
+TOLERANCE = 1e-12
+
+BATCHES = {
+    "mixed": [[("text", 5), ("image", 7), ("text", 3)], [("image", 4), ("text", 2)], [("text", 6)]],
+    "text alone": [[("text", 5)], [("text", 1)]],
+    "image alone": [[("image", 9)], [("image", 2)]],
+    "single-token images": [[("image", 1), ("text", 2), ("image", 1)], [("image", 1)]],
+    "two images in a row": [[("text", 2), ("image", 3), ("image", 4)]],
+    "one token": [[("image", 1)]],
+}
+
+
+def make_inputs(layout, rows, num_heads=4, num_kv_heads=2, head_dim=8, seed=0):
+    """q of the rows, k, v and a gradient in the order of the output, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    n = {"all": layout.num_tokens, "active": layout.num_active, "constant": layout.num_constant}[rows]
+    sizes = (n, num_heads), (layout.num_keys, num_kv_heads), (layout.num_keys, num_kv_heads), (n, num_heads)
+    return [torch.randn(*size, head_dim, dtype=torch.float64, generator=generator) for size in sizes]
+
+
+def assert_exact(layout, rows, seed=0, scale=0.3):
+    q, k, v, dout = make_inputs(layout, rows, seed=seed)
+    kernel, specification = TwoCalls(PlainPackedCausal()), Reference()
+    out, lse = kernel.forward(q, k, v, layout, rows, scale)
+    expected_out, expected_lse = specification.forward(q, k, v, layout, rows, scale)
+    assert (out - expected_out).abs().max() <= TOLERANCE
+    assert (lse - expected_lse).abs().max() <= TOLERANCE
+    if rows == "constant" or layout.is_cached:
+        return
+    grads = kernel.backward(dout, q, k, v, out, lse, layout, rows, scale)
+    expected = specification.backward(dout, q, k, v, expected_out, expected_lse, layout, rows, scale)
+    for name, grad, target in zip(("dq", "dk", "dv"), grads, expected, strict=True):
+        assert grad.shape == target.shape, name
+        assert (grad - target).abs().max() <= TOLERANCE, name
+
+
+@pytest.mark.parametrize("frozen_text", [True, False])
+@pytest.mark.parametrize("name", BATCHES)
+def test_equals_the_specification(name, frozen_text):
+    layout = lk.TokenLayout.from_spans(BATCHES[name], frozen_text=frozen_text)
+    for rows in ("all", "active", "constant"):
+        if rows == "all" or (layout.num_active if rows == "active" else layout.num_constant):
+            assert_exact(layout, rows)
+
+
+@settings(max_examples=60)
+@given(documents, st.booleans(), st.integers(0, 99))
+def test_random_documents(documents, frozen_text, seed):
+    layout = lk.TokenLayout.from_spans(documents, frozen_text=frozen_text)
+    assert_exact(layout, "all", seed)
+    if layout.num_active:
+        assert_exact(layout, "active", seed)
+    if layout.num_constant:
+        assert_exact(layout, "constant", seed)
+
+
+@settings(max_examples=40)
+@given(documents, st.data())
+def test_cached_layouts(documents, data):
+    cached = [data.draw(st.integers(0, 9)) for _ in documents]
+    capacity = max(c + sum(n for _, n in d) for c, d in zip(cached, documents, strict=True)) + 2
+    layout = lk.TokenLayout.from_spans(documents, cached_lengths=cached, cache_capacity=capacity)
+    assert_exact(layout, "all")
+    assert_exact(layout, "active")
+
+
+def test_rows_of_the_cache_that_hold_nothing_are_not_read():
+    layout = lk.TokenLayout.from_spans([[("text", 1)], [("image", 3)]], cached_lengths=[2, 0], cache_capacity=6)
+    q, k, v, _ = make_inputs(layout, "all")
+    expected = Reference().forward(q, k, v, layout, "all", 0.3)[0]
+    for x in (k, v):
+        x[3:6] = float("nan")
+        x[9:] = float("nan")
+    assert (TwoCalls(PlainPackedCausal()).forward(q, k, v, layout, "all", 0.3)[0] - expected).abs().max() <= TOLERANCE
+
+
+def test_the_second_call_is_made_for_triangles_alone():
+    """Its rows: those of all images but the last (queries) or the first (keys) of each; none without images."""
+    for name, num_rows in (("mixed", 6 + 3), ("text alone", 0), ("single-token images", 0), ("image alone", 8 + 1)):
+        layout = lk.TokenLayout.from_spans(BATCHES[name])
+        packed = PlainPackedCausal()
+        q, k, v, _ = make_inputs(layout, "all")
+        TwoCalls(packed).forward(q, k, v, layout, "all", 1.0)
+        assert packed.calls == [(layout.num_tokens,) * 2] + [(num_rows,) * 2] * (num_rows > 0)
+
+
+def test_an_empty_batch():
+    layout = lk.TokenLayout.from_spans([])
+    q, k, v, dout = make_inputs(layout, "all")
+    kernel = TwoCalls(PlainPackedCausal())
+    out, lse = kernel.forward(q, k, v, layout, "all", 1.0)
+    assert out.shape == q.shape and lse.shape == (4, 0)
+    assert [x.shape for x in kernel.backward(dout, q, k, v, out, lse, layout, "all", 1.0)] == [
+        q.shape,
+        k.shape,
+        v.shape,
+    ]
+
+
+def test_documents_without_active_rows_get_no_gradients():
+    """No row takes part in a backward: there is nothing to compute, and nothing comes back."""
+    layout = lk.TokenLayout.from_spans([[("text", 4)]])
+    q, k, v, dout = make_inputs(layout, "active")
+    kernel = TwoCalls(PlainPackedCausal())
+    out, lse = kernel.forward(q, k, v, layout, "active", 1.0)
+    grads = kernel.backward(dout, q, k, v, out, lse, layout, "active", 1.0)
+    assert [x.shape[0] for x in grads] == [0, 0, 0]
+    with pytest.raises(ValueError, match="constant rows have no backward"):
+        kernel.backward(dout, q, k, v, out, lse, layout, "constant", 1.0)
+
+
+def test_the_merge_survives_scores_of_any_size():
+    """Scores in the thousands: their exponentials would overflow, their log-sum-exps do not."""
+    layout = lk.TokenLayout.from_spans(BATCHES["mixed"])
+    q, k, v, _ = make_inputs(layout, "all")
+    out, lse = TwoCalls(PlainPackedCausal()).forward(1e2 * q, 1e2 * k, v, layout, "all", 1.0)
+    expected, expected_lse = Reference().forward(1e2 * q, 1e2 * k, v, layout, "all", 1.0)
+    assert (out - expected).abs().max() <= 1e-9
+    torch.testing.assert_close(lse, expected_lse)
+
+
+def test_strides_and_signs_that_kernels_do_not_take():
+    """Heads apart, a gradient as `out.sum()` gives it, an odd place in memory, a negative scale."""
+    layout = lk.TokenLayout.from_spans(BATCHES["mixed"])
+    q, k, v, dout = make_inputs(layout, "all")
+    q = q.transpose(0, 2).contiguous().transpose(0, 2)
+    k = torch.cat([k.new_zeros(3), k.flatten()])[3:].view(k.shape)
+    dout = dout[:1, :1, :1].expand(dout.shape)
+    attention.KERNELS["plain"] = TwoCalls(PlainPackedCausal())
+    try:
+        out, lse = attention.forward("plain", q, k, v, layout, "all", -0.3)
+        grads = attention.backward("plain", dout, q, k, v, out, lse, layout, "all", -0.3)
+    finally:
+        del attention.KERNELS["plain"]
+    expected = Reference().backward(dout, q, k, v, out, lse, layout, "all", -0.3)
+    assert (out - Reference().forward(q, k, v, layout, "all", -0.3)[0]).abs().max() <= TOLERANCE
+    assert all((grad - target).abs().max() <= TOLERANCE for grad, target in zip(grads, expected, strict=True))
+
+
+def test_equals_the_public_reference():
+    """`Reference` above is the specification of tests/test_hybrid_attention.py, from the same vectors."""
+    layout = lk.TokenLayout.from_spans(BATCHES["mixed"])
+    q, k, v, _ = make_inputs(layout, "all")
+    out, _ = Reference().forward(q, k, v, layout, "all", 0.3)
+    torch.testing.assert_close(out, reference.hybrid_attention(q, k, v, layout, 0.3), rtol=0, atol=1e-14)
