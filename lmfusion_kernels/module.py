@@ -163,7 +163,13 @@ class RoutedBlock(nn.Module):
             self.text.requires_grad_(False)
 
     def forward(
-        self, x: Rows, layout: TokenLayout, rope: Rope, order: str = "tower", backend: str | None = None
+        self,
+        x: Rows,
+        layout: TokenLayout,
+        rope: Rope,
+        order: str = "tower",
+        backend: str | None = None,
+        recompute: str = "none",
     ) -> Rows:
         """See `routed_block`."""
         if rope[0].shape[-1] != self.head_dim // 2:
@@ -172,4 +178,5 @@ class RoutedBlock(nn.Module):
                 f"{self.head_dim // 2}: one angle for each pair, as rope_tables makes them"
             )
         dtype = x.dtype if isinstance(x, Tensor) else x[0].dtype
-        return routed_block(x, layout, self.text.weights(dtype), self.image.weights(dtype), rope, order, backend)
+        text, image = self.text.weights(dtype), self.image.weights(dtype)
+        return routed_block(x, layout, text, image, rope, order, backend, recompute=recompute)

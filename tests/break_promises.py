@@ -45,14 +45,14 @@ BREAKAGES = (
     Breakage(
         "2 caption loss reaches the image tower: gradients of live rows are cut",
         "tests/test_block.py::test_text_loss_after_an_image_reaches_the_image_tower_through_frozen_text",
-        "lmfusion_kernels/block.py",
+        "lmfusion_kernels/block_backward.py",
         "dys = [dy_text[num_constant:].contiguous(), dy_image.contiguous()]",
         "dys = [torch.zeros_like(dy_text[num_constant:]), dy_image.contiguous()]",
     ),
     Breakage(
         "3 frozen weights get no gradient: every weight's gradient is computed",
         "tests/test_block.py::test_backward_flops_are_those_of_the_row_classes",
-        "lmfusion_kernels/block.py",
+        "lmfusion_kernels/block_backward.py",
         "if want[name]:\n                grad[name] = torch.mm",
         "if True:\n                grad[name] = torch.mm",
     ),
@@ -87,7 +87,7 @@ BREAKAGES = (
     Breakage(
         "5 batches of one kind: the block forgets the constant rows where a batch has nothing else",
         "tests/test_block.py::test_block_on_batches_of_one_kind",
-        "lmfusion_kernels/block.py",
+        "lmfusion_kernels/block_forward.py",
         "    if num_constant:\n        out_constant",
         "    if num_constant and layout.num_active:\n        out_constant",
     ),

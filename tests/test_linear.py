@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._dynamo.backends.registry import lookup_backend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lmfusion_kernels as lk
+from lmfusion_kernels import linear
 from lmfusion_kernels.linear import routed_linear
 from lmfusion_kernels.rms_norm import routed_rms_norm
 from lmfusion_kernels.rope_reorder import rope_reorder
@@ -74,6 +76,41 @@ def test_keeps_rows_only_for_weight_gradients():
             make_op(layout)("native", **tensors)
         assert len(saved) == expected
         assert any(t is x for t in saved) == trainable
+
+
+class Ops(TorchDispatchMode):
+    """The names of the ops that are dispatched, but for views and allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view and not func._opname.startswith(("empty", "new_empty")):
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+@needs_native
+@pytest.mark.parametrize("paired", [False, True], ids=["one tensor", "pair"])
+def test_runs_one_product_a_tower_and_copies_nothing(paired):
+    layout = make_layout("mixed")
+    tensors = {name: t.requires_grad_() for name, t in make_tensors(layout, torch.float32, paired, True).items()}
+    weights = tensors["text_weight"], tensors["image_weight"]
+    x = [tensors["x_text"], tensors["x_image"]] if paired else [tensors["x"]]
+    result = make_op(layout)("native", **tensors)
+    results = list(result) if paired else [result]
+    dy = [torch.randn_like(t) for t in results]
+    with Ops() as backward:
+        torch.autograd.grad(results, [*x, *weights], dy)
+    assert sorted(backward.names) == ["mm", "mm", "routed_linear", "sum", "sum"]
+    with torch.no_grad(), Ops() as forward:  # what the op does, which a mode does not see from outside
+        linear._forward(x, *weights, None, None, layout.num_text, not paired)
+        linear._forward(x, *weights, tensors["text_bias"], tensors["image_bias"], layout.num_text, not paired)
+    assert forward.names == ["mm", "mm", "addmm", "addmm"]
+    with torch.no_grad(), Ops() as of_rows:
+        linear._forward(dy, *(w.t() for w in weights), None, None, layout.num_text, not paired)
+    assert of_rows.names == ["mm", "mm"]
 
 
 @needs_native

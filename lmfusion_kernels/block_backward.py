@@ -1,0 +1,165 @@
+"""How does the gradient flow back through a two-tower layer? The block as one autograd node.
+
+Outside attention it is 20 kernels on a GPU: two GEMMs for each of the four projections of each tower (one where the
+weight is frozen), one kernel for SwiGLU, two for the norms, one for RoPE + reorder. Norm weights that are trained add
+one a norm, which sums up the partial sums; trained biases one a tower; constant rows two if text rows want gradients
+(zeros, and their joining), one tensor for both towers one. Norm outputs and the SwiGLU product, which the gradients of
+the weights behind them need, are recomputed by these kernels on their way. Rows are the active ones throughout,
+[live | image].
+"""
+
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lmfusion_kernels import attention
+from lmfusion_kernels.block_forward import Activations, Call, complete, forward, present
+from lmfusion_kernels.layout import TokenLayout
+from lmfusion_kernels.weights import BlockWeights, Rope, Rows
+
+WEIGHT_NAMES = tuple(field.name for field in fields(BlockWeights) if field.name != "eps")
+_COUNT = len(WEIGHT_NAMES)
+
+_ops: Any = torch.ops.lmfusion
+
+
+def apply(call: Call, x: Rows) -> Rows:
+    """The block on rows `x`, with a backward."""
+    weights = (getattr(tower, name) for tower in call.towers for name in WEIGHT_NAMES)
+    rows = (x, None, None) if isinstance(x, Tensor) else (None, *x)
+    kinds = (call.layout, call.text.eps, call.attention, call.ffn, call.recompute)
+    y_text, y_image = _RoutedBlock.apply(*rows, *weights, *call.rope, *kinds)
+    return y_text if isinstance(x, Tensor) else (y_text, y_image)
+
+
+def _call(weights: tuple[Tensor | None, ...], rope: Rope, kinds: tuple[TokenLayout, float, str, str, str]) -> Call:
+    layout, eps, *kernels_and_mode = kinds
+    text: dict[str, Any] = dict(zip(WEIGHT_NAMES, weights[:_COUNT], strict=True))
+    image: dict[str, Any] = dict(zip(WEIGHT_NAMES, weights[_COUNT:], strict=True))
+    return Call(layout, BlockWeights(**text, eps=eps), BlockWeights(**image, eps=eps), rope, *kernels_and_mode)
+
+
+class _RoutedBlock(torch.autograd.Function):
+    """Rows of both towers in, rows of both towers out; `x` has all rows, or `x_text` and `x_image` a tower's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor | None, x_text: Tensor | None, x_image: Tensor | None, *args: Any) -> Any:
+        weights, (cos, sin), kinds = args[: 2 * _COUNT], args[2 * _COUNT : 2 * _COUNT + 2], args[2 * _COUNT + 2 :]
+        rows: Rows
+        if x is None:
+            assert x_text is not None and x_image is not None
+            rows = (x_text, x_image)
+        else:
+            rows = x
+        y, saved = forward(_call(weights, (cos, sin), kinds), rows, None, keep=True)
+        assert saved is not None
+        ctx.save_for_backward(*weights, cos, sin, *saved)
+        ctx.kinds = kinds
+        return (y, None) if isinstance(y, Tensor) else y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dy: Tensor) -> Any:
+        with torch.autocast(ctx.kinds[0].device.type, enabled=False):
+            weights, (cos, sin), saved = (
+                ctx.saved_tensors[: 2 * _COUNT],
+                ctx.saved_tensors[2 * _COUNT : 2 * _COUNT + 2],
+                Activations(*ctx.saved_tensors[2 * _COUNT + 2 :]),
+            )
+            call = _call(weights, (cos, sin), ctx.kinds)
+            if call.recompute != "none":
+                saved = complete(call, saved)
+            return _backward(call, saved, dy, ctx.needs_input_grad)
+
+
+def _backward(
+    call: Call, saved: Activations, dy: tuple[Tensor, ...], needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    layout, text, image = call.layout, call.text, call.image
+    num_constant, num_live = layout.num_constant, layout.num_live
+    wants = [dict(zip(WEIGHT_NAMES, part, strict=True)) for part in (needs[3 : 3 + _COUNT], needs[3 + _COUNT : -7])]
+    grads: list[dict[str, Tensor]] = [{}, {}]
+    dy_text, dy_image = dy[0].tensor_split([layout.num_text]) if dy[1] is None else dy
+    dys = [dy_text[num_constant:].contiguous(), dy_image.contiguous()]
+
+    def weight_grads(name: str, dout: list[Tensor], rows: list[Tensor]) -> None:
+        for want, grad, d, r in zip(wants, grads, dout, rows, strict=True):
+            if want[name]:
+                grad[name] = torch.mm(d.t(), r)
+
+    def norm_backward(
+        name: str, dnormed: list[Tensor], rows: list[Tensor], rstd: Tensor, dresidual: list[Tensor], recompute: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        want_text, want_image = wants[0][name], wants[1][name]
+        results = iter(_ops.rms_norm_backward(
+            dnormed, rows, rstd, getattr(text, name), getattr(image, name), num_live, dresidual, want_text, want_image,
+            recompute,
+        ))  # fmt: skip
+        dx = [next(results), next(results)]
+        for grad, want in zip(grads, (want_text, want_image), strict=True):
+            if want:
+                grad[name] = next(results)
+        return dx, list(results)
+
+    # Feed-forward network, from its end.
+    towers = (text, image)
+    dh = [torch.mm(d, w.down_proj) for d, w in zip(dys, towers, strict=True)]
+    want_down = wants[0]["down_proj"] or wants[1]["down_proj"]
+    dgate_live, dgate_image, *h = _ops.swiglu_backward(dh, [saved.gate_up_live, saved.gate_up_image], want_down)
+    if want_down:
+        weight_grads("down_proj", dys, h)
+    dgate_up = [dgate_live, dgate_image]
+    dnormed = [torch.mm(d, w.gate_up_proj) for d, w in zip(dgate_up, towers, strict=True)]
+    want_gate_up = wants[0]["gate_up_proj"] or wants[1]["gate_up_proj"]
+    middle = [present(saved.middle_live), present(saved.middle_image)]
+    rstd = present(saved.rstd_middle)
+    dmiddle, normed = norm_backward("post_attention_layernorm", dnormed, middle, rstd, dys, want_gate_up)
+    if want_gate_up:
+        weight_grads("gate_up_proj", dgate_up, normed)
+
+    # Attention: rows arrive in [live | image] order, gradients of q, k, v leave in sequence order.
+    q, k, v, out, lse = map(present, (saved.q, saved.k, saved.v, saved.out, saved.lse))
+    dout = torch.empty_like(out)
+    for rows, d, w in zip(dout.flatten(1).tensor_split([num_live]), dmiddle, towers, strict=True):
+        torch.mm(d, w.o_proj, out=rows)
+    weight_grads("o_proj", dmiddle, list(out.flatten(1).tensor_split([num_live])))
+    dqkv_rows = attention.backward(call.attention, dout, q, k, v, out, lse, layout, "active", call.scale)
+    norm_wants = [want["q_norm"] or want["k_norm"] for want in wants]
+    qkv = [saved.qkv_live, saved.qkv_image] if call.has_qk_norm else []
+    results = iter(_ops.rope_reorder_backward(
+        *dqkv_rows, qkv, *call.rope, layout.active_row, layout.active_key, num_live, call.num_heads, *call.qk_norms,
+        text.eps, *norm_wants,
+    ))  # fmt: skip
+    dqkv = [next(results), next(results)]
+    for grad, want, wanted, w in zip(grads, norm_wants, wants, towers, strict=True):
+        for name in ("q_norm", "k_norm"):
+            if want and getattr(w, name) is not None:
+                dnorm = next(results)
+                if wanted[name]:
+                    grad[name] = dnorm
+
+    # Projections and the first norm.
+    for grad, wanted, d in zip(grads, wants, dqkv, strict=True):
+        if wanted["qkv_bias"]:
+            grad["qkv_bias"] = d.sum(0)
+    dnormed = [torch.mm(d, w.qkv_proj) for d, w in zip(dqkv, towers, strict=True)]
+    want_qkv = wants[0]["qkv_proj"] or wants[1]["qkv_proj"]
+    x, rstd = [saved.x_live, saved.x_image], present(saved.rstd_in)
+    dx, normed = norm_backward("input_layernorm", dnormed, x, rstd, dmiddle, want_qkv)
+    if want_qkv:
+        weight_grads("qkv_proj", dqkv, normed)
+    weight_results = (grad.get(name) for grad in grads for name in WEIGHT_NAMES)
+    return (*_input_grads(dx, needs, num_constant), *weight_results, *[None] * 7)
+
+
+def _input_grads(dx: list[Tensor], needs: tuple[bool, ...], num_constant: int) -> tuple[Tensor | None, ...]:
+    """Gradients of x, x_text and x_image from those of the live and the image rows; constant rows get zeros."""
+    dx_live, dx_image = dx
+    zeros = [dx_live.new_zeros(num_constant, dx_live.shape[1])] if num_constant and (needs[0] or needs[1]) else []
+    if needs[0]:
+        return torch.cat([*zeros, dx_live, dx_image]), None, None
+    dx_text = (torch.cat([*zeros, dx_live]) if num_constant else dx_live) if needs[1] else None
+    return None, dx_text, dx_image if needs[2] else None
