@@ -71,6 +71,8 @@ class LMFusion(PreTrainedModel):
         self.base: BaseRecord | None = None
         self.compute_dtype: torch.dtype | None = None
         """dtype of the rows; None: that of the text weights. Weights in another dtype are cast as they are used."""
+        self.recompute = "none"
+        """What a layer's backward computes again instead of keeping it: see `lmfusion_kernels.routed_block`."""
         self.boi_token_id: int = config.text_config.vocab_size
         self.eoi_token_id: int = config.text_config.vocab_size + 1
         if not self.image.marker_embedding.is_meta:
@@ -198,7 +200,7 @@ class LMFusion(PreTrainedModel):
             text = layer.weights(dtype)
             image = self.image.layer_weights(i, text, dtype)
             kv_cache = None if kv_caches is None else kv_caches[i]
-            rows = lk.routed_block(rows, layout, text, image, rope, kv_cache=kv_cache)
+            rows = lk.routed_block(rows, layout, text, image, rope, kv_cache=kv_cache, recompute=self.recompute)
         norms = (self.text.norm.weight.to(dtype), self.image.norm.weight.to(dtype))
         h = lk.routed_rms_norm(rows, *norms, layout, self.config.text_config.rms_norm_eps)
         return cast(tuple[Tensor, Tensor], h)

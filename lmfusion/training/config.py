@@ -14,6 +14,7 @@ from lmfusion.configuration import ImageTowerConfig
 from lmfusion.data.sources import DataConfig
 from lmfusion.diffusion import SAMPLERS, DiffusionConfig
 from lmfusion.image.codec import CodecConfig
+from lmfusion_kernels.block import RECOMPUTE
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16")
@@ -70,6 +71,9 @@ class TrainConfig:
     (1 + step) / (10 + step) holds where it is less. 0: no averaging."""
     dtype: str = "float32"
     """"float32" or "bfloat16": of the activations and the frozen weights. Trained weights are always float32."""
+    recompute: str = "none"
+    """What the backward of a layer computes again instead of keeping it, to the same gradients: "none", "ffn" (gate and
+    up: about half of the activations for one GEMM more) or "layer" (all but the layer's input)."""
     seed: int = 0
     device: str = "auto"
     """"auto" (a GPU where there is one), "cpu" or "cuda"."""
@@ -93,6 +97,7 @@ class TrainConfig:
                 f"more than train.learning_rate, {self.learning_rate}"
             )
         _check_choice("train.dtype", self.dtype, DTYPES)
+        _check_choice("train.recompute", self.recompute, RECOMPUTE)
         _check_choice("train.device", self.device, DEVICES)
 
 

@@ -251,6 +251,7 @@ def build_model(config: ModelConfig, train: TrainConfig) -> LMFusion:
         model = LMFusion.from_llm(path, config.image, config.codec, config.diffusion, dtype=dtype, seed=train.seed)
     model.freeze_text(train.text_learning_rate_ratio == 0)
     model.compute_dtype = dtype
+    model.recompute = train.recompute
     model.image.float()
     if not model.frozen_text:
         model.text.float()

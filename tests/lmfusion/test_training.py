@@ -92,6 +92,21 @@ def test_metrics_and_learning(config):
     assert last["loss"] == pytest.approx(weight, rel=0.05)  # means of steps with different numbers of labels
 
 
+def test_recomputing_keeps_less_and_changes_no_bit(config):
+    runs = {mode: config(mode, train__recompute=mode, train__num_steps=2) for mode in ("none", "ffn", "layer")}
+    kept = {}
+    for mode, run in runs.items():
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.nbytes) or t, lambda t: t):
+            assert Trainer(run).run()
+        kept[mode] = sum(sizes)
+    assert kept["layer"] < kept["ffn"] < kept["none"]
+    for mode in ("ffn", "layer"):
+        assert read_metrics(runs[mode]) == read_metrics(runs["none"])
+        for name, weight in final_tensors(runs["none"], 2)["weights"].items():
+            assert torch.equal(weight, final_tensors(runs[mode], 2)["weights"][name]), name
+
+
 def test_micro_batches_change_nothing_but_rounding(config):
     runs = [config(f"micro-{size}", train__micro_batch_size=size, train__num_steps=4) for size in (6, 4, 1)]
     for run in runs:
