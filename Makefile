@@ -15,7 +15,7 @@ help:
 	@echo "make test      lint, types, compile checks, tests    (PYTEST_ARGS='tests/test_layout.py -k spans' for some)"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     benchmarks on this machine's CPU"
-	@echo "make gpu       GPU tests and benchmarks with the python and torch that are there (OUTPUT=folder)"
+	@echo "make gpu       all that needs a GPU, with the python and torch that are there (PYTHON=..., OUTPUT=folder)"
 	@echo "make build     compile the native code again after a change in csrc/; stops at an error"
 	@echo "make clean     remove .venv and everything compiled"
 
@@ -35,7 +35,7 @@ bench: $(VENV)/.built
 	$(BIN)/python -m pytest benchmarks --benchmark-only -q $(PYTEST_ARGS)
 
 gpu:
-	PYTHON=$(PYTHON) bash benchmarks/gpu.sh $(OUTPUT)
+	$(PYTHON) benchmarks/gpu.py $(OUTPUT)
 
 build: $(VENV)/.installed
 	$(BIN)/python setup.py -q build_ext --inplace

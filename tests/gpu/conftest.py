@@ -1,0 +1,27 @@
+"""Every test in this folder needs a GPU: they are marked here, and skipped at run time where there is none."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.gpu.support import ON_GPU, synchronize
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if ON_GPU:
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(autouse=True)
+def own_errors_only() -> Iterator[None]:
+    """Kernels report errors late, and a bad access ends the process's use of the device: blame the right test."""
+    try:
+        synchronize()
+    except (RuntimeError, torch.AcceleratorError):
+        pytest.skip("an earlier test broke this process's access to the GPU")
+    yield
+    synchronize()
