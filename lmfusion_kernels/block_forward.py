@@ -10,6 +10,7 @@ joined for the text tower's output projection (into one buffer the constant rows
 With QK norm as well there is another: the live rows of qkv are copied away from the constant ones.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,8 @@ from lmfusion_kernels.weights import BlockWeights, Rope, Rows, split_towers
 _ops: Any = torch.ops.lmfusion
 
 
-class Call(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Call:
     """One call of the block: all but its rows."""
 
     layout: TokenLayout
