@@ -1,36 +1,117 @@
-"""Two threads, random data, and one table at the end: median, spread, rate, ratio to each baseline, promised bar."""
+"""Two threads, one row a test, one table at the end, and results.json where LMFUSION_BENCHMARK_OUTPUT names a folder.
+
+A run ends within five minutes: rows that find no time left say so.
+
+pytest-benchmark chooses what runs (--benchmark-only) and its JSON holds the rows as extra_info; its own table is left
+out, since host clocks say nothing about a GPU.
+"""
 
 import os
-import platform
+import time
+from pathlib import Path
 
+import pytest
 import torch
 
-NUM_THREADS = 2
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # first calls show what compiling takes
+
+from benchmarks import machine, shapes
+from benchmarks.compare import compare, why_not
+from benchmarks.output import table, write_results
+
+FILES = (
+    "test_routed_block",
+    "test_hybrid_attention",
+    "test_rms_norm",
+    "test_rope_reorder",
+    "test_swiglu",
+    "test_decode",
+)
+LIMIT_SECONDS = float(os.environ.get("LMFUSION_BENCHMARK_SECONDS", "285"))
+ROWS = pytest.StashKey[list]()
+START = pytest.StashKey[float]()
 
 
 def pytest_configure(config):
-    torch.set_num_threads(min(NUM_THREADS, os.cpu_count() or 1))
+    torch.set_num_threads(min(machine.NUM_THREADS, os.cpu_count() or 1))
+    config.option.benchmark_quiet = True
+    config.stash[ROWS] = []
+    config.stash[START] = time.perf_counter()
+
+
+def pytest_collection_modifyitems(items):
+    """What matters most first: a run has a limit of time."""
+    items.sort(key=lambda item: FILES.index(item.path.stem) if item.path.stem in FILES else len(FILES))
+
+
+@pytest.fixture
+def device():
+    return machine.benchmark_device()
+
+
+@pytest.fixture
+def record(benchmark, request, device):
+    """Measure a row: record(row, contestants, ours="ours"). Fails if our own contestant does, once it is written."""
+
+    spent = time.perf_counter() - request.config.stash[START]
+    if spent > LIMIT_SECONDS:
+        pytest.skip(f"{spent:.0f} s of {LIMIT_SECONDS:.0f} are over; LMFUSION_BENCHMARK_SECONDS=600 gives more time")
+
+    def measure(row, contestants, ours="ours"):
+        result = {"name": request.node.name, **compare(row, contestants, ours, device)}
+        keep(request.config, result)
+        benchmark.extra_info.update(result)
+        if result["status"] != "measured":
+            pytest.fail(f"{ours}: {result['reason']}", pytrace=False)
+        call = contestants[ours].prepare(0)
+
+        def call_and_wait():
+            call()
+            machine.synchronize(device)
+
+        benchmark.pedantic(call_and_wait, rounds=3, warmup_rounds=1)
+        return result
+
+    return measure
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A test that ends before it measured anything is a row, too, with the reason."""
+    outcome = yield
+    report = outcome.get_result()
+    rows = item.config.stash[ROWS]
+    if call.excinfo is None or report.passed or any(row["name"] == item.name for row in rows):
+        return
+    line = why_not(call.excinfo.value)
+    if report.skipped:
+        line = {"status": "skipped", "reason": str(call.excinfo.value)}
+    keep(item.config, {"name": item.name, "op": item.path.stem.removeprefix("test_"), **line, "contestants": {}})
+
+
+def keep(config, row):
+    """A row more. The file is written again each time: an interrupted run keeps what it has."""
+    config.stash[ROWS].append(row)
+    if folder := os.environ.get("LMFUSION_BENCHMARK_OUTPUT"):
+        write_results(results_so_far(config), Path(folder))
+
+
+def results_so_far(config):
+    device = machine.benchmark_device()
+    return {
+        **machine.describe(device),
+        "ceilings": machine.ceilings(device, shapes.DTYPES),
+        "wall_s": round(time.perf_counter() - config.stash[START], 1),
+        "rows": config.stash[ROWS],
+    }
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    session = getattr(config, "_benchmarksession", None)
-    rows = [b for b in session.benchmarks if b.extra_info.get("ratios")] if session else []
+    rows = config.stash[ROWS]
     if not rows:
         return
-    write = terminalreporter.write_line
-    terminalreporter.section("ratios to the baselines of the same run")
-    write(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
-    header = f"{'benchmark':60s} {'contestant':34s} {'median ms':>10s} {'spread':>8s} {'ours / it':>9s} {'bar':>6s}"
-    write(header)
-    for b in rows:
-        info = b.extra_info
-        rate = info.get("gflop_per_second"), info.get("gigabyte_per_second")
-        unit = f"  {rate[0]:.0f} GFLOP/s" if rate[0] else f"  {rate[1]:.1f} GB/s" if rate[1] else ""
-        for name, median in info["median_ms"].items():
-            ratio, bar = info["ratios"].get(name), info["bars"].get(name)
-            mark = "" if bar is None else "  met" if ratio <= bar else "  MISSED"
-            write(
-                f"{b.name[:60]:60s} {name[:34]:34s} {median:10.3f} {info['spread_ms'][name]:8.3f} "
-                f"{'' if ratio is None else format(ratio, '.2f'):>9s} {'' if bar is None else format(bar, '.2f'):>6s}"
-                f"{unit if name == info['ours'] else mark}"
-            )
+    results = results_so_far(config)
+    terminalreporter.section("each row beside its baselines, in one run")
+    terminalreporter.write(table(results) + "\n")
+    if folder := os.environ.get("LMFUSION_BENCHMARK_OUTPUT"):
+        terminalreporter.write_line(f"written: {write_results(results, Path(folder))}")

@@ -1,92 +1,117 @@
-"""What does hybrid attention cost, forward and backward, beside torch's scaled_dot_product_attention as people use it?
+"""What does attention under the hybrid mask cost, by each kernel that is here, beside torch's own attention?
 
-The baselines get keys and values expanded to all heads, their masks and their layout [1, H, N, D] for nothing: only
-attention is timed. GFLOP/s are those of the visible area.
+Rates are those of the visible area: a kernel that computes hidden pairs, too, gets nothing for them. torch's attention
+is given by its backend's name, with keys expanded to all heads, masks and layout for nothing.
 """
-
-import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import lmfusion_kernels as lk
-from benchmarks.compare import record
-from lmfusion_kernels import reference
-from lmfusion_kernels.hybrid_attention import hybrid_attention
+from benchmarks import shapes
+from benchmarks.baselines.sdpa import expanded, folded, sdpa
+from benchmarks.compare import Contestant, Row, absent_if_refused
 
-NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 9, 3, 64
-DTYPES = [torch.float32, torch.bfloat16]
-BATCHES = {
-    "causal": ([[("text", 1024)]], {"causal": 1.0}),
-    "text and image": ([[("text", 512), ("image", 512)]], {"dense mask": 1.0}),
-    "16 documents": ([[("text", 34), ("image", 64), ("text", 30)]] * 16, {"dense mask": 0.3, "loop, dense masks": 1.0}),
-}
-
-
-def attend_causally(q, k, v, layout):
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-def make_dense(layout):
-    mask = reference.hybrid_mask(layout)
-    return lambda q, k, v, layout: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-
-
-def make_loop(layout):
-    """One call a document, each with the mask of that document alone."""
-    starts = [*layout.key_start.unique().tolist(), layout.num_tokens]
-    mask = reference.hybrid_mask(layout)
-    documents = [(slice(a, b), mask[a:b, a:b].contiguous()) for a, b in itertools.pairwise(starts)]
-
-    def attend(q, k, v, layout):
-        return torch.cat(
-            [
-                F.scaled_dot_product_attention(q[:, :, rows], k[:, :, rows], v[:, :, rows], attn_mask=mask)
-                for rows, mask in documents
-            ],
-            dim=2,
-        )
-
-    return attend
+SHAPE = shapes.MAIN
+# A CPU has one kernel, and Flex no backward.
+KERNELS = ("triton", "flash", "flash-attn-2", "flash-attn-3", "flash-attn-4", "flex") if shapes.HAS_GPU else ()
+IN_FLOAT32 = ("causal", "interleaved", "one long image")
+FLEX_PATTERNS = ("causal", "interleaved")
+"""It compiles again for each length and mask, which takes longer than all the other rows of a pattern."""
+# On a CPU torch has flash, with and without a mask, and the plain formula.
+SDPA = (
+    [(b, "causal") for b in ("flash", "cudnn", "efficient")]
+    + [("flash", "spans"), ("cudnn", "spans"), ("cudnn", "mask"), ("efficient", "mask")]
+    if shapes.HAS_GPU
+    else [("flash", "causal"), ("flash", "spans"), ("flash", "mask"), ("math", "mask")]
+)
+BARS = {"flex": 0.67} if shapes.HAS_GPU else {"sdpa flash, causal": 1.0, "sdpa flash, mask": 1.0}
+OTHERS = 1.05 if shapes.HAS_GPU else None
+"""The choice of a kernel on a GPU promises never to fall behind any other by more."""
+LEAST_TFLOPS = {"forward": 530.0, "forward+backward": 350.0}
+"""Of the interleaved documents on an H200: 350 is 530 forward and 310 backward."""
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", BATCHES)
-def test_hybrid_attention(benchmark, name, dtype):
-    torch.manual_seed(0)
-    documents, bars = BATCHES[name]
-    layout = lk.TokenLayout.from_spans(documents)
-    rows = layout.num_tokens
-    sizes = [NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS]
-    leaves = [torch.randn(rows, heads, HEAD_DIM, dtype=dtype).requires_grad_() for heads in sizes]
-    dout = torch.randn(rows, NUM_HEADS, HEAD_DIM, dtype=dtype)
+def is_possible(backend, way, pattern, tokens, direction):
+    """One text document alone is causal; the plain formula takes seconds on a CPU, so short rows alone have it."""
+    if way == "causal":
+        return pattern == "causal"
+    return backend != "math" or (tokens <= 1024 and direction == "forward")
 
-    def ours():
-        out = hybrid_attention(*leaves, layout, backend="native")
-        return out.detach(), *torch.autograd.grad(out, leaves, dout)
 
-    def expand(x):  # [rows, heads, D] -> [1, all heads, rows, D]
-        return x.detach().repeat_interleave(NUM_HEADS // x.shape[1], dim=1).transpose(0, 1)[None].contiguous()
+@pytest.mark.parametrize(
+    ("pattern", "tokens", "direction", "dtype"),
+    shapes.by_dtype(
+        shapes.attention_cases(),
+        lambda pattern, tokens, way: tokens == 1024 and way != "forward" and pattern in IN_FLOAT32,
+    ),
+)
+def test_hybrid_attention(record, device, pattern, tokens, direction, dtype):
+    heads, kv_heads, head_dim = SHAPE.num_heads, SHAPE.num_kv_heads, SHAPE.head_dim
+    documents = shapes.PATTERNS[pattern](tokens)
 
-    expanded = [expand(x).requires_grad_() for x in leaves]
-    dout_expanded = expand(dout)
+    def build_layout():
+        return lk.TokenLayout.from_spans(documents, frozen_text=False, device=device)
 
-    def baseline(attend):
+    layout, backward = build_layout(), direction != "forward"
+
+    def draw(seed):
+        torch.manual_seed(seed)
+        counts = (heads, kv_heads, kv_heads, heads)  # q, k, v and the gradient of the output
+        return [torch.randn(layout.num_tokens, n, head_dim, device=device).to(dtype) for n in counts]
+
+    def step(attend, leaves, dout):
         def call():
-            out = attend(*expanded, layout)
-            return out.detach(), *torch.autograd.grad(out, expanded, dout_expanded)
+            if not backward:
+                with torch.no_grad():
+                    return attend(*leaves)
+            out = attend(*leaves)
+            return out, *torch.autograd.grad(out, leaves, dout)
 
         return call
 
-    makers = {"causal": lambda _: attend_causally, "dense mask": make_dense, "loop, dense masks": make_loop}
-    contestants = {"ours": ours} | {bar: baseline(makers[bar](layout)) for bar in bars}
-    results = ours()
-    tolerance = 1e-4 if dtype == torch.float32 else 5e-2
-    for bar in bars:
-        for result, target in zip(results, contestants[bar](), strict=True):
-            # gradients of the copies of a key-value head add up
-            folded = target[0].transpose(0, 1).unflatten(1, (result.shape[1], -1)).sum(2)
-            torch.testing.assert_close(result, folded, rtol=tolerance, atol=tolerance * folded.abs().max().item())
-    area = int(reference.hybrid_mask(layout).sum())
-    record(benchmark, contestants, "ours", bars, flops=14 * area * NUM_HEADS * HEAD_DIM, rounds=11)
+    def kernel(backend=None, **options):
+        def prepare(seed):
+            *qkv, dout = draw(seed)
+            leaves = [x.requires_grad_(backward) for x in qkv]
+
+            def attend(q, k, v):
+                return lk.hybrid_attention(q, k, v, layout, backend=backend)
+
+            if backend is not None:
+                with absent_if_refused(), torch.no_grad():
+                    attend(*qkv)
+            return step(attend, leaves, dout)
+
+        return Contestant(prepare, mask=build_layout, **options)
+
+    def stock(backend, way):
+        def prepare(seed):
+            *qkv, dout = draw(seed)
+            leaves = [expanded(x, heads).requires_grad_(backward) for x in qkv]
+            return step(sdpa(backend, way, documents, layout), leaves, expanded(dout, heads))
+
+        def results(returned):
+            parts = returned if backward else [returned]
+            return [folded(x, n) for x, n in zip(parts, (heads, heads, kv_heads, kv_heads), strict=False)]
+
+        mask = (lambda: lk.reference.hybrid_mask(layout)) if way == "mask" and tokens <= 16_384 else None
+        return Contestant(prepare, results, mask=mask)
+
+    contestants = {"ours": kernel()}
+    for name in KERNELS:
+        if name != "flex" or (tokens == shapes.NUM_TOKENS and pattern in FLEX_PATTERNS):
+            contestants[name] = kernel(name, is_compiled=name == "flex")
+    contestants |= {
+        f"sdpa {b}, {way}": stock(b, way) for b, way in SDPA if is_possible(b, way, pattern, tokens, direction)
+    }
+    start, end = layout.key_start.long(), layout.key_end.long()
+    area = int((end - start).sum())
+    flops = (14.0 if backward else 4.0) * area * heads * head_dim
+    set_bytes = layout.num_tokens * (2 * heads + 2 * kv_heads) * head_dim * dtype.itemsize
+    bars = {name: bar for name in contestants if name != "ours" and (bar := BARS.get(name, OTHERS)) is not None}
+    promises = shapes.HAS_GPU and pattern == "interleaved" and tokens == shapes.NUM_TOKENS
+    least = {"tflop_s": LEAST_TFLOPS[direction]} if promises else {}
+    row = Row("hybrid_attention", pattern, dtype, direction, SHAPE.name, layout.num_tokens, flops=flops,
+              set_bytes=set_bytes, bars=bars, least=least)  # fmt: skip
+    record(row, contestants)

@@ -1,42 +1,68 @@
-"""What do RoPE and the way to sequence order cost, forward and backward, beside eager PyTorch as users write it?"""
+"""What do RoPE and the way to sequence order cost, with and without QK norm, beside PyTorch, plain and compiled?"""
+
+import itertools
 
 import pytest
 import torch
 
 import lmfusion_kernels as lk
-from benchmarks.compare import record
-from lmfusion_kernels.rope_reorder import rope_reorder
+from benchmarks import shapes
+from benchmarks.baselines.slabs import pointwise
+from benchmarks.compare import Contestant, Row
 
-NUM_ROWS, HEADS, KV_HEADS, HEAD_DIM = 4096, 9, 3, 64
-
-
-def rotate_half(x):
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([-second, first], dim=-1)
+ROWS, SHAPE, EPS = shapes.ROW_OP_TOKENS, shapes.MAIN, 1e-6
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_rope_reorder(benchmark, dtype):
-    torch.manual_seed(0)
-    layout = lk.TokenLayout.from_spans([[("text", 256), ("image", 256)]] * (NUM_ROWS // 512))
-    rope = lk.rope_tables(layout.position, 1e4 ** -torch.linspace(0, 1, HEAD_DIM // 2))
-    qkv = torch.randn(NUM_ROWS, (HEADS + 2 * KV_HEADS) * HEAD_DIM, dtype=dtype).requires_grad_()
-    grads = [torch.randn(NUM_ROWS, heads, HEAD_DIM, dtype=dtype) for heads in (HEADS, KV_HEADS, KV_HEADS)]
-    cos, sin = (torch.cat([table, table], dim=-1)[:, None].to(dtype) for table in rope)
-    order = layout.sequence_to_tower.long()
+@pytest.mark.parametrize(
+    ("case", "direction", "dtype"),
+    shapes.by_dtype(itertools.product(["plain", "QK norm"], shapes.DIRECTIONS), lambda _, way: way != "forward"),
+)
+def test_rope_reorder(record, device, case, direction, dtype):
+    has_norm = case == "QK norm"
+    layout = lk.TokenLayout.from_spans([[("text", 256), ("image", 256)]] * (ROWS // 512), device=device)
+    heads, kv_heads, head_dim = SHAPE.num_heads, SHAPE.num_kv_heads, SHAPE.head_dim
+    rope = lk.rope_tables(layout.position, 1e4 ** -torch.linspace(0, 1, head_dim // 2, device=device))
+    to_sequence, to_tower = layout.sequence_to_tower.long(), layout.tower_to_sequence.long()
+    backward = direction != "forward"
 
-    def ours():
-        results = rope_reorder(qkv, layout, rope, HEADS, backend="native")
-        return *(result.detach() for result in results), *torch.autograd.grad(results, qkv, grads)
+    def contestant(reorder, **options):
+        def prepare(seed):
+            torch.manual_seed(seed)
+            qkv = torch.randn(ROWS, SHAPE.qkv_width, device=device).to(dtype).requires_grad_(backward)
+            norms = [torch.rand(head_dim, device=device).to(dtype).requires_grad_(backward) for _ in range(4)]
+            norms = norms if has_norm else [None] * 4
+            dout = [torch.randn(ROWS, n, head_dim, device=device).to(dtype) for n in (heads, kv_heads, kv_heads)]
 
-    def eager():
-        q, k, v = qkv.unflatten(1, (-1, HEAD_DIM)).split([HEADS, KV_HEADS, KV_HEADS], dim=1)
-        q, k, v = q[order], k[order], v[order]
-        results = (q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin, v)
-        return *(result.detach() for result in results), *torch.autograd.grad(results, qkv, grads)
+            def call():
+                outputs = reorder(qkv, norms)
+                if not backward:
+                    return outputs
+                return *outputs, *torch.autograd.grad(outputs, [qkv, *(norms if has_norm else [])], dout)
 
-    tolerance = 1e-5 if dtype == torch.float32 else 5e-2
-    for result, target in zip(ours(), eager(), strict=True):
-        torch.testing.assert_close(result, target, rtol=tolerance, atol=tolerance)
-    num_bytes = 4 * qkv.numel() * qkv.element_size()  # qkv; q, k and v; their gradients; qkv's
-    record(benchmark, {"ours": ours, "eager": eager}, "ours", {"eager": 0.5}, num_bytes=num_bytes)
+            return call
+
+        return Contestant(prepare, **options)
+
+    def ours(qkv, norms):
+        return lk.rope_reorder(qkv, layout, rope, heads, *norms, eps=EPS)
+
+    def plain(parts):
+        def reorder(qkv, norms):
+            towers = qkv.split([layout.num_text, layout.num_image])
+            return parts.heads_in_sequence_order(
+                *towers, *rope, to_sequence, to_tower, heads, kv_heads, tuple(norms), EPS
+            )
+
+        return reorder
+
+    contestants = {
+        "ours": contestant(ours),
+        "eager": contestant(plain(pointwise(False))),
+        "compiled": contestant(plain(pointwise(True)), is_compiled=True),
+    }
+    # qkv and q, k, v; their gradients; with norms the backward reads qkv again
+    tensors = 2 + (2 + has_norm if backward else 0)
+    num_bytes = tensors * ROWS * SHAPE.qkv_width * dtype.itemsize
+    row = Row("rope_reorder", case, dtype, direction, SHAPE.name, ROWS,
+              num_bytes=num_bytes, bars={"eager": 0.5}, least=shapes.MEMORY_BOUND)  # fmt: skip
+    record(row, contestants)

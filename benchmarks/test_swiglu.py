@@ -1,42 +1,45 @@
-"""What does SwiGLU cost, forward and backward, beside eager PyTorch on the halves of one tensor and on two tensors?"""
+"""What does SwiGLU cost, beside PyTorch on the halves of one tensor, plain and compiled?"""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks.compare import record
+from benchmarks import shapes
+from benchmarks.baselines.slabs import pointwise
+from benchmarks.compare import Contestant, Row
 from lmfusion_kernels.swiglu import swiglu
 
-NUM_ROWS, FFN = 4096, 1536
+ROWS, FFN = shapes.ROW_OP_TOKENS, shapes.MAIN.intermediate_size
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_swiglu(benchmark, dtype):
-    torch.manual_seed(0)
-    gate_up = torch.randn(NUM_ROWS, 2 * FFN, dtype=dtype).requires_grad_()
-    gate, up = (half.detach().clone().requires_grad_() for half in gate_up.chunk(2, dim=1))
-    dy = torch.randn(NUM_ROWS, FFN, dtype=dtype)
+@pytest.mark.parametrize(("direction", "dtype"), shapes.by_dtype(zip(shapes.DIRECTIONS), lambda way: way != "forward"))
+def test_swiglu(record, device, direction, dtype):
+    backward = direction != "forward"
 
-    def ours():
-        y = swiglu(gate_up, backend="native")
-        return y.detach(), *torch.autograd.grad(y, gate_up, dy)
+    def contestant(activate, **options):
+        def prepare(seed):
+            torch.manual_seed(seed)
+            gate_up = torch.randn(ROWS, 2 * FFN, device=device).to(dtype).requires_grad_(backward)
+            dy = torch.randn(ROWS, FFN, device=device).to(dtype)
 
-    def eager():
-        first, second = gate_up.chunk(2, dim=1)
-        y = F.silu(first) * second
-        return y.detach(), *torch.autograd.grad(y, gate_up, dy)
+            def call():
+                y = activate(gate_up)
+                return (y, *torch.autograd.grad(y, gate_up, dy)) if backward else y
 
-    def eager_two_tensors():
-        y = F.silu(gate) * up
-        return y.detach(), *torch.autograd.grad(y, (gate, up), dy)
+            return call
 
-    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-    for result, target in zip(ours(), eager(), strict=True):
-        torch.testing.assert_close(result, target, rtol=tolerance, atol=tolerance)
-    record(
-        benchmark,
-        {"ours": ours, "silu(gate) * up": eager, "silu(gate) * up, two tensors": eager_two_tensors},
-        "ours",
-        {"silu(gate) * up": 0.65},
-        num_bytes=8 * dy.numel() * dy.element_size(),  # gate, up and y; dy, gate, up and their gradients
-    )
+        return Contestant(prepare, **options)
+
+    def eager(gate_up):
+        gate, up = gate_up.chunk(2, dim=1)
+        return F.silu(gate) * up
+
+    contestants = {
+        "ours": contestant(swiglu),
+        "silu(gate) * up": contestant(eager),
+        "compiled": contestant(pointwise(True).swiglu, is_compiled=True),
+    }
+    halves = 8 if backward else 3  # gate, up and y; gate, up, dy and two gradients
+    row = Row("swiglu", "", dtype, direction, shapes.MAIN.name, ROWS, num_bytes=halves * ROWS * FFN * dtype.itemsize,
+              bars={"silu(gate) * up": 0.65}, least=shapes.MEMORY_BOUND)  # fmt: skip
+    record(row, contestants)

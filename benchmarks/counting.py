@@ -1,0 +1,121 @@
+"""What does one call launch, wait for and allocate? Kernels and host syncs on a GPU; on a CPU the ops it dispatches.
+
+On a GPU torch.profiler (CUPTI) counts what ran. A CPU has no launches, so ops seen by a TorchDispatchMode stand in for
+them: eager CUDA runs close to one kernel an op. Such counts carry the label "ops", never "kernels".
+"""
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+SYNC_CALLS = (
+    "cudaStreamSynchronize",
+    "cudaDeviceSynchronize",
+    "cudaEventSynchronize",
+    "cudaMemcpy",
+    "cuStreamSynchronize",
+    "cuCtxSynchronize",
+)
+# They make no kernel on a GPU; the rest of what does not is recognised as a view by its schema.
+ALLOCATIONS = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::detach")
+
+PRODUCTS_INSIDE = {"lmfusion::routed_linear": 2}
+"""Ops written in Python whose own ops no dispatch mode sees."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one call did; None where it cannot be told."""
+
+    kernels: int | None = None
+    copies: int | None = None
+    ops: int | None = None
+    syncs: int | None = None
+    peak_mib: float | None = None
+    """Most memory allocated during the call beyond what was there before it."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def count(call: Callable[[], object], device: torch.device, is_compiled: bool) -> Counts:
+    """The counts of one call. is_compiled: whether some of it is code of torch.compile, which no dispatch mode sees."""
+    if device.type == "cuda":
+        return _count_on_gpu(call)
+    if is_compiled:
+        return Counts()
+    with _OpCounter() as counter:
+        call()
+    return Counts(ops=counter.ops, syncs=counter.syncs)
+
+
+class _OpCounter(TorchDispatchMode):
+    """Counts ops that would launch something, and those that would wait for the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops = self.syncs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not is_view(func) and func._schema.name not in ALLOCATIONS:
+            self.ops += PRODUCTS_INSIDE.get(func._schema.name, 1)
+            self.syncs += waits_for_device(func, args)
+        return func(*args, **(kwargs or {}))
+
+
+def is_view(func: Any) -> bool:
+    aliases = [result.alias_info for result in func._schema.returns]
+    return bool(aliases) and all(alias is not None and not alias.is_write for alias in aliases)
+
+
+def waits_for_device(func: Any, args: Any) -> bool:
+    """Whether the op needs a value or a count on the host: .item(), nonzero, indexing with a boolean mask."""
+    name = func._schema.name
+    if name in ("aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique_dim"):
+        return True
+    if name in ("aten::index", "aten::index_put", "aten::index_put_"):
+        return any(index is not None and index.dtype == torch.bool for index in args[1])
+    return False
+
+
+def _count_on_gpu(call: Callable[[], object]) -> Counts:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del result
+    kernels, copies, syncs = _profile(call)
+    return Counts(kernels=kernels, copies=copies, syncs=max(0, syncs - _own_syncs()), peak_mib=peak / 2**20)
+
+
+@functools.cache
+def _own_syncs() -> int:
+    """What the profiler and the end of its region wait for themselves."""
+    return _profile(lambda: None)[2]
+
+
+def _profile(call: Callable[[], object]) -> tuple[int, int, int]:
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.cuda.synchronize()
+    return tally((event.name, event.device_type == torch.autograd.DeviceType.CUDA) for event in profile.events())
+
+
+def tally(events: Iterable[tuple[str, bool]]) -> tuple[int, int, int]:
+    """Kernels, copies (memset included) and syncs among the events (name, whether it ran on the device)."""
+    kernels = copies = syncs = 0
+    for name, on_device in events:
+        if not on_device:
+            syncs += name in SYNC_CALLS
+        elif name.startswith(("Memcpy", "Memset")):
+            copies += 1
+        else:
+            kernels += 1
+    return kernels, copies, syncs
