@@ -10,6 +10,7 @@ import pytest
 import setuptools
 
 ROOT = Path(__file__).resolve().parents[2]
+BUILD_INFO = ROOT / "lmfusion_kernels" / "_build.json"
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a checkout")
 
 
@@ -131,9 +132,7 @@ def test_architectures(build, monkeypatch):
         build.cuda_architectures()
 
 
-def test_cuda_on_off_and_auto(build, monkeypatch, tmp_path):
-    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
-    (tmp_path / "csrc" / "cuda" / "swiglu.cu").touch()
+def test_cuda_on_off_and_auto(build, monkeypatch):
     monkeypatch.setattr(build, "find_nvcc", lambda: "/cuda/bin/nvcc")
     assert build.wants_cuda() == ("/cuda/bin/nvcc", "")
     monkeypatch.setenv("LMFUSION_CUDA", "0")
@@ -147,6 +146,82 @@ def test_cuda_on_off_and_auto(build, monkeypatch, tmp_path):
     monkeypatch.setenv("LMFUSION_CUDA", "yes")
     with pytest.raises(SystemExit, match="use auto, 0 or 1"):
         build.wants_cuda()
+
+
+@pytest.fixture
+def cmake(build, monkeypatch, tmp_path):
+    """Everything seems to be there, nvcc too. Returns CMake's command lines; with `fails` set, nvcc finds an error."""
+
+    class Commands(list):
+        fails = False
+
+        def definitions(self):
+            return dict(word[2:].split("=", 1) for word in self[-2] if word.startswith("-D"))
+
+    commands = Commands()
+
+    def run(command, log):
+        commands.append(command)
+        if "--build" not in command:
+            Path(command[command.index("-B") + 1]).mkdir(parents=True, exist_ok=True)
+            return True
+        if commands.fails and commands.definitions()["LMFUSION_CUDA"] == "ON":
+            log.append("nvcc fatal : error: Unsupported gpu architecture\n")
+            return False
+        folder = Path(commands.definitions()["LMFUSION_OUTPUT_DIRECTORY"])
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in build.LIBRARIES.values():
+            (folder / name).write_bytes(b"compiled")
+        return True
+
+    monkeypatch.setattr(build.shutil, "which", lambda name, **_: f"/usr/bin/{name}")
+    monkeypatch.setattr(build, "find_nvcc", lambda: "/cuda/bin/nvcc")
+    monkeypatch.setattr(build, "find_torch", lambda: make_torch(tmp_path / "site", "2.13.0"))
+    monkeypatch.setattr(build, "run_logged", run)
+    return commands
+
+
+def test_architectures_are_recorded(build, cmake, tmp_path):
+    info = install(build, tmp_path)
+    assert (info["cuda_architectures"], info["cuda_why_not"]) == (["80-real", "90a-real", "90-virtual"], "")
+    definitions = cmake.definitions()
+    assert definitions["LMFUSION_CUDA"] == "ON"
+    assert definitions["CMAKE_CUDA_COMPILER"] == "/cuda/bin/nvcc"
+    assert definitions["LMFUSION_CUDA_ARCHITECTURES"] == "80-real;90a-real;90-virtual"
+
+
+def test_cuda_can_be_left_out(build, cmake, monkeypatch, tmp_path):
+    monkeypatch.setenv("LMFUSION_CUDA", "0")
+    info = install(build, tmp_path)
+    assert info["why_not"] == ""
+    assert (info["cuda_architectures"], info["cuda_why_not"]) == ([], "LMFUSION_CUDA=0 was set when it was built")
+    assert cmake.definitions()["LMFUSION_CUDA"] == "OFF"
+    assert "CMAKE_CUDA_COMPILER" not in cmake.definitions()
+
+
+def test_an_nvcc_that_fails_costs_cuda_alone(build, cmake, tmp_path):
+    cmake.fails = True
+    info = install(build, tmp_path)
+    assert info["why_not"] == ""
+    assert info["cuda_architectures"] == []
+    assert info["cuda_why_not"] == "nvcc failed: nvcc fatal : error: Unsupported gpu architecture"
+
+
+def test_an_nvcc_that_fails_is_an_error_where_cuda_was_asked_for(build, cmake, monkeypatch, tmp_path):
+    cmake.fails = True
+    monkeypatch.setenv("LMFUSION_CUDA", "1")
+    info = install(build, tmp_path)
+    assert info["why_not"].startswith("compiling failed (nvcc fatal : error: Unsupported gpu architecture)")
+
+
+def test_every_source_of_csrc_cuda_is_compiled():
+    """CMake finds them by itself: the library's build has an object for each."""
+    info = json.loads(BUILD_INFO.read_text()) if BUILD_INFO.exists() else {}
+    if not info.get("cuda_architectures"):
+        pytest.skip(f"built without CUDA: {info.get('cuda_why_not', 'not built')}")
+    sources = {path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    commands = [json.loads(path.read_text()) for path in ROOT.glob("build/native-*/compile_commands.json")]
+    assert any(sources <= {Path(command["file"]).name for command in build} for build in commands)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="readelf is Linux's")
