@@ -96,9 +96,8 @@ def _why_absent(kernel: str, device: torch.device) -> str:
             return "QuACK is not installed; `pip install quack-kernels`"
     if device.type != "cuda":
         return f"it runs on CUDA devices, not on {device.type}"
-    needed = (8, 0) if kernel == "triton" else (9, 0)
-    have = torch.cuda.get_device_capability(device)
-    return "" if have >= needed else f"it needs compute capability {needed[0]}.{needed[1]}, not {have[0]}.{have[1]}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return "" if major >= 9 else f"it needs compute capability 9.0, not {major}.{minor}"
 
 
 def _gate_up_swiglu(

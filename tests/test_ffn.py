@@ -47,9 +47,8 @@ def test_reasons(monkeypatch, kernel):
     monkeypatch.setattr(ffn.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(ffn.importlib.metadata, "version", lambda name: "0.6.5")
     assert ffn._why_absent(kernel, torch.device("cpu")) == "it runs on CUDA devices, not on cpu"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    needed = {"triton": "8.0", "quack": "9.0"}[kernel]
-    assert ffn._why_absent(kernel, torch.device("cuda")) == f"it needs compute capability {needed}, not 7.5"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert ffn._why_absent(kernel, torch.device("cuda")) == "it needs compute capability 9.0, not 8.9"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert ffn._why_absent(kernel, torch.device("cuda")) == ""
 

@@ -1,4 +1,4 @@
-"""Gate and up projection of both towers with SwiGLU in the epilogue: one persistent Triton GEMM for sm_80 and sm_90.
+"""Gate and up projection of both towers with SwiGLU in the epilogue: one persistent Triton GEMM for sm_90.
 
 silu(x @ gate^T) * (x @ up^T) of a tile of hidden columns needs one tile of gate rows and one of up rows, so a program
 keeps two accumulators and never writes gate and up unless the backward wants them. Tiles of both towers form one grid:
@@ -11,9 +11,8 @@ most part. So this kernel has to reach 2436 / (2436 + 109) = 96 % of the rate of
 not much less in inference. That is unmeasured (untested on GPU), so two calls stay the default; see
 `lmfusion_kernels.ffn`.
 
-Tiles are read and written through tensor descriptors: on sm_90 by the bulk copy engine, which wants widths in multiples
-of 16 bytes; on sm_80 Triton turns them into masked pointers, without copies ahead of their use: it runs there, slowly.
-float32 is multiplied as IEEE float32, for the interpreter.
+Tiles are read and written through tensor descriptors, by the bulk copy engine, which wants widths in multiples of 16
+bytes and does not exist before sm_90. float32 is multiplied as IEEE float32, for the interpreter.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -43,13 +42,11 @@ class Configuration:
     num_stages: int
 
 
-def configurations(capability: tuple[int, int], element_size: int) -> list[Configuration]:
-    """What fits a device of this compute capability with elements of so many bytes, the one in use first."""
+def configurations(element_size: int) -> list[Configuration]:
+    """What fits a device with elements of so many bytes, the one in use first."""
     depth = 128 // element_size  # one swizzled row of shared memory
-    if capability >= (9, 0):
-        # Smaller tiles read more than the L2 cache gives: 128 rows with 2 x 128 columns make 85 FLOPs of a byte.
-        return [Configuration(128, 128, depth, 8, 4), Configuration(128, 128, depth, 8, 3)]
-    return [Configuration(128, 64, depth, 8, 3)]
+    # Smaller tiles read more than the L2 cache gives: 128 rows with 2 x 128 columns make 85 FLOPs of a byte.
+    return [Configuration(128, 128, depth, 8, 4), Configuration(128, 128, depth, 8, 3)]
 
 
 @triton.jit
@@ -128,7 +125,7 @@ def forward(
     num_rows = [rows.shape[0] for rows in x]
     if not any(num_rows):
         return hidden, gate_up
-    c = configuration or configurations(_capability(x[0].device), x[0].element_size())[0]
+    c = configuration or configurations(x[0].element_size())[0]
     arguments: list[object] = []
     for tower in (0, 1):
         # A descriptor of no rows does not exist; an empty tower has no tile, so any descriptor stands in.
@@ -157,10 +154,6 @@ def _tiles(rows: Tensor, num_rows: int, num_columns: int) -> TensorDescriptor:
 
 def _num_tiles(hidden: Tensor, configuration: Configuration) -> int:
     return -(-hidden.shape[0] // configuration.rows) * -(-hidden.shape[1] // configuration.columns)
-
-
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
 
 
 def _num_multiprocessors(device: torch.device) -> int:

@@ -39,16 +39,17 @@ def attention_cases(capability, dtype, head_dim):
         yield case("attention", capability, dtype, head_dim=head_dim, **arguments)
 
 
+# Its accumulators leave too few registers. With one pipeline stage the products would not wait for each other, but for
+# memory.
+SERIALIZED = {("attention_backward_keys", 256)}
+
 QUICK = [
     case("gate_up_swiglu", 90, "bfloat16", keep=True),
     *attention_cases(90, "bfloat16", 64),
     *attention_cases(90, "bfloat16", 128),
     *attention_cases(80, "bfloat16", 128),
 ]
-THOROUGH = [
-    case("gate_up_swiglu", capability, dtype, keep=keep)
-    for capability in (80, 90) for dtype in ("bfloat16", "float16") for keep in (False, True)
-]  # fmt: skip
+THOROUGH = [case("gate_up_swiglu", 90, dtype, keep=keep) for dtype in ("bfloat16", "float16") for keep in (False, True)]
 THOROUGH += [
     case
     for capability in (80, 90) for dtype in ("bfloat16", "float16") for head_dim in (64, 96, 128, 256)
@@ -98,7 +99,7 @@ def kernels(case):
             report["kernel"], architecture, report["registers"], report["stack"], report["shared"]
         )
         kernel.instructions = Counter(report["instructions"])
-        yield kernel, report["num_dots"]
+        yield kernel, report["num_dots"], report["is_serialized"]
 
 
 CASES = [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in THOROUGH)]
@@ -107,25 +108,25 @@ CASES = [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in THOROU
 @pytest.mark.timeout(900)  # the first case of many waits for all of them
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_kernels(case):
-    for kernel, num_dots in kernels(case):
+    for kernel, num_dots, is_serialized in kernels(case):
         largest_spill = LARGEST_SPILL[case["arguments"]["dtype"]]
         assert kernel.stack <= largest_spill, f"{kernel.name} spills {kernel.stack} bytes"
         assert largest_spill or kernel.local_accesses == 0, f"{kernel.name} uses local memory"
+        if (kernel.name, case["arguments"].get("head_dim")) not in SERIALIZED:
+            assert not is_serialized, f"{kernel.name}: each product waits for the one before it"
         assert kernel.registers <= LARGEST_REGISTERS
         assert kernel.shared <= LARGEST_SHARED[case["capability"]], kernel.name
         # Tiles of few queries have too few rows for a warp group, and float32 is multiplied exactly.
         if num_dots and case["arguments"]["dtype"] != "float32":
             is_large = case["capability"] == 90 and "split" not in kernel.name
             assert kernel.count("HGMMA" if is_large else "HMMA") > 0, f"{kernel.name} multiplies without tensor cores"
-        # On sm_80 the loads of gate_up_swiglu are narrow, as its first lines say.
-        if case["launch"] == "attention" or case["capability"] == 90:
-            wide = kernel.count("LDG", "128") + kernel.count("LDGSTS", "128") + kernel.count("UTMALDG")
-            assert wide > 0, f"{kernel.name} loads less than 16 bytes at a time"
+        wide = kernel.count("LDG", "128") + kernel.count("LDGSTS", "128") + kernel.count("UTMALDG")
+        assert wide > 0, f"{kernel.name} loads less than 16 bytes at a time"
 
 
 def test_every_kernel_is_launched():
     """The cases that are not slow leave no kernel out."""
-    found = {kernel.name for case in QUICK for kernel, _ in kernels(case)}
+    found = {kernel.name for case in QUICK for kernel, *_ in kernels(case)}
     source = "".join(path.read_text() for path in ROOT.glob("lmfusion_kernels/triton/*.py"))
     defined = set(re.findall(r"@triton\.jit.*\ndef (\w+)\(", source))
     called = set(re.findall(r"(\w+)\[[^\n\]]*\]\(", source))

@@ -6,6 +6,7 @@ A process of its own: triton may have been imported for its interpreter in the o
 """
 
 import json
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -24,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 ROOT = Path(__file__).resolve().parents[2]
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 sys.path.insert(0, str(ROOT))
 
 from tests.compile import cuobjdump  # noqa: E402
@@ -47,6 +49,8 @@ class Report:
     """Bytes per block, static and dynamic."""
     num_dots: int
     """Matrix products in the kernel before it is lowered."""
+    is_serialized: bool
+    """Whether ptxas lets every wgmma wait for the one before it, which costs half the rate."""
     instructions: dict[str, int] = field(default_factory=dict)
 
 
@@ -100,8 +104,18 @@ def report(kernel: Any) -> Report:
         stack=found.stack,
         shared=max(kernel.metadata.shared, found.shared),
         num_dots=kernel.asm["ttir"].count("tt.dot "),
+        is_serialized="wgmma" in kernel.asm["ptx"] and "wgmma.mma_async instructions are serialized" in advice(kernel),
         instructions=dict(found.instructions),
     )
+
+
+def advice(kernel: Any) -> str:
+    """What ptxas says while it assembles a kernel for sm_90a."""
+    with tempfile.TemporaryDirectory() as folder:
+        ptx = Path(folder) / "kernel.ptx"
+        ptx.write_text(kernel.asm["ptx"])
+        command = [PTXAS, "--verbose", "--gpu-name=sm_90a", ptx, "--output-file", ptx.with_suffix(".cubin")]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 # ---- Cases -----------------------------------------------------------------------------------------------------------
