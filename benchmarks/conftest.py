@@ -8,6 +8,7 @@ out, since host clocks say nothing about a GPU.
 
 import os
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -28,20 +29,33 @@ FILES = (
     "test_decode",
 )
 LIMIT_SECONDS = float(os.environ.get("LMFUSION_BENCHMARK_SECONDS", "285"))
-ROWS = pytest.StashKey[list]()
+ROWS = pytest.StashKey[dict]()
+"""Of the run: each row by its place in the table."""
+PLACE = pytest.StashKey[int]()
 START = pytest.StashKey[float]()
 
 
 def pytest_configure(config):
     torch.set_num_threads(min(machine.NUM_THREADS, os.cpu_count() or 1))
     config.option.benchmark_quiet = True
-    config.stash[ROWS] = []
+    config.stash[ROWS] = {}
     config.stash[START] = time.perf_counter()
 
 
 def pytest_collection_modifyitems(items):
-    """What matters most first: a run has a limit of time."""
-    items.sort(key=lambda item: FILES.index(item.path.stem) if item.path.stem in FILES else len(FILES))
+    """What matters most first, every benchmark in turn: a run has a limit of time, and none shall be without rows."""
+
+    def importance(item):
+        return FILES.index(item.path.stem) if item.path.stem in FILES else len(FILES)
+
+    items.sort(key=importance)
+    num_before = Counter()
+    turn = {}
+    for place, item in enumerate(items):
+        item.stash[PLACE] = place
+        turn[item] = num_before[item.path, item.originalname]
+        num_before[item.path, item.originalname] += 1
+    items.sort(key=turn.__getitem__)
 
 
 @pytest.fixture
@@ -59,7 +73,7 @@ def record(benchmark, request, device):
 
     def measure(row, contestants, ours="ours"):
         result = {"name": request.node.name, **compare(row, contestants, ours, device)}
-        keep(request.config, result)
+        keep(request.node, result)
         benchmark.extra_info.update(result)
         if result["status"] != "measured":
             pytest.fail(f"{ours}: {result['reason']}", pytrace=False)
@@ -80,20 +94,19 @@ def pytest_runtest_makereport(item, call):
     """A test that ends before it measured anything is a row, too, with the reason."""
     outcome = yield
     report = outcome.get_result()
-    rows = item.config.stash[ROWS]
-    if call.excinfo is None or report.passed or any(row["name"] == item.name for row in rows):
+    if call.excinfo is None or report.passed or item.stash[PLACE] in item.config.stash[ROWS]:
         return
     line = why_not(call.excinfo.value)
     if report.skipped:
         line = {"status": "skipped", "reason": str(call.excinfo.value)}
-    keep(item.config, {"name": item.name, "op": item.path.stem.removeprefix("test_"), **line, "contestants": {}})
+    keep(item, {"name": item.name, "op": item.path.stem.removeprefix("test_"), **line, "contestants": {}})
 
 
-def keep(config, row):
+def keep(item, row):
     """A row more. The file is written again each time: an interrupted run keeps what it has."""
-    config.stash[ROWS].append(row)
+    item.config.stash[ROWS][item.stash[PLACE]] = row
     if folder := os.environ.get("LMFUSION_BENCHMARK_OUTPUT"):
-        write_results(results_so_far(config), Path(folder))
+        write_results(results_so_far(item.config), Path(folder))
 
 
 def results_so_far(config):
@@ -102,7 +115,7 @@ def results_so_far(config):
         **machine.describe(device),
         "ceilings": machine.ceilings(device, shapes.DTYPES),
         "wall_s": round(time.perf_counter() - config.stash[START], 1),
-        "rows": config.stash[ROWS],
+        "rows": [row for _, row in sorted(config.stash[ROWS].items())],
     }
 
 

@@ -60,6 +60,18 @@ def test_on_a_gpu_tests_have_to_run(tmp_path, found, status):
     assert runner.finish() == status
 
 
+def test_a_tool_that_refuses_the_machine_is_skipped(tmp_path):
+    refuses = python("memcheck", "print('Device not supported'); raise SystemExit(1)", refusal="Device not supported")
+    finds = python("racecheck", "print('a race'); raise SystemExit(9)", refusal="Device not supported")
+    runner = Runner(tmp_path)
+    runner.found = {"gpu": "NVIDIA H200"}
+    runner.run([Step("tests", 20, [refuses, PASSES])])
+    assert statuses(runner) == {"tests/memcheck": "skipped", "tests/fine": "passed"}
+    assert runner.finish() == 0
+    runner.run([Step("tests", 20, [finds])])
+    assert statuses(runner)["tests/racecheck"] == "failed"
+
+
 def test_a_program_that_does_not_exist(tmp_path):
     runner = Runner(tmp_path)
     runner.run([Step("tool", 20, [Command("absent", ["/nowhere/tool"]), PASSES])])
@@ -119,6 +131,14 @@ def test_commands_run_side_by_side(tmp_path):
     runner.run([Step("sleep", 60, [python(f"p{i}", wait) for i in range(4)], jobs=4)])
     assert time.monotonic() - start < 3.5
     assert set(statuses(runner).values()) == {"passed"}
+
+
+def test_a_command_is_told_its_time(tmp_path):
+    """Benchmarks that know it leave rows out, with the reason, where an interruption would be a failure."""
+    command = python("benchmarks", "import os; print('has', os.environ['SECONDS'])", seconds_in="SECONDS")
+    runner = Runner(tmp_path)
+    runner.run([Step("long", 100, [command]), Step("short", 20, [command])])
+    assert [outcome.log.strip() for outcome in runner.outcomes] == [f"has {100 - gpu.MARGIN:.0f}", "has 0"]
 
 
 def test_results_of_pytest_are_read(tmp_path):

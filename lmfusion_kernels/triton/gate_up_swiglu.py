@@ -4,12 +4,12 @@ silu(x @ gate^T) * (x @ up^T) of a tile of hidden columns needs one tile of gate
 keeps two accumulators and never writes gate and up unless the backward wants them. Tiles of both towers form one grid:
 the row split is known on the host, so the image tiles simply follow the text tiles.
 
-When does it pay? With n = 8192 rows, d = 4096, I = 14336 in bfloat16, two cuBLAS calls at 790 TFLOP/s take 2436 us, and
-a SwiGLU pass behind them reads gate and up (470 MB) and writes the product (235 MB). The epilogue saves the reading,
-470 MB or 109 us at 4.3 TB/s; in inference also the writing of gate and up, another 470 MB, which the GEMM hides for the
-most part. So this kernel has to reach 2436 / (2436 + 109) = 96 % of the rate of cuBLAS to break even in training, and
-not much less in inference. That is unmeasured (untested on GPU), so two calls stay the default; see
-`lmfusion_kernels.ffn`.
+When does it pay? With n = 8192 rows, d = 4096, I = 14336 in bfloat16, two cuBLAS calls would take 2436 us at an
+assumed 790 TFLOP/s, and a SwiGLU pass behind them reads gate and up (470 MB) and writes the product (235 MB). The
+epilogue saves the reading, 470 MB or 109 us at an assumed 4.3 TB/s; in inference also the writing of gate and up,
+another 470 MB, which the GEMM hides for the most part. So this kernel has to reach 2436 / (2436 + 109) = 96 % of the
+rate of cuBLAS to break even in training, and not much less in inference. That is unmeasured (untested on GPU), so two
+calls stay the default; see `lmfusion_kernels.ffn`.
 
 Tiles are read and written through tensor descriptors, by the bulk copy engine, which wants widths in multiples of 16
 bytes and does not exist before sm_90. float32 is multiplied as IEEE float32, for the interpreter.

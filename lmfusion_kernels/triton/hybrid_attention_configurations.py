@@ -21,7 +21,7 @@ class Tile:
     num_warps: int
     num_stages: int
     descriptors: bool = False
-    """Whether tiles without a mask come by TMA (compute capability 9.0 and later), where D needs no padding."""
+    """Whether tiles without a mask come by TMA (compute capability 9.0 and later)."""
 
 
 @dataclass(frozen=True)
