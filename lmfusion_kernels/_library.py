@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 MINIMUM_TORCH = (2, 10)
+INSTRUCTION_SETS = ("baseline", "avx2")
+"""What LMFUSION_CPU_ISA may hold the CPU kernels down to (csrc/cpu/isa.h)."""
 INSTALL_AGAIN = "`python setup.py build_ext --inplace` in the checkout, or install it again"
 
 
@@ -43,6 +45,18 @@ native = not why_not
 
 if not native and os.environ.get("LMFUSION_KERNELS_BACKEND") != "reference":
     warnings.warn(f"lmfusion_kernels runs in plain PyTorch, which is slower: {why_not}", stacklevel=2)
+
+
+def why_isa_is_ignored() -> str:
+    """Why LMFUSION_CPU_ISA, as it is set, changes nothing; empty if it does what it says, or is not set."""
+    asked = os.environ.get("LMFUSION_CPU_ISA")
+    if not asked or asked in INSTRUCTION_SETS:
+        return ""
+    return f"LMFUSION_CPU_ISA={asked!r} is unknown and has no effect; known: {', '.join(INSTRUCTION_SETS)}"
+
+
+if native and (_reason := why_isa_is_ignored()):
+    warnings.warn(_reason, stacklevel=2)
 
 
 def refuse_second_derivative(op: str) -> None:

@@ -15,6 +15,8 @@ from lmfusion_kernels.device import capability, constant_result, runs_on
 
 ATTENTION_KERNELS = ("triton", "flash", "flash-attn-2", "flash-attn-3", "flash-attn-4", "flex")
 BACKENDS = ("native", "reference", *ATTENTION_KERNELS)
+VARIABLE = "LMFUSION_KERNELS_BACKEND"
+REFERENCE_RUNS = "backend='reference' runs everywhere"
 NATIVE_DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "meta": (torch.float32, torch.bfloat16),
@@ -27,9 +29,9 @@ def asked_for(backend: str | None) -> str | None:
 
     Raises ValueError for an unknown name.
     """
-    asked = backend or os.environ.get("LMFUSION_KERNELS_BACKEND") or None
+    asked = backend or os.environ.get(VARIABLE) or None
     if asked is not None and asked not in BACKENDS:
-        source = "backend" if backend else "LMFUSION_KERNELS_BACKEND"
+        source = "backend" if backend else VARIABLE
         raise ValueError(f"{source}={asked!r} is unknown; known: {', '.join(BACKENDS)}")
     return asked
 
@@ -46,7 +48,7 @@ def choose(backend: str | None, *tensors: Tensor | None) -> str:
     if not reason:
         return "native"
     if asked is not None:
-        raise ValueError(f"the native backend was asked for, but {reason}; backend='reference' runs everywhere")
+        raise ValueError(f"the native backend was asked for, but {reason}; {REFERENCE_RUNS}")
     return "reference"
 
 
@@ -102,22 +104,25 @@ class Backend:
 class Backends(dict[str, Backend]):
     """The backends by name; prints as a table."""
 
+    note = ""
+    """What LMFUSION_KERNELS_BACKEND asks for, and where that cannot be had; empty if it is not set."""
+
     def __repr__(self) -> str:
         lines = [f"lmfusion_kernels with torch {torch.__version__}:"]
         for name, backend in self.items():
             chosen = "chosen for " + ", ".join(backend.chosen_for) if backend.chosen_for else "available"
             lines.append(f"  {name:12} {chosen if backend.available else 'not here':21} {backend.detail}")
-        return "\n".join(lines)
+        return "\n".join([*lines, self.note] if self.note else lines)
 
 
 def backends() -> Backends:
     """What is available here, what is chosen, and why not the rest.
 
     First the ops without attention, by device; then the kernels of attention (on the CPU native-cpu has one too); last
-    the reference. `chosen_for` speaks of float32 and bfloat16 tensors.
+    the reference. `chosen_for` speaks of float32 and bfloat16 tensors, `note` of LMFUSION_KERNELS_BACKEND: whatever
+    that names, this does not raise.
     """
-    asked = asked_for(None)
-    rows = choose(None)
+    asked = os.environ.get(VARIABLE) or None
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     result = Backends()
     for device in ("cpu", "cuda"):
@@ -125,11 +130,14 @@ def backends() -> Backends:
         reason = _library.why_not or _why_not_device(where)
         if not reason and device not in devices:
             reason = "torch finds no CUDA device"
-        is_chosen = not reason and rows == "native"
+        is_chosen = not reason and asked in (None, "native", *ATTENTION_KERNELS)
         result[f"native-{device}"] = Backend(not reason, (device,) if is_chosen else (), reason or _describe(device))
     result.update(_attention_kernels(asked))
-    rest = tuple(device for device in devices if not result[f"native-{device}"].chosen_for)
+    rest: tuple[str, ...] = ()
+    if asked in (None, "reference"):
+        rest = tuple(device for device in devices if not result[f"native-{device}"].chosen_for)
     result["reference"] = Backend(True, rest, "plain PyTorch, every dtype and device; also for what nothing else takes")
+    result.note = _note(asked, result)
     return result
 
 
@@ -151,9 +159,35 @@ def _attention_kernels(asked: str | None) -> dict[str, Backend]:
     return result
 
 
+def _note(asked: str | None, found: Backends) -> str:
+    if asked is None:
+        return ""
+    try:
+        asked_for(None)
+    except ValueError as error:
+        return f"{error}; every op without an argument backend= raises this"
+    from lmfusion_kernels import attention
+
+    absent = {}
+    for device in ("cpu", "cuda"):
+        native = found[f"native-{device}"]
+        reason = "" if native.available or asked == "reference" else native.detail
+        if asked in ATTENTION_KERNELS:
+            reason = attention.why_absent(asked, torch.device(device)) or reason
+        if reason:
+            absent[device] = reason
+    note = f"{VARIABLE}={asked} asks for {asked}{' attention' if asked in ATTENTION_KERNELS else ''}"
+    if not absent:
+        return note
+    reasons = " and ".join(f"on {device} ({reason})" for device, reason in absent.items())
+    return f"{note}, which cannot be had {reasons}; ops that need it raise there"
+
+
 def _describe(device: str) -> str:
     info = _library.build_info
     if device == "cuda":
         return f"compiled for {', '.join(info['cuda_architectures'])}"
     kernels = _host.instruction_set() or "instruction set unknown"
-    return f"{kernels} kernels, compiled by {info.get('compiler')} against torch {info.get('torch')}"
+    ignored = _library.why_isa_is_ignored()
+    built = f"{kernels} kernels, compiled by {info.get('compiler')} against torch {info.get('torch')}"
+    return f"{built}; {ignored}" if ignored else built

@@ -64,11 +64,9 @@ class _RoutedBlock(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dy: Tensor) -> Any:
         with torch.autocast(ctx.kinds[0].device.type, enabled=False):
-            weights, (cos, sin), saved = (
-                ctx.saved_tensors[: 2 * _COUNT],
-                ctx.saved_tensors[2 * _COUNT : 2 * _COUNT + 2],
-                Activations(*ctx.saved_tensors[2 * _COUNT + 2 :]),
-            )
+            tensors = ctx.saved_tensors  # once: hooks unpack all of them with every look
+            weights, (cos, sin) = tensors[: 2 * _COUNT], tensors[2 * _COUNT : 2 * _COUNT + 2]
+            saved = Activations(*tensors[2 * _COUNT + 2 :])
             call = _call(weights, (cos, sin), ctx.kinds)
             if call.recompute != "none":
                 saved = complete(call, saved)
@@ -94,6 +92,7 @@ def _backward(
         name: str, dnormed: list[Tensor], rows: list[Tensor], rstd: Tensor, dresidual: list[Tensor], recompute: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
         want_text, want_image = wants[0][name], wants[1][name]
+        rstd = rstd[rstd.shape[0] - layout.num_active :]  # constant rows come first, where it has them
         results = iter(_ops.rms_norm_backward(
             dnormed, rows, rstd, getattr(text, name), getattr(image, name), num_live, dresidual, want_text, want_image,
             recompute,

@@ -110,7 +110,7 @@ def forward(call: Call, x: Rows, kv_cache: tuple[Tensor, Tensor] | None, keep: b
         torch.addmm(target, part, w.down_proj.t(), out=target)  # as addmm_, which FlopCounterMode does not count
     y: Rows = middle[0] if is_joined else (middle[0], middle[1])
     if keep_middle:
-        saved |= {"rstd_in": rstd_in[num_constant:], "rstd_middle": rstd_middle[num_constant:]}
+        saved |= {"rstd_in": rstd_in, "rstd_middle": rstd_middle}
         saved |= {"middle_live": kept[0], "middle_image": kept[1]}
     if keep_gate_up:
         saved |= {"gate_up_live": gate_up[0], "gate_up_image": gate_up[1]}

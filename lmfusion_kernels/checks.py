@@ -8,7 +8,8 @@ from lmfusion_kernels.weights import Rows
 
 
 def check_rows(x: Rows, layout: TokenLayout, name: str = "x") -> list[Tensor]:
-    """The tensors of `x`: one with the rows of both towers, or one a tower, all [rows, width] and of one dtype."""
+    """The tensors of `x`: one with the rows of both towers, or one a tower, all [rows, width], of one dtype that ops
+    compute with (`layout.ROW_DTYPES`) and on the layout's device. Raises ValueError otherwise."""
     tensors = [x] if isinstance(x, Tensor) else list(x)
     if len(tensors) > 2 or not tensors:
         raise ValueError(

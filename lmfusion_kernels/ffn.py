@@ -147,7 +147,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
-    x, weights, gate_up = ctx.saved_tensors[:2], ctx.saved_tensors[2:4], ctx.saved_tensors[4:]
+    tensors = ctx.saved_tensors
+    x, weights, gate_up = tensors[:2], tensors[2:4], tensors[4:]
     needs = ctx.needs_input_grad
     dgate_up = _ops.swiglu_backward(grads[:2], gate_up, False)
     dx = [torch.mm(d, w) if need else None for d, w, need in zip(dgate_up, weights, needs[:2], strict=True)]

@@ -6,8 +6,9 @@ Two orders of the same rows (docs/design.md, section 2):
 * tower order: rows grouped stably as [constant text | live text | image]. Everything else works here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from operator import index
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,10 @@ from lmfusion_kernels.reorder_rows import reorder_rows
 TEXT, IMAGE, MARKER = 0, 1, 2
 MODALITIES = {"text": TEXT, "image": IMAGE, "marker": MARKER}
 
-Document = Sequence[tuple[str, int]]
+Document = Iterable[tuple[str, int]]
+
+ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What ops compute with; which of it the kernels take is the backend's matter, the reference takes all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +45,9 @@ class TokenLayout:
     num_tokens: int
     num_text: int
     """Rows of the text tower: constant and live."""
-    num_constant: int
+    num_live: int
+    """Text rows that are not constant. Stored in place of num_constant, which often equals num_text: torch.compile
+    takes equal numbers for one and loses track of it in stacked blocks."""
     num_keys: int
     """Rows of the key buffer: num_tokens, or num_documents * cache_capacity where a key-value cache is used."""
     num_documents: int
@@ -107,8 +113,8 @@ class TokenLayout:
         return self.num_tokens - self.num_text
 
     @property
-    def num_live(self) -> int:
-        return self.num_text - self.num_constant
+    def num_constant(self) -> int:
+        return self.num_text - self.num_live
 
     @property
     def num_active(self) -> int:
@@ -121,14 +127,14 @@ class TokenLayout:
     @classmethod
     def from_spans(
         cls,
-        documents: Sequence[Document],
+        documents: Iterable[Document],
         *,
         frozen_text: bool = True,
         device: torch.device | str | None = None,
         cached_lengths: Sequence[int] | None = None,
         cache_capacity: int | None = None,
     ) -> "TokenLayout":
-        """Lay out documents given as lists of (modality, length).
+        """Lay out documents given as lists (any iterables) of (modality, length), as `[[("text", 3), ("image", 256)]]`.
 
         Modalities are "text", "image" and "marker" (text-tower tokens whose embedding is trained: BOI, EOI). Lengths
         are positive token counts. An empty list of documents gives an empty layout.
@@ -136,37 +142,17 @@ class TokenLayout:
         With `cached_lengths`, document `d` already has that many tokens in its own stretch of `cache_capacity` rows of
         a key-value cache, and the given spans continue it.
 
-        Raises ValueError for an unknown modality, a length that is not a positive integer, a document without spans, or
-        a document that outgrows its cache.
+        Raises ValueError for spans that are no such pairs, an unknown modality, a length that is not a positive
+        integer, a document without spans, or a document that outgrows its cache.
         """
-        kinds: list[int] = []
-        lengths: list[int] = []
-        span_documents: list[int] = []
-        for d, document in enumerate(documents):
-            if len(document) == 0:
-                raise ValueError(f"document {d} has no spans; leave it out of the batch")
-            for modality, length in document:
-                kind = MODALITIES.get(modality)
-                if kind is None:
-                    raise ValueError(
-                        f"document {d} has a span of unknown modality {modality!r}; known: {', '.join(MODALITIES)}"
-                    )
-                if length.__class__ is not int:
-                    length = _as_count(length, d)
-                if length <= 0:
-                    raise ValueError(f"document {d} has a {modality} span of length {length}; lengths are positive")
-                kinds.append(kind)
-                lengths.append(length)
-                span_documents.append(d)
+        try:
+            batch = [list(document) for document in documents]
+        except TypeError as error:
+            raise ValueError(f"{error}; {_SPANS_EXPECTED}") from error
+        kinds, lengths = _kinds_and_lengths(batch)
+        span_documents = np.repeat(np.arange(len(batch), dtype=np.int32), [len(document) for document in batch])
         return cls._build(
-            np.asarray(kinds, np.uint8),
-            np.asarray(lengths, np.int64),
-            np.asarray(span_documents, np.int32),
-            len(documents),
-            frozen_text,
-            device,
-            cached_lengths,
-            cache_capacity,
+            kinds, lengths, span_documents, len(batch), frozen_text, device, cached_lengths, cache_capacity
         )
 
     @classmethod
@@ -248,7 +234,7 @@ class TokenLayout:
         layout = cls(
             num_tokens=num_tokens,
             num_text=counts["num_text"],
-            num_constant=counts["num_constant"],
+            num_live=counts["num_text"] - counts["num_constant"],
             num_keys=num_keys,
             num_documents=num_documents,
             longest_document=int(totals.max(initial=0)),
@@ -268,18 +254,26 @@ class TokenLayout:
         return replace(self, **moved)
 
     def to_tower_order(self, x: Tensor) -> Tensor:
-        """Rows [N, ...] from sequence order to tower order."""
-        self.check_rows(x)
+        """Rows [N, ...] of any dtype from sequence order to tower order."""
+        self._check_place(x, self.num_tokens, "x")
         return reorder_rows(x, self.tower_to_sequence, self.sequence_to_tower)
 
     def to_sequence_order(self, x: Tensor) -> Tensor:
-        """Rows [N, ...] from tower order to sequence order."""
-        self.check_rows(x)
+        """Rows [N, ...] of any dtype from tower order to sequence order."""
+        self._check_place(x, self.num_tokens, "x")
         return reorder_rows(x, self.sequence_to_tower, self.tower_to_sequence)
 
     def check_rows(self, x: Tensor, num_rows: int | None = None, name: str = "x") -> None:
-        """Raise ValueError unless `x` has `num_rows` rows (default: one a token) on this layout's device."""
-        num_rows = self.num_tokens if num_rows is None else num_rows
+        """Raise ValueError unless `x` has `num_rows` rows (default: one a token) of floating-point numbers that ops can
+        compute with, on this layout's device."""
+        self._check_place(x, self.num_tokens if num_rows is None else num_rows, name)
+        if x.dtype not in ROW_DTYPES:
+            taken = ", ".join(str(dtype).removeprefix("torch.") for dtype in ROW_DTYPES)
+            raise ValueError(
+                f"{name} is {x.dtype}; ops take rows in {taken}, so cast it, as with {name}.to(torch.float32)"
+            )
+
+    def _check_place(self, x: Tensor, num_rows: int, name: str) -> None:
         if x.dim() == 0 or x.shape[0] != num_rows:
             raise ValueError(f"{name} has shape {tuple(x.shape)}, but the layout needs {num_rows} rows")
         if x.device != self.device:
@@ -302,8 +296,44 @@ def copy_together(vectors: dict[str, Tensor], device: torch.device | str) -> dic
     return {name: part[:size] for name, part, size in zip(vectors, parts, sizes, strict=True)}
 
 
-def _as_count(length: Any, document: int) -> int:
+_SPANS_EXPECTED = (
+    "a batch is a list of documents, a document a list of pairs (modality, length): "
+    "from_spans([[('text', 3), ('image', 256)], [('text', 5)]])"
+)
+
+
+def _kinds_and_lengths(documents: list[list[Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 and int64, by span. What does not fit is looked for, to be named, only when something does not."""
+    spans = [span for document in documents for span in document]
     try:
-        return length.__index__()
-    except (AttributeError, TypeError):
-        raise ValueError(f"document {document} has a span of length {length!r}; lengths are integers") from None
+        kinds = np.array([MODALITIES[modality] for modality, _ in spans], np.uint8)
+        lengths = np.array([index(length) for _, length in spans], np.int64)
+    except (KeyError, TypeError, ValueError, OverflowError):
+        raise ValueError(_what_is_wrong(documents)) from None
+    if not all(documents) or lengths.min(initial=1) <= 0:
+        raise ValueError(_what_is_wrong(documents))
+    return kinds, lengths
+
+
+def _what_is_wrong(documents: list[list[Any]]) -> str:
+    """The first fault in documents that have one."""
+    for d, document in enumerate(documents):
+        if not document:
+            return f"document {d} has no spans; leave it out of the batch"
+        for span in document:
+            try:
+                modality, length = span
+                is_pair = not isinstance(span, str)
+            except (TypeError, ValueError):
+                is_pair = False
+            if not is_pair:
+                return f"document {d} has the span {span!r}; {_SPANS_EXPECTED}"
+            if not isinstance(modality, str) or modality not in MODALITIES:
+                return f"document {d} has a span of unknown modality {modality!r}; known: {', '.join(MODALITIES)}"
+            try:
+                length = index(length)
+            except TypeError:
+                return f"document {d} has a span of length {length!r}; lengths are integers"
+            if length <= 0:
+                return f"document {d} has a {modality} span of length {length}; lengths are positive"
+    return "a span is longer than 64 bits can count; split it"

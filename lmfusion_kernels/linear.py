@@ -111,7 +111,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 
 def _backward(ctx: Any, dy: list[Tensor]) -> tuple[Any, ...]:
-    x, weights = ctx.saved_tensors[: ctx.num_saved_rows], ctx.saved_tensors[ctx.num_saved_rows :]
+    tensors = ctx.saved_tensors
+    x, weights = tensors[: ctx.num_saved_rows], tensors[ctx.num_saved_rows :]
     needs_x, *needs = ctx.needs_input_grad
     dx: list[Any] = [None] * len(needs_x)
     if any(needs_x):

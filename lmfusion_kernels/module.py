@@ -12,6 +12,27 @@ from lmfusion_kernels.weights import BlockWeights, Rope, Rows
 SEPARATIONS = ("deep", "shallow", "none")
 
 
+def _checked_head_dim(num_heads: int, num_kv_heads: int, head_dim: int | None, **widths: int) -> int:
+    """head_dim, by default hidden_size / num_heads. Raises ValueError, with names and values, for impossible sizes."""
+    given = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, **widths}
+    if head_dim is not None:
+        given["head_dim"] = head_dim
+    for name, size in given.items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}; sizes are positive")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}")
+    if head_dim is None:
+        head_dim, rest = divmod(widths["hidden_size"], num_heads)
+        if rest:
+            raise ValueError(
+                f"hidden_size {widths['hidden_size']} is not a multiple of num_heads {num_heads}; give head_dim"
+            )
+    if head_dim % 2:
+        raise ValueError(f"head_dim is {head_dim}; RoPE turns pairs of numbers, so it is even")
+    return head_dim
+
+
 class NormWeight(nn.Module):
     """The weight of an RMSNorm; the block applies it."""
 
@@ -46,7 +67,7 @@ class TowerLayer(nn.Module):
     """One decoder layer of one tower: parameters only, `routed_block` computes.
 
     hidden_size (d), intermediate_size (I), num_heads (H), num_kv_heads (H_kv), head_dim (D, default d / H), qkv_bias
-    (Qwen2), qk_norm (Qwen3), eps of the norms.
+    (Qwen2), qk_norm (Qwen3), eps of the norms. Raises ValueError for sizes that are not positive or do not divide.
     """
 
     def __init__(
@@ -61,9 +82,9 @@ class TowerLayer(nn.Module):
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        if num_heads % num_kv_heads:
-            raise ValueError(f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}")
-        head_dim = hidden_size // num_heads if head_dim is None else head_dim
+        head_dim = _checked_head_dim(
+            num_heads, num_kv_heads, head_dim, hidden_size=hidden_size, intermediate_size=intermediate_size
+        )
         self.input_layernorm = NormWeight(hidden_size)
         self.self_attn = TowerAttention(hidden_size, num_heads, num_kv_heads, head_dim, qkv_bias, qk_norm)
         self.post_attention_layernorm = NormWeight(hidden_size)
@@ -120,7 +141,7 @@ class RoutedBlock(nn.Module):
     Arguments are those of `TowerLayer`; the image tower may be narrower with image_hidden_size and
     image_intermediate_size (then rows are given as a pair). separation: "deep" (own weights throughout), "shallow" (own
     feed-forward network, shared attention weights) or "none". With frozen_text the text tower requires no gradient;
-    build layouts with the same frozen_text.
+    build layouts with the same frozen_text, whose default is another there. Raises ValueError for sizes that do not fit.
     """
 
     def __init__(
@@ -139,8 +160,17 @@ class RoutedBlock(nn.Module):
         frozen_text: bool = False,
     ) -> None:
         super().__init__()
-        image_hidden_size = image_hidden_size or hidden_size
-        image_intermediate_size = image_intermediate_size or intermediate_size
+        image_hidden_size = hidden_size if image_hidden_size is None else image_hidden_size
+        image_intermediate_size = intermediate_size if image_intermediate_size is None else image_intermediate_size
+        head_dim = _checked_head_dim(
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            image_hidden_size=image_hidden_size,
+            image_intermediate_size=image_intermediate_size,
+        )
         if separation != "deep" and image_hidden_size != hidden_size:
             raise ValueError(
                 f"separation {separation!r} shares weights, so image_hidden_size {image_hidden_size} must equal "
@@ -151,7 +181,6 @@ class RoutedBlock(nn.Module):
                 f"separation 'none' shares every weight, so image_intermediate_size {image_intermediate_size} must "
                 f"equal intermediate_size {intermediate_size}"
             )
-        head_dim = hidden_size // num_heads if head_dim is None else head_dim
         shared = (num_heads, num_kv_heads, head_dim, qkv_bias, qk_norm, eps)
         self.head_dim = head_dim
         self.text = TowerLayer(hidden_size, intermediate_size, *shared)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import lmfusion_kernels as lk
@@ -198,6 +199,51 @@ def run_compiled(compiled, block, x, layout, rope, **options):
     return run(call, x, layout, rope, None)
 
 
+@pytest.mark.parametrize("spans", [("text", "image"), ("image", "text"), ("text", "image", "text")])
+def test_stacked_blocks_compile_once_for_many_layouts(spans):
+    """Counts that coincide (all text constant, all text live) are no trouble where shapes are symbolic."""
+    torch._dynamo.reset()
+    blocks = [make_block() for _ in range(2)]
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def model(x, layout, rope):
+        for block in blocks:
+            x = block(x, layout, rope, order="sequence")
+        return x
+
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for length in (3, 5, 8, 9):
+        documents = [[(span, length + i) for i, span in enumerate(spans)], [("text", 7), ("image", length)]]
+        layout = lk.TokenLayout.from_spans(documents)
+        x, rope = make_inputs(layout, torch.float32, paired=False)
+        outcome = output_and_gradient(compiled, x, layout, rope)
+        torch.testing.assert_close(outcome, output_and_gradient(model, x, layout, rope), rtol=1e-4, atol=1e-5)
+    assert counter.frame_count <= 3
+
+
+def output_and_gradient(model, x, layout, rope):
+    x = x.clone().requires_grad_()
+    y = model(x, layout, rope)
+    return y.detach(), torch.autograd.grad(y[layout.tower_to_sequence[layout.num_constant :].long()].sum(), x)[0]
+
+
+@pytest.mark.parametrize("recompute", ["none", "ffn", "layer"])
+def test_saved_tensors_are_unpacked_once(recompute):
+    """As torch.utils.checkpoint and save_on_cpu need it."""
+    block, layout = make_block(), lk.TokenLayout.from_spans(DOCUMENTS)
+    (x_text, x_image), rope = make_inputs(layout, torch.float32)
+    packed, unpacked = [], []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(1) or t, lambda t: unpacked.append(1) or t):
+        y = block((x_text.requires_grad_(), x_image), layout, rope, recompute=recompute)
+        (y[0].sum() + y[1].sum()).backward()
+    assert len(unpacked) == len(packed)
+    grad = x_text.grad.clone()
+    x_text.grad = None
+    y = checkpoint(block, (x_text, x_image), layout, rope, use_reentrant=False)
+    (y[0].sum() + y[1].sum()).backward()
+    assert torch.equal(x_text.grad, grad)
+
+
 def test_one_compiled_block_serves_many_layouts():
     block = make_block()
     counter = CompileCounterWithBackend("aot_eager")
@@ -273,6 +319,53 @@ def test_bad_input_is_named():
         block(x, layout, tuple(torch.cat([table, table], dim=-1) for table in rope))
     with pytest.raises(ValueError, match="backend"):
         lk.routed_block(x, layout, text, image, rope, backend="fastest")
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64], ids=str)
+def test_rows_that_are_no_floating_point_numbers(dtype, backend):
+    """Every op answers in the same words, whatever would have computed it."""
+    layout = lk.TokenLayout.from_spans([[("text", 2), ("image", 3)]], frozen_text=False)
+    x, q = torch.ones(5, 8, dtype=dtype), torch.ones(5, 1, 8, dtype=dtype)
+    norm, square, gate_up = (torch.ones(*shape, dtype=dtype) for shape in ((8,), (8, 8), (16, 8)))
+    rope = lk.rope_tables(layout.position, torch.ones(4))
+    calls = [
+        lambda: lk.routed_rms_norm(x, norm, norm, layout, 1e-6, backend=backend),
+        lambda: lk.routed_linear((x[:2], x[2:]), square, square, layout, backend=backend),
+        lambda: lk.rope_reorder(x.repeat(1, 3), layout, rope, 1, backend=backend),
+        lambda: lk.routed_swiglu(x, gate_up, square, gate_up, square, layout, backend=backend),
+        lambda: lk.hybrid_attention(q, q, q, layout, backend=backend),
+        lambda: lk.RoutedBlock(8, 8, 1, 1)(x, layout, rope, "sequence", backend=backend),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=rf"(x|q|qkv) is {dtype}; ops take rows in float32, bfloat16"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((65, 48, 4, 2), "hidden_size 65 is not a multiple of num_heads 4; give head_dim"),
+        ((64, 48, 4, 3), "num_heads 4 is not a multiple of num_kv_heads 3"),
+        ((0, 48, 4, 2), "hidden_size is 0; sizes are positive"),
+        ((64, -48, 4, 2), "intermediate_size is -48; sizes are positive"),
+        ((64, 48, 0, 2), "num_heads is 0; sizes are positive"),
+        ((64, 48, 4, 0), "num_kv_heads is 0; sizes are positive"),
+        ((64, 48, 4, 2, 0), "head_dim is 0; sizes are positive"),
+        ((64, 48, 4, 2, 15), "head_dim is 15; RoPE turns pairs"),
+        ((12, 48, 4, 2), "head_dim is 3; RoPE turns pairs"),
+    ],
+)
+def test_sizes_that_do_not_fit(sizes, message):
+    for module in (lk.RoutedBlock, lk.TowerLayer):
+        with pytest.raises(ValueError, match=message):
+            module(*sizes)
+
+
+@pytest.mark.parametrize("name", ["image_hidden_size", "image_intermediate_size"])
+def test_an_image_tower_of_no_size(name):
+    with pytest.raises(ValueError, match=f"{name} is 0; sizes are positive"):
+        lk.RoutedBlock(64, 48, 4, 2, **{name: 0})
 
 
 def test_bad_caches_are_named():

@@ -30,7 +30,7 @@ from lmfusion_kernels.attention.flex import Flex
 from lmfusion_kernels.attention.plain import Reference
 from lmfusion_kernels.attention.registered import Native, Triton
 from lmfusion_kernels.attention.two_calls import TwoCalls
-from lmfusion_kernels.backends import asked_for
+from lmfusion_kernels.backends import REFERENCE_RUNS, VARIABLE, asked_for
 from lmfusion_kernels.device import capability, constant_result
 from lmfusion_kernels.layout import TokenLayout
 
@@ -71,7 +71,10 @@ def choose(
     asked = asked_for(backend)
     if asked is not None and asked != "native":
         if reason := why_not(asked, case):
-            raise ValueError(f"{asked} attention was asked for, but {reason}; backend='reference' runs everywhere")
+            source = "" if backend else f" by {VARIABLE}"
+            others = [name for name in order_for(case, layout.num_tokens) if not why_not(name, case)]
+            way_out = f"backend='native' runs {others[0]} attention here" if others else REFERENCE_RUNS
+            raise ValueError(f"{asked} attention was asked for{source}, but {reason}; {way_out}")
         return asked
     order = order_for(case, layout.num_tokens)
     for name in order:
@@ -79,7 +82,7 @@ def choose(
             return name
     if asked is not None:
         reasons = "; ".join(f"{name}: {why_not(name, case)}" for name in order)
-        raise ValueError(f"no native attention can run here ({reasons}); backend='reference' runs everywhere")
+        raise ValueError(f"no native attention can run here ({reasons}); {REFERENCE_RUNS}")
     return "reference"
 
 
