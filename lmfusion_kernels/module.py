@@ -141,7 +141,7 @@ class RoutedBlock(nn.Module):
     Arguments are those of `TowerLayer`; the image tower may be narrower with image_hidden_size and
     image_intermediate_size (then rows are given as a pair). separation: "deep" (own weights throughout), "shallow" (own
     feed-forward network, shared attention weights) or "none". With frozen_text the text tower requires no gradient;
-    build layouts with the same frozen_text, whose default is another there. Raises ValueError for sizes that do not fit.
+    build layouts with the same frozen_text, whose default differs. Raises ValueError for sizes that do not fit.
     """
 
     def __init__(

@@ -26,3 +26,13 @@ def test_row_ops(isa):
     result = subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
     assert " passed" in result.stdout and "skipped" not in result.stdout
+
+
+@needs_native
+@pytest.mark.parametrize(("isa", "is_told"), [("avx", True), ("baseline", False), ("", False)])
+def test_an_unknown_instruction_set_is_told(isa, is_told):
+    environment = {**os.environ, "LMFUSION_CPU_ISA": isa}
+    command = [sys.executable, "-c", "import lmfusion_kernels"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert ("LMFUSION_CPU_ISA='avx' is unknown and has no effect; known: baseline, avx2" in result.stderr) == is_told
+    assert ("LMFUSION_CPU_ISA" in result.stderr) == is_told

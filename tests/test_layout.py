@@ -226,6 +226,19 @@ def test_orders_are_inverse_and_check_rows():
         ([[("image", -4)]], "image span of length -4; lengths are positive"),
         ([[("image", 2.5)]], "length 2.5; lengths are integers"),
         ([[("text", 1)], []], "document 1 has no spans"),
+        ([[("text", 2**64)]], "longer than 64 bits"),
+        (
+            [("text", 3)],
+            r"document 0 has the span 'text'; a batch is a list of documents, .*\(modality, length\): from_sp",
+        ),
+        ([("ab", 3)], "document 0 has the span 'ab'; a batch is"),
+        ("text", "document 0 has the span 't'; a batch is"),
+        ([[("text", 3)], [("image", 4, 5)]], r"document 1 has the span \('image', 4, 5\); a batch is"),
+        ([[("text", 3), None]], "document 0 has the span None; a batch is"),
+        ([[(["text"], 3)]], r"unknown modality \['text'\]"),
+        ([[("text", None)]], "length None; lengths are integers"),
+        ([3], "'int' object is not iterable; a batch is a list of documents"),
+        (None, "'NoneType' object is not iterable; a batch is a list of documents"),
         ([[("text", 2**30), ("text", 2**30)]], "2147483648 tokens; the limit is 2147483647"),
     ],
 )
@@ -261,6 +274,23 @@ def test_bad_cache(arguments, message):
 def test_bad_ids(modality, document, message):
     with pytest.raises(ValueError, match=message):
         TokenLayout.from_modality_ids(modality, document, [0, 0])
+
+
+def test_documents_may_be_any_iterables():
+    documents = [[("text", 3), ("image", 4)], [("marker", 1)]]
+    layout = TokenLayout.from_spans(documents)
+    assert_equal_layouts(TokenLayout.from_spans(iter(documents)), layout)
+    assert_equal_layouts(TokenLayout.from_spans(iter(document) for document in documents), layout)
+    assert_equal_layouts(TokenLayout.from_spans([[[modality, n] for modality, n in d] for d in documents]), layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64], ids=str)
+def test_rows_are_floating_point_numbers(dtype):
+    layout = TokenLayout.from_spans([[("text", 2), ("image", 3)]])
+    x = torch.ones(5, 4, dtype=dtype)
+    with pytest.raises(ValueError, match=rf"qkv is {dtype}; ops take rows in float32, bfloat16, float16, float64"):
+        layout.check_rows(x, name="qkv")
+    assert layout.to_sequence_order(layout.to_tower_order(x)).dtype == dtype  # whatever moves, as token ids
 
 
 def test_numpy_lengths_and_an_empty_batch():

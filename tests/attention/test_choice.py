@@ -55,8 +55,17 @@ def test_on_the_cpu(monkeypatch):
     assert choose("reference", device=CPU) == "reference"
     with pytest.raises(ValueError, match=r"no native attention .*native: it takes float32 and bfloat16, not float64"):
         choose("native", device=CPU, dtype=torch.float64)
-    with pytest.raises(ValueError, match="flash attention was asked for, but it runs on CUDA devices, not on cpu"):
-        choose("flash", device=CPU)
+    for name in ("flash", "triton", "flex"):
+        with pytest.raises(
+            ValueError, match=rf"{name} .* asked for, but it .*; backend='native' runs native attention"
+        ):
+            choose(name, device=CPU)
+    with pytest.raises(ValueError, match=r"flash attention was asked for, but .*; backend='reference' runs everywhere"):
+        choose("flash", device=CPU, dtype=torch.float64)
+    monkeypatch.setenv("LMFUSION_KERNELS_BACKEND", "flash")
+    with pytest.raises(ValueError, match="flash attention was asked for by LMFUSION_KERNELS_BACKEND, but"):
+        choose(device=CPU)
+    monkeypatch.delenv("LMFUSION_KERNELS_BACKEND")
     monkeypatch.setattr(_library, "why_not", "the native ops were not built: no compiler")
     attention._why_absent.cache_clear()
     assert choose(device=CPU) == "reference"
@@ -68,6 +77,10 @@ def test_default_order_on_cuda():
     assert choose("flash") == "flash"
     assert choose(dtype=torch.float32) == "triton"
     assert choose(head_dim=76) == "reference"
+    with pytest.raises(
+        ValueError, match=r"flash .* takes bfloat16 .* not float32; backend='native' runs triton attent"
+    ):
+        choose("flash", dtype=torch.float32)
     with pytest.raises(ValueError, match=r"triton: it takes head sizes .* not 76; flash: it takes bfloat16"):
         choose("native", head_dim=76, dtype=torch.float32)
 
@@ -145,6 +158,9 @@ def test_backends_explains(monkeypatch):
     monkeypatch.setenv("LMFUSION_KERNELS_BACKEND", "flash")
     assert lk.backends()["flash"].detail.endswith("chosen because it was asked for")
     assert lk.backends()["triton"].chosen_for == ()
+    assert lk.backends().note.startswith(
+        "LMFUSION_KERNELS_BACKEND=flash asks for flash attention, which cannot be had on"
+    )
 
 
 def test_the_file_holds_rows_that_fit():

@@ -1,16 +1,20 @@
 """Which backend is chosen, what an impossible wish is answered, and what `backends()` says."""
 
+import re
+
 import pytest
 import torch
 
 import lmfusion_kernels as lk
-from lmfusion_kernels import _library
+from lmfusion_kernels import _library, attention
 from lmfusion_kernels.backends import ATTENTION_KERNELS, choose
 
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch):
     monkeypatch.delenv("LMFUSION_KERNELS_BACKEND", raising=False)
+    yield
+    attention._why_absent.cache_clear()  # what was said of a library that is not there
 
 
 @pytest.fixture
@@ -24,6 +28,7 @@ def with_library(monkeypatch):
 def without_library(monkeypatch):
     monkeypatch.setattr(_library, "native", False)
     monkeypatch.setattr(_library, "why_not", "the native ops were not built: no compiler; install one")
+    attention._why_absent.cache_clear()
 
 
 @pytest.mark.usefixtures("with_library")
@@ -108,6 +113,49 @@ def test_the_table(monkeypatch):
     monkeypatch.setenv("LMFUSION_KERNELS_BACKEND", "reference")
     assert lk.backends()["native-cpu"].chosen_for == ()
     assert lk.backends()["reference"].chosen_for[0] == "cpu"
+
+
+@pytest.mark.usefixtures("with_library")
+@pytest.mark.parametrize(
+    ("asked", "note"),
+    [
+        (
+            "flash",
+            r"=flash asks for flash attention, which cannot be had on cpu \(it runs on CUDA .*\) and on cuda \(.*\)",
+        ),
+        ("native", r"=native asks for native, which cannot be had on cuda \(it was built without nvcc\); ops .* raise"),
+        ("reference", "=reference asks for reference$"),
+        ("fast", "='fast' is unknown; known: native, reference, .*; every op without an argument backend= raises this"),
+    ],
+)
+def test_the_table_tells_of_the_environment(monkeypatch, asked, note):
+    assert lk.backends().note == ""
+    monkeypatch.setenv("LMFUSION_KERNELS_BACKEND", asked)
+    here = lk.backends()
+    assert re.match("LMFUSION_KERNELS_BACKEND" + note, here.note)
+    assert repr(here).splitlines()[-1] == here.note
+    chosen = {name for name, backend in here.items() if "cpu" in backend.chosen_for}
+    assert (
+        chosen == {"flash": {"native-cpu"}, "native": {"native-cpu"}, "reference": {"reference"}, "fast": set()}[asked]
+    )
+
+
+@pytest.mark.usefixtures("without_library")
+def test_the_table_without_the_library_and_a_wish_for_it(monkeypatch):
+    monkeypatch.setenv("LMFUSION_KERNELS_BACKEND", "native")
+    here = lk.backends()
+    assert "cannot be had on cpu (the native ops were not built: no compiler; install one) and on cuda (" in here.note
+    assert not any(backend.chosen_for for backend in here.values())
+
+
+@pytest.mark.usefixtures("with_library")
+def test_the_table_tells_of_an_unknown_instruction_set(monkeypatch):
+    monkeypatch.setenv("LMFUSION_CPU_ISA", "avx2")
+    assert "LMFUSION_CPU_ISA" not in repr(lk.backends())
+    monkeypatch.setenv("LMFUSION_CPU_ISA", "bogus")
+    assert lk.backends()["native-cpu"].detail.endswith(
+        "LMFUSION_CPU_ISA='bogus' is unknown and has no effect; known: baseline, avx2"
+    )
 
 
 def test_choose_can_be_compiled():
