@@ -1,7 +1,8 @@
-"""Layouts whose vectors are in the emulated device's memory, where the host's own would be."""
+"""Tensors where a test wants them: layouts' vectors in the emulated device's memory, and rows that start anywhere."""
 
 from dataclasses import fields, replace
 
+import torch
 from torch import Tensor
 
 import lmfusion_kernels as lk
@@ -20,3 +21,8 @@ def make_layout(name: str) -> lk.TokenLayout:
 
 def from_spans(documents: list[list[tuple[str, int]]]) -> lk.TokenLayout:
     return to_device(lk.TokenLayout.from_spans(documents))
+
+
+def shifted(x: Tensor) -> Tensor:
+    """A contiguous copy that starts one element behind an address of 16 bytes' alignment."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)

@@ -5,7 +5,7 @@ import torch
 
 from lmfusion_kernels import reference
 from tests import test_rms_norm as on_cpu
-from tests.cuda_emulation.device import make_layout
+from tests.cuda_emulation.device import make_layout, shifted
 from tests.row_ops import LAYOUTS, assert_as_good_as_reference, random
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -142,6 +142,31 @@ def test_rows_that_start_anywhere(cuda_ops, offset, dtype):
         [aligned[0]], [aligned[1]], rstd, aligned[2], aligned[2], 3, [aligned[3]], True, True, True
     )
     for result, other in zip(grads, expected, strict=True):
+        torch.testing.assert_close(result, other, rtol=2**-6, atol=2**-6)
+
+
+NORM_TENSORS = [f"{tower}_{name}" for tower in ("text", "image") for name in ("x", "residual", "weight", "dy", "dsum")]
+
+
+def forward_and_backward(**t):
+    """Of a pair of towers, everything asked for: results of the forward, then of the backward."""
+    x, residual, weights, dy, dsum = (
+        [t[f"text_{name}"], t[f"image_{name}"]] for name in ("x", "residual", "weight", "dy", "dsum")
+    )
+    *results, rstd = ops.rms_norm(x, residual, *weights, 5, EPS, 2, True, True)
+    return *results, rstd, *ops.rms_norm_backward(dy, x, rstd, *weights, 5, dsum, True, True, True)
+
+
+@pytest.mark.parametrize("name", NORM_TENSORS)
+def test_every_tensor_may_start_anywhere(cuda_ops, name):
+    """One of them alone off 16 bytes is enough to make packs of 16 bytes impossible."""
+    tensors = {}
+    for i, other in enumerate(NORM_TENSORS):
+        width = 64 if other.startswith("text") else 24
+        shape = (width,) if other.endswith("weight") else (5, width)
+        tensors[other] = random(*shape, dtype=torch.bfloat16, seed=i)
+    expected = forward_and_backward(**tensors)
+    for result, other in zip(forward_and_backward(**tensors | {name: shifted(tensors[name])}), expected, strict=True):
         torch.testing.assert_close(result, other, rtol=2**-6, atol=2**-6)
 
 

@@ -6,7 +6,7 @@ import torch
 import lmfusion_kernels as lk
 from lmfusion_kernels import reference
 from tests import test_rope_reorder as on_cpu
-from tests.cuda_emulation.device import from_spans, make_layout
+from tests.cuda_emulation.device import from_spans, make_layout, shifted
 from tests.row_ops import LAYOUTS, assert_as_good_as_reference, random
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -151,3 +151,36 @@ def test_rows_that_start_anywhere(cuda_ops, offset):
     result = ops.rope_reorder([qkv], *rope, order, order, layout.num_text, 0, HEADS, *[None] * 4, 1e-5)
     for a, b in zip(result[1:], expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2**-7, atol=1e-6)
+
+
+def run_everything(layout, qkv_text, qkv_image, cos, sin, k_cache, v_cache, dq, dk, dv, **norms):
+    """Results of all three ops by op, the caches among them."""
+    order, num_text = layout.tower_to_sequence, layout.num_text
+    qkv, norms = [qkv_text, qkv_image], [norms[name] for name in ALL_NORMS]
+    yield ops.rope_reorder(qkv, cos, sin, order, order, num_text, 0, HEADS, *norms, 1e-5)
+    q = ops.rope_reorder_cached(qkv, cos, sin, order, order, num_text, HEADS, *norms, 1e-5, k_cache, v_cache)
+    yield q, k_cache, v_cache
+    for with_norms in (True, False):
+        rows, weights = (qkv, norms) if with_norms else ([], [None] * 4)
+        yield ops.rope_reorder_backward(
+            dq, dk, dv, rows, cos, sin, layout.sequence_to_tower, None, num_text, HEADS, *weights, 1e-5,
+            with_norms, with_norms, False,
+        )  # fmt: skip
+
+
+ROPE_TENSORS = ["qkv_text", "qkv_image", "cos", "sin", *ALL_NORMS, "k_cache", "v_cache", "dq", "dk", "dv"]
+
+
+@pytest.mark.parametrize("name", ROPE_TENSORS)
+def test_every_tensor_may_start_anywhere(cuda_ops, name):
+    """One of them alone off 16 bytes is enough to make packs of 16 bytes impossible."""
+    layout, head_dim = from_spans([[("text", 3), ("image", 4)]]), 16
+    tensors = on_cpu.make_tensors(layout, torch.bfloat16, True, ALL_NORMS, head_dim)
+    tensors |= dict(zip(("cos", "sin"), on_cpu.make_rope(layout, head_dim), strict=True))
+    for i, other in enumerate(("k_cache", "v_cache", "dq", "dk", "dv")):
+        heads = HEADS if other == "dq" else KV_HEADS
+        tensors[other] = random(layout.num_tokens, heads, head_dim, dtype=torch.bfloat16, seed=20 + i)
+    moved = {other: shifted(t) if other == name else t.clone() for other, t in tensors.items()}  # caches of its own
+    for results, expected in zip(run_everything(layout, **moved), run_everything(layout, **tensors), strict=True):
+        for a, b in zip(results, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-6)

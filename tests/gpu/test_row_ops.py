@@ -8,6 +8,7 @@ import torch
 
 import lmfusion_kernels as lk
 from lmfusion_kernels import backends
+from lmfusion_kernels.swiglu import swiglu
 from tests.gpu.support import (
     DEVICE,
     DOCUMENTS,
@@ -65,10 +66,8 @@ def test_rms_norm_of_every_layout(dtype, name):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_swiglu(dtype, width):
-    from lmfusion_kernels import swiglu
-
     tensors = {"gate_up": random(77, 2 * width, dtype=dtype, scale=3.0)}
-    assert_as_good_as_plain(lambda b, gate_up: swiglu.swiglu(gate_up, backend=b), tensors)
+    assert_as_good_as_plain(lambda b, gate_up: swiglu(gate_up, backend=b), tensors)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -158,20 +157,28 @@ def test_rows_that_do_not_start_at_16_bytes(dtype, offset):
     assert torch.equal(lk.routed_rms_norm(moved, weight, weight, layout, EPS), expected)
 
 
-def test_rows_beyond_two_to_the_31_elements():
-    """Addresses need 64 bits: 70,000 rows of 32,768 are 2.3e9 elements."""
-    num_rows, width = (70_000, 32_768) if ON_GPU else (70, 64)
-    layout = lk.TokenLayout.from_spans([[("image", num_rows)]], device=DEVICE)
-    if ON_GPU and torch.cuda.mem_get_info()[0] < 20e9:
-        pytest.skip("needs 20 GB of GPU memory")
-    x = torch.ones(num_rows, width, dtype=torch.bfloat16, device=DEVICE)
-    x[-3:] = random(3, width, dtype=torch.bfloat16)
-    weight = random(width, dtype=torch.bfloat16, seed=1)
-    y = lk.routed_rms_norm(x, weight, weight, layout, EPS)
-    exact, plain = (lk.reference.rms_norm(t[-3:], w, EPS) for t, w in ((x.double(), weight.double()), (x, weight)))
-    assert_close_as_plain(y[-3:], plain, exact, "last rows")
-    if ON_GPU:
-        del y
+@pytest.mark.parametrize("width", [32_768, 32_767], ids=["packs", "elements"])
+@pytest.mark.parametrize("op", ["rms_norm", "swiglu", "reorder_rows"])
+def test_rows_beyond_two_to_the_31_elements(op, width):
+    """Addresses need 64 bits: 70,000 rows of 32,767 are 2.3e9 elements. The last rows alone are unlike the others."""
+    num_rows = 70_000 if ON_GPU else 70
+    if ON_GPU and torch.cuda.mem_get_info()[0] < 40e9:
+        pytest.skip("needs 40 GB of GPU memory")
+    x = torch.ones(num_rows, 2 * width if op == "swiglu" else width, dtype=torch.bfloat16, device=DEVICE)
+    x[-3:] = random(3, x.shape[1], dtype=torch.bfloat16)
+    last = x[-3:].clone()
+    if op == "reorder_rows":
         reversed_rows = torch.arange(num_rows - 1, -1, -1, dtype=torch.int32, device=DEVICE)
-        moved = torch.ops.lmfusion.reorder_rows(x, reversed_rows, reversed_rows)
-        assert torch.equal(moved[:3], x[-3:].flip(0))
+        y = torch.ops.lmfusion.reorder_rows(x, reversed_rows, reversed_rows)
+        assert torch.equal(y[:3], last.flip(0)) and y[-3:].eq(1).all()
+        assert torch.equal(torch.ops.lmfusion.reorder_rows(y, reversed_rows, reversed_rows)[-3:], last)
+        return
+    if op == "rms_norm":
+        layout = lk.TokenLayout.from_spans([[("image", num_rows)]], device=DEVICE)
+        weight = random(width, dtype=torch.bfloat16, seed=1)
+        y = lk.routed_rms_norm(x, weight, weight, layout, EPS)
+        exact, plain = (lk.reference.rms_norm(t, weight.to(t.dtype), EPS) for t in (last.double(), last))
+    else:
+        y = swiglu(x)
+        exact, plain = lk.reference.swiglu(last.double()), lk.reference.swiglu(last)
+    assert_close_as_plain(y[-3:], plain, exact, "last rows")

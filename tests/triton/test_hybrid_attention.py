@@ -228,6 +228,39 @@ def test_few_queries_are_stored_at_out_row():
     assert out[1].eq(0).all() and lse[:, 3].eq(float("-inf")).all()  # the query without keys
 
 
+def test_few_queries_of_documents_side_by_side():
+    """The tile of the last keys of a document reaches into the next one, whose queries see those keys once."""
+    inputs = make_inputs(4, 150, 2, 1, 16)
+    assert_as_good_as_dense(*inputs, int32([0, 0, 38, 38]), int32([36, 37, 149, 150]), 0.25, tiles=SMALL)
+
+
+@pytest.mark.parametrize("tiles", [LARGE, BY_POINTER], ids=["descriptors", "pointers"])
+@pytest.mark.parametrize("num_queries", [21, 140])
+def test_queries_that_see_nothing_have_no_gradient(num_queries, tiles):
+    """The first and the last of every seven: at both ends, and in tiles with queries that do see keys."""
+    query = torch.arange(num_queries)
+    document, place = query // 7 * 7, query % 7
+    ranges = int32(document + 7 * (place == 6)), int32(document + 7 * (place > 0))
+    inputs = make_inputs(num_queries, num_queries, 2, 1, 16)
+    result = triton_attention(*inputs, *ranges, 0.25, tiles=tiles)
+    is_blind = (place == 0) | (place == 6)
+    assert result[1][:, is_blind].eq(float("-inf")).all() and result[2][is_blind].eq(0).all()
+    for x, y in zip(result, dense_attention(*inputs, *ranges, 0.25), strict=True):
+        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-5)
+
+
+def test_query_whose_scores_are_all_minus_infinity_has_no_gradient():
+    """As one that sees nothing: its log-sum-exp is -inf, though the keys are there and their scores out of range."""
+    q, k, v, dout = make_inputs(3, 6, 1, 1, 16)
+    q[1], k[2:4] = 1e20, -1e20
+    ranges = int32([0, 2, 4]), int32([2, 4, 6])
+    out, lse, dq, dk, dv = triton_attention(q, k, v, dout, *ranges, 0.25)
+    assert lse.isneginf().tolist() == [[False, True, False]]
+    for x in (out[1], dq[1], dk[2:4], dv[2:4]):
+        assert x.eq(0).all()
+    assert all(x.isfinite().all() and x[0].ne(0).any() for x in (out, dq, dk, dv))
+
+
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 3.0])
 def test_scale(scale):
     for num_queries in (140, 20):
