@@ -22,10 +22,10 @@ import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.jit import JITFunction
 
 ROOT = Path(__file__).resolve().parents[2]
-PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 sys.path.insert(0, str(ROOT))
 
 from tests.compile import cuobjdump  # noqa: E402
@@ -114,7 +114,14 @@ def advice(kernel: Any) -> str:
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(kernel.asm["ptx"])
-        command = [PTXAS, "--verbose", "--gpu-name=sm_90a", ptx, "--output-file", ptx.with_suffix(".cubin")]
+        command = [
+            get_ptxas(90).path,
+            "--verbose",
+            "--gpu-name=sm_90a",
+            ptx,
+            "--output-file",
+            ptx.with_suffix(".cubin"),
+        ]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
