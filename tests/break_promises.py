@@ -37,7 +37,7 @@ BREAKAGES = (
     ),
     Breakage(
         "1 text is bit-identical: the optimiser gets the text tower",
-        "tests/lmfusion/test_training.py::test_frozen_text_does_not_change_by_a_bit",
+        "tests/lmfusion/training/test_trainer.py::test_frozen_text_does_not_change_by_a_bit",
         "lmfusion/modeling.py",
         "self.text.requires_grad_(not frozen)",
         "self.text.requires_grad_(True)",
@@ -128,14 +128,14 @@ BREAKAGES = (
     ),
     Breakage(
         "8 a resumed run equals an unbroken one: the optimiser starts anew",
-        "tests/lmfusion/test_training.py::test_resumed_run_equals_an_unbroken_one",
+        "tests/lmfusion/training/test_resume.py::test_resumed_run_equals_an_unbroken_one",
         "lmfusion/training/trainer.py",
         'self.optimizer.load_state_tensors(parts["optimizer"])',
         "pass",
     ),
     Breakage(
         "8 a resumed run equals an unbroken one: the data starts anew",
-        "tests/lmfusion/test_training.py::test_resumed_run_equals_an_unbroken_one",
+        "tests/lmfusion/training/test_resume.py::test_resumed_run_equals_an_unbroken_one",
         "lmfusion/training/trainer.py",
         "in self.loader.steps(self.step, last)",
         "in self.loader.steps(0, last - self.step)",

@@ -1,0 +1,26 @@
+"""What a run left behind, and whether two runs gave the same numbers."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from lmfusion.training import checkpoint
+
+TIMINGS = {"images_per_second", "data_wait"}
+
+
+def read_metrics(run_config):
+    lines = (Path(run_config.output) / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMINGS} for line in lines]
+
+
+def final_tensors(run_config, step=12):
+    return checkpoint.load_checkpoint(Path(run_config.output) / "checkpoints" / f"step-{step:08d}")[0]
+
+
+def assert_same_run(one, other):
+    assert read_metrics(one) == read_metrics(other)
+    for part, tensors in final_tensors(one).items():
+        for name, tensor in final_tensors(other)[part].items():
+            assert torch.equal(tensors[name], tensor), f"{part}/{name}"
