@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lmfusion_kernels.attention.case import Case
 from lmfusion_kernels.attention.installed import why_not_device, why_not_flash
+from lmfusion_kernels.attention.two_calls import Sequences
 from lmfusion_kernels.device import capability
 
 # Both are private, so they may change: what is passed here, by name, as torch 2.10 to 2.15 have it.
@@ -60,31 +61,20 @@ class TorchFlash:
             return f"its backward takes head sizes up to 192 on this device, not {case.head_dim}"
         return ""
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        query_start: Tensor,
-        key_start: Tensor,
-        max_queries: int,
-        max_keys: int,
-        scale: float,
-        num_keys: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> tuple[Tensor, Tensor]:
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             q,
             k,
             v,
-            query_start,
-            key_start,
-            at_least_two(max_queries, q, query_start),
-            max_keys,
+            sequences.query_start,
+            sequences.key_start,
+            at_least_two(sequences.max_queries, q, sequences.query_start),
+            sequences.max_keys,
             0.0,
             True,
             False,
             scale=scale,
-            seqused_k=num_keys,
+            seqused_k=sequences.num_keys,
         )
         return out, lse
 
@@ -96,13 +86,10 @@ class TorchFlash:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        query_start: Tensor,
-        key_start: Tensor,
-        max_queries: int,
-        max_keys: int,
+        sequences: Sequences,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        no_random_numbers = query_start.new_empty(2, dtype=torch.uint64)  # read with dropout alone
+        no_random_numbers = sequences.query_start.new_empty(2, dtype=torch.uint64)  # read with dropout alone
         return torch.ops.aten._flash_attention_backward(
             dout,
             q,
@@ -110,10 +97,10 @@ class TorchFlash:
             v,
             out,
             lse,
-            query_start,
-            key_start,
-            max_queries,
-            max_keys,
+            sequences.query_start,
+            sequences.key_start,
+            sequences.max_queries,
+            sequences.max_keys,
             0.0,
             True,
             no_random_numbers,

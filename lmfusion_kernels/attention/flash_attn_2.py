@@ -19,6 +19,7 @@ from lmfusion_kernels.attention.installed import (
     why_not_device,
     why_not_flash,
 )
+from lmfusion_kernels.attention.two_calls import Sequences
 
 
 class FlashAttn2:
@@ -41,32 +42,21 @@ class FlashAttn2:
     def why_not(self, case: Case) -> str:
         return why_not_flash(case)
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        query_start: Tensor,
-        key_start: Tensor,
-        max_queries: int,
-        max_keys: int,
-        scale: float,
-        num_keys: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> tuple[Tensor, Tensor]:
         from flash_attn import flash_attn_interface
 
         out, lse, _, _ = flash_attn_interface._wrapped_flash_attn_varlen_forward(
             q=q,
             k=k,
             v=v,
-            cu_seqlens_q=query_start,
-            cu_seqlens_k=key_start,
-            max_seqlen_q=at_least_two(max_queries, q, query_start),
-            max_seqlen_k=max_keys,
+            cu_seqlens_q=sequences.query_start,
+            cu_seqlens_k=sequences.key_start,
+            max_seqlen_q=at_least_two(sequences.max_queries, q, sequences.query_start),
+            max_seqlen_k=sequences.max_keys,
             dropout_p=0.0,
             softmax_scale=scale,
             causal=True,
-            seqused_k=num_keys,
+            seqused_k=sequences.num_keys,
         )
         return out, lse
 
@@ -78,10 +68,7 @@ class FlashAttn2:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        query_start: Tensor,
-        key_start: Tensor,
-        max_queries: int,
-        max_keys: int,
+        sequences: Sequences,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         from flash_attn import flash_attn_interface
@@ -98,10 +85,10 @@ class FlashAttn2:
             dq=dq,
             dk=dk,
             dv=dv,
-            cu_seqlens_q=query_start,
-            cu_seqlens_k=key_start,
-            max_seqlen_q=max_queries,
-            max_seqlen_k=max_keys,
+            cu_seqlens_q=sequences.query_start,
+            cu_seqlens_k=sequences.key_start,
+            max_seqlen_q=sequences.max_queries,
+            max_seqlen_k=sequences.max_keys,
             dropout_p=0.0,
             softmax_scale=scale,
             causal=True,

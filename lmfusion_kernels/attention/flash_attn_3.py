@@ -20,6 +20,7 @@ from lmfusion_kernels.attention.installed import (
     why_not_device,
     why_not_flash,
 )
+from lmfusion_kernels.attention.two_calls import Sequences
 from lmfusion_kernels.device import constant_result
 
 
@@ -51,29 +52,18 @@ class FlashAttn3:
             return "it was built without float16; use bfloat16"
         return ""
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        query_start: Tensor,
-        key_start: Tensor,
-        max_queries: int,
-        max_keys: int,
-        scale: float,
-        num_keys: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> tuple[Tensor, Tensor]:
         import flash_attn_interface
 
         out, lse, _, _ = flash_attn_interface._flash_attn_forward(
             q=q,
             k=k,
             v=v,
-            cu_seqlens_q=query_start,
-            cu_seqlens_k=key_start,
-            seqused_k=num_keys,
-            max_seqlen_q=max_queries,
-            max_seqlen_k=max_keys,
+            cu_seqlens_q=sequences.query_start,
+            cu_seqlens_k=sequences.key_start,
+            seqused_k=sequences.num_keys,
+            max_seqlen_q=sequences.max_queries,
+            max_seqlen_k=sequences.max_keys,
             softmax_scale=scale,
             causal=True,
         )
@@ -87,10 +77,7 @@ class FlashAttn3:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        query_start: Tensor,
-        key_start: Tensor,
-        max_queries: int,
-        max_keys: int,
+        sequences: Sequences,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         import flash_attn_interface
@@ -103,10 +90,10 @@ class FlashAttn3:
             v=v,
             out=out,
             softmax_lse=lse,
-            cu_seqlens_q=query_start,
-            cu_seqlens_k=key_start,
-            max_seqlen_q=max_queries,
-            max_seqlen_k=max_keys,
+            cu_seqlens_q=sequences.query_start,
+            cu_seqlens_k=sequences.key_start,
+            max_seqlen_q=sequences.max_queries,
+            max_seqlen_k=sequences.max_keys,
             dq=dq,
             dk=dk,
             dv=dv,

@@ -11,6 +11,7 @@ The gradient of a softmax needs of it only out and lse, so each call's backward 
 add up. Every score is computed once: no arithmetic is added. lmfusion_kernels/layout.py has the vectors.
 """
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -20,13 +21,24 @@ from lmfusion_kernels.attention.case import Case, QueryRows, aligned
 from lmfusion_kernels.layout import TokenLayout
 
 
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """Where packed sequences lie: sequence b has the queries [query_start[b], query_start[b + 1]) of q [total_q, H, D],
+    and its keys begin at row key_start[b] of k, v [total_k, H_kv, D]. All vectors are int32, on the device."""
+
+    query_start: Tensor
+    key_start: Tensor
+    max_queries: int
+    """No sequence has more."""
+    max_keys: int
+    num_keys: Tensor | None = None
+    """Keys of each sequence; None: as many as to the next one's."""
+
+
 class PackedCausal(Protocol):
     """Causal attention of packed sequences, as FlashAttention has it.
 
-    Sequence b has the queries [query_start[b], query_start[b + 1]) of q [total_q, H, D] and its keys begin at row
-    key_start[b] of k, v [total_k, H_kv, D]; there are num_keys[b] of them, or as many as to key_start[b + 1] without
-    num_keys (int32 all, key_start and num_keys on the device). Its last query sees its last key: of n queries and m
-    keys, query i sees the first m - n + i + 1 keys. max_queries, max_keys: no sequence has more.
+    The last query of a sequence sees its last key: of n queries and m keys, query i sees the first m - n + i + 1 keys.
     """
 
     @property
@@ -36,18 +48,7 @@ class PackedCausal(Protocol):
 
     def why_not(self, case: Case) -> str: ...
 
-    def forward(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        query_start: Tensor,
-        key_start: Tensor,
-        max_queries: int,
-        max_keys: int,
-        scale: float,
-        num_keys: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> tuple[Tensor, Tensor]:
         """out [total_q, H, D] and lse [H, total_q], the log of the sum of exp(score)."""
         ...
 
@@ -59,10 +60,7 @@ class PackedCausal(Protocol):
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        query_start: Tensor,
-        key_start: Tensor,
-        max_queries: int,
-        max_keys: int,
+        sequences: Sequences,
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv; what they hold of keys that no query sees is not read."""
@@ -93,21 +91,14 @@ class TwoCalls:
         if q.shape[0] == 0:
             return torch.empty_like(q), q.new_empty((q.shape[1], 0), dtype=torch.float32)
         q, k, v = aligned(q), aligned(k), aligned(v)
-        query_start, max_queries = _queries(layout, rows)
-        if rows == "constant":  # a prefix of each document, which sees nothing else
-            num_keys: Tensor | None = query_start[1:] - query_start[:-1]
-        else:
-            num_keys = layout.document_num_keys if layout.is_cached else None
-        out, lse = self.packed.forward(
-            q, k, v, query_start, layout.document_key_start, max_queries, layout.longest_document, scale, num_keys
-        )
+        out, lse = self.packed.forward(q, k, v, _documents(layout, rows), scale)
         if rows == "constant":
             return out, lse
         query_row, key_row = _triangles(layout, rows)
         if query_row.shape[0]:
             index = query_row.long()
             (q_above,), (k_above, v_above) = _select(query_row, q), _select(key_row, k, v)
-            out_above, lse_above = self.packed.forward(q_above, k_above, v_above, *_triangle_bounds(layout), scale)
+            out_above, lse_above = self.packed.forward(q_above, k_above, v_above, _triangles_of(layout), scale)
             merged, merged_lse = _merge(
                 out.index_select(0, query_row), lse.index_select(1, query_row), out_above, lse_above
             )
@@ -136,10 +127,7 @@ class TwoCalls:
         q, k, v, dout = aligned(q), aligned(k), aligned(v), aligned(dout)
         if rows == "active":
             dout, out = _select(layout.active_row, dout, out)
-        query_start, max_queries = _queries(layout, rows)
-        dq, dk, dv = self.packed.backward(
-            dout, q, k, v, out, lse, query_start, layout.document_start, max_queries, layout.longest_document, scale
-        )
+        dq, dk, dv = self.packed.backward(dout, q, k, v, out, lse, _documents(layout, rows), scale)
         query_row, key_row = _triangles(layout, rows)
         if query_row.shape[0]:
             dout_above, q_above, out_above = _select(query_row, dout, q, out)
@@ -151,7 +139,7 @@ class TwoCalls:
                 v_above,
                 out_above,
                 lse.index_select(1, query_row),
-                *_triangle_bounds(layout),
+                _triangles_of(layout),
                 scale,
             )
             for whole, index, above in zip((dq, dk, dv), (query_row, key_row, key_row), grads, strict=True):
@@ -161,13 +149,17 @@ class TwoCalls:
         return dq, dk, dv
 
 
-def _queries(layout: TokenLayout, rows: QueryRows) -> tuple[Tensor, int]:
-    """Where the queries of each document begin, and the most that one has."""
+def _documents(layout: TokenLayout, rows: QueryRows) -> Sequences:
+    """The queries `rows` of each document, and the keys that the first call shows them."""
+    key_start, longest = layout.document_key_start, layout.longest_document
+    if rows == "constant":  # a prefix of each document, which sees nothing else
+        start = layout.document_start - layout.active_document_start
+        return Sequences(start, key_start, longest, longest, start[1:] - start[:-1])
+    num_keys = layout.document_num_keys if layout.is_cached else None
     if rows == "active":
-        return layout.active_document_start, layout.longest_active
-    if rows == "constant":
-        return layout.document_start - layout.active_document_start, layout.longest_document
-    return layout.document_start, layout.longest_active if layout.is_cached else layout.longest_document
+        return Sequences(layout.active_document_start, key_start, layout.longest_active, longest, num_keys)
+    most = layout.longest_active if layout.is_cached else longest
+    return Sequences(layout.document_start, key_start, most, longest, num_keys)
 
 
 def _triangles(layout: TokenLayout, rows: QueryRows) -> tuple[Tensor, Tensor]:
@@ -179,8 +171,9 @@ def _triangles(layout: TokenLayout, rows: QueryRows) -> tuple[Tensor, Tensor]:
     return query_row, key_row + 1
 
 
-def _triangle_bounds(layout: TokenLayout) -> tuple[Tensor, Tensor, int, int]:
-    return layout.triangle_start, layout.triangle_start, layout.longest_triangle, layout.longest_triangle
+def _triangles_of(layout: TokenLayout) -> Sequences:
+    start, longest = layout.triangle_start, layout.longest_triangle
+    return Sequences(start, start, longest, longest)
 
 
 def _select(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -16,20 +16,21 @@ class PlainPackedCausal:
     def why_not(self, case):
         return ""
 
-    def forward(self, q, k, v, query_start, key_start, max_queries, max_keys, scale, num_keys=None):
-        self.check((q, k, v), query_start, key_start, max_queries, max_keys, num_keys)
+    def forward(self, q, k, v, sequences, scale):
+        self.check((q, k, v), sequences)
         out = torch.full_like(q, float("nan"))
         lse = q.new_full((q.shape[1], q.shape[0]), float("nan"))
-        for queries, keys in self.sequences(query_start, key_start, num_keys):
+        for queries, keys in self.slices(sequences):
             scores = self.scores(q[queries], k[keys], scale)
             lse[:, queries] = scores.logsumexp(-1)
             out[queries] = torch.einsum("hnm,mhd->nhd", scores.softmax(-1), self.expand(v[keys], q))
         return out, lse
 
-    def backward(self, dout, q, k, v, out, lse, query_start, key_start, max_queries, max_keys, scale):
-        self.check((q, k, v, dout, out), query_start, key_start, max_queries, max_keys, None)
+    def backward(self, dout, q, k, v, out, lse, sequences, scale):
+        assert sequences.num_keys is None
+        self.check((q, k, v, dout, out), sequences)
         dq, dk, dv = (torch.full_like(x, float("nan")) for x in (q, k, v))
-        for queries, keys in self.sequences(query_start, key_start, None):
+        for queries, keys in self.slices(sequences):
             weights = (self.scores(q[queries], k[keys], scale) - lse[:, queries, None]).exp()
             delta = (dout[queries] * out[queries]).sum(-1).t()[..., None]
             dweights = torch.einsum("nhd,mhd->hnm", dout[queries], self.expand(v[keys], q))
@@ -39,9 +40,10 @@ class PlainPackedCausal:
             dv[keys] = self.reduce(torch.einsum("hnm,nhd->mhd", weights, dout[queries]), v)
         return dq, dk, dv
 
-    def check(self, tensors, query_start, key_start, max_queries, max_keys, num_keys):
+    def check(self, tensors, sequences):
         """What the CUDA kernels demand, or read without asking."""
         q, k, v, *_ = tensors
+        query_start, key_start, num_keys = sequences.query_start, sequences.key_start, sequences.num_keys
         assert all(x.dtype == torch.int32 and x.is_contiguous() for x in (query_start, key_start))
         assert query_start.shape == key_start.shape and query_start[0] == 0 and query_start[-1] == q.shape[0]
         assert k.shape == v.shape and key_start[-1] <= k.shape[0]
@@ -52,11 +54,12 @@ class PlainPackedCausal:
         if num_keys is not None:
             assert num_keys.dtype == torch.int32 and num_keys.is_contiguous() and (num_keys <= lengths).all()
             lengths = num_keys
-        assert query_start.diff().max() <= max_queries and lengths.max() <= max_keys
+        assert query_start.diff().max() <= sequences.max_queries and lengths.max() <= sequences.max_keys
         self.calls.append((q.shape[0], k.shape[0]))
 
     @staticmethod
-    def sequences(query_start, key_start, num_keys):
+    def slices(sequences):
+        query_start, key_start, num_keys = sequences.query_start, sequences.key_start, sequences.num_keys
         for b in range(len(query_start) - 1):
             first, end = int(key_start[b]), int(key_start[b + 1])
             if num_keys is not None:

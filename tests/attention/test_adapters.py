@@ -17,6 +17,7 @@ from lmfusion_kernels import device as device_module
 from lmfusion_kernels.attention import flash, flash_attn_3, flash_attn_4, installed
 from lmfusion_kernels.attention.case import Case
 from lmfusion_kernels.attention.plain import Reference, dense_attention
+from lmfusion_kernels.attention.two_calls import Sequences
 from tests.attention.packed_causal import PlainPackedCausal
 from tests.attention.test_two_calls import make_inputs
 
@@ -86,28 +87,9 @@ def pretend(monkeypatch, versions, modules, capability=(9, 0)):
     monkeypatch.setattr(device_module, "_capability", lambda device: capability)
 
 
-def forward_arguments(a):
-    return [
-        *(a[name] for name in ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")),
-        a["softmax_scale"],
-        a["seqused_k"],
-    ]
-
-
-def backward_arguments(a):
-    names = (
-        "dout",
-        "q",
-        "k",
-        "v",
-        "out",
-        "softmax_lse",
-        "cu_seqlens_q",
-        "cu_seqlens_k",
-        "max_seqlen_q",
-        "max_seqlen_k",
-    )
-    return [*(a[name] for name in names), a["softmax_scale"]]
+def sequences_of(a):
+    bounds = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+    return Sequences(*(a[name] for name in bounds), a.get("seqused_k"))
 
 
 def by_name(schema, arguments):
@@ -131,7 +113,7 @@ def implementations(schemas, forward_name, backward_name, causal_name):
         names = {"q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
         check(a, names)
         assert a.get("num_splits", 1) == 1
-        out, lse = plain.forward(*forward_arguments(a))
+        out, lse = plain.forward(a["q"], a["k"], a["v"], sequences_of(a), a["softmax_scale"])
         return out, lse, out.new_empty(0), out.new_empty(0)
 
     def backward(*arguments, **more):
@@ -139,7 +121,9 @@ def implementations(schemas, forward_name, backward_name, causal_name):
         names = {"dout", "q", "k", "v", "out", "softmax_lse", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q"}
         check(a, {*names, "max_seqlen_k", "dq", "dk", "dv", "deterministic"})
         assert a["deterministic"] is installed.wants_deterministic()
-        for name, grad in zip(("dq", "dk", "dv"), plain.backward(*backward_arguments(a)), strict=True):
+        tensors = (a[name] for name in ("dout", "q", "k", "v", "out", "softmax_lse"))
+        grads = plain.backward(*tensors, sequences_of(a), a["softmax_scale"])
+        for name, grad in zip(("dq", "dk", "dv"), grads, strict=True):
             assert a[name].is_contiguous()
             a[name].copy_(grad)
         return a["softmax_lse"].clone()
@@ -297,8 +281,8 @@ def test_torch_flash_calls_the_ops(monkeypatch):
             assert a["is_causal"] is True and a["dropout_p"] == 0.0
             if name == "_flash_attention_forward":
                 assert a["return_debug_mask"] is False
-                return *plain.forward(*packed, *bounds, a["scale"], a["seqused_k"]), None, None, None
-            return plain.backward(a["grad_out"], *packed, a["out"], a["logsumexp"], *bounds, a["scale"])
+                return *plain.forward(*packed, Sequences(*bounds, a["seqused_k"]), a["scale"]), None, None, None
+            return plain.backward(a["grad_out"], *packed, a["out"], a["logsumexp"], Sequences(*bounds), a["scale"])
 
         return op
 

@@ -12,6 +12,7 @@ import lmfusion_kernels as lk
 from lmfusion_kernels import _library, attention, reference
 from lmfusion_kernels import device as device_module
 from lmfusion_kernels.attention import flash, table
+from lmfusion_kernels.attention.two_calls import Sequences
 from tests.attention.packed_causal import PlainPackedCausal
 
 
@@ -21,11 +22,11 @@ def flash_on_the_cpu(monkeypatch):
     library = torch.library.Library("aten", "IMPL")
 
     def forward(q, k, v, cum_q, cum_k, max_q, max_k, dropout, causal, debug, *, scale=None, seqused_k=None, **more):
-        out, lse = plain.forward(q, k, v, cum_q, cum_k, max_q, max_k, scale, seqused_k)
+        out, lse = plain.forward(q, k, v, Sequences(cum_q, cum_k, max_q, max_k, seqused_k), scale)
         return out, lse, torch.empty(2, dtype=torch.uint64), torch.empty((), dtype=torch.uint64), q.new_empty(0)
 
     def backward(dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, dropout, causal, seed, unused, *, scale, **more):
-        return plain.backward(dout, q, k, v, out, lse, cum_q, cum_k, max_q, max_k, scale)
+        return plain.backward(dout, q, k, v, out, lse, Sequences(cum_q, cum_k, max_q, max_k), scale)
 
     library.impl("_flash_attention_forward", forward, "CPU")
     library.impl("_flash_attention_backward", backward, "CPU")
