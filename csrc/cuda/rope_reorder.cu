@@ -205,6 +205,25 @@ void launch(const RopeArguments<T>& arguments, bool has_norms, const Gpu& gpu) {
   }
 }
 
+// What is read, in a pack with nowhere to write to yet.
+template <typename T>
+RopeArguments<T> inputs(
+    const Tensors& qkv, const Norms& norms, const Tensor& cos, const Tensor& sin, const Tensor& sequence_row,
+    int64_t num_text, const Heads& heads, double eps) {
+  const auto rows = towers_of<T>(qkv, num_text);
+  RopeArguments<T> arguments = {};
+  arguments.tower[0] = {rows.rows[0], norms.weight<T>(0), norms.weight<T>(1)};
+  arguments.tower[1] = {rows.rows[1], norms.weight<T>(2), norms.weight<T>(3)};
+  arguments.cos = data<float>(cos);
+  arguments.sin = data<float>(sin);
+  arguments.sequence_row = data<int32_t>(sequence_row);
+  arguments.num_rows = sequence_row.size(0);
+  arguments.num_text = num_text;
+  arguments.heads = heads;
+  arguments.eps = static_cast<float>(eps);
+  return arguments;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> rope_reorder(
     const Tensors& qkv_in, const Tensor& cos_in, const Tensor& sin_in, const Tensor& tower_to_sequence,
     const Tensor& query_row, int64_t num_text, int64_t num_constant, int64_t num_heads,
@@ -213,6 +232,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rope_reorder(
   const int64_t num_rows = check_rows(qkv_in, num_text, "qkv");
   const int64_t head_dim = check_angles(cos_in, sin_in, num_rows, qkv_in[0]);
   const int64_t num_kv_heads = check_heads(qkv_in, num_heads, head_dim);
+  const Heads heads = heads_of(num_heads, num_kv_heads, head_dim);
   check_num_constant(num_constant, num_text);
   const Norms norms({&text_q_norm, &text_k_norm, &image_q_norm, &image_k_norm}, head_dim, qkv_in[0]);
   const Tensor sequence_row = check_index(tower_to_sequence, num_rows, num_rows, qkv_in[0], "tower_to_sequence");
@@ -227,24 +247,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rope_reorder(
   const Tensor v = allocate_beside({num_rows, num_kv_heads, head_dim}, dtype, cos);
   with_gpu_element_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    const auto rows = towers_of<T>(qkv, num_text);
-    const RopeArguments<T> arguments = {
-        {{rows.rows[0], norms.weight<T>(0), norms.weight<T>(1)},
-         {rows.rows[1], norms.weight<T>(2), norms.weight<T>(3)}},
-        data<float>(cos),
-        data<float>(sin),
-        data<int32_t>(sequence_row),
-        data<int32_t>(query_rows),
-        nullptr,
-        data<T>(q_constant),
-        data<T>(q),
-        data<T>(k),
-        data<T>(v),
-        num_rows,
-        num_text,
-        num_constant,
-        {static_cast<int>(num_heads), static_cast<int>(num_kv_heads), static_cast<int>(head_dim / 2)},
-        static_cast<float>(eps)};
+    RopeArguments<T> arguments = inputs<T>(qkv, norms, cos, sin, sequence_row, num_text, heads, eps);
+    arguments.query_row = data<int32_t>(query_rows);
+    arguments.num_constant = num_constant;
+    arguments.q_constant = data<T>(q_constant);
+    arguments.q = data<T>(q);
+    arguments.k = data<T>(k);
+    arguments.v = data<T>(v);
     launch(arguments, !norms.held.empty(), gpu);
   });
   return {q_constant, q, k, v};
@@ -258,6 +267,7 @@ Tensor rope_reorder_cached(
   const int64_t num_rows = check_rows(qkv_in, num_text, "qkv");
   const int64_t head_dim = check_angles(cos_in, sin_in, num_rows, qkv_in[0]);
   const int64_t num_kv_heads = check_heads(qkv_in, num_heads, head_dim);
+  const Heads heads = heads_of(num_heads, num_kv_heads, head_dim);
   const int64_t num_slots = check_caches(k_cache, v_cache, num_kv_heads, head_dim, qkv_in[0]);
   const Norms norms({&text_q_norm, &text_k_norm, &image_q_norm, &image_k_norm}, head_dim, qkv_in[0]);
   const Tensor sequence_row = check_index(tower_to_sequence, num_rows, num_rows, qkv_in[0], "tower_to_sequence");
@@ -268,24 +278,12 @@ Tensor rope_reorder_cached(
   const Tensor q = allocate_beside({num_rows, num_heads, head_dim}, qkv[0].scalar_type(), cos);
   with_gpu_element_type(qkv[0].scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const auto rows = towers_of<T>(qkv, num_text);
-    const RopeArguments<T> arguments = {
-        {{rows.rows[0], norms.weight<T>(0), norms.weight<T>(1)},
-         {rows.rows[1], norms.weight<T>(2), norms.weight<T>(3)}},
-        data<float>(cos),
-        data<float>(sin),
-        data<int32_t>(sequence_row),
-        data<int32_t>(sequence_row),
-        data<int32_t>(key_slot),
-        nullptr,
-        data<T>(q),
-        data<T>(k_cache),
-        data<T>(v_cache),
-        num_rows,
-        num_text,
-        0,
-        {static_cast<int>(num_heads), static_cast<int>(num_kv_heads), static_cast<int>(head_dim / 2)},
-        static_cast<float>(eps)};
+    RopeArguments<T> arguments = inputs<T>(qkv, norms, cos, sin, sequence_row, num_text, heads, eps);
+    arguments.query_row = arguments.sequence_row;
+    arguments.key_slot = data<int32_t>(key_slot);
+    arguments.q = data<T>(q);
+    arguments.k = data<T>(k_cache);
+    arguments.v = data<T>(v_cache);
     launch(arguments, !norms.held.empty(), gpu);
   });
   return q;

@@ -23,6 +23,10 @@ struct Heads {
   __device__ __forceinline__ int64_t width() const { return q_width() + 2 * kv_width(); }
 };
 
+inline Heads heads_of(int64_t num_heads, int64_t num_kv_heads, int64_t head_dim) {
+  return {static_cast<int>(num_heads), static_cast<int>(num_kv_heads), static_cast<int>(head_dim / 2)};
+}
+
 enum HeadKind : int { kQuery, kKey, kValue, kNone };
 
 // kHeads neighbouring heads of one kind, the group-th such set of a row.

@@ -336,7 +336,7 @@ Tensors rope_reorder_backward(
         nullptr,
         num_rows,
         num_live,
-        {static_cast<int>(num_heads), static_cast<int>(num_kv_heads), static_cast<int>(head_dim / 2)},
+        heads_of(num_heads, num_kv_heads, head_dim),
         static_cast<float>(eps)};
     bool aligned = fits_packs(arguments.heads, kVector<T>) &&
                    is_aligned(0, {arguments.dq, arguments.dk, arguments.dv, arguments.cos, arguments.sin});
