@@ -35,7 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         module.add_arguments(subparser)
         subparser.set_defaults(run=module.run)
-    args = parser.parse_args(arguments)
+    args, left_over = parser.parse_known_args(arguments)
+    # argparse gives up on positionals that go on after an option: `train RECIPE --max-steps 20 output=runs/short`
+    if left_over and hasattr(args, "overrides") and not any(item.startswith("-") for item in left_over):
+        args.overrides = [*args.overrides, *left_over]
+    elif left_over:
+        parser.error(f"unrecognized arguments: {' '.join(left_over)}")
     try:
         return args.run(args)
     except (ValueError, OSError) as error:

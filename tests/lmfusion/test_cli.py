@@ -56,6 +56,23 @@ def test_unknown_command_and_missing_argument(capsys):
     assert "required: recipe" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["a=1", "--max-steps", "3", "b=2"], ["--max-steps", "3", "a=1", "b=2"], ["a=1", "b=2", "--max-steps", "3"]],
+)
+def test_overrides_go_before_and_after_options(arguments, monkeypatch):
+    seen = []
+    monkeypatch.setattr("lmfusion.cli.train.run", lambda args: seen.append((args.overrides, args.max_steps)) or 0)
+    assert main(["train", "recipe.yaml", *arguments]) == 0
+    assert seen == [(["a=1", "b=2"], 3)]
+
+
+def test_unknown_options_are_refused_beside_overrides(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "recipe.yaml", "a=1", "--max-stepz", "3"])
+    assert "unrecognized arguments: --max-stepz" in capsys.readouterr().err
+
+
 def test_version(capsys):
     from lmfusion import __version__
 
