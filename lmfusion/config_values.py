@@ -38,10 +38,7 @@ def from_values(cls: type[T], value: Any, name: str = "") -> T:
 
 def to_values(config: Any) -> dict[str, Any]:
     """Plain values, as YAML and JSON hold them; `from_values` takes them back."""
-    return {
-        f.name: to_values(value) if dataclasses.is_dataclass(value := getattr(config, f.name)) else _plain(value)
-        for f in dataclasses.fields(config)
-    }
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
 def field_names(cls: Any) -> str:
@@ -85,4 +82,6 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_values(value)
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,5 +1,23 @@
-"""Captioned images, and the batches made of them."""
+"""Captioned images and interleaved documents, and the rows made of them."""
 
-from lmfusion.data.sources import DataConfig, Sample, Source, load_source
+from lmfusion.data.sources import (
+    CaptionedImage,
+    DataConfig,
+    Interleaved,
+    Latents,
+    Sample,
+    Source,
+    SourceConfig,
+    load_source,
+)
 
-__all__ = ["DataConfig", "Sample", "Source", "load_source"]
+__all__ = [
+    "CaptionedImage",
+    "DataConfig",
+    "Interleaved",
+    "Latents",
+    "Sample",
+    "Source",
+    "SourceConfig",
+    "load_source",
+]

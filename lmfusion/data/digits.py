@@ -5,7 +5,7 @@ from functools import cache, partial
 import numpy as np
 from PIL import Image
 
-from lmfusion.data.sources import Sample, split_indices
+from lmfusion.data.sources import CaptionedImage, split_indices
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -27,13 +27,17 @@ class Digits:
         """The digit of every sample."""
         return [int(self._labels[i]) for i in self._indices]
 
+    @property
+    def blocks(self) -> list[int]:
+        return [len(self)]
+
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> CaptionedImage:
         i = self._indices[index]
         image = partial(Image.fromarray, self._images[i])
-        return Sample(f"digits/{i}", image, (caption_of(int(self._labels[i])),))
+        return CaptionedImage(f"digits/{i}", image, (caption_of(int(self._labels[i])),))
 
 
 @cache

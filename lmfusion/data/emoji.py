@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from lmfusion.data.sources import Sample, split_indices
+from lmfusion.data.sources import CaptionedImage, split_indices
 
 
 class OpenMoji:
@@ -42,12 +42,16 @@ class OpenMoji:
         named.sort(key=lambda item: item[0])
         self._emoji = [named[i] for i in split_indices(len(named), split, held_out=0.05)]
 
+    @property
+    def blocks(self) -> list[int]:
+        return [len(self)]
+
     def __len__(self) -> int:
         return len(self._emoji)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> CaptionedImage:
         stem, name, file = self._emoji[index]
-        return Sample(f"openmoji/{stem}", partial(self._draw, file), (name,))
+        return CaptionedImage(f"openmoji/{stem}", partial(self._draw, file), (name,))
 
     def _draw(self, file: Any) -> Image.Image:
         png = self._render(

