@@ -22,6 +22,7 @@ from benchmarks.output import table, write_results
 
 FILES = (
     "test_routed_block",
+    "test_training_step",
     "test_hybrid_attention",
     "test_rms_norm",
     "test_rope_reorder",

@@ -28,6 +28,7 @@ Results = dict[str, Any]
 
 TITLES = {
     "routed_block": "Two-tower layer",
+    "training_step": "Training step",
     "peers": "Beside BAGEL's and NeMo Automodel's layers",
     "denoise_step": "Denoising step, one layer",
     "decode": "Decoding step, one layer",

@@ -73,36 +73,43 @@ class Document:
         """This document followed by text tokens. The last of them has no label until something follows."""
         if len(ids) == 0:
             return self
-        grown = self._follow("text", len(ids), ids[0])
-        return replace(grown, token_ids=grown.token_ids + tuple(ids), labels=(*grown.labels, *ids[1:], IGNORED))
+        labels = (*self._followed_by(ids[0]), *ids[1:], IGNORED)
+        return Document((*self.spans, ("text", len(ids))), self.token_ids + tuple(ids), labels)
 
     def marker(self, token_id: int) -> "Document":
         """This document followed by BOI or EOI."""
-        grown = self._follow("marker", 1, token_id)
-        return replace(grown, token_ids=(*grown.token_ids, token_id), labels=(*grown.labels, IGNORED))
+        labels = (*self._followed_by(token_id), IGNORED)
+        return Document((*self.spans, ("marker", 1)), (*self.token_ids, token_id), labels)
 
     def image(self, num_tokens: int) -> "Document":
         """This document followed by an image of that many rows. The row before an image is never scored."""
-        return replace(self, spans=(*self.spans, ("image", num_tokens)))
+        return Document((*self.spans, ("image", num_tokens)), self.token_ids, self.labels)
 
     def end(self, eos_token_id: int | None) -> "Document":
         """This document with its last row labelled eos, if there is such a token."""
-        return self if eos_token_id is None else self._follow(None, 0, eos_token_id)
+        return self if eos_token_id is None else replace(self, labels=self._followed_by(eos_token_id))
 
-    def _follow(self, modality: str | None, length: int, next_id: int) -> "Document":
-        labels, spans = self.labels, self.spans
-        if spans and spans[-1][0] != "image":  # image rows predict no token
-            labels = (*labels[:-1], next_id)
-        return replace(self, labels=labels, spans=spans if modality is None else (*spans, (modality, length)))
+    def _followed_by(self, next_id: int) -> tuple[int, ...]:
+        """The labels so far, once `next_id` is what comes next."""
+        if self.spans and self.spans[-1][0] != "image":  # image rows predict no token
+            return (*self.labels[:-1], next_id)
+        return self.labels
 
 
 def encode_caption(tokenizer: Any, caption: str) -> list[int]:
     """Token ids of a caption, without bos and eos. Raises ValueError if it is empty."""
-    text = caption.strip()
-    if not text:
+    if not caption.strip():
         raise ValueError("the caption is empty; write one, or leave the sample out")
+    return encode_captions(tokenizer, [caption])[0]
+
+
+def encode_captions(tokenizer: Any, captions: Sequence[str]) -> list[list[int]]:
+    """Token ids of many captions, stripped, without bos and eos. Empty ones have none."""
+    if not captions:
+        return []
     # Split: "<|im_end|>" in a caption is text, not an end
-    return list(tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+    texts = [caption.strip() for caption in captions]
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def caption_first_document(caption_ids: Sequence[int], num_image_tokens: int, tokens: SpecialTokens) -> Document:
@@ -152,6 +159,17 @@ class Batch:
     @property
     def num_images(self) -> int:
         return self.latents.shape[0]
+
+    def pin_memory(self) -> "Batch":
+        """The same batch with its tensors in page-locked memory, so that copying it to a GPU need not be waited for."""
+        return replace(
+            self,
+            token_ids=self.token_ids.pin_memory(),
+            labels=self.labels.pin_memory(),
+            latents=self.latents.pin_memory(),
+            noise=self.noise.pin_memory(),
+            timesteps=self.timesteps.pin_memory(),
+        )
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`, copied without waiting for it."""

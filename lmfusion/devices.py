@@ -1,4 +1,4 @@
-"""Where does a model run?"""
+"""Where does a model run, and in what?"""
 
 import torch
 
@@ -11,3 +11,10 @@ def choose_device(name: str, option: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"{option} is cuda, but PyTorch finds no GPU here; use auto or cpu")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def has_fast_bfloat16(device: str) -> bool:
+    """Whether the device called "auto", "cpu" or "cuda" has instructions that multiply matrices of bfloat16."""
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

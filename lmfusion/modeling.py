@@ -24,7 +24,6 @@ from lmfusion.image.patch_coder import Skip
 from lmfusion.image.preprocessing import ImageSource
 from lmfusion.serialization import BaseRecord
 from lmfusion.towers import ImageTower, TextTower
-from lmfusion_kernels.weights import Rows
 
 KeyValueCaches = Sequence[tuple[Tensor, Tensor]]
 """One pair a layer: keys and values [num_keys, H_kv, D] of a cached layout."""
@@ -193,14 +192,11 @@ class LMFusion(PreTrainedModel):
         """
         self._check_layout(layout)
         rope = self.text.rope(layout.position)
-        rows: Rows = (x_text, x_image)
-        dtype = x_text.dtype
+        rows, dtype = (x_text, x_image), x_text.dtype
         for i, layer in enumerate(self.text.layers):
-            assert isinstance(layer, lk.TowerLayer)
-            text = layer.weights(dtype)
-            image = self.image.layer_weights(i, text, dtype)
+            image_layer = self.image.layers[i] if len(self.image.layers) else None
             kv_cache = None if kv_caches is None else kv_caches[i]
-            rows = lk.routed_block(rows, layout, text, image, rope, kv_cache=kv_cache, recompute=self.recompute)
+            rows = layer(rows, layout, rope, image_layer, kv_cache, self.recompute)
         norms = (self.text.norm.weight.to(dtype), self.image.norm.weight.to(dtype))
         h = lk.routed_rms_norm(rows, *norms, layout, self.config.text_config.rms_norm_eps)
         return cast(tuple[Tensor, Tensor], h)
@@ -274,23 +270,37 @@ class LMFusion(PreTrainedModel):
         x_image, skip = self.encode_images(noisy, timesteps)
         h_text, h_image = self.run_layers(self.embed(batch.token_ids), x_image, layout)
 
-        # Sums start from a zero with a graph, so that a batch without images or labels can be trained on too.
-        zero = 0.0 * self.image.marker_embedding.float().sum()
-        lm_loss_sum, diffusion_loss_sum = zero, zero
+        lm_loss_sum = diffusion_loss_sum = self._zero(batch, h_text)
         if batch.num_labels:
             is_labelled = batch.labels != IGNORED
             h_live, labels = h_text[layout.num_constant :], batch.labels
             if h_live.device.type == "cpu":  # elsewhere choosing rows would wait for the device
                 h_live, labels = h_live[is_labelled], labels[is_labelled]
             logits = self.text_logits(h_live).float()
-            lm_loss_sum = zero + F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+            losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+            lm_loss_sum = lm_loss_sum + losses
         if batch.num_images:
             prediction = self.decode_images(h_image, timesteps, skip)
             target = self.diffusion.target(batch.latents, batch.noise, timesteps)
-            diffusion_loss_sum = zero + self.diffusion.loss(prediction, target).sum()
+            diffusion_loss_sum = diffusion_loss_sum + self.diffusion.loss(prediction, target).sum()
         loss = lm_loss_sum / max(1, batch.num_labels)
         loss = loss + self.config.diffusion.loss_weight * diffusion_loss_sum / max(1, batch.num_images)
         return LMFusionOutput(loss, lm_loss_sum, batch.num_labels, diffusion_loss_sum, batch.num_images)
+
+    def _zero(self, batch: Batch, h_text: Tensor) -> Tensor:
+        """A zero that depends on every weight that the losses of `batch` do not depend on.
+
+        So every batch gives every trained weight a gradient, be it of zeros: ranks that train together add up the same
+        gradients in the same order, whatever their batches hold.
+        """
+        unused: list[Tensor] = [self.image.marker_embedding]
+        if not batch.num_labels:
+            unused += [self.image.marker_head, self.text.head_weight]
+        if not batch.num_images:
+            unused += self.image.patch_coder.parameters()
+        if not batch.num_labels and not batch.num_images:
+            unused.append(h_text)
+        return 0.0 * torch.stack([tensor.flatten()[:1].float().sum() for tensor in unused]).sum()
 
 
 AutoModel.register(LMFusionConfig, LMFusion)

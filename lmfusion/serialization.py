@@ -151,10 +151,8 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def load(
-    cls: type["LMFusion"], path: Path, base: str | Path | None = None, dtype: torch.dtype | None = None
-) -> "LMFusion":
-    """See `LMFusion.from_pretrained`."""
+def read_config(path: Path) -> tuple[Path, LMFusionConfig]:
+    """Where the model saved at `path` lies, and its configuration. Raises what `LMFusion.from_pretrained` raises."""
     folder = path if path.exists() else _previous(path)
     if not (folder / CONFIG_NAME).is_file():
         raise FileNotFoundError(f"no saved model at {path}: it holds no {CONFIG_NAME}; `lmfusion adapt` makes one")
@@ -167,6 +165,14 @@ def load(
     config = LMFusionConfig(**{key: value for key, value in settings.items() if key != "model_type"})
     if config.codec.path is not None:  # relative: saved along with the model
         config.codec.path = str(folder / config.codec.path)
+    return folder, config
+
+
+def load(
+    cls: type["LMFusion"], path: Path, base: str | Path | None = None, dtype: torch.dtype | None = None
+) -> "LMFusion":
+    """See `LMFusion.from_pretrained`."""
+    folder, config = read_config(path)
     saved = _read_json(folder / BASE_NAME)
     parts, base_fields = saved.get("parts"), saved.get("base")
     if parts not in PARTS or (parts == "image" and base_fields is None):

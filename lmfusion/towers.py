@@ -1,10 +1,13 @@
-"""Which weights does each tower hold, and how do they start? Module trees with Llama's names.
+"""Which weights does each tower hold, how do they start, and who calls whom in a layer? Module trees, Llama's names.
 
-The modules here only hold weights; `lmfusion_kernels` computes with them, a layer of both towers at a time.
+`lmfusion_kernels` computes a layer of both towers at a time. Here the text tower's layer calls it, and asks the image
+tower's layer beside it for its weights: both are in use from the first to the last line of one `forward`, so that they
+can be gathered from several ranks, and let go of, as one.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +17,60 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import lmfusion_kernels as lk
 from lmfusion.configuration import LMFusionConfig, head_dim_of
 from lmfusion.image.patch_coder import build_patch_coder
-from lmfusion_kernels.weights import Rope
+from lmfusion_kernels.weights import Rope, Rows
+
+L = TypeVar("L", bound=lk.TowerLayer)
+
+
+class TextLayer(lk.TowerLayer):
+    """A layer of the text tower, which computes that of both towers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.block: Callable[..., Rows] = lk.routed_block
+        """What computes the layer: `routed_block`, or the same compiled."""
+
+    def forward(
+        self,
+        rows: tuple[Tensor, Tensor],
+        layout: lk.TokenLayout,
+        rope: Rope,
+        image_layer: "ImageLayer | None" = None,
+        kv_cache: tuple[Tensor, Tensor] | None = None,
+        recompute: str = "none",
+    ) -> Rows:
+        """Rows of both towers ([num_text, d_text], [num_image, d_image]) through the layer; see `lk.routed_block`.
+
+        image_layer: the image tower's beside this one; None: image rows have the text tower's weights too.
+        """
+        text = self.weights(rows[0].dtype)
+        image = text if image_layer is None else image_layer(text)
+        return self.block(rows, layout, text, image, rope, kv_cache=kv_cache, recompute=recompute)
+
+
+class ImageLayer(lk.TowerLayer):
+    """A layer of the image tower."""
+
+    def forward(self, text: lk.BlockWeights) -> lk.BlockWeights:
+        """Its weights, in the dtype of those of the `text` tower's layer."""
+        return self.weights(text.qkv_proj.dtype)
+
+
+class FeedForwardLayer(ImageLayer):
+    """A layer's own feed-forward network and its norm; the attention is the text tower's (separation "shallow")."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        del self.input_layernorm, self.self_attn
+
+    def forward(self, text: lk.BlockWeights) -> lk.BlockWeights:
+        dtype = text.qkv_proj.dtype
+        return replace(
+            text,
+            post_attention_layernorm=self.post_attention_layernorm.weight.to(dtype),
+            gate_up_proj=self.mlp.gate_up_proj.weight.to(dtype),
+            down_proj=self.mlp.down_proj.weight.to(dtype),
+        )
 
 
 class TextTower(nn.Module):
@@ -25,8 +81,7 @@ class TextTower(nn.Module):
         width = config.hidden_size
         self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.layers = nn.ModuleList(
-            _tower_layer(lk.TowerLayer, config, width, config.intermediate_size)
-            for _ in range(config.num_hidden_layers)
+            _tower_layer(TextLayer, config, width, config.intermediate_size) for _ in range(config.num_hidden_layers)
         )
         self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(width, config.vocab_size, bias=False)
@@ -44,21 +99,13 @@ class TextTower(nn.Module):
         return lk.rope_tables(position, self.inv_freq, self.attention_scaling)
 
 
-class FeedForwardLayer(lk.TowerLayer):
-    """A layer's own feed-forward network and its norm; the attention is the text tower's (separation "shallow")."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        del self.input_layernorm, self.self_attn
-
-
 class ImageTower(nn.Module):
     """What is trained: layers beside the text tower's, a final norm, the patch coder, and the rows of BOI and EOI."""
 
     def __init__(self, config: LMFusionConfig, latent_channels: int) -> None:
         super().__init__()
         text, width = config.text_config, config.image_hidden_size
-        kind = FeedForwardLayer if config.image.separation == "shallow" else lk.TowerLayer
+        kind = FeedForwardLayer if config.image.separation == "shallow" else ImageLayer
         num_layers = 0 if config.image.separation == "none" else text.num_hidden_layers
         self.layers = nn.ModuleList(
             _tower_layer(kind, text, width, config.image_intermediate_size) for _ in range(num_layers)
@@ -70,21 +117,6 @@ class ImageTower(nn.Module):
         """Embeddings of BOI and EOI, which the text tower processes."""
         self.marker_head = nn.Parameter(torch.empty(2, text.hidden_size))
         """Rows of BOI and EOI beside the LM head."""
-
-    def layer_weights(self, index: int, text: lk.BlockWeights, dtype: torch.dtype) -> lk.BlockWeights:
-        """Weights of layer `index` in `dtype`, those of the same layer of the text tower where they are shared."""
-        if len(self.layers) == 0:
-            return text
-        layer = self.layers[index]
-        assert isinstance(layer, lk.TowerLayer)
-        if not isinstance(layer, FeedForwardLayer):
-            return layer.weights(dtype)
-        return replace(
-            text,
-            post_attention_layernorm=layer.post_attention_layernorm.weight.to(dtype),
-            gate_up_proj=layer.mlp.gate_up_proj.weight.to(dtype),
-            down_proj=layer.mlp.down_proj.weight.to(dtype),
-        )
 
     @torch.no_grad()
     def initialize(self, text: TextTower) -> None:
@@ -114,9 +146,7 @@ class ImageTower(nn.Module):
             marker.copy_(mean + spread * torch.randn(marker.shape, device=marker.device))
 
 
-def _tower_layer(
-    kind: type[lk.TowerLayer], config: PreTrainedConfig, width: int, intermediate_size: int
-) -> lk.TowerLayer:
+def _tower_layer(kind: type[L], config: PreTrainedConfig, width: int, intermediate_size: int) -> L:
     """A layer with the heads of the LLM `config`, and the biases and norms that its architecture has."""
     return kind(
         width,

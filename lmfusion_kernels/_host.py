@@ -1,6 +1,7 @@
 """Host-side builders (numpy in, numpy out): the compiled module where it was built, else the same in numpy."""
 
 import bisect
+import heapq
 
 import numpy as np
 
@@ -159,21 +160,43 @@ def pack_python(lengths: np.ndarray, capacity: int, window: int) -> list[np.ndar
     """`pack` in python: its specification, and its stand-in where nothing was compiled."""
     packed: list[list[int]] = []
     for begin in range(0, len(lengths), window):
-        rows: list[list[int]] = []
-        room: list[tuple[int, int]] = []  # (free tokens, row), sorted: the first that is large enough is the best fit
-        by_length = np.argsort(-lengths[begin : begin + window], kind="stable") + begin
-        for document in by_length.tolist():
-            length = int(lengths[document])
-            best = bisect.bisect_left(room, (length, 0))
-            if best < len(room):
-                free, row = room.pop(best)
-            else:
-                free, row = capacity, len(rows)
-                rows.append([])
-            rows[row].append(document)
-            bisect.insort(room, (free - length, row))
+        here = lengths[begin : begin + window]
+        by_length = (np.argsort(-here, kind="stable") + begin).tolist()
+        rows = _best_fit(lengths, by_length, capacity)
+        rows = _deal(lengths, by_length, capacity, len(rows)) or rows
         packed += sorted(sorted(row) for row in rows)
     return [np.array(row, np.int64) for row in packed]
+
+
+def _best_fit(lengths: np.ndarray, order: list[int], capacity: int) -> list[list[int]]:
+    """The documents of `order`, each to the fullest row that still takes it."""
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, row), sorted: the first that is large enough is the best fit
+    for document in order:
+        length = int(lengths[document])
+        best = bisect.bisect_left(room, (length, 0))
+        if best < len(room):
+            free, row = room.pop(best)
+        else:
+            free, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(document)
+        bisect.insort(room, (free - length, row))
+    return rows
+
+
+def _deal(lengths: np.ndarray, order: list[int], capacity: int, num_rows: int) -> list[list[int]] | None:
+    """The documents of `order`, each to the emptiest of `num_rows` rows; None where one does not fit there."""
+    emptiest = [(0, row) for row in range(num_rows)]  # (tokens, row)
+    rows: list[list[int]] = [[] for _ in range(num_rows)]
+    for document in order:
+        used, row = emptiest[0]
+        used += int(lengths[document])
+        if used > capacity:
+            return None
+        heapq.heapreplace(emptiest, (used, row))
+        rows[row].append(document)
+    return rows
 
 
 def instruction_set() -> str | None:

@@ -289,7 +289,9 @@ def copy_together(vectors: dict[str, Tensor], device: torch.device | str) -> dic
     """
     sizes = [vector.numel() for vector in vectors.values()]
     padded = [-(-size // 16) * 16 for size in sizes]
-    buffer = next(iter(vectors.values())).new_zeros(sum(padded))
+    first = next(iter(vectors.values()))
+    is_upload = first.device.type == "cpu" and torch.device(device).type == "cuda"  # waits for it, unless pinned
+    buffer = torch.zeros(sum(padded), dtype=first.dtype, device=first.device, pin_memory=is_upload)
     for part, vector in zip(buffer.split(padded), vectors.values(), strict=True):
         part[: vector.numel()] = vector
     parts = buffer.to(device, non_blocking=True).split(padded)

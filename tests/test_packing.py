@@ -44,16 +44,31 @@ def test_a_stream_can_be_packed_window_by_window(arguments):
     assert [row.tolist() for row in parts] == [row.tolist() for row in whole]
 
 
-def test_best_fit_by_hand():
-    # 6 opens row A (4 free), 5 row B (5 free), 4 goes to A (the fullest that takes it), 3 and 2 fill B
-    rows = lk.pack_documents([3, 6, 4, 5, 2], 10)
-    assert [row.tolist() for row in rows] == [[0, 3, 4], [1, 2]]
+@pytest.mark.parametrize(
+    ("lengths", "rows"),
+    [
+        # Best fit: 6 and 4, 5 with 3 and 2. Dealt out, 6 with 3 and 5 with 4 would leave no room for 2
+        ([3, 6, 4, 5, 2], [[0, 3, 4], [1, 2]]),
+        # Best fit would fill a row with 6 and 4 and leave 3 and 2 to another; dealt out, 6 with 2 and 4 with 3
+        ([6, 4, 3, 2], [[0, 3], [1, 2]]),
+    ],
+)
+def test_by_hand(lengths, rows):
+    assert [row.tolist() for row in lk.pack_documents(lengths, 10)] == rows
 
 
-def test_few_tokens_stay_empty():
+def test_few_slots_stay_empty():
     lengths = np.random.default_rng(0).integers(50, 1000, 4096)
     rows = lk.pack_documents(lengths, 4096)
     assert lengths.sum() / (4096 * len(rows)) > 0.97
+
+
+def test_small_documents_are_dealt_out_evenly():
+    lengths = np.random.default_rng(0).integers(15, 30, 1024)
+    rows = lk.pack_documents(lengths, 2048)
+    tokens = np.array([lengths[row].sum() for row in rows])
+    assert tokens.max() - tokens.min() < 30
+    assert all(np.ptp(lengths[row]) > 10 for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,22 @@ Subcommands import what they need when they run, so that `lmfusion --help` answe
 
 import argparse
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("adapt", "train", "generate", "caption", "verify", "demo")
+COMMANDS = (
+    "adapt",
+    "data",
+    "encode",
+    "train",
+    "train-vae",
+    "estimate",
+    "generate",
+    "caption",
+    "verify",
+    "demo",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     chosen = arguments[0] if arguments and arguments[0] in COMMANDS else None
     for name in COMMANDS if chosen is None else (chosen,):
-        module = importlib.import_module(f"lmfusion.cli.{name}")
+        module = importlib.import_module(f"lmfusion.cli.{name.replace('-', '_')}")
         subparser = subparsers.add_parser(
             name,
             help=module.HELP,
@@ -41,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.overrides = [*args.overrides, *left_over]
     elif left_over:
         parser.error(f"unrecognized arguments: {' '.join(left_over)}")
+    # transformers imports torchao where it is installed, which complains of kernels that were made for other builds
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return args.run(args)
     except (ValueError, OSError) as error:

@@ -1,10 +1,14 @@
 """Which model, where? The arguments and the loading that commands working with a trained model share."""
 
 import argparse
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lmfusion.configuration import LMFusionConfig
+    from lmfusion.image.codec import Codec
     from lmfusion.modeling import LMFusion
+    from lmfusion.training.config import ModelConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -41,3 +45,28 @@ def load_model(args: argparse.Namespace) -> "LMFusion":
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     model = LMFusion.from_pretrained(args.model, base=args.base, dtype=dtype)
     return model.to(device)  # type: ignore[arg-type]
+
+
+def read_without_weights(model: "ModelConfig") -> tuple["LMFusionConfig", "Codec", Any]:
+    """Configuration, codec and tokenizer of the model that a recipe starts from; no weight of the LLM is read.
+
+    Raises ValueError where the LLM has no tokenizer, and whatever `LMFusion.from_llm` or `from_pretrained` raises.
+    """
+    from lmfusion.configuration import LMFusionConfig
+    from lmfusion.conversion import open_base
+    from lmfusion.conversion.huggingface import read_tokenizer
+    from lmfusion.image.codec import load_codec
+    from lmfusion.serialization import read_config
+    from lmfusion.training.config import resolve_path
+
+    if model.adapted is not None:
+        folder, config = read_config(Path(resolve_path(model.adapted)))
+        tokenizer = read_tokenizer(folder)
+    else:
+        assert model.base is not None
+        _, text_config, _, read_base_tokenizer = open_base(resolve_path(model.base))
+        config = LMFusionConfig(text_config, model.image, model.codec, model.diffusion)
+        tokenizer = read_base_tokenizer()
+    if tokenizer is None:
+        raise ValueError("the base LLM has no tokenizer to read captions with; put its tokenizer.json beside it")
+    return config, load_codec(config.codec), tokenizer

@@ -41,6 +41,21 @@ def load_base(path: str | Path, dtype: torch.dtype | None = None) -> BaseModel:
     Raises FileNotFoundError when there is nothing at `path`, and ValueError for a damaged file or an unsupported
     architecture.
     """
+    name, config, read_tensors, read_tokenizer = open_base(path)
+    tensors = read_tensors(dtype)
+    if dtype is None and EMBEDDING_NAME in tensors:  # some checkpoints keep their norms in another dtype
+        dtype = tensors[EMBEDDING_NAME].dtype
+        tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+    return BaseModel(name, config, tensors, read_tokenizer)
+
+
+def open_base(
+    path: str | Path,
+) -> tuple[str, PreTrainedConfig, Callable[[torch.dtype | None], dict[str, Tensor]], Callable[[], Any]]:
+    """Name and configuration of the LLM at `path`, and readers of its tensors and of its tokenizer.
+
+    Path, name and errors are those of `load_base`.
+    """
     location = Path(path).expanduser()
     name = str(location.resolve()) if location.exists() else str(path)
     if not location.exists():
@@ -52,11 +67,7 @@ def load_base(path: str | Path, dtype: torch.dtype | None = None) -> BaseModel:
     else:
         raise ValueError(f"{location} is neither a Hugging Face folder nor a .gguf file")
     check_supported(config, str(location))
-    tensors = read_tensors(dtype)
-    if dtype is None and EMBEDDING_NAME in tensors:  # some checkpoints keep their norms in another dtype
-        dtype = tensors[EMBEDDING_NAME].dtype
-        tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
-    return BaseModel(name, config, tensors, read_tokenizer)
+    return name, config, read_tensors, read_tokenizer
 
 
 def _from_hub(name: str) -> Path:

@@ -1,31 +1,28 @@
-"""Which batches does step number n train on? A pure function of the configuration and n, prepared ahead in threads."""
+"""Which rows does the next step train on? Read, packed and encoded ahead in threads, the same whatever their number."""
 
-import threading
+import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from itertools import count, islice
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lmfusion.batch import (
-    Batch,
-    Document,
-    SpecialTokens,
-    caption_first_document,
-    encode_caption,
-    image_first_document,
-    pack,
-)
-from lmfusion.data.randomness import Permutation, generator
-from lmfusion.data.sources import CaptionedImage, DataConfig, Source
+from lmfusion.batch import Batch, SpecialTokens, pack
+from lmfusion.data.documents import Damage, Plan
+from lmfusion.data.latents import DamagedImageError, LatentReader
+from lmfusion.data.packing import Row, Window, WindowReader
+from lmfusion.data.randomness import generator
+from lmfusion.data.sources import DataConfig, EncodedSource, load_source
 from lmfusion.diffusion import DiffusionConfig
 from lmfusion.image.codec import Codec
-from lmfusion.image.preprocessing import to_tensor
 
 
 @dataclass(frozen=True)
@@ -35,13 +32,6 @@ class LoaderState:
     window: int = 0
     row: int = 0
     """Of the window."""
-
-
-class Damage(NamedTuple):
-    """A sample that could not be read, and was left out."""
-
-    sample_id: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -57,24 +47,51 @@ class Step:
     num_samples: int
     """Drawn by all ranks in this step, damaged ones included."""
     num_slots_used: int
-    """Of the rows of all ranks, damaged samples included."""
+    """Of the rows of all ranks, those of damaged images included."""
     num_cut: int
     """Documents of all ranks that were cut to fit into a row."""
     damaged: tuple[Damage, ...]
     """Found by this rank. Those met before images are read are rank 0's, so that ranks can be added up."""
 
 
-class BatchLoader:
-    """Makes the micro-batches of any step from a source of captioned images.
+@dataclass(frozen=True)
+class _StepPlan:
+    """A step whose images have not been read yet."""
 
-    A step takes the next `batch_size` samples of an endless sequence: the source in a new order each epoch. What a
-    sample becomes (document kind, caption, timestep, noise) depends on (seed, epoch, sample id) alone, so a run that
-    resumes at a step, with other micro-batches or another number of workers, sees what it would have seen.
+    rows: list[Row]
+    """Of all ranks."""
+    state: LoaderState
+    num_drawn: int
+    """Samples drawn up to and with this step."""
+    damaged: tuple[Damage, ...]
+    """Met while the texts of its windows were read."""
+
+
+def check_shared_evenly(rows_per_step: int, world_size: int) -> None:
+    """Raises ValueError unless all ranks get as many rows of a step, and at least one."""
+    if rows_per_step < 1 or rows_per_step % world_size:
+        raise ValueError(
+            f"a step has {rows_per_step} rows, which {world_size} ranks cannot share evenly; "
+            "change train.batch_tokens or data.row_tokens"
+        )
+
+
+class RowLoader:
+    """Makes the rows of any step from the sources of `config`.
+
+    Samples are drawn from an endless mixture of the sources, packed in windows, and dealt out row by row: a step takes
+    the next `rows_per_step` rows, of which this rank prepares every `world_size`-th. What a sample becomes depends on
+    (seed, epoch, sample id) alone, so a run that resumes from a state, on another number of ranks or workers, sees what
+    it would have seen.
+
+    A damaged sample is left out of its row and reported; nothing else moves.
+
+    Raises ValueError for sources that are missing, empty or made for another model, and for rows that cannot be shared
+    out or cannot hold an image.
     """
 
     def __init__(
         self,
-        source: Source,
         config: DataConfig,
         *,
         codec: Codec,
@@ -82,107 +99,160 @@ class BatchLoader:
         tokens: SpecialTokens,
         tokens_per_image: int,
         diffusion: DiffusionConfig,
-        batch_size: int,
-        micro_batch_size: int | None = None,
-        seed: int = 0,
-        frozen_text: bool = True,
-        device: torch.device | str = "cpu",
+        rows_per_step: int,
+        seed: int,
+        frozen_text: bool,
+        device: torch.device | str,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        if len(source) == 0:
-            raise ValueError(f"the data source {config.source!r} has no samples in split {config.split!r}")
-        self.source = source
-        self.config = config
-        self.batch_size = batch_size
-        self.micro_batch_size = micro_batch_size or batch_size
-        self._codec = codec
-        self._tokens = tokens
-        self._tokens_per_image = tokens_per_image
-        self._diffusion = diffusion
+        check_shared_evenly(rows_per_step, world_size)
+        sources = [load_source(source, codec.config.image_size) for source in config.sources]
+        for source in sources:
+            if isinstance(source, EncodedSource):
+                source.check_made_with(codec, tokenizer)
+        self.num_samples = sum(map(len, sources))
+        """Of all sources."""
+        self._config = config
+        self._windows = WindowReader(
+            config,
+            sources,
+            tokenizer=deepcopy(tokenizer),  # calls set it up for their options: its owner may call it meanwhile
+            tokens=tokens,
+            tokens_per_image=tokens_per_image,
+            diffusion=diffusion,
+            seed=seed,
+        )
+        self._latents = LatentReader(
+            codec, device, sample=config.sample_latents, cache_megabytes=config.cache_megabytes
+        )
+        self._rows_per_step = rows_per_step
         self._seed = seed
         self._frozen_text = frozen_text
-        self._device = device
-        self._encode_caption = lru_cache(maxsize=65536)(lambda caption: encode_caption(tokenizer, caption))
-        self._order = lru_cache(maxsize=4)(lambda epoch: Permutation(len(source), seed, epoch))
-        self._latents: dict[int, Tensor] = {}
-        self._latents_room = config.cache_megabytes * 2**20
-        self._latents_lock = threading.Lock()
+        self._is_pinned = torch.device(device).type == "cuda"
+        self._rank = rank
+        self._world_size = world_size
 
-    def step(self, step: int) -> list[Batch]:
-        """The micro-batches of one step, on the CPU. Raises ValueError, naming the sample, for data it cannot use."""
-        first, last = step * self.batch_size, (step + 1) * self.batch_size
-        return [
-            self._batch(range(start, min(start + self.micro_batch_size, last)))
-            for start in range(first, last, self.micro_batch_size)
-        ]
+    def steps(self, state: LoaderState, num_steps: int) -> Iterator[Step]:
+        """The next `num_steps` steps from `state` on, prepared ahead by `num_workers` threads.
 
-    def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
-        """`step` of each number in range(first, last), prepared ahead by `num_workers` threads."""
-        if self.config.num_workers == 0:
-            yield from map(self.step, range(first, last))
+        The threads end when the iterator does, when it is closed, and when it raises. Raises ValueError, naming the
+        sample, for latents that do not fit the codec, and for a state that the data does not have.
+        """
+        if self._config.num_workers == 0:
+            plans = self._plan_steps(map(self._windows.read, count(state.window)), state)
+            for plan in islice(plans, num_steps):
+                yield self._step(plan, map(self._row, self._own(plan)))
             return
-        ahead: deque[Future[list[Batch]]] = deque()
-        with ThreadPoolExecutor(self.config.num_workers, thread_name_prefix="lmfusion-data") as pool:
-            try:
-                for step in range(first, last):
-                    ahead.append(pool.submit(self.step, step))
-                    if len(ahead) > self.config.num_workers:
-                        yield ahead.popleft().result()
-                while ahead:
-                    yield ahead.popleft().result()
-            finally:
-                for future in ahead:
-                    future.cancel()
+        with ExitStack() as stack:
 
-    def epoch(self, step: int) -> float:
-        """How often the source has been gone through before `step`."""
-        return step * self.batch_size / len(self.source)
+            def threads(number: int, name: str) -> ThreadPoolExecutor:
+                pool = ThreadPoolExecutor(number, thread_name_prefix=f"lmfusion-{name}")
+                stack.callback(pool.shutdown, cancel_futures=True)
+                return pool
 
-    def _batch(self, positions: range) -> Batch:
-        parts = [self._document(position) for position in positions]
-        documents, latents, noise, timesteps, sample_ids = zip(*parts, strict=True)
-        return pack(
-            documents,
-            torch.stack(latents),
-            torch.stack(noise),
-            torch.tensor(timesteps),
-            sample_ids=sample_ids,
-            frozen_text=self._frozen_text,
+            # Closed in reverse: whoever waits for a pool outlives it
+            windows = self._read_ahead(state.window, threads(1, "windows"), threads(self._config.num_workers, "texts"))
+            workers = threads(self._config.num_workers, "rows")
+            plans = islice(self._plan_steps(windows, state), num_steps)
+            ahead: deque[tuple[_StepPlan, list[Future[tuple[Batch, list[Damage]]]]]] = deque()
+            # Enough that no worker is idle while the trainer is busy, and no more: rows of pixels are large
+            own_rows = self._rows_per_step // self._world_size
+            num_ahead = math.ceil(2 * self._config.num_workers / own_rows)
+            for plan in plans:
+                ahead.append((plan, [workers.submit(self._row, row) for row in self._own(plan)]))
+                if len(ahead) > num_ahead:
+                    done, rows = ahead.popleft()
+                    yield self._step(done, (row.result() for row in rows))
+            for done, rows in ahead:
+                yield self._step(done, (row.result() for row in rows))
+
+    def _read_ahead(self, first: int, reader: ThreadPoolExecutor, texts: ThreadPoolExecutor) -> Iterator[Window]:
+        """Windows from number `first` on; while one is used, the next is read, or as many as a step takes."""
+        numbers = count(first)
+        ahead = deque([reader.submit(self._windows.read, next(numbers), texts.map)])
+        while True:
+            window = ahead.popleft().result()
+            while len(ahead) < math.ceil(self._rows_per_step / len(window.rows)):
+                ahead.append(reader.submit(self._windows.read, next(numbers), texts.map))
+            yield window
+
+    def _plan_steps(self, windows: Iterator[Window], state: LoaderState) -> Iterator[_StepPlan]:
+        number, row = state.window, state.row
+        window = next(windows)
+        if not 0 <= row < len(window.rows):
+            raise ValueError(
+                f"the next row is {row} of window {number}, which has {len(window.rows)}; the data has changed since "
+                "this state was saved. Restore it, or start another run"
+            )
+        before = number * self._config.pack_window
+        num_drawn = before + sum(len(r.plans) for r in window.rows[:row]) + (len(window.damaged) if row else 0)
+        while True:
+            rows: list[Row] = []
+            damaged: tuple[Damage, ...] = ()
+            while len(rows) < self._rows_per_step:
+                if row == len(window.rows):
+                    number, row, window = number + 1, 0, next(windows)
+                if row == 0:
+                    damaged += window.damaged
+                    num_drawn += len(window.damaged)
+                rows.append(window.rows[row])
+                num_drawn += len(window.rows[row].plans)
+                row += 1
+            after = LoaderState(number, row) if row < len(window.rows) else LoaderState(number + 1, 0)
+            yield _StepPlan(rows, after, num_drawn, damaged)
+
+    def _own(self, plan: _StepPlan) -> list[Row]:
+        return plan.rows[self._rank :: self._world_size]
+
+    def _step(self, plan: _StepPlan, made: Iterable[tuple[Batch, list[Damage]]]) -> Step:
+        rows, damaged = [], list(plan.damaged) if self._rank == 0 else []
+        for batch, found in made:
+            rows.append(batch)
+            damaged += found
+        return Step(
+            rows=rows,
+            state=plan.state,
+            epoch=plan.num_drawn / self.num_samples,
+            num_samples=sum(len(row.plans) for row in plan.rows) + len(plan.damaged),
+            num_slots_used=sum(row.num_slots_used for row in plan.rows),
+            num_cut=sum(row.num_cut for row in plan.rows),
+            damaged=tuple(damaged),
         )
 
-    def _document(self, position: int) -> tuple[Document, Tensor, Tensor, int, str]:
-        """Document, latents and noise [C, h, w], timestep and sample id at a position of the endless sequence."""
-        epoch, place = divmod(position, len(self.source))
-        index = self._order(epoch)[place]
-        sample = self.source[index]
-        # Four numbers, whatever becomes of them, so that changing one share does not change the other draws
-        kind, drop, which, level = generator(self._seed, epoch, sample.sample_id, "document").random(4)
-        is_image_first = kind < self.config.image_first
-        caption = sample.captions[int(which * len(sample.captions))]
-        try:
-            caption_ids = self._encode_caption(caption)[: self.config.max_caption_tokens]
-            latents = self._latents_of(index, sample)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"sample {sample.sample_id}: {error}") from error
-        if is_image_first:
-            document = image_first_document(caption_ids, self._tokens_per_image, self._tokens)
-            num_timesteps = self._diffusion.image_first_max_timestep + 1
-        else:
-            kept = [] if drop < self.config.caption_drop else caption_ids
-            document = caption_first_document(kept, self._tokens_per_image, self._tokens)
-            num_timesteps = self._diffusion.num_train_timesteps
-        noise = generator(self._seed, epoch, sample.sample_id, "noise").standard_normal(latents.shape, np.float32)
-        return document, latents, torch.from_numpy(noise), int(level * num_timesteps), sample.sample_id
+    def _row(self, row: Row) -> tuple[Batch, list[Damage]]:
+        """The batch of a row, and the samples that it had to do without."""
+        num_images = sum(len(plan.images) for plan in row.plans)
+        latents = torch.empty(num_images, *self._latents.shape)
+        noise = np.empty(latents.shape, np.float32)
+        whole: list[Plan] = []
+        damaged: list[Damage] = []
+        first = 0
+        for plan in row.plans:
+            last = first + len(plan.images)
+            try:
+                self._read_images(plan, latents[first:last])
+            except DamagedImageError as error:
+                damaged.append(Damage(plan.sample_id, str(error)))
+                continue
+            except ValueError as error:
+                raise ValueError(f"sample {plan.sample_id}: {error}") from error
+            draw = generator(self._seed, plan.draw.epoch, plan.sample_id, "noise")
+            draw.standard_normal(dtype=np.float32, out=noise[first:last])
+            whole.append(plan)
+            first = last
+        batch = pack(
+            [plan.document for plan in whole],
+            latents[:first],
+            torch.from_numpy(noise[:first]),
+            torch.tensor([t for plan in whole for t in plan.timesteps], dtype=torch.int64),
+            sample_ids=[plan.sample_id for plan in whole],
+            frozen_text=self._frozen_text,
+        )
+        return (batch.pin_memory() if self._is_pinned else batch), damaged
 
-    def _latents_of(self, index: int, sample: CaptionedImage) -> Tensor:
-        """Latents [C, h, w] on the CPU. Encoded one by one, so that they do not depend on who shares the batch."""
-        if index in self._latents:
-            return self._latents[index]
-        config = self._codec.config
-        pixels = to_tensor(sample.load_image(), config.image_size, config.channels)
-        latents = self._codec.encode(pixels[None].to(self._device))[0].cpu()
-        num_bytes = latents.numel() * latents.element_size()
-        with self._latents_lock:  # several workers come here
-            if num_bytes <= self._latents_room and index not in self._latents:
-                self._latents_room -= num_bytes
-                self._latents[index] = latents
-        return latents
+    def _read_images(self, plan: Plan, latents: Tensor) -> None:
+        """Fill `latents` [number of images, C, h, w]. What is drawn for an image does not depend on where it lies."""
+        for i, load_image in enumerate(plan.images):
+            draw = partial(generator, self._seed, plan.draw.epoch, plan.sample_id, f"latents {i}")
+            latents[i] = self._latents.read((plan.draw.source, plan.draw.index, i), load_image, draw)

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from lmfusion.data.randomness import Permutation
+from lmfusion.data.order import Permutation
 
 Text = str | np.ndarray
 """A text, or its token ids without bos and eos (int32 [n]) where a latent cache holds them."""
@@ -67,7 +67,7 @@ class Source(Protocol):
 
 @runtime_checkable
 class EncodedSource(Protocol):
-    """A source that also tells whether it was made for a model: it holds latents and token ids, not images and texts."""
+    """A source of latents and token ids, which fit one codec and one tokenizer alone."""
 
     def check_made_with(self, codec: Any, tokenizer: Any) -> None:
         """Raise ValueError, naming what differs, unless latents are this codec's and token ids this tokenizer's."""
@@ -131,14 +131,11 @@ class DataConfig:
     Raises ValueError for a number out of range, or without sources.
     """
 
-    sources: list[SourceConfig] = field(default_factory=list)
+    sources: list[SourceConfig]
     """Mixed by their weights."""
-    source: str | None = None
-    path: str | None = None
-    split: str = "train"
     row_tokens: int = 4096
     """Slots of a row: documents are packed into rows, and one row is one forward. Memory grows with it."""
-    pack_window: int = 1024
+    pack_window: int = 2048
     """Consecutive samples that are packed together: more of them fill rows better and are read further ahead."""
     shuffle_blocks: int | None = None
     """None: samples come in an order over the whole source. n: over n of its blocks (tars, row groups) at a time, for
@@ -160,9 +157,7 @@ class DataConfig:
     """Encoded images are kept in memory up to this size, so that small sets are decoded and encoded once."""
 
     def __post_init__(self) -> None:
-        if self.source is not None:
-            self.sources_of_one()
-        elif not self.sources:
+        if not self.sources:
             raise ValueError("data.sources is empty; name at least one, as {kind: folder, path: my/images}")
         for name in ("image_first", "caption_drop", "max_damaged"):
             if not 0 <= getattr(self, name) <= 1:
@@ -173,17 +168,12 @@ class DataConfig:
             if value is not None and value < limit:
                 raise ValueError(f"data.{name} is {value}; it is {limit} or more")
 
-    def sources_of_one(self) -> SourceConfig:
-        return SourceConfig(str(self.source), self.path, self.split)
 
-
-def load_source(config: SourceConfig | DataConfig, image_size: int) -> Source:
+def load_source(config: SourceConfig, image_size: int) -> Source:
     """The source that `config` names. `image_size` is the height and width that drawings are made at.
 
     Raises ValueError where a package is missing, or there is nothing at the path.
     """
-    if isinstance(config, DataConfig):
-        config = config.sources_of_one()
     if config.kind == "digits":
         from lmfusion.data.digits import Digits
 
@@ -218,6 +208,5 @@ def split_indices(size: int, split: str, held_out: float) -> list[int]:
     """The indices of range(size) in "train" or "test". Which are held out depends on `size` and the share alone."""
     if split not in SPLITS:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
-    shuffled = Permutation(size, seed=0, epoch=0)
-    num_held_out = round(size * held_out)
-    return [i for i in range(size) if (shuffled[i] < num_held_out) == (split == "test")]
+    is_held_out = Permutation(size, seed=0, epoch=0).take(np.arange(size)) < round(size * held_out)
+    return np.flatnonzero(is_held_out == (split == "test")).tolist()

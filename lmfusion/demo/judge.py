@@ -16,11 +16,17 @@ class Judge:
 
         digits = Digits("train")
         self._classifier = SVC(gamma="scale", C=10.0)
-        self._classifier.fit(_features([digits[i].load_image() for i in range(len(digits))]), digits.labels)
+        self._classifier.fit(_features(pictures(digits)), digits.labels)
 
     def read(self, images: Sequence[Image.Image]) -> list[int]:
         """The digit that each picture shows, by the classifier."""
         return [int(label) for label in self._classifier.predict(_features(images))] if images else []
+
+
+def pictures(digits: Digits) -> list[Image.Image]:
+    """All of them, 8 x 8."""
+    images = [sample.load_image() for sample in map(digits.__getitem__, range(len(digits)))]
+    return [image for image in images if isinstance(image, Image.Image)]
 
 
 def _features(images: Sequence[Image.Image]) -> np.ndarray:

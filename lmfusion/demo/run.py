@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lmfusion.data.digits import NAMES, Digits, caption_of
-from lmfusion.demo.judge import Judge
+from lmfusion.demo.judge import Judge, pictures
 from lmfusion.demo.report import render_picture, render_report
 from lmfusion.files import replace_text
 from lmfusion.modeling import LMFusion
@@ -41,7 +41,7 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
         trainer = Trainer(config)
     model = trainer.model
     num_trained = sum(weight.numel() for weight in trainer.weights.values())
-    print(f"{num_trained / 1e6:.1f} M parameters to train on {len(trainer.loader.source)} digits, on {model.device}")
+    print(f"{num_trained / 1e6:.1f} M parameters to train on {trainer.loader.num_samples} digits, on {model.device}")
     if trainer.step:
         print(f"continuing from step {trainer.step} in {trainer.folder}; delete that folder to train anew")
     with _stage("train", times):
@@ -49,7 +49,7 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
     if not is_finished:
         raise SystemExit("interrupted; the same command continues")
     metrics = [json.loads(line) for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()]
-    train_seconds = _train_seconds(metrics, config.train.batch_size)
+    num_images, train_seconds = metrics[-1]["num_samples"], _train_seconds(metrics)
 
     # What is shown is the saved model, read back as a user would.
     model = LMFusion.from_pretrained(trainer.folder / "model").to(model.device)  # type: ignore[arg-type]
@@ -60,7 +60,7 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
     num_read = sum(read == digit for read, digit in zip(judge.read(drawings), wanted, strict=True))
     with _stage("caption", times):
         held_out = Digits("test")
-        images = [held_out[i].load_image() for i in range(len(held_out))]
+        images = pictures(held_out)
         written = model.caption(images, max_new_tokens=8, batch_size=64)
     expected = [caption_of(digit) for digit in held_out.labels]
     examples = list(zip(images, expected, written, strict=True))
@@ -76,17 +76,17 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
         "digit_accuracy": num_read / len(wanted),
         "caption_accuracy": len(right) / len(examples),
         "train_seconds": round(train_seconds, 3),
-        "images_per_second": round(config.train.num_steps * config.train.batch_size / train_seconds, 1),
+        "images_per_second": round(num_images / train_seconds, 1),
         "text_parameters": sum(p.numel() for p in model.text.parameters()),
         "trainable_parameters": num_trained,
-        "train_images": len(trainer.loader.source),
+        "train_images": trainer.loader.num_samples,
         "held_out_images": len(examples),
         "steps": config.train.num_steps,
         "device": _device_name(model.device),
         "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
     }
     training = Digits("train")
-    real = _by_digit([training[i].load_image() for i in range(len(training))], training.labels)
+    real = _by_digit(pictures(training), training.labels)
     drawn = _by_digit(drawings, wanted)
     page = render_report(
         summary,
@@ -121,11 +121,10 @@ def _stage(name: str, times: dict[str, float]) -> Iterator[None]:
     times[name] = time.perf_counter() - start
 
 
-def _train_seconds(metrics: Sequence[dict[str, Any]], batch_size: int) -> float:
+def _train_seconds(metrics: Sequence[dict[str, Any]]) -> float:
     """Seconds in training steps, over all the runs that led here if training was interrupted."""
-    steps = [0, *(line["step"] for line in metrics)]
-    intervals = (b - a for a, b in pairwise(steps))
-    return sum(n * batch_size / line["images_per_second"] for n, line in zip(intervals, metrics, strict=True))
+    counts = [0, *(line["num_samples"] for line in metrics)]
+    return sum((b - a) / line["images_per_second"] for (a, b), line in zip(pairwise(counts), metrics, strict=True))
 
 
 def _by_digit(images: Sequence[Any], digits: Sequence[int]) -> dict[str, list[Any]]:

@@ -79,11 +79,14 @@ def check_context(model: "LMFusion", documents: Sequence[Document], num_new: int
 
 @contextmanager
 def generating(model: "LMFusion") -> Iterator[None]:
-    """Inference and evaluation mode; training mode comes back afterwards."""
+    """Without gradients and in evaluation mode; training mode comes back afterwards.
+
+    Not torch's inference mode: what a sharded model makes there for keeps could not be trained with any more.
+    """
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             yield
     finally:
         model.train(was_training)

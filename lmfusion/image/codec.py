@@ -62,6 +62,8 @@ class Codec(nn.Module, ABC):
     """Pixels per latent pixel, along each side."""
     latent_range: float
     """Latents lie in [-latent_range, latent_range]; samplers clip what they predict to it."""
+    has_posterior: bool
+    """Whether latents are the mean of a distribution whose standard deviation `moments` gives."""
 
     @property
     def latent_size(self) -> int:
@@ -70,6 +72,14 @@ class Codec(nn.Module, ABC):
 
     def encode(self, images: Tensor) -> Tensor:
         """Latents of `images`. Raises ValueError for other channels, or sides not divisible by `downscale`."""
+        return self.moments(images)[0]
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and standard deviation of the latents of `images`, both [B, latent_channels, h, w].
+
+        The mean is what `encode` gives. None for the standard deviation where the codec has no posterior. Raises what
+        `encode` raises.
+        """
         if images.dim() != 4 or images.shape[1] != self.config.channels:
             raise ValueError(
                 f"images have shape {tuple(images.shape)}; the codec takes [B, {self.config.channels}, H, W]"
@@ -80,7 +90,7 @@ class Codec(nn.Module, ABC):
                 f"the codec needs sides divisible by {self.downscale}"
             )
         with torch.no_grad():
-            return self._encode(images)
+            return self._moments(images)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [-1, 1] of latents [B, latent_channels, h, w]. Raises ValueError for another shape."""
@@ -91,8 +101,18 @@ class Codec(nn.Module, ABC):
         with torch.no_grad():
             return self._decode(latents).clamp(-1, 1)
 
+    def identity(self) -> dict[str, Any]:
+        """What the latents of an image depend on, as plain values: equal ones mean equal latents."""
+        config = self.config
+        return {
+            "kind": config.kind,
+            "channels": config.channels,
+            "image_size": config.image_size,
+            "weights_sha256": config.sha256,
+        }
+
     @abstractmethod
-    def _encode(self, images: Tensor) -> Tensor: ...
+    def _moments(self, images: Tensor) -> tuple[Tensor, Tensor | None]: ...
 
     @abstractmethod
     def _decode(self, latents: Tensor) -> Tensor: ...
@@ -107,9 +127,10 @@ class PixelCodec(Codec):
         self.latent_channels = config.channels
         self.downscale = 1
         self.latent_range = 1.0
+        self.has_posterior = False
 
-    def _encode(self, images: Tensor) -> Tensor:
-        return images
+    def _moments(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        return images, None
 
     def _decode(self, latents: Tensor) -> Tensor:
         return latents
@@ -138,6 +159,7 @@ class AutoencoderCodec(Codec):
                 f"image_size {config.image_size} is not divisible by {self.downscale}, the autoencoder's downscale"
             )
         self.latent_range = 5.0  # standard deviations: a bound that real latents keep
+        self.has_posterior = config.kind == "autoencoder_kl"
         self.shift, self.scale = self._shift_and_scale(settings)
 
     def _shift_and_scale(self, settings: Any) -> tuple[Tensor | float, Tensor | float]:
@@ -148,11 +170,19 @@ class AutoencoderCodec(Codec):
             return torch.tensor(mean).view(-1, 1, 1), scale / torch.tensor(std).view(-1, 1, 1)
         return settings.get("shift_factor") or 0.0, scale
 
-    def _encode(self, images: Tensor) -> Tensor:
+    def identity(self) -> dict[str, Any]:
+        # The weights' file does not hold the scale of the latents, nor how its layers are put together.
+        settings = {key: value for key, value in self.autoencoder.config.items() if not key.startswith("_")}
+        text = json.dumps(settings, sort_keys=True, default=str)
+        return super().identity() | {"settings_sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+    def _moments(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         output = self.autoencoder.encode(images.to(self.autoencoder.dtype))
-        encoded = output.latents if self.config.kind == "autoencoder_tiny" else output.latent_dist.mode()
         shift, scale = (_like(x, images) for x in (self.shift, self.scale))
-        return (encoded.to(images.dtype) - shift) * scale
+        if not self.has_posterior:
+            return (output.latents.to(images.dtype) - shift) * scale, None
+        posterior = output.latent_dist
+        return (posterior.mode().to(images.dtype) - shift) * scale, posterior.std.to(images.dtype) * scale
 
     def _decode(self, latents: Tensor) -> Tensor:
         shift, scale = (_like(x, latents) for x in (self.shift, self.scale))

@@ -3,6 +3,7 @@
 import io
 import os
 import stat
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -52,9 +53,8 @@ def decode_image(data: bytes, name: str) -> Image.Image:
         num_pixels = image.width * image.height
         if num_pixels > MAX_PIXELS:
             raise _TooLargeError(f"{image.width} x {image.height} pixels")
-        # Pillow takes a JPEG for whole once all lines are filled, be it with the zeros of an unfinished download
-        if data.startswith(b"\xff\xd8") and data.rfind(b"\xff\xd9") < data.rfind(b"\xff\xda"):
-            raise ValueError("its end is missing")
+        if image.format == "PNG":
+            _check_png(data)
         image.load()
         return _flatten(ImageOps.exif_transpose(image))
 
@@ -102,6 +102,23 @@ def _named(name: str) -> Iterator[None]:
         raise ValueError(f"{name} is not an image of a known format; {', '.join(FORMATS)} are read") from error
     except Exception as error:  # decoders raise almost anything on damaged data
         raise ValueError(f"{name} is damaged or truncated: {error}; replace it or leave it out") from error
+
+
+def _check_png(data: bytes) -> None:
+    """Raises ValueError where a PNG's end is missing or a checksum is wrong.
+
+    Pillow stops reading once all lines are filled, be it with the zeros of an unfinished download, and skips the
+    checksums of the pixels.
+    """
+    kind, start = b"", 8
+    while kind != b"IEND":
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        if end > len(data):
+            raise ValueError("its end is missing")
+        kind = data[start + 4 : start + 8]
+        if zlib.crc32(memoryview(data)[start + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+            raise ValueError(f"its part at byte {start} has another checksum than it should")
+        start = end
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

@@ -1,122 +1,409 @@
 """How does a run survive? Checkpoints that are complete or not there: hashed safetensors and JSON, placed by a rename.
 
 <run>/checkpoints/step-00001000/
-    weights.safetensors, optimizer.safetensors, ema.safetensors    what is trained, nothing of the base model
-    state.json                                                     integers and what they belong to
-    manifest.json                                                  size and sha256 of each; written last
+    weights.00000-of-00002.safetensors     the rows of what is trained that rank 0 of 2 holds; nothing of the base model
+    optimizer.*, ema.*                     likewise
+    state.json                             integers and what they belong to
+    manifest.json                          of each file size, sha256 and rows; of itself sha256; written last
+
+Every rank writes its own rows, and any number of ranks reads them.
 """
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable, Mapping
-from functools import partial
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lmfusion.files import flush
+from lmfusion.training.distributed import World, local_part, part_range
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-FORMAT = 1
+FORMAT = 2
+BLOCK_BYTES = 2**24
 
-Parts = Mapping[str, Mapping[str, Tensor]]
+Range = tuple[int, int, int]
+"""(first, end, size): the rows [first, end) of a tensor with `size` rows. Without dimensions it has one."""
 
 
-def save_checkpoint(folder: Path, step: int, parts: Parts, state: Mapping[str, Any], keep_last: int) -> Path:
-    """Write the tensors of `parts` and the JSON values of `state` as the checkpoint of `step`.
+class Slice(NamedTuple):
+    """Consecutive rows of a tensor that is spread over the ranks."""
 
-    Older checkpoints beyond `keep_last` are deleted once this one is complete and on the disk. Raises OSError where it
-    cannot be written (a full disk, say); checkpoints that were there still are. A complete checkpoint of `step` is left
-    as it is.
+    rows: Tensor
+    range: Range
+
+
+Parts = Mapping[str, Mapping[str, Tensor | Slice]]
+"""Named tensors by part: whole ones, ones that FSDP2 shards, or rows of one."""
+
+
+def slice_of(tensor: Tensor) -> Slice:
+    """The rows of `tensor` that this rank holds, sharing its memory; all of them where it is not sharded."""
+    return Slice(local_part(tensor.detach()), part_range(tensor))
+
+
+def ranges(parts: Parts) -> dict[str, dict[str, Range]]:
+    """Which rows of each tensor this rank holds: what `load_checkpoint` takes."""
+    return {
+        part: {name: t.range if isinstance(t, Slice) else part_range(t) for name, t in tensors.items()}
+        for part, tensors in parts.items()
+    }
+
+
+@torch.no_grad()
+def restore(held: Mapping[str, Tensor | Slice], saved: Mapping[str, Tensor]) -> None:
+    """Copy rows that `load_checkpoint` gave into the tensors they are of, one at a time.
+
+    Raises ValueError, naming it, for a tensor of another shape or dtype.
     """
-    target = checkpoint_path(folder, step)
-    if step in list_steps(folder):
-        return target
-    unfinished = target.with_suffix(".tmp")
-    try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        manifest: dict[str, Any] = {"format": FORMAT, "files": {}}
-        for name, tensors in parts.items():
-            held = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-            file = f"{name}.safetensors"
-            manifest["files"][file] = _write(unfinished / file, partial(save_file, held))
-        manifest["files"][STATE] = _write(unfinished / STATE, partial(_write_json, {**state, "step": step}))
-        _write(unfinished / MANIFEST, partial(_write_json, manifest))
-        flush(unfinished)
-        unfinished.rename(target)
-        flush(folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        steps = list_steps(folder)
+    for name, tensor in held.items():
+        rows, found = (tensor if isinstance(tensor, Slice) else slice_of(tensor)).rows, saved[name]
+        if (rows.shape, rows.dtype) != (found.shape, found.dtype):
+            raise ValueError(
+                f"{name} is {found.dtype} {list(found.shape)} in the checkpoint and {rows.dtype} {list(rows.shape)} in "
+                "the model: it is of another model or optimizer; change these back, or set output to another folder"
+            )
+        rows.copy_(found)
+
+
+class CheckpointWriter:
+    """Writes checkpoints into a folder that all ranks see, while training goes on. All ranks call its methods alike."""
+
+    def __init__(self, folder: Path, keep_last: int, world: World) -> None:
+        self.folder = folder
+        self.keep_last = keep_last
+        self.world = world
+        self._writing: _Writing | None = None
+
+    def save(self, step: int, parts: Parts, state: Mapping[str, Any]) -> None:
+        """Begin the checkpoint of `step`: copy this rank's rows of `parts` to the CPU, and write them in a thread.
+
+        state: JSON values, those of rank 0. Waits for an earlier checkpoint that is still being written, and raises
+        what `finish` does. A checkpoint of `step` that is there is left as it is.
+        """
+        self.finish()
+        exists = False
+        if self.world.rank == 0:
+            for leftover in self.folder.glob("*.tmp"):  # of killed runs
+                shutil.rmtree(leftover, ignore_errors=True)
+            exists = step in list_steps(self.folder)
+        if self.world.sum_integers([exists])[0]:  # also: nobody writes before rank 0 has cleaned up
+            return
+        text = json.dumps({**state, "step": step}, indent=1)
+        copied = {part: _copied(tensors, self.world.rank) for part, tensors in parts.items()}
+        self._writing = _Writing(checkpoint_path(self.folder, step), copied, text, self.world)
+        self._writing.start()
+
+    def poll(self) -> None:
+        """Between steps: complete the checkpoint if all ranks have written theirs. Raises as `finish` does."""
+        if self._writing is None:
+            return
+        counts = [not self._writing.is_alive(), self._writing.error is not None]
+        num_written, num_failed = self.world.sum_integers(counts)
+        if num_written == self.world.size:
+            self._complete(num_failed)
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that was begun is complete.
+
+        Raises OSError, on all ranks, where one could not write it (a full disk, say); those before are intact.
+        """
+        if self._writing is not None:
+            self._writing.join()
+            self.poll()
+
+    def _complete(self, num_failed: int) -> None:
+        assert self._writing is not None
+        writing, self._writing = self._writing, None
+        error = writing.error
+        if self.world.rank == 0 and not num_failed:
+            try:
+                self._publish(writing)
+            except (OSError, ValueError) as publishing_error:
+                error = publishing_error
+        num_failed = self.world.sum_integers([error is not None])[0]
+        if num_failed == 0:
+            return
+        if self.world.rank == 0:
+            shutil.rmtree(writing.folder, ignore_errors=True)
+        steps = list_steps(self.folder)
         kept = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier one"
-        raise OSError(f"cannot write {target}: {error}; {kept}. Make room and run the same command again") from error
-    for old in list_steps(folder)[:-keep_last]:
-        shutil.rmtree(checkpoint_path(folder, old))
-    return target
+        reason = error or f"{num_failed} of {self.world.size} ranks failed, each tells why"
+        message = f"cannot write {writing.target}: {reason}; {kept}. Make room and run the same command again"
+        raise OSError(message) from error
+
+    def _publish(self, writing: "_Writing") -> None:
+        """Let the checkpoint exist, and only then let go of old ones."""
+        files: dict[str, Any] = {}
+        for rank in range(self.world.size):
+            record = writing.record_path(rank)
+            if not record.is_file():
+                raise OSError(f"rank {rank} wrote to a folder that rank 0 does not see; ranks need a shared one")
+            files |= json.loads(record.read_text(encoding="utf-8"))
+            record.unlink()
+        manifest = {"format": FORMAT, "files": files}
+        _write_text(writing.folder / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}))
+        flush(writing.folder)
+        writing.folder.rename(writing.target)
+        flush(self.folder)
+        _check_sizes(writing.target, _read_manifest(writing.target)["files"])
+        for old in list_steps(self.folder)[: -self.keep_last]:
+            path = checkpoint_path(self.folder, old)
+            shutil.rmtree(path.rename(path.with_suffix(".tmp")))  # renamed: never half of a checkpoint by its name
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Parts and state of the checkpoint at `path`, on the CPU.
+class _Writing(threading.Thread):
+    """One rank's files of one checkpoint, being written. A kill leaves a folder that no one takes for a checkpoint."""
 
-    Every file is compared with the manifest first. Raises ValueError, naming the file, for one that is missing, damaged
-    or of another format.
+    def __init__(self, target: Path, parts: dict[str, dict[str, Slice]], state: str, world: World) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self.target = target
+        self.folder = target.with_suffix(".tmp")
+        self.error: Exception | None = None
+        self._parts = parts
+        self._state = state
+        self._world = world
+
+    def record_path(self, rank: int) -> Path:
+        return self.folder / f"rank-{rank}.json"
+
+    def run(self) -> None:
+        try:
+            self._write()
+        except Exception as error:  # told by the ranks together, in `CheckpointWriter`
+            self.error = error
+
+    def _write(self) -> None:
+        rank, size = self._world.rank, self._world.size
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files: dict[str, Any] = {}
+        for part, slices in self._parts.items():
+            if slices:
+                name = f"{part}.{rank:05d}-of-{size:05d}.safetensors"
+                files[name] = _write_tensors(self.folder / name, {key: s.rows for key, s in slices.items()})
+                files[name]["ranges"] = {key: s.range for key, s in slices.items()}
+        if rank == 0:
+            files[STATE] = _write_text(self.folder / STATE, self._state)
+        for name, expected in files.items():  # read again, from the disk: what is there is what was meant
+            if _sha256(self.folder / name, from_disk=True) != expected["sha256"]:
+                raise OSError(f"{self.folder / name} reads back otherwise than it was written; look at the disk")
+        _write_text(self.record_path(rank), json.dumps(files))
+        flush(self.folder)
+
+
+def load_checkpoint(
+    path: Path, wanted: Mapping[str, Mapping[str, Range]] | None = None
+) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
+    """Parts and state of the checkpoint at `path`, on the CPU, whatever number of ranks wrote it.
+
+    wanted: the rows of each tensor to read, by part and name (see `ranges`); None: all of all. Files are compared with
+    the manifest at once: the size of all, the sha256 of those with wanted rows. Tensors are read when they are asked
+    for, so that no more need be in memory than the caller keeps.
+
+    Raises ValueError, naming it, for a file that is missing, damaged or of another format, and for a tensor that is
+    not there or has another number of rows.
     """
-    manifest = _read_json(path / MANIFEST, path)
-    if manifest.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {manifest.get('format')!r}; this version of lmfusion reads {FORMAT}")
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, expected in manifest["files"].items():
-        file = path / name
-        if not file.is_file() or file.stat().st_size != expected["size"] or _sha256(file) != expected["sha256"]:
-            raise _damaged(file, path)
-        if name != STATE:
-            parts[file.stem] = load_file(file)
-    return parts, _read_json(path / STATE, path)
+    entries = _read_manifest(path)["files"]
+    _check_sizes(path, entries)
+    saved: dict[str, dict[str, list[_Piece]]] = {}
+    for file, entry in entries.items():
+        for name, rows in entry.get("ranges", {}).items():
+            saved.setdefault(file.split(".")[0], {}).setdefault(name, []).append(_Piece(path / file, *rows))
+    if wanted is None:
+        wanted = {part: {name: (0, p[0].size, p[0].size) for name, p in held.items()} for part, held in saved.items()}
+    parts: dict[str, Mapping[str, Tensor]] = {}
+    needed = {path / STATE}
+    for part, names in wanted.items():
+        held = saved.get(part, {})
+        pieces = {name: _pieces_with(path, f"{part}/{name}", held.get(name, []), rows) for name, rows in names.items()}
+        parts[part] = _SavedPart(path, {name: (rows, pieces[name]) for name, rows in names.items()})
+        needed |= {piece.file for found in pieces.values() for piece in found}
+    with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter's lock
+        for file, digest in pool.map(lambda file: (file, _sha256(file)), sorted(needed)):
+            if digest != entries[file.name]["sha256"]:
+                raise _damaged(file, path)
+    return parts, json.loads((path / STATE).read_text(encoding="utf-8"))
+
+
+class _Piece(NamedTuple):
+    """The rows [first, end) of a tensor with `size` rows, and the file that has them."""
+
+    file: Path
+    first: int
+    end: int
+    size: int
+
+
+class _SavedPart(Mapping[str, Tensor]):
+    """Tensors by name, each read from its pieces when it is asked for."""
+
+    def __init__(self, path: Path, wanted: Mapping[str, tuple[Range, list[_Piece]]]) -> None:
+        self._path = path
+        self._wanted = wanted
+        self._open: dict[Path, Any] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._wanted)
+
+    def __len__(self) -> int:
+        return len(self._wanted)
+
+    def __getitem__(self, name: str) -> Tensor:
+        (first, end, _), pieces = self._wanted[name]
+        read = [self._read(piece, name, max(first, piece.first), min(end, piece.end)) for piece in pieces]
+        return read[0] if len(read) == 1 else torch.cat(read)
+
+    def _read(self, piece: _Piece, name: str, first: int, end: int) -> Tensor:
+        try:
+            if piece.file not in self._open:
+                self._open[piece.file] = safe_open(piece.file, framework="pt")
+            file = self._open[piece.file]
+            if (first, end) == (piece.first, piece.end):
+                return file.get_tensor(name)
+            return file.get_slice(name)[first - piece.first : end - piece.first]
+        except (OSError, SafetensorError):  # it was whole a moment ago
+            raise _damaged(piece.file, self._path) from None
+
+
+def _pieces_with(path: Path, name: str, pieces: list[_Piece], rows: Range) -> list[_Piece]:
+    """Those of `pieces` that have some of `rows`, in order; for no rows, one that they would be in."""
+    first, end, size = rows
+    if not pieces or pieces[0].size != size:
+        found = f"has {pieces[0].size} rows of {name}, not {size}" if pieces else f"has no {name}"
+        raise ValueError(
+            f"{path} {found}: it is of another model or optimizer; change these back, or set output to another folder"
+        )
+    needed = sorted((p for p in pieces if p.first < end and first < p.end), key=lambda p: p.first)
+    if first == end:
+        needed = [p for p in pieces if p.first <= first <= p.end][:1]
+    at = first
+    for piece in needed:
+        at = piece.end if piece.first <= at else at
+    if at < end or not needed:
+        raise _damaged(path / MANIFEST, path)
+    return needed
 
 
 def list_steps(folder: Path) -> list[int]:
-    """Steps with a complete checkpoint in `folder`, ascending."""
+    """Steps that `folder` has a checkpoint of, ascending. Saved, they have their names when they are complete."""
     if not folder.is_dir():
         return []
-    names = [p.name for p in folder.iterdir() if p.name.startswith("step-") and (p / MANIFEST).is_file()]
-    return sorted(int(name.removeprefix("step-")) for name in names if name.removeprefix("step-").isdigit())
+    names = [path.name.removeprefix("step-") for path in folder.glob("step-*") if path.is_dir()]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def latest_step(folder: Path, world: World) -> int | None:
+    """Step of the newest checkpoint that rank 0 sees in `folder`, on every rank; None where there is none."""
+    steps = list_steps(folder) if world.rank == 0 else []
+    latest = world.sum_integers([1 + steps[-1] if steps else 0])[0]
+    return latest - 1 if latest else None
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def _write(path: Path, write: Callable[[Path], Any]) -> dict[str, Any]:
-    """Let `write` make the file at `path`, force it onto the disk, and answer with its size and sha256."""
-    write(path)
-    flush(path)
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+def _copied(tensors: Mapping[str, Tensor | Slice], rank: int) -> dict[str, Slice]:
+    """Copies on the CPU of what this rank has to write: its rows; of what all ranks have whole, rank 0 writes it."""
+    copied = {}
+    for name, tensor in tensors.items():
+        rows, (first, end, size) = tensor if isinstance(tensor, Slice) else slice_of(tensor)
+        if rank == 0 or 0 < end - first < size:
+            held = torch.empty(rows.shape, dtype=rows.dtype)
+            copied[name] = Slice(held.copy_(rows), (first, end, size))
+    return copied
 
 
-def _sha256(path: Path) -> str:
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """A safetensors file, hashed on its way to the disk, which `safetensors.save_file` cannot do; size and sha256."""
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))  # all aligned, as the format asks
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in ordered:
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    blocks = [len(text).to_bytes(8, "little") + text]
+    return _write(path, [*blocks, *(tensor.flatten().view(torch.uint8).numpy() for _, tensor in ordered)])
+
+
+def _write_text(path: Path, text: str) -> dict[str, Any]:
+    return _write(path, [text.encode()])
+
+
+def _write(path: Path, contents: Iterable[Any]) -> dict[str, Any]:
+    """Write bytes, force them onto the disk, and answer with their size and sha256."""
     digest = hashlib.sha256()
+    with open(path, "wb") as file:
+        for content in contents:
+            view = memoryview(content)
+            for start in range(0, len(view), BLOCK_BYTES):
+                block = view[start : start + BLOCK_BYTES]
+                file.write(block)
+                digest.update(block)
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
+    return {"size": size, "sha256": digest.hexdigest()}
+
+
+def _sha256(path: Path, from_disk: bool = False) -> str:
+    """Of a file's bytes. from_disk: read what the disk has, not what the system still remembers of it."""
     with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+        if from_disk:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_json(values: Mapping[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(values, indent=1), encoding="utf-8")
+def _digest(manifest: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def _read_json(file: Path, checkpoint: Path) -> dict[str, Any]:
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, FileNotFoundError):
-        raise _damaged(file, checkpoint) from None
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, FileNotFoundError, IsADirectoryError):
+        raise _damaged(file, path) from None
+    if not isinstance(manifest, dict):
+        raise _damaged(file, path)
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {manifest.get('format')!r}; this version of lmfusion reads {FORMAT}")
+    if manifest.pop("sha256", None) != _digest(manifest):
+        raise _damaged(file, path)
+    return manifest
+
+
+def _check_sizes(path: Path, entries: Mapping[str, Any]) -> None:
+    for name, expected in entries.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != expected["size"]:
+            raise _damaged(file, path)
 
 
 def _damaged(file: Path, checkpoint: Path) -> ValueError:
-    return ValueError(f"{file} is damaged or missing; delete {checkpoint} to resume from the checkpoint before it")
+    has_others = len(list_steps(checkpoint.parent)) > 1
+    way_out = "to resume from the checkpoint before it" if has_others else "to begin again, for there is no other"
+    return ValueError(f"{file} is damaged or missing; delete {checkpoint} {way_out}")

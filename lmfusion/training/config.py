@@ -5,19 +5,23 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
 from lmfusion.config_values import field_names, from_values
 from lmfusion.configuration import ImageTowerConfig
-from lmfusion.data.sources import DataConfig
+from lmfusion.data.sources import DataConfig, SourceConfig
+from lmfusion.devices import has_fast_bfloat16
 from lmfusion.diffusion import SAMPLERS, DiffusionConfig
 from lmfusion.image.codec import CodecConfig
 from lmfusion_kernels.block import RECOMPUTE
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16")
+
+T = TypeVar("T")
+OPTIMIZERS = ("adamw", "adamw_8bit")
 
 
 @dataclass
@@ -49,10 +53,9 @@ class TrainConfig:
     """How long, how fast and where. The optimiser is AdamW; defaults are the paper's."""
 
     num_steps: int = 250_000
-    batch_size: int = 128
-    """Samples a step."""
-    micro_batch_size: int | None = None
-    """Samples a forward; gradients add up to those of the whole step, so this trades memory for time. None: all."""
+    batch_tokens: int = 2**20
+    """Slots a step, over all ranks: so many rows of data.row_tokens, padding included. Rows are computed one by one and
+    their gradients added, so a larger step takes more time but no more memory."""
     learning_rate: float = 1e-4
     """Of the image tower, after warm-up; from there it falls along a cosine."""
     min_learning_rate: float = 1.5e-5
@@ -60,6 +63,9 @@ class TrainConfig:
     warmup_steps: int = 4000
     text_learning_rate_ratio: float = 0.0
     """Learning rate of the text tower over that of the image tower; 0 freezes the text tower, bit for bit."""
+    optimizer: str = "adamw"
+    """"adamw" keeps its two moments of each weight in float32; "adamw_8bit" in 8 bits (needs torchao), which saves 6
+    bytes a weight."""
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
@@ -70,18 +76,33 @@ class TrainConfig:
     """Of the running average of the trained weights, which is what samples and the exported model use. In early steps
     (1 + step) / (10 + step) holds where it is less. 0: no averaging."""
     dtype: str = "float32"
-    """"float32" or "bfloat16": of the activations and the frozen weights. Trained weights are always float32."""
+    """"float32" or "bfloat16": of the activations and the frozen weights. Trained weights are always float32. "auto":
+    bfloat16 where the device multiplies it faster (GPUs since Ampere, processors with AMX or AVX-512 BF16)."""
     recompute: str = "none"
     """What the backward of a layer computes again instead of keeping it, to the same gradients: "none", "ffn" (gate and
     up: about half of the activations for one GEMM more) or "layer" (all but the layer's input)."""
+    compile: bool = False
+    """Let torch.compile fuse what lies between the kernels of a layer; the first steps take minutes longer."""
     seed: int = 0
     device: str = "auto"
     """"auto" (a GPU where there is one), "cpu" or "cuda"."""
     log_every: int = 10
-    """Steps a line of metrics.jsonl."""
+    """Steps a line of metrics.jsonl. Between lines nothing waits for the GPU."""
+    tensorboard: bool = False
+    """Write the metrics, losses of validation and samples for TensorBoard too, into <output>/tensorboard."""
+    wandb: str | None = None
+    """Send them to this project of Weights & Biases too."""
+    profile: tuple[int, int] | None = None
+    """Record a trace of the steps from the first number to the second, into <output>/profile."""
+    peak_tflops: float | None = None
+    """What the device can do at best, in 10^12 operations a second: what MFU is a share of. None: it is measured at the
+    start, with large matrix products in train.dtype."""
 
     def __post_init__(self) -> None:
-        _check_least(self, "train", num_steps=1, batch_size=1, micro_batch_size=1, warmup_steps=0, log_every=1)
+        _check_choice("train.device", self.device, DEVICES)
+        if self.dtype == "auto":
+            self.dtype = "bfloat16" if has_fast_bfloat16(self.device) else "float32"
+        _check_least(self, "train", num_steps=1, batch_tokens=1, warmup_steps=0, log_every=1)
         _check_least(self, "train", min_learning_rate=0, text_learning_rate_ratio=0, weight_decay=0, seed=0)
         for name in ("learning_rate", "eps", "max_grad_norm"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
@@ -96,9 +117,15 @@ class TrainConfig:
                 f"train.min_learning_rate is {self.min_learning_rate}, "
                 f"more than train.learning_rate, {self.learning_rate}"
             )
+        if self.peak_tflops is not None and not (math.isfinite(self.peak_tflops) and self.peak_tflops > 0):
+            raise ValueError(f"train.peak_tflops is {self.peak_tflops}; it must be a positive number")
+        if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(f"train.profile is {list(self.profile)}; it is a first and a last step, from 1")
+        if self.wandb is not None and not self.wandb.strip():
+            raise ValueError("train.wandb is empty; give the name of a project, or null")
+        _check_choice("train.optimizer", self.optimizer, OPTIMIZERS)
         _check_choice("train.dtype", self.dtype, DTYPES)
         _check_choice("train.recompute", self.recompute, RECOMPUTE)
-        _check_choice("train.device", self.device, DEVICES)
 
 
 @dataclass
@@ -123,6 +150,21 @@ class SampleConfig:
 
 
 @dataclass
+class ValidationConfig:
+    """Losses on samples that are not trained on, with the averaged weights and the same noise every time."""
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    """Where they come from, as data.sources; none: no validation."""
+    every: int = 1000
+    """Steps between validations."""
+    num_samples: int = 256
+    """The same ones every time; a source that holds fewer gives all it has."""
+
+    def __post_init__(self) -> None:
+        _check_least(self, "validation", every=1, num_samples=1)
+
+
+@dataclass
 class CheckpointConfig:
     """What a run can be resumed from."""
 
@@ -144,17 +186,33 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     train: TrainConfig = field(default_factory=TrainConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
+        if self.train.batch_tokens % self.data.row_tokens:
+            raise ValueError(
+                f"train.batch_tokens is {self.train.batch_tokens}, which is no multiple of data.row_tokens, "
+                f"{self.data.row_tokens}; a step has whole rows"
+            )
         num_timesteps = self.model.diffusion.num_train_timesteps
         if self.sample.num_steps > num_timesteps:
             raise ValueError(f"sample.num_steps is {self.sample.num_steps}; the diffusion has {num_timesteps} steps")
 
+    @property
+    def rows_per_step(self) -> int:
+        """Over all ranks."""
+        return self.train.batch_tokens // self.data.row_tokens
+
 
 def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """The run that a YAML recipe describes, changed by overrides like "train.num_steps=100" (values are YAML).
+    """The training run that a YAML recipe describes; see `read_recipe`."""
+    return read_recipe(RunConfig, recipe, overrides)
+
+
+def read_recipe(cls: type[T], recipe: str | Path, overrides: Iterable[str] = ()) -> T:
+    """The dataclass `cls` out of a YAML recipe, changed by overrides like "train.num_steps=100" (values are YAML).
 
     Raises ValueError, naming the key, for one that does not exist or has a value of the wrong type or out of range.
     """
@@ -166,10 +224,10 @@ def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no keys; a recipe has {field_names(RunConfig)}")
+        raise ValueError(f"{path} holds no keys; a recipe has {field_names(cls)}")
     for override in overrides:
         _override(values, override)
-    return from_values(RunConfig, values)
+    return from_values(cls, values)
 
 
 def resolve_path(path: str) -> str:
@@ -191,6 +249,7 @@ def resolve_path(path: str) -> str:
 
 
 def _override(values: dict[str, Any], override: str) -> None:
+    """Change one key of nested `values`, by "key.sub=value". Raises ValueError for what is no such thing."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ValueError(f"{override!r} is no override; write key.sub=value")

@@ -6,46 +6,54 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from lmfusion.training.checkpoint import Slice, restore
+from lmfusion.training.distributed import local_part, part_range
+
 
 class EMA:
-    """Exponential moving average of named weights, kept in float32 beside them.
+    """Exponential moving average of named float32 weights, beside them: of a sharded weight, of the rows held here.
 
     After step number `step` (from 0) an average moves by 1 - min(decay, (1 + step) / (10 + step)) towards its weight,
-    so that the start is forgotten quickly. A decay of 0 follows the weights exactly.
+    so that the start is forgotten quickly. With a decay of 0 there are no averages, and the weights stand for them.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
+        assert all(weight.dtype == torch.float32 for weight in weights.values()), "bfloat16 is too coarse to average"
         self.decay = decay
-        self._weights = weights
-        self._averages = {name: weight.detach().float().clone() for name, weight in weights.items()}
+        self._ranges = {name: part_range(weight) for name, weight in weights.items()}
+        self._weights = {name: local_part(weight.detach()) for name, weight in weights.items()}
+        self._averages = {name: rows.clone() for name, rows in self._weights.items()} if decay else {}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move the averages towards the weights that step number `step` left."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        weights = [self._weights[name].detach().float() for name in self._averages]
-        torch._foreach_lerp_(list(self._averages.values()), weights, 1 - decay)
+    def update(self, step: int, skip: Tensor | None = None) -> None:
+        """Move the averages towards the weights that step number `step` left; not where `skip` (float32 []) is 1."""
+        share: float | Tensor = 1 - min(self.decay, (1 + step) / (10 + step))
+        if skip is not None:
+            share = share * (1 - skip)
+        for name, average in self._averages.items():
+            average.lerp_(self._weights[name], share)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the model has the averages for weights. They may not be trained there."""
-        with torch.no_grad():
-            kept = {name: weight.detach().clone() for name, weight in self._weights.items()}
-            _copy(self._averages, self._weights)
+        """Inside, the model has the averages for weights. They may be neither trained nor saved there."""
+        self._swap()
         try:
             yield
         finally:
-            with torch.no_grad():
-                _copy(kept, self._weights)
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        return self._averages
+            self._swap()
 
     @torch.no_grad()
+    def _swap(self) -> None:
+        """One at a time: a copy of all weights may not fit."""
+        for name, average in self._averages.items():
+            weight = self._weights[name].clone()
+            self._weights[name].copy_(average)
+            average.copy_(weight)
+
+    def state_tensors(self) -> dict[str, Slice]:
+        """The averages by the names of their weights, sharing their memory."""
+        return {name: Slice(average, self._ranges[name]) for name, average in self._averages.items()}
+
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        _copy(tensors, self._averages)
-
-
-def _copy(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-    for name, tensor in target.items():
-        tensor.copy_(source[name])
+        """Continue from `state_tensors` of an EMA of the same rows. Raises ValueError for another one's."""
+        restore(self.state_tensors(), tensors)

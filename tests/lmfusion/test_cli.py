@@ -1,5 +1,6 @@
 """The frame of the command line, and `lmfusion train`."""
 
+import re
 import subprocess
 import sys
 
@@ -19,8 +20,8 @@ def recipe(tiny_llama, tmp_path):
             "image": {"hidden_size": 16, "patch_coder": {"kind": "linear", "patch_size": 4}},
             "codec": {"channels": 1, "image_size": 8},
         },
-        "data": {"source": "digits"},
-        "train": {"num_steps": 3, "batch_size": 4, "warmup_steps": 1, "log_every": 1},
+        "data": {"sources": [{"kind": "digits"}], "row_tokens": 128},
+        "train": {"num_steps": 3, "batch_tokens": 128, "warmup_steps": 1, "log_every": 1},
     }
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(values))
@@ -36,7 +37,7 @@ def test_help_lists_every_command_and_loads_nothing_heavy():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert all(f"\n  {command} " in result.stdout or f" {command} " in result.stdout for command in COMMANDS)
+    assert all(re.search(rf"^    {command}\s", result.stdout, re.MULTILINE) for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

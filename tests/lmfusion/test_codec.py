@@ -65,6 +65,50 @@ def test_autoencoders_are_scaled_as_their_config_says(tmp_path, kind, latent_cha
     torch.testing.assert_close(codec.decode(latents), decoded)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"scaling_factor": 0.25, "shift_factor": 0.5}, {"latents_mean": [1.0] * 4, "latents_std": [2.0, 1, 4, 1]}],
+)
+def test_moments_are_those_of_the_posterior_scaled(tmp_path, settings):
+    model = save_autoencoder(tmp_path, "autoencoder_kl", **settings)
+    codec = load_codec(CodecConfig("autoencoder_kl", path=str(tmp_path), image_size=8))
+    mean, std = codec.moments(images())
+    assert codec.has_posterior and torch.equal(mean, codec.encode(images()))
+    with torch.no_grad():
+        posterior = model.encode(images()).latent_dist
+    scale = settings.get("scaling_factor", model.config.scaling_factor)
+    scale = scale / torch.tensor(settings.get("latents_std", [1.0] * 4)).view(4, 1, 1)
+    shift = torch.tensor(settings.get("latents_mean", [settings.get("shift_factor", 0.0)] * 4)).view(4, 1, 1)
+    torch.testing.assert_close(std, posterior.std * scale)
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(0))
+    drawn = (posterior.mean + posterior.std * noise - shift) * scale
+    torch.testing.assert_close(mean + std * noise, drawn)
+
+
+def test_codecs_without_posterior_have_no_deviation(tmp_path):
+    save_autoencoder(tmp_path, "autoencoder_tiny")
+    for config in (CodecConfig(image_size=8), CodecConfig("autoencoder_tiny", path=str(tmp_path), image_size=8)):
+        codec = load_codec(config)
+        mean, std = codec.moments(images())
+        assert not codec.has_posterior and std is None and torch.equal(mean, codec.encode(images()))
+
+
+def test_identity_tells_what_latents_depend_on(tmp_path):
+    for name, settings in (("one", {}), ("copy", {}), ("scaled", {"scaling_factor": 0.5})):
+        save_autoencoder(tmp_path / name, "autoencoder_kl", **settings)
+
+    def identity(name, **fields):
+        return load_codec(
+            CodecConfig("autoencoder_kl", path=str(tmp_path / name), **{"image_size": 8, **fields})
+        ).identity()
+
+    assert identity("one") == identity("copy")  # wherever it lies
+    assert identity("one") == json.loads(json.dumps(identity("one")))
+    assert identity("one")["weights_sha256"] == identity("scaled")["weights_sha256"]
+    assert identity("one") != identity("scaled")
+    assert identity("one") != identity("one", image_size=16)
+
+
 def test_statistics_per_channel(tmp_path):
     model = save_autoencoder(
         tmp_path, "autoencoder_kl", latents_mean=[1.0, 2.0, 3.0, 4.0], latents_std=[2.0] * 4, scaling_factor=1.0

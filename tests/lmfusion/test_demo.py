@@ -18,7 +18,13 @@ def demo(tiny_llama, tmp_path_factory):
     """Output folder and overrides of a demo on a tiny random LLM, with too few steps to learn anything."""
     folder = tmp_path_factory.mktemp("demo")
     overrides = [f"model.base={tiny_llama}", "model.image.hidden_size=16", "train.num_steps=4", "train.log_every=2"]
-    overrides += ["train.warmup_steps=1", "train.batch_size=8", "sample.every=4", "train.device=cpu"]
+    overrides += [
+        "train.warmup_steps=1",
+        "train.batch_tokens=256",
+        "data.row_tokens=256",
+        "sample.every=4",
+        "train.device=cpu",
+    ]
     return folder, overrides, run_demo(folder, overrides)
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 
 from lmfusion.training import checkpoint
-
-TIMINGS = {"images_per_second", "data_wait"}
+from lmfusion.training.metrics import TIMINGS
 
 
 def read_metrics(run_config):
@@ -19,8 +18,8 @@ def final_tensors(run_config, step=12):
     return checkpoint.load_checkpoint(Path(run_config.output) / "checkpoints" / f"step-{step:08d}")[0]
 
 
-def assert_same_run(one, other):
+def assert_same_run(one, other, step=12):
     assert read_metrics(one) == read_metrics(other)
-    for part, tensors in final_tensors(one).items():
-        for name, tensor in final_tensors(other)[part].items():
+    for part, tensors in final_tensors(one, step).items():
+        for name, tensor in final_tensors(other, step)[part].items():
             assert torch.equal(tensors[name], tensor), f"{part}/{name}"

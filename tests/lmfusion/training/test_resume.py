@@ -1,7 +1,9 @@
 """Does a run that was stopped, killed or damaged go on to the same numbers, and is another run refused?"""
 
-import multiprocessing
+import errno
 import os
+import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -10,11 +12,12 @@ import pytest
 import torch
 import yaml
 
-from lmfusion import LMFusion, cli
+from lmfusion import LMFusion
 from lmfusion.config_values import from_values, to_values
 from lmfusion.files import locked
 from lmfusion.training import checkpoint
 from lmfusion.training.trainer import Trainer
+from tests.lmfusion.training.processes import OPERATIONS, Forks, Kill
 from tests.lmfusion.training.runs import assert_same_run, read_metrics
 
 
@@ -22,7 +25,7 @@ from tests.lmfusion.training.runs import assert_same_run, read_metrics
 def test_resumed_run_equals_an_unbroken_one(config, unbroken, stopped_at):
     run = config("resumed")
     Trainer(run).run(max_steps=stopped_at)
-    again = config("resumed", data__num_workers=3, data__cache_megabytes=0)
+    again = config("resumed", data__num_workers=3, data__cache_megabytes=0, train__recompute="layer")
     trainer = Trainer(again)
     assert trainer.step == stopped_at
     assert trainer.run()
@@ -44,10 +47,10 @@ def test_signal_stops_at_the_step_with_a_checkpoint(config, unbroken, number):
     trainer = Trainer(run)
     real = trainer.optimizer.step
 
-    def step_and_signal(step):
+    def step_and_signal(step, *args):
         if step == 5:
             os.kill(os.getpid(), number)
-        return real(step)
+        return real(step, *args)
 
     trainer.optimizer.step = step_and_signal
     handler = signal.getsignal(number)
@@ -60,38 +63,74 @@ def test_signal_stops_at_the_step_with_a_checkpoint(config, unbroken, number):
     assert_same_run(unbroken, run)
 
 
-def test_killed_again_and_again(config, unbroken, tmp_path, monkeypatch):
-    """SIGKILL a few steps after each start, wherever that hits, until a start gets to the end."""
-    run = config("killed", checkpoint__every=1)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(to_values(run)))
-    metrics = Path(run.output) / "metrics.jsonl"
-    # Forked from a fresh process: this one has threads, which a fork may leave holding a lock
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload(["lmfusion.training.trainer"])
+class Life:
+    """A run that is started again and again in processes of its own, each with other settings, until it is done."""
 
-    def num_lines():
-        return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+    def __init__(self, run, tmp_path, seed):
+        self.recipe = tmp_path / "recipe.yaml"
+        self.recipe.write_text(yaml.safe_dump(to_values(run)))
+        self.metrics = Path(run.output) / "metrics.jsonl"
+        self.draw = random.Random(seed)
+        self.forks = Forks()
+        self.num_killed = 0
 
-    num_killed = 0
-    while True:
-        target = min(num_lines() + 4, 12)
-        process = server.Process(target=cli.main, args=(["train", str(recipe)],))
-        process.start()
+    def num_lines(self):
+        return self.metrics.read_bytes().count(b"\n") if self.metrics.exists() else 0
+
+    def start(self, kill=None):
+        every, workers = self.draw.choice([1, 2, 3]), self.draw.choice([0, 1, 3])
+        return self.forks.start(self.recipe, [f"checkpoint.every={every}", f"data.num_workers={workers}"], kill)
+
+    def kill_inside(self):
+        """By itself, in the middle of writing, flushing, renaming or deleting."""
+        operation, last = self.draw.choice(list(OPERATIONS.items()))
+        self.kill_at(Kill(operation, self.draw.randint(1, last), self.draw.choice(["before", "halfway", "after"])))
+
+    def kill_at(self, kill):
+        process = self.start(kill)
+        process.join(60)
+        assert process.exitcode == -signal.SIGKILL, f"{kill} never came"
+        self.num_killed += 1
+
+    def kill_outside(self):
+        """A few steps and some milliseconds after the start, wherever that hits."""
+        process = self.start()
+        target = self.num_lines() + self.draw.randint(0, 6)
         deadline = time.monotonic() + 60
-        while process.is_alive() and num_lines() < target:
+        while process.is_alive() and self.num_lines() < target:
             assert time.monotonic() < deadline, "the run makes no steps"
-            time.sleep(0.001)
-        time.sleep(0.002 * num_killed)  # another moment each time
-        if num_lines() >= 12:
-            process.join(60)
-            break
+            time.sleep(0.0005)
+        time.sleep(self.draw.uniform(0, 0.03))
+        assert process.is_alive(), "the run is too short for this test"
         process.kill()
         process.join(60)
-        num_killed += 1
-    assert num_killed >= 2 and process.exitcode == 0
-    assert_same_run(unbroken, run)
+        self.num_killed += 1
+
+    def finish(self):
+        process = self.start()
+        process.join(100)
+        assert process.exitcode == 0
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments(config, tmp_path):
+    """SIGKILL while training and inside of saves, each start with another number of workers and checkpoints; and, for
+    good measure, while the model is exported."""
+    num_steps = 80
+    whole, killed = (config(name, train__num_steps=num_steps) for name in ("whole", "killed"))
+    assert Trainer(whole).run()
+    life = Life(killed, tmp_path, seed=1)
+    for i in range(20):
+        life.kill_inside() if i % 2 else life.kill_outside()
+    for moment in ("before", "after"):
+        life.kill_at(Kill("export", 1, moment))
+    life.finish()
+    assert life.num_killed == 22
+    assert len(read_metrics(killed)) == num_steps
+    assert_same_run(whole, killed, num_steps)
+    for file in ("model.safetensors", "config.json", "base.json"):
+        assert (Path(killed.output) / "model" / file).read_bytes() == (Path(whole.output) / "model" / file).read_bytes()
+    assert not list((Path(killed.output) / "checkpoints").glob("*.tmp"))
 
 
 def test_resume_drops_lines_after_the_checkpoint_and_a_torn_one(config, unbroken):
@@ -115,15 +154,30 @@ def test_finished_run_has_nothing_to_do(config, unbroken):
     ("change", "message"),
     [
         ({"train__seed": 1}, "train.seed was 0, is 1"),
-        ({"train__batch_size": 8}, "train.batch_size was 6, is 8"),
+        ({"train__batch_tokens": 512}, "train.batch_tokens was 256, is 512"),
+        ({"train__optimizer": "adamw_8bit"}, "train.optimizer was 'adamw', is 'adamw_8bit'"),
+        ({"train__dtype": "bfloat16"}, "train.dtype was 'float32', is 'bfloat16'"),
+        ({"data__row_tokens": 256}, "data.row_tokens was 128, is 256"),
         ({"data__caption_drop": 0.5}, "data.caption_drop was 0.1, is 0.5"),
+        ({"data__sources": [{"kind": "digits", "weight": 2.0}]}, "data.sources was .*'weight': 1.0"),
         ({"model__diffusion": {"prediction_type": "epsilon"}}, "model.diffusion was"),
     ],
 )
 def test_another_run_in_the_same_folder_is_refused(config, change, message):
     Trainer(config()).run(max_steps=1)
-    with pytest.raises(ValueError, match=f"belongs to another run: {message}"):
+    with pytest.raises(ValueError, match=rf"belongs to another run: .*{message}"):
         Trainer(config(**change))
+
+
+def test_what_may_change_on_the_way_changes_no_number_so_far(config, unbroken):
+    """How long, how fast, how often: the schedule goes on as the new configuration says."""
+    run = config("longer")
+    assert Trainer(run).run(max_steps=6)
+    changed = config("longer", train__num_steps=20, train__log_every=2, checkpoint__every=1, checkpoint__keep_last=5)
+    trainer = Trainer(changed)
+    assert trainer.step == 6 and trainer.run(max_steps=8)
+    assert read_metrics(run)[:6] == read_metrics(unbroken)[:6]
+    assert [line["step"] for line in read_metrics(run)] == [1, 2, 3, 4, 5, 6, 8]
 
 
 def test_stages_with_the_text_tower_trained_then_frozen(config):
@@ -149,19 +203,38 @@ def test_stages_with_the_text_tower_trained_then_frozen(config):
         Trainer(second(Path(untouched.output) / "model"))
 
 
+def test_resume_with_the_text_tower_trained(config):
+    whole, broken = (config(name, train__text_learning_rate_ratio=0.5) for name in ("whole", "broken"))
+    assert Trainer(whole).run()
+    assert Trainer(broken).run(max_steps=5)
+    assert Trainer(broken).run()
+    assert_same_run(whole, broken)
+
+
 def test_two_runs_do_not_share_a_folder(config):
     first, second = Trainer(config()), Trainer(config())
     with locked(first.folder.parent):  # another folder is no matter
         first.folder.mkdir()
-        with locked(first.folder), pytest.raises(OSError, match="another process is training in"):
-            second.run()
+        with locked(first.folder):
+            holder = rf"another process is training in .* \(process {os.getpid()} on .*\); wait for it"
+            with pytest.raises(OSError, match=holder):
+                second.run()
+            with locked(first.folder, rank=1):
+                pass  # rank 0 holds it for all
     assert second.run()
 
 
-def test_another_dtype_is_refused_by_name(config):
-    assert Trainer(config()).run(max_steps=4)
-    with pytest.raises(ValueError, match=r"train\.dtype was 'float32', is 'bfloat16'"):
-        Trainer(config(train__dtype="bfloat16"))
+def test_a_file_system_without_locks_is_told_of_once(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with locked(tmp_path):
+        pass
+    assert "cannot be locked (No locks available): see to it that one run uses it" in capsys.readouterr().err
+    monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
+    with pytest.raises(OSError, match="broken"), locked(tmp_path):
+        pass
 
 
 def test_another_base_is_refused(config, tiny_llama, tmp_path):
@@ -178,35 +251,35 @@ def test_another_base_is_refused(config, tiny_llama, tmp_path):
         Trainer(config(model__base=str(other)))
 
 
-def test_full_disk_while_saving_keeps_the_earlier_checkpoint(config, unbroken, monkeypatch):
+@pytest.mark.parametrize("step", [8, 12])
+def test_full_disk_while_saving_keeps_the_earlier_checkpoint(config, unbroken, monkeypatch, step):
+    """Told a few steps later, for training goes on meanwhile; at the end, before the run counts as done."""
     run = config("full")
-    real = checkpoint.save_file
+    real = checkpoint._write_tensors
 
-    def save_file(tensors, path):
-        if "step-00000008" in str(path):
-            raise OSError(28, "No space left on device")
-        real(tensors, path)
+    def write_tensors(path, tensors):
+        if f"step-{step:08d}" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, tensors)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", save_file)
-        with pytest.raises(OSError, match="No space left on device; the checkpoint of step 4 is intact"):
+        patch.setattr(checkpoint, "_write_tensors", write_tensors)
+        with pytest.raises(OSError, match=f"No space left on device; the checkpoint of step {step - 4} is intact"):
             Trainer(run).run()
+    assert Trainer(run).step == step - 4
     assert Trainer(run).run()
     assert_same_run(unbroken, run)
 
 
-def test_damaged_checkpoint_is_named_and_the_one_before_it_works(config, unbroken):
+@pytest.mark.parametrize("name", ["ema.00000-of-00001.safetensors", "manifest.json"])
+def test_damaged_checkpoint_is_named_and_the_one_before_it_works(config, unbroken, name):
     run = config("damaged")
     Trainer(run).run()
     path = checkpoint.checkpoint_path(Path(run.output) / "checkpoints", 12)
-    data = bytearray((path / "ema.safetensors").read_bytes())
-    data[-1] ^= 1
-    (path / "ema.safetensors").write_bytes(data)
-    with pytest.raises(ValueError, match=r"ema\.safetensors is damaged or missing; delete .*step-00000012"):
+    (path / name).unlink()
+    with pytest.raises(ValueError, match=rf"{name} is damaged or missing; delete .*-00000012 to resume from the"):
         Trainer(run)
-    for file in path.iterdir():
-        file.unlink()
-    path.rmdir()
+    shutil.rmtree(path)
     assert Trainer(run).step == 8
     assert Trainer(run).run()
     assert_same_run(unbroken, run)

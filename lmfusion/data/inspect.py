@@ -1,0 +1,265 @@
+"""What is in a data set: how does it look, is it whole, how much is it? For `lmfusion data` and before long runs."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from lmfusion.data.documents import Damage
+from lmfusion.data.order import Permutation
+from lmfusion.data.packing import WindowReader
+from lmfusion.data.remote import map_threads
+from lmfusion.data.sources import CaptionedImage, Interleaved, Latents, LoadImage, Source, Text
+
+TAKEN_TOGETHER = 32
+"""Samples one thread goes through before the next takes over."""
+
+DecodeLatents = Callable[[Latents], Image.Image]
+DecodeTokens = Callable[[np.ndarray], str]
+Report = Callable[[int], object]
+"""Called with how many samples were finished since the last time."""
+
+
+@dataclass
+class Contents:
+    """What was found in a source."""
+
+    num_samples: int = 0
+    """The damaged ones included."""
+    num_images: int = 0
+    num_texts: int = 0
+    """Captions, and texts of interleaved documents."""
+    num_characters: int = 0
+    """Of the texts; 0 for those that are token ids."""
+    damaged: list[Damage] = field(default_factory=list)
+
+    def add(self, other: "Contents") -> None:
+        self.num_samples += other.num_samples
+        self.num_images += other.num_images
+        self.num_texts += other.num_texts
+        self.num_characters += other.num_characters
+        self.damaged += other.damaged
+
+
+@dataclass
+class Epoch:
+    """What training reads in one epoch of a mixture: all its samples once, on average."""
+
+    num_samples: int
+    """Of all sources."""
+    num_read: int
+    """Samples that the other figures were taken from, in whole windows, and scaled."""
+    num_text_tokens: float
+    """Captions, texts, markers and bos."""
+    num_image_tokens: float
+    num_rows: float
+    row_tokens: int
+    num_cut: float
+    """Documents cut to fit into a row."""
+    num_damaged: float
+    """Samples without usable text; images were not read."""
+
+    @property
+    def num_tokens(self) -> float:
+        return self.num_text_tokens + self.num_image_tokens
+
+    @property
+    def packing(self) -> float:
+        """Share of the slots of rows that hold a token."""
+        return self.num_tokens / max(1.0, self.num_rows * self.row_tokens)
+
+
+def read_all(
+    source: Source, name: str, *, load_images: bool, num_workers: int, report: Report = lambda _: None
+) -> Contents:
+    """Go through a whole source, in its order: texts alone, or every image too.
+
+    name: what damaged samples of it are called that do not tell their name. The same whatever `num_workers`.
+    """
+    contents = Contents()
+    ranges = (range(i, min(i + TAKEN_TOGETHER, len(source))) for i in range(0, len(source), TAKEN_TOGETHER))
+    for part in map_threads(partial(_read_some, source, name, load_images), ranges, num_workers):
+        contents.add(part)
+        report(part.num_samples)
+    return contents
+
+
+def measure_epoch(
+    reader: WindowReader,
+    num_samples: int,
+    row_tokens: int,
+    pack_window: int,
+    *,
+    max_samples: int | None = None,
+    report: Report = lambda _: None,
+) -> Epoch:
+    """Plan the rows of an epoch as training does, without reading an image.
+
+    num_samples: of all sources. max_samples: as many are read at least, and the rest is taken to be like them.
+    """
+    num_windows = -(-min(num_samples, max_samples or num_samples) // pack_window)
+    num_text = num_image = num_rows = num_cut = num_damaged = 0
+    for number in range(num_windows):
+        window = reader.read(number)
+        num_rows += len(window.rows)
+        num_damaged += len(window.damaged)
+        for row in window.rows:
+            num_in_text = sum(len(plan.document.token_ids) for plan in row.plans)
+            num_text += num_in_text
+            num_image += row.num_slots_used - num_in_text
+            num_cut += row.num_cut
+        report(pack_window)
+    num_read = num_windows * pack_window
+    scale = num_samples / num_read
+    return Epoch(
+        num_samples=num_samples,
+        num_read=num_read,
+        num_text_tokens=scale * num_text,
+        num_image_tokens=scale * num_image,
+        num_rows=scale * num_rows,
+        row_tokens=row_tokens,
+        num_cut=scale * num_cut,
+        num_damaged=scale * num_damaged,
+    )
+
+
+def by_reason(damaged: Sequence[Damage]) -> list[tuple[str, list[Damage]]]:
+    """Damaged samples by what is wrong with them, the most frequent first, whatever their names and numbers."""
+    kinds: dict[str, list[Damage]] = {}
+    for damage in damaged:
+        kinds.setdefault(_kind(damage), []).append(damage)
+    return sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0]))
+
+
+def contact_sheet(
+    source: Source,
+    num_samples: int,
+    *,
+    seed: int = 0,
+    cell: int = 192,
+    num_columns: int = 6,
+    decode_latents: DecodeLatents | None = None,
+    decode_tokens: DecodeTokens | None = None,
+) -> Image.Image:
+    """A picture of so many samples, drawn at random by `seed`, with their captions below them.
+
+    cell: pixels a side of each image, cropped as in training. Of an interleaved document every image is a cell, with
+    the text before it; damaged samples are cells that tell why. decode_latents, decode_tokens: make images and texts of
+    what a latent cache holds. Raises ValueError where these are needed and not given.
+    """
+    order = Permutation(len(source), seed, 0, "contact sheet")
+    chosen = order.take(np.arange(min(num_samples, len(source)))).tolist()
+    cells = [c for index in chosen for c in _cells(source, index, cell, decode_latents, decode_tokens)]
+    font = ImageFont.load_default(12)
+    line_height, gap, num_lines = 15, 6, 4
+    height = cell + num_lines * line_height + 2 * gap
+    num_columns = min(num_columns, len(cells))
+    num_rows = -(-len(cells) // num_columns)
+    sheet = Image.new("RGB", (num_columns * (cell + gap) + gap, num_rows * height + gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, text) in enumerate(cells):
+        x, y = gap + i % num_columns * (cell + gap), gap + i // num_columns * height
+        sheet.paste(image, (x, y))
+        for j, line in enumerate(_wrap(text, font, cell, num_lines)):
+            draw.text((x, y + cell + 2 + j * line_height), line, fill="black", font=font)
+    return sheet
+
+
+def _read_some(source: Source, name: str, load_images: bool, indices: range) -> Contents:
+    contents = Contents(num_samples=len(indices))
+    for index in indices:
+        sample_id = f"{name}, sample {index}"
+        try:
+            sample = source[index]
+            sample_id = sample.sample_id
+            images, texts = _parts(sample)
+            if load_images:
+                for load_image in images:
+                    load_image()
+        except (ValueError, OSError) as error:
+            contents.damaged.append(Damage(sample_id, str(error)))
+            continue
+        contents.num_images += len(images)
+        contents.num_texts += len(texts)
+        contents.num_characters += sum(len(text) for text in texts if isinstance(text, str))
+    return contents
+
+
+def _parts(sample: CaptionedImage | Interleaved) -> tuple[list[LoadImage], list[Text]]:
+    if isinstance(sample, CaptionedImage):
+        return [sample.load_image], list(sample.captions)
+    return [p for p in sample.parts if callable(p)], [p for p in sample.parts if isinstance(p, (str, np.ndarray))]
+
+
+def _kind(damage: Damage) -> str:
+    sample_id, reason = damage
+    reason = re.sub(r"\S*" + re.escape(sample_id), "the sample", reason)
+    reason = re.sub(r"^[^:]*[./][^:]*: ", "", reason)  # the name of a sample that could not be opened
+    return re.sub(r"\d+", "N", re.sub(r"\S*/\S+", "a file", reason))
+
+
+def _cells(
+    source: Source,
+    index: int,
+    size: int,
+    decode_latents: DecodeLatents | None,
+    decode_tokens: DecodeTokens | None,
+) -> Iterator[tuple[Image.Image, str]]:
+    def text_of(text: Text) -> str:
+        if isinstance(text, str):
+            return text
+        if decode_tokens is None:
+            raise _NeedsModelError
+        return decode_tokens(text)
+
+    def image_of(load_image: LoadImage) -> Image.Image:
+        image = load_image()
+        if isinstance(image, Latents):
+            if decode_latents is None:
+                raise _NeedsModelError
+            image = decode_latents(image)
+        return ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BICUBIC)
+
+    try:
+        sample = source[index]
+        if isinstance(sample, CaptionedImage):
+            yield image_of(sample.load_image), " | ".join(map(text_of, sample.captions))
+            return
+        before = ""
+        for part in sample.parts:
+            if callable(part):
+                yield image_of(part), before
+                before = ""
+            else:
+                before = f"{before} {text_of(part)}".strip()
+        if before:
+            yield Image.new("RGB", (size, size), "white"), before
+    except _NeedsModelError:
+        raise ValueError("latents and token ids need their codec and tokenizer; show them by a recipe") from None
+    except (ValueError, OSError) as error:
+        yield Image.new("RGB", (size, size), "lightgray"), f"DAMAGED: {error}"
+
+
+class _NeedsModelError(Exception):
+    pass
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, num_lines: int) -> list[str]:
+    """The first lines of a text, as many characters each as fit into so many pixels; words may be split."""
+    characters = " ".join(text.split())[: num_lines * width]
+    lines: list[str] = []
+    while characters and len(lines) < num_lines:
+        length = len(characters)
+        while length > 1 and font.getlength(characters[:length]) > width:
+            length -= max(1, length // 16)
+        space = characters.rfind(" ", 0, length)
+        if length < len(characters) and space > length // 2:
+            length = space + 1
+        lines.append(characters[:length].rstrip())
+        characters = characters[length:]
+    if characters and lines:
+        lines[-1] = lines[-1][:-3] + "..."
+    return lines

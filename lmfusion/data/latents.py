@@ -1,0 +1,72 @@
+"""From an image that a source can load to the latents that are trained on: decoded, encoded, kept, or drawn."""
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lmfusion.data.sources import Latents, LoadImage
+from lmfusion.image.codec import Codec
+from lmfusion.image.preprocessing import to_tensor
+
+
+class DamagedImageError(ValueError):
+    """An image that its source could not load."""
+
+
+class LatentReader:
+    """Latents of images on the CPU, kept in memory up to `cache_megabytes`. Threads may use it at the same time."""
+
+    def __init__(self, codec: Codec, device: torch.device | str, *, sample: bool, cache_megabytes: int) -> None:
+        self.shape = (codec.latent_channels, codec.latent_size, codec.latent_size)
+        """[C, h, w] of all of them."""
+        self._codec = codec
+        self._device = device
+        self._sample = sample
+        self._kept: dict[tuple[int, ...], Latents] = {}
+        self._room = cache_megabytes * 2**20
+        self._lock = threading.Lock()
+
+    def read(self, key: tuple[int, ...], load_image: LoadImage, draw: Callable[[], np.random.Generator]) -> Tensor:
+        """Latents float32 [C, h, w] of the image that `key` identifies: the mean, or a draw with `draw()`.
+
+        Raises DamagedImageError where the image cannot be loaded, ValueError for latents that do not fit the codec.
+        """
+        mean, std = self._latents(key, load_image)
+        if not self._sample:
+            return mean
+        if std is None:
+            raise ValueError(
+                "data.sample_latents is true, but there is no variance to draw with: the codec has none, or latents "
+                "were encoded without it. Set it to false, or encode them with --variance"
+            )
+        return mean + std * torch.from_numpy(draw().standard_normal(self.shape, np.float32))
+
+    def _latents(self, key: tuple[int, ...], load_image: LoadImage) -> Latents:
+        if key in self._kept:
+            return self._kept[key]
+        config = self._codec.config
+        try:
+            image = load_image()
+            pixels = to_tensor(image, config.image_size, config.channels) if isinstance(image, Image.Image) else None
+        except (ValueError, OSError) as error:
+            raise DamagedImageError(str(error)) from error
+        if pixels is None:  # a latent cache, which is quick to read
+            assert isinstance(image, Latents)
+            if image.mean.shape != self.shape:
+                raise ValueError(
+                    f"its latents have shape {list(image.mean.shape)}; the codec's have {list(self.shape)}"
+                )
+            return image
+        # Encoded one by one, so that latents do not depend on who shares the row
+        mean, std = self._codec.moments(pixels[None].to(self._device))
+        latents = Latents(mean[0].cpu(), std[0].cpu() if self._sample and std is not None else None)
+        num_bytes = sum(x.numel() * x.element_size() for x in latents if x is not None)
+        with self._lock:
+            if num_bytes <= self._room and key not in self._kept:
+                self._room -= num_bytes
+                self._kept[key] = latents
+        return latents

@@ -1,0 +1,83 @@
+"""Which source does each sample come from? A pure function of its position: the state of a mixture is one number.
+
+Positions come in periods of 1,000. Of each period every source has a fixed quota by its weight, in a shuffled order.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+
+import numpy as np
+
+from lmfusion.data.order import Permutation, SourceOrder
+
+PERIOD = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A sample that is drawn: which one, of which source, in which of the source's epochs."""
+
+    source: int
+    epoch: int
+    index: int
+
+
+class Mixture:
+    """The endless sequence of draws from several sources, each in its own order and epochs.
+
+    Raises ValueError for a weight so small that a source has no place in a period.
+    """
+
+    def __init__(self, orders: Sequence[SourceOrder], weights: Sequence[float], seed: int) -> None:
+        self._orders = orders
+        self.quotas = quotas(weights)
+        """Places of each source in a period."""
+        by_slot = np.repeat(np.arange(len(orders)), self.quotas)
+
+        def period(number: int) -> tuple[np.ndarray, np.ndarray]:
+            """By place in the period: the source, and how many samples of it came before in this period."""
+            sources = by_slot
+            if len(orders) > 1:
+                sources = by_slot[Permutation(PERIOD, seed, number, "mixture").take(np.arange(PERIOD))]
+            ranks = np.empty(PERIOD, np.int64)
+            for source, quota in enumerate(self.quotas):
+                ranks[sources == source] = np.arange(quota)
+            return sources, ranks
+
+        self._period = lru_cache(maxsize=4)(period)
+
+    def draw(self, positions: range) -> list[Draw]:
+        """What lies at consecutive positions, 0 or more, of the sequence."""
+        at = np.arange(positions.start, positions.stop)
+        numbers, places = np.divmod(at, PERIOD)
+        sources, ranks = np.empty_like(at), np.empty_like(at)
+        for number in np.unique(numbers).tolist():
+            here = numbers == number
+            of_place, rank_of_place = self._period(number)
+            sources[here], ranks[here] = of_place[places[here]], rank_of_place[places[here]]
+        epochs, indices = np.empty_like(at), np.empty_like(at)
+        for source in np.unique(sources).tolist():
+            here = sources == source
+            epochs[here], indices[here] = self._orders[source].take(numbers[here] * self.quotas[source] + ranks[here])
+        return [Draw(*draw) for draw in zip(sources.tolist(), epochs.tolist(), indices.tolist(), strict=True)]
+
+
+def quotas(weights: Sequence[float]) -> list[int]:
+    """Whole numbers that add up to PERIOD, in proportion to the weights by largest remainder.
+
+    Raises ValueError for a weight whose share is too small for one place.
+    """
+    total = sum(map(Fraction, weights))  # exact, so that every machine rounds alike
+    shares = [Fraction(weight) / total * PERIOD for weight in weights]
+    counts = [int(share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: (counts[i] - shares[i], i))
+    for i in by_remainder[: PERIOD - sum(counts)]:
+        counts[i] += 1
+    for i, count in enumerate(counts):
+        if count == 0:
+            raise ValueError(
+                f"data.sources[{i}] has weight {weights[i]}, less than 1 in {PERIOD} samples; raise it, or leave it out"
+            )
+    return counts

@@ -1,0 +1,108 @@
+"""In which order are the samples of a source drawn? Shuffles that need no memory: pure functions of (seed, epoch)."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from lmfusion.data.randomness import generator
+
+
+class Permutation:
+    """A shuffle of range(size): `permutation[position]` is the index at that position.
+
+    A four-round Feistel network over the next even power of two, walked again while it points outside the range. A pure
+    function of (size, seed, epoch, name).
+    """
+
+    _NUM_ROUNDS = 4
+
+    def __init__(self, size: int, seed: int, epoch: int, name: str = "") -> None:
+        self.size = size
+        half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
+        self._half_bits = np.uint64(half_bits)
+        self._mask = np.uint64((1 << half_bits) - 1)
+        self._keys = generator(seed, epoch, name, "order").integers(1 << 63, size=self._NUM_ROUNDS).astype(np.uint64)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, position: int) -> int:
+        return int(self.take(np.array([position]))[0])
+
+    def take(self, positions: np.ndarray) -> np.ndarray:
+        """The indices (int64 [n]) at many positions (integers [n]). Raises IndexError for one outside the range."""
+        outside = (positions < 0) | (positions >= self.size)
+        if outside.any():
+            raise IndexError(f"position {positions[outside][0]} is outside a permutation of {self.size}")
+        indices = self._round_trip(positions.astype(np.uint64))
+        while (walking := np.flatnonzero(indices >= self.size)).size:
+            indices[walking] = self._round_trip(indices[walking])
+        return indices.astype(np.int64)
+
+    def _round_trip(self, x: np.ndarray) -> np.ndarray:
+        left, right = x >> self._half_bits, x & self._mask
+        for key in self._keys:
+            left, right = right, left ^ (_mix(right ^ key) & self._mask)
+        return (left << self._half_bits) | right
+
+
+class BlockPermutation:
+    """A shuffle of a source in two levels: its blocks, then the samples within groups of `group_size` of these.
+
+    Reading it from position to position touches one group of blocks at a time. A pure function of its arguments.
+    """
+
+    def __init__(self, blocks: np.ndarray, group_size: int, seed: int, epoch: int, name: str = "") -> None:
+        self._seed, self._epoch, self._name = seed, epoch, name
+        order = Permutation(len(blocks), seed, epoch, f"{name} blocks").take(np.arange(len(blocks)))
+        ends = np.cumsum(blocks[order])
+        self._block_ends = ends  # in the order that blocks are visited in
+        self._shift = (np.cumsum(blocks) - blocks)[order] - (ends - blocks[order])  # from there to the source's indices
+        self._group_ends = np.append(ends[group_size - 1 : -1 : group_size], ends[-1])
+
+    def take(self, positions: np.ndarray) -> np.ndarray:
+        """The indices (int64 [n]) at many positions (integers [n])."""
+        places = np.empty(len(positions), np.int64)
+        groups = np.searchsorted(self._group_ends, positions, "right")
+        for group in np.unique(groups).tolist():
+            start = int(self._group_ends[group - 1]) if group else 0
+            size = int(self._group_ends[group]) - start
+            here = groups == group
+            shuffle = Permutation(size, self._seed, self._epoch, f"{self._name} group {group}")
+            places[here] = start + shuffle.take(positions[here] - start)
+        return places + self._shift[np.searchsorted(self._block_ends, places, "right")]
+
+
+class SourceOrder:
+    """The endless order in which samples of one source are drawn: all of it in a new shuffle each epoch.
+
+    Two levels of shuffle with `shuffle_blocks`, see `BlockPermutation`; one over everything without.
+    """
+
+    def __init__(self, blocks: Sequence[int], shuffle_blocks: int | None, seed: int, name: str = "") -> None:
+        sizes = np.asarray(blocks, np.int64)
+        self.size = int(sizes.sum())
+
+        def shuffle(epoch: int) -> Permutation | BlockPermutation:
+            if shuffle_blocks is None or shuffle_blocks >= len(sizes):
+                return Permutation(self.size, seed, epoch, name)
+            return BlockPermutation(sizes, shuffle_blocks, seed, epoch, name)
+
+        self._shuffle = lru_cache(maxsize=2)(shuffle)
+
+    def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Epochs and indices (int64 [n]) at many positions (integers [n], 0 or more) of the endless order."""
+        epochs, places = np.divmod(np.asarray(positions, np.int64), self.size)
+        indices = np.empty_like(places)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            indices[here] = self._shuffle(epoch).take(places[here])
+        return epochs, indices
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """The finaliser of splitmix64: 64 bits in, 64 well-mixed bits out."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

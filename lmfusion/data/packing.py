@@ -1,0 +1,115 @@
+"""Which documents share a row? Windows of consecutive samples, each packed by itself before any image is read."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import numpy as np
+
+from lmfusion.batch import SpecialTokens
+from lmfusion.data.documents import Damage, DocumentPlanner, Plan
+from lmfusion.data.mixture import Draw, Mixture
+from lmfusion.data.order import Permutation, SourceOrder
+from lmfusion.data.sources import DataConfig, Sample, Source
+from lmfusion.diffusion import DiffusionConfig
+from lmfusion_kernels.packing import pack_documents
+
+READ_TOGETHER = 32
+"""Samples of a window that one thread reads, one after another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The documents of one row, in the order they are drawn in."""
+
+    plans: tuple[Plan, ...]
+
+    @property
+    def num_slots_used(self) -> int:
+        return sum(plan.document.num_tokens for plan in self.plans)
+
+    @property
+    def num_cut(self) -> int:
+        return sum(plan.is_cut for plan in self.plans)
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What `pack_window` consecutive samples became."""
+
+    rows: tuple[Row, ...]
+    """One at least: where every sample is damaged, a row without documents."""
+    damaged: tuple[Damage, ...]
+    """Samples that could not be read; they have no place in a row, since their lengths are not known."""
+
+
+class WindowReader:
+    """Reads and packs windows. Each is a pure function of the configuration and its number.
+
+    `sources` are those of `config.sources`. Raises ValueError for a source without samples, and for weights and rows
+    that are too small.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        sources: Sequence[Source],
+        *,
+        tokenizer: Any,
+        tokens: SpecialTokens,
+        tokens_per_image: int,
+        diffusion: DiffusionConfig,
+        seed: int,
+    ) -> None:
+        for source, named in zip(sources, config.sources, strict=True):
+            if len(source) == 0:
+                raise ValueError(f"the data source {named.name} has no samples")
+        self._config = config
+        self._sources = sources
+        self._seed = seed
+        orders = [SourceOrder(s.blocks, config.shuffle_blocks, seed, f"source {i}") for i, s in enumerate(sources)]
+        self._mixture = Mixture(orders, [named.weight for named in config.sources], seed)
+        self._planner = DocumentPlanner(
+            config,
+            tokenizer=tokenizer,
+            tokens=tokens,
+            tokens_per_image=tokens_per_image,
+            diffusion=diffusion,
+            seed=seed,
+        )
+
+    def read(self, number: int, map_: Callable[..., Any] = map) -> Window:
+        """The window of that number. `map_` reads its samples: `map`, or that of a pool of threads."""
+        size = self._config.pack_window
+        draws = self._mixture.draw(range(number * size, (number + 1) * size))
+        parts = [draws[i : i + READ_TOGETHER] for i in range(0, size, READ_TOGETHER)]
+        read: list[tuple[Draw, Sample | Damage]] = list(chain.from_iterable(map_(self._read, parts)))
+        samples = [(draw, sample) for draw, sample in read if not isinstance(sample, Damage)]
+        damaged = [sample for _, sample in read if isinstance(sample, Damage)]
+        plans: list[Plan] = []
+        for plan in self._planner.plan(samples):
+            if isinstance(plan, Damage):
+                damaged.append(plan)
+            else:
+                plans.append(plan)
+        return Window(self._pack(plans, number), tuple(damaged))
+
+    def _read(self, draws: list[Draw]) -> list[tuple[Draw, Sample | Damage]]:
+        samples: list[tuple[Draw, Sample | Damage]] = []
+        for draw in draws:
+            try:
+                samples.append((draw, self._sources[draw.source][draw.index]))
+            except (ValueError, OSError) as error:
+                name = self._config.sources[draw.source].name
+                samples.append((draw, Damage(f"{name}, sample {draw.index}", str(error))))
+        return samples
+
+    def _pack(self, plans: list[Plan], number: int) -> tuple[Row, ...]:
+        if not plans:
+            return (Row(()),)
+        lengths = np.array([plan.document.num_tokens for plan in plans], np.int64)
+        rows = pack_documents(lengths, self._config.row_tokens, len(plans))
+        # The packer's rows may begin with those of many documents; steps shall not differ in kind with their place
+        order = Permutation(len(rows), self._seed, number, "rows").take(np.arange(len(rows)))
+        return tuple(Row(tuple(plans[i] for i in rows[row])) for row in order)

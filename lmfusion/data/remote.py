@@ -1,0 +1,303 @@
+"""Where do the files of a data set lie? Local paths and fsspec addresses behind one interface: list, read a range.
+
+    photos.tar, photos/*.tar, photos-{0000..0099}.tar, s3://bucket/photos-{0000..0099}.tar, memory://photos.tar
+
+Local files are read by the operating system alone. Addresses with a protocol need the package fsspec, and mostly that
+of the protocol (s3fs, gcsfs, ...).
+"""
+
+import glob
+import hashlib
+import io
+import itertools
+import os
+import re
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+NUM_TRIES = 3
+"""Of one read from a remote address: a network that stumbles is no damage."""
+RETRY_SECONDS = 0.5
+"""Before the second try; each further one waits four times as long."""
+NUM_STATS = 16
+"""Files looked at together when a source is opened: they wait for the network or the disk, not for the processor."""
+MAX_FILES = 1_000_000
+"""Of one pattern: a typing error in a brace should not fill the memory."""
+
+_BRACE = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_VERSIONS = ("etag", "ETag", "md5Hash", "generation", "mtime", "LastModified", "last_modified", "updated", "created")
+"""What storages call that which changes with a file; the first that a storage tells counts."""
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file at a local path or an fsspec address. Threads may read it at the same time."""
+
+    address: str
+    size: int
+    """bytes"""
+    version: str
+    """Changes when the file does: the time it was modified or its etag, as far as the storage tells."""
+    _filesystem: Any = field(default=None, repr=False, compare=False)
+    _path: str = ""
+    """What the file system calls it."""
+
+    @property
+    def is_local(self) -> bool:
+        return self._filesystem is None
+
+    def read(self, start: int, length: int) -> bytes:
+        """Exactly the bytes [start, start + length). Raises OSError where that fails, ValueError where the file is
+        shorter."""
+        if start + length > self.size:
+            raise ValueError(f"{self.address} ends at byte {self.size}, before what should be read of it does")
+        if self._filesystem is None:
+            with open(self.address, "rb", buffering=0) as file:
+                data = os.pread(file.fileno(), length, start)
+        else:
+            data = _try_often(lambda: self._filesystem.cat_file(self._path, start=start, end=start + length), self)
+        if len(data) != length:
+            raise ValueError(f"{self.address} is shorter than it was when it was indexed; index it again")
+        return data
+
+    def open(self) -> io.RawIOBase:
+        """A binary file object, unbuffered, that is read by `read`: every range is tried often, and must be whole."""
+        return _OpenedFile(self)
+
+
+class _OpenedFile(io.RawIOBase):
+    def __init__(self, file: StoredFile) -> None:
+        self._file = file
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._file.size}[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        length = max(0, min(len(buffer), self._file.size - self._position))
+        buffer[:length] = self._file.read(self._position, length) if length else b""
+        self._position += length
+        return length
+
+
+def find_files(pattern: str, suffix: str) -> list[StoredFile]:
+    """The files that a path, glob or brace pattern stands for: braces in their order, globs sorted.
+
+    suffix: what such files end with, to tell the way out in errors. Raises ValueError for a pattern that finds no
+    file, finds one twice or finds a folder; FileNotFoundError, naming the first of them, for files that are missing.
+    """
+    addresses: list[_Address] = []
+    for expanded in expand_braces(pattern):
+        addresses += _find(expanded)
+    if not addresses:
+        raise ValueError(f"{pattern} finds no file; it is a path, a glob like photos/*{suffix} or an address")
+    seen: set[str] = set()
+    for address, *_ in addresses:
+        if address in seen:
+            raise ValueError(f"{pattern} finds {address} twice; name every file once")
+        seen.add(address)
+    files, missing = [], []
+    for (address, *_), file in zip(addresses, map_threads(_stat, addresses, NUM_STATS), strict=True):
+        if file is None:
+            missing.append(address)
+        else:
+            files.append(file)
+    if missing == [pattern]:
+        raise FileNotFoundError(f"there is no file {pattern}")
+    if missing:
+        named = ", ".join([*missing[:3], "..."] if len(missing) > 3 else missing)
+        raise FileNotFoundError(f"{len(missing)} of the {len(addresses)} files of {pattern} are missing: {named}")
+    return files
+
+
+def join(folder: str, name: str) -> str:
+    """The address of the file `name`, a relative path with slashes, below a folder's address."""
+    return f"{folder.rstrip('/')}/{name}" if folder else name
+
+
+def parent(address: str) -> str:
+    """The folder of a file's address; "" for the current one."""
+    return address.rpartition("/")[0] if "://" in address else os.path.dirname(address)
+
+
+def stored_file(address: str) -> StoredFile:
+    """The file at a path or address, without patterns. Raises FileNotFoundError, or ValueError for a folder."""
+    found = _stat((address, *_filesystem(address)))
+    if found is None:
+        raise FileNotFoundError(f"there is no file {address}")
+    return found
+
+
+def names_of(files: Iterable[StoredFile]) -> list[str]:
+    """A short name for every file: its path from the deepest folder that all of them lie in."""
+    paths = [file.address.split("/") for file in files]
+    folders = [path[:-1] for path in paths]
+    depth = 0
+    for level in zip(*folders, strict=False):
+        if len(set(level)) > 1:
+            break
+        depth += 1
+    return ["/".join(path[depth:]) for path in paths]
+
+
+def is_inside(name: str) -> bool:
+    """Whether a relative path written in a data set stays in its folder. What leads out is never opened."""
+    parts = re.split(r"[/\\]", name)
+    return bool(name) and "\0" not in name and "://" not in name and parts[0] != "" and ".." not in parts
+
+
+def printable(text: str) -> str:
+    """`text` with everything escaped that could move a terminal's cursor or break a line of a log."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
+
+
+def cache_folder() -> Path:
+    """Where indexes of files lie that cannot have them beside themselves."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lmfusion")
+
+
+def cached_name(address: str, suffix: str) -> Path:
+    """The path in the cache folder that belongs to an address."""
+    digest = hashlib.blake2b(address.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    return cache_folder() / f"{digest}{suffix}"
+
+
+def expand_braces(pattern: str) -> Iterator[str]:
+    """`a-{000..002}-{x,y}` -> a-000-x, a-000-y, a-001-x, ... A range keeps its leading zeros.
+
+    Raises ValueError for a range that runs backwards and for more than MAX_FILES.
+    """
+    parts = _BRACE.split(pattern)
+    choices = [[part] if i % 2 == 0 else _choices(part, pattern) for i, part in enumerate(parts)]
+    count = 1
+    for choice in choices:
+        count *= len(choice)
+    if count > MAX_FILES:
+        raise ValueError(f"{pattern} stands for {count} files; the limit is {MAX_FILES}")
+    return ("".join(chosen) for chosen in itertools.product(*choices))
+
+
+def map_threads(function: Callable[[T], U], items: Iterable[T], num_threads: int) -> Iterator[U]:
+    """`function` of every item, in order, at most a few items ahead of what is taken; the first error is raised."""
+    pending = []
+    iterator = iter(items)
+    with ThreadPoolExecutor(num_threads) as pool:
+        try:
+            for item in iterator:
+                pending.append(pool.submit(function, item))
+                if len(pending) > 2 * num_threads:
+                    yield pending.pop(0).result()
+            while pending:
+                yield pending.pop(0).result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _choices(text: str, pattern: str) -> list[str]:
+    if match := _RANGE.fullmatch(text):
+        first, last = match.groups()
+        if int(first) > int(last):
+            raise ValueError(f"{{{text}}} in {pattern} runs backwards; write the lower number first")
+        if int(last) - int(first) >= MAX_FILES:
+            raise ValueError(f"{{{text}}} in {pattern} stands for more than {MAX_FILES} files")
+        return [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
+    return text.split(",")
+
+
+_Address = tuple[str, Any, str]
+"""What it is called, its fsspec file system (None: local), and the path there."""
+
+
+def _find(address: str) -> list[_Address]:
+    """The files that an address, which may be a glob, stands for."""
+    filesystem, path = _filesystem(address)
+    if not any(character in path for character in "*?[") or (filesystem is None and os.path.exists(path)):
+        return [(address, filesystem, path)]
+    if filesystem is None:
+        return [(found, None, found) for found in sorted(glob.glob(path, recursive=True))]
+    with _storage_errors(address):
+        return [(filesystem.unstrip_protocol(found), filesystem, found) for found in sorted(filesystem.glob(path))]
+
+
+def _filesystem(address: str) -> tuple[Any, str]:
+    """The file system of an address (None: local) and the path there."""
+    if "://" not in address:
+        return None, address
+    try:
+        from fsspec.core import url_to_fs
+    except ImportError:
+        raise ValueError(f"{address} needs fsspec, which is not installed; pip install fsspec") from None
+    try:
+        filesystem, path = url_to_fs(address)
+    except (ValueError, ImportError) as error:  # unknown protocol, or its package is missing
+        raise ValueError(f"cannot read {address}: {error}") from error
+    return filesystem, path
+
+
+def _stat(where: _Address) -> StoredFile | None:
+    address, filesystem, path = where
+    if filesystem is None:
+        try:
+            status = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError(f"{address} is a folder or no regular file; name the files, such as {address}/*")
+        return StoredFile(address, status.st_size, str(status.st_mtime_ns))
+    with _storage_errors(address):
+        try:
+            info = filesystem.info(path)
+        except FileNotFoundError:
+            return None
+    if info.get("type") == "directory":
+        raise ValueError(f"{address} is a folder; name the files, such as {address}/*")
+    if info.get("size") is None:
+        raise ValueError(f"{address}: the storage does not tell its size; it cannot be read by ranges")
+    version = next((str(info[key]) for key in _VERSIONS if info.get(key) is not None), "")
+    return StoredFile(address, int(info["size"]), version, filesystem, path)
+
+
+@contextmanager
+def _storage_errors(address: str) -> Iterator[None]:
+    """Whatever a storage's own package raises, as OSError that names the address."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError):
+        raise
+    except Exception as error:
+        raise OSError(f"cannot read {address}: {type(error).__name__}: {error}") from error
+
+
+def _try_often(read: Callable[[], T], file: StoredFile) -> T:
+    wait = RETRY_SECONDS
+    for _ in range(NUM_TRIES - 1):
+        try:
+            return read()
+        except FileNotFoundError:
+            raise
+        except Exception:  # packages of storages have exceptions of their own
+            time.sleep(wait)
+            wait *= 4
+    with _storage_errors(file.address):
+        return read()

@@ -1,0 +1,259 @@
+"""What does a shard of a latent cache hold? Samples read and decoded by threads, images encoded, texts in token ids."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lmfusion.batch import encode_captions
+from lmfusion.data.encoded import (
+    CAPTIONED,
+    DAMAGED,
+    DTYPES,
+    IMAGE,
+    INTERLEAVED,
+    LATENTS,
+    REFUSED,
+    TEXT,
+    DamageRecord,
+    checksum,
+)
+from lmfusion.data.sources import CaptionedImage, LoadImage, Source
+from lmfusion.image.codec import Codec
+from lmfusion.image.preprocessing import to_tensor
+
+MIN_SAMPLES = 1000
+"""The share of damaged samples is taken of at least so many."""
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """How a cache is made. Raises ValueError for a value out of range."""
+
+    shard_samples: int = 2048
+    """Samples a shard; they are held in memory until it is written."""
+    dtype: str = "float32"
+    """In which latents are kept. float32 keeps every bit, the others half of the space."""
+    keep_std: bool = False
+    """Also keep the standard deviation of the autoencoder's posterior, which data.sample_latents draws with."""
+    num_workers: int = 4
+    """Threads that read and decode images."""
+    batch_size: int = 1
+    """Images encoded at a time. With 1 latents have the bits that training from images would give them; with more a GPU
+    is quicker, and the last bits may differ."""
+    max_damaged: float = 0.01
+    """Share of samples that may be damaged before encoding stops."""
+
+    def __post_init__(self) -> None:
+        for name in ("shard_samples", "num_workers", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"latents are kept as {', '.join(DTYPES)}, not {self.dtype!r}")
+
+
+class _Read(NamedTuple):
+    """A sample as it was read: texts, pixels, or why an image has none."""
+
+    sample_id: str
+    kind: int
+    parts: list["str | Tensor | _Failure"]
+
+
+class _Failure(NamedTuple):
+    reason: str
+
+
+class ShardEncoder:
+    """Makes the tensors of shards. What a shard holds is a function of its number alone."""
+
+    def __init__(
+        self, source: Source, codec: Codec, tokenizer: Any, device: torch.device | str, options: EncodeOptions
+    ) -> None:
+        self._source = source
+        self._codec = codec
+        self._tokenizer = tokenizer
+        self._device = device
+        self._options = options
+        self._dtype: torch.dtype = getattr(torch, options.dtype)
+        self._num_seen = 0
+        self._num_damaged = 0
+
+    def indices(self, number: int) -> range:
+        """Of the samples of a shard."""
+        begin = number * self._options.shard_samples
+        return range(begin, min(begin + self._options.shard_samples, len(self._source)))
+
+    def encode(
+        self, number: int, report: Callable[[int], object]
+    ) -> tuple[dict[str, Tensor], tuple[DamageRecord, ...]]:
+        """Tensors of a shard, and what of it could not be read. Raises ValueError where that is too much."""
+        indices = self.indices(number)
+        latents = _LatentBuffer(self._codec, self._device, self._dtype, self._options)
+        damaged: list[DamageRecord] = []
+        texts: list[str] = []
+        parts: list[int] = []
+        starts: list[tuple[int, int, int]] = [(0, 0, 0)]
+        kinds, ids = [], []
+        for index, read in zip(indices, self._read_ahead(indices), strict=True):
+            num_before = latents.num_images
+            for part in read.parts:
+                if read.kind == DAMAGED and isinstance(part, _Failure):  # there is nothing else of it
+                    damaged.append(DamageRecord(index, None, part.reason))
+                elif isinstance(part, _Failure):
+                    damaged.append(DamageRecord(index, latents.num_images - num_before, part.reason))
+                    latents.skip()
+                    parts.append(IMAGE)
+                elif isinstance(part, Tensor):
+                    latents.add(part, read.sample_id)
+                    parts.append(IMAGE)
+                elif _is_unicode(part):
+                    texts.append(part)
+                    parts.append(TEXT)
+                else:
+                    parts.append(REFUSED)
+            starts.append((len(parts), len(texts), latents.num_images))
+            kinds.append(read.kind)
+            ids.append(read.sample_id.encode("utf-8", "surrogatepass"))
+            self._count(damaged, index)
+            report(1)
+        token_ids = self._tokenize(texts)
+        first_part, first_text, first_image = np.array(starts, np.int64).T
+        tables = {
+            "token_ids": np.fromiter((i for of_text in token_ids for i in of_text), np.int32),
+            "first_token": _starts(token_ids),
+            "parts": np.array(parts, np.uint8),
+            "first_part": first_part,
+            "first_text": first_text,
+            "first_image": first_image,
+            "kinds": np.array(kinds, np.uint8),
+            "sample_ids": np.frombuffer(bytearray(b"".join(ids)), np.uint8),
+            "first_id_byte": _starts(ids),
+        }
+        return {
+            **latents.tensors(),
+            **{name: torch.from_numpy(np.ascontiguousarray(table)) for name, table in tables.items()},
+        }, tuple(damaged)
+
+    def _count(self, damaged: list[DamageRecord], index: int) -> None:
+        self._num_seen += 1
+        self._num_damaged += bool(damaged) and damaged[-1].index == index
+        limit = self._options.max_damaged
+        if self._num_damaged > limit * max(self._num_seen, MIN_SAMPLES):
+            last = "; ".join(f"sample {record.index}: {record.reason}" for record in damaged[-3:])
+            raise ValueError(
+                f"{self._num_damaged} of {self._num_seen} samples are damaged, more than data.max_damaged, {limit}; "
+                f"raise it if that is to be expected. The last: {last}"
+            )
+
+    def _read_ahead(self, indices: range) -> Iterator[_Read]:
+        """Samples in order, read by threads a few ahead of the one that is asked for."""
+        ahead: deque[Future[_Read]] = deque()
+        with ThreadPoolExecutor(self._options.num_workers, thread_name_prefix="lmfusion-encode") as pool:
+            try:
+                for index in indices:
+                    ahead.append(pool.submit(self._read, index))
+                    if len(ahead) > 4 * self._options.num_workers:
+                        yield ahead.popleft().result()
+                while ahead:
+                    yield ahead.popleft().result()
+            finally:
+                for future in ahead:
+                    future.cancel()
+
+    def _read(self, index: int) -> _Read:
+        try:
+            sample = self._source[index]
+        except (ValueError, OSError) as error:
+            return _Read("", DAMAGED, [_Failure(str(error))])
+        if isinstance(sample, CaptionedImage):
+            kind, parts = CAPTIONED, (sample.load_image, *sample.captions)
+        else:
+            kind, parts = INTERLEAVED, sample.parts
+        return _Read(sample.sample_id, kind, [self._load(part) if callable(part) else str(part) for part in parts])
+
+    def _load(self, load_image: LoadImage) -> Tensor | _Failure:
+        config = self._codec.config
+        try:
+            image = load_image()
+            assert isinstance(image, Image.Image), "a source of images gave latents"
+            return to_tensor(image, config.image_size, config.channels)
+        except (ValueError, OSError) as error:
+            return _Failure(str(error))
+
+    def _tokenize(self, texts: list[str]) -> list[list[int]]:
+        distinct = list(dict.fromkeys(texts))
+        ids = dict(zip(distinct, encode_captions(self._tokenizer, distinct), strict=True))
+        return [ids[text] for text in texts]
+
+
+class _LatentBuffer:
+    """The latents of a shard, encoded as images arrive, `batch_size` at a time."""
+
+    def __init__(self, codec: Codec, device: torch.device | str, dtype: torch.dtype, options: EncodeOptions) -> None:
+        self._codec = codec
+        self._device = device
+        self._dtype = dtype
+        self._options = options
+        self._names = LATENTS[: 1 + options.keep_std]
+        self._latents: list[list[Tensor]] = []  # of each image the mean, and the deviation if it is kept
+        self._waiting: list[tuple[int, str, Tensor]] = []
+
+    @property
+    def num_images(self) -> int:
+        return len(self._latents)
+
+    def skip(self) -> None:
+        """Leave a place for an image that cannot be read: zeros."""
+        shape = (self._codec.latent_channels, self._codec.latent_size, self._codec.latent_size)
+        self._latents.append([torch.zeros(shape, dtype=self._dtype) for _ in self._names])
+
+    def add(self, pixels: Tensor, sample_id: str) -> None:
+        """pixels: [channels, H, W]. Raises ValueError where its latents, or those of one before, are not finite."""
+        self._waiting.append((self.num_images, sample_id, pixels))
+        self._latents.append([])
+        if len(self._waiting) == self._options.batch_size:
+            self._encode()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """mean, std if it is kept, and checksums of all images."""
+        self._encode()
+        shape = (0, self._codec.latent_channels, self._codec.latent_size, self._codec.latent_size)
+        empty = [torch.empty(shape, dtype=self._dtype) for _ in self._names]
+        columns = [torch.stack(column) for column in zip(*self._latents, strict=True)] or empty
+        checksums = torch.tensor([checksum(latents) for latents in self._latents], dtype=torch.int64)
+        return dict(zip(self._names, columns, strict=True)) | {"checksums": checksums}
+
+    def _encode(self) -> None:
+        if not self._waiting:
+            return
+        images = torch.stack([pixels for _, _, pixels in self._waiting]).to(self._device)
+        moments = self._codec.moments(images)[: len(self._names)]
+        stored = [x.to(self._dtype).cpu() for x in moments if x is not None]
+        for row, (place, sample_id, _) in enumerate(self._waiting):
+            self._latents[place] = [x[row].clone() for x in stored]
+            if not all(x.isfinite().all() for x in self._latents[place]):
+                raise ValueError(
+                    f"sample {sample_id}: its latents are not finite as {self._options.dtype}; keep them as float32, "
+                    "or look at the image and the autoencoder"
+                )
+        self._waiting.clear()
+
+
+def _starts(items: list[list[int]] | list[bytes]) -> np.ndarray:
+    """int64 [N + 1]: where each item begins when they lie one after another."""
+    return np.concatenate([[0], np.cumsum([len(item) for item in items], dtype=np.int64)]).astype(np.int64)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -1,0 +1,138 @@
+"""What lies where in a tar? Names, offsets and sizes of its files, read from the headers; nothing is ever extracted.
+
+Reads what GNU tar, BSD tar, Python and webdataset write: ustar, GNU and pax headers. A name is a label, wherever it may
+point to.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from lmfusion.data.remote import StoredFile
+
+BLOCK = 512
+MAX_HEADER_BYTES = 64 * 1024
+"""Of a long name or pax header: a path has 4 KiB at most, and more would be memory given away on a damaged size."""
+LOCAL_WINDOW = 4096
+"""Bytes read at once while going through the headers: a local tar is skipped through, page by page,"""
+REMOTE_WINDOW = 8 * 1024 * 1024
+"""a remote one read from end to end: so many requests for single headers would take longer."""
+
+_REGULAR = (b"0", b"\0", b"7")
+_WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
+"""Links, devices, folders and pipes: nothing follows their header, whatever size it tells."""
+
+
+class Member(NamedTuple):
+    """A regular file in a tar."""
+
+    name: str
+    offset: int
+    """bytes from the start of the tar"""
+    size: int
+    """bytes"""
+
+
+class DamagedTarError(ValueError):
+    """A tar that does not go on as it should. What came before is good."""
+
+
+class TarReader:
+    """The files of a tar, in order, and what they hold. For one thread."""
+
+    def __init__(self, file: StoredFile) -> None:
+        self._file = file
+        self._window_size = LOCAL_WINDOW if file.is_local else REMOTE_WINDOW
+        self._window = b""
+        self._start = 0
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Bytes of the tar: cheap near those read before. Raises OSError; DamagedTarError beyond the tar's end."""
+        if offset + size > self._file.size:
+            raise DamagedTarError(f"ends at byte {self._file.size}, inside a member; it is cut off")
+        if not (self._start <= offset and offset + size <= self._start + len(self._window)):
+            self._start = offset
+            self._window = self._file.read(offset, min(max(size, self._window_size), self._file.size - offset))
+        return self._window[offset - self._start : offset - self._start + size]
+
+    def members(self) -> Iterator[Member]:
+        """Every regular file, in order. Raises OSError, and DamagedTarError where the tar is damaged, cut off, or none.
+
+        A member that the tar is cut off in is not given.
+        """
+        offset, long_name, pax = 0, None, {}  # type: int, bytes | None, dict[str, bytes]
+        if self._file.size and self._file.read(0, min(2, self._file.size)) == b"\x1f\x8b":
+            raise DamagedTarError("is compressed, and its members cannot be reached alone; gunzip it")
+        while True:
+            if self._file.size < offset + BLOCK:
+                raise DamagedTarError(f"ends at byte {self._file.size} without an end mark; it is empty or cut off")
+            header = self.read(offset, BLOCK)
+            if not any(header):
+                return
+            _check_sum(header, offset)
+            kind = header[156:157]
+            size = _number(pax["size"] if "size" in pax else header[124:136], "size" in pax, offset)
+            size = 0 if kind in _WITHOUT_DATA else size
+            data = offset + BLOCK
+            offset = data + -(-size // BLOCK) * BLOCK
+            if kind in (b"L", b"K", b"x", b"g", b"X"):  # about the member that follows
+                if size > MAX_HEADER_BYTES:
+                    raise DamagedTarError(f"has a header of {size} bytes at byte {data}, more than {MAX_HEADER_BYTES}")
+                content = self.read(data, size)
+                if kind == b"L":
+                    long_name = content.rstrip(b"\0")
+                    if b"\0" in long_name:
+                        raise DamagedTarError(f"has a damaged long name at byte {data}")
+                elif kind in (b"x", b"X"):
+                    pax = _pax(content, data)
+                continue
+            if data + size > self._file.size:
+                raise DamagedTarError(f"ends at byte {self._file.size}, inside a member; it is cut off")
+            if kind in _REGULAR:
+                name = pax.get("path") or long_name or _ustar_name(header)
+                if not name.endswith(b"/"):  # folders of the oldest tars
+                    yield Member(name.decode("utf-8", "replace"), data, size)
+            long_name, pax = None, {}
+
+
+def _check_sum(header: bytes, offset: int) -> None:
+    try:
+        expected = int(header[148:156].strip(b" \0") or b"0", 8)
+    except ValueError:
+        expected = -1
+    if sum(header) - sum(header[148:156]) + 8 * 0x20 != expected:
+        raise DamagedTarError("is no tar" if offset == 0 else f"has a damaged header at byte {offset}")
+
+
+def _number(digits: bytes, is_decimal: bool, offset: int) -> int:
+    """A size: octal, or decimal in a pax header, or binary where its first bit is set (GNU)."""
+    try:
+        if is_decimal:
+            number = int(digits)
+        elif digits[0] & 0x80:
+            number = int.from_bytes(bytes([digits[0] & 0x7F]) + digits[1:], "big")
+        else:
+            number = int(digits.strip(b" \0") or b"0", 8)
+    except ValueError:
+        number = -1
+    if number < 0:
+        raise DamagedTarError(f"has a damaged size at byte {offset}")
+    return number
+
+
+def _ustar_name(header: bytes) -> bytes:
+    name, prefix = (field.split(b"\0")[0] for field in (header[:100], header[345:500]))
+    is_posix = header[257:263] == b"ustar\0"  # GNU keeps times where POSIX has the prefix
+    return prefix + b"/" + name if prefix and is_posix else name
+
+
+def _pax(content: bytes, offset: int) -> dict[str, bytes]:
+    """The records `length key=value\\n` of a pax header."""
+    records: dict[str, bytes] = {}
+    while content.strip(b"\0"):
+        length, separator, _ = content.partition(b" ")
+        if not separator or not length.isdigit() or not len(length) < int(length) <= len(content):
+            raise DamagedTarError(f"has a damaged pax header at byte {offset}")
+        key, _, value = content[len(length) + 1 : int(length) - 1].partition(b"=")
+        records[key.decode("utf-8", "replace")] = value
+        content = content[int(length) :]
+    return records

@@ -1,0 +1,61 @@
+"""What does a run start from? The model where it is trained, and the loaders of its data, as the configuration says."""
+
+import torch
+
+from lmfusion.batch import SpecialTokens
+from lmfusion.data.loader import RowLoader
+from lmfusion.data.sources import DataConfig
+from lmfusion.modeling import LMFusion
+from lmfusion.training.config import RunConfig, resolve_path
+from lmfusion.training.distributed import World
+
+
+def build_model(config: RunConfig) -> LMFusion:
+    """The model of a run, on the CPU and as it was loaded, the text tower frozen or not."""
+    model_config, train = config.model, config.train
+    if model_config.adapted is not None:
+        model = LMFusion.from_pretrained(resolve_path(model_config.adapted))  # its image side in the dtype it has
+    else:
+        assert model_config.base is not None
+        model = LMFusion.from_llm(
+            resolve_path(model_config.base),
+            model_config.image,
+            model_config.codec,
+            model_config.diffusion,
+            dtype=getattr(torch, train.dtype),
+            seed=train.seed,
+        )
+    model.freeze_text(train.text_learning_rate_ratio == 0)
+    model.recompute = train.recompute
+    return model
+
+
+def training_loader(config: RunConfig, model: LMFusion, world: World) -> RowLoader:
+    """The loader of what is trained on, with this rank's rows of every step."""
+    return _loader(config.data, config, model, world, config.rows_per_step, frozen_text=model.frozen_text)
+
+
+def validation_loader(data: DataConfig, config: RunConfig, model: LMFusion, world: World) -> RowLoader:
+    """A loader of `data` with every row on every rank, one a step, and labels for all text."""
+    return _loader(data, config, model, World(0, 1, world.device), rows_per_step=1, frozen_text=False)
+
+
+def _loader(
+    data: DataConfig, config: RunConfig, model: LMFusion, world: World, rows_per_step: int, frozen_text: bool
+) -> RowLoader:
+    if model.tokenizer is None:
+        raise ValueError("the base LLM has no tokenizer to read captions with; put its tokenizer.json beside it")
+    return RowLoader(
+        data,
+        codec=model.codec,
+        tokenizer=model.tokenizer,
+        tokens=SpecialTokens.of(model.tokenizer, model.boi_token_id),
+        tokens_per_image=model.tokens_per_image,
+        diffusion=model.diffusion.config,
+        rows_per_step=rows_per_step,
+        seed=config.train.seed,
+        frozen_text=frozen_text,
+        device=world.device,
+        rank=world.rank,
+        world_size=world.size,
+    )

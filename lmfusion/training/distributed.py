@@ -1,0 +1,220 @@
+"""How do several processes train one model? What torchrun started, what they agree on, and FSDP2 a layer at a time.
+
+Each layer of the text tower is one group of FSDP2 with the layer of the image tower beside it; all else is the root's.
+A group's weights, frozen ones too, lie in equal runs of rows on all ranks. For its forward, and again for its backward,
+every rank gathers them in one collective, the group after it while this one computes, and lets go of them afterwards:
+
+- layers are gathered in the dtype of the rows, trained ones cast from float32 beforehand, so that bfloat16 rows move
+  half of the bytes and no copy of a weight is kept for the backward;
+- the root's weights are gathered as they are: the patch coder computes in float32 whatever dtype the rows have;
+- gradients are averaged in float32, in one collective a group, and kept as parts, one row of a step after the other;
+- frozen weights take part in the gathering alone: no gradient is made for them, sent or kept.
+
+FSDP's own order of gathering ahead is left as it is (set_modules_to_forward_prefetch only sends it off sooner).
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+import lmfusion_kernels as lk
+from lmfusion.devices import choose_device
+from lmfusion.modeling import LMFusion, LMFusionOutput
+from lmfusion.towers import TextLayer
+from lmfusion_kernels.weights import Rows
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+CONTROL_TIMEOUT = timedelta(hours=2)
+"""How long ranks wait for one another on the CPU: one of them may be writing the exported model just then."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together, seen from one of them. Its methods are called by all of them, in one order."""
+
+    rank: int
+    size: int
+    device: torch.device
+    """Of this process"""
+    control: dist.ProcessGroup | None = None
+    """A gloo group over all ranks, so that what is agreed on between steps never waits for the device; None alone"""
+
+    def sum_integers(self, values: Sequence[int]) -> list[int]:
+        """Each value summed over the ranks (int64). Runs on the CPU and does not wait for the device."""
+        if self.size == 1:
+            return list(values)
+        sums = torch.tensor(list(values), dtype=torch.int64)
+        dist.all_reduce(sums, group=self.control)
+        return sums.tolist()
+
+    def sum_tensor(self, x: Tensor) -> Tensor:
+        """`x`, on the training device, summed over the ranks in place; the host does not wait for it."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def barrier(self) -> None:
+        """Wait, on the CPU, until all ranks are here."""
+        self.sum_integers([0])
+
+
+@contextmanager
+def world(device: str) -> Iterator[World]:
+    """The world that torchrun describes in the environment, or this process alone where there is none.
+
+    device: "auto", "cpu" or "cuda"; on GPUs, each process of a machine takes the one of its LOCAL_RANK. Raises
+    ValueError for an incomplete environment, and for more processes on a machine than it has GPUs.
+    """
+    size = _from_environment("WORLD_SIZE", 1)
+    chosen = choose_device(device, "train.device")
+    if size == 1:
+        yield World(0, 1, chosen)
+        return
+    rank, local_rank = _from_environment("RANK"), _from_environment("LOCAL_RANK")
+    if chosen.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"process {local_rank} of this machine has no GPU of its own: there are {torch.cuda.device_count()}; "
+                "start as many processes as there are GPUs (torchrun --nproc-per-node)"
+            )
+        chosen = torch.device("cuda", local_rank)
+        torch.cuda.set_device(chosen)
+        dist.init_process_group("nccl", device_id=chosen)
+    else:
+        dist.init_process_group("gloo")
+    try:
+        yield World(rank, size, chosen, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
+    finally:
+        dist.destroy_process_group()
+
+
+def _from_environment(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name, "" if default is None else str(default))
+    if not text.isdecimal():
+        raise ValueError(f"WORLD_SIZE is set, but {name} is {text!r}; start several processes with torchrun")
+    return int(text)
+
+
+def local_part(weight: Tensor) -> Tensor:
+    """What this rank holds of `weight`: a run of its rows, perhaps none; the tensor itself where it is not sharded."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def part_range(weight: Tensor) -> tuple[int, int, int]:
+    """(first, end, size): this rank holds the rows [first, end) of the `size` rows of `weight` (its dimension 0).
+
+    All of them, (0, size, size), where it is not sharded; a tensor without dimensions counts as one row.
+    """
+    size = weight.shape[0] if weight.dim() else 1
+    if not isinstance(weight, DTensor):
+        return 0, size, size
+    rank, num_ranks = weight.device_mesh.get_local_rank(), weight.device_mesh.size()
+    length = -(-size // num_ranks)  # as torch.chunk cuts: the last ranks may get less, or nothing
+    first, end = min(rank * length, size), min((rank + 1) * length, size)
+    assert local_part(weight).shape[0] == end - first
+    return first, end, size
+
+
+def place(model: LMFusion, world: World, dtype: torch.dtype) -> None:
+    """Bring a model from the CPU to where it is trained: what is trained in float32, what is frozen in `dtype`.
+
+    Rows are computed in `dtype` from then on. With several ranks, on all of which the model is the same, FSDP2 divides
+    its weights among them: parameters become DTensors, of which `local_part` and `part_range` tell what is here.
+    Gradients are then averages over the ranks, so a loss whose gradients are to add up is multiplied by `world.size`.
+    All ranks call the model, and its draw, generate and caption, together.
+
+    This goes a layer at a time: the device never holds more than one layer beyond what it keeps. Freeze or unfreeze the
+    text tower before.
+    """
+    model.compute_dtype = dtype
+    mesh = None if world.size == 1 else init_device_mesh(world.device.type, (world.size,))
+    for modules in _groups(model):
+        _move(modules, world.device, dtype)
+        if mesh is not None:
+            _shard(modules, model, dtype, mesh)
+    model.codec.to(world.device)
+
+
+def _groups(model: LMFusion) -> Iterator[list[nn.Module]]:
+    """The modules whose weights are gathered together: those of each layer, then the model for all that is left."""
+    for i, layer in enumerate(model.text.layers):
+        yield [layer, model.image.layers[i]] if len(model.image.layers) else [layer]
+    yield [model]
+
+
+def _move(modules: list[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            if isinstance(parameter, DTensor) or name.startswith("codec."):  # of a layer, or in a dtype of its own
+                continue
+            on_device = parameter.data.to(device)  # first, for the cast may double it
+            parameter.data = on_device.to(torch.float32 if parameter.requires_grad else dtype)
+
+
+def _shard(modules: list[nn.Module], model: LMFusion, dtype: torch.dtype, mesh: DeviceMesh) -> None:
+    is_root = modules[0] is model
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if is_root else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    group = modules[0] if len(modules) == 1 else modules
+    fully_shard(group, mesh=mesh, mp_policy=policy, ignored_params=set(model.codec.parameters()))
+    if is_root:
+        model.register_forward_hook(_let_go_after_scoring)
+        for name in ("draw", "generate", "caption"):
+            register_fsdp_forward_method(model, name)
+            setattr(model, name, _letting_go(model, getattr(model, name)))
+
+
+def _let_go_after_scoring(model: nn.Module, args: Any, output: LMFusionOutput) -> None:
+    """FSDP keeps the root's weights gathered for the backward. Without one it would use them again after an update."""
+    if not any(isinstance(value, Tensor) and value.requires_grad for value in output.values()):
+        _let_go(model)
+
+
+def _letting_go(model: nn.Module, method: Callable[P, T]) -> Callable[P, T]:
+    @functools.wraps(method)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(*args, **kwargs)
+        finally:
+            _let_go(model)
+
+    return call
+
+
+def _let_go(model: nn.Module) -> None:
+    assert isinstance(model, FSDPModule)
+    model.reshard()
+
+
+def compile_layers(model: LMFusion) -> None:
+    """Compile what a layer computes, with torch.compile: one function for all layers and all numbers of rows.
+
+    Gathering a layer's weights stays outside. The first steps wait for the compiler, a few times. It is left out where
+    nothing is trained, and for the rare batches in which a class of rows has one member or none: it would make a
+    version for each of these.
+    """
+    compiled = torch.compile(lk.routed_block)
+
+    @functools.wraps(lk.routed_block)
+    def block(rows: Rows, layout: lk.TokenLayout, *args: Any, **options: Any) -> Rows:
+        is_usual = min(layout.num_live, layout.num_image) > 1 and layout.num_constant != 1
+        compute = compiled if is_usual and torch.is_grad_enabled() else lk.routed_block
+        return compute(rows, layout, *args, **options)
+
+    for layer in model.text.layers:
+        assert isinstance(layer, TextLayer)
+        layer.block = block

@@ -1,0 +1,27 @@
+"""How does a checkpoint become a model to use? From the base LLM and the averaged weights, in one CPU process."""
+
+from pathlib import Path
+
+import torch
+
+from lmfusion.training.build import build_model
+from lmfusion.training.checkpoint import load_checkpoint, ranges, restore
+from lmfusion.training.config import RunConfig
+from lmfusion.training.distributed import World, place
+
+
+def save_model(config: RunConfig, checkpoint: Path, out: Path) -> None:
+    """Write the model of a run, with the averaged weights of `checkpoint` where there are averages, into the folder `out`.
+
+    Nothing is gathered from the ranks or held on the device, and one copy of the model is in memory. The text tower is
+    left out where it is certainly still the base LLM's. Raises ValueError for a damaged checkpoint or one of another
+    model, and what `LMFusion.save_pretrained` and `from_llm` raise.
+    """
+    model = build_model(config)
+    place(model, World(0, 1, torch.device("cpu")), getattr(torch, config.train.dtype))
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    part = "ema" if config.train.ema_decay else "weights"
+    parts, _ = load_checkpoint(checkpoint, ranges({part: weights}))
+    restore(weights, parts[part])
+    is_text_the_bases = model.base is not None and not model.base.may_differ
+    model.eval().save_pretrained(out, parts="image" if is_text_the_bases else "all")

@@ -1,0 +1,233 @@
+"""How many floating-point operations does a packed row take, and how many can the machine do a second?
+
+Matrix products alone are counted, two operations a multiply-add, as torch.utils.flop_counter counts them:
+
+| tokens in a tower's layers | forward | backward |
+| --- | --- | --- |
+| constant (frozen text before the first image) | products | none |
+| live (other text), frozen text tower | products | input gradients: as many |
+| image; live text of a trained text tower | products | input and weight gradients: twice as many |
+
+Attention counts visible (query, key) pairs: two products forward; in the backward four, of the tokens that are not
+constant. The LM head counts tokens with a label, the patch coder its convolutions and linear maps for every image.
+Norms, activations, embeddings, the optimizer and the codec are left out.
+
+MFU is the model's FLOPs over what the device could do in the same time. What is computed a second time (by
+`train.recompute`, and the scores in the backward of attention) takes time, but is no progress: it is counted apart.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmfusion.batch import Batch
+from lmfusion.configuration import LMFusionConfig
+from lmfusion.image.patch_coder import PatchCoderConfig, build_patch_coder
+
+CoderFields = tuple[str, int, tuple[int, ...], int]
+
+CPU_MATMUL_SIZE, GPU_MATMUL_SIZE = 1024, 8192
+
+
+@dataclass(frozen=True)
+class RowCounts:
+    """What FLOPs and memory of a packed row depend on."""
+
+    num_constant: float
+    """Tokens, as num_live and num_image; see `lmfusion_kernels.TokenLayout`."""
+    num_live: float
+    num_image: float
+    num_images: float
+    num_labels: float
+    pairs: float
+    """(query, key) pairs that see each other."""
+    active_pairs: float
+    """Those whose query is not constant."""
+    active_key_pairs: float
+    """Those of them whose key is not constant either."""
+    latent_shape: tuple[int, int, int]
+    """(C, h, w) of one image."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> "RowCounts":
+        """Of a batch on the CPU; on a GPU this would wait for the device."""
+        layout = batch.layout
+        channels, height, width = batch.latents.shape[1:]
+        return cls(
+            layout.num_constant,
+            layout.num_live,
+            layout.num_image,
+            batch.num_images,
+            batch.num_labels,
+            _area(layout.key_start, layout.key_end),
+            _area(layout.active_key_start, layout.active_key_end),
+            _area(layout.active_query_start, layout.active_query_end),
+            (channels, height, width),
+        )
+
+    @property
+    def num_active(self) -> float:
+        return self.num_live + self.num_image
+
+    @property
+    def num_tokens(self) -> float:
+        return self.num_constant + self.num_active
+
+
+def _area(start: Tensor, end: Tensor) -> int:
+    return int((end.long() - start.long()).sum())
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations of one part of the model."""
+
+    forward: float = 0
+    backward: float = 0
+    again: float = 0
+    """Forward operations that the backward does a second time."""
+
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(self.forward + other.forward, self.backward + other.backward, self.again + other.again)
+
+    @property
+    def model(self) -> float:
+        """What MFU counts."""
+        return self.forward + self.backward
+
+    @property
+    def total(self) -> float:
+        """What the device computes."""
+        return self.model + self.again
+
+
+def batch_flops(config: LMFusionConfig, batch: Batch, *, frozen_text: bool) -> int:
+    """FLOPs of training on `batch` (on the CPU), forward and backward, without what is computed a second time."""
+    parts = flops_by_part(config, RowCounts.of(batch), frozen_text=frozen_text)
+    return int(sum(part.model for part in parts.values()))
+
+
+def flops_by_part(
+    config: LMFusionConfig, rows: RowCounts, *, frozen_text: bool, recompute: str = "none"
+) -> dict[str, Flops]:
+    """FLOPs of one row forward and backward, by class of its tokens and by part of the model."""
+    text = config.text_config
+    num_layers, pair_width = text.num_hidden_layers, text.num_attention_heads * config.head_dim
+    text_layer, image_layer = layer_products(config)
+    all_of_it, ffn = set(text_layer), {"gate_up_proj", "down_proj"}
+    image_trained = {"deep": all_of_it, "shallow": ffn, "none": set()}[config.image.separation]
+    again = {"none": set(), "ffn": {"gate_up_proj"}, "layer": all_of_it - {"down_proj"}}[recompute]
+
+    def layers(num_tokens: float, layer: dict[str, int], trained: set[str]) -> Flops:
+        def products(names: set[str]) -> float:
+            return 2 * num_tokens * num_layers * sum(layer[name] for name in names)
+
+        return Flops(products(all_of_it), products(all_of_it) + products(trained), products(again))
+
+    product = 2 * num_layers * pair_width
+    scores_again = product * rows.active_pairs
+    attention = Flops(
+        2 * product * rows.pairs,
+        2 * product * (rows.active_pairs + rows.active_key_pairs),
+        scores_again + (2 * product * rows.active_pairs if recompute == "layer" else 0),
+    )
+    head = 2 * rows.num_labels * text.hidden_size
+    vocabulary = head * text.vocab_size
+    coder = patch_coder_flops(coder_fields(config.image.patch_coder), config.image_hidden_size, rows.latent_shape)
+    return {
+        "constant text": Flops(layers(rows.num_constant, text_layer, set()).forward),
+        "live text": layers(rows.num_live, text_layer, set() if frozen_text else all_of_it),
+        "image tokens": layers(rows.num_image, image_layer, image_trained if frozen_text else all_of_it),
+        "attention": attention,
+        # The rows of BOI and EOI are trained in any case
+        "LM head": Flops(vocabulary + 2 * head, vocabulary * (1 if frozen_text else 2) + 2 * (2 * head)),
+        "patch coder": Flops(rows.num_images * coder.forward, rows.num_images * coder.backward),
+    }
+
+
+def layer_products(config: LMFusionConfig) -> tuple[dict[str, int], dict[str, int]]:
+    """Elements of each matrix of one layer, of the text and of the image tower."""
+    text, head_dim = config.text_config, config.head_dim
+    num_heads, num_kv_heads = text.num_attention_heads, text.num_key_value_heads
+    towers = (
+        (text.hidden_size, text.intermediate_size),
+        (config.image_hidden_size, config.image_intermediate_size),
+    )
+    sizes = [
+        {
+            "qkv_proj": (num_heads + 2 * num_kv_heads) * head_dim * width,
+            "o_proj": num_heads * head_dim * width,
+            "gate_up_proj": 2 * intermediate_size * width,
+            "down_proj": intermediate_size * width,
+        }
+        for width, intermediate_size in towers
+    ]
+    return sizes[0], sizes[1]
+
+
+def coder_fields(config: PatchCoderConfig) -> CoderFields:
+    """The fields of `config`, which itself cannot be hashed."""
+    return config.kind, config.patch_size, config.channels, config.num_blocks
+
+
+@lru_cache
+def patch_coder_flops(coder: CoderFields, width: int, latent_shape: tuple[int, int, int]) -> Flops:
+    """Of one image of `latent_shape` (C, h, w) beside a tower of `width`."""
+    with torch.device("meta"):
+        module = build_patch_coder(PatchCoderConfig(*coder), latent_shape[0], width)
+        latents, timesteps = torch.empty(1, *latent_shape), torch.empty(1, dtype=torch.int64)
+
+        def both_halves() -> None:
+            rows, skip = module.encode(latents, timesteps)
+            module.decode(rows, timesteps, skip)
+
+        products = products_of(module, both_halves)
+    forward = sum(flops for flops, _ in products)
+    return Flops(forward, forward + sum(flops for flops, wants_grad in products if wants_grad))
+
+
+def products_of(module: nn.Module, call: Callable[[], object]) -> list[tuple[int, bool]]:
+    """FLOPs of each convolution and linear map of `module` that `call` runs, and whether its input wants a gradient."""
+    products = []
+
+    def note(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        products.append((2 * output.numel() * layer.weight[0].numel(), inputs[0].requires_grad))
+
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    call()
+    for hook in hooks:
+        hook.remove()
+    return products
+
+
+@lru_cache
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that torch.mm reaches here on large square matrices of normal random numbers: what MFU is measured by.
+
+    Measured once a process, in a fraction of a second; the median of a few products.
+    """
+    size = GPU_MATMUL_SIZE if device.type == "cuda" else CPU_MATMUL_SIZE
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    seconds = []
+    for _ in range(2 + 7):  # the first two warm up
+        synchronize(device)
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds[2:])
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the work that `device` has been given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,119 @@
+"""What is known of a run's model before its weights are there? Configurations of LLM and codec, read or named."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, PreTrainedConfig
+
+from lmfusion.configuration import LMFusionConfig
+from lmfusion.conversion import gguf, huggingface
+from lmfusion.conversion.architectures import check_supported
+from lmfusion.image.codec import CodecConfig
+from lmfusion.training.config import ModelConfig, resolve_path
+from lmfusion.training.flops import products_of
+
+LLMS: dict[str, dict[str, Any]] = {
+    "llama3-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "llama3.2-1b": {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": True,
+    },
+    "smollm2-135m": {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+}
+"""Sizes of LLMs whose files need not be there, by name."""
+
+
+@dataclass(frozen=True)
+class CodecFacts:
+    """What of a codec a plan needs."""
+
+    latent_shape: tuple[int, int, int]
+    """(C, h, w) of an image of the configured size."""
+    num_parameters: int
+    encode_flops: int
+    """Of one image: convolutions and linear maps, without the one attention in the middle."""
+    is_assumed: bool = False
+
+
+def model_config(model: ModelConfig, llm: str | None = None) -> LMFusionConfig:
+    """The configuration of the model that a run starts from. llm: a name of LLMS, in place of the recipe's base.
+
+    Raises FileNotFoundError where there is no LLM at model.base and none is named, and ValueError for configurations
+    that cannot be read, are not supported or do not go together.
+    """
+    if model.adapted is not None:
+        folder = Path(resolve_path(model.adapted)).expanduser()
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"no model at {folder}: model.adapted is a folder that `lmfusion adapt` wrote")
+        return LMFusionConfig.from_pretrained(folder, local_files_only=True)
+    assert model.base is not None
+    return LMFusionConfig(_llm_config(model.base, llm), model.image, model.codec, model.diffusion)
+
+
+def _llm_config(base: str, llm: str | None) -> PreTrainedConfig:
+    if llm is not None:
+        return LlamaConfig(**LLMS[llm])
+    path = Path(resolve_path(base)).expanduser()
+    if path.is_dir():
+        config = huggingface.read_config(path)
+    elif path.is_file():
+        config = gguf.open_file(path)[0]
+    else:
+        raise FileNotFoundError(
+            f"no base LLM at {base}; put it there, change model.base, or name its sizes with --llm ({', '.join(LLMS)})"
+        )
+    check_supported(config, str(path))
+    return config
+
+
+def codec_facts(config: CodecConfig) -> CodecFacts:
+    """Sizes of the codec from its configuration. Where there is none at its path, those of Transfusion's are assumed:
+    8 channels, an eighth of each side, 86 M parameters.
+
+    Raises ValueError for a configuration that cannot be read, and sizes that do not go together.
+    """
+    size = config.image_size
+    if config.kind == "pixels":
+        return CodecFacts((config.channels, size, size), 0, 0)
+    assert config.path is not None
+    path = Path(config.path).expanduser() / "config.json"
+    if not path.is_file():
+        return CodecFacts((8, size // 8, size // 8), 86_000_000, 0, is_assumed=True)
+    import diffusers
+
+    kind: Any = {"autoencoder_kl": diffusers.AutoencoderKL, "autoencoder_tiny": diffusers.AutoencoderTiny}[config.kind]
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        with torch.device("meta"), torch.no_grad():
+            autoencoder = kind.from_config(settings)
+            images = torch.empty(1, config.channels, size, size)
+            latents: list[Any] = []
+            products = products_of(autoencoder, lambda: latents.append(autoencoder.encode(images)))
+    except Exception as error:  # whatever json, diffusers and torch raise on settings that are none
+        raise ValueError(f"{path} is no configuration of an {kind.__name__} for images of {size}: {error}") from error
+    encoded = latents[0].latents if config.kind == "autoencoder_tiny" else latents[0].latent_dist.mode()
+    num_parameters = sum(parameter.numel() for parameter in autoencoder.parameters())
+    return CodecFacts(tuple(encoded.shape[1:]), num_parameters, sum(flops for flops, _ in products))

@@ -1,0 +1,65 @@
+"""Is this the run that a checkpoint belongs to? What it cannot change on the way, by its key in the configuration."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from lmfusion.config_values import to_values
+from lmfusion.modeling import LMFusion
+from lmfusion.serialization import digests, text_tensors
+from lmfusion.training.config import RunConfig
+
+TRAIN_KEYS = ("seed", "batch_tokens", "text_learning_rate_ratio", "optimizer", "dtype")
+DATA_KEYS = (
+    "row_tokens",
+    "pack_window",
+    "shuffle_blocks",
+    "image_first",
+    "caption_drop",
+    "max_caption_tokens",
+    "sample_latents",
+)
+
+
+def run_identity(config: RunConfig, model: LMFusion, num_samples: int) -> dict[str, Any]:
+    """Everything that the numbers of a run depend on and that may not change when it is resumed, as JSON values.
+
+    num_samples: of all its sources. Folders may be moved; the number of ranks and workers, the schedule, and what is
+    logged, drawn and saved may change.
+    """
+    sections = {"image": model.config.image, "codec": model.config.codec, "diffusion": model.config.diffusion}
+    identity: dict[str, Any] = {f"model.{name}": to_values(section) for name, section in sections.items()}
+    identity["model.codec"].pop("path")  # its digest may not change
+    identity |= {f"train.{key}": getattr(config.train, key) for key in TRAIN_KEYS}
+    identity |= {f"data.{key}": getattr(config.data, key) for key in DATA_KEYS}
+    sources = [to_values(source) for source in config.data.sources]
+    identity["data.sources"] = [{k: v for k, v in source.items() if k != "path"} for source in sources]
+    return identity | {"number of samples": num_samples, "base LLM": base_digest(model)}
+
+
+def check_identity(identity: Mapping[str, Any], saved: Mapping[str, Any], path: Any) -> None:
+    """Raises ValueError where `saved`, of the checkpoint at `path`, names another run than `identity`."""
+    changed = [key for key in identity.keys() | saved.keys() if saved.get(key) != identity.get(key)]
+    if changed == ["base LLM"]:
+        raise ValueError(f"{path} belongs to another base LLM; point model.base to the one it was made with")
+    if changed:
+        was = ", ".join(f"{key} was {saved.get(key)!r}, is {identity.get(key)!r}" for key in sorted(changed))
+        raise ValueError(f"{path} belongs to another run: {was}. Change it back, or set output to another folder")
+
+
+def is_text_the_bases(model: LMFusion) -> bool:
+    """Whether the text tower is certainly the base LLM's: then the model is saved without it."""
+    return model.base is not None and not model.base.may_differ
+
+
+def base_digest(model: LMFusion) -> str:
+    """One digest of the text tower that the run started from."""
+    if not model.frozen_text:  # it has moved on since; the checkpoint holds it
+        sha256 = {} if model.base is None else model.base.sha256
+    elif is_text_the_bases(model):
+        assert model.base is not None
+        sha256 = model.base.sha256
+    else:
+        sha256 = digests(text_tensors(model))
+    return hashlib.sha256(json.dumps(sha256, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,40 @@
+"""How is a run told to stop? The first SIGTERM or Ctrl-C asks for it, at the next boundary between steps."""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+class Stop:
+    """Whether the run was asked to stop."""
+
+    is_set = False
+
+
+@contextmanager
+def stop_signals() -> Iterator[Stop]:
+    """Inside, the first SIGTERM or SIGINT only sets the flag; a second one acts as it does elsewhere.
+
+    Python gives signals to the main thread alone; in other threads the flag stays down.
+    """
+    stop = Stop()
+    handlers: dict[int, Any] = {}
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers: tuple[int, ...] = (signal.SIGTERM, signal.SIGINT) if is_main else ()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.is_set = True
+        signal.signal(number, handlers[number])
+        print("stopping after this step; once more to stop at once", file=sys.stderr)
+
+    for number in numbers:
+        handlers[number] = signal.signal(number, handle)
+    try:
+        yield stop
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

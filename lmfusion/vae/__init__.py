@@ -1,0 +1,1 @@
+"""Training an autoencoder for the image side: pixels to latents and back."""

@@ -1,0 +1,28 @@
+"""Does a loader give the same rows where the codec is on the GPU, and do they get there without the host waiting?"""
+
+import torch
+
+from lmfusion.data.loader import LoaderState
+from tests.gpu.support import DEVICE, needs_gpu
+from tests.lmfusion.conftest import build_tokenizer
+from tests.lmfusion.data.rows import contents, read, row_loader
+
+
+def test_rows_are_those_of_a_loader_on_the_cpu():
+    tokenizer = build_tokenizer()
+    assert contents(read(row_loader(tokenizer, device=DEVICE), 3)) == contents(read(row_loader(tokenizer), 3))
+
+
+@needs_gpu
+def test_rows_are_copied_while_the_device_is_busy():
+    (step,) = row_loader(build_tokenizer(), device=DEVICE).steps(LoaderState(), 1)
+    batch = step.rows[0]
+    batch.to(DEVICE)  # memory is allocated the first time, which waits
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # cycles: about a second
+    before = torch.cuda.Event()
+    before.record()
+    copy = batch.to(DEVICE)
+    assert not before.query()
+    for name in ("latents", "noise", "timesteps", "token_ids", "labels"):
+        assert torch.equal(getattr(copy, name).cpu(), getattr(batch, name)), name

@@ -1,0 +1,102 @@
+"""What was left out is named once, counted over all ranks, and stops the run when it is too much; resumed or not."""
+
+import json
+
+import pytest
+
+from lmfusion.data.damage import DamageLog
+from lmfusion.data.documents import Damage
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "damaged.jsonl"
+
+
+def test_each_sample_has_a_line_a_time_and_is_printed_once(path, capsys):
+    log = DamageLog(path, 0.5)
+    log.add(1, 100, [Damage("a", "torn"), Damage("b", "no image")])
+    log.add(2, 100, [])
+    log.add(3, 100, [Damage("a", "torn")])
+    assert lines(path) == [
+        {"step": 1, "sample_id": "a", "reason": "torn"},
+        {"step": 1, "sample_id": "b", "reason": "no image"},
+        {"step": 3, "sample_id": "a", "reason": "torn"},
+    ]
+    assert capsys.readouterr().err == "left out, damaged: a: torn\nleft out, damaged: b: no image\n"
+    assert log.state() == {"num_seen": 300, "num_damaged": 3}
+    log.close()
+
+
+def test_nothing_is_written_without_damage(path):
+    log = DamageLog(path, 0.0)
+    log.add(1, 10**6, [])
+    assert log.state() == {"num_seen": 10**6, "num_damaged": 0} and not path.exists()
+
+
+def test_too_much_damage_stops_and_names_the_last(path):
+    log = DamageLog(path, 0.01)
+    for step in range(5):
+        log.add(step, 50, [Damage(f"s/{step}{i}", "torn") for i in range(2)])  # 10 of 250: early, 10 of 1,000
+    message = (
+        r"11 of 300 samples are damaged, more than data\.max_damaged, 0\.01, allows\. The last of them: "
+        r"s/40: torn; s/41: torn; s/9: half a file\. All are in .*damaged\.jsonl; mend them, or raise data\.max_damaged"
+    )
+    with pytest.raises(ValueError, match=message):
+        log.add(5, 50, [Damage("s/9", "half a file")])
+    assert lines(path)[-1]["sample_id"] == "s/9"
+
+
+@pytest.mark.parametrize(("num_damaged", "is_allowed"), [(50, True), (51, False)])
+def test_the_share_is_exact(path, num_damaged, is_allowed):
+    log = DamageLog(path, 0.01)
+    damaged = [Damage(str(i), "torn") for i in range(num_damaged)]
+    if is_allowed:
+        log.add(1, 5000, damaged)
+    else:
+        with pytest.raises(ValueError, match="51 of 5000"):
+            log.add(1, 5000, damaged)
+
+
+def test_ranks_count_together_and_stop_together(path):
+    logs = [DamageLog(path.with_name(f"{rank}.jsonl"), 0.002) for rank in range(2)]
+    found = [[Damage("a", "torn"), Damage("b", "torn")], []]
+    for log, damaged in zip(logs, found, strict=True):
+        log.add(1, 1000, damaged, num_damaged=2)
+    assert logs[0].state() == logs[1].state() == {"num_seen": 1000, "num_damaged": 2}
+    for log in logs:
+        with pytest.raises(ValueError, match="3 of 1001 samples"):
+            log.add(2, 1, [], num_damaged=1)
+    assert not path.with_name("1.jsonl").exists()
+
+
+def test_resume_forgets_later_steps_and_continues_counting(path):
+    log = DamageLog(path, 0.01)
+    log.add(1, 600, [Damage("a", "torn")])
+    log.add(2, 600, [Damage("b", "torn")])
+    state = json.loads(json.dumps(log.state()))
+    log.add(3, 600, [Damage("c", "torn")])
+    log.close()
+    with open(path, "a") as file:
+        file.write('{"step": 4, "sam')  # a kill in the middle of a line
+    resumed = DamageLog(path, 0.01)
+    resumed.resume(2, state)
+    assert [line["sample_id"] for line in lines(path)] == ["a", "b"]
+    resumed.add(3, 600, [Damage("c", "torn")])
+    assert [line["sample_id"] for line in lines(path)] == ["a", "b", "c"]
+    assert resumed.state() == log.state() == {"num_seen": 1800, "num_damaged": 3}
+    with pytest.raises(ValueError, match="19 of 1810"):
+        resumed.add(4, 10, [Damage(str(i), "torn") for i in range(16)])
+
+
+def test_a_run_that_begins_anew_forgets_all(path):
+    log = DamageLog(path, 0.01)
+    log.add(1, 600, [Damage("a", "torn")])
+    log.close()
+    again = DamageLog(path, 0.01)
+    again.resume(0, {})
+    assert lines(path) == [] and again.state() == {"num_seen": 0, "num_damaged": 0}
