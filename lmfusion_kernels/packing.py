@@ -11,8 +11,8 @@ def pack_documents(lengths: Any, capacity: int, window: int = 1024) -> list[np.n
     """Pack documents of `lengths` tokens (integers [n]) into rows of at most `capacity` tokens.
 
     Within each window of `window` consecutive documents there are as few rows as best-fit decreasing needs. Where the
-    documents also fit into so many rows when each goes to the emptiest, the longest first, they are dealt out like that:
-    then rows are about equally full, each with long and short documents. A row never reaches outside its window, and a
+    documents also fit into so many rows when each goes to the emptiest, the longest first, they are dealt out so: then
+    rows are about equally full, each with long and short documents. A row never reaches outside its window, and a
     stream can be packed window by window. Deterministic: equal input, equal rows, on any machine.
 
     Returns one int64 array a row: the indices of its documents, ascending. Every document is in exactly one row.

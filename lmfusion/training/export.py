@@ -11,7 +11,7 @@ from lmfusion.training.distributed import World, place
 
 
 def save_model(config: RunConfig, checkpoint: Path, out: Path) -> None:
-    """Write the model of a run, with the averaged weights of `checkpoint` where there are averages, into the folder `out`.
+    """Write the model of a run, with the averaged weights of `checkpoint` where it has any, into the folder `out`.
 
     Nothing is gathered from the ranks or held on the device, and one copy of the model is in memory. The text tower is
     left out where it is certainly still the base LLM's. Raises ValueError for a damaged checkpoint or one of another
