@@ -100,9 +100,10 @@ def _pass(
     progress = False
     for number in sorted(set(range(num_shards)) - done):
         with claims.attempt(1 + number) as is_mine:
-            if (folder / MANIFEST).is_file():
+            record = _read_record(folder, number)
+            if (folder / MANIFEST).is_file():  # asked after the record, which is deleted once the manifest is there
                 return True
-            if _read_record(folder, number) is None:
+            if record is None:
                 if not is_mine:
                     continue
                 _write_shard(folder, number, *encoder.encode(number, report))

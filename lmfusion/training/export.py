@@ -8,6 +8,7 @@ from lmfusion.training.build import build_model
 from lmfusion.training.checkpoint import load_checkpoint, ranges, restore
 from lmfusion.training.config import RunConfig
 from lmfusion.training.distributed import World, place
+from lmfusion.training.run_identity import is_text_the_bases
 
 
 def save_model(config: RunConfig, checkpoint: Path, out: Path) -> None:
@@ -23,5 +24,4 @@ def save_model(config: RunConfig, checkpoint: Path, out: Path) -> None:
     part = "ema" if config.train.ema_decay else "weights"
     parts, _ = load_checkpoint(checkpoint, ranges({part: weights}))
     restore(weights, parts[part])
-    is_text_the_bases = model.base is not None and not model.base.may_differ
-    model.eval().save_pretrained(out, parts="image" if is_text_the_bases else "all")
+    model.eval().save_pretrained(out, parts="image" if is_text_the_bases(model) else "all")

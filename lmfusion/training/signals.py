@@ -1,12 +1,14 @@
 """How is a run told to stop? The first SIGTERM or Ctrl-C asks for it, at the next boundary between steps."""
 
+import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
+
+STDERR = 2
 
 
 class Stop:
@@ -29,7 +31,8 @@ def stop_signals() -> Iterator[Stop]:
     def handle(number: int, frame: FrameType | None) -> None:
         stop.is_set = True
         signal.signal(number, handlers[number])
-        print("stopping after this step; once more to stop at once", file=sys.stderr)
+        with suppress(OSError):  # not print, which raises where the signal came in the midst of another one
+            os.write(STDERR, b"stopping after this step; once more to stop at once\n")
 
     for number in numbers:
         handlers[number] = signal.signal(number, handle)

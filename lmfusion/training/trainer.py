@@ -159,6 +159,7 @@ class Trainer:
         """Around the loop: the run's folder is this run's alone, and what ends all ranks costs no step before it."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder, self.world.rank), stop_signals() as stop:
+            self.world.barrier()  # none touches what another run may be writing
             if self.world.rank == 0:
                 resolved = yaml.safe_dump(to_values(self.config), sort_keys=False, allow_unicode=True)
                 replace_text(self.folder / "config.yaml", resolved)

@@ -112,6 +112,7 @@ class _Rows:
         self.num_labels = sum(row.num_labels for row in rows)
         self.num_images = sum(row.num_images for row in rows)
         self._check_damage(config)
+        self._check_same(world)
         # All ranks compute equally often, since they gather weights together; what is beyond the last row is left out
         turns = range(world.rank, -(-len(rows) // world.size) * world.size, world.size)
         self.mine = [(number, rows[min(number, len(rows) - 1)]) for number in turns]
@@ -123,6 +124,16 @@ class _Rows:
             raise ValueError(
                 f"{num_damaged} of {self.num_samples} samples of validation.sources are damaged, {first.sample_id} "
                 f"for one: {first.reason}. Mend them, or raise data.max_damaged from {config.max_damaged}"
+            )
+
+    def _check_same(self, world: World) -> None:
+        """What one rank alone could not read would shift the rows of all."""
+        mine = [self.num_rows, self.num_labels, self.num_images, len(self.damaged)]
+        if world.sum_integers(mine) != [world.size * count for count in mine]:
+            raise ValueError(
+                f"the ranks read different samples of validation.sources: this one has {self.num_images} images, and "
+                f"{len(self.damaged)} samples are damaged. Is the storage the same for all {world.size} ranks, and "
+                "does it answer?"
             )
 
 
