@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -43,6 +44,14 @@ def to_values(config: Any) -> dict[str, Any]:
 
 def field_names(cls: Any) -> str:
     return ", ".join(f.name for f in dataclasses.fields(cls))
+
+
+def check_least(config: Any, section: str, **limits: float) -> None:
+    """Raises ValueError, naming section.key, for a field of `config` below its limit or not finite; None may stay."""
+    for name, least in limits.items():
+        value = getattr(config, name)
+        if value is not None and not (math.isfinite(value) and value >= least):
+            raise ValueError(f"{section}.{name} is {value}; it must be at least {least}")
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:

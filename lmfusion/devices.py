@@ -14,7 +14,12 @@ def choose_device(name: str, option: str) -> torch.device:
 
 
 def has_fast_bfloat16(device: str) -> bool:
-    """Whether the device called "auto", "cpu" or "cuda" has instructions that multiply matrices of bfloat16."""
+    """Whether the device called "auto", "cpu" or "cuda" has instructions that multiply matrices of bfloat16.
+
+    A GPU that is not here counts as one that has.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        return True
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()

@@ -108,7 +108,7 @@ def verify(model: LMFusion | str | Path, base: str | Path | None = None) -> Veri
 
 @torch.inference_mode()
 def _reference_logits(base: BaseModel, input_ids: list[Tensor], dtype: torch.dtype) -> list[tuple[Tensor, float]]:
-    """transformers' logits [1, T, V] of each of `input_ids`, and how far others computed in `dtype` may be from them."""
+    """transformers' logits [1, T, V] of each of `input_ids`, and how far others in `dtype` may be from them."""
     wide = torch.promote_types(dtype, torch.float32)
     with no_init_weights():
         theirs = AutoModelForCausalLM.from_config(base.config).to(wide).eval()

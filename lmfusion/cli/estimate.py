@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         caption_tokens=args.caption_tokens,
         llm=args.llm,
     )
-    found = estimate(load_config(args.recipe, args.overrides), given)
+    found = estimate(load_config(args.recipe, ["train.device=cuda", *args.overrides]), given)
     print(found.to_json() if args.json else report(found, args.gpus))
     return 1 if found.problems else 0
 

@@ -47,8 +47,8 @@ class DamageLog:
             named = "; ".join(f"{sample_id}: {reason}" for sample_id, reason in self._last) or "found by another rank"
             raise ValueError(
                 f"{self.num_damaged} of {self.num_seen} samples are damaged, more than data.max_damaged, "
-                f"{self._max_damaged:g}, allows. The last of them: {named}. All are in {self._lines.path}; "
-                "mend them, or raise data.max_damaged"
+                f"{self._max_damaged:g}, allows. The last of them: {named}. Those of earlier steps are in "
+                f"{self._lines.path}; mend them, or raise data.max_damaged"
             )
 
     def state(self) -> dict[str, int]:

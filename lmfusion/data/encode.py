@@ -217,6 +217,8 @@ def _finish(folder: Path, plan: dict[str, Any], num_shards: int) -> dict[str, An
     for number in range(num_shards):
         _record_path(folder, number).unlink(missing_ok=True)
     (folder / PLAN).unlink(missing_ok=True)
+    for left in folder.glob(".tmp*"):  # safetensors writes under such a name first; a killed process left it
+        left.unlink(missing_ok=True)
     return read_manifest(folder)
 
 

@@ -2,6 +2,8 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +26,12 @@ class LatentReader:
         self.shape = (codec.latent_channels, codec.latent_size, codec.latent_size)
         """[C, h, w] of all of them."""
         self._codec = codec
-        self._device = device
+        self._device = torch.device(device)
         self._sample = sample
         self._kept: dict[tuple[int, ...], Latents] = {}
         self._room = cache_megabytes * 2**20
         self._lock = threading.Lock()
+        self._streams = threading.local()
 
     def read(self, key: tuple[int, ...], load_image: LoadImage, draw: Callable[[], np.random.Generator]) -> Tensor:
         """Latents float32 [C, h, w] of the image that `key` identifies: the mean, or a draw with `draw()`.
@@ -62,11 +65,21 @@ class LatentReader:
                 )
             return image
         # Encoded one by one, so that latents do not depend on who shares the row
-        mean, std = self._codec.moments(pixels[None].to(self._device))
-        latents = Latents(mean[0].cpu(), std[0].cpu() if self._sample and std is not None else None)
+        with self._own_stream():
+            mean, std = self._codec.moments(pixels[None].to(self._device))
+            latents = Latents(mean[0].cpu(), std[0].cpu() if self._sample and std is not None else None)
         num_bytes = sum(x.numel() * x.element_size() for x in latents if x is not None)
         with self._lock:
             if num_bytes <= self._room and key not in self._kept:
                 self._room -= num_bytes
                 self._kept[key] = latents
         return latents
+
+    def _own_stream(self) -> AbstractContextManager[Any]:
+        """On a GPU, a stream of this thread's: on the trainer's an image would wait for the steps queued there."""
+        if self._device.type != "cuda":
+            return nullcontext()
+        if not hasattr(self._streams, "own"):
+            self._streams.own = torch.cuda.Stream(self._device)
+            self._streams.own.wait_stream(torch.cuda.default_stream(self._device))  # the codec is being copied there
+        return torch.cuda.stream(self._streams.own)

@@ -130,7 +130,7 @@ def _pax(content: bytes, offset: int) -> dict[str, bytes]:
     records: dict[str, bytes] = {}
     while content.strip(b"\0"):
         length, separator, _ = content.partition(b" ")
-        is_number = length.isdigit() and len(length) <= len(str(MAX_HEADER_BYTES))  # Python refuses to read very long ones
+        is_number = length.isdigit() and len(length) <= len(str(MAX_HEADER_BYTES))  # more Python may refuse to read
         if not separator or not is_number or not len(length) < int(length) <= len(content):
             raise DamagedTarError(f"has a damaged pax header at byte {offset}")
         key, _, value = content[len(length) + 1 : int(length) - 1].partition(b"=")

@@ -266,8 +266,7 @@ def _save(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -
     """Write an index whole, or not at all where the folder cannot be written."""
     partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
-        if not path.parent.is_dir():
-            path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(save(arrays, metadata))
         os.replace(partial, path)
     except OSError:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from lmfusion.config_values import field_names, from_values
+from lmfusion.config_values import check_least, field_names, from_values
 from lmfusion.configuration import ImageTowerConfig
 from lmfusion.data.sources import DataConfig, SourceConfig
 from lmfusion.devices import has_fast_bfloat16
@@ -102,8 +102,8 @@ class TrainConfig:
         _check_choice("train.device", self.device, DEVICES)
         if self.dtype == "auto":
             self.dtype = "bfloat16" if has_fast_bfloat16(self.device) else "float32"
-        _check_least(self, "train", num_steps=1, batch_tokens=1, warmup_steps=0, log_every=1)
-        _check_least(self, "train", min_learning_rate=0, text_learning_rate_ratio=0, weight_decay=0, seed=0)
+        check_least(self, "train", num_steps=1, batch_tokens=1, warmup_steps=0, log_every=1)
+        check_least(self, "train", min_learning_rate=0, text_learning_rate_ratio=0, weight_decay=0, seed=0)
         for name in ("learning_rate", "eps", "max_grad_norm"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be a positive number")
@@ -144,7 +144,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         _check_choice("sample.sampler", self.sampler, SAMPLERS)
-        _check_least(self, "sample", every=1, num_images=1, num_steps=1, guidance_scale=0)
+        check_least(self, "sample", every=1, num_images=1, num_steps=1, guidance_scale=0)
         if not all(prompt.strip() for prompt in self.prompts):
             raise ValueError("sample.prompts holds an empty prompt; write one, or leave it out")
 
@@ -161,7 +161,7 @@ class ValidationConfig:
     """The same ones every time; a source that holds fewer gives all it has."""
 
     def __post_init__(self) -> None:
-        _check_least(self, "validation", every=1, num_samples=1)
+        check_least(self, "validation", every=1, num_samples=1)
 
 
 @dataclass
@@ -174,7 +174,7 @@ class CheckpointConfig:
     """Older ones are deleted, once their successor is complete."""
 
     def __post_init__(self) -> None:
-        _check_least(self, "checkpoint", every=1, keep_last=1)
+        check_least(self, "checkpoint", every=1, keep_last=1)
 
 
 @dataclass
@@ -262,13 +262,6 @@ def _override(values: dict[str, Any], override: str) -> None:
         values[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{override!r}: the value is not YAML: {error}") from error
-
-
-def _check_least(config: Any, section: str, **limits: float) -> None:
-    for name, least in limits.items():
-        value = getattr(config, name)
-        if value is not None and not (math.isfinite(value) and value >= least):
-            raise ValueError(f"{section}.{name} is {value}; it must be at least {least}")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -97,8 +97,12 @@ def world(device: str) -> Iterator[World]:
         dist.init_process_group("gloo")
     try:
         yield World(rank, size, chosen, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
-    finally:
-        dist.destroy_process_group()
+    except BaseException as error:
+        # Where this rank alone fails, others may be in the middle of a collective, and NCCL would wait for them
+        if chosen.type == "cpu" or isinstance(error, ValueError):
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _from_environment(name: str, default: int | None = None) -> int:

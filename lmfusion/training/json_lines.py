@@ -21,16 +21,22 @@ class JsonLines:
         self._file: Any = None
 
     def resume(self, step: int) -> None:
-        """Drop the lines of steps after `step`, and what a kill left of a line."""
+        """Drop the lines of steps after `step`, and what a kill or a power failure left of one.
+
+        Raises ValueError where a line before these is damaged.
+        """
         self.close()
         if not self.path.is_file():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.endswith("\n") or json.loads(line)["step"] > step:
-                break
-            kept.append(line)
-        replace_text(self.path, "".join(kept))
+        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        steps = [_step_of(line) for line in lines]
+        num_kept = next((i for i, found in enumerate(steps) if found is None or found > step), len(lines))
+        if any(found is not None and found <= step for found in steps[num_kept:]):
+            raise ValueError(
+                f"{self.path} is damaged at line {num_kept + 1}, before lines of steps up to {step}; restore it, "
+                "or delete it"
+            )
+        replace_text(self.path, "".join(f"{line}\n" for line in lines[:num_kept]))
 
     def append(self, values: Mapping[str, Any]) -> None:
         """Write one line, which a reader sees at once."""
@@ -48,3 +54,11 @@ class JsonLines:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line; None where it is damaged."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None

@@ -12,6 +12,7 @@ from lmfusion.configuration import LMFusionConfig
 from lmfusion.conversion import gguf, huggingface
 from lmfusion.conversion.architectures import check_supported
 from lmfusion.image.codec import CodecConfig
+from lmfusion.serialization import read_config
 from lmfusion.training.config import ModelConfig, resolve_path
 from lmfusion.training.flops import products_of
 
@@ -61,14 +62,11 @@ class CodecFacts:
 def model_config(model: ModelConfig, llm: str | None = None) -> LMFusionConfig:
     """The configuration of the model that a run starts from. llm: a name of LLMS, in place of the recipe's base.
 
-    Raises FileNotFoundError where there is no LLM at model.base and none is named, and ValueError for configurations
-    that cannot be read, are not supported or do not go together.
+    Raises FileNotFoundError where there is no model at model.adapted, or no LLM at model.base and none is named, and
+    ValueError for configurations that cannot be read, are not supported or do not go together.
     """
     if model.adapted is not None:
-        folder = Path(resolve_path(model.adapted)).expanduser()
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"no model at {folder}: model.adapted is a folder that `lmfusion adapt` wrote")
-        return LMFusionConfig.from_pretrained(folder, local_files_only=True)
+        return read_config(Path(resolve_path(model.adapted)).expanduser())[1]
     assert model.base is not None
     return LMFusionConfig(_llm_config(model.base, llm), model.image, model.codec, model.diffusion)
 

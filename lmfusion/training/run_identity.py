@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmfusion.config_values import to_values
+from lmfusion.data.encoded import tokenizer_sha256
 from lmfusion.modeling import LMFusion
 from lmfusion.serialization import digests, text_tensors
 from lmfusion.training.config import RunConfig
@@ -21,6 +22,9 @@ DATA_KEYS = (
     "sample_latents",
 )
 
+LLM_KEYS = ("rms_norm_eps", "rope_parameters")
+"""What the config.json of an LLM says beside the shapes of its tensors."""
+
 
 def run_identity(config: RunConfig, model: LMFusion, num_samples: int) -> dict[str, Any]:
     """Everything that the numbers of a run depend on and that may not change when it is resumed, as JSON values.
@@ -35,6 +39,9 @@ def run_identity(config: RunConfig, model: LMFusion, num_samples: int) -> dict[s
     identity |= {f"data.{key}": getattr(config.data, key) for key in DATA_KEYS}
     sources = [to_values(source) for source in config.data.sources]
     identity["data.sources"] = [{k: v for k, v in source.items() if k != "path"} for source in sources]
+    llm = model.config.text_config
+    identity["the LLM's config.json"] = {key: getattr(llm, key) for key in LLM_KEYS}
+    identity["the LLM's tokenizer"] = tokenizer_sha256(model.tokenizer)
     return identity | {"number of samples": num_samples, "base LLM": base_digest(model)}
 
 

@@ -4,8 +4,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
+from lmfusion.config_values import check_least
 from lmfusion.data.sources import SourceConfig
 from lmfusion.training.config import DEVICES, DTYPES, CheckpointConfig, ValidationConfig, read_recipe
 from lmfusion.vae import discriminator, lpips
@@ -28,7 +28,7 @@ class AutoencoderConfig:
     """Groups of every GroupNorm."""
 
     def __post_init__(self) -> None:
-        _check_least(self, "autoencoder", image_size=1, latent_channels=1, layers_per_block=1, norm_num_groups=1)
+        check_least(self, "autoencoder", image_size=1, latent_channels=1, layers_per_block=1, norm_num_groups=1)
         if self.channels not in (1, 3):
             raise ValueError(f"autoencoder.channels is {self.channels}; images have 1 (grey) or 3 (RGB)")
         if not self.block_out_channels:
@@ -72,7 +72,7 @@ class ImageDataConfig:
     """Prepared images are kept in memory up to this size, so that small sets are decoded once."""
 
     def __post_init__(self) -> None:
-        _check_least(self, "data", shuffle_blocks=1, max_damaged=0, num_workers=1, cache_megabytes=0)
+        check_least(self, "data", shuffle_blocks=1, max_damaged=0, num_workers=1, cache_megabytes=0)
         if not self.sources:
             raise ValueError("data.sources is empty; name one or more")
         if self.max_damaged > 1:
@@ -100,8 +100,8 @@ class LossConfig:
     """Three judge patches of 70 x 70 pixels."""
 
     def __post_init__(self) -> None:
-        _check_least(self, "loss", kl_weight=0, lpips_weight=0, gan_weight=0, gan_start=0)
-        _check_least(self, "loss", discriminator_channels=1, discriminator_layers=1)
+        check_least(self, "loss", kl_weight=0, lpips_weight=0, gan_weight=0, gan_start=0)
+        check_least(self, "loss", discriminator_channels=1, discriminator_layers=1)
         if (self.lpips_weight > 0) != (self.vgg16 is not None):
             raise ValueError(
                 f"loss.lpips_weight is {self.lpips_weight} and loss.vgg16 is {self.vgg16!r}; "
@@ -145,8 +145,8 @@ class VAETrainConfig:
     """Steps a line of metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        _check_least(self, "train", num_steps=1, batch_size=1, warmup_steps=0, log_every=1, seed=0)
-        _check_least(self, "train", min_learning_rate=0, weight_decay=0)
+        check_least(self, "train", num_steps=1, batch_size=1, warmup_steps=0, log_every=1, seed=0)
+        check_least(self, "train", min_learning_rate=0, weight_decay=0)
         for name in ("learning_rate", "eps", "max_grad_norm"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise ValueError(f"train.{name} is {getattr(self, name)}; it must be a positive number")
@@ -193,10 +193,3 @@ class VAEConfig:
 def load_vae_config(recipe: str | Path, overrides: Iterable[str] = ()) -> VAEConfig:
     """The training run of an autoencoder that a YAML recipe describes; see `read_recipe`."""
     return read_recipe(VAEConfig, recipe, overrides)
-
-
-def _check_least(config: Any, section: str, **limits: float) -> None:
-    for name, least in limits.items():
-        value = getattr(config, name)
-        if value is not None and not (math.isfinite(value) and value >= least):
-            raise ValueError(f"{section}.{name} is {value}; it must be at least {least}")

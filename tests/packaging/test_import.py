@@ -71,11 +71,11 @@ spec = importlib.util.spec_from_file_location("_host_native", {_host._host_nativ
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 import numpy
-print([row.tolist() for row in module.pack(numpy.array([3, 2, 1]), 4, 8)], "torch" in sys.modules)
+print([row.tolist() for row in module.pack(numpy.array([3, 2, 1]), 5, 8)], "torch" in sys.modules)
 """
     process = run_python(code)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.strip() == "[[0, 2], [1]] False"
+    assert process.stdout.strip() == "[[0], [1, 2]] False"
 
 
 def test_backends_can_be_printed():

@@ -44,7 +44,8 @@ def test_too_much_damage_stops_and_names_the_last(path):
         log.add(step, 50, [Damage(f"s/{step}{i}", "torn") for i in range(2)])  # 10 of 250: early, 10 of 1,000
     message = (
         r"11 of 300 samples are damaged, more than data\.max_damaged, 0\.01, allows\. The last of them: "
-        r"s/40: torn; s/41: torn; s/9: half a file\. All are in .*damaged\.jsonl; mend them, or raise data\.max_damaged"
+        r"s/40: torn; s/41: torn; s/9: half a file\. Those of earlier steps are in .*damaged\.jsonl; mend them, "
+        r"or raise data\.max_damaged"
     )
     with pytest.raises(ValueError, match=message):
         log.add(5, 50, [Damage("s/9", "half a file")])

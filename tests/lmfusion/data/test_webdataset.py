@@ -271,6 +271,14 @@ def test_a_damaged_header_ends_a_tar_with_one_damaged_sample(tmp_path, damage, m
     assert re.search(message, " ".join(found.values())), found
 
 
+def test_a_pax_header_of_nothing_but_digits_is_damage(tmp_path):
+    data = tar_bytes(pairs(0, 2)).rstrip(b"\0")
+    header = with_sum(bytes(124) + b"00000013000\0" + bytes(20) + b"x" + bytes(355))  # 5,632 bytes follow
+    padding = bytes(-len(data) % 512)
+    source = WebDataset(write(tmp_path / "a.tar", data + padding + header + b"9" * 5631 + b" "))
+    assert problems(source)[2].startswith("a.tar: the tar has a damaged pax header")
+
+
 def with_sum(header):
     """A tar's header with the sum that belongs to it."""
     blank = header[:148] + b" " * 8 + header[156:]

@@ -143,8 +143,13 @@ def test_a_run_that_goes_on_from_an_adapted_model(tiny_run, tiny_llama, tmp_path
     of_base = estimate(run, Assumptions())
     run.model = from_values(ModelConfig, {"adapted": str(tmp_path / "adapted")})
     assert estimate(run, Assumptions()).memory == of_base.memory
+    file = tmp_path / "adapted" / "config.json"
+    settings = json.loads(file.read_text())
+    settings["codec"] |= {"kind": "autoencoder_kl", "path": "codec"}  # as it is where the autoencoder is saved, too
+    file.write_text(json.dumps(settings))
+    assert model_config(run.model).codec.path == str(tmp_path / "adapted" / "codec")
     run.model.adapted = str(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match=r"no model at .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"no saved model at .*nowhere"):
         estimate(run, Assumptions())
 
 

@@ -147,3 +147,14 @@ def test_a_missing_package_is_named(config, monkeypatch, package, key, value, in
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=f"pip install {install}"):
         open_loggers(config(**{key: value}), step=0)
+
+
+@pytest.mark.parametrize("lost", [b"\0" * 20, b'{"step": 3, "lo', b"[]", b"\xff"])
+def test_lines_that_a_power_failure_left_are_dropped_but_none_before_the_checkpoint(tmp_path, lost):
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + lost + b'\n{"step": 4}\n{"st')
+    JsonLines(path).resume(2)
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+    path.write_bytes(b'{"step": 1}\n' + lost + b'\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"lines\.jsonl is damaged at line 2, before lines of steps up to 2; restore"):
+        JsonLines(path).resume(2)

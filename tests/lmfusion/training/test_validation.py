@@ -85,6 +85,9 @@ def test_every_rank_computes_its_share(config):
             places.append(x.clone())
             return x
 
+        def sum_integers(self, values):
+            return [self.size * value for value in values]
+
     for rank in range(2):
         build(run, Rank(rank, 2, torch.device("cpu")))[1].evaluate(trainer.model, 0)
     (first, first_clean), (second, second_clean) = places[:2], places[2:]
@@ -93,6 +96,15 @@ def test_every_rank_computes_its_share(config):
     losses = ((first + second).sum(0)[:, 1] / num_images).tolist()
     assert losses == list(whole.diffusion_losses.values())
     assert (first_clean + second_clean).sum(0)[0, 0].item() / validation._image_first.num_labels == whole.lm_loss
+
+
+def test_ranks_that_read_different_samples_are_told(config):
+    class Rank(World):
+        def sum_integers(self, values):
+            return [2 * value + (i == 3) for i, value in enumerate(values)]  # the other misses a sample
+
+    with pytest.raises(ValueError, match=r"the ranks read different samples of validation\.sources: this one has 20"):
+        build(config(validation=HELD_OUT), Rank(0, 2, torch.device("cpu")))
 
 
 def test_a_source_gives_no_more_than_it_has(config):
