@@ -1,6 +1,7 @@
 """Does a run that was stopped, killed or damaged go on to the same numbers, and is another run refused?"""
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -235,6 +236,23 @@ def test_a_file_system_without_locks_is_told_of_once(tmp_path, monkeypatch, caps
     monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
     with pytest.raises(OSError, match="broken"), locked(tmp_path):
         pass
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", lambda values: values.update(rms_norm_eps=3e-4), "the LLM's config.json was"),
+        ("tokenizer.json", lambda values: values.update(normalizer={"type": "Lowercase"}), "the LLM's tokenizer was"),
+    ],
+)
+def test_what_else_the_llm_brings_is_compared(config, tiny_llama, tmp_path, file, change, message):
+    other = shutil.copytree(tiny_llama, tmp_path / "other_llama")
+    assert Trainer(config(model__base=str(other))).run(max_steps=1)
+    values = json.loads((other / file).read_text())
+    change(values)
+    (other / file).write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=f"belongs to another run: {message}"):
+        Trainer(config(model__base=str(other)))
 
 
 def test_another_base_is_refused(config, tiny_llama, tmp_path):

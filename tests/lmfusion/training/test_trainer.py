@@ -10,8 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmfusion import LMFusion
 from lmfusion.config_values import from_values
-from lmfusion.data.loader import LoaderState
+from lmfusion.data.loader import LoaderState, Step
 from lmfusion.training.config import RunConfig
+from lmfusion.training.distributed import World
 from lmfusion.training.optimizer import learning_rate
 from lmfusion.training.step import AgreedError, NonFiniteError, agreed_steps, read
 from lmfusion.training.trainer import Trainer
@@ -308,3 +309,18 @@ def test_profile_records_the_steps_asked_for(config):
     trace = json.loads((Path(run.output) / "profile" / "trace-rank-0.json").read_text())
     steps = [event for event in trace["traceEvents"] if "AdamW.step" in event.get("name", "")]
     assert len(steps) == 2
+
+
+class OtherTexts(World):
+    """Rank 0 of two, of which the other one could not read one of the texts."""
+
+    def sum_integers(self, values):
+        *counts, num_failed, num_samples, num_slots = values
+        return [*(2 * count for count in counts), num_failed, 2 * num_samples - 1, 2 * num_slots - 20]
+
+
+def test_ranks_that_read_other_texts_stop():
+    step = Step([], LoaderState(0, 1), 0.1, 10, 200, 0, ())
+    steps = agreed_steps(iter([step]), OtherTexts(0, 2, torch.device("cpu")), lambda row: 0)
+    with pytest.raises(AgreedError, match="of 19 samples this one has 10, of 380 slots 200"):
+        next(steps)
