@@ -115,7 +115,7 @@ def _show(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["S
 
 
 def _check(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["SourceConfig"]) -> int:
-    from lmfusion.data.inspect import by_reason, read_all
+    from lmfusion.data.inspect import by_reason, name_damage, read_all
     from lmfusion.files import replace_text
 
     damaged = []
@@ -132,8 +132,7 @@ def _check(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["
     for kind, of_kind in by_reason(damaged):
         print(f"{len(of_kind):8d}  {kind}")
         for damage in of_kind[:NUM_NAMED]:
-            named = damage.reason if damage.sample_id not in damage.reason else damage.sample_id
-            print(f"          - {named}")
+            print(f"          - {name_damage(damage)}")
         if len(of_kind) > NUM_NAMED:
             print(f"          - and {len(of_kind) - NUM_NAMED} more")
     return 1 if damaged else 0

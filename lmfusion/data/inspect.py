@@ -23,6 +23,10 @@ Report = Callable[[int], object]
 """Called with how many samples were finished since the last time."""
 
 
+_NAME = re.compile(r"^[^:]*[./][^:]*: ")
+"""With which the reason begins why a sample could not be opened."""
+
+
 @dataclass
 class Contents:
     """What was found in a source."""
@@ -194,11 +198,20 @@ def _parts(sample: CaptionedImage | Interleaved) -> tuple[list[LoadImage], list[
     return [p for p in sample.parts if callable(p)], [p for p in sample.parts if isinstance(p, (str, np.ndarray))]
 
 
+def name_damage(damage: Damage) -> str:
+    """The sample in question, for a list below its reason: with all that is known, where the reason names another."""
+    sample_id, reason = damage
+    if sample_id in reason:
+        return sample_id
+    return reason if _NAME.match(reason) else f"{sample_id}: {reason}"
+
+
 def _kind(damage: Damage) -> str:
     sample_id, reason = damage
     reason = re.sub(r"\S*" + re.escape(sample_id), "the sample", reason)
-    reason = re.sub(r"^[^:]*[./][^:]*: ", "", reason)  # the name of a sample that could not be opened
-    return re.sub(r"\d+", "N", re.sub(r"\S*/\S+", "a file", reason))
+    reason = _NAME.sub("", reason)
+    reason = re.sub(r"\S*/\S+|\S+\.(txt|jsonl?|jpe?g|png|webp|tar|parquet)\b", "a file", reason)
+    return re.sub(r"(?<![\w\\-])\d+", "N", reason)  # not those of UTF-8
 
 
 def _cells(

@@ -51,7 +51,7 @@ class Step:
     num_cut: int
     """Documents of all ranks that were cut to fit into a row."""
     damaged: tuple[Damage, ...]
-    """Found by this rank. Those met before images are read are rank 0's, so that ranks can be added up."""
+    """In the rows of this rank."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,6 @@ class _StepPlan:
     state: LoaderState
     num_drawn: int
     """Samples drawn up to and with this step."""
-    damaged: tuple[Damage, ...]
-    """Met while the texts of its windows were read."""
 
 
 def check_shared_evenly(rows_per_step: int, world_size: int) -> None:
@@ -186,27 +184,24 @@ class RowLoader:
                 "this state was saved. Restore it, or start another run"
             )
         before = number * self._config.pack_window
-        num_drawn = before + sum(len(r.plans) for r in window.rows[:row]) + (len(window.damaged) if row else 0)
+        num_drawn = before + sum(earlier.num_samples for earlier in window.rows[:row])
         while True:
             rows: list[Row] = []
-            damaged: tuple[Damage, ...] = ()
             while len(rows) < self._rows_per_step:
                 if row == len(window.rows):
                     number, row, window = number + 1, 0, next(windows)
-                if row == 0:
-                    damaged += window.damaged
-                    num_drawn += len(window.damaged)
                 rows.append(window.rows[row])
-                num_drawn += len(window.rows[row].plans)
+                num_drawn += window.rows[row].num_samples
                 row += 1
             after = LoaderState(number, row) if row < len(window.rows) else LoaderState(number + 1, 0)
-            yield _StepPlan(rows, after, num_drawn, damaged)
+            yield _StepPlan(rows, after, num_drawn)
 
     def _own(self, plan: _StepPlan) -> list[Row]:
         return plan.rows[self._rank :: self._world_size]
 
     def _step(self, plan: _StepPlan, made: Iterable[tuple[Batch, list[Damage]]]) -> Step:
-        rows, damaged = [], list(plan.damaged) if self._rank == 0 else []
+        rows: list[Batch] = []
+        damaged: list[Damage] = []
         for batch, found in made:
             rows.append(batch)
             damaged += found
@@ -214,7 +209,7 @@ class RowLoader:
             rows=rows,
             state=plan.state,
             epoch=plan.num_drawn / self.num_samples,
-            num_samples=sum(len(row.plans) for row in plan.rows) + len(plan.damaged),
+            num_samples=sum(row.num_samples for row in plan.rows),
             num_slots_used=sum(row.num_slots_used for row in plan.rows),
             num_cut=sum(row.num_cut for row in plan.rows),
             damaged=tuple(damaged),
@@ -226,7 +221,7 @@ class RowLoader:
         latents = torch.empty(num_images, *self._latents.shape)
         noise = np.empty(latents.shape, np.float32)
         whole: list[Plan] = []
-        damaged: list[Damage] = []
+        damaged = [*row.damaged]
         first = 0
         for plan in row.plans:
             last = first + len(plan.images)

@@ -24,6 +24,13 @@ class Row:
     """The documents of one row, in the order they are drawn in."""
 
     plans: tuple[Plan, ...]
+    damaged: tuple[Damage, ...] = ()
+    """The row's share of its window's samples that could not be read: they have no place in a row, since their lengths
+    are not known, but they count with the row."""
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.plans) + len(self.damaged)
 
     @property
     def num_slots_used(self) -> int:
@@ -40,8 +47,11 @@ class Window:
 
     rows: tuple[Row, ...]
     """One at least: where every sample is damaged, a row without documents."""
-    damaged: tuple[Damage, ...]
-    """Samples that could not be read; they have no place in a row, since their lengths are not known."""
+
+    @property
+    def damaged(self) -> tuple[Damage, ...]:
+        """Samples that could not be read."""
+        return tuple(chain.from_iterable(row.damaged for row in self.rows))
 
 
 class WindowReader:
@@ -93,7 +103,7 @@ class WindowReader:
                 damaged.append(plan)
             else:
                 plans.append(plan)
-        return Window(self._pack(plans, number), tuple(damaged))
+        return Window(self._pack(plans, damaged, number))
 
     def _read(self, draws: list[Draw]) -> list[tuple[Draw, Sample | Damage]]:
         samples: list[tuple[Draw, Sample | Damage]] = []
@@ -105,11 +115,16 @@ class WindowReader:
                 samples.append((draw, Damage(f"{name}, sample {draw.index}", str(error))))
         return samples
 
-    def _pack(self, plans: list[Plan], number: int) -> tuple[Row, ...]:
+    def _pack(self, plans: list[Plan], damaged: list[Damage], number: int) -> tuple[Row, ...]:
         if not plans:
-            return (Row(()),)
+            return (Row((), tuple(damaged)),)
         lengths = np.array([plan.document.num_tokens for plan in plans], np.int64)
         rows = pack_documents(lengths, self._config.row_tokens, len(plans))
         # The packer's rows may begin with those of many documents; steps shall not differ in kind with their place
         order = Permutation(len(rows), self._seed, number, "rows").take(np.arange(len(rows)))
-        return tuple(Row(tuple(plans[i] for i in rows[row])) for row in order)
+        # Shared out evenly, so that whoever counts sees the share that is damaged, not a window's all at once
+        shares = np.linspace(0, len(damaged), len(rows) + 1).astype(int)
+        return tuple(
+            Row(tuple(plans[i] for i in rows[row]), tuple(damaged[first:end]))
+            for row, first, end in zip(order, shares, shares[1:], strict=False)
+        )

@@ -117,6 +117,8 @@ class TrainConfig:
                 f"train.min_learning_rate is {self.min_learning_rate}, "
                 f"more than train.learning_rate, {self.learning_rate}"
             )
+        if self.seed >= 2**63:
+            raise ValueError(f"train.seed is {self.seed}; it must be less than 2**63")
         if self.peak_tflops is not None and not (math.isfinite(self.peak_tflops) and self.peak_tflops > 0):
             raise ValueError(f"train.peak_tflops is {self.peak_tflops}; it must be a positive number")
         if self.profile is not None and not 1 <= self.profile[0] <= self.profile[1]:
@@ -195,6 +197,12 @@ class RunConfig:
             raise ValueError(
                 f"train.batch_tokens is {self.train.batch_tokens}, which is no multiple of data.row_tokens, "
                 f"{self.data.row_tokens}; a step has whole rows"
+            )
+        reads_images = any(source.kind != "encoded" for source in self.data.sources)
+        if self.data.sample_latents and self.model.base and reads_images and self.model.codec.kind != "autoencoder_kl":
+            raise ValueError(
+                f"data.sample_latents is true, but a codec of kind {self.model.codec.kind!r} has no variance to draw "
+                "with; set it to false"
             )
         num_timesteps = self.model.diffusion.num_train_timesteps
         if self.sample.num_steps > num_timesteps:

@@ -52,7 +52,10 @@ class Trainer:
         self.config = config
         self.world = world or World(0, 1, choose_device(config.train.device, "train.device"))
         self.folder = Path(config.output)
-        check_shared_evenly(config.rows_per_step, self.world.size)  # before anything slow
+        # Before anything slow
+        check_shared_evenly(config.rows_per_step, self.world.size)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"output is {self.folder}, which is a file; a run needs a folder")
         self.model = build_model(config)
         self.loader = training_loader(config, self.model, self.world)
         self._identity = run_identity(config, self.model, self.loader.num_samples)

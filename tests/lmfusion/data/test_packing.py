@@ -88,6 +88,18 @@ def test_unreadable_samples_are_named_and_have_no_place():
     }
 
 
+def test_rows_have_equal_shares_of_what_could_not_be_read():
+    """Else a window's damage would count before its samples do, and stop a run that has no more of it than it may."""
+    samples = [captioned(i) for i in range(400)]
+    for i in range(0, 400, 20):
+        samples[i] = "gone"
+    window = reader(Listed(samples), row_tokens=256, pack_window=400).read(0)
+    numbers = [len(row.damaged) for row in window.rows]
+    assert len(numbers) > 10 and sum(numbers) == len(set(window.damaged)) == 20
+    assert max(numbers) - min(numbers) <= 1
+    assert sum(row.num_samples for row in window.rows) == 400
+
+
 def test_window_without_a_readable_sample_has_one_empty_row():
     window = reader(Listed(["gone"] * 5), pack_window=5).read(0)
     assert [row.plans for row in window.rows] == [()] and len(window.damaged) == 5
