@@ -62,6 +62,8 @@ def test_resolved_config_reads_back(recipe):
         ("train.num_steps=ten", "train.num_steps is 'ten'; it must be a whole number"),
         ("train.num_steps=true", "train.num_steps is True; it must be a whole number"),
         ("train.learning_rate=fast", "train.learning_rate is 'fast'; it must be a number"),
+        ("train.seed=99999999999999999999999", r"train.seed is 9+; it must be less than 2\*\*63"),
+        ("data.sample_latents=true", "data.sample_latents is true, but a codec of kind 'pixels' has no variance"),
         ("data.sources=7", "data.sources is 7; it is a list"),
         ("data.sources=[{kind: 7}]", r"data\.sources\[0\]\.kind is 7; it must be text"),
         ("validation.sources=[{knd: digits}]", r"unknown key validation\.sources\[0\]\.knd; did you mean .*kind"),

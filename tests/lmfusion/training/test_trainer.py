@@ -324,3 +324,11 @@ def test_ranks_that_read_other_texts_stop():
     steps = agreed_steps(iter([step]), OtherTexts(0, 2, torch.device("cpu")), lambda row: 0)
     with pytest.raises(AgreedError, match="of 19 samples this one has 10, of 380 slots 200"):
         next(steps)
+
+
+def test_an_output_that_is_a_file_is_refused_before_anything_slow(config):
+    run = config()
+    Path(run.output).write_text("mine")
+    run.model.base = "nowhere"
+    with pytest.raises(ValueError, match="which is a file; a run needs a folder"):
+        Trainer(run)
