@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -158,7 +159,10 @@ class CheckpointWriter:
         _check_sizes(writing.target, _read_manifest(writing.target)["files"])
         for old in list_steps(self.folder)[: -self.keep_last]:
             path = checkpoint_path(self.folder, old)
-            shutil.rmtree(path.rename(path.with_suffix(".tmp")))  # renamed: never half of a checkpoint by its name
+            try:
+                shutil.rmtree(path.rename(path.with_suffix(".tmp")))  # renamed: never half of a checkpoint by its name
+            except OSError as error:  # no reason to stop: the new one is there
+                print(f"cannot delete the old checkpoint {path}: {error}", file=sys.stderr)
 
 
 class _Writing(threading.Thread):

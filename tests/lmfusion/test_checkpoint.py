@@ -199,6 +199,16 @@ def test_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, failing)
     assert list_steps(tmp_path) == [1, 2]
 
 
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_stop_the_run(tmp_path, monkeypatch, capsys):
+    save(tmp_path, 1, keep_last=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.shutil, "rmtree", lambda path, **_: (_ for _ in ()).throw(OSError("busy")))
+        save(tmp_path, 2, keep_last=1)
+    assert "cannot delete the old checkpoint" in capsys.readouterr().err
+    save(tmp_path, 3, keep_last=1)
+    assert list_steps(tmp_path) == [3]
+
+
 def test_a_disk_that_does_not_keep_what_is_written_is_found_out(tmp_path, monkeypatch):
     real = checkpoint._write
 
