@@ -121,6 +121,9 @@ class Runner:
         self.output, self.end = output, time.monotonic() + budget
         self.outcomes: list[Outcome] = []
         self.found: dict[str, Any] = {}
+        if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+            # As a shell's background job has it; commands would inherit it, and could not be interrupted
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         output.mkdir(parents=True, exist_ok=True)
         for old in FILES:
             (output / old).unlink(missing_ok=True)
