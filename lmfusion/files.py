@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
+"""What file systems that know no locks answer."""
 
 
 def flush(path: Path) -> None:
@@ -50,7 +51,7 @@ def locked(folder: Path, rank: int = 0) -> Iterator[None]:
                 f"another process is training in {folder} ({holder}); wait for it, or set output elsewhere"
             ) from None
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise
             print(f"{folder} cannot be locked ({error.strerror}): see to it that one run uses it", file=sys.stderr)
         file.truncate(0)

@@ -6,7 +6,7 @@ torchrun trains on several GPUs, and ends with 1 where one of its processes did 
 
     lmfusion train recipes/digits.yaml
     lmfusion train recipes/digits.yaml train.num_steps=2000 output=runs/long
-    torchrun --nproc-per-node 8 -m lmfusion train recipes/emoji.yaml
+    torchrun --nproc-per-node 2 -m lmfusion train recipes/emoji.yaml
 """
 
 import argparse

@@ -6,7 +6,6 @@ manifest comes when all have one, and takes the records' place. So a killed proc
 the contents of a shard depend on nothing but the source, codec and tokenizer, the cache becomes the same to the byte.
 """
 
-import errno
 import fcntl
 import json
 import os
@@ -40,12 +39,11 @@ from lmfusion.data.encoded import (
 )
 from lmfusion.data.shard_encoder import EncodeOptions, ShardEncoder
 from lmfusion.data.sources import Source, SourceConfig, load_source
-from lmfusion.files import flush
+from lmfusion.files import NO_LOCKS, flush, replace_text
 from lmfusion.image.codec import Codec
 
 PLAN = "plan.json"
 POLL_SECONDS = 1.0
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 
 
 def encode_source(
@@ -156,7 +154,7 @@ class _Claims:
         try:
             fcntl.lockf(self._file, operation, 1, byte)
         except OSError as error:
-            if error.errno not in _NO_LOCKS:
+            if error.errno not in NO_LOCKS:
                 raise
             self._can_lock = False  # shards are still whole, but processes may do the same ones
             print(f"{self._path} cannot be locked ({error.strerror}): start one process only", file=sys.stderr)
@@ -259,9 +257,4 @@ def _record_path(folder: Path, number: int) -> Path:
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Whole or not at all, and on the disk."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=1), encoding="utf-8")
-    flush(partial)
-    os.replace(partial, path)
-    flush(path.parent)
+    replace_text(path, json.dumps(values, indent=1))

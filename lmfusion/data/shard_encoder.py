@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from lmfusion.batch import encode_captions
+from lmfusion.data.damage import LEAST_SEEN
 from lmfusion.data.encoded import (
     CAPTIONED,
     DAMAGED,
@@ -27,9 +28,6 @@ from lmfusion.data.encoded import (
 from lmfusion.data.sources import CaptionedImage, LoadImage, Source
 from lmfusion.image.codec import Codec
 from lmfusion.image.preprocessing import to_tensor
-
-MIN_SAMPLES = 1000
-"""The share of damaged samples is taken of at least so many."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ class ShardEncoder:
         self._num_seen += 1
         self._num_damaged += bool(damaged) and damaged[-1].index == index
         limit = self._options.max_damaged
-        if self._num_damaged > limit * max(self._num_seen, MIN_SAMPLES):
+        if self._num_damaged > limit * max(self._num_seen, LEAST_SEEN):
             last = "; ".join(f"sample {record.index}: {record.reason}" for record in damaged[-3:])
             raise ValueError(
                 f"{self._num_damaged} of {self._num_seen} samples are damaged, more than data.max_damaged, {limit}; "

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lmfusion.batch import Batch
+from lmfusion.data.damage import LEAST_SEEN
 from lmfusion.data.loader import LoaderState, RowLoader
 from lmfusion.data.sources import DataConfig
 from lmfusion.modeling import LMFusion
@@ -119,7 +120,7 @@ class _Rows:
 
     def _check_damage(self, config: DataConfig) -> None:
         num_damaged = len(self.damaged)
-        if num_damaged > config.max_damaged * max(self.num_samples, 1000) or num_damaged == self.num_samples:
+        if num_damaged > config.max_damaged * max(self.num_samples, LEAST_SEEN) or num_damaged == self.num_samples:
             first = self.damaged[0]
             raise ValueError(
                 f"{num_damaged} of {self.num_samples} samples of validation.sources are damaged, {first.sample_id} "

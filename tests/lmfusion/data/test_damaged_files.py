@@ -286,6 +286,17 @@ def test_tars_with_changed_bytes(tmp_path):
         assert len(good) == 6 or found, trial  # nothing is missing without a word
 
 
+def changed(whole, rng, is_altered, most_lost):
+    """`whole` with one byte altered, or up to `most_lost` of them missing."""
+    data = bytearray(whole)
+    at = int(rng.integers(len(data)))
+    if is_altered:
+        data[at] ^= int(rng.integers(1, 256))
+    else:
+        del data[at : at + int(rng.integers(1, most_lost))]
+    return bytes(data)
+
+
 def test_parquet_files_with_changed_bytes(tmp_path):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     images = [encoded("PNG", picture(i, (6, 5))) for i in range(6)]
@@ -296,13 +307,7 @@ def test_parquet_files_with_changed_bytes(tmp_path):
     whole = path.read_bytes()
     rng = np.random.default_rng(0)
     for trial in range(100):
-        data = bytearray(whole)
-        at = int(rng.integers(len(data)))
-        if trial % 2:
-            data[at] ^= int(rng.integers(1, 256))
-        else:
-            del data[at : at + int(rng.integers(1, 500))]
-        path.write_bytes(data)
+        path.write_bytes(changed(whole, rng, trial % 2, most_lost=500))
         try:
             source = load_source(SourceConfig("parquet", str(path)), 8)
         except ValueError:
@@ -320,13 +325,7 @@ def test_lines_with_changed_bytes(tmp_path):
     rng = np.random.default_rng(0)
     path = tmp_path / "a.jsonl"
     for trial in range(100):
-        data = bytearray(whole)
-        at = int(rng.integers(len(data)))
-        if trial % 2:
-            data[at] ^= int(rng.integers(1, 256))
-        else:
-            del data[at : at + int(rng.integers(1, 60))]
-        path.write_bytes(data)
+        path.write_bytes(changed(whole, rng, trial % 2, most_lost=60))
         source = load_source(SourceConfig("interleaved", str(path)), 8)
         found = problems_of_documents(source)
         assert all(problem.count("\n") == 0 for problem in found)
