@@ -84,7 +84,7 @@ def make_case(
     frozen_text: bool,
     **cache: Any,
 ) -> LayerCase:
-    """cache: cached_lengths and cache_capacity of `TokenLayout.from_spans`."""
+    """cache: cached_lengths, cache_starts and cache_rows of `TokenLayout.from_spans`."""
     torch.manual_seed(0)
 
     def build_layout() -> lk.TokenLayout:
@@ -95,6 +95,15 @@ def make_case(
     text = random_tower(shape, dtype, device, requires_grad=not frozen_text)
     image = random_tower(shape, dtype, device, requires_grad=True)
     return LayerCase(shape, dtype, layout, lk.rope_tables(layout.position, inv_freq), text, image, build_layout)
+
+
+def cache_of(num_documents: int, cached_length: int, capacity: int) -> dict[str, Any]:
+    """Arguments of `TokenLayout.from_spans` for equally long documents, each in `capacity` rows of a cache."""
+    return {
+        "cached_lengths": [cached_length] * num_documents,
+        "cache_starts": [capacity * document for document in range(num_documents)],
+        "cache_rows": capacity * num_documents,
+    }
 
 
 def frozen(case: LayerCase) -> LayerCase:

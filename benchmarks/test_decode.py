@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from benchmarks import shapes
 from benchmarks.baselines.slabs import slabs
 from benchmarks.compare import Row, graphed
-from benchmarks.layer import frozen, make_case
+from benchmarks.layer import cache_of, frozen, make_case
 from benchmarks.test_denoise_step import cached_block, inference
 
 SHAPES = [shapes.LMFUSION_8B, shapes.SMOLLM2] if shapes.HAS_GPU else [shapes.SMOLLM2]
-CASES = [(1, 1024), (8, 1024), (8, 8192), (64, 1024)] if shapes.HAS_GPU else [(1, 512), (4, 512), (4, 2048)]
+CASES = [(1, 1024), (8, 1024), (8, 8192), (16, 1024), (64, 1024)] if shapes.HAS_GPU else [(1, 512), (4, 512), (4, 2048)]
 
 
 @pytest.mark.parametrize("dtype", shapes.DTYPES[-1:], ids=shapes.dtype_id)
@@ -22,7 +22,7 @@ CASES = [(1, 1024), (8, 1024), (8, 8192), (64, 1024)] if shapes.HAS_GPU else [(1
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_decode(record, device, shape, documents, context, dtype):
     case = make_case(shape, [[("text", 1)]] * documents, dtype, device, frozen_text=True,
-                     cached_lengths=[context] * documents, cache_capacity=context + 64)  # fmt: skip
+                     **cache_of(documents, context, context + 64))  # fmt: skip
     case = frozen(case)
     size = (case.layout.num_keys, shape.num_kv_heads, shape.head_dim)
     caches = tuple(torch.randn(*size, device=device).to(dtype) for _ in range(2))

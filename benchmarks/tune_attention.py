@@ -81,7 +81,11 @@ class Case:
 
         q, k, v, dout = (rows(NUM_TOKENS, heads) for heads in (num_heads, num_kv_heads, num_kv_heads, num_heads))
         few = lk.TokenLayout.from_spans(
-            [[("text", 1)]] * 8, cached_lengths=[NUM_CACHED - 1] * 8, cache_capacity=NUM_CACHED, device="cuda"
+            [[("text", 1)]] * 8,
+            cached_lengths=[NUM_CACHED - 1] * 8,
+            cache_starts=[NUM_CACHED * document for document in range(8)],
+            cache_rows=NUM_CACHED * 8,
+            device="cuda",
         )
         caches = rows(few.num_keys, num_kv_heads), rows(few.num_keys, num_kv_heads)
         return cls(layout, q, k, v, dout, rows(8, num_heads), (few.key_start, few.key_end), caches)

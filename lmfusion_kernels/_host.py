@@ -19,30 +19,26 @@ def build_layout(
     lengths: np.ndarray,
     documents: np.ndarray,
     frozen_text: bool,
-    cached_lengths: np.ndarray | None,
-    cache_capacity: int,
+    cached_lengths: np.ndarray | None = None,
+    cache_starts: np.ndarray | None = None,
+    cache_rows: int = 0,
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """The vectors and counts of `TokenLayout` from S spans.
 
     kinds uint8 [S] (0 text, 1 image, 2 marker), lengths int32 [S], documents int32 [S] (non-decreasing from 0),
-    cached_lengths int32 [num_documents] or None. All vectors of the answer are int32.
+    cached_lengths and cache_starts int32 [num_documents], or None without a cache of cache_rows rows; what they say is
+    not checked. All vectors of the answer are int32.
 
-    Raises ValueError if there are more tokens or cache rows than int32 can count, or a negative cached length.
+    Raises ValueError if there are more tokens than int32 can count.
     """
     num_tokens = int(lengths.sum(dtype=np.int64))
     if num_tokens > _MAX_ROWS:
         raise ValueError(f"the batch has {num_tokens} tokens; the limit is {_MAX_ROWS}, split it")
-    if cached_lengths is not None:
-        if cached_lengths.size and cached_lengths.min() < 0:
-            raise ValueError(f"document {int(cached_lengths.argmin())} has a cached length of {cached_lengths.min()}")
-        if cached_lengths.size * cache_capacity > _MAX_ROWS:
-            raise ValueError(
-                f"a cache of {cached_lengths.size} documents x {cache_capacity} rows is larger than {_MAX_ROWS} rows; "
-                "use a smaller batch or capacity"
-            )
     if _host_native is not None:
-        return _host_native.build_layout(kinds, lengths, documents, frozen_text, cached_lengths, cache_capacity)
-    return build_layout_numpy(kinds, lengths, documents, frozen_text, cached_lengths, cache_capacity)
+        return _host_native.build_layout(
+            kinds, lengths, documents, frozen_text, cached_lengths, cache_starts, cache_rows
+        )
+    return build_layout_numpy(kinds, lengths, documents, frozen_text, cached_lengths, cache_starts, cache_rows)
 
 
 def build_layout_numpy(
@@ -50,8 +46,9 @@ def build_layout_numpy(
     lengths: np.ndarray,
     documents: np.ndarray,
     frozen_text: bool,
-    cached_lengths: np.ndarray | None,
-    cache_capacity: int,
+    cached_lengths: np.ndarray | None = None,
+    cache_starts: np.ndarray | None = None,
+    cache_rows: int = 0,
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """`build_layout` in numpy: its specification, and its stand-in where nothing was compiled."""
     num_tokens = int(lengths.sum())
@@ -104,13 +101,13 @@ def build_layout_numpy(
 
     key_slot = index
     no_queries = np.empty(0, np.int32)
-    if cached_lengths is not None:
+    if cached_lengths is not None and cache_starts is not None:
         position = position + cached_lengths[document]
-        slot_start = document * np.int32(cache_capacity)
+        slot_start = cache_starts[document]
         key_slot = slot_start + position
         end_key = end_key - first_key + slot_start + cached_lengths[document]
         first_key = slot_start
-        document_key_start = np.arange(num_documents + 1, dtype=np.int64) * cache_capacity
+        document_key_start = np.append(cache_starts, cache_rows)
         document_num_keys = document_num_keys + cached_lengths
     vectors = {
         "tower_to_sequence": tower_to_sequence,

@@ -6,7 +6,8 @@ def build_layout(
     documents: np.ndarray,
     frozen_text: bool,
     cached_lengths: np.ndarray | None,
-    cache_capacity: int,
+    cache_starts: np.ndarray | None,
+    cache_rows: int,
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]: ...
 def pack(lengths: np.ndarray, capacity: int, window: int) -> list[np.ndarray]: ...
 def instruction_set() -> str: ...

@@ -20,6 +20,9 @@ image rows of a pair) a copy of the active rows, so that the constant ones can b
 row. "layer" computes the whole forward of the active rows again except for the down projection.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -72,7 +75,8 @@ def routed_block(
         return layout.to_sequence_order(y)
     x_text, x_image = split_towers(x, layout)
     _check(x_text, x_image, layout, text, image, rope, kv_cache)
-    with torch.autocast(x_text.device.type, enabled=False):
+    device_type = "cpu" if x_text.is_meta else x_text.device.type  # there is no autocast for meta tensors
+    with torch.autocast(device_type, enabled=False):
         if choose(backend, x_text, x_image) == "reference":
             return reference.routed_block(x, layout, text, image, rope, "tower", kv_cache)
         needs_grad = _needs_grad(x_text, x_image, text, image)
@@ -85,7 +89,16 @@ def routed_block(
         )  # fmt: skip
         if needs_grad:
             return block_backward.apply(call, x)
-        return block_forward.forward(call, x, kv_cache, keep=False)[0]
+        with _below_autograd():
+            return block_forward.forward(call, x, kv_cache, keep=False)[0]
+
+
+def _below_autograd() -> AbstractContextManager[Any]:
+    """Ops in here are called as if they had no gradients: their formulas are Python, which costs more than a small op.
+
+    Unlike in torch's inference mode, the results are tensors like all others.
+    """
+    return nullcontext() if torch.compiler.is_compiling() else torch._C._AutoDispatchBelowAutograd()
 
 
 def _needs_grad(x_text: Tensor, x_image: Tensor, text: BlockWeights, image: BlockWeights) -> bool:

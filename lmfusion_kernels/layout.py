@@ -7,7 +7,7 @@ Two orders of the same rows (docs/design.md, section 2):
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from operator import index
 from typing import Any
 
@@ -22,6 +22,8 @@ TEXT, IMAGE, MARKER = 0, 1, 2
 MODALITIES = {"text": TEXT, "image": IMAGE, "marker": MARKER}
 
 Document = Iterable[tuple[str, int]]
+
+_MAX_ROWS = 2**31 - 1  # that int32 can count
 
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What ops compute with; which of it the kernels take is the backend's matter, the reference takes all."""
@@ -49,10 +51,10 @@ class TokenLayout:
     """Text rows that are not constant. Stored in place of num_constant, which often equals num_text: torch.compile
     takes equal numbers for one and loses track of it in stacked blocks."""
     num_keys: int
-    """Rows of the key buffer: num_tokens, or num_documents * cache_capacity where a key-value cache is used."""
+    """Rows of the key buffer: num_tokens, or those of the key-value cache where one is used."""
     num_documents: int
     longest_document: int
-    """Tokens of the longest document, those in the cache included."""
+    """Tokens of the longest document, those in the cache included. Ops take it for an upper bound: see `bounded`."""
     longest_active: int
     """Active rows of the document that has most of them; with a cache, its new tokens."""
     longest_triangle: int
@@ -95,7 +97,8 @@ class TokenLayout:
     document_start: Tensor
     """[num_documents + 1] first token of each document, then num_tokens."""
     document_key_start: Tensor
-    """[num_documents + 1] row of the key buffer where each document begins, then num_keys."""
+    """[num_documents + 1] row of the key buffer where each document begins, then num_keys. In a cache a document need
+    not reach to the next one's start: document_num_keys says how far it goes."""
     document_num_keys: Tensor
     """[num_documents] tokens of each document, those in the cache included."""
     active_document_start: Tensor
@@ -132,18 +135,22 @@ class TokenLayout:
         frozen_text: bool = True,
         device: torch.device | str | None = None,
         cached_lengths: Sequence[int] | None = None,
-        cache_capacity: int | None = None,
+        cache_starts: Sequence[int] | None = None,
+        cache_rows: int | None = None,
     ) -> "TokenLayout":
         """Lay out documents given as lists (any iterables) of (modality, length), as `[[("text", 3), ("image", 256)]]`.
 
         Modalities are "text", "image" and "marker" (text-tower tokens whose embedding is trained: BOI, EOI). Lengths
         are positive token counts. An empty list of documents gives an empty layout.
 
-        With `cached_lengths`, document `d` already has that many tokens in its own stretch of `cache_capacity` rows of
-        a key-value cache, and the given spans continue it.
+        With a key-value cache of `cache_rows` rows, document `d` already has `cached_lengths[d]` tokens in it, from row
+        `cache_starts[d]` on, and the given spans continue it. Documents own the rows up to the next one's start, or to
+        the end; rows that none of them fills, between them or behind the last, belong to others and are not touched.
+        Starts ascend. Documents of one token or one image, alike in both lengths, may have the same start: they write
+        the same rows, so what they become is worthless. They fill a batch up to a size that a CUDA graph knows.
 
         Raises ValueError for spans that are no such pairs, an unknown modality, a length that is not a positive
-        integer, a document without spans, or a document that outgrows its cache.
+        integer, a document without spans, or one that does not fit into its rows of the cache.
         """
         try:
             batch = [list(document) for document in documents]
@@ -151,9 +158,8 @@ class TokenLayout:
             raise ValueError(f"{error}; {_SPANS_EXPECTED}") from error
         kinds, lengths = _kinds_and_lengths(batch)
         span_documents = np.repeat(np.arange(len(batch), dtype=np.int32), [len(document) for document in batch])
-        return cls._build(
-            kinds, lengths, span_documents, len(batch), frozen_text, device, cached_lengths, cache_capacity
-        )
+        cache = _Cache.checked(lengths, kinds, span_documents, len(batch), cached_lengths, cache_starts, cache_rows)
+        return cls._build(kinds, lengths, span_documents, len(batch), frozen_text, device, cache)
 
     @classmethod
     def from_modality_ids(
@@ -210,37 +216,28 @@ class TokenLayout:
         num_documents: int,
         frozen_text: bool,
         device: torch.device | str | None,
-        cached_lengths: Sequence[int] | None = None,
-        cache_capacity: int | None = None,
+        cache: "_Cache | None" = None,
     ) -> "TokenLayout":
-        if (cached_lengths is None) != (cache_capacity is None):
-            raise ValueError("give cached_lengths and cache_capacity together, or neither")
-        cached = None
         totals = np.bincount(span_documents, lengths, num_documents).astype(np.int64)  # tokens of each document
-        if cached_lengths is not None:
-            cached = np.asarray(cached_lengths, np.int32)
-            if cached.shape != (num_documents,):
-                raise ValueError(f"cached_lengths has {cached.size} entries for {num_documents} documents")
-            totals = cached + totals
-            if num_documents and totals.max() > cache_capacity:
-                raise ValueError(
-                    f"document {int(totals.argmax())} would hold {int(totals.max())} tokens, but the cache has room "
-                    f"for {cache_capacity}; allocate a larger one"
-                )
-        vectors, counts = _host.build_layout(kinds, lengths, span_documents, frozen_text, cached, cache_capacity or 0)
+        if cache is None:
+            vectors, counts = _host.build_layout(kinds, lengths, span_documents, frozen_text)
+        else:
+            totals += cache.lengths
+            vectors, counts = _host.build_layout(
+                kinds, lengths, span_documents, frozen_text, cache.lengths, cache.starts, cache.num_rows
+            )
         num_tokens = counts["num_tokens"]
-        num_keys = num_tokens if cached is None else num_documents * int(cache_capacity or 0)
         tensors = {name: torch.from_numpy(vector) for name, vector in vectors.items()}
         layout = cls(
             num_tokens=num_tokens,
             num_text=counts["num_text"],
             num_live=counts["num_text"] - counts["num_constant"],
-            num_keys=num_keys,
+            num_keys=num_tokens if cache is None else cache.num_rows,
             num_documents=num_documents,
             longest_document=int(totals.max(initial=0)),
             longest_active=counts["longest_active"],
             longest_triangle=counts["longest_triangle"],
-            is_cached=cached is not None,
+            is_cached=cache is not None,
             **tensors,
         )
         return layout if device is None else layout.to(device)
@@ -249,9 +246,28 @@ class TokenLayout:
         """The same layout with its vectors on `device`: one copy for all of them, without waiting for it."""
         if torch.device(device) == self.device:
             return self
-        vectors = {f.name: v for f in fields(self) if isinstance(v := getattr(self, f.name), Tensor)}
-        moved: dict[str, Any] = {**copy_together(vectors, device)}
-        return replace(self, **moved)
+        return self.with_vectors(copy_together(self.vectors, device))
+
+    @property
+    def vectors(self) -> dict[str, Tensor]:
+        """The vectors by name. The other fields, all of them counts, are `counts`."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """The counts by name."""
+        return {name: value for name, value in vars(self).items() if not isinstance(value, Tensor)}
+
+    def with_vectors(self, vectors: dict[str, Tensor]) -> "TokenLayout":
+        """The same layout with these vectors, by name, in the place of its own."""
+        changes: dict[str, Any] = {**vectors}
+        return replace(self, **changes)
+
+    def bounded(self, most: int | None = None) -> "TokenLayout":
+        """The same layout with longest_document, of which ops need no more than an upper bound, rounded up to a power
+        of two, or to `most` where that is less: what is captured for the one serves for many."""
+        bound = 1 << max(self.longest_document - 1, 0).bit_length()
+        return replace(self, longest_document=bound if most is None else max(self.longest_document, min(bound, most)))
 
     def to_tower_order(self, x: Tensor) -> Tensor:
         """Rows [N, ...] of any dtype from sequence order to tower order."""
@@ -282,20 +298,94 @@ class TokenLayout:
             )
 
 
+@dataclass(frozen=True, eq=False)
+class _Cache:
+    """Where documents lie in a key-value cache. int32 [num_documents] each."""
+
+    lengths: np.ndarray
+    starts: np.ndarray
+    num_rows: int
+
+    @classmethod
+    def checked(
+        cls,
+        lengths: np.ndarray,
+        kinds: np.ndarray,
+        span_documents: np.ndarray,
+        num_documents: int,
+        cached_lengths: Sequence[int] | None,
+        cache_starts: Sequence[int] | None,
+        cache_rows: int | None,
+    ) -> "_Cache | None":
+        """The arguments of `from_spans`, or None without a cache. Raises ValueError where they do not fit."""
+        if cached_lengths is None and cache_starts is None and cache_rows is None:
+            return None
+        if cached_lengths is None or cache_starts is None or cache_rows is None:
+            raise ValueError("give cached_lengths, cache_starts and cache_rows together, or none of them")
+        cached, starts = np.asarray(cached_lengths, np.int64), np.asarray(cache_starts, np.int64)
+        for name, vector in (("cached_lengths", cached), ("cache_starts", starts)):
+            if vector.shape != (num_documents,):
+                raise ValueError(f"{name} has {vector.size} entries for {num_documents} documents")
+        if not 0 <= cache_rows <= _MAX_ROWS:
+            raise ValueError(f"cache_rows is {cache_rows}; a cache has at most {_MAX_ROWS} rows")
+        if cached.min(initial=0) < 0:
+            raise ValueError(f"document {int(cached.argmin())} has a cached length of {cached.min()}")
+        ends = np.append(starts[1:], cache_rows)
+        falls = np.flatnonzero(np.diff(starts, prepend=0) < 0)
+        if falls.size:
+            raise ValueError(
+                f"document {falls[0]} begins at row {starts[falls[0]]} of the cache; starts ascend from 0, so sort the "
+                "documents by them"
+            )
+        totals = cached + np.bincount(span_documents, lengths, num_documents).astype(np.int64)
+        is_shared = starts == ends
+        is_shared[-1:] = False
+        too_long = np.flatnonzero((starts + totals > ends) & ~is_shared)
+        if too_long.size:
+            d = int(too_long[0])
+            raise ValueError(
+                f"document {d} would hold {totals[d]} tokens, but it has {max(ends[d] - starts[d], 0)} rows of the "
+                f"cache, from {starts[d]} to {ends[d]}; give it more"
+            )
+        for d in np.flatnonzero(is_shared).tolist():
+            pair = [np.flatnonzero(span_documents == document) for document in (d, d + 1)]
+            is_single = all(spans.size == 1 and (kinds[spans[0]] == IMAGE or lengths[spans[0]] == 1) for spans in pair)
+            if not is_single or cached[d] != cached[d + 1] or totals[d] != totals[d + 1]:
+                raise ValueError(
+                    f"documents {d} and {d + 1} both begin at row {starts[d]} of the cache; only documents of one "
+                    "token or one image may, with equal lengths in the cache and in the batch"
+                )
+        return cls(cached.astype(np.int32), starts.astype(np.int32), int(cache_rows))
+
+
 def copy_together(vectors: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
-    """Copies on `device` of vectors of one dtype, as parts of one buffer, which takes one transfer.
+    """Copies on `device` of vectors of one dtype, as parts of one buffer, which takes one transfer."""
+    first = next(iter(vectors.values()))
+    is_upload = first.device.type == "cpu" and torch.device(device).type == "cuda"
+    return unpack(pack(vectors, pin_memory=is_upload).to(device, non_blocking=True), vectors)
+
+
+def pack(vectors: dict[str, Tensor], pin_memory: bool = False) -> Tensor:
+    """Copies of vectors of one dtype, one behind the other in one buffer. pin_memory: of page-locked memory, from which
+    a copy to a GPU waits for nothing.
 
     Each begins at a multiple of 64 bytes, as if it had memory of its own: kernels may be compiled for aligned pointers.
     """
-    sizes = [vector.numel() for vector in vectors.values()]
-    padded = [-(-size // 16) * 16 for size in sizes]
-    first = next(iter(vectors.values()))
-    is_upload = first.device.type == "cpu" and torch.device(device).type == "cuda"  # waits for it, unless pinned
-    buffer = torch.zeros(sum(padded), dtype=first.dtype, device=first.device, pin_memory=is_upload)
-    for part, vector in zip(buffer.split(padded), vectors.values(), strict=True):
+    first, sizes = next(iter(vectors.values())), _padded_sizes(vectors)
+    buffer = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device, pin_memory=pin_memory)
+    for part, vector in zip(buffer.split(sizes), vectors.values(), strict=True):
         part[: vector.numel()] = vector
-    parts = buffer.to(device, non_blocking=True).split(padded)
-    return {name: part[:size] for name, part, size in zip(vectors, parts, sizes, strict=True)}
+    return buffer
+
+
+def unpack(buffer: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parts of a buffer that `pack` made of vectors of these names and sizes."""
+    parts = buffer.split(_padded_sizes(like))
+    return {name: part[: vector.numel()] for (name, vector), part in zip(like.items(), parts, strict=True)}
+
+
+def _padded_sizes(vectors: dict[str, Tensor]) -> list[int]:
+    return [-(-vector.numel() // 16) * 16 for vector in vectors.values()]
 
 
 _SPANS_EXPECTED = (

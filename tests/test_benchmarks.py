@@ -17,7 +17,7 @@ from benchmarks.baselines.sdpa import WAYS, expanded
 from benchmarks.baselines.slabs import slabs
 from benchmarks.compare import Contestant, Row, UnavailableError, compare, difference
 from benchmarks.layer import contestant, layer_flops, make_case, routed_block
-from benchmarks.output import read_results, table, write_results
+from benchmarks.output import launches_of, read_results, table, write_results
 from lmfusion_kernels import TokenLayout, hybrid_attention
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,6 +132,13 @@ def test_events_of_a_profile_are_told_apart():
     events = [("cudaLaunchKernel", False), ("aten::mm", False), ("cudaStreamSynchronize", False), ("gemm", True),
               ("Memcpy DtoH (Device -> Pageable)", True), ("Memset (Device)", True), ("swiglu", True)]  # fmt: skip
     assert counting.tally(events) == (2, 2, 1)
+
+
+def test_kernels_side_by_side_are_busy_once():
+    assert counting.covered([]) == 0
+    assert counting.covered([(5, 7), (0, 2), (1, 3), (1.5, 2), (6, 6.5)]) == 5
+    line = {"kernels": 9, "syncs": 2, "busy_share": 0.874}
+    assert launches_of(line) == "9 + 2 syncs, 87 % busy" and launches_of({"ops": 9, "syncs": 0}) == "9"
 
 
 @pytest.mark.parametrize("make", [lambda c: slabs(c, is_compiled=False), gather_scatter, both_towers])

@@ -264,16 +264,13 @@ def test_cached_decoding_equals_one_pass():
     (x_text, x_image), rope = make_inputs(layout, torch.float32)
     with torch.no_grad():
         whole_text, whole_image = block((x_text, x_image), layout, rope)
-        capacity, inv_freq = 12, 1e4 ** -torch.linspace(0, 1, HEAD_DIM // 2)
+        num_rows, inv_freq = 24, 1e4 ** -torch.linspace(0, 1, HEAD_DIM // 2)
         weights = block.text.weights(torch.float32), block.image.weights(torch.float32)
-        cache = tuple(torch.zeros(2 * capacity, KV_HEADS, HEAD_DIM) for _ in range(2))
+        cache = tuple(torch.zeros(num_rows, KV_HEADS, HEAD_DIM) for _ in range(2))
         for backend in ("native", "reference"):
-            prefix = lk.TokenLayout.from_spans(
-                [[("text", 6)], [("text", 3)]], cached_lengths=[0, 0], cache_capacity=capacity
-            )
-            images = lk.TokenLayout.from_spans(
-                [[("image", 4)], [("image", 4)]], cached_lengths=[6, 3], cache_capacity=capacity
-            )
+            place = {"cache_starts": [3, 15], "cache_rows": num_rows}
+            prefix = lk.TokenLayout.from_spans([[("text", 6)], [("text", 3)]], cached_lengths=[0, 0], **place)
+            images = lk.TokenLayout.from_spans([[("image", 4)], [("image", 4)]], cached_lengths=[6, 3], **place)
             none = x_text[:0], x_image[:0]
             first, _ = lk.routed_block((x_text, none[1]), prefix, *weights, lk.rope_tables(prefix.position, inv_freq),
                                        kv_cache=cache, backend=backend)  # fmt: skip
@@ -370,7 +367,7 @@ def test_an_image_tower_of_no_size(name):
 
 def test_bad_caches_are_named():
     block = make_block()
-    layout = lk.TokenLayout.from_spans([[("text", 3)]], cached_lengths=[2], cache_capacity=8)
+    layout = lk.TokenLayout.from_spans([[("text", 3)]], cached_lengths=[2], cache_starts=[0], cache_rows=8)
     x, rope = make_inputs(layout, torch.float32)
     weights = block.text.weights(torch.float32), block.image.weights(torch.float32)
     cache = torch.zeros(8, KV_HEADS, HEAD_DIM)

@@ -179,7 +179,7 @@ def test_cache_equals_no_cache():
     """Documents continued through a key-value cache, whose other rows hold NaN, give what the whole documents give."""
     before, after = (("text", 40), ("image", 30)), (("text", 2), ("image", 70), ("text", 5))
     whole = lk.TokenLayout.from_spans([[*before, *after], [("text", 9), *after]])
-    rest = lk.TokenLayout.from_spans([after, after], cached_lengths=[70, 9], cache_capacity=200)
+    rest = lk.TokenLayout.from_spans([after, after], cached_lengths=[70, 9], cache_starts=[0, 200], cache_rows=400)
     q, k, v, _ = make_inputs(whole.num_tokens, whole.num_tokens, 4, 2, 16)
     expected = hybrid_attention(q, k, v, whole)
     k_cache, v_cache = torch.full((2, 400, 2, 16), float("nan"))
@@ -189,6 +189,36 @@ def test_cache_equals_no_cache():
     cached_rows = torch.cat([torch.arange(70, 147), torch.arange(147 + 9, whole.num_tokens)])
     out = hybrid_attention(q[cached_rows], k_cache, v_cache, rest)
     torch.testing.assert_close(out, expected[cached_rows])
+
+
+@settings(max_examples=60)
+@given(documents, st.booleans(), st.data())
+def test_documents_anywhere_in_a_cache(documents, padded, data):
+    """Gaps of any size between them, full of NaN, and documents that pad the batch at one place behind them."""
+    cached, starts, end = [data.draw(st.integers(0, 90)) for _ in documents], [], 0
+    for length, document in zip(cached, documents, strict=True):
+        starts.append(end + data.draw(st.integers(0, 70)))
+        end = starts[-1] + length + sum(n for _, n in document)
+    if padded:
+        documents, cached, starts = documents + [[("image", 5)]] * 3, cached + [2] * 3, starts + [end + 1] * 3
+    layout = lk.TokenLayout.from_spans(documents, cached_lengths=cached, cache_starts=starts, cache_rows=end + 9)
+    q, k, v, _ = make_inputs(layout.num_tokens, layout.num_keys, 6, 2, 16)
+    expected = reference.hybrid_attention(q, k, v, layout)
+    hidden = ~reference.hybrid_mask(layout).any(0)
+    k[hidden] = v[hidden] = float("nan")
+    torch.testing.assert_close(hybrid_attention(q, k, v, layout), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_document_of_nan_spoils_no_other():
+    """Its neighbours in a tile of keys and in a block of queries come out as if it were not there."""
+    documents = [[("text", 2)], [("image", 3)], [("text", 1)]]
+    layout = lk.TokenLayout.from_spans(documents, cached_lengths=[4, 1, 0], cache_starts=[0, 6, 10], cache_rows=64)
+    q, k, v, _ = make_inputs(layout.num_tokens, layout.num_keys, 4, 2, 16)
+    expected = hybrid_attention(q, k, v, layout)
+    k[6:10] = v[6:10] = float("nan")
+    out = hybrid_attention(q, k, v, layout)
+    assert out[2:5].isnan().all()
+    assert torch.equal(out[[0, 1, 5]], expected[[0, 1, 5]])
 
 
 def test_queries_that_see_nothing_give_zero():
@@ -364,7 +394,7 @@ def test_bad_input(name):
 
 
 def test_no_backward_through_a_cache():
-    layout = lk.TokenLayout.from_spans([[("text", 2)]], cached_lengths=[1], cache_capacity=4)
+    layout = lk.TokenLayout.from_spans([[("text", 2)]], cached_lengths=[1], cache_starts=[0], cache_rows=4)
     q, k, v, _ = make_inputs(2, 4, 1, 1, 16)
     with pytest.raises(ValueError, match=r"no backward.*torch\.no_grad"):
         hybrid_attention(q.requires_grad_(), k, v, layout)

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmfusion_kernels import TokenLayout, _host, reference
-from lmfusion_kernels.layout import copy_together
+from lmfusion_kernels.layout import copy_together, pack, unpack
 
 MODALITIES = ("text", "image", "marker")
 needs_native = pytest.mark.skipif(_host._host_native is None, reason="_host_native was not compiled")
@@ -152,20 +152,25 @@ def test_cached_layout_continues_a_document(documents, data):
     cuts = [data.draw(st.integers(0, len(document) - 1)) for document in documents]
     cached_lengths = [sum(n for _, n in document[:cut]) for document, cut in zip(documents, cuts, strict=True)]
     rest = [document[cut:] for document, cut in zip(documents, cuts, strict=True)]
-    capacity = max(sum(n for _, n in document) for document in documents) + data.draw(st.integers(0, 3))
-    layout = TokenLayout.from_spans(rest, cached_lengths=cached_lengths, cache_capacity=capacity)
+    totals = [sum(n for _, n in document) for document in documents]
+    gaps = [data.draw(st.integers(0, 4)) for _ in range(len(documents) + 1)]
+    starts = [sum(totals[:d]) + sum(gaps[: d + 1]) for d in range(len(documents))]
+    num_rows = sum(totals) + sum(gaps)
+    layout = TokenLayout.from_spans(rest, cached_lengths=cached_lengths, cache_starts=starts, cache_rows=num_rows)
     assert layout.is_cached
-    assert (layout.num_keys, layout.num_constant) == (len(documents) * capacity, 0)
+    assert (layout.num_keys, layout.num_constant) == (num_rows, 0)
+    for name in ("key_start", "key_end"):
+        assert (getattr(layout, name).diff() >= 0).all(), name
 
     tokens, whole = tokens_of(documents), visible(tokens_of(documents))
-    slots = [document * capacity + position for _, document, _, position in tokens]
+    slots = [starts[document] + position for _, document, _, position in tokens]
     continued = [i for i, (_, document, _, position) in enumerate(tokens) if position >= cached_lengths[document]]
     expected = np.zeros((len(continued), layout.num_keys), bool)
     expected[:, slots] = whole[continued]
     assert (reference.hybrid_mask(layout).numpy() == expected).all()
     assert layout.key_slot.tolist() == [slots[i] for i in continued]
-    assert layout.document_key_start.tolist() == [capacity * d for d in range(len(documents) + 1)]
-    assert layout.document_num_keys.tolist() == [sum(n for _, n in document) for document in documents]
+    assert layout.document_key_start.tolist() == [*starts, num_rows]
+    assert layout.document_num_keys.tolist() == totals and layout.longest_document == max(totals)
     assert layout.longest_active == max(layout.document_start.diff().tolist())
     assert layout.position.tolist() == [tokens[i][3] for i in continued]
 
@@ -177,7 +182,8 @@ def test_compiled_builder_equals_numpy(documents, frozen_text, is_cached, data):
     lengths = np.array([length for document in documents for _, length in document], np.int32)
     numbers = np.array([d for d, document in enumerate(documents) for _ in document], np.int32)
     cached = np.array([data.draw(st.integers(0, 9)) for _ in documents], np.int32) if is_cached else None
-    arguments = (kinds, lengths, numbers, frozen_text, cached, 50)
+    starts = np.cumsum([data.draw(st.integers(0, 50)) for _ in documents]).astype(np.int32) if is_cached else None
+    arguments = (kinds, lengths, numbers, frozen_text, cached, starts, 1000)
     vectors, counts = _host._host_native.build_layout(*arguments)
     expected_vectors, expected_counts = _host.build_layout_numpy(*arguments)
     assert counts == expected_counts
@@ -206,6 +212,17 @@ def test_vectors_are_copied_together_and_aligned():
         assert (copies[name].data_ptr() - copies["a"].data_ptr()) % 64 == 0
     copies["a"][0] = 9
     assert vectors["a"][0] == 0
+
+
+def test_a_layout_of_other_vectors():
+    """Its vectors and counts are all of it; in a buffer of their own they make the same layout."""
+    layout = TokenLayout.from_spans([[("text", 2), ("image", 3)]], frozen_text=False)
+    assert layout.vectors.keys() | layout.counts.keys() == {field.name for field in fields(TokenLayout)}
+    assert layout.vectors.keys().isdisjoint(layout.counts)
+    assert_equal_layouts(layout.with_vectors(unpack(pack(layout.vectors), layout.vectors)), layout)
+    for longest, bound in ((1, 1), (2, 2), (5, 8), (8, 8), (9, 16)):
+        assert TokenLayout.from_spans([[("text", longest)]]).bounded().longest_document == bound
+    assert_equal_layouts(replace(layout.bounded(), longest_document=5), layout)
 
 
 def test_orders_are_inverse_and_check_rows():
@@ -248,18 +265,62 @@ def test_bad_spans(documents, message):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("cached_lengths", "cache_starts", "cache_rows", "message"),
     [
-        ({"cached_lengths": [1]}, "cached_lengths and cache_capacity together"),
-        ({"cached_lengths": [1, 2], "cache_capacity": 9}, "2 entries for 1 documents"),
-        ({"cached_lengths": [8], "cache_capacity": 9}, "document 0 would hold 10 tokens.*room for 9"),
-        ({"cached_lengths": [-1], "cache_capacity": 9}, "document 0 has a cached length of -1"),
-        ({"cached_lengths": [1], "cache_capacity": 2**31}, "larger than 2147483647 rows"),
+        ([1], None, None, "cached_lengths, cache_starts and cache_rows together, or none"),
+        (None, [0], 9, "cached_lengths, cache_starts and cache_rows together, or none"),
+        ([1], [0], 9, "cached_lengths has 1 entries for 2 documents"),
+        ([1, 1], [0], 9, "cache_starts has 1 entries for 2 documents"),
+        ([0, 8], [0, 4], 9, "document 1 would hold 10 tokens, but it has 5 rows of the cache, from 4 to 9; give it"),
+        ([3, 0], [0, 4], 9, "document 0 would hold 5 tokens, but it has 4 rows of the cache, from 0 to 4; give it"),
+        ([0, 0], [0, 12], 9, "document 1 would hold 2 tokens, but it has 0 rows of the cache, from 12 to 9"),
+        ([0, -1], [0, 4], 9, "document 1 has a cached length of -1"),
+        ([1, 1], [4, 0], 9, "document 1 begins at row 0 of the cache; starts ascend from 0, so sort the documents"),
+        ([1, 1], [-1, 4], 9, "document 0 begins at row -1 of the cache; starts ascend from 0"),
+        ([0, 0], [4, 4], 9, "documents 0 and 1 both begin at row 4 of the cache; only documents of one token or one"),
+        ([1, 1], [0, 4], 2**31, "cache_rows is 2147483648; a cache has at most 2147483647 rows"),
+        ([1, 1], [0, 4], -1, "cache_rows is -1"),
     ],
 )
-def test_bad_cache(arguments, message):
+def test_bad_cache(cached_lengths, cache_starts, cache_rows, message):
+    place = {"cached_lengths": cached_lengths, "cache_starts": cache_starts, "cache_rows": cache_rows}
     with pytest.raises(ValueError, match=message):
-        TokenLayout.from_spans([[("text", 2)]], **arguments)
+        TokenLayout.from_spans([[("text", 2)]] * 2, **place)
+
+
+@pytest.mark.parametrize(
+    ("padding", "cached"), [([("text", 1)], 0), ([("marker", 1)], 3), ([("image", 4)], 0), ([("image", 4)], 3)]
+)
+def test_documents_that_pad_a_batch_share_their_rows(padding, cached):
+    """They are as good as one another, and the documents before them see what they see alone."""
+    documents, lengths, starts = [[("text", 2)], [("image", 3)]], [5, 0], [1, 20]
+    layout = TokenLayout.from_spans(
+        documents + [padding] * 3, cached_lengths=lengths + [cached] * 3, cache_starts=starts + [40] * 3, cache_rows=50
+    )
+    alone = TokenLayout.from_spans(documents, cached_lengths=lengths, cache_starts=starts, cache_rows=50)
+    num_padding = padding[0][1]
+    assert (reference.hybrid_mask(layout)[:5] == reference.hybrid_mask(alone)).all()
+    mask = reference.hybrid_mask(layout)[5:].reshape(3, num_padding, 50)
+    assert (mask[0] == mask[1]).all() and (mask[0] == mask[2]).all()
+    assert mask.nonzero()[:, -1].unique().tolist() == list(range(40, 40 + cached + num_padding))
+    assert layout.key_slot[5:].tolist() == [*range(40 + cached, 40 + cached + num_padding)] * 3
+    for name in ("key_start", "key_end"):
+        assert (getattr(layout, name).diff() >= 0).all(), name
+
+
+@pytest.mark.parametrize(
+    ("documents", "lengths"),
+    [
+        ([[("text", 1)], [("text", 1)]], [0, 1]),
+        ([[("image", 3)], [("image", 4)]], [1, 0]),
+        ([[("image", 3)], [("image", 4)]], [0, 0]),
+        ([[("marker", 1), ("image", 2)]] * 2, [0, 0]),
+    ],
+)
+def test_documents_that_differ_share_no_rows(documents, lengths):
+    """Their key ranges could decrease from one query to the next, which kernels rely on not to happen."""
+    with pytest.raises(ValueError, match="documents 0 and 1 both begin at row 4 of the cache"):
+        TokenLayout.from_spans(documents, cached_lengths=lengths, cache_starts=[4, 4], cache_rows=20)
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,13 @@ LMF_INLINE void softmax_row(float* scores, const ColumnRange& columns, int64_t b
   store(total, sum);
 }
 
+// How many of the `count` rows from `row` on begin to see keys where it does. Rows of several documents in one block
+// would multiply what lies between those, in other documents or unused rows of a cache, with weights of 0: NaN stays NaN.
+inline int64_t rows_of_one_document(const QueryTile& tile, int64_t row, int64_t count) {
+  while (tile.row_start[row + count - 1] != tile.row_start[row]) --count;
+  return count;
+}
+
 template <typename T>
 void forward_task(const AttentionForward& a, int64_t task, int64_t worker) {
   const ForwardScratch s(a, a.scratch + worker * a.scratch_size);
@@ -85,8 +92,8 @@ void forward_task(const AttentionForward& a, int64_t task, int64_t worker) {
     const int64_t slot = tile.head * a.num_packed + a.tile_slot[key_tile];
     const float* k_columns = a.k_columns + slot * a.head_dim * kKeyTile;
     const float* v_rows = a.v_rows + slot * kKeyTile * dim;
-    for (int64_t row = rows.first; row < rows.end; row += kBlockRows) {
-      const int64_t count = rows.end - row < kBlockRows ? rows.end - row : kBlockRows;
+    for (int64_t row = rows.first, count; row < rows.end; row += count) {
+      count = rows_of_one_document(tile, row, rows.end - row < kBlockRows ? rows.end - row : kBlockRows);
       const ColumnRange columns(tile, row, row + count - 1, tile_start);
       const int64_t c = columns.vector_begin;
       multiply<false, Update::kStore>(count, a.head_dim, columns.num_vectors(), s.q + row * dim, dim, k_columns + c,

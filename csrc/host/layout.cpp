@@ -64,7 +64,7 @@ void fill_layout(const Spans& spans, bool frozen_text, const Cache& cache, const
     const int32_t rank_end = rank + (document_end - first_active);
     const int32_t document = spans.document[first];
     const int32_t cached = has_cache ? cache.length[document] : 0;
-    const int32_t first_key = has_cache ? document * cache.capacity : start;
+    const int32_t first_key = has_cache ? cache.start[document] : start;
     const int32_t key_shift = first_key + cached - start;  // from sequence index to row of the key buffer
 
     out.document_start[document] = start;
@@ -120,7 +120,7 @@ void fill_layout(const Spans& spans, bool frozen_text, const Cache& cache, const
   });
   out.document_start[counts.num_documents] = static_cast<int32_t>(counts.num_tokens);
   out.document_key_start[counts.num_documents] =
-      static_cast<int32_t>(has_cache ? counts.num_documents * cache.capacity : counts.num_tokens);
+      has_cache ? cache.num_rows : static_cast<int32_t>(counts.num_tokens);
   out.active_document_start[counts.num_documents] = rank;
   out.triangle_start[triangle] = triangle_row;
 }

@@ -18,7 +18,8 @@ struct Spans {
 
 struct Cache {
   const int32_t* length;  // tokens that each document already has in the cache; null: no cache
-  int32_t capacity;       // rows of the cache per document
+  const int32_t* start;   // row of the cache where each document begins
+  int32_t num_rows;       // of the cache
 };
 
 struct LayoutCounts {

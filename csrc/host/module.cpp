@@ -22,12 +22,18 @@ using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
 std::pair<py::dict, py::dict> build_layout(const Array<uint8_t>& kinds, const Array<int32_t>& lengths,
                                            const Array<int32_t>& documents, bool frozen_text,
-                                           const std::optional<Array<int32_t>>& cached_lengths, int64_t cache_capacity) {
+                                           const std::optional<Array<int32_t>>& cached_lengths,
+                                           const std::optional<Array<int32_t>>& cache_starts, int32_t cache_rows) {
   if (kinds.size() != lengths.size() || kinds.size() != documents.size()) {
     throw py::value_error("kinds, lengths and documents must have one entry a span");
   }
   const lmf::Spans spans{kinds.data(), lengths.data(), documents.data(), kinds.size()};
-  const lmf::Cache cache{cached_lengths ? cached_lengths->data() : nullptr, static_cast<int32_t>(cache_capacity)};
+  if (cached_lengths.has_value() != cache_starts.has_value() ||
+      (cached_lengths && cached_lengths->size() != cache_starts->size())) {
+    throw py::value_error("cached_lengths and cache_starts must have one entry a document, or both be None");
+  }
+  const lmf::Cache cache{cached_lengths ? cached_lengths->data() : nullptr,
+                         cache_starts ? cache_starts->data() : nullptr, cache_rows};
   const lmf::LayoutCounts counts = lmf::count_tokens(spans, frozen_text, cache);
 
   py::dict vectors;

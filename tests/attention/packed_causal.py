@@ -51,8 +51,10 @@ class PlainPackedCausal:
             assert x.stride(-1) == 1 and x.storage_offset() % 8 == 0
             assert all(step % 8 == 0 for step, size in zip(x.stride(), x.shape, strict=True) if size > 1 and step != 1)
         lengths = key_start.diff()
+        assert (lengths >= 0).all()
         if num_keys is not None:
-            assert num_keys.dtype == torch.int32 and num_keys.is_contiguous() and (num_keys <= lengths).all()
+            assert num_keys.dtype == torch.int32 and num_keys.is_contiguous() and num_keys.shape == lengths.shape
+            assert (key_start[:-1] + num_keys <= k.shape[0]).all()
             lengths = num_keys
         assert query_start.diff().max() <= sequences.max_queries and lengths.max() <= sequences.max_keys
         self.calls.append((q.shape[0], k.shape[0]))

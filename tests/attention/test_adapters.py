@@ -143,7 +143,9 @@ def assert_equals_the_specification(name, tolerance=1e-12, documents=DOCUMENTS):
     kernel, specification = attention.KERNELS[name], Reference()
     layouts = [lk.TokenLayout.from_spans(documents)]
     if not kernel.why_not(case(needs_grad=False, is_cached=True)):
-        layouts.append(lk.TokenLayout.from_spans(documents, cached_lengths=[3, 0, 9], cache_capacity=20))
+        for cache_starts in ([0, 20, 40], [7, 29, 64]):
+            cache = {"cached_lengths": [3, 0, 9], "cache_starts": cache_starts, "cache_rows": 90}
+            layouts.append(lk.TokenLayout.from_spans(documents, **cache))
     for layout in layouts:
         for rows in ("all", "active") if layout.is_cached else ("all", "active", "constant"):
             q, k, v, dout = make_inputs(layout, rows)

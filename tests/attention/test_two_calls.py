@@ -73,19 +73,25 @@ def test_random_documents(documents, frozen_text, seed):
 @given(documents, st.data())
 def test_cached_layouts(documents, data):
     cached = [data.draw(st.integers(0, 9)) for _ in documents]
-    capacity = max(c + sum(n for _, n in d) for c, d in zip(cached, documents, strict=True)) + 2
-    layout = lk.TokenLayout.from_spans(documents, cached_lengths=cached, cache_capacity=capacity)
+    starts, end = [], 0
+    for length, document in zip(cached, documents, strict=True):
+        starts.append(end + data.draw(st.integers(0, 9)))
+        end = starts[-1] + length + sum(n for _, n in document)
+    rows = end + data.draw(st.integers(3, 9))
+    if data.draw(st.booleans()):  # a batch filled up
+        documents, cached, starts = documents + [[("image", 3)]] * 2, cached + [0] * 2, starts + [end] * 2
+    layout = lk.TokenLayout.from_spans(documents, cached_lengths=cached, cache_starts=starts, cache_rows=rows)
     assert_exact(layout, "all")
     assert_exact(layout, "active")
 
 
 def test_rows_of_the_cache_that_hold_nothing_are_not_read():
-    layout = lk.TokenLayout.from_spans([[("text", 1)], [("image", 3)]], cached_lengths=[2, 0], cache_capacity=6)
+    documents, cache = [[("text", 1)], [("image", 3)]], {"cache_starts": [2, 7], "cache_rows": 14}
+    layout = lk.TokenLayout.from_spans(documents, cached_lengths=[2, 0], **cache)
     q, k, v, _ = make_inputs(layout, "all")
     expected = Reference().forward(q, k, v, layout, "all", 0.3)[0]
     for x in (k, v):
-        x[3:6] = float("nan")
-        x[9:] = float("nan")
+        x[:2] = x[5:7] = x[10:] = float("nan")
     assert (TwoCalls(PlainPackedCausal()).forward(q, k, v, layout, "all", 0.3)[0] - expected).abs().max() <= TOLERANCE
 
 

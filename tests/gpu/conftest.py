@@ -11,7 +11,8 @@ from tests.gpu.support import ON_GPU, synchronize
 
 # A GPU machine may have no more than torch and what the kernels need
 NEEDED = ("transformers", "tokenizers", "diffusers", "gguf", "safetensors", "PIL", "yaml")
-collect_ignore = [] if all(importlib.util.find_spec(name) for name in NEEDED) else ["test_batches.py"]
+OF_THE_MODEL = ["test_batches.py", "test_generation.py", "test_graphs.py"]
+collect_ignore = [] if all(importlib.util.find_spec(name) for name in NEEDED) else OF_THE_MODEL
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

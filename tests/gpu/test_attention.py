@@ -88,9 +88,10 @@ def test_some_inputs_without_gradient(kernel, frozen):
 
 
 CACHED = {
-    "one token a document": ([[("text", 1)]] * 3, [5000, 0, 17], 5001),
-    "many and few": ([[("text", 1)], [("image", 40), ("text", 1)], [("text", 5)]], [300, 0, 17], 320),
-    "a denoising step": ([[("image", 256)]] * 2, [77, 3], 333),
+    "one token a document": ([[("text", 1)]] * 3, [5000, 0, 17], [0, 5001, 10_002], 15_003),
+    "many and few": ([[("text", 1)], [("image", 40), ("text", 1)], [("text", 5)]], [300, 0, 17], [20, 330, 700], 800),
+    "a denoising step": ([[("image", 256)]] * 2, [77, 3], [1000, 1333], 3000),
+    "padding": ([[("text", 1)]] * 4, [90, 0, 0, 0], [0, 999, 999, 999], 1000),
 }
 
 
@@ -100,8 +101,10 @@ CACHED = {
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_fewer_queries_than_keys(kernel, dtype, num_heads, num_kv_heads, head_dim, name):
     """Rows of the cache that hold no token yet may hold anything finite."""
-    documents, lengths, capacity = CACHED[name]
-    layout = lk.TokenLayout.from_spans(documents, cached_lengths=lengths, cache_capacity=capacity, device=DEVICE)
+    documents, lengths, starts, num_rows = CACHED[name]
+    layout = lk.TokenLayout.from_spans(
+        documents, cached_lengths=lengths, cache_starts=starts, cache_rows=num_rows, device=DEVICE
+    )
     skip_unless_it_runs(kernel, layout, dtype, num_heads, num_kv_heads, head_dim, needs_grad=False)
     tensors = make_qkv(layout, dtype, num_heads, num_kv_heads, head_dim)
     seen = torch.zeros(layout.num_keys, dtype=torch.bool, device=DEVICE)

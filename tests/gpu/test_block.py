@@ -111,14 +111,14 @@ def test_reading_through_a_cache_equals_one_pass(dtype):
     layout = lk.TokenLayout.from_spans(documents, frozen_text=False, device=DEVICE)
     rows, rope = block_inputs(layout, dtype)
     weights = block.text.weights(dtype), block.image.weights(dtype)
-    capacity, lengths = 40, [0, 0]
+    cache_place, lengths = {"cache_starts": [3, 47], "cache_rows": 100}, [0, 0]
     with torch.no_grad():
         x = layout.to_sequence_order(torch.cat(rows))
         whole = layout.to_sequence_order(torch.cat(block(rows, layout, rope)))
         exact = layout.to_sequence_order(torch.cat(_exact(block, rows, layout, rope)))
-        cache = tuple(torch.zeros(2 * capacity, 2, 64, dtype=dtype, device=DEVICE) for _ in range(2))
+        cache = tuple(torch.zeros(100, 2, 64, dtype=dtype, device=DEVICE) for _ in range(2))
         for piece in pieces:
-            part = lk.TokenLayout.from_spans(piece, cached_lengths=lengths, cache_capacity=capacity, device=DEVICE)
+            part = lk.TokenLayout.from_spans(piece, cached_lengths=lengths, **cache_place, device=DEVICE)
             starts = [lengths[0], sum(n for _, n in documents[0]) + lengths[1]]
             counts = [sum(n for _, n in piece[d]) for d in range(2)]
             chosen = torch.cat([torch.arange(s, s + n, device=DEVICE) for s, n in zip(starts, counts, strict=True)])
@@ -164,7 +164,8 @@ def test_nothing_waits_while_decoding():
     block = make_block(torch.bfloat16)
     weights = block.text.weights(torch.bfloat16), block.image.weights(torch.bfloat16)
     cache = tuple(torch.zeros(2 * 64, 2, 64, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
-    layout = lk.TokenLayout.from_spans([[("text", 1)]] * 2, cached_lengths=[5, 9], cache_capacity=64, device=DEVICE)
+    place = {"cached_lengths": [5, 9], "cache_starts": [0, 64], "cache_rows": 128}
+    layout = lk.TokenLayout.from_spans([[("text", 1)]] * 2, **place, device=DEVICE)
     (x, none), rope = block_inputs(layout, torch.bfloat16)
     for wait in (False, True):
         with torch.no_grad(), no_host_sync() if wait else torch.no_grad():

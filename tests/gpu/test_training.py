@@ -117,14 +117,12 @@ def test_model_trains_as_on_the_cpu(folder):
 
 
 def test_model_draws_and_describes_as_on_the_cpu(folder):
-    from lmfusion.generation import caption_images, draw_images, generate_text
-
     picture = np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8)
     results = []
     for device in ("cpu", DEVICE):
         model = build_model(folder).to(device)
-        drawing = draw_images(model, ["a seven", "two"], num_steps=4, sampler="ddim", guidance_scale=2.0)
-        texts = caption_images(model, [picture], max_new_tokens=6), generate_text(model, ["ab"], max_new_tokens=6)
+        drawing = model.draw(["a seven", "two"], num_steps=4, sampler="ddim", guidance_scale=2.0)
+        texts = model.caption([picture], max_new_tokens=6), model.generate(["ab"], max_new_tokens=6)[0].text
         results.append((np.stack([np.asarray(image) for image in drawing]).astype(int), texts))
     assert np.abs(results[0][0] - results[1][0]).max() <= 1
     assert results[0][1] == results[1][1]

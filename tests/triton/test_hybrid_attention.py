@@ -191,6 +191,11 @@ def test_random_ranges(num_queries, num_keys, heads, dtype, tiles, seed):
 
 
 @pytest.mark.parametrize(
+    ("starts", "num_rows"),
+    [([0, 400, 800, 1200], 1600), ([11, 360, 480, 700], 770)],
+    ids=["stretches", "gaps"],
+)
+@pytest.mark.parametrize(
     ("num_new", "heads", "dtype", "tiles"),
     [
         (1, (1, 1), torch.float32, SMALL),
@@ -201,22 +206,42 @@ def test_random_ranges(num_queries, num_keys, heads, dtype, tiles, seed):
         (40, (2, 1), torch.float32, BY_POINTER),
     ],
 )
-def test_generation_with_a_cache(num_new, heads, dtype, tiles):
+def test_generation_with_a_cache(num_new, heads, dtype, tiles, starts, num_rows):
     """Documents of different lengths continued by a few tokens each. What no query sees in the cache is NaN, and the
     results are those of each document alone. 40 new tokens a document are too many for the kernels for few queries."""
-    cached, capacity, head_dim = [300, 7, 90, 0], 400, 16
+    cached, head_dim = [300, 7, 90, 0], 16
     document = [("text", 1)] if num_new == 1 else [("text", 1), ("image", num_new - 1)]
-    layout = lk.TokenLayout.from_spans([document] * 4, cached_lengths=cached, cache_capacity=capacity)
+    cache = {"cached_lengths": cached, "cache_starts": starts, "cache_rows": num_rows}
+    layout = lk.TokenLayout.from_spans([document] * 4, **cache)
     q, k, v, _ = make_inputs(layout.num_tokens, layout.num_keys, *heads, head_dim, dtype)
     is_seen = torch.zeros(layout.num_keys, dtype=torch.bool)
-    for document_number, length in enumerate(cached):
-        is_seen[document_number * capacity :][: length + num_new] = True
+    for start, length in zip(starts, cached, strict=True):
+        is_seen[start : start + length + num_new] = True
     exact, exact_lse, *_ = dense_attention(q, k, v, q, layout.key_start, layout.key_end, 0.25)
     plain, *_ = dense_attention(q, k, v, q, layout.key_start, layout.key_end, 0.25, dtype)
     k, v = (torch.where(is_seen[:, None, None], x, float("nan")) for x in (k, v))
     out, lse = forward(q, k, v, layout.key_start, layout.key_end, None, 0.25, tiles)
     assert (out - exact).abs().max() <= 2 * (plain - exact).abs().max() + torch.finfo(dtype).eps
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_new", [1, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_documents_that_pad_a_batch_share_their_keys(num_new, dtype):
+    """Nine of them behind two documents, which are what they are without: few queries, and more than few."""
+    documents, starts = [[("image", num_new)]] * 2, [3, 40]
+    real = lk.TokenLayout.from_spans(documents, cached_lengths=[9, 30], cache_starts=starts, cache_rows=120)
+    padded = lk.TokenLayout.from_spans(
+        [[("image", num_new)]] * 11, cached_lengths=[9, 30] + [0] * 9, cache_starts=starts + [100] * 9, cache_rows=120
+    )
+    q, k, v, _ = make_inputs(padded.num_tokens, 120, 2, 1, 16, dtype)
+    k[:3] = v[:3] = k[90:100] = v[90:100] = float("nan")
+    expected, expected_lse = forward(q[: real.num_tokens], k, v, real.key_start, real.key_end, None, 0.25, SMALL)
+    out, lse = forward(q, k, v, padded.key_start, padded.key_end, None, 0.25, SMALL)
+    assert out.isfinite().all() and lse.isfinite().all()
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out[: real.num_tokens], expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse[:, : real.num_tokens], expected_lse, rtol=1e-5, atol=1e-5)
 
 
 def test_few_queries_are_stored_at_out_row():
