@@ -4,7 +4,9 @@ A saved model is a folder:
 
     config.json          configuration of the base LLM, image tower, codec and diffusion
     base.json            which parts are saved; where the base LLM was, its dtype, and the sha256 of each of its tensors
+    training.json        what the image tower was trained with, if that is known
     model.safetensors    tensors under `image.`, and under `text.` if all parts are saved (in shards above 4 GB)
+    README.md            a model card, see `lmfusion.model_card`
     codec/               if all parts are saved: the autoencoder, if there is one
     tokenizer files      as transformers writes them
 """
@@ -14,7 +16,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,6 +35,8 @@ from lmfusion.diffusion import DiffusionConfig
 from lmfusion.files import flush
 from lmfusion.image.codec import WEIGHTS_NAME, CodecConfig, load_codec
 from lmfusion.image.patch_coder import build_patch_coder
+from lmfusion.model_card import CARD_NAME, TrainingRecord, model_card
+from lmfusion_kernels.lora import is_adapted
 
 if TYPE_CHECKING:
     from lmfusion.modeling import LMFusion
@@ -40,6 +44,7 @@ if TYPE_CHECKING:
 CONFIG_NAME = "config.json"
 BASE_NAME = "base.json"
 CODEC_NAME = "codec"
+TRAINING_NAME = "training.json"
 PARTS = ("image", "all")
 MAX_SHARD_BYTES = 4 * 10**9
 
@@ -60,6 +65,16 @@ class BaseRecord:
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
+
+    @property
+    def digest(self) -> str:
+        """One sha256 for all tensors."""
+        return digest_of(self.sha256)
+
+
+def digest_of(sha256: Mapping[str, str]) -> str:
+    """One sha256 for the tensors that have these."""
+    return hashlib.sha256(json.dumps(sha256, sort_keys=True).encode()).hexdigest()
 
 
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -185,7 +200,10 @@ def load(
         assert record is not None
         text |= _load_recorded_base(record, base)
     model = _assemble(cls, config, str(folder), text, read_tokenizer(folder), image)
+    model.name_or_path = model.config.name_or_path = str(path)
     model.base = record
+    if (folder / TRAINING_NAME).exists():
+        model.trained = from_values(TrainingRecord, _read_json(folder / TRAINING_NAME), TRAINING_NAME)
     if dtype is not None:
         model.text.to(dtype)
         model.image.to(dtype)
@@ -239,15 +257,47 @@ def save(model: "LMFusion", path: Path, parts: str = "image") -> None:
             )
         if model.base.may_differ:
             raise ValueError("the text tower has been trainable, so it is no longer the base LLM; use parts='all'")
+    _check_not_adapted(model)
     path = path.resolve()
     _check_replaceable(path)
+    card = path / CARD_NAME
+    # What is no UTF-8, and how lines end, is somebody's matter too
+    previous = card.read_bytes().decode("utf-8", errors="surrogateescape") if card.is_file() else None
+    _replace(path, lambda folder: _write(model, folder, parts, previous))
+
+
+def save_text(model: "LMFusion", path: Path) -> None:
+    """See `LMFusion.save_text`."""
+    _check_not_adapted(model)
+    path = path.resolve()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} exists; give the path of a new or an empty folder")
+    _replace(path, lambda folder: _write_text(model, folder))
+
+
+def _check_not_adapted(model: "LMFusion") -> None:
+    adapted = [name for name, module in model.named_modules() if is_adapted(module) or "modules_to_save" in name]
+    if adapted:
+        raise ValueError(
+            f"peft's adapters are on the model, first at {adapted[0]}; save them with the peft model's own "
+            "save_pretrained, or make them part of the weights with its merge_and_unload() and save what that gives"
+        )
+
+
+def _replace(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a new folder, flush it to the disk, and only then put it in the place of `path`."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         new = path.with_name(f".{path.name}.saving-{os.getpid()}")
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir()
         try:
-            _write(model, new, parts)
+            write(new)
+            mode = (new / CONFIG_NAME).stat().st_mode
+            for file in new.glob("*.safetensors"):
+                file.chmod(mode)  # safetensors makes them private
+            for file in (*new.rglob("*"), new):
+                flush(file)
             _swap(new, path)
         finally:
             shutil.rmtree(new, ignore_errors=True)
@@ -264,8 +314,8 @@ def _check_replaceable(path: Path) -> None:
         raise ValueError(f"{path} exists and holds no lmfusion model; give the path of a new or an empty folder")
 
 
-def _write(model: "LMFusion", folder: Path, parts: str) -> None:
-    """Everything, flushed to the disk, into the empty `folder`."""
+def _write(model: "LMFusion", folder: Path, parts: str, previous_card: str | None) -> None:
+    """Everything into the empty `folder`."""
     config = copy.deepcopy(model.config)
     if parts == "all" and config.codec.path is not None:
         for name in ("config.json", WEIGHTS_NAME):
@@ -275,20 +325,34 @@ def _write(model: "LMFusion", folder: Path, parts: str) -> None:
     (folder / CONFIG_NAME).write_text(config.to_json_string(), encoding="utf-8")
     origin = {"parts": parts, "base": None if model.base is None else asdict(model.base)}
     (folder / BASE_NAME).write_text(json.dumps(origin, indent=1), encoding="utf-8")
-    if model.tokenizer is not None:
-        try:
-            model.tokenizer.save_pretrained(folder)
-        except Exception as error:  # tokenizers raises no narrower one when the disk is full
-            raise OSError(f"the tokenizer could not be written: {error}") from error
+    if model.trained is not None:
+        (folder / TRAINING_NAME).write_text(json.dumps(asdict(model.trained), indent=1), encoding="utf-8")
+    card = model_card(model, parts, previous_card)
+    if card is not None:
+        (folder / CARD_NAME).write_bytes(card.encode("utf-8", errors="surrogateescape"))
+    _write_tokenizer(model, folder)
     tensors = _file_tensors(model, "image.")
     if parts == "all":
         tensors |= _file_tensors(model, "text.")
     _write_tensors(tensors, folder)
-    mode = (folder / CONFIG_NAME).stat().st_mode
-    for file in folder.glob("*.safetensors"):
-        file.chmod(mode)  # safetensors makes them private
-    for file in (*folder.rglob("*"), folder):
-        flush(file)
+
+
+def _write_text(model: "LMFusion", folder: Path) -> None:
+    """The text tower as the checkpoint of a Llama-type LLM into the empty `folder`."""
+    config = copy.deepcopy(model.config.text_config)
+    config.dtype = model.dtype
+    config.save_pretrained(folder)
+    _write_tokenizer(model, folder)
+    _write_tensors({names.to_llama(name): tensor for name, tensor in text_tensors(model).items()}, folder)
+
+
+def _write_tokenizer(model: "LMFusion", folder: Path) -> None:
+    if model.tokenizer is None:
+        return
+    try:
+        model.tokenizer.save_pretrained(folder)
+    except Exception as error:  # tokenizers raises no narrower one when the disk is full
+        raise OSError(f"the tokenizer could not be written: {error}") from error
 
 
 def _write_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
@@ -334,7 +398,7 @@ def _swap(new: Path, path: Path) -> None:
         flush(path.parent)
     if previous.exists():
         for file in previous.iterdir():
-            is_stale = file.name.startswith("model") and ".safetensors" in file.name
+            is_stale = file.name == TRAINING_NAME or (file.name.startswith("model") and ".safetensors" in file.name)
             if not is_stale and not (path / file.name).exists():
                 os.rename(file, path / file.name)
         shutil.rmtree(previous)

@@ -17,6 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import lmfusion_kernels as lk
 from lmfusion.configuration import LMFusionConfig, head_dim_of
 from lmfusion.image.patch_coder import build_patch_coder
+from lmfusion_kernels.lora import is_adapted
 from lmfusion_kernels.weights import Rope, Rows
 
 L = TypeVar("L", bound=lk.TowerLayer)
@@ -47,6 +48,15 @@ class TextLayer(lk.TowerLayer):
         image = text if image_layer is None else image_layer(text)
         return self.block(rows, layout, text, image, rope, kv_cache=kv_cache, recompute=recompute)
 
+    def projection(self, linear: nn.Module, dtype: torch.dtype) -> Tensor:
+        weight, bias = _base_weight(linear), linear.bias
+        if isinstance(bias, Tensor) and bias.requires_grad and not weight.requires_grad:
+            raise ValueError(
+                "biases of the text tower are to be trained, but not its weights, as with peft's bias='all'; the text "
+                "tower is frozen or trained as a whole: set bias='none' or 'lora_only'"
+            )
+        return weight.to(dtype)
+
 
 class ImageLayer(lk.TowerLayer):
     """A layer of the image tower."""
@@ -68,8 +78,8 @@ class FeedForwardLayer(ImageLayer):
         return replace(
             text,
             post_attention_layernorm=self.post_attention_layernorm.weight.to(dtype),
-            gate_up_proj=self.mlp.gate_up_proj.weight.to(dtype),
-            down_proj=self.mlp.down_proj.weight.to(dtype),
+            gate_up_proj=self.projection(self.mlp.gate_up_proj, dtype),
+            down_proj=self.projection(self.mlp.down_proj, dtype),
         )
 
 
@@ -89,9 +99,14 @@ class TextTower(nn.Module):
         self.inv_freq, self.attention_scaling = rope_frequencies(config)
 
     @property
+    def embedding_weight(self) -> Tensor:
+        """[V, d] of the embedding."""
+        return _base_weight(self.embed_tokens)
+
+    @property
     def head_weight(self) -> Tensor:
         """[V, d] of the LM head, which may be the embedding."""
-        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return self.embedding_weight if self.lm_head is None else _base_weight(self.lm_head)
 
     def rope(self, position: Tensor) -> Rope:
         """cos and sin of every token's angles, from its position (int32 [N], sequence order)."""
@@ -139,7 +154,7 @@ class ImageTower(nn.Module):
         else:
             self.norm.weight.fill_(1.0)
         for marker, vocabulary in (
-            (self.marker_embedding, text.embed_tokens.weight),
+            (self.marker_embedding, text.embedding_weight),
             (self.marker_head, text.head_weight),
         ):
             mean, spread = vocabulary.float().mean(0), 0.1 * vocabulary.float().std()
@@ -158,6 +173,17 @@ def _tower_layer(kind: type[L], config: PreTrainedConfig, width: int, intermedia
         qk_norm=config.model_type == "qwen3",
         eps=config.rms_norm_eps,
     )
+
+
+def _base_weight(module: nn.Module) -> Tensor:
+    """The weight of a module of the text tower."""
+    if is_adapted(module):
+        raise ValueError(
+            "an adapter lies on the text tower, whose words stay the base LLM's; put it on the image tower: "
+            r"target_modules=r'image\.layers\..*\.(qkv_proj|o_proj|gate_up_proj|down_proj)'"
+        )
+    assert isinstance(module.weight, Tensor)
+    return module.weight
 
 
 def rope_frequencies(config: PreTrainedConfig) -> tuple[Tensor, float]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lmfusion_kernels.block import routed_block
 from lmfusion_kernels.layout import TokenLayout
+from lmfusion_kernels.lora import effective_weight
 from lmfusion_kernels.weights import BlockWeights, Rope, Rows
 
 SEPARATIONS = ("deep", "shallow", "none")
@@ -103,7 +104,11 @@ class TowerLayer(nn.Module):
                 nn.init.trunc_normal_(parameter, std=scale, a=-3 * scale, b=3 * scale)
 
     def weights(self, dtype: torch.dtype) -> BlockWeights:
-        """The parameters in `dtype`; a cast is part of the graph, so float32 parameters can train under bf16 rows."""
+        """The parameters in `dtype`; a cast is part of the graph, so float32 parameters can train under bf16 rows.
+
+        Where peft has put LoRA on a projection, its weight is the adapted one. Raises ValueError for adapters that
+        are no sum of weights: see `lmfusion_kernels.lora.effective_weight`.
+        """
         attention, mlp = self.self_attn, self.mlp
 
         def cast(parameter: Tensor | None) -> Tensor | None:
@@ -111,16 +116,20 @@ class TowerLayer(nn.Module):
 
         return BlockWeights(
             input_layernorm=self.input_layernorm.weight.to(dtype),
-            qkv_proj=attention.qkv_proj.weight.to(dtype),
-            o_proj=attention.o_proj.weight.to(dtype),
+            qkv_proj=self.projection(attention.qkv_proj, dtype),
+            o_proj=self.projection(attention.o_proj, dtype),
             post_attention_layernorm=self.post_attention_layernorm.weight.to(dtype),
-            gate_up_proj=mlp.gate_up_proj.weight.to(dtype),
-            down_proj=mlp.down_proj.weight.to(dtype),
+            gate_up_proj=self.projection(mlp.gate_up_proj, dtype),
+            down_proj=self.projection(mlp.down_proj, dtype),
             qkv_bias=cast(attention.qkv_proj.bias),
             q_norm=cast(attention.q_norm.weight if attention.q_norm is not None else None),
             k_norm=cast(attention.k_norm.weight if attention.k_norm is not None else None),
             eps=self.eps,
         )
+
+    def projection(self, linear: nn.Module, dtype: torch.dtype) -> Tensor:
+        """The weight of one of its linear maps."""
+        return effective_weight(linear, dtype)
 
     def share(self, other: "TowerLayer", separation: str) -> None:
         """Use the other tower's modules where `separation` has one set for both.

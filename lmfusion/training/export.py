@@ -1,9 +1,12 @@
 """How does a checkpoint become a model to use? From the base LLM and the averaged weights, in one CPU process."""
 
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from lmfusion.model_card import TrainingRecord
 from lmfusion.training.build import build_model
 from lmfusion.training.checkpoint import load_checkpoint, ranges, restore
 from lmfusion.training.config import RunConfig
@@ -12,7 +15,8 @@ from lmfusion.training.run_identity import is_text_the_bases
 
 
 def save_model(config: RunConfig, checkpoint: Path, out: Path) -> None:
-    """Write the model of a run, with the averaged weights of `checkpoint` where it has any, into the folder `out`.
+    """Write the model of a run, with the averaged weights of `checkpoint` where it has any, into the folder `out`,
+    and beside it the record of its training.
 
     Nothing is gathered from the ranks or held on the device, and one copy of the model is in memory. The text tower is
     left out where it is certainly still the base LLM's. Raises ValueError for a damaged checkpoint or one of another
@@ -22,6 +26,20 @@ def save_model(config: RunConfig, checkpoint: Path, out: Path) -> None:
     place(model, World(0, 1, torch.device("cpu")), getattr(torch, config.train.dtype))
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     part = "ema" if config.train.ema_decay else "weights"
-    parts, _ = load_checkpoint(checkpoint, ranges({part: weights}))
+    parts, state = load_checkpoint(checkpoint, ranges({part: weights}))
     restore(weights, parts[part])
+    model.trained = _record(config, state)
     model.eval().save_pretrained(out, parts="image" if is_text_the_bases(model) else "all")
+
+
+def _record(config: RunConfig, state: dict[str, Any]) -> TrainingRecord:
+    """What to tell of a run whose checkpoint holds `state`; of paths the last part alone, as others will read it."""
+    sources = [
+        f"{source.kind} {Path(source.path).name if source.path else source.split}, weight {source.weight:g}"
+        for source in config.data.sources
+    ]
+    names = [f.name for f in fields(TrainingRecord) if hasattr(config.train, f.name) and f.name != "num_steps"]
+    settings = {name: getattr(config.train, name) for name in names}
+    return TrainingRecord(
+        num_steps=state["step"], num_samples=state["progress"]["num_samples"], sources=sources, **settings
+    )

@@ -1,14 +1,12 @@
 """Is this the run that a checkpoint belongs to? What it cannot change on the way, by its key in the configuration."""
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from lmfusion.config_values import to_values
 from lmfusion.data.encoded import tokenizer_sha256
 from lmfusion.modeling import LMFusion
-from lmfusion.serialization import digests, text_tensors
+from lmfusion.serialization import digest_of, digests, text_tensors
 from lmfusion.training.config import RunConfig
 
 TRAIN_KEYS = ("seed", "batch_tokens", "text_learning_rate_ratio", "optimizer", "dtype")
@@ -71,4 +69,4 @@ def base_digest(model: LMFusion) -> str:
         sha256 = model.base.sha256
     else:
         sha256 = digests(text_tensors(model))
-    return hashlib.sha256(json.dumps(sha256, sort_keys=True).encode()).hexdigest()
+    return digest_of(sha256)

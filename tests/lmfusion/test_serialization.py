@@ -30,7 +30,7 @@ def assert_same(model, other):
     theirs = other.state_dict()
     assert theirs.keys() == model.state_dict().keys()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items())
-    assert other.config.to_dict() == model.config.to_dict()
+    assert json.loads(other.config.to_json_string()) == json.loads(model.config.to_json_string())
 
 
 @pytest.mark.parametrize("parts", ["image", "all"])
@@ -141,8 +141,6 @@ def test_auto_classes(model, tmp_path):
     model.save_pretrained(tmp_path / "m")
     assert isinstance(AutoConfig.from_pretrained(tmp_path / "m"), LMFusionConfig)
     assert_same(model, AutoModel.from_pretrained(tmp_path / "m"))
-    with pytest.raises(ValueError, match="unknown argument 'device_map'"):
-        AutoModel.from_pretrained(tmp_path / "m", device_map="cpu")
 
 
 @pytest.mark.slow

@@ -20,8 +20,11 @@ def trained(run):
 
 
 def assert_same_files(one, other):
-    names = sorted(path.name for path in one.iterdir())
-    assert names == sorted(path.name for path in other.iterdir()) and "model.safetensors" in names
+    """All but what an export tells of the training, which a model in memory does not know."""
+    names, theirs = (
+        {path.name for path in folder.iterdir()} - {"training.json", "README.md"} for folder in (one, other)
+    )
+    assert names == theirs and "model.safetensors" in names
     for name in names:
         assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
@@ -70,6 +73,26 @@ def test_an_earlier_checkpoint_can_be_exported(config, unbroken, tmp_path):
     found = dict(LMFusion.from_pretrained(tmp_path / "model").named_parameters())[name]
     assert torch.equal(found, load_checkpoint(path)[0]["ema"][name])
     assert json.loads((path / "state.json").read_text())["step"] == 8
+
+
+def test_an_export_tells_how_it_was_trained(config, unbroken, tmp_path):
+    folder = Path(unbroken.output) / "model"
+    record = LMFusion.from_pretrained(folder).trained
+    train, state = (
+        unbroken.train,
+        json.loads((Path(unbroken.output) / "checkpoints" / "step-00000012" / "state.json").read_text()),
+    )
+    assert (record.num_steps, record.num_samples) == (12, state["progress"]["num_samples"])
+    assert (record.batch_tokens, record.learning_rate, record.seed) == (
+        train.batch_tokens,
+        train.learning_rate,
+        train.seed,
+    )
+    assert len(record.sources) == len(unbroken.data.sources) and str(tmp_path.parent) not in "".join(record.sources)
+    card = (folder / "README.md").read_text()
+    assert "| updates | 12 of " in card and "| text tower | frozen |" in card and record.sources[0] in card
+    LMFusion.from_pretrained(folder).save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "training.json").read_text() == (folder / "training.json").read_text()
 
 
 def test_damage_and_other_models_are_named(config, unbroken, tmp_path):

@@ -1,0 +1,207 @@
+"""What does the README.md of a saved model say? A model card, filled in from the model and the record of its training.
+
+What stands between the two comment lines BEGIN and END is written anew at each save. All else in the file, the YAML at
+its top included, is written once and then left to whoever edits it.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+if TYPE_CHECKING:
+    from lmfusion.modeling import LMFusion
+
+CARD_NAME = "README.md"
+BEGIN = "<!-- From here to the next line like this one, saving the model writes this file anew. The rest is yours. -->"
+END = "<!-- To here. -->"
+
+
+@dataclass
+class TrainingRecord:
+    """What is known of the training that a model came out of; saved as training.json."""
+
+    num_steps: int
+    """Updates that were made."""
+    num_samples: int
+    """Samples that were read for them, those of every epoch counted."""
+    batch_tokens: int
+    """Slots an update, padding included."""
+    sources: list[str]
+    """What was read, each with its weight."""
+    learning_rate: float
+    """After warm-up."""
+    min_learning_rate: float
+    """At the last update."""
+    text_learning_rate_ratio: float
+    """Learning rate of the text tower over that of the image tower; 0: it was frozen."""
+    optimizer: str
+    dtype: str
+    """Of the activations."""
+    ema_decay: float
+    """Of the averaged weights, which the saved ones are; 0: they are the weights themselves."""
+    seed: int
+
+
+TEMPLATE = """# {base}, with an image tower
+
+{base} is a text LLM. Beside each of its layers stands a layer of an image tower, so that it draws and sees too: text is
+written token by token, images are drawn by diffusion, attention is shared. Made with
+[lmfusion](https://arxiv.org/abs/2412.15188). {text_side}
+
+| | |
+| --- | --- |
+| base LLM | {base}: {architecture}, {base_dtype}; sha256 over all its tensors: {digest} |
+| text tower | {text_parameters} parameters, {num_layers} layers of width {text_width} |
+| image tower | {image_parameters} parameters, width {image_width}, separation {separation}, patch coder {patch_coder} |
+| codec | {codec} |
+| diffusion | {prediction_type}, {schedule} schedule of {num_train_timesteps} steps |
+| images | {image_size} x {image_size} pixels, {colours}; {tokens_per_image} tokens each |
+| in this folder | {parts} |
+
+## Use
+
+In this folder, with `lmfusion` installed:
+
+```bash
+lmfusion generate . "a caption of what to draw" --sampler dpm-solver --num-steps 20
+lmfusion caption . photo.png
+{chat}{verify}```
+
+```python
+from lmfusion import LMFusion
+
+model = LMFusion.from_pretrained("."){base_hint}
+images = model.draw(["a caption of what to draw"], sampler="dpm-solver", num_steps=20)
+captions = model.caption(images)
+```
+
+After `import lmfusion`, `transformers.AutoModel.from_pretrained(".")` gives the same model.
+
+## Training
+
+{training}
+
+## Limits
+
+- Its words rest on the base LLM, with that model's knowledge, errors and biases.
+- It draws and describes what its training images show, at their size; other subjects and sizes may give noise.
+- Nothing has been done to filter what it writes or draws, and no evaluation is recorded here.
+"""
+
+CHAT = 'lmfusion generate . "Draw something, then say what you drew." --chat\n'
+VERIFY = "lmfusion verify .    # is the text side still the base LLM, bit for bit?\n"
+
+
+def model_card(model: "LMFusion", parts: str, previous: str | None = None) -> str | None:
+    """The text of the card of `model` saved with `parts`; None where `previous` is a card of somebody else's making.
+
+    previous: the file that lies in its place. What stands outside BEGIN and END there is kept.
+    """
+    body = f"{BEGIN}\n{_body(model, parts)}{END}"
+    if previous is None:
+        return f"---\n{_metadata(model).to_yaml()}\n---\n{body}\n"
+    before, begin, rest = previous.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    return f"{before}{body}{after}" if begin and end else None
+
+
+def _metadata(model: "LMFusion") -> ModelCardData:
+    name = "" if model.base is None else model.base.name
+    return ModelCardData(
+        license=_license(Path(name)) if name else "unknown",
+        library_name="lmfusion",
+        pipeline_tag="any-to-any",
+        base_model=name if _is_on_hub(name) else None,
+        tags=["lmfusion", "text-to-image", "image-to-text", "mixture-of-transformers", "diffusion"],
+    )
+
+
+def _is_on_hub(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name and not Path(name).exists()
+
+
+def _license(base: Path) -> str:
+    """What the base LLM's own card says, where its folder holds one."""
+    try:
+        known = ModelCard.load(base / CARD_NAME).data.license if (base / CARD_NAME).is_file() else None
+    except (OSError, ValueError, yaml.YAMLError):  # damaged
+        known = None
+    return known if isinstance(known, str) else "unknown"
+
+
+def _body(model: "LMFusion", parts: str) -> str:
+    config, base = model.config, model.base
+    text, codec = config.text_config, config.codec
+    coder = config.image.patch_coder
+    base_name = "An LLM without a record" if base is None else Path(base.name).name.removesuffix(".gguf")
+    if base is None:
+        text_side, digest, verify = "No base LLM is recorded.", "not recorded", ""
+    elif base.may_differ:
+        text_side, digest, verify = "Its text side has been trained too.", f"`{base.digest}`", VERIFY
+    else:
+        text_side = "Its text side is the base LLM's, bit for bit."
+        digest, verify = f"`{base.digest}`", VERIFY
+    return TEMPLATE.format(
+        base=base_name,
+        text_side=text_side,
+        architecture=text.model_type,
+        base_dtype="" if base is None else base.dtype,
+        digest=digest,
+        text_parameters=_count(model.text),
+        num_layers=text.num_hidden_layers,
+        text_width=text.hidden_size,
+        image_parameters=_count(model.image),
+        image_width=config.image_hidden_size,
+        separation=config.image.separation,
+        patch_coder=f"{coder.kind} (patches of {coder.patch_size} x {coder.patch_size})",
+        codec="pixels"
+        if codec.path is None
+        else f"{codec.kind}, {_count(model.codec)} parameters, sha256 `{codec.sha256}`",
+        prediction_type=config.diffusion.prediction_type,
+        schedule=config.diffusion.schedule,
+        num_train_timesteps=config.diffusion.num_train_timesteps,
+        image_size=codec.image_size,
+        colours="grey" if codec.channels == 1 else "RGB",
+        tokens_per_image=model.tokens_per_image,
+        parts="all parts" if parts == "all" else "the image part; the base LLM is loaded from where it is, and checked",
+        chat="" if config.chat_system_prompt is None else CHAT,  # trained on conversations
+        verify=verify,
+        base_hint="" if parts == "all" else "  # base=FOLDER where the base LLM is elsewhere now",
+        training=_training(model.trained),
+    )
+
+
+def _training(record: TrainingRecord | None) -> str:
+    if record is None:
+        return "No training is recorded. As `lmfusion adapt` makes it, the image tower is untrained and draws noise."
+    rows = {
+        "data": "; ".join(record.sources),
+        "samples read": f"{record.num_samples:,}",
+        "updates": f"{record.num_steps:,} of {record.batch_tokens:,} tokens",
+        "learning rate": f"{record.learning_rate:g}, falling to {record.min_learning_rate:g}; {record.optimizer}",
+        "text tower": f"at {record.text_learning_rate_ratio:g} of it" if record.text_learning_rate_ratio else "frozen",
+        "computed in": record.dtype,
+        "averaged weights": f"yes, decay {record.ema_decay:g}" if record.ema_decay else "no",
+        "seed": str(record.seed),
+    }
+    table = ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())]
+    return "\n".join(
+        ["What `lmfusion train` did; changes since, such as merged adapters, are not recorded.", "", *table]
+    )
+
+
+def _count(module: Any) -> str:
+    """Number of parameters in the words of model names."""
+    number = sum(parameter.numel() for parameter in module.parameters())
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)
