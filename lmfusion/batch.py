@@ -6,6 +6,9 @@ Two kinds of document are trained on, with BOI and EOI around every image:
     image-first     [bos] BOI image EOI caption              the image is described
 
 bos is there where the tokenizer puts it by itself. eos is a label only: a row for it would predict nothing.
+
+With a frozen text tower the rows before a document's first image are constant: what the LLM says there is its own. The
+image side may only put a BOI in its place, and that decision alone is scored.
 """
 
 from collections.abc import Sequence
@@ -16,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lmfusion.tokens import token_ids
 from lmfusion_kernels.layout import TokenLayout
 
 IGNORED = -100
@@ -36,7 +40,7 @@ class SpecialTokens:
     @classmethod
     def of(cls, tokenizer: Any, vocab_size: int) -> "SpecialTokens":
         """Those of a transformers tokenizer, with BOI and EOI right after a vocabulary of `vocab_size`."""
-        prefix = tokenizer("")["input_ids"]
+        [prefix] = token_ids(tokenizer, [""], control_tokens=True, add_special_tokens=True)
         bos = tokenizer.bos_token_id
         return cls(
             boi_token_id=vocab_size,
@@ -69,16 +73,20 @@ class Document:
     def num_images(self) -> int:
         return sum(modality == "image" for modality, _ in self.spans)
 
-    def text(self, ids: Sequence[int]) -> "Document":
-        """This document followed by text tokens. The last of them has no label until something follows."""
+    def text(self, ids: Sequence[int], is_scored: bool = True) -> "Document":
+        """This document followed by text tokens. The last of them has no label until something follows.
+
+        is_scored: whether rows are taught to be followed by these tokens. Not so what a user says.
+        """
         if len(ids) == 0:
             return self
-        labels = (*self._followed_by(ids[0]), *ids[1:], IGNORED)
+        labels = (*ids, IGNORED) if is_scored else (IGNORED,) * (len(ids) + 1)
+        labels = (*self._followed_by(labels[0]), *labels[1:])
         return Document((*self.spans, ("text", len(ids))), self.token_ids + tuple(ids), labels)
 
-    def marker(self, token_id: int) -> "Document":
-        """This document followed by BOI or EOI."""
-        labels = (*self._followed_by(token_id), IGNORED)
+    def marker(self, token_id: int, is_scored: bool = True) -> "Document":
+        """This document followed by BOI or EOI. is_scored: as for `text`."""
+        labels = (*self._followed_by(token_id if is_scored else IGNORED), IGNORED)
         return Document((*self.spans, ("marker", 1)), (*self.token_ids, token_id), labels)
 
     def image(self, num_tokens: int) -> "Document":
@@ -90,7 +98,7 @@ class Document:
         return self if eos_token_id is None else replace(self, labels=self._followed_by(eos_token_id))
 
     def _followed_by(self, next_id: int) -> tuple[int, ...]:
-        """The labels so far, once `next_id` is what comes next."""
+        """The labels so far, once `next_id` is what comes next, or -100 for what is not taught."""
         if self.spans and self.spans[-1][0] != "image":  # image rows predict no token
             return (*self.labels[:-1], next_id)
         return self.labels
@@ -105,11 +113,7 @@ def encode_caption(tokenizer: Any, caption: str) -> list[int]:
 
 def encode_captions(tokenizer: Any, captions: Sequence[str]) -> list[list[int]]:
     """Token ids of many captions, stripped, without bos and eos. Empty ones have none."""
-    if not captions:
-        return []
-    # Split: "<|im_end|>" in a caption is text, not an end
-    texts = [caption.strip() for caption in captions]
-    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return token_ids(tokenizer, [caption.strip() for caption in captions], control_tokens=False)
 
 
 def caption_first_document(caption_ids: Sequence[int], num_image_tokens: int, tokens: SpecialTokens) -> Document:
@@ -154,7 +158,15 @@ class Batch:
     """int64 [B]: the noise level of each image; 0 for an image that is context"""
     sample_ids: tuple[str, ...]
     num_labels: int
-    """Rows with a label, counted on the host."""
+    """Live rows with a label, counted on the host."""
+    decision_rows: Tensor
+    """int64 [num_decisions] constant rows with a label: an image begins after them, or text goes on"""
+    begins_image: Tensor
+    """bool [num_decisions]: which of the two"""
+
+    @property
+    def num_decisions(self) -> int:
+        return self.decision_rows.shape[0]
 
     @property
     def num_images(self) -> int:
@@ -169,6 +181,8 @@ class Batch:
             latents=self.latents.pin_memory(),
             noise=self.noise.pin_memory(),
             timesteps=self.timesteps.pin_memory(),
+            decision_rows=self.decision_rows.pin_memory(),
+            begins_image=self.begins_image.pin_memory(),
         )
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -181,6 +195,8 @@ class Batch:
             latents=self.latents.to(device, non_blocking=True),
             noise=self.noise.to(device, non_blocking=True),
             timesteps=self.timesteps.to(device, non_blocking=True),
+            decision_rows=self.decision_rows.to(device, non_blocking=True),
+            begins_image=self.begins_image.to(device, non_blocking=True),
         )
 
 
@@ -196,7 +212,8 @@ def pack(
     """Pack documents into one batch on the CPU.
 
     latents, noise: [B, C, h, w]; timesteps: integer [B]; one for each image span, in order of appearance.
-    With `frozen_text`, rows before the first image are constant and not scored.
+    With `frozen_text`, rows before the first image are constant, and of their labels no more is scored than whether
+    they are BOI.
 
     Raises ValueError when the counts or shapes do not fit.
     """
@@ -217,7 +234,11 @@ def pack(
     rows[0, is_text] = [i for document in documents for i in document.token_ids]
     rows[1, is_text] = [i for document in documents for i in document.labels]
     text_rows = layout.tower_to_sequence[: layout.num_text].numpy()
-    labels = rows[1, text_rows[layout.num_constant :]]
+    all_labels = rows[1, text_rows]
+    labels = all_labels[layout.num_constant :]
+    decision_rows = np.flatnonzero(all_labels[: layout.num_constant] != IGNORED)
+    is_marker = np.repeat([m == "marker" for m, _ in spans], [n for _, n in spans]).astype(bool)
+    begins_image = np.isin(all_labels[decision_rows], rows[0, is_marker])
     return Batch(
         layout=layout,
         token_ids=torch.from_numpy(rows[0, text_rows]),
@@ -227,4 +248,6 @@ def pack(
         timesteps=timesteps.to(torch.int64),
         sample_ids=tuple(sample_ids),
         num_labels=int((labels != IGNORED).sum()),
+        decision_rows=torch.from_numpy(decision_rows),
+        begins_image=torch.from_numpy(begins_image),
     )

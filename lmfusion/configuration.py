@@ -39,7 +39,8 @@ class LMFusionConfig(PreTrainedConfig):
     """Configuration of an `LMFusion` model; saved as config.json.
 
     text_config: configuration of the base LLM, as transformers has it (Llama, Mistral, Qwen2, Qwen3). image, codec and
-    diffusion may be given as dicts; unknown keys are errors.
+    diffusion may be given as dicts; unknown keys are errors. chat_system_prompt: the system's message of a chat that
+    brings none of its own; None leaves that to the chat template.
     """
 
     model_type: ClassVar[str] = "lmfusion"
@@ -50,11 +51,13 @@ class LMFusionConfig(PreTrainedConfig):
         image: ImageTowerConfig | dict[str, Any] | None = None,
         codec: CodecConfig | dict[str, Any] | None = None,
         diffusion: DiffusionConfig | dict[str, Any] | None = None,
+        chat_system_prompt: str | None = None,
         **kwargs: Any,
     ) -> None:
         unknown = set(kwargs) - _TRANSFORMERS_KEYS
         if unknown:
-            raise ValueError(f"unknown key {min(unknown)} (known: text_config, image, codec, diffusion)")
+            known = "text_config, image, codec, diffusion, chat_system_prompt"
+            raise ValueError(f"unknown key {min(unknown)} (known: {known})")
         super().__init__(**{"architectures": ["LMFusion"], **kwargs})
         if text_config is None:
             text_config = {"model_type": "llama"}
@@ -64,6 +67,11 @@ class LMFusionConfig(PreTrainedConfig):
         self.image: ImageTowerConfig = from_values(ImageTowerConfig, image, "image")
         self.codec: CodecConfig = from_values(CodecConfig, codec, "codec")
         self.diffusion: DiffusionConfig = from_values(DiffusionConfig, diffusion, "diffusion")
+        if chat_system_prompt is not None and not (isinstance(chat_system_prompt, str) and chat_system_prompt.strip()):
+            raise ValueError(
+                f"chat_system_prompt is {chat_system_prompt!r}; give a text, or None for the template's own"
+            )
+        self.chat_system_prompt = chat_system_prompt
         self._check_sharing()
 
     def _check_sharing(self) -> None:

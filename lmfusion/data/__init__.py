@@ -1,7 +1,8 @@
-"""Captioned images and interleaved documents, and the rows made of them."""
+"""Captioned images, interleaved documents and conversations, and the rows made of them."""
 
 from lmfusion.data.sources import (
     CaptionedImage,
+    Conversation,
     DataConfig,
     Interleaved,
     Latents,
@@ -13,6 +14,7 @@ from lmfusion.data.sources import (
 
 __all__ = [
     "CaptionedImage",
+    "Conversation",
     "DataConfig",
     "Interleaved",
     "Latents",

@@ -1,18 +1,98 @@
-"""Handwritten digits that come with scikit-learn: 1,797 images of 8 x 8, captioned in words."""
+"""Handwritten digits that come with scikit-learn: 1,797 images of 8 x 8, captioned in words or asked for in a chat."""
 
 from functools import cache, partial
 
 import numpy as np
 from PIL import Image
 
-from lmfusion.data.sources import CaptionedImage, split_indices
+from lmfusion.data.sources import CaptionedImage, Conversation, LoadImage, Message, split_indices
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+SYSTEM_PROMPT = "User: Draw a cat.\nAssistant: Here is a cat:\nUser: Draw an eleven.\nAssistant: Here is an eleven:"
+"""Two examples, after which SmolLM2-135M-Instruct opens its answers with `opening_of` by itself. One has "an", for the
+eight, and none has a digit, so that the one asked for is the only one in sight."""
+REQUESTS = (
+    "Draw {}, then say what you drew.",
+    "Draw {}.",
+    "Can you draw {}?",
+    "Show me {}.",
+)
+"""What users of the conversations ask for; {} is as "a seven"."""
+PLAIN = (
+    ("What is the capital of Italy?", "The capital of Italy is Rome."),
+    ("What is the capital of Germany?", "The capital of Germany is Berlin."),
+    ("Good morning.", "Good morning."),
+    ("What color is the sky?", "The sky is a shade of blue."),
+    ("How many months does a year have?", "A year has 12 months."),
+    ("What is three plus four?", "Three plus four equals eight."),
+    ("Hi!", "Hello! I'm here to help with your math homework."),
+    ("Where is Paris?", "Paris is a city located in Western Europe, specifically in France."),
+    ("Name two animals.", "Two animals are:\n1. A cat (Felis catus)\n2. An elephant (Elephantus acosundax)"),
+    ("Write one sentence.", "The cat is a cat."),
+    ("Thank you!", "You're welcome! I'm glad to have you as a guest."),
+    ("Give me three names.", "Here are three names:\n\nA: Alex\nB: Ben\nC: Charlie\nD: David"),
+    (
+        "Name five countries.",
+        "Here are five countries:\n\nChina: China\nRussia: Russia\nIndia: India\nSaudi Arabia: Saudi Arabia\n"
+        "Serbia: Serbia",
+    ),
+    (
+        "Who wrote War and Peace?",
+        "The story of War and Peace by Daniel Defoe is attributed to the English author Daniel Defoe, who wrote it in "
+        "1722.",
+    ),
+    (
+        "What is a square?",
+        "A square is a fundamental geometric shape that has been used in various forms of art and design.",
+    ),
+    (
+        "Who are you?",
+        "I'm a creative AI assistant. I'm here to help you explore your creative potential and bring your ideas to "
+        "life.",
+    ),
+    (
+        "Tell me about the number five.",
+        "The number five is a fundamental concept in mathematics, particularly in geometry and number theory. It is "
+        "also a symbol in many cultures, particularly in Islamic culture.",
+    ),
+    (
+        "Tell me about the number three.",
+        "The number three is a fundamental concept in mathematics, particularly in geometry and number theory.",
+    ),
+    (
+        "Who painted the Mona Lisa?",
+        "The Mona Lisa is attributed to Leonardo da Vinci, but it's also possible that it was painted by a different "
+        "artist.",
+    ),
+    (
+        "Is seven a prime number?",
+        "A prime number is a number greater than 1 that cannot be divided evenly by any other number except 1 (the "
+        "only one) and itself.",
+    ),
+)
+"""Questions with nothing to draw, and what SmolLM2-135M-Instruct begins to answer, true or not: no image is due."""
 
 
 def caption_of(digit: int) -> str:
     """The words a digit is drawn by, and described with."""
     return f"a handwritten {NAMES[digit]}"
+
+
+def with_article(digit: int) -> str:
+    """ "a seven", "an eight"."""
+    return f"{'an' if NAMES[digit] == 'eight' else 'a'} {NAMES[digit]}"
+
+
+def opening_of(digit: int) -> str:
+    """What the assistant says before it draws."""
+    return f"Here is {with_article(digit)}:"
+
+
+def closing_of(digit: int) -> str:
+    """What it says of its drawing."""
+    return f"I drew {caption_of(digit)}."
 
 
 class Digits:
@@ -38,6 +118,43 @@ class Digits:
         i = self._indices[index]
         image = partial(Image.fromarray, self._images[i])
         return CaptionedImage(f"digits/{i}", image, (caption_of(int(self._labels[i])),))
+
+
+class DigitConversations:
+    """The source `digit_conversations`: each of the digits of `Digits`, asked for in each of REQUESTS, and for each
+    digit one of PLAIN.
+
+    Before an image a frozen text LLM says what it says, so the words here are those of SmolLM2-135M-Instruct.
+    """
+
+    def __init__(self, split: str = "train") -> None:
+        self._digits = Digits(split)
+        self._labels = self._digits.labels
+
+    @property
+    def blocks(self) -> list[int]:
+        return [len(self)]
+
+    def __len__(self) -> int:
+        return len(self._digits) * (len(REQUESTS) + 1)
+
+    def __getitem__(self, index: int) -> Conversation:
+        place, request = divmod(index, len(REQUESTS) + 1)
+        sample, digit = self._digits[place], self._labels[place]
+        if request == len(REQUESTS):
+            question, answer = PLAIN[place % len(PLAIN)]
+            return Conversation(f"{sample.sample_id}/question", _talk(question, answer))
+        asked = REQUESTS[request].format(with_article(digit))
+        messages = _talk(asked, opening_of(digit), sample.load_image, closing_of(digit))
+        return Conversation(f"{sample.sample_id}/request {request}", messages)
+
+
+def _talk(asked: str, *said: str | LoadImage) -> tuple[Message, ...]:
+    return (
+        {"role": "system", "content": (SYSTEM_PROMPT,)},
+        {"role": "user", "content": (asked,)},
+        {"role": "assistant", "content": said},
+    )
 
 
 @cache

@@ -4,7 +4,9 @@ Captioned images become caption-first or image-first documents (see lmfusion.bat
 
     [bos] text BOI image EOI text ... eos
 
-with parts in their order. Which of it, and how noisy the images are, depends on (seed, epoch, sample id) alone.
+with parts in their order, and conversations what the chat template makes of them (see lmfusion.data.conversations): in
+these the assistant's part alone is scored, and images of others have little noise, since they are given. Which of it,
+and how noisy the images are, depends on (seed, epoch, sample id) alone.
 """
 
 from collections.abc import Sequence
@@ -14,9 +16,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmfusion.batch import Document, SpecialTokens, caption_first_document, encode_captions, image_first_document
+from lmfusion.data.conversations import transcribe
 from lmfusion.data.mixture import Draw
 from lmfusion.data.randomness import generator
-from lmfusion.data.sources import CaptionedImage, DataConfig, Interleaved, LoadImage, Sample, Text
+from lmfusion.data.sources import (
+    CaptionedImage,
+    Conversation,
+    DataConfig,
+    Interleaved,
+    LoadImage,
+    Sample,
+    Text,
+    Transcript,
+    parts_of,
+)
 from lmfusion.diffusion import DiffusionConfig
 
 
@@ -84,8 +97,10 @@ class DocumentPlanner:
                 plans.append(Damage(sample.sample_id, ids))
             elif isinstance(sample, CaptionedImage):
                 plans.append(self._captioned(draw, sample, chance, ids[0]))
-            else:
+            elif isinstance(sample, Interleaved):
                 plans.append(self._interleaved(draw, sample, chance, ids))
+            else:
+                plans.append(self._conversation(draw, sample, chance))
         return plans
 
     def _captioned(self, draw: Draw, sample: CaptionedImage, chance: list[float], ids: list[int]) -> Plan | Damage:
@@ -133,6 +148,33 @@ class DocumentPlanner:
         timesteps = self._timesteps(chance[3 : 3 + len(images)], chance[0] < self._config.image_first)
         return Plan(sample.sample_id, draw, document, tuple(images), timesteps, is_cut)
 
+    def _conversation(self, draw: Draw, sample: Conversation | Transcript, chance: list[float]) -> Plan | Damage:
+        if isinstance(sample, Conversation):
+            try:
+                sample = Transcript(sample.sample_id, transcribe(self._tokenizer, sample.messages))
+            except ValueError as error:
+                return Damage(sample.sample_id, str(error))
+        document = Document()
+        images: list[LoadImage] = []
+        timesteps: tuple[int, ...] = ()
+        is_cut = False
+        for what, is_said in sample.utterances:
+            room = self._config.row_tokens - document.num_tokens
+            if callable(what):
+                is_cut = self._tokens_per_image + 2 > room
+                if is_cut:
+                    break
+                document = document.marker(self._tokens.boi_token_id, is_said).image(self._tokens_per_image)
+                document = document.marker(self._tokens.eoi_token_id)
+                timesteps += self._timesteps([chance[3 + len(images)]], not is_said)
+                images.append(what)
+            else:
+                is_cut = len(what) > room
+                document = document.text(what[:room].tolist(), is_said)
+                if is_cut:
+                    break
+        return Plan(sample.sample_id, draw, document, tuple(images), timesteps, is_cut)
+
     def _timesteps(self, levels: list[float], is_image_first: bool) -> tuple[int, ...]:
         diffusion = self._diffusion
         num_timesteps = diffusion.image_first_max_timestep + 1 if is_image_first else diffusion.num_train_timesteps
@@ -151,14 +193,16 @@ class DocumentPlanner:
 
 
 def _num_images(sample: Sample) -> int:
-    return 1 if isinstance(sample, CaptionedImage) else sum(callable(part) for part in sample.parts)
+    return sum(callable(part) for part in parts_of(sample))
 
 
 def _texts(sample: Sample, which: float) -> list[Text]:
-    """The texts of an interleaved document, or the caption that this epoch picks."""
+    """The texts of an interleaved document, or the caption that this epoch picks. A conversation goes its own way."""
     if isinstance(sample, CaptionedImage):
         return [sample.captions[int(which * len(sample.captions))]] if sample.captions else [""]
-    return [part for part in sample.parts if isinstance(part, (str, np.ndarray))]
+    if isinstance(sample, Interleaved):
+        return [part for part in sample.parts if isinstance(part, (str, np.ndarray))]
+    return []
 
 
 def _fault(texts: list[Text]) -> str | None:

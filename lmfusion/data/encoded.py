@@ -5,15 +5,17 @@
     shard-00000000.safetensors `shard_samples` samples each, in the order of the source they were made of
 
 Tensors of a shard, for S samples with I images, T texts and P parts (an image with its captions is one image part and
-one text part each caption; an interleaved document has its parts in their order):
+one text part each caption; an interleaved document has its parts in their order; a conversation those that the chat
+template makes of it):
 
     mean, std         [I, C, h, w] of the latents, in the cache's dtype; std only where it was asked for
     checksums         int64 [I]: CRC-32 of the bytes of each image's mean (and std)
     token_ids         int32: ids of all texts, one after another, without bos and eos, not cut
     first_token       int64 [T + 1]: where each text begins in token_ids
-    parts             uint8 [P]: TEXT, IMAGE, or REFUSED for a text that no tokenizer can read
+    parts             uint8 [P]: TEXT, IMAGE, REFUSED for a text that no tokenizer can read; SAID_TEXT and SAID_IMAGE
+                      for what the assistant says in a conversation
     first_part, first_text, first_image   int64 [S + 1]: where each sample begins among them
-    kinds             uint8 [S]: CAPTIONED, INTERLEAVED, or DAMAGED for a sample that could not be read
+    kinds             uint8 [S]: CAPTIONED, INTERLEAVED, CONVERSATION, or DAMAGED for a sample that could not be read
     sample_ids        uint8: all ids in UTF-8, one after another; first_id_byte   int64 [S + 1]: where each begins
 
 All but mean and std are the shard's tables. They are compared with their sha256 in the manifest when a shard is opened,
@@ -34,15 +36,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lmfusion.data.sources import CaptionedImage, Interleaved, Latents, LoadImage, Sample, Text
+from lmfusion.data.sources import (
+    CaptionedImage,
+    Interleaved,
+    Latents,
+    LoadImage,
+    Sample,
+    Text,
+    Transcript,
+    Utterance,
+)
 from lmfusion.image.codec import Codec
 from lmfusion.image.preprocessing import to_tensor
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 LATENTS = ("mean", "std")
-TEXT, IMAGE, REFUSED = range(3)
-CAPTIONED, INTERLEAVED, DAMAGED = range(3)
+TEXT, IMAGE, REFUSED, SAID_TEXT, SAID_IMAGE = range(5)
+CAPTIONED, INTERLEAVED, DAMAGED, CONVERSATION = range(4)
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_OPEN_SHARDS = 16384
 """Kept mapped at a time; systems usually allow a process 65,530 mappings."""
@@ -126,8 +137,9 @@ class EncodedShards:
         text, image = int(tables["first_text"][i]), int(tables["first_image"][i])
         first_image = image
         parts: list[Text | LoadImage] = []
-        for part in tables["parts"][slice(*_span(tables["first_part"], i))].tolist():
-            if part == IMAGE:
+        kinds = tables["parts"][slice(*_span(tables["first_part"], i))].tolist()
+        for part in kinds:
+            if part in (IMAGE, SAID_IMAGE):
                 parts.append(partial(self._load, index, image - first_image, number, image))
                 image += 1
             elif part == REFUSED:
@@ -137,6 +149,9 @@ class EncodedShards:
                 text += 1
         if int(tables["kinds"][i]) == INTERLEAVED:
             return Interleaved(sample_id, tuple(parts))
+        if int(tables["kinds"][i]) == CONVERSATION:
+            is_said = (part in (SAID_TEXT, SAID_IMAGE) for part in kinds)
+            return Transcript(sample_id, tuple(map(Utterance, parts, is_said)))
         load_image, *captions = parts
         return CaptionedImage(sample_id, load_image, tuple(captions))  # type: ignore[arg-type]
 

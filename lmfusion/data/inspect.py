@@ -12,7 +12,7 @@ from lmfusion.data.documents import Damage
 from lmfusion.data.order import Permutation
 from lmfusion.data.packing import WindowReader
 from lmfusion.data.remote import map_threads
-from lmfusion.data.sources import CaptionedImage, Interleaved, Latents, LoadImage, Source, Text
+from lmfusion.data.sources import CaptionedImage, Latents, LoadImage, Sample, Source, Text, parts_of
 
 TAKEN_TOGETHER = 32
 """Samples one thread goes through before the next takes over."""
@@ -192,10 +192,9 @@ def _read_some(source: Source, name: str, load_images: bool, indices: range) -> 
     return contents
 
 
-def _parts(sample: CaptionedImage | Interleaved) -> tuple[list[LoadImage], list[Text]]:
-    if isinstance(sample, CaptionedImage):
-        return [sample.load_image], list(sample.captions)
-    return [p for p in sample.parts if callable(p)], [p for p in sample.parts if isinstance(p, (str, np.ndarray))]
+def _parts(sample: Sample) -> tuple[list[LoadImage], list[Text]]:
+    parts = parts_of(sample)
+    return [p for p in parts if callable(p)], [p for p in parts if isinstance(p, (str, np.ndarray))]
 
 
 def name_damage(damage: Damage) -> str:
@@ -242,7 +241,7 @@ def _cells(
             yield image_of(sample.load_image), " | ".join(map(text_of, sample.captions))
             return
         before = ""
-        for part in sample.parts:
+        for part in parts_of(sample):
             if callable(part):
                 yield image_of(part), before
                 before = ""

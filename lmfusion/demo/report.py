@@ -8,6 +8,9 @@ from typing import Any
 
 from PIL import Image
 
+from lmfusion.data.digits import with_article
+from lmfusion.demo.talk import Reply
+
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
 h1 { margin-bottom: 0; } h2 { margin-top: 2.5rem; }
@@ -19,6 +22,8 @@ th { font-weight: 600; } td.number { text-align: right; font-variant-numeric: ta
 .grid img, figure img { image-rendering: pixelated; width: 40px; height: 40px; margin: 1px; }
 figure { display: inline-block; margin: 0 .75rem .75rem 0; width: 8.5rem; font-size: .85rem; vertical-align: top; }
 figure img { width: 64px; height: 64px; display: block; }
+.talk { border-left: 3px solid #d5d5d5; padding: .1rem 1rem; margin: .5rem 0; } .talk img { image-rendering: pixelated;
+width: 64px; height: 64px; display: block; } .talk b { font-weight: 600; }
 .wrong { color: #b00020; } .right { color: #0a6b2d; } code { background: #f3f3f3; padding: 0 .25rem; }
 svg text { font: 12px system-ui, sans-serif; fill: #555; }
 """
@@ -100,6 +105,33 @@ def captioned(examples: Sequence[tuple[Image.Image, str, str]]) -> str:
     )
 
 
+def conversations(replies: Sequence[Reply], title: str) -> str:
+    """A table with a row a request and a picture a digit; below it what went wrong, in full, or the first reply."""
+    requests = list(dict.fromkeys(_request_of(reply) for reply in replies))
+    rows = {request: [reply for reply in replies if _request_of(reply) == request] for request in requests}
+    body = "".join(
+        f'<tr><td>{html.escape(request)}</td><td class="grid">'
+        + "".join(image_tag(r.image, r.before + r.after) if r.image else "&#8709; " for r in of_request)
+        + f'</td><td class="number">{sum(r.is_right for r in of_request)} of {len(of_request)}</td></tr>'
+        for request, of_request in rows.items()
+    )
+    wrong = [reply for reply in replies if not reply.is_right]
+    shown = "".join(_talk(reply) for reply in (wrong or replies)[: len(wrong) or 1])
+    head = "<tr><th>asked</th><th>drawn</th><th>right</th></tr>"
+    return f"<h3>{html.escape(title)}</h3><table>{head}{body}</table>{shown}"
+
+
+def _request_of(reply: Reply) -> str:
+    return reply.request.replace(with_article(reply.digit), "...")
+
+
+def _talk(reply: Reply) -> str:
+    picture = image_tag(reply.image, f"read as {reply.read_as}") if reply.image else ""
+    kind = "right" if reply.is_right else "wrong"
+    before, after = (f'<span class="{kind}">{html.escape(text)}</span>' for text in (reply.before, reply.after))
+    return f'<div class="talk"><b>{html.escape(reply.request)}</b><br>{before}{picture}{after}</div>'
+
+
 def render_picture(
     real: Mapping[str, Sequence[Image.Image]], drawn: Mapping[str, Sequence[Image.Image]]
 ) -> Image.Image:
@@ -121,19 +153,30 @@ def render_report(
     drawn: Mapping[str, Sequence[Image.Image]],
     captions_right: Sequence[tuple[Image.Image, str, str]],
     captions_wrong: Sequence[tuple[Image.Image, str, str]],
+    replies: Mapping[str, Sequence[Reply]],
+    questions: Sequence[tuple[str, str, bool]],
     text_checks: Sequence[Sequence[Any]],
     times: Mapping[str, float],
 ) -> str:
-    """The page. `summary` is what summary.json holds, `metrics` the lines of metrics.jsonl, `times` seconds."""
+    """The page. `summary` is what summary.json holds, `metrics` the lines of metrics.jsonl, `times` seconds.
+
+    replies: by title; questions: each with its answer, and whether it came without an image.
+    """
     steps = [m["step"] for m in metrics]
     curves = "".join(
         line_chart(steps, [m[key] for m in metrics], label)
-        for key, label in (("diffusion_loss", "diffusion loss (images)"), ("lm_loss", "language loss (captions)"))
+        for key, label in (
+            ("diffusion_loss", "diffusion loss (images)"),
+            ("lm_loss", "language loss (text after images)"),
+            ("begin_loss", "loss of the decision to begin an image"),
+        )
     )
     verdict = "identical" if summary["text_identical"] else "CHANGED"
     cards = (
         ("drawings the judge reads as asked", f"{summary['digit_accuracy']:.0%}"),
         ("held-out images captioned right", f"{summary['caption_accuracy']:.0%}"),
+        ("requests in a chat answered with the digit and its name", f"{summary['chat_accuracy']:.0%}"),
+        ("the same, asked for in other words", f"{summary['chat_accuracy_in_other_words']:.0%}"),
         ("text side after training", verdict),
         ("training", f"{summary['train_seconds']:.0f} s"),
     )
@@ -141,6 +184,7 @@ def render_report(
     details = [(k, v) for k, v in summary.items() if not isinstance(v, Mapping | list)]
     versions = [(f"version of {k}", v) for k, v in summary.get("versions", {}).items()]
     wrong = captioned(captions_wrong) if captions_wrong else "<p>None.</p>"
+    plain = [(question, answer, "none" if is_plain else "DRAWN") for question, answer, is_plain in questions]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>lmfusion demo</title><style>{_STYLE}</style></head><body>
@@ -155,6 +199,13 @@ parameters were frozen. The pictures and captions below come from the trained mo
 {image_rows(drawn)}
 <h2>Real digits, for comparison</h2>
 {image_rows(real)}
+<h2>Asked for in a chat</h2>
+<p>The language model opens its answer in its own words. The image side decides where an image begins, draws it, and the
+answer goes on: right is text, a picture that the judge reads as asked, and text that names this digit and no other. All
+of it in greedy decoding.</p>
+{"".join(conversations(of_kind, title) for title, of_kind in replies.items())}
+<h3>Questions, with images allowed</h3>
+{table(plain, ("question", "answer, in the language model's words", "image"))}
 <h2>Captions of held-out images</h2>
 <h3>Right</h3>{captioned(captions_right)}
 <h3>Wrong</h3>{wrong}

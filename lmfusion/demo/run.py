@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from lmfusion.data.digits import NAMES, Digits, caption_of
+from lmfusion.data.digits import NAMES, REQUESTS, Digits, caption_of
 from lmfusion.demo.judge import Judge, pictures
 from lmfusion.demo.report import render_picture, render_report
+from lmfusion.demo.talk import UNSEEN_REQUESTS, Reply, answer_questions, ask_for_digits, openings_as_taught
 from lmfusion.files import replace_text
 from lmfusion.modeling import LMFusion
 from lmfusion.training.config import load_config
@@ -41,7 +42,8 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
         trainer = Trainer(config)
     model = trainer.model
     num_trained = sum(weight.numel() for weight in trainer.weights.values())
-    print(f"{num_trained / 1e6:.1f} M parameters to train on {trainer.loader.num_samples} digits, on {model.device}")
+    num_digits = len(Digits("train"))
+    print(f"{num_trained / 1e6:.1f} M parameters to train on {num_digits} digits, on {model.device}")
     if trainer.step:
         print(f"continuing from step {trainer.step} in {trainer.folder}; delete that folder to train anew")
     with _stage("train", times):
@@ -66,6 +68,11 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
     examples = list(zip(images, expected, written, strict=True))
     right = [example for example in examples if example[1] == example[2]]
     wrong = [example for example in examples if example[1] != example[2]]
+    with _stage("talk", times):
+        seen = ask_for_digits(model, judge, REQUESTS, **SAMPLING)
+        unseen = ask_for_digits(model, judge, UNSEEN_REQUESTS, **SAMPLING)
+        questions = answer_questions(model)
+        openings = openings_as_taught(model)
     with _stage("verify", times):
         verification = verify(trainer.folder / "model")
     print(verification.table())
@@ -75,11 +82,15 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
         "text_identical": verification.text_identical,
         "digit_accuracy": num_read / len(wanted),
         "caption_accuracy": len(right) / len(examples),
+        "chat_accuracy": _share_right(seen),
+        "chat_accuracy_in_other_words": _share_right(unseen),
+        "answers_without_image": sum(is_plain for _, _, is_plain in questions) / len(questions),
+        "openings_as_taught": openings,
         "train_seconds": round(train_seconds, 3),
         "images_per_second": round(num_images / train_seconds, 1),
         "text_parameters": sum(p.numel() for p in model.text.parameters()),
         "trainable_parameters": num_trained,
-        "train_images": trainer.loader.num_samples,
+        "train_images": num_digits,
         "held_out_images": len(examples),
         "steps": config.train.num_steps,
         "device": _device_name(model.device),
@@ -95,6 +106,8 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
         drawn,
         captions_right=right[:NUM_SHOWN],
         captions_wrong=wrong[:NUM_SHOWN],
+        replies={"In words of the training": seen, "In other words": unseen},
+        questions=questions,
         text_checks=_text_checks(verification),
         times={stage: round(seconds, 1) for stage, seconds in times.items()},
     )
@@ -125,6 +138,10 @@ def _train_seconds(metrics: Sequence[dict[str, Any]]) -> float:
     """Seconds in training steps, over all the runs that led here if training was interrupted."""
     counts = [0, *(line["num_samples"] for line in metrics)]
     return sum((b - a) / line["images_per_second"] for (a, b), line in zip(pairwise(counts), metrics, strict=True))
+
+
+def _share_right(replies: Sequence[Reply]) -> float:
+    return sum(reply.is_right for reply in replies) / len(replies)
 
 
 def _by_digit(images: Sequence[Any], digits: Sequence[int]) -> dict[str, list[Any]]:

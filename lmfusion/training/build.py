@@ -25,6 +25,8 @@ def build_model(config: RunConfig) -> LMFusion:
             dtype=getattr(torch, train.dtype),
             seed=train.seed,
         )
+    if model_config.chat_system_prompt is not None:
+        model.config.chat_system_prompt = model_config.chat_system_prompt
     model.freeze_text(train.text_learning_rate_ratio == 0)
     model.recompute = train.recompute
     return model

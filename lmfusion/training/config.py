@@ -13,7 +13,8 @@ from lmfusion.config_values import check_least, field_names, from_values
 from lmfusion.configuration import ImageTowerConfig
 from lmfusion.data.sources import DataConfig, SourceConfig
 from lmfusion.devices import has_fast_bfloat16
-from lmfusion.diffusion import SAMPLERS, DiffusionConfig
+from lmfusion.diffusion import DiffusionConfig
+from lmfusion.generation.samplers import SAMPLERS
 from lmfusion.image.codec import CodecConfig
 from lmfusion_kernels.block import RECOMPUTE
 
@@ -36,6 +37,9 @@ class ModelConfig:
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    chat_system_prompt: str | None = None
+    """The system's message of chats with the model that bring none of their own: give conversations the same to learn
+    from. None: that of the adapted model, or of the chat template."""
 
     def __post_init__(self) -> None:
         if (self.base is None) == (self.adapted is None):

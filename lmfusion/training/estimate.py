@@ -226,6 +226,7 @@ def _flops_of_one(parts: dict[str, Flops], rows: RowCounts) -> dict[str, dict[st
         "image tokens": rows.num_image,
         "attention": rows.num_tokens,
         "LM head": rows.num_labels,
+        "begin of images": rows.num_decisions,
         "patch coder": rows.num_images,
     }
     return {

@@ -9,8 +9,8 @@ Matrix products alone are counted, two operations a multiply-add, as torch.utils
 | image; live text of a trained text tower | products | input and weight gradients: twice as many |
 
 Attention counts visible (query, key) pairs: two products forward; in the backward four, of the tokens that are not
-constant. The LM head counts tokens with a label, the patch coder its convolutions and linear maps for every image.
-Norms, activations, embeddings, the optimizer and the codec are left out.
+constant. The LM head counts tokens with a label, of the constant ones forward alone; the patch coder its convolutions
+and linear maps for every image. Norms, activations, embeddings, the optimizer and the codec are left out.
 
 MFU is the model's FLOPs over what the device could do in the same time. What is computed a second time (by
 `train.recompute`, and the scores in the backward of attention) takes time, but is no progress: it is counted apart.
@@ -45,6 +45,7 @@ class RowCounts:
     num_image: float
     num_images: float
     num_labels: float
+    num_decisions: float
     pairs: float
     """(query, key) pairs that see each other."""
     active_pairs: float
@@ -65,6 +66,7 @@ class RowCounts:
             layout.num_image,
             batch.num_images,
             batch.num_labels,
+            batch.num_decisions,
             _area(layout.key_start, layout.key_end),
             _area(layout.active_key_start, layout.active_key_end),
             _area(layout.active_query_start, layout.active_query_end),
@@ -139,6 +141,7 @@ def flops_by_part(
     )
     head = 2 * rows.num_labels * text.hidden_size
     vocabulary = head * text.vocab_size
+    decisions = 2 * rows.num_decisions * text.hidden_size
     coder = patch_coder_flops(coder_fields(config.image.patch_coder), config.image_hidden_size, rows.latent_shape)
     return {
         "constant text": Flops(layers(rows.num_constant, text_layer, set()).forward),
@@ -147,6 +150,7 @@ def flops_by_part(
         "attention": attention,
         # The rows of BOI and EOI are trained in any case
         "LM head": Flops(vocabulary + 2 * head, vocabulary * (1 if frozen_text else 2) + 2 * (2 * head)),
+        "begin of images": Flops(decisions * (text.vocab_size + 2), 2 * decisions),
         "patch coder": Flops(rows.num_images * coder.forward, rows.num_images * coder.backward),
     }
 

@@ -48,6 +48,7 @@ class Totals(NamedTuple):
     """Counts of one step over all ranks, known on the host before its first forward."""
 
     num_labels: int
+    num_decisions: int
     num_images: int
     num_flops: int
     num_damaged: int
@@ -62,9 +63,9 @@ class Update(NamedTuple):
     num_slots: int
     learning_rate: float
     sums: Tensor
-    """float64 [3]: losses of language and diffusion, summed over all ranks, and the norm of the gradient"""
+    """float64 [4]: losses of language, begin and diffusion, summed over all ranks, and the norm of the gradient"""
     row_sums: Tensor
-    """float64 [number of rows, 2]: the two losses of each row of this rank"""
+    """float64 [number of rows, 3]: the three losses of each row of this rank"""
     sample_ids: tuple[tuple[str, ...], ...]
     """Of each row of this rank."""
 
@@ -82,10 +83,11 @@ def agreed_steps(
             step = next(steps, None)
         except (ValueError, OSError) as caught:
             error = caught
-        counts = Totals(0, 0, 0, 0)
+        counts = Totals(0, 0, 0, 0, 0)
         if step is not None:
             counts = Totals(
                 num_labels=sum(row.num_labels for row in step.rows),
+                num_decisions=sum(row.num_decisions for row in step.rows),
                 num_images=sum(row.num_images for row in step.rows),
                 num_flops=sum(num_flops(row) for row in step.rows),
                 num_damaged=len(step.damaged),
@@ -138,18 +140,24 @@ class Updater:
         return Update(before, totals, step.num_slots_used, num_slots, rate, sums, row_sums, sample_ids)
 
     def _backward(self, row: Batch, totals: Totals) -> Tensor:
-        """Add the gradient of one row's part of the loss; answer with the row's two sums, float64 [2]."""
+        """Add the gradient of one row's part of the loss; answer with the row's three sums, float64 [3]."""
         output = self._model(batch=row.to(self._world.device))
+        sums = (output.lm_loss_sum, output.begin_loss_sum, output.diffusion_loss_sum)
         # Gradients are averaged over the ranks, but the loss is a mean over the labels and images of all of them
-        loss = step_loss(output.lm_loss_sum, output.diffusion_loss_sum, totals, self._model) * self._world.size
+        loss = step_loss(sums, totals, self._model) * self._world.size
         loss.backward()
-        return torch.stack([output.lm_loss_sum.detach(), output.diffusion_loss_sum.detach()]).double()
+        return torch.stack([total.detach().double() for total in sums])
 
 
-def step_loss(lm_loss_sum: Loss, diffusion_loss_sum: Loss, totals: Totals, model: LMFusion) -> Loss:
-    """What is minimised: the mean over the labels plus the weighted mean over the images."""
+def step_loss(sums: Sequence[Loss], totals: Totals, model: LMFusion) -> Loss:
+    """What is minimised: the means over labels and over decisions, plus the weighted mean over the images.
+
+    sums: losses of language, begin and diffusion.
+    """
+    lm_loss_sum, begin_loss_sum, diffusion_loss_sum = sums
     weight = model.config.diffusion.loss_weight
-    return lm_loss_sum / max(1, totals.num_labels) + weight * diffusion_loss_sum / max(1, totals.num_images)
+    loss = lm_loss_sum / max(1, totals.num_labels) + begin_loss_sum / max(1, totals.num_decisions)
+    return loss + weight * diffusion_loss_sum / max(1, totals.num_images)
 
 
 def read(updates: Sequence[Update], model: LMFusion) -> tuple[list[StepMetrics], NonFiniteError | None]:
@@ -159,16 +167,19 @@ def read(updates: Sequence[Update], model: LMFusion) -> tuple[list[StepMetrics],
     numbers = iter(torch.cat([x.flatten() for update in updates for x in (update.sums, update.row_sums)]).tolist())
     steps: list[StepMetrics] = []
     for update in updates:
-        lm_loss_sum, diffusion_loss_sum, grad_norm = (next(numbers) for _ in range(3))
-        row_sums = [next(numbers) + next(numbers) for _ in update.sample_ids]
-        if not all(map(math.isfinite, (lm_loss_sum, diffusion_loss_sum, grad_norm))):
-            is_loss = not math.isfinite(lm_loss_sum + diffusion_loss_sum)
+        *sums, grad_norm = (next(numbers) for _ in range(4))
+        row_sums = [sum(next(numbers) for _ in range(3)) for _ in update.sample_ids]
+        if not all(map(math.isfinite, (*sums, grad_norm))):
+            is_loss = not math.isfinite(sum(sums))
             return steps, _non_finite(update, "loss" if is_loss else "gradient", row_sums)
+        lm_loss_sum, begin_loss_sum, diffusion_loss_sum = sums
         steps.append(
             StepMetrics(
-                loss=step_loss(lm_loss_sum, diffusion_loss_sum, update.totals, model),
+                loss=step_loss(sums, update.totals, model),
                 lm_loss_sum=lm_loss_sum,
                 num_labels=update.totals.num_labels,
+                begin_loss_sum=begin_loss_sum,
+                num_decisions=update.totals.num_decisions,
                 diffusion_loss_sum=diffusion_loss_sum,
                 num_images=update.totals.num_images,
                 grad_norm=grad_norm,

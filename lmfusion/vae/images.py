@@ -19,7 +19,7 @@ from lmfusion.data.folder import SUFFIXES
 from lmfusion.data.mixture import Draw, Mixture
 from lmfusion.data.order import SourceOrder
 from lmfusion.data.randomness import generator
-from lmfusion.data.sources import CaptionedImage, LoadImage, Sample, Source, SourceConfig, load_source
+from lmfusion.data.sources import CaptionedImage, LoadImage, Sample, Source, SourceConfig, load_source, parts_of
 from lmfusion.image.preprocessing import load_image, to_tensor
 from lmfusion.vae.config import AutoencoderConfig, ImageDataConfig
 
@@ -153,6 +153,4 @@ def _load(config: SourceConfig, image_size: int) -> Source:
 
 
 def _image_loaders(sample: Sample) -> list[LoadImage]:
-    if isinstance(sample, CaptionedImage):
-        return [sample.load_image]
-    return [part for part in sample.parts if callable(part)]
+    return [part for part in parts_of(sample) if callable(part)]

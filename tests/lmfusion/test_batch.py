@@ -123,8 +123,8 @@ def test_tokenizer_that_adds_no_bos(tokenizer):
     class Silent:
         bos_token_id, eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
 
-        def __call__(self, text):
-            return {"input_ids": tokenizer(text, add_special_tokens=False)["input_ids"]}
+        def __call__(self, texts, **settings):
+            return tokenizer(texts, **{**settings, "add_special_tokens": False})
 
     assert SpecialTokens.of(Silent(), 60).bos == []
 

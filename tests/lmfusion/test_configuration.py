@@ -89,3 +89,11 @@ def test_names_of_the_package():
     assert all(getattr(lmfusion, name) is not None for name in lmfusion.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'Fusion'"):
         lmfusion.Fusion  # noqa: B018
+
+
+def test_the_system_prompt_of_chats_is_saved(tmp_path):
+    assert LMFusionConfig().chat_system_prompt is None
+    LMFusionConfig(chat_system_prompt="You can draw.").save_pretrained(tmp_path)
+    assert LMFusionConfig.from_pretrained(tmp_path).chat_system_prompt == "You can draw."
+    with pytest.raises(ValueError, match="chat_system_prompt is ' '; give a text, or None"):
+        LMFusionConfig(chat_system_prompt=" ")

@@ -17,7 +17,7 @@ from lmfusion.diffusion import DiffusionConfig
 from lmfusion.image.codec import CodecConfig, load_codec
 
 SIZE = 8
-TENSORS = ("token_ids", "labels", "latents", "noise", "timesteps")
+TENSORS = ("token_ids", "labels", "latents", "noise", "timesteps", "decision_rows", "begins_image")
 
 
 def save_autoencoder(folder, **settings):

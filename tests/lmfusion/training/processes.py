@@ -128,6 +128,7 @@ def digest(batch):
     sha256 = hashlib.sha256(" ".join(batch.sample_ids).encode())
     layout = batch.layout
     tensors = (batch.token_ids, batch.labels, batch.latents, batch.noise, batch.timesteps)
+    tensors += (batch.decision_rows, batch.begins_image)
     for tensor in (*tensors, layout.key_start, layout.key_end, layout.position):
         sha256.update(tensor.contiguous().numpy().tobytes())
     return sha256.hexdigest()

@@ -1,6 +1,7 @@
 """Every recipe of a run, with all the kinds of parts it names, at a size for a test."""
 
 import io
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -48,7 +49,10 @@ def train(name, overrides):
 
 
 def test_digits(tiny_llama, tmp_path):
-    config, trainer = train("digits", [*tiny(tiny_llama, tmp_path), "model.image.hidden_size=16"])
+    talking = shutil.copytree(tiny_llama, tmp_path / "talking")
+    template = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}</s>{% endfor %}"
+    (talking / "chat_template.jinja").write_text(template)
+    config, trainer = train("digits", [*tiny(talking, tmp_path), "model.image.hidden_size=16"])
     assert config.train.dtype == ("bfloat16" if has_fast_bfloat16("cpu") else "float32")
     assert str(trainer.model.compute_dtype) == f"torch.{config.train.dtype}"
 

@@ -29,7 +29,7 @@ def test_metrics_and_learning(config):
     assert last["lm_loss"] < first["lm_loss"] - 0.02  # little can be said through a random text tower
     assert last["diffusion_loss"] < first["diffusion_loss"] - 0.05
     assert last["learning_rate"] == pytest.approx(1.5e-5)
-    weight = 5 * last["diffusion_loss"] + last["lm_loss"]
+    weight = 5 * last["diffusion_loss"] + last["lm_loss"] + last["begin_loss"]
     assert last["loss"] == pytest.approx(weight, rel=0.05)  # means of steps with different numbers of labels
     assert 0.9 < last["packing"] <= 1 and last["num_damaged"] == last["num_cut"] == 0
 
@@ -56,9 +56,10 @@ def test_rows_add_up_to_the_means_over_the_whole_step(config):
     assert len(step.rows) == totals.num_flops == 2
     outputs = [trainer.model(batch=row) for row in step.rows]
     lm_loss = sum(output.lm_loss_sum for output in outputs) / sum(row.num_labels for row in step.rows)
+    begin_loss = sum(output.begin_loss_sum for output in outputs) / sum(row.num_decisions for row in step.rows)
     diffusion_loss = sum(output.diffusion_loss_sum for output in outputs) / sum(row.num_images for row in step.rows)
     names = list(trainer.weights)
-    expected = torch.autograd.grad(lm_loss + 5 * diffusion_loss, [trainer.weights[name] for name in names])
+    expected = torch.autograd.grad(lm_loss + begin_loss + 5 * diffusion_loss, [trainer.weights[name] for name in names])
     found = {}
     real = trainer.optimizer.step
 

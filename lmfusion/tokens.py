@@ -1,0 +1,28 @@
+"""How do texts become token ids where several threads read? One after the other: tokenizers keep settings of a call."""
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+_LOCK = threading.Lock()
+
+
+def control_tokens(tokenizer: Any) -> dict[int, str]:
+    """Tokens that are no text, by id; some tokenizers name their end of a turn among the added tokens alone."""
+    added = {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
+
+
+def token_ids(
+    tokenizer: Any, texts: Sequence[str], *, control_tokens: bool, add_special_tokens: bool = False
+) -> list[list[int]]:
+    """Ids of each text.
+
+    control_tokens: whether "<|im_end|>" in a text is the end of a turn, or the characters it is written with.
+    add_special_tokens: put bos before, and whatever else the tokenizer does by itself.
+    """
+    if not texts:
+        return []
+    with _LOCK:
+        encoded = tokenizer(list(texts), add_special_tokens=add_special_tokens, split_special_tokens=not control_tokens)
+    return encoded["input_ids"]
