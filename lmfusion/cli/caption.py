@@ -3,12 +3,21 @@
     lmfusion caption runs/digits/model photo.png another.jpg
     lmfusion caption runs/digits/model photo.png --prompt "a handwritten"
 
-JPEG, PNG and WEBP files are read; they are cropped to the middle and resized to the model's size.
+JPEG, PNG and WEBP files are read; they are cropped to the middle and resized to the model's size. Captions appear as
+they are finished, in the order of the images. The same seed gives the same captions, whatever --batch-size.
 """
 
 import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lmfusion.cli.loading import add_model_arguments, load_model
+from lmfusion.cli.answering import INTERRUPTED, run_to_the_end
+from lmfusion.cli.loading import add_model_arguments, check_batch_size, load_model
+
+if TYPE_CHECKING:
+    from lmfusion.generation import Event
 
 HELP = "describe images in words"
 
@@ -25,19 +34,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from lmfusion.generation import caption_images
+    check_batch_size(args)
 
-    captions = caption_images(
-        load_model(args),
-        args.images,
-        prompt=args.prompt,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        seed=args.seed,
-        batch_size=args.batch_size,
+    from lmfusion.generation import GenerationOptions, encode_prompt
+    from lmfusion.generation.answers import Asked, engine_for
+
+    options = GenerationOptions(
+        max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed
     )
-    prefix = f"{args.prompt.strip()} " if args.prompt.strip() else ""
-    for image, caption in zip(args.images, captions, strict=True):
-        print(f"{image}\t{prefix}{caption}")
+    model = load_model(args)
+    prompt = args.prompt.strip()
+    engine = None
+    for start in range(0, len(args.images), args.batch_size):  # so that few images are in memory at a time
+        images = args.images[start : start + args.batch_size]
+        asked = [
+            Asked(encode_prompt(model, [Path(image), *([prompt] if prompt else [])]), options, start + i)
+            for i, image in enumerate(images)
+        ]
+        engine = engine or engine_for(model, asked, args.batch_size)
+        captions = _Captions(images, prompt)
+        if not run_to_the_end(engine, asked, captions.show):
+            print("lmfusion: interrupted", file=sys.stderr)
+            return INTERRUPTED
     return 0
+
+
+class _Captions:
+    """Prints each caption of a batch once it is finished and those before it are printed."""
+
+    def __init__(self, images: Sequence[str], prompt: str) -> None:
+        self._images, self._prompt = images, prompt
+        self._texts = [""] * len(images)
+        self._finished: set[int] = set()
+        self._next = 0
+
+    def show(self, i: int, event: "Event") -> None:
+        """An event of the caption of image `i`."""
+        from lmfusion.generation import Done, TextDelta
+
+        if isinstance(event, TextDelta):
+            self._texts[i] += event.text
+        elif isinstance(event, Done):
+            self._finished.add(i)
+        while self._next in self._finished:
+            caption = self._texts[self._next].strip()
+            words = f"{self._prompt} {caption}" if self._prompt else caption
+            print(f"{self._images[self._next]}\t{words}", flush=True)
+            self._next += 1

@@ -29,6 +29,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
 
 
+def check_batch_size(args: argparse.Namespace) -> None:
+    """Raise ValueError for a --batch-size below 1."""
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size is {args.batch_size}; it must be at least 1")
+
+
 def load_model(args: argparse.Namespace) -> "LMFusion":
     """The model that the arguments name, on its device.
 

@@ -1,0 +1,33 @@
+"""How do requests run to their end where Ctrl-C may come? What the commands that generate share."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lmfusion.generation import Engine, Event
+    from lmfusion.generation.answers import Asked
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+
+
+def run_to_the_end(engine: "Engine", requests: "Sequence[Asked]", show: Callable[[int, "Event"], None]) -> bool:
+    """Hand every event to `show`, with the number of its request; False where Ctrl-C was pressed.
+
+    What a step has finished is shown before Ctrl-C takes effect, unless it is pressed once more.
+    """
+    from lmfusion.training.signals import stop_signals
+
+    numbers = {
+        engine.submit(request.prompt, request.options, index=request.index): i for i, request in enumerate(requests)
+    }
+    try:
+        with stop_signals() as stop:
+            while engine.has_work:
+                for request_id, event in engine.step():
+                    show(numbers[request_id], event)
+                if stop.is_set and engine.has_work:
+                    return False
+    except KeyboardInterrupt:
+        return False
+    return True
