@@ -18,6 +18,7 @@ COMMANDS = (
     "estimate",
     "generate",
     "caption",
+    "serve",
     "verify",
     "demo",
 )

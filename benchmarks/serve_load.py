@@ -1,0 +1,287 @@
+"""Does `lmfusion serve` stand a crowd? Many clients at once, for minutes, some of them rude; everything is checked.
+
+    python -m benchmarks.serve_load                                  50 clients for 120 s on a tiny random model
+    python -m benchmarks.serve_load --clients 8 --seconds 10
+    python -m benchmarks.serve_load --model runs/demo/run/model --output runs/serve_load.json
+
+Starts the server as a process of its own on the loopback device, and ends it. Clients draw from a pool of requests:
+text, text with forced images, questions about and edits of an uploaded image, whole or streamed with previews. Some
+hang up in the middle of an answer or image, some send what must be refused. The queue is made short on purpose. Then:
+
+    errors    none but 429, and for bad requests the status they must get
+    memory    resident memory of the server in the last quarter of the time within 3 % of the second quarter
+    results   every finished answer is that of the same request sent alone afterwards: texts to the letter, images
+              to the pixel or at most 1/255 apart (both are counted)
+    leaks     no request runs or waits at the end, and no row of the cache is held
+    end       SIGTERM ends the server with exit code 0
+
+Prints a table, writes it as JSON (--output), and exits with 1 where a check failed.
+"""
+
+import argparse
+import asyncio
+import collections
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from benchmarks.serve_clients import Asked, Log, Part, build_pool, read_whole, run_client
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_CLIENTS, MAX_SECONDS = 200, 1800
+MAX_BATCH, MAX_WAITING = 24, 16
+"""Of the server: together fewer than 50, so that a crowd meets a full queue now and then."""
+MAX_GROWTH = 0.03
+START_SECONDS, REQUEST_SECONDS = 180, 120
+
+
+@contextmanager
+def served(model: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server's process and its URL. It is ended, by force if need be."""
+    command = [sys.executable, "-m", "lmfusion", "serve", str(model), "--port", "0", "--name", "loaded"]
+    command += ["--max-batch", str(MAX_BATCH), "--max-waiting", str(MAX_WAITING), "--max-body-mb", "1"]
+    command += ["--dtype", "float32"]  # in which a batch gives the same tokens as a single request
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
+        try:
+            yield process, _wait_for_url(process)
+        except BaseException:
+            errors.seek(0)
+            print(errors.read()[-4000:], file=sys.stderr)
+            raise
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _wait_for_url(process: subprocess.Popen[str]) -> str:
+    """Where the server says it is. Raises RuntimeError where it ends instead."""
+    assert process.stdout is not None
+    watch = time.monotonic()
+    for line in process.stdout:
+        if found := re.search(r"http://\S+", line):
+            return found[0]
+        if time.monotonic() - watch > START_SECONDS:
+            break
+    raise RuntimeError("the server did not start")
+
+
+def resident_mib(pid: int) -> float:
+    """Resident memory of a process."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith("VmRSS:"))) / 1024
+
+
+async def sample_memory(pid: int, seconds: float, samples: list[float]) -> None:
+    """Every 5 seconds, or twenty times where there is less time than that takes."""
+    while True:
+        samples.append(resident_mib(pid))
+        await asyncio.sleep(min(5.0, seconds / 20))
+
+
+def read_metrics(text: str) -> dict[str, float]:
+    rows = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    return {name.removeprefix("lmfusion_"): float(value) for name, value in rows}
+
+
+@dataclass
+class Equality:
+    """How many finished answers are what the same request gives alone."""
+
+    num_answers: int = 0
+    num_texts: int = 0
+    num_images: int = 0
+    num_close_images: int = 0
+    """At most 1/255 apart in every pixel, and not the same."""
+    num_different: int = 0
+
+
+def compare(answers: Sequence[tuple[list[Part], str]], alone: tuple[list[Part], str], counts: Equality) -> None:
+    """Count each of `answers` to one request beside the one that it got alone."""
+    for parts, reason in answers:
+        counts.num_answers += 1
+        same = reason == alone[1] and len(parts) == len(alone[0])
+        for part, other in zip(parts, alone[0], strict=False):
+            if isinstance(part, str) or isinstance(other, str):
+                same &= isinstance(part, str) and isinstance(other, str) and part == other
+                counts.num_texts += 1
+                continue
+            counts.num_images += 1
+            apart = np.abs(part.astype(int) - other.astype(int)).max() if part.shape == other.shape else 255
+            counts.num_close_images += int(apart == 1)
+            same &= bool(apart <= 1)
+        counts.num_different += not same
+
+
+def growth_of(samples: Sequence[float]) -> float:
+    """By how much the last quarter is above the second, as a share."""
+    quarter = len(samples) // 4
+    return statistics.mean(samples[-quarter:]) / statistics.mean(samples[quarter : 2 * quarter]) - 1
+
+
+async def load(
+    url: str, pid: int, pool: Sequence[Asked], num_clients: int, seconds: float
+) -> tuple[Log, list[float], Equality, dict[str, float], dict[str, float]]:
+    """The crowd, and then every request that was answered alone."""
+    log, samples, equality = Log(), [], Equality()
+    limits = httpx.Limits(max_connections=num_clients + 2, max_keepalive_connections=num_clients)
+    async with httpx.AsyncClient(base_url=url, timeout=REQUEST_SECONDS, limits=limits, trust_env=False) as http:
+        end = time.monotonic() + seconds
+        memory = asyncio.create_task(sample_memory(pid, seconds, samples))
+        await asyncio.gather(*(run_client(http, i, pool, end, log, min(1.0, seconds / 10)) for i in range(num_clients)))
+        memory.cancel()
+        after = read_metrics((await http.get("/metrics")).text)
+        for place, answers in sorted(log.answers.items()):
+            response = await http.post("/v1/chat/completions", json=pool[place].body | {"stream": False})
+            response.raise_for_status()
+            compare(answers, read_whole(response.json()), equality)
+        await asyncio.sleep(0.2)
+        final = read_metrics((await http.get("/metrics")).text)
+    return log, samples, equality, after, final
+
+
+def run(model: Path, num_clients: int, seconds: float, image_size: int) -> dict[str, Any]:
+    """The results as one JSON object; "failed" lists the checks that failed."""
+    pool = build_pool(40, image_size)
+    with served(model) as (process, url):
+        log, samples, equality, after, final = asyncio.run(load(url, process.pid, pool, num_clients, seconds))
+        process.send_signal(signal.SIGTERM)
+        try:
+            exit_code: int | None = process.wait(60)
+        except subprocess.TimeoutExpired:
+            exit_code = None
+    leaks = {name: final[name] for name in ("requests_running", "requests_waiting", "cache_rows_used")}
+    growth = growth_of(samples)
+    checks = {
+        "errors": not log.problems,
+        "memory": growth <= MAX_GROWTH,
+        "results": equality.num_different == 0 and equality.num_answers > 0,
+        "leaks": not any(leaks.values()) and final["engine_up"] == 1,
+        "end": exit_code == 0,
+    }
+    return {
+        "clients": num_clients,
+        "seconds": seconds,
+        "statuses": dict(sorted(log.statuses.items())),
+        "hung_up": log.num_hung_up,
+        "previews": log.num_previews,
+        "latency_s": {kind: quantiles(values) for kind, values in sorted(log.seconds.items())},
+        "first_event_s": quantiles(log.first_seconds),
+        "tokens_per_s": round(after["new_tokens_total"] / seconds, 1),
+        "images_per_s": round(after["images_total"] / seconds, 2),
+        "denoise_steps_per_s": round(after["denoise_steps_total"] / seconds, 1),
+        "memory_mib": [round(sample, 1) for sample in samples],
+        "memory_growth": round(growth, 4),
+        "equality": vars(equality),
+        "leaks": leaks,
+        "exit_code": exit_code,
+        "problems": collections.Counter(log.problems).most_common(20),
+        "failed": [name for name, passed in checks.items() if not passed],
+    }
+
+
+def quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Median and 95th percentile."""
+    if not values:
+        return {}
+    ordered = sorted(values)
+    return {name: round(ordered[int(share * (len(ordered) - 1))], 3) for name, share in (("p50", 0.5), ("p95", 0.95))}
+
+
+def table(found: dict[str, Any]) -> str:
+    equality, rows = found["equality"], found["statuses"].items()
+    lines = [f"{found['clients']} clients, {found['seconds']:.0f} s", ""]
+    lines += [f"  {name:16} {number:7}" for name, number in rows]
+    lines += ["", f"  hung up          {found['hung_up']:7}", f"  previews         {found['previews']:7}", ""]
+    for kind, times in (*found["latency_s"].items(), ("first event", found["first_event_s"])):
+        lines.append(f"  {kind:16} " + "  ".join(f"{name} {value:.3f} s" for name, value in times.items()))
+    lines += ["", f"  {found['tokens_per_s']} tokens/s, {found['images_per_s']} images/s"]
+    low, high = min(found["memory_mib"]), max(found["memory_mib"])
+    lines.append(f"  memory {low:.0f} to {high:.0f} MiB, last quarter {found['memory_growth']:+.2%} of the second")
+    lines.append(
+        f"  {equality['num_answers']} answers beside the same request alone: {equality['num_texts']} texts and "
+        f"{equality['num_images']} images, {equality['num_close_images']} of them 1/255 apart; "
+        f"{equality['num_different']} answers differ"
+    )
+    lines += [f"  {number} x {problem}" for problem, number in found["problems"]]
+    lines += ["", f"FAILED: {', '.join(found['failed'])}" if found["failed"] else "all checks passed"]
+    return "\n".join(lines)
+
+
+def build_model(folder: Path) -> Path:
+    """A random model that a step takes a millisecond, saved in `folder`: 2 layers, width 32, images of 8 x 8 pixels."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from lmfusion.modeling import LMFusion
+    from tests.lmfusion.conftest import build_tokenizer
+
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "llm")
+    tokenizer.save_pretrained(folder / "llm")
+    image = {"hidden_size": 16, "patch_coder": {"kind": "linear"}}
+    model = LMFusion.from_llm(folder / "llm", image, codec={"kind": "pixels", "channels": 1, "image_size": 8})
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # what training starts at zero shall matter
+        for parameter in model.image.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder / "model", parts="all")
+    return folder / "model"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="folder of a chat model (default: a tiny random one)")
+    parser.add_argument("--clients", type=int, default=50)
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--image-size", type=int, default=8, help="pixels a side of the images sent (default: 8)")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    args = parser.parse_args()
+    if not 1 <= args.clients <= MAX_CLIENTS or not 2 <= args.seconds <= MAX_SECONDS:
+        parser.error(f"--clients is 1 to {MAX_CLIENTS}, --seconds 2 to {MAX_SECONDS}")
+    with tempfile.TemporaryDirectory() as folder:
+        model = build_model(Path(folder)) if args.model is None else args.model
+        found = run(model, args.clients, args.seconds, args.image_size)
+    print(table(found))
+    if args.output is not None:
+        from benchmarks.machine import benchmark_device, describe
+
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps({**describe(benchmark_device()), **found}, indent=1) + "\n")
+    return 1 if found["failed"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

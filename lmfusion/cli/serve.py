@@ -1,0 +1,194 @@
+"""Serve a model over HTTP: OpenAI's chat API, with images in and out. See docs/server.md.
+
+    lmfusion serve runs/demo/run/model
+    lmfusion serve runs/demo/run/model --port 9000 --max-waiting 16 --default sampler=dpm-solver --default num_steps=20
+
+    curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
+        -d '{"messages": [{"role": "user", "content": "Draw a seven, then say what you drew."}]}'
+
+Listens on this machine alone unless --host says otherwise. Where others can reach it, demand a key: its text is read
+from the environment variable LMFUSION_API_KEY or from --api-key-file. Ctrl-C or SIGTERM lets running answers finish.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmfusion.cli.loading import DTYPES, load_model
+
+if TYPE_CHECKING:
+    from lmfusion.generation.options import Limits
+    from lmfusion.modeling import LMFusion
+
+HELP = "answer chats over HTTP, as OpenAI's API does"
+KEY_VARIABLE = "LMFUSION_API_KEY"
+MEBI = 2**20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="folder of a model saved by `lmfusion adapt` or `lmfusion train`"
+    )
+    parser.add_argument("--base", help="where the base LLM is now, if it has moved since the model was saved")
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one"
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as they were saved")
+    parser.add_argument("--name", help="what requests call the model (default: the name of its folder)")
+    parser.add_argument(
+        "--chat-template", metavar="FILE", help="Jinja template to use in place of the tokenizer's own, or for its lack"
+    )
+    parser.add_argument(
+        "--default",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="of requests that leave the field out, such as num_steps=20; may be repeated",
+    )
+
+    network = parser.add_argument_group("network")
+    network.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    network.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
+    network.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name by which clients may call the server, besides localhost and IP addresses; may be repeated",
+    )
+    network.add_argument("--api-key-file", metavar="FILE", help=f"file with the API key, in place of {KEY_VARIABLE}")
+    network.add_argument(
+        "--shutdown-seconds",
+        type=float,
+        default=10,
+        metavar="S",
+        help="how long running answers may go on after SIGTERM (default: 10)",
+    )
+
+    capacity = parser.add_argument_group("capacity")
+    capacity.add_argument("--max-batch", type=int, default=64, help="answers worked on at a time (default: 64)")
+    capacity.add_argument(
+        "--max-waiting", type=int, default=64, help="requests in the queue; more get a 429 (default: 64)"
+    )
+    capacity.add_argument(
+        "--cache-rows", type=int, metavar="N", help="of the key-value cache (default: planned from the memory there is)"
+    )
+
+    limits = parser.add_argument_group("limits of one request")
+    limits.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="of an answer's text (default: 4096)")
+    limits.add_argument("--max-images", type=int, default=16, metavar="N", help="of an answer (default: 16)")
+    limits.add_argument(
+        "--max-num-steps", type=int, default=1000, metavar="N", help="denoising steps of an image (default: 1000)"
+    )
+    limits.add_argument(
+        "--max-image-size", type=int, default=2048, metavar="N", help="pixels a side to draw (default: 2048)"
+    )
+    limits.add_argument("--max-prompt-images", type=int, default=64, metavar="N", help="in a request (default: 64)")
+    limits.add_argument(
+        "--max-prompt-megapixels", type=float, default=16, metavar="X", help="of an image sent (default: 16)"
+    )
+    limits.add_argument("--max-body-mb", type=float, default=16, metavar="X", help="of a request, in MiB (default: 16)")
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        from lmfusion.serve.run import bind, run_server, url_of, warn_if_open
+    except ImportError as error:
+        missing = f"`lmfusion serve` needs fastapi and uvicorn ({error.name} is not installed)"
+        raise ValueError(f'{missing}; pip install "lmfusion[serve]"') from None
+    from lmfusion.generation.engine import Engine
+    from lmfusion.generation.previews import preview_map
+    from lmfusion.generation.worker import EngineWorker
+    from lmfusion.serve.app import build_app
+    from lmfusion.serve.requests import RequestLimits, RequestReader
+
+    # All that can be wrong is told before the model is loaded
+    if args.shutdown_seconds < 0:
+        raise ValueError(f"--shutdown-seconds is {args.shutdown_seconds}; it must be 0 or more")
+    limits = RequestLimits(
+        max_body_bytes=round(args.max_body_mb * MEBI),
+        max_image_pixels=round(args.max_prompt_megapixels * MEBI),
+        generation=_limits(args),
+    )
+    defaults = _defaults(args.default)
+    api_key = _api_key(args.api_key_file)
+    template = None if args.chat_template is None else Path(args.chat_template).read_text(encoding="utf-8")
+    with bind(args.host, args.port) as listener:
+        warn_if_open(args.host, api_key is not None)
+        model = load_model(args)
+        _require_chat(model, template)
+        name = args.name or Path(args.model).resolve().name
+        reader = RequestReader(model, name, limits, defaults)
+        preview_map(model.codec)  # which may take seconds, before anybody waits for it
+        engine = Engine(model, num_rows=args.cache_rows, max_batch=args.max_batch, limits=limits.generation)
+        worker = EngineWorker(engine, max_waiting=args.max_waiting)
+        app = build_app(worker, reader, api_key=api_key, allowed_hosts=[*args.allow_host, args.host])
+        print(engine.plan)
+        run_server(
+            app,
+            worker,
+            listener,
+            shutdown_seconds=args.shutdown_seconds,
+            on_ready=lambda: print(f"serving {name} at {url_of(args.host, listener)} (Ctrl-C ends it)", flush=True),
+        )
+    print("lmfusion: the server has ended", file=sys.stderr)
+    return 0
+
+
+def _limits(args: argparse.Namespace) -> "Limits":
+    from lmfusion.generation.options import Limits
+
+    given = {
+        "max_new_tokens": args.max_tokens,
+        "max_images": args.max_images,
+        "max_num_steps": args.max_num_steps,
+        "max_image_size": args.max_image_size,
+        "max_prompt_images": args.max_prompt_images,
+    }
+    for name, value in given.items():
+        if value < 0:
+            option = "--max-tokens" if name == "max_new_tokens" else f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} is {value}; it must be 0 or more")
+    return Limits(**given)
+
+
+def _defaults(pairs: Sequence[str]) -> dict[str, Any]:
+    """Fields and their values; a value that is no JSON is a text."""
+    defaults = {}
+    for pair in pairs:
+        name, sign, text = pair.partition("=")
+        if not sign:
+            raise ValueError(f"--default is {pair!r}; it is FIELD=VALUE, such as num_steps=20")
+        try:
+            defaults[name] = json.loads(text)
+        except json.JSONDecodeError:
+            defaults[name] = text
+    return defaults
+
+
+def _api_key(path: str | None) -> str | None:
+    """Not an option's value, which every user of the machine could read in the list of processes."""
+    key = os.environ.get(KEY_VARIABLE) if path is None else Path(path).read_text(encoding="utf-8")
+    if key is None:
+        return None
+    key = key.strip()
+    if not (key and key.isascii() and key.isprintable()):
+        where = KEY_VARIABLE if path is None else path
+        raise ValueError(f"the API key in {where} is empty or has characters that headers cannot hold; use ASCII")
+    return key
+
+
+def _require_chat(model: "LMFusion", template: str | None) -> None:
+    if model.tokenizer is None:
+        raise ValueError("the model has no tokenizer; adapt it from a checkpoint with one")
+    if template is not None:
+        model.tokenizer.chat_template = template
+    if not getattr(model.tokenizer, "chat_template", None):
+        raise ValueError(
+            "the model's tokenizer has no chat template, so it was not trained to chat; serve a chat model, or give "
+            "--chat-template FILE"
+        )

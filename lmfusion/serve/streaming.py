@@ -1,0 +1,206 @@
+"""How does an answer travel while it is made? From the engine's thread to a client that may be slow, or gone.
+
+`Streamed` sends it event by event (server-sent events, OpenAI's chunks), `Whole` as one JSON body at its end. Both
+cancel the request as soon as the client has hung up.
+"""
+
+import asyncio
+import base64
+import io
+import json
+import time
+from collections import deque
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from anyio.to_thread import run_sync
+from PIL import Image
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from lmfusion.generation.events import Done, Event, ImageBegin, ImageEnd, ImagePreview, TextDelta
+from lmfusion.serve.errors import ApiError
+
+if TYPE_CHECKING:
+    from lmfusion.generation.worker import Answering
+    from lmfusion.serve.metrics import Metrics
+
+KEEP_ALIVE_SECONDS = 15.0
+"""Without an event for so long, a comment is sent: proxies close connections on which nothing happens."""
+SEND_SECONDS = 60.0
+"""A client that takes nothing for so long is as good as gone."""
+
+
+class Listener:
+    """Events of one answer, on their way to the event loop. Call it in any thread, await `next` in the loop's.
+
+    It holds what the client has not taken yet, of several previews of an image the last one alone.
+    """
+
+    def __init__(self, metrics: "Metrics") -> None:
+        self._loop = asyncio.get_running_loop()
+        self._metrics = metrics
+        self._start = time.monotonic()
+        self._has_begun = False
+        self._events: deque[Event] = deque()
+        self._wake = asyncio.Event()
+
+    def __call__(self, event: Event) -> None:
+        self._loop.call_soon_threadsafe(self._put, event)
+
+    async def next(self) -> Event:
+        while not self._events:
+            self._wake.clear()
+            await self._wake.wait()
+        return self._events.popleft()
+
+    def _put(self, event: Event) -> None:
+        seconds = time.monotonic() - self._start
+        if not self._has_begun and isinstance(event, TextDelta | ImageBegin):
+            self._has_begun = True
+            self._metrics.first_event.observe(seconds)
+        if isinstance(event, Done):
+            self._metrics.latency.observe(seconds)
+        last = self._events[-1] if self._events else None
+        if isinstance(event, ImagePreview) and isinstance(last, ImagePreview) and last.index == event.index:
+            self._events.pop()
+        self._events.append(event)
+        self._wake.set()
+
+
+class _Answer(Response):
+    """An ASGI response that is made while `answering` is, and cancels it when the client hangs up."""
+
+    def __init__(self, completion_id: str, model_name: str, answering: "Answering", listener: Listener) -> None:
+        self.background = None
+        self._answering = answering
+        self._listener = listener
+        self._head = {"id": completion_id, "created": int(time.time()), "model": model_name}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        sending = asyncio.create_task(self._send(scope, receive, send))
+        gone = asyncio.create_task(_disconnected(receive))
+        try:
+            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self._answering.cancel()  # nothing, where it is finished
+            gone.cancel()
+            if not sending.done():
+                sending.cancel()
+            await asyncio.gather(sending, gone, return_exceptions=True)
+        if not sending.cancelled():
+            with suppress(TimeoutError):  # of a client that takes nothing
+                sending.result()
+
+    async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raise NotImplementedError
+
+
+class Whole(_Answer):
+    """One `chat.completion` object; message.content is the text, message.parts text and images in their order."""
+
+    async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
+        parts: list[dict[str, Any]] = []
+        while not isinstance(event := await self._listener.next(), Done):
+            match event:
+                case TextDelta(text) if parts and parts[-1]["type"] == "text":
+                    parts[-1]["text"] += text
+                case TextDelta(text):
+                    parts.append({"type": "text", "text": text})
+                case ImageEnd(_, image, settings):
+                    url = {"url": await run_sync(data_url, image)}
+                    parts.append({"type": "image_url", "image_url": url, "settings": settings})
+        if event.finish_reason == "error":
+            await failure(event).response()(scope, receive, send)
+            return
+        text = "".join(part.get("text", "") for part in parts)
+        message = {"role": "assistant", "content": text, "parts": parts}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": event.finish_reason}
+        body = {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage(event)}
+        async with asyncio.timeout(SEND_SECONDS):
+            await JSONResponse(body)(scope, receive, send)
+
+
+class Streamed(_Answer):
+    """`chat.completion.chunk` objects as server-sent events, and [DONE].
+
+    Text is in delta.content, images in delta.image. with_usage: a last chunk tells the counts of tokens.
+    """
+
+    def __init__(self, *answer: Any, with_usage: bool) -> None:
+        super().__init__(*answer)
+        self._with_usage = with_usage
+
+    async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+        raw = [(name.encode(), value.encode()) for name, value in (headers | {"x-accel-buffering": "no"}).items()]
+        await send({"type": "http.response.start", "status": 200, "headers": raw})
+
+        async def write(text: str, more_body: bool = True) -> None:
+            async with asyncio.timeout(SEND_SECONDS):
+                await send({"type": "http.response.body", "body": text.encode(), "more_body": more_body})
+
+        await write(self._chunk({"role": "assistant", "content": ""}))
+        while not isinstance(event := await self._next(write), Done):
+            await write(self._chunk(await _delta(event)))
+        if event.finish_reason == "error":
+            await write(_data(failure(event).body()))
+        else:
+            await write(self._chunk({}, event.finish_reason))
+        if self._with_usage:
+            await write(_data({**self._head, "object": "chat.completion.chunk", "choices": [], "usage": usage(event)}))
+        await write("data: [DONE]\n\n", more_body=False)
+
+    async def _next(self, write: Any) -> Event:
+        while True:
+            try:
+                return await asyncio.wait_for(self._listener.next(), KEEP_ALIVE_SECONDS)
+            except TimeoutError:
+                await write(": still at it\n\n")
+
+    def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> str:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        return _data({**self._head, "object": "chat.completion.chunk", "choices": [choice]})
+
+
+async def _delta(event: Event) -> dict[str, Any]:
+    match event:
+        case TextDelta(text):
+            return {"content": text}
+        case ImageBegin(index, width, height, num_steps):
+            return {"image": dict(event="begin", index=index, width=width, height=height, num_steps=num_steps)}
+        case ImagePreview(index, step, num_steps, image):
+            url = await run_sync(data_url, image)
+            return {"image": dict(event="preview", index=index, step=step, num_steps=num_steps, url=url)}
+        case ImageEnd(index, image, settings):
+            url = await run_sync(data_url, image)
+            return {"image": dict(event="end", index=index, url=url, settings=settings)}
+    raise AssertionError(f"{event} is no event of an answer")
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _data(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def data_url(image: Image.Image) -> str:
+    """The image as a PNG in a data: URL."""
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def usage(done: Done) -> dict[str, int]:
+    """Counts in OpenAI's names, and the images. Tokens of prompts include the rows that images take."""
+    total = done.num_prompt_tokens + done.num_new_tokens
+    counts = dict(prompt_tokens=done.num_prompt_tokens, completion_tokens=done.num_new_tokens, total_tokens=total)
+    return counts | {"images": done.num_images}
+
+
+def failure(done: Done) -> ApiError:
+    """An answer that ended in an error."""
+    return ApiError(500, done.error or "the answer failed", code="generation_failed")

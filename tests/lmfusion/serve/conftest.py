@@ -1,0 +1,159 @@
+"""A tiny model that chats, and a server of it on a free port of the loopback device, in a thread."""
+
+import base64
+import contextlib
+import io
+import json
+import threading
+import time
+
+import httpx
+import numpy as np
+import pytest
+import torch
+import uvicorn
+from PIL import Image
+
+from lmfusion.generation.engine import Engine
+from lmfusion.generation.worker import EngineWorker
+from lmfusion.modeling import LMFusion
+from lmfusion.serve.app import build_app
+from lmfusion.serve.requests import RequestLimits, RequestReader
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message['role'][0] }}:{{ message['content'] }};{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+IMAGE_SIZE = 8
+
+
+@pytest.fixture(scope="session")
+def model(tiny_llama):
+    model = LMFusion.from_llm(
+        tiny_llama,
+        image={"hidden_size": 16, "patch_coder": {"kind": "linear"}},
+        codec={"kind": "pixels", "channels": 1, "image_size": IMAGE_SIZE},
+        diffusion={"prediction_type": "v_prediction"},
+    )
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # what training starts at zero shall matter
+        for parameter in model.image.parameters():
+            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    model.tokenizer.chat_template = CHAT_TEMPLATE
+    return model.eval()
+
+
+class Gate:
+    """Steps of the engine wait here while it is closed."""
+
+    def __init__(self, engine):
+        self._step = engine.step
+        self._open = threading.Event()
+        self._open.set()
+        engine.step = self._wait
+
+    def _wait(self):
+        assert self._open.wait(20)
+        return self._step()
+
+    def close(self):
+        self._open.clear()
+
+    def open(self):
+        self._open.set()
+
+
+class Served:
+    """A running server: its address, and what is behind it."""
+
+    def __init__(self, model, *, max_waiting=64, max_batch=8, limits=None, defaults=None, **options):
+        limits = limits or RequestLimits()
+        self.engine = Engine(model, num_rows=4096, max_batch=max_batch, limits=limits.generation)
+        self.gate = Gate(self.engine)
+        self.worker = EngineWorker(self.engine, max_waiting=max_waiting)
+        reader = RequestReader(model, "tiny", limits, defaults)
+        app = build_app(self.worker, reader, **options)
+        config = uvicorn.Config(
+            app, port=0, http="h11", ws="none", lifespan="off", log_level="critical", timeout_graceful_shutdown=5
+        )
+        self.server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self.server.run)
+        self._thread.start()
+        wait_until(lambda: self.server.started)
+        self.port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.client = httpx.Client(base_url=self.url, timeout=30)
+
+    def stop(self):
+        self.gate.open()
+        self.client.close()
+        self.worker.close()
+        self.server.should_exit = True
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+    def post(self, body=None, **fields):
+        body = {"messages": [{"role": "user", "content": "hi"}], **fields} if body is None else body
+        return self.client.post("/v1/chat/completions", json=body)
+
+    def answer(self, **fields):
+        response = self.post(**fields)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def chunks(self, **fields):
+        """All chunks of a streamed answer, which ends with [DONE]."""
+        body = {"messages": [{"role": "user", "content": "hi"}], "stream": True, **fields}
+        with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
+            assert response.status_code == 200 and response.headers["content-type"].startswith("text/event-stream")
+            events = [line.removeprefix("data: ") for line in response.iter_lines() if line]
+        assert events[-1] == "[DONE]"
+        return [json.loads(event) for event in events[:-1]]
+
+
+@pytest.fixture
+def serve(model):
+    """Starts servers: serve(**options) -> Served."""
+    with contextlib.ExitStack() as stack:
+
+        def start(**options):
+            served = Served(model, **options)
+            stack.callback(served.stop)
+            return served
+
+        yield start
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    """One server for tests that leave nothing behind."""
+    served = Served(model)
+    yield served
+    served.stop()
+
+
+def wait_until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def picture(seed=0, size=(IMAGE_SIZE, IMAGE_SIZE)):
+    pixels = np.random.default_rng(seed).integers(0, 256, size[::-1], np.uint8)
+    return Image.fromarray(pixels)
+
+
+def data_url(image, kind="png", **options):
+    file = io.BytesIO()
+    image.save(file, format=kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def image_of(url):
+    assert url.startswith("data:image/png;base64,")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
+
+
+def image_part(url):
+    return {"type": "image_url", "image_url": {"url": url}}
