@@ -1,17 +1,14 @@
-"""What noise is added in training, what must the network predict, how do samplers undo it? On diffusers schedulers."""
+"""What noise is added in training, and what must the network predict? On a diffusers scheduler."""
 
 import math
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
-SAMPLERS = ("ddpm", "ddim", "dpm-solver")
 
 # beta_start and beta_end are those of Ho et al. (linear) and of Stable Diffusion (scaled_linear); cosine has none
 _SCHEDULES: dict[str, dict[str, Any]] = {
@@ -54,12 +51,31 @@ class DiffusionConfig:
             )
 
 
+def scheduler_config(config: DiffusionConfig) -> dict[str, Any]:
+    """What diffusers' schedulers are made from to fit a model: `EulerDiscreteScheduler.from_config(this)`.
+
+    Its steps begin at pure noise, and it leaves clipping to `lmfusion.generation.samplers`.
+    """
+    return {
+        "num_train_timesteps": config.num_train_timesteps,
+        "prediction_type": config.prediction_type,
+        "timestep_spacing": "trailing",
+        "clip_sample": False,
+        "skip_prk_steps": True,  # PNDM's first steps would leave from where there is next to no signal
+        **_SCHEDULES[config.schedule],
+    }
+
+
 class Diffusion:
-    """Training side of the process, and the samplers that go with it. Holds no weights."""
+    """The process, seen from training. Holds no weights. Drawing undoes it with `lmfusion.generation.samplers`."""
+
+    alphas_cumprod: Tensor
+    """The share of signal in the variance of a noised latent, float64 [num_train_timesteps] on the CPU."""
 
     def __init__(self, config: DiffusionConfig) -> None:
         self.config = config
-        self._scheduler = DDPMScheduler(**self._settings())
+        self._scheduler = DDPMScheduler.from_config(scheduler_config(config))
+        self.alphas_cumprod = self._scheduler.alphas_cumprod.double()
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """Latents [B, C, h, w] noised to their own `timesteps` (int64 [B]), in the dtype of `latents`."""
@@ -75,69 +91,3 @@ class Diffusion:
         """Mean squared error of each image, float32 or wider [B]."""
         wide = torch.promote_types(prediction.dtype, torch.float32)
         return (prediction.to(wide) - target.to(wide)).square().flatten(1).mean(dim=1)
-
-    def sampler(self, name: str, num_steps: int, clip_range: float) -> "Sampler":
-        """A fresh sampler: "ddpm" (ancestral), "ddim" (deterministic) or "dpm-solver" (DPM-Solver++ 2M).
-
-        Predicted clean latents are clipped to [-clip_range, clip_range]: near the last timestep of the cosine
-        schedule an error in a predicted epsilon is amplified thousands of times, and without clipping few steps
-        diverge.
-
-        Raises ValueError for an unknown name or num_steps outside 1 to num_train_timesteps.
-        """
-        num_train_timesteps = self.config.num_train_timesteps
-        if not 1 <= num_steps <= num_train_timesteps:
-            raise ValueError(f"num_steps is {num_steps}; the diffusion has 1 to {num_train_timesteps} steps")
-        scheduler: DDPMScheduler | DPMSolverMultistepScheduler
-        if name == "ddpm":
-            scheduler = DDPMScheduler(**self._settings(), clip_sample=True, clip_sample_range=clip_range)
-        elif name in ("ddim", "dpm-solver"):
-            # DPM-Solver++ of order 1 is DDIM; diffusers' own DDIMScheduler errs on step counts that do not divide 1,000
-            order = 1 if name == "ddim" else 2
-            scheduler = _ClippedDPMSolver(
-                **self._settings(), solver_order=order, thresholding=True, sample_max_value=clip_range
-            )
-        else:
-            raise ValueError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}")
-        # "Trailing" spacing, so that the first step starts at the timestep of pure noise
-        timesteps = np.linspace(num_train_timesteps, 0, num_steps, endpoint=False).round().astype(int) - 1
-        scheduler.set_timesteps(timesteps=timesteps.tolist())
-        return Sampler(scheduler, timesteps.tolist())
-
-    def _settings(self) -> dict[str, Any]:
-        return {
-            "num_train_timesteps": self.config.num_train_timesteps,
-            "prediction_type": self.config.prediction_type,
-            **_SCHEDULES[self.config.schedule],
-        }
-
-
-class Sampler:
-    """One run from noise to clean latents: for each of `timesteps`, predict and `step`."""
-
-    timesteps: list[int]
-    """Descending; each is the t the network is told."""
-
-    def __init__(self, scheduler: DDPMScheduler | DPMSolverMultistepScheduler, timesteps: list[int]) -> None:
-        self.timesteps = timesteps
-        self._scheduler = scheduler
-
-    def step(self, prediction: Tensor, timestep: int, latents: Tensor, generators: list[torch.Generator]) -> Tensor:
-        """Latents [B, C, h, w] at the next timestep, from the network's `prediction` at this one.
-
-        generators: one an image, for samplers that add noise, so that an image does not depend on its neighbours.
-        """
-        if isinstance(self._scheduler, DDPMScheduler):
-            return self._scheduler.step(prediction, timestep, latents, generator=generators, return_dict=False)[0]
-        return self._scheduler.step(prediction, timestep, latents, return_dict=False)[0]
-
-
-class _ClippedDPMSolver(DPMSolverMultistepScheduler):
-    """DPM-Solver++ that clips predicted clean latents to a fixed range, as the other samplers do.
-
-    Its parent would divide by the range too, which suits [-1, 1] alone.
-    """
-
-    def _threshold_sample(self, sample: Tensor) -> Tensor:
-        limit = self.config["sample_max_value"]
-        return sample.clamp(-limit, limit)

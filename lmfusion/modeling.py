@@ -1,6 +1,6 @@
 """How do text and images become a loss, logits and predictions? `LMFusion`: two towers around shared attention."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel
 from transformers.utils import ModelOutput
 
 import lmfusion_kernels as lk
@@ -19,12 +19,17 @@ from lmfusion.configuration import ImageTowerConfig, LMFusionConfig
 from lmfusion.conversion import load_base
 from lmfusion.conversion.architectures import check_supported, sliding_window
 from lmfusion.diffusion import Diffusion, DiffusionConfig
+from lmfusion.generation import Answer, Event, PromptLike
 from lmfusion.image.codec import Codec, CodecConfig, load_codec
 from lmfusion.image.patch_coder import Skip
 from lmfusion.image.preprocessing import ImageSource
+from lmfusion.model_card import TrainingRecord
+from lmfusion.pretrained import LoadingOptions, PretrainedHabits
 from lmfusion.serialization import BaseRecord
 from lmfusion.towers import ImageTower, TextTower
 
+MAX_LOGITS = 2**24
+"""Held at a time of rows whose logits have no gradient: 64 MiB in float32."""
 KeyValueCaches = Sequence[tuple[Tensor, Tensor]]
 """One pair a layer: keys and values [num_keys, H_kv, D] of a cached layout."""
 
@@ -34,10 +39,14 @@ class LMFusionOutput(ModelOutput):
     """What `LMFusion.forward` gives: with `input_ids` the logits, with a batch everything else."""
 
     loss: Tensor | None = None
-    """lm_loss_sum / num_labels + loss_weight * diffusion_loss_sum / num_images, float32"""
+    """lm_loss_sum / num_labels + begin_loss_sum / num_decisions + loss_weight * diffusion_loss_sum / num_images"""
     lm_loss_sum: Tensor | None = None
     """Cross-entropy summed over the labels, in nats"""
     num_labels: int | None = None
+    begin_loss_sum: Tensor | None = None
+    """Of the rows before each document's first image, with a frozen text tower: how surprising it is to the rows of BOI
+    and EOI that an image begins there, or that none does. Summed over these decisions, in nats"""
+    num_decisions: int | None = None
     diffusion_loss_sum: Tensor | None = None
     """Mean squared error of each image, summed over the images"""
     num_images: int | None = None
@@ -45,11 +54,12 @@ class LMFusionOutput(ModelOutput):
     """[B, T, V]"""
 
 
-class LMFusion(PreTrainedModel):
+class LMFusion(PretrainedHabits):
     """A text LLM and an image tower beside it. Make one with `from_llm`, load one with `from_pretrained`.
 
     text: the base LLM, frozen unless `freeze_text(False)` is called. image: everything that is trained. codec: frozen,
     between pixels and latents. tokenizer: the base's, or None. base: where the text tower came from, and its digests.
+    trained: how the image tower was, if that is known.
     """
 
     config: LMFusionConfig
@@ -68,6 +78,7 @@ class LMFusion(PreTrainedModel):
         self.image = ImageTower(config, self.codec.latent_channels)
         self.tokenizer: Any = None
         self.base: BaseRecord | None = None
+        self.trained: TrainingRecord | None = None
         self.compute_dtype: torch.dtype | None = None
         """dtype of the rows; None: that of the text weights. Weights in another dtype are cast as they are used."""
         self.recompute = "none"
@@ -100,29 +111,31 @@ class LMFusion(PreTrainedModel):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, path: str | Path, base: str | Path | None = None, dtype: torch.dtype | None = None, **kwargs: Any
+        cls, path: str | Path, base: str | Path | None = None, dtype: torch.dtype | str | None = None, **kwargs: Any
     ) -> "LMFusion":
         """The model saved in the folder `path`.
 
         base: where its base LLM is now, if it was saved without the text tower and the LLM is not where it was. It
         must be the same LLM: every tensor's sha256 is compared. dtype: of the weights; None keeps them as they were
-        saved.
+        saved. kwargs: those of transformers that apply here, see `lmfusion.pretrained.LoadingOptions`; device_map names
+        the one device that the model is put on.
 
         Raises FileNotFoundError when a file or the base is missing, ValueError when one is damaged or differs.
         """
-        kwargs.pop("config", None)  # given by AutoModel, which read it from the same folder
-        unknown = [name for name, value in kwargs.items() if value]  # AutoModel also names options that are not set
-        if unknown:
-            raise ValueError(f"unknown argument {unknown[0]!r}; LMFusion.from_pretrained takes path, base and dtype")
-        return serialization.load(cls, Path(path), base, dtype)
+        options = LoadingOptions.of(dtype, kwargs)
+        model = serialization.load(cls, Path(path), base, options.dtype)
+        if options.adapter is not None:
+            model.load_adapter(options.adapter)
+        return model if options.device is None else model.to(options.device)  # type: ignore[arg-type]
 
     def save_pretrained(self, path: str | Path, parts: str = "image") -> None:  # type: ignore[override]
-        """Save into the folder `path`: config.json, base.json, safetensors and tokenizer.
+        """Save into the folder `path`: config.json, base.json, safetensors, tokenizer and a model card.
 
         parts: "image" (all that was trained; the base LLM is loaded from where it is, and checked) or "all".
 
-        A model already saved there is kept until the new one is complete. Raises ValueError for a folder that holds
-        something else, or for parts="image" after training the text tower; OSError when writing fails.
+        A model already saved there is kept until the new one is complete, and what was changed in its model card
+        stays. Raises ValueError for a folder that holds something else, for a model with peft's adapters on it, or for
+        parts="image" after training the text tower; OSError when writing fails.
         """
         serialization.save(self, Path(path), parts)
 
@@ -150,11 +163,23 @@ class LMFusion(PreTrainedModel):
         """Rows that an image of the configured size takes."""
         return self.image.patch_coder.tokens_per_image(self.codec.latent_size, self.codec.latent_size)
 
-    def generate(self, prompts: Sequence[str], **options: Any) -> list[str]:
-        """Text after each prompt; `options` are those of `lmfusion.generation.generate_text`."""
-        return generation.generate_text(self, prompts, **options)
+    def stream(self, prompt: PromptLike, chat: bool = False, **options: Any) -> Iterator[Event]:
+        """Events of one answer as they happen: text, images with previews, the end.
 
-    def draw(self, prompts: Sequence[str], **options: Any) -> list[Image]:
+        See `lmfusion.generation.stream_answer`; options: the fields of `GenerationOptions`.
+        """
+        return generation.stream_answer(self, prompt, chat=chat, **options)
+
+    def generate(
+        self, prompts: Sequence[PromptLike], chat: bool = False, batch_size: int = 8, **options: Any
+    ) -> list[Answer]:
+        """An answer to each prompt, of text, and of images where max_images allows them.
+
+        See `lmfusion.generation.generate_answers`; options: the fields of `GenerationOptions`.
+        """
+        return generation.generate_answers(self, prompts, chat=chat, batch_size=batch_size, **options)
+
+    def draw(self, prompts: Sequence[PromptLike], **options: Any) -> list[Image]:
         """An image of each prompt; `options` are those of `lmfusion.generation.draw_images`."""
         return generation.draw_images(self, prompts, **options)
 
@@ -166,7 +191,7 @@ class LMFusion(PreTrainedModel):
         """Text-tower rows [n, d_text] of token ids (integer [n]), BOI and EOI among them."""
         vocab_size = self.boi_token_id
         is_marker = token_ids >= vocab_size
-        rows = F.embedding(token_ids.clamp(max=vocab_size - 1), self.text.embed_tokens.weight)
+        rows = F.embedding(token_ids.clamp(max=vocab_size - 1), self.text.embedding_weight)
         markers = F.embedding((token_ids - vocab_size).clamp(min=0), self.image.marker_embedding)
         return torch.where(is_marker[:, None], markers.to(rows.dtype), rows).to(self._dtype)
 
@@ -259,7 +284,7 @@ class LMFusion(PreTrainedModel):
         documents = [[("text", length)]] * num_rows if length else []
         layout = lk.TokenLayout.from_spans(documents, frozen_text=self.frozen_text, device=input_ids.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_text):
-            x_text = F.embedding(input_ids.flatten(), self.text.embed_tokens.weight).to(self._dtype)
+            x_text = F.embedding(input_ids.flatten(), self.text.embedding_weight).to(self._dtype)
             h_text, _ = self.run_layers(x_text, x_text.new_zeros(0, self.config.image_hidden_size), layout)
             return self._vocabulary_logits(h_text).unflatten(0, (num_rows, length))
 
@@ -270,7 +295,9 @@ class LMFusion(PreTrainedModel):
         x_image, skip = self.encode_images(noisy, timesteps)
         h_text, h_image = self.run_layers(self.embed(batch.token_ids), x_image, layout)
 
-        lm_loss_sum = diffusion_loss_sum = self._zero(batch, h_text)
+        lm_loss_sum = diffusion_loss_sum = begin_loss_sum = self._zero(batch, h_text)
+        if batch.num_decisions:
+            begin_loss_sum = begin_loss_sum + self._begin_loss_sum(h_text.detach()[batch.decision_rows], batch)
         if batch.num_labels:
             is_labelled = batch.labels != IGNORED
             h_live, labels = h_text[layout.num_constant :], batch.labels
@@ -283,9 +310,31 @@ class LMFusion(PreTrainedModel):
             prediction = self.decode_images(h_image, timesteps, skip)
             target = self.diffusion.target(batch.latents, batch.noise, timesteps)
             diffusion_loss_sum = diffusion_loss_sum + self.diffusion.loss(prediction, target).sum()
-        loss = lm_loss_sum / max(1, batch.num_labels)
+        loss = lm_loss_sum / max(1, batch.num_labels) + begin_loss_sum / max(1, batch.num_decisions)
         loss = loss + self.config.diffusion.loss_weight * diffusion_loss_sum / max(1, batch.num_images)
-        return LMFusionOutput(loss, lm_loss_sum, batch.num_labels, diffusion_loss_sum, batch.num_images)
+        return LMFusionOutput(
+            loss=loss,
+            lm_loss_sum=lm_loss_sum,
+            num_labels=batch.num_labels,
+            begin_loss_sum=begin_loss_sum,
+            num_decisions=batch.num_decisions,
+            diffusion_loss_sum=diffusion_loss_sum,
+            num_images=batch.num_images,
+        )
+
+    def _begin_loss_sum(self, h: Tensor, batch: Batch) -> Tensor:
+        """Cross-entropy of "BOI" against "any word of the LLM's" for constant rows h [num_decisions, d_text].
+
+        The gradient of the marker rows is that of a cross-entropy over all V + 2 logits; the LLM's own surprise at its
+        text, which nothing can change, is left out of the sum.
+        """
+        wide = torch.promote_types(h.dtype, torch.float32)
+        with torch.no_grad():  # a few rows at a time: all logits of a large vocabulary would not fit
+            chunks = h.split(max(1, MAX_LOGITS // self.boi_token_id))
+            vocabulary = torch.cat([self._vocabulary_logits(rows).to(wide).logsumexp(dim=-1) for rows in chunks])
+        markers = F.linear(h, self.image.marker_head.to(h.dtype)).to(wide)
+        total = torch.logaddexp(vocabulary, markers.logsumexp(dim=-1))
+        return (total - torch.where(batch.begins_image, markers[:, 0], vocabulary)).sum()
 
     def _zero(self, batch: Batch, h_text: Tensor) -> Tensor:
         """A zero that depends on every weight that the losses of `batch` do not depend on.
@@ -295,7 +344,9 @@ class LMFusion(PreTrainedModel):
         """
         unused: list[Tensor] = [self.image.marker_embedding]
         if not batch.num_labels:
-            unused += [self.image.marker_head, self.text.head_weight]
+            unused.append(self.text.head_weight)
+        if not batch.num_labels and not batch.num_decisions:
+            unused.append(self.image.marker_head)
         if not batch.num_images:
             unused += self.image.patch_coder.parameters()
         if not batch.num_labels and not batch.num_images:

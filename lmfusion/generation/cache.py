@@ -1,92 +1,102 @@
-"""How are tokens that were read once not read again? Keys and values of every layer, one stretch of rows a document."""
+"""How are tokens that were read once not read again? Keys and values of every layer, a range of rows a document."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lmfusion.batch import Document
-from lmfusion.conversion.architectures import sliding_window
 from lmfusion_kernels import layout as layouts
 from lmfusion_kernels.layout import TokenLayout
 
 if TYPE_CHECKING:
     from lmfusion.modeling import LMFusion
 
+ALIGNMENT = 64
+"""Ranges begin at multiples of it, where attention on a CPU begins a tile of keys: it adds up a document's numbers in
+one order wherever the document lies."""
+
+
+@dataclass(eq=False)
+class CachedDocument:
+    """A range of rows of the cache, and how many of them hold tokens.
+
+    Whatever continues the document is written behind them. Until `length` is advanced the next one writes the same
+    rows again, which is how every denoising step replaces the image of the step before.
+    """
+
+    start: int
+    num_rows: int
+    length: int = 0
+
 
 class KeyValueCache:
-    """Keys and values of `num_documents` documents of up to `capacity` tokens each.
+    """Keys and values of up to `num_rows` tokens, allocated once.
 
-    Document `d` owns the rows [d * capacity, (d + 1) * capacity) of each layer's tensors and has filled `lengths[d]` of
-    them. A layout that continues the documents writes behind that; until `lengths` is advanced, the next one writes
-    the same rows again, which is how every denoising step replaces the image of the step before.
+    Documents get contiguous ranges of rows and give them back. `num_scratch` rows more lie behind them, for documents
+    that only fill up a batch of fixed size.
     """
 
     layers: list[tuple[Tensor, Tensor]]
-    """(k, v) of each layer, [num_documents * capacity, H_kv, D]"""
-    lengths: list[int]
-    """Tokens held for each document."""
+    """(k, v) of each layer, [num_rows + num_scratch, H_kv, D]"""
 
-    def __init__(self, model: "LMFusion", num_documents: int, capacity: int) -> None:
+    def __init__(self, model: "LMFusion", num_rows: int, num_scratch: int = 0) -> None:
         text_config = model.config.text_config
-        shape = (num_documents * capacity, text_config.num_key_value_heads, model.config.head_dim)
         like = model.embed(torch.empty(0, dtype=torch.int64, device=model.device))  # dtype and device that rows have
+        shape = (num_rows + num_scratch, text_config.num_key_value_heads, model.config.head_dim)
         # Zeros, not garbage: a masked key has weight 0, and 0 times NaN would be NaN
-        self.layers = [(like.new_zeros(shape), like.new_zeros(shape)) for _ in range(text_config.num_hidden_layers)]
-        self.lengths = [0] * num_documents
-        self.capacity = capacity
-        self._device = like.device
+        self._buffer = like.new_zeros(text_config.num_hidden_layers, 2, *shape)
+        self.layers = [(keys, values) for keys, values in self._buffer]
+        self.num_rows = num_rows
+        self.scratch = CachedDocument(num_rows, num_scratch)
+        self._free = [(0, num_rows)]  # ranges (start, end), ascending, no two of them adjacent
 
-    def layout(self, continuations: Sequence[layouts.Document]) -> TokenLayout:
-        """The layout of tokens that continue each document, given as spans of (modality, length)."""
-        return TokenLayout.from_spans(
-            continuations, device=self._device, cached_lengths=self.lengths, cache_capacity=self.capacity
-        )
+    @property
+    def num_rows_used(self) -> int:
+        return self.num_rows - sum(end - start for start, end in self._free)
 
-    def read(self, model: "LMFusion", documents: Sequence[Document], x_image: Tensor | None = None) -> Tensor:
-        """Read the beginnings of all documents; returns the text tower's output [num_text, d_text] in sequence order.
+    @property
+    def device(self) -> torch.device:
+        return self._buffer.device
 
-        x_image: rows of the images in the documents, [num_image, d_image]; None where there are none.
+    def allocate(self, sizes: Sequence[int]) -> list[CachedDocument] | None:
+        """A document of each of `sizes` rows, or None, and nothing taken, where they do not all fit now.
+
+        Sizes are multiples of ALIGNMENT.
         """
-        layout = self.layout([document.spans for document in documents])
-        token_ids = [token_id for document in documents for token_id in document.token_ids]
-        x_text = model.embed(torch.tensor(token_ids, dtype=torch.int64, device=self._device))
-        x_image = no_image_rows(model, x_text) if x_image is None else x_image.to(x_text.dtype)
-        h_text, _ = model.run_layers(x_text, x_image, layout, self.layers)
-        self.lengths = [document.num_tokens for document in documents]
-        return h_text
+        before = list(self._free)
+        documents: list[CachedDocument] = []
+        for size in sizes:
+            i = next((i for i, (start, end) in enumerate(self._free) if end - start >= size), None)
+            if i is None:
+                self._free = before
+                return None
+            start, end = self._free[i]
+            self._free[i : i + 1] = [(start + size, end)] if start + size < end else []
+            documents.append(CachedDocument(start, size))
+        for document in documents:
+            # The last owner's numbers may not be finite
+            self._buffer[:, :, document.start : document.start + document.num_rows].zero_()
+        return documents
 
-
-def no_image_rows(model: "LMFusion", x_text: Tensor) -> Tensor:
-    """Rows [0, d_image] for a step that has no image."""
-    return x_text.new_empty(0, model.config.image_hidden_size)
-
-
-def check_context(model: "LMFusion", documents: Sequence[Document], num_new: int) -> None:
-    """Raise ValueError when a document with `num_new` more tokens exceeds the LLM's positions or its window."""
-    num_tokens = max(document.num_tokens for document in documents) + num_new
-    text_config = model.config.text_config
-    limits = (getattr(text_config, "max_position_embeddings", None), sliding_window(text_config))
-    limit = min((limit for limit in limits if limit is not None), default=num_tokens)
-    if num_tokens > limit:
-        raise ValueError(
-            f"a document of {num_tokens - num_new} tokens and {num_new} new ones need {num_tokens}, "
-            f"but the model's context is {limit}; shorten one or the other"
+    def free(self, documents: Sequence[CachedDocument]) -> None:
+        """Take back the rows of `documents`, which are not to be used any more."""
+        ranges = sorted(
+            [*self._free, *((document.start, document.start + document.num_rows) for document in documents)]
         )
+        self._free = []
+        for start, end in ranges:
+            if self._free and self._free[-1][1] == start:
+                start = self._free.pop()[0]
+            self._free.append((start, end))
 
-
-@contextmanager
-def generating(model: "LMFusion") -> Iterator[None]:
-    """Without gradients and in evaluation mode; training mode comes back afterwards.
-
-    Not torch's inference mode: what a sharded model makes there for keeps could not be trained with any more.
-    """
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(was_training)
+    def layout(self, documents: Sequence[CachedDocument], continuations: Sequence[layouts.Document]) -> TokenLayout:
+        """The layout of tokens that continue `documents`, in ascending order of their ranges."""
+        return TokenLayout.from_spans(
+            continuations,
+            device=self.device,
+            cached_lengths=[document.length for document in documents],
+            cache_starts=[document.start for document in documents],
+            cache_rows=self.num_rows + self.scratch.num_rows,
+        )

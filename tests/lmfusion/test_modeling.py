@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 import lmfusion_kernels as lk
 from lmfusion.batch import Document, SpecialTokens, caption_first_document, image_first_document, pack
 from lmfusion.conversion import load_base, names
-from lmfusion.generation import caption_images, generate_text
+from lmfusion.generation import caption_images, generate_answers
 from lmfusion.modeling import LMFusion
 from lmfusion.serialization import digests, from_base, text_tensors
 
@@ -186,7 +186,8 @@ def test_losses_are_those_of_the_parts(tmp_path, frozen_text):
     assert (output.num_labels, output.num_images) == (len(lm_losses), 2)
     torch.testing.assert_close(output.lm_loss_sum, lm_losses.sum())
     torch.testing.assert_close(output.diffusion_loss_sum, errors.sum())
-    torch.testing.assert_close(output.loss, lm_losses.mean() + 5 * errors.mean())
+    begin_loss = output.begin_loss_sum / max(1, output.num_decisions)  # see test_begin_loss.py
+    torch.testing.assert_close(output.loss, lm_losses.mean() + begin_loss + 5 * errors.mean())
     assert model.text.norm.weight.requires_grad is not frozen_text
 
 
@@ -214,7 +215,7 @@ def test_batches_without_images_or_labels_have_a_loss_of_zero_with_a_graph(tmp_p
     model = build(tmp_path)
     documents = {
         "empty": [],
-        "text": [Document().text([4, 5, 6])],
+        "text": [Document().text([4, 5, 6], is_scored=False)],
         "one token": [Document().text([4])],
         "no label": [Document().marker(61)],
     }[kind]
@@ -257,7 +258,7 @@ def test_methods_are_those_of_generation(tiny_llama):
     model = LMFusion.from_llm(tiny_llama, image=IMAGE, codec=CODEC)
     images = model.draw(["x", "y"], num_steps=2, sampler="ddim", guidance_scale=1.0)
     assert [image.size for image in images] == [(4, 4), (4, 4)]
-    assert model.generate(["x"], max_new_tokens=3) == generate_text(model, ["x"], max_new_tokens=3)
+    assert model.generate(["x"], max_new_tokens=3) == generate_answers(model, ["x"], max_new_tokens=3)
     assert model.caption(images, max_new_tokens=3) == caption_images(model, images, max_new_tokens=3)
 
 
@@ -318,7 +319,7 @@ def test_smollm2_from_gguf_is_the_llm_in_transformers():
         greedy = llm.generate(ids, max_new_tokens=9, do_sample=False, pad_token_id=2)[0, ids.shape[1] :]
     expected = model.tokenizer.decode(greedy, skip_special_tokens=True)
     assert "Paris" in expected
-    assert model.generate([prompt], max_new_tokens=9) == [expected]
+    assert model.generate([prompt], max_new_tokens=9)[0].text == expected
 
 
 def test_an_image_longer_than_the_context_is_refused(tiny_llama):

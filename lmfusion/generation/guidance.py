@@ -1,0 +1,79 @@
+"""What is an image's prediction guided by? Branches that know less than the prompt, all computed in one forward.
+
+Guided by text, with scale s (classifier-free guidance, LMFusion section 4.1), e being the network's prediction:
+
+    e(nothing) + s (e(all) - e(nothing))
+
+and by the images that come before it, too, with scale s_I (InstructPix2Pix, equation 3):
+
+    e(nothing) + s_I (e(images) - e(nothing)) + s (e(all) - e(images))
+
+Both are sums of the branches' predictions with weights that add up to 1.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lmfusion.batch import Document, SpecialTokens
+from lmfusion.generation.options import GenerationOptions
+
+MAX_BRANCHES = 3
+
+
+class Branch(NamedTuple):
+    """What a branch other than the whole prompt's reads before the image."""
+
+    document: Document
+    latents: list[Tensor]
+    """Of the images in the document, [C, h, w] each."""
+    weight: float
+
+
+class Guidance(NamedTuple):
+    """The weight of the prediction that knows everything, and the other branches."""
+
+    weight: float
+    branches: list[Branch]
+
+
+def guidance_of(
+    options: GenerationOptions,
+    images: Sequence[Tensor],
+    num_image_tokens: Sequence[int],
+    tokens: SpecialTokens,
+    negative_ids: Sequence[int],
+) -> Guidance:
+    """The branches of an image that comes after `images` (clean latents [C, h, w], with so many rows each).
+
+    Branches without weight are left out.
+    """
+    scale, image_scale = options.guidance_scale, options.image_guidance_scale
+    with_images = image_scale is not None and len(images) > 0
+    weights = (scale, image_scale - scale, 1 - image_scale) if with_images else (scale, 0.0, 1 - scale)  # type: ignore[operator]
+    branches = []
+    for is_with_images, weight in zip((True, False), weights[1:], strict=True):
+        if weight == 0:
+            continue
+        document = Document().text(tokens.bos)
+        for num_rows in num_image_tokens if is_with_images else ():
+            document = document.marker(tokens.boi_token_id).image(num_rows).marker(tokens.eoi_token_id)
+        document = document.text(negative_ids).marker(tokens.boi_token_id)
+        branches.append(Branch(document, list(images) if is_with_images else [], weight))
+    return Guidance(weights[0], branches)
+
+
+def guide(predictions: Tensor, branch_index: Tensor, weights: Tensor, rescale: Tensor) -> Tensor:
+    """Guided predictions [R, C, h, w] from those of all branches [B, C, h, w].
+
+    branch_index: int64 [R, 3], the branches of each image, that of the whole prompt first. weights: [R, 3], 0 where
+    there are fewer. rescale: [R], how much of the standard deviation that guidance adds is taken back (Lin et al. 2023,
+    equations 15 and 16).
+    """
+    parts = predictions[branch_index]  # [R, 3, C, h, w]
+    guided = (parts * weights[:, :, None, None, None]).sum(dim=1)
+    spread = guided.flatten(1).std(dim=1, correction=0).clamp(min=torch.finfo(guided.dtype).tiny)
+    factor = rescale * (parts[:, 0].flatten(1).std(dim=1, correction=0) / spread) + (1 - rescale)
+    return guided * factor[:, None, None, None]

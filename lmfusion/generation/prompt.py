@@ -1,0 +1,131 @@
+"""What does an answer go on from? Text, images, a mix of both, or a conversation, read into token ids and pixels."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from lmfusion.batch import Document, SpecialTokens, encode_caption
+from lmfusion.chat import Message, encode_chat
+from lmfusion.conversion.architectures import sliding_window
+from lmfusion.image.preprocessing import to_tensor
+from lmfusion.tokens import token_ids
+
+if TYPE_CHECKING:
+    from lmfusion.modeling import LMFusion
+
+Part = str | Path | Image.Image | np.ndarray
+PromptLike = str | Sequence[Part] | Sequence[Message]
+"""A text; a list of texts and images (a path is an image, a str never is); or messages, as `lmfusion.chat` has them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt that has been read."""
+
+    parts: tuple[list[int] | Tensor, ...]
+    """Token ids, and pixels [channels, H, W] in [-1, 1], in their order."""
+    text: str
+    """Its words, to be kept with what is made from it."""
+
+    @property
+    def images(self) -> list[Tensor]:
+        return [part for part in self.parts if isinstance(part, Tensor)]
+
+    @property
+    def num_images(self) -> int:
+        return len(self.images)
+
+    def document(self, num_image_tokens: int, tokens: SpecialTokens) -> Document:
+        """Its rows: text as it is, every image between BOI and EOI."""
+        document = Document()
+        for part in self.parts:
+            if isinstance(part, Tensor):
+                document = document.marker(tokens.boi_token_id).image(num_image_tokens).marker(tokens.eoi_token_id)
+            else:
+                document = document.text(part)
+        return document
+
+
+def encode_prompt(model: "LMFusion", prompt: PromptLike, chat: bool = False) -> Prompt:
+    """`prompt` in the model's tokens and pixels.
+
+    A single text is tokenised as the base LLM would. In a list, texts are stripped, as captions are in training, and
+    bos comes first; images are cropped to the middle and resized to the codec's size. Messages, and with `chat` a
+    single text or list as the user's turn, are written in the tokenizer's chat template, after the model's system
+    prompt if it has one and the conversation has none.
+
+    Raises ValueError for an empty prompt, a part that is neither text nor image, a damaged or huge image, or a
+    conversation where the tokenizer has no chat template; OSError for a file that cannot be opened.
+    """
+    tokenizer = require_tokenizer(model)
+    if isinstance(prompt, str) and not chat:
+        [ids] = token_ids(tokenizer, [prompt], control_tokens=True, add_special_tokens=True)
+        if not ids or not prompt:
+            raise ValueError("a prompt is empty; write something to go on from")
+        return Prompt((ids,), prompt)
+    if not isinstance(prompt, (str, Sequence)) or isinstance(prompt, (bytes, Mapping)):
+        raise ValueError(f"a prompt is {prompt!r:.80}; it is a text, a list of texts and images, or a list of messages")
+    if len(prompt) == 0:
+        raise ValueError("a prompt is empty; write something to go on from")
+    is_conversation = not isinstance(prompt, str) and isinstance(prompt[0], Mapping)
+    if is_conversation or chat:
+        messages: Sequence[Any] = prompt if is_conversation else [{"role": "user", "content": prompt}]
+        return _conversation(model, messages)
+    bos = SpecialTokens.of(tokenizer, model.boi_token_id).bos
+    parts = [encode_caption(tokenizer, part) if isinstance(part, str) else _pixels(model, part) for part in prompt]
+    return Prompt((bos, *parts) if bos else tuple(parts), _words(prompt))
+
+
+def _conversation(model: "LMFusion", messages: Sequence[Any]) -> Prompt:
+    tokenizer = require_tokenizer(model)
+    system = model.config.chat_system_prompt
+    has_system = isinstance(messages[0], Mapping) and messages[0].get("role") == "system"
+    if system is not None and not has_system:
+        messages = [{"role": "system", "content": system}, *messages]
+    parts = [part if isinstance(part, list) else _pixels(model, part) for part in encode_chat(tokenizer, messages)]
+    content = messages[-1]["content"]
+    return Prompt(tuple(parts), _words(content if isinstance(content, (list, tuple)) else [content]))
+
+
+def _words(parts: Sequence[Any]) -> str:
+    """The texts among the parts of a prompt or message."""
+    texts = (part.get("text", "") if isinstance(part, Mapping) else part for part in parts)
+    return " ".join(text.strip() for text in texts if isinstance(text, str) and text.strip())
+
+
+def _pixels(model: "LMFusion", image: Any) -> Tensor:
+    if not isinstance(image, (Path, Image.Image, np.ndarray)):
+        raise ValueError(
+            f"a part of a prompt is {image!r:.80}; it is a text, or an image: a pathlib.Path, "
+            "a Pillow image or an array"
+        )
+    config = model.codec.config
+    return to_tensor(image, config.image_size, config.channels)
+
+
+def require_tokenizer(model: "LMFusion") -> Any:
+    """The model's tokenizer. Raises ValueError where it has none."""
+    if model.tokenizer is None:
+        raise ValueError("the model has no tokenizer; adapt it from a checkpoint with one, or set model.tokenizer")
+    return model.tokenizer
+
+
+def context_limit(model: "LMFusion") -> int | None:
+    """Tokens that a document may have: the LLM's positions or its attention window. None: no limit is known."""
+    text_config = model.config.text_config
+    limits = (getattr(text_config, "max_position_embeddings", None), sliding_window(text_config))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def end_token_ids(model: "LMFusion") -> set[int]:
+    """Tokens that end a document: those of the LLM's configuration, and its tokenizer's eos."""
+    configured = getattr(model.config.text_config, "eos_token_id", None)
+    ids = set(configured) if isinstance(configured, (list, tuple)) else {configured}
+    if model.tokenizer is not None:
+        ids.add(model.tokenizer.eos_token_id)
+    return {token_id for token_id in ids if token_id is not None}

@@ -1,0 +1,83 @@
+"""What does one step compute? Functions of tensors alone, on the cache in place, that wait for nothing on the host."""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lmfusion.generation.cache import KeyValueCache
+from lmfusion.generation.decoding import Choice, next_tokens
+from lmfusion.generation.guidance import guide
+from lmfusion.generation.samplers import advance
+from lmfusion_kernels.layout import TokenLayout
+
+if TYPE_CHECKING:
+    from lmfusion.modeling import LMFusion
+
+
+class Branching(NamedTuple):
+    """Which image each of B branches draws, and the branches of each of R images."""
+
+    image: Tensor
+    """int64 [B]"""
+    branch: Tensor
+    """int64 [R, 3], the whole prompt's first; repeated where there are fewer"""
+    weights: Tensor
+    """float32 [R, 3], 0 where there are fewer"""
+    rescale: Tensor
+    """float32 [R]"""
+
+
+def decode_step(
+    model: "LMFusion", cache: KeyValueCache, token_ids: Tensor, layout: TokenLayout, choice: Choice, is_greedy: bool
+) -> Tensor:
+    """The token int64 [B] that follows `token_ids` int64 [B], each the next of a cached document."""
+    x_text = model.embed(token_ids)
+    h_text, _ = model.run_layers(x_text, x_text.new_empty(0, model.config.image_hidden_size), layout, cache.layers)
+    return next_tokens(model.text_logits(h_text), choice, is_greedy)
+
+
+def predict_step(
+    model: "LMFusion",
+    cache: KeyValueCache,
+    x: Tensor,
+    timesteps: Tensor,
+    layout: TokenLayout,
+    branching: Branching | None,
+) -> Tensor:
+    """The (guided) prediction for R noisy images x [R, C, h, w] at `timesteps` [R], each at the end of its documents.
+
+    The layout holds the images' rows alone, a document a branch; None for `branching`: a document an image.
+    """
+    rows, skip = model.encode_images(x, timesteps)
+    assert skip is not None
+    if branching is not None:
+        rows = rows.unflatten(0, (x.shape[0], -1)).index_select(0, branching.image).flatten(0, 1)
+        skip = tuple(feature.index_select(0, branching.image) for feature in skip)
+        timesteps = timesteps.index_select(0, branching.image)
+    no_text = model.embed(torch.empty(0, dtype=torch.int64, device=x.device))
+    _, h_image = model.run_layers(no_text, rows, layout, cache.layers)
+    predictions = model.decode_images(h_image, timesteps, skip).to(x.dtype)
+    if branching is None:
+        return predictions
+    return guide(predictions, branching.branch, branching.weights, branching.rescale)
+
+
+def denoise_step(
+    model: "LMFusion",
+    cache: KeyValueCache,
+    x: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    numbers: Tensor,
+    layout: TokenLayout,
+    branching: Branching | None,
+    clip: float,
+) -> tuple[Tensor, Tensor]:
+    """(x, x0) of R images after one step of their samplers.
+
+    x, x0 (the clean images predicted one step before), noise: [R, C, h, w]. numbers: float32 [R, 7], the timestep of
+    each image and its six coefficients (`samplers.StepTable`).
+    """
+    prediction = predict_step(model, cache, x, numbers[:, 0].to(torch.int64), layout, branching)
+    return advance(x, prediction, x0, noise, numbers[:, 1:], clip)
