@@ -20,7 +20,8 @@ help:
 	@echo "make clean     remove .venv and everything compiled"
 
 demo: $(VENV)/.built
-	$(BIN)/python -m lmfusion.demo
+	$(BIN)/python -m lmfusion.demo --no-page
+	@echo "$(BIN)/lmfusion demo opens a page to talk to the model"
 
 # The build is the compile check: it stops at any error, and compiles csrc/cuda too where nvcc is there.
 test: lint $(VENV)/.built

@@ -121,6 +121,8 @@ def compare(row: Row, contestants: Mapping[str, Contestant], ours: str, device: 
     seconds = _timed(calls, device, row.is_latency)
     for name, values in seconds.items():
         lines[name] |= _speed(values, row, device)
+        if "busy_ms" in lines[name]:
+            lines[name]["busy_share"] = min(1.0, lines[name]["busy_ms"] / lines[name]["median_ms"])
     del calls
     _free(device)
     ours_ms = lines[ours].get("median_ms")

@@ -23,16 +23,20 @@ from benchmarks.output import table, write_results
 
 # A GPU machine may have no more than torch and what the kernels need
 NEEDED = ("transformers", "diffusers", "gguf", "safetensors")
-collect_ignore = [] if all(importlib.util.find_spec(name) for name in NEEDED) else ["test_training_step.py"]
+NEED_THEM = ["test_training_step.py", "test_generation.py", "test_generation_step.py"]
+collect_ignore = [] if all(importlib.util.find_spec(name) for name in NEEDED) else NEED_THEM
 
 FILES = (
     "test_routed_block",
     "test_training_step",
+    "test_generation",
+    "test_generation_step",
     "test_hybrid_attention",
     "test_rms_norm",
     "test_rope_reorder",
     "test_swiglu",
     "test_decode",
+    "test_denoise_step",
 )
 LIMIT_SECONDS = float(os.environ.get("LMFUSION_BENCHMARK_SECONDS", "285"))
 ROWS = pytest.StashKey[dict]()

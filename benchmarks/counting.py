@@ -37,6 +37,8 @@ class Counts:
     syncs: int | None = None
     peak_mib: float | None = None
     """Most memory allocated during the call beyond what was there before it."""
+    busy_ms: float | None = None
+    """How long the GPU was at work during the call, gaps between kernels left out."""
 
     def as_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -90,22 +92,35 @@ def _count_on_gpu(call: Callable[[], object]) -> Counts:
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
     del result
-    kernels, copies, syncs = _profile(call)
-    return Counts(kernels=kernels, copies=copies, syncs=max(0, syncs - _own_syncs()), peak_mib=peak / 2**20)
+    (kernels, copies, syncs), busy_ms = _profile(call)
+    syncs = max(0, syncs - _own_syncs())
+    return Counts(kernels=kernels, copies=copies, syncs=syncs, peak_mib=peak / 2**20, busy_ms=busy_ms)
 
 
 @functools.cache
 def _own_syncs() -> int:
     """What the profiler and the end of its region wait for themselves."""
-    return _profile(lambda: None)[2]
+    return _profile(lambda: None)[0][2]
 
 
-def _profile(call: Callable[[], object]) -> tuple[int, int, int]:
+def _profile(call: Callable[[], object]) -> tuple[tuple[int, int, int], float]:
+    """What `tally` makes of a call's events, and for how many milliseconds the device was at work."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         call()
         torch.cuda.synchronize()
-    return tally((event.name, event.device_type == torch.autograd.DeviceType.CUDA) for event in profile.events())
+    events = [(event, event.device_type == torch.autograd.DeviceType.CUDA) for event in profile.events()]
+    at_work = [(event.time_range.start, event.time_range.end) for event, on_device in events if on_device]
+    return tally((event.name, on_device) for event, on_device in events), covered(at_work) / 1e3
+
+
+def covered(intervals: Iterable[tuple[float, float]]) -> float:
+    """The length of the union of intervals (start, end): kernels may run side by side."""
+    length, reached = 0.0, float("-inf")
+    for start, end in sorted(intervals):
+        length += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return length
 
 
 def tally(events: Iterable[tuple[str, bool]]) -> tuple[int, int, int]:

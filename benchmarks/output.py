@@ -3,7 +3,8 @@
 results.json: {"schema": 1, "device", "versions", "backends", "commit", "date", "ceilings", "wall_s", "rows": [...]}.
 A row holds op, case, shape, dtype, direction, tokens, flops or bytes, status, and per contestant: status with reason,
 or median_ms, iqr_ms, tflop_s or gb_s, share_of_ceiling, ratio (our median over its median), bar, kernels or ops, syncs,
-peak_mib, mask_ms (built once a batch), first_call_s (compiling included).
+busy_ms and busy_share (the device at work, of the median), peak_mib, mask_ms (built once a batch), first_call_s
+(compiling included).
 """
 
 import json
@@ -56,11 +57,12 @@ def speed_of(line: dict[str, Any]) -> str:
 
 
 def launches_of(line: dict[str, Any]) -> str:
-    """Kernels (GPU) or ops (CPU) per call, and syncs where there are any."""
+    """Kernels (GPU) or ops (CPU) per call, syncs where there are any, and the share of the time a GPU is at work."""
     kind = "kernels" if "kernels" in line else "ops"
     if line.get(kind) is None:
         return ""
-    return f"{line[kind]}" + (f" + {line['syncs']} syncs" if line.get("syncs") else "")
+    syncs = f" + {line['syncs']} syncs" if line.get("syncs") else ""
+    return f"{line[kind]}{syncs}" + (f", {100 * line['busy_share']:.0f} % busy" if "busy_share" in line else "")
 
 
 def verdict(line: dict[str, Any]) -> str:
@@ -85,7 +87,7 @@ def table(results: dict[str, Any]) -> str:
         f"ceilings: copy {ceilings['copy_gb_s']:.4g} GB/s; matmul TFLOP/s {matmul}",
         "ratio: our median over its median. launches: " + ("kernels" if device["type"] == "cuda" else "ops dispatched"),
         f"{'':50s} {'ms':>10s} {'IQR':>8s} {'rate':>14s} {'ceiling':>7s} {'ratio':>6s} {'bar':>11s} "
-        f"{'launches':>12s} {'peak MiB':>8s} {'mask ms':>8s} {'1st s':>6s}",
+        f"{'launches':>14s} {'peak MiB':>8s} {'mask ms':>8s} {'1st s':>6s}",
     ]
     for row in results["rows"]:
         lines.append(row["name"])
@@ -98,7 +100,7 @@ def table(results: dict[str, Any]) -> str:
             share = f"{100 * line['share_of_ceiling']:.0f} %" if "share_of_ceiling" in line else ""
             lines.append(
                 f"  {name[:48]:48s} {line['median_ms']:10.3f} {line['iqr_ms']:8.3f} {speed_of(line):>14s} {share:>7s} "
-                f"{_number(line.get('ratio'), '.2f'):>6s} {verdict(line):>11s} {launches_of(line):>12s} "
+                f"{_number(line.get('ratio'), '.2f'):>6s} {verdict(line):>11s} {launches_of(line):>14s} "
                 f"{_number(line.get('peak_mib'), '.0f'):>8s} {_number(line.get('mask_ms'), '.2f'):>8s} "
                 f"{line['first_call_s']:6.2f}"
             )

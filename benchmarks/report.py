@@ -32,6 +32,8 @@ TITLES = {
     "peers": "Beside BAGEL's and NeMo Automodel's layers",
     "denoise_step": "Denoising step, one layer",
     "decode": "Decoding step, one layer",
+    "generation_step": "A step of generation, whole model",
+    "generation": "Generation, whole model",
     "hybrid_attention": "Attention under the hybrid mask",
     "routed_linear": "Routed projections",
     "routed_swiglu": "Routed feed-forward network",

@@ -1,25 +1,114 @@
-"""Adapt SmolLM2-135M, train a narrow image tower on scikit-learn's handwritten digits, draw and caption digits, and
-check that the text side did not change by a bit. Minutes on two CPU cores, faster on a GPU.
-
-Writes report.html (open it in a browser), summary.json and digits.png into the output folder. The training run lies in
-its subfolder `run`: an interrupted demo continues there, a finished one only draws, captions and reports again.
+"""Open a page in the browser to talk to a model: text and pictures in one answer, pictures while they appear.
 
     lmfusion demo
-    lmfusion demo --output runs/other train.num_steps=1000
+    lmfusion demo path/to/model --port 8080
+
+Without MODEL it is the demo's own: SmolLM2-135M, taught to draw and read scikit-learn's handwritten digits. Where
+DIR/run holds no such model yet, it is made first: adapt, train, draw, caption, and check that the text side did not
+change by a bit. That takes minutes on two CPU cores, and writes report.html, summary.json and digits.png into DIR. The
+training run lies in DIR/run: an interrupted one continues there, a finished one only draws, captions and reports again.
+
+    lmfusion demo --no-page
+    lmfusion demo --no-page --output runs/other train.num_steps=1000
 """
 
 import argparse
+import sys
+from pathlib import Path
 
-HELP = "the whole chain on real data, with a report"
+from lmfusion.cli.loading import DTYPES, load_model
+
+HELP = "talk to a model in the browser; without one, make the demo's first"
+
+EXAMPLES: tuple[str, ...] = (
+    "Draw a seven, then say what you drew.",
+    "Can you draw a three?",
+    "What is the capital of France?",
+)
+"""What the demo's own model has been taught."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", default="runs/demo", metavar="DIR", help="where to write (default: runs/demo)")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="folder of a saved model (default: the demo's own)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to recipes/digits.yaml")
+
+    page = parser.add_argument_group("page")
+    page.add_argument("--host", default="127.0.0.1", help="to listen on (default: 127.0.0.1, this machine alone)")
+    page.add_argument("--port", type=int, default=7860, help="0: any that is free (default: 7860)")
+    page.add_argument(
+        "--allow-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name by which browsers may call the page, besides localhost and IP addresses; may be repeated",
+    )
+    page.add_argument("--base", help="where the base LLM is now, if it has moved since the model was saved")
+    page.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one"
+    )
+    page.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as they were saved")
+
+    chain = parser.add_argument_group("the demo's own model")
+    chain.add_argument("--output", default="runs/demo", metavar="DIR", help="where it is (default: runs/demo)")
+    chain.add_argument("--no-page", action="store_true", help="make it, write the report, and end")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.model is not None and "=" in args.model and not Path(args.model).exists():
+        args.overrides = [args.model, *args.overrides]  # argparse takes the first word for MODEL
+        args.model = None
+    if args.model is not None and (args.no_page or args.overrides):
+        what = "--no-page" if args.no_page else f"{args.overrides[0]} (a change to the recipe)"
+        raise ValueError(f"{what} is about the demo's own model; leave out {args.model}")
+    if args.no_page:
+        return _make(args)
+
+    from lmfusion.page.app import require_gradio
+
+    require_gradio()
+    from lmfusion.serve.guard import is_loopback
+    from lmfusion.serve.run import bind
+
+    with bind(args.host, args.port) as listener:  # a port that is taken is told before minutes of training
+        name, examples, way = "lmfusion demo", EXAMPLES, "message"  # it was taught single questions
+        if args.model is not None:
+            name, examples, way = Path(args.model).resolve().name, (), "conversation"
+        else:
+            args.model = str(Path(args.output) / "run" / "model")
+            has_model = (Path(args.model) / "config.json").is_file()
+            if (args.overrides or not has_model) and (code := _make(args)):
+                return code
+
+        from lmfusion.generation.engine import Engine
+        from lmfusion.generation.previews import preview_map
+        from lmfusion.generation.worker import EngineWorker
+        from lmfusion.page.app import serve_page
+
+        if not is_loopback(args.host):
+            warning = f"{args.host} is more than this machine: everybody who reaches it can use the page, unencrypted"
+            print(f"lmfusion: warning: {warning}", file=sys.stderr)
+        model = load_model(args)
+        preview_map(model.codec)  # which may take seconds, before anybody waits for it
+        engine = Engine(model)
+        print(engine.plan)
+        worker = EngineWorker(engine)
+        try:
+            serve_page(
+                worker,
+                model,
+                listener,
+                host=args.host,
+                name=name,
+                examples=examples,
+                way=way,
+                allowed_hosts=[*args.allow_host, args.host],
+            )
+        finally:
+            worker.close()
+    return 0
+
+
+def _make(args: argparse.Namespace) -> int:
     from lmfusion.demo.run import run_demo
 
-    summary = run_demo(args.output, args.overrides)
-    return 0 if summary["text_identical"] else 1
+    return 0 if run_demo(args.output, args.overrides)["text_identical"] else 1

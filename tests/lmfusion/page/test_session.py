@@ -1,0 +1,190 @@
+"""What do a tab's conversation, its display, its settings and its server do, without a browser?"""
+
+import asyncio
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lmfusion.generation.events import Done, ImageBegin, ImageEnd, ImagePreview, TextDelta
+from lmfusion.image.png import read_settings
+from lmfusion.page import display
+from lmfusion.page.session import MAX_SESSIONS, Picture, Session, Sessions, Turn
+from lmfusion.page.settings import read_options
+
+GREY = Image.fromarray(np.full((8, 8), 99, np.uint8))
+VALUES = dict(
+    max_images=1, min_images=0, draw_first=False, num_steps=5, sampler="ddim", guidance_scale=1.0, negative_prompt="",
+    preview_every=1, seed=3, is_random=False, max_new_tokens=9, temperature=0.0, top_p=1.0, reads="conversation",
+)  # fmt: skip
+
+
+def done(reason="stop", error=""):
+    return Done(reason, 1, 1, 1, 0.1, error)
+
+
+def answered(session, question, *events):
+    answer = session.begin(Turn("user", [question]))
+    for event in events:
+        session.take(answer, event)
+    return answer
+
+
+def test_events_become_a_turn_and_the_next_prompt(tmp_path):
+    session = Session(tmp_path)
+    drawn = [TextDelta("Here"), TextDelta(" it is:"), ImageBegin(0, 8, 8, 4), ImagePreview(0, 2, 4, GREY)]
+    answer = answered(session, "Draw", *drawn, ImageEnd(0, GREY, {"seed": 5, "prompt": "Draw"}), done())
+    text, picture = answer.parts
+    assert text == "Here it is:" and isinstance(picture, Picture) and session.pictures == [picture]
+    assert read_settings(picture.path) == {"seed": 5, "prompt": "Draw"}
+    assert answer.is_finished and answer.note == ""
+
+    answered(session, "Never answered", done("cancelled"))
+    assert session.messages(Turn("user", ["And?"])) == [
+        {"role": "user", "content": ["Draw"]},
+        {"role": "assistant", "content": ["Here it is:", GREY]},
+        {"role": "user", "content": ["And?"]},
+    ]
+    session.clear()
+    assert session.turns == [] and session.pictures == [picture]
+    session.close()
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_stopped_picture_is_shown_but_not_read(tmp_path):
+    session = Session(tmp_path)
+    events = [TextDelta("Look"), ImageBegin(0, 8, 8, 4), ImagePreview(0, 2, 4, GREY), done("cancelled")]
+    answer = answered(session, "Draw", *events)
+    assert answer.readable == ["Look"] and session.pictures == []
+    [_, shown] = display.messages(session.turns)
+    texts = [part["text"] for part in shown["content"]]
+    assert "data:image/png" in texts[1] and "stopped at step 2 of 4" in texts[1] and "progress" not in texts[1]
+    assert "Stopped." in texts[2]
+
+
+@pytest.mark.parametrize(
+    ("event", "words"),
+    [
+        (done("length"), "Cut off"),
+        (done("error", "out of <memory>"), "out of &lt;memory&gt;"),
+        (done(), "nothing to say"),
+    ],
+)
+def test_the_page_says_how_an_answer_ended(tmp_path, event, words):
+    session = Session(tmp_path)
+    answered(session, "Hi", event)
+    assert words in display.messages(session.turns)[1]["content"][-1]["text"]
+
+
+def test_a_picture_on_its_way(tmp_path):
+    session = Session(tmp_path)
+    answer = session.begin(Turn("user", ["Draw"]))
+    assert "waiting" in display.messages(session.turns)[1]["content"][0]["text"]
+    session.take(answer, ImageBegin(0, 512, 256, 50))
+    blank = display.messages(session.turns)[1]["content"][0]["text"]
+    assert "width:512px; aspect-ratio:512/256" in blank and 'value="0" max="50"' in blank
+    session.take(answer, ImagePreview(0, 7, 50, GREY.resize((512, 256))))
+    preview = display.messages(session.turns)[1]["content"][0]["text"]
+    assert "data:image/jpeg" in preview and "pixelated" not in preview and 'value="7"' in preview
+
+
+def test_tags_are_letters():
+    turn = Turn("user", ["<img src=x onerror=alert(1)> & `a < b` **bold**\n```\nif a < b:\n```"])
+    [shown] = display.messages([turn])
+    expected = "&lt;img src=x onerror=alert(1)> &amp; `a < b` **bold**\n```\nif a < b:\n```"
+    assert shown == {"role": "user", "content": [{"type": "text", "text": expected}]}
+
+
+def test_a_quiet_tab_is_forgotten_when_there_are_too_many(tmp_path):
+    sessions = Sessions(tmp_path)
+    first = sessions.of("0")
+    for i in range(1, MAX_SESSIONS):
+        sessions.of(str(i))
+    assert sessions.of("0") is first
+    sessions.of("one more")
+    assert len(sessions) == MAX_SESSIONS and not first.is_closed and sessions.of("0") is first
+    sessions.close("0")
+    assert first.is_closed and sessions.of("0") is not first
+    sessions.close("unknown")
+    with pytest.raises(ValueError, match="no open page"):
+        sessions.of(None)
+
+
+def test_settings_become_options():
+    options, way = read_options(VALUES)
+    assert (options.seed, options.sampler, options.negative_prompt, way) == (3, "ddim", None, "conversation")
+    seeds = {read_options({**VALUES, "is_random": True})[0].seed for _ in range(3)}
+    assert len(seeds) == 3
+    with pytest.raises(ValueError, match="Seed is empty"):
+        read_options({**VALUES, "seed": None})
+
+
+@pytest.fixture
+def actions(model, tmp_path):
+    from lmfusion.generation.engine import Engine
+    from lmfusion.generation.worker import EngineWorker
+    from lmfusion.page.actions import Actions
+
+    worker = EngineWorker(Engine(model), max_waiting=1)
+    yield Actions(worker, model, tmp_path)
+    worker.close()
+
+
+def ask(actions, session, text, files=(), **changes):
+    """All events of an answer."""
+
+    async def listen():
+        options, way = read_options({**VALUES, **changes})
+        return [event async for events in actions.answer(session, text, files, options, way) for event in events]
+
+    return asyncio.run(listen())
+
+
+def test_an_answer_fills_the_session(actions):
+    session = actions.sessions.of("tab")
+    events = ask(actions, session, "Draw", min_images=1)
+    assert isinstance(events[-1], Done) and any(isinstance(event, ImageEnd) for event in events)
+    assert len(session.turns) == 2 and len(session.pictures) == 1 and not session.is_busy
+
+
+@pytest.mark.parametrize(
+    ("text", "files", "words"), [("  ", [], "nothing to answer"), ("x", ["a.png"] * 65, "65 pictures are too many")]
+)
+def test_bad_questions(actions, text, files, words):
+    session = actions.sessions.of("tab")
+    with pytest.raises(ValueError, match=words):
+        ask(actions, session, text, files)
+    assert session.turns == [] and not session.is_busy
+
+
+def test_uploads_are_limited(actions, tmp_path, monkeypatch):
+    monkeypatch.setattr("lmfusion.page.actions.MAX_UPLOAD_BYTES", 10)
+    path = tmp_path / "large.png"
+    GREY.save(path)
+    with pytest.raises(ValueError, match=r"large\.png has \d+ bytes; the limit is 10"):
+        ask(actions, actions.sessions.of("tab"), "x", [str(path)])
+
+
+def test_one_answer_at_a_time_in_a_tab(actions):
+    session = actions.sessions.of("tab")
+
+    async def twice():
+        options, way = read_options({**VALUES, "max_new_tokens": 200})
+        first = actions.answer(session, "one", [], options, way)
+        assert await anext(first) == []
+        with pytest.raises(ValueError, match="an answer is being made here"):
+            await anext(actions.answer(session, "two", [], options, way))
+        await first.aclose()
+
+    asyncio.run(twice())
+    assert not session.is_busy and len(session.turns) == 2
+
+
+def test_a_full_disk_ends_the_answer(actions, monkeypatch):
+    def full(*_):
+        raise OSError("cannot write picture-0001.png: no space left")
+
+    monkeypatch.setattr("lmfusion.page.session.save_png", full)
+    session = actions.sessions.of("tab")
+    ask(actions, session, "Draw", min_images=1)
+    assert "no space left" in session.turns[-1].note and session.turns[-1].is_finished
