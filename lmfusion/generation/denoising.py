@@ -100,8 +100,10 @@ class Denoiser:
         """The next step of images whose samplers are tables of coefficients."""
         rows_of_numbers = [drawing.numbers[drawing.step] for drawing in drawings]  # type: ignore[index]
         noise = [
-            torch.randn(drawing.x.shape, generator=drawing.generator) if row[-1] else torch.zeros(drawing.x.shape)
-            for drawing, row in zip(drawings, rows_of_numbers, strict=True)
+            torch.randn(drawing.x.shape, generator=drawing.generator)
+            if drawing.noise_scales[drawing.step]
+            else torch.zeros(drawing.x.shape)
+            for drawing in drawings
         ]
         x, x0 = self.denoise(
             _stacked([drawing.x for drawing in drawings], rows.num_images),

@@ -49,6 +49,8 @@ class Drawing:
     run: StepTable | SchedulerRun
     numbers: Tensor | None
     """float32 [num_steps, 7] on the CPU: of a table, timestep and coefficients of each step"""
+    noise_scales: list[float]
+    """Of a table, how much noise each step adds."""
     generator: torch.Generator
     x: Tensor
     """[C, h, w] on the device: noisy at first"""
@@ -206,13 +208,16 @@ class Request:
         self.wants_token = False
         generator = random_generator(options.seed, self.index, 1 + self.num_images)
         run = self._sampler_run(model)
-        x, numbers = torch.randn(self.latent_shape, generator=generator), None
+        x, numbers, noise_scales = torch.randn(self.latent_shape, generator=generator), None, []
         if isinstance(run, SchedulerRun):
             x = run.init_noise_sigma * x
         else:
             numbers = torch.cat([torch.tensor(run.timesteps, dtype=torch.float32)[:, None], run.coefficients], dim=1)
+            noise_scales = run.coefficients[:, -1].tolist()
         x = upload(x, model.device)
-        self.drawing = Drawing(run, numbers, generator, x, torch.zeros_like(x), guidance.weight, guidance.branches)
+        self.drawing = Drawing(
+            run, numbers, noise_scales, generator, x, torch.zeros_like(x), guidance.weight, guidance.branches
+        )
         self.phase = Phase.READING
 
     def _rows_of(self, branches: Sequence[Branch]) -> list[CachedDocument]:
