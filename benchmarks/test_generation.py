@@ -18,7 +18,7 @@ from benchmarks import shapes
 from benchmarks.compare import Contestant, Row
 from lmfusion.batch import SpecialTokens, draw_prompt, encode_caption
 from lmfusion.configuration import LMFusionConfig
-from lmfusion.generation import Engine, GenerationOptions, encode_prompt
+from lmfusion.generation import Engine, GenerationOptions, ImageEnd, encode_prompt
 from lmfusion.generation.decoding import random_generator
 from lmfusion.generation.samplers import advance, step_table
 from lmfusion.modeling import LMFusion
@@ -103,6 +103,24 @@ def test_digit(record, device, dtype):
     record(row, {
         "ours": drawing(model, PROMPTS[:1], 1),
         "prefix read at every step": Contestant(lambda _: lambda: recompute(model, PROMPTS[:1])),
+    })  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", shapes.DTYPES, ids=shapes.dtype_id)
+def test_previews(record, device, dtype):
+    """The same digit with a preview at every step."""
+    model = digit_model(dtype, device)
+    row = Row("generation", f"1 digit, {NUM_STEPS} guided steps, {NUM_STEPS - 1} previews", dtype, "forward",
+              "SmolLM2-135M", 1, bars={"no previews": 1.05}, is_latency=True)  # fmt: skip
+
+    def streamed(preview_every):
+        options = {"draw_first": True, "max_images": 1, "max_new_tokens": 0, "preview_every": preview_every}
+        events = list(model.stream([PROMPTS[0]], **options, **DRAWING))
+        return [event.image for event in events if isinstance(event, ImageEnd)]
+
+    record(row, {
+        "ours": Contestant(lambda _: lambda: streamed(1), results=pixels),
+        "no previews": Contestant(lambda _: lambda: streamed(0), results=pixels),
     })  # fmt: skip
 
 
