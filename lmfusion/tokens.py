@@ -23,6 +23,11 @@ def token_ids(
     """
     if not texts:
         return []
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half a surrogate pair, or bytes of a command line that are no UTF-8
+            raise ValueError(f"a text is not valid Unicode: {error.reason} at character {error.start}") from None
     with _LOCK:
         encoded = tokenizer(list(texts), add_special_tokens=add_special_tokens, split_special_tokens=not control_tokens)
     return encoded["input_ids"]

@@ -18,6 +18,8 @@ from pathlib import Path
 
 from lmfusion.cli.loading import DTYPES, load_model
 
+MAX_BATCH = 8
+"""Answers made at a time on the page: it decides how large the key-value cache is."""
 HELP = "talk to a model in the browser; without one, make the demo's first"
 
 EXAMPLES: tuple[str, ...] = (
@@ -80,7 +82,6 @@ def run(args: argparse.Namespace) -> int:
                 return code
 
         from lmfusion.generation.engine import Engine
-        from lmfusion.generation.previews import preview_map
         from lmfusion.generation.worker import EngineWorker
         from lmfusion.page.app import serve_page
 
@@ -88,8 +89,7 @@ def run(args: argparse.Namespace) -> int:
             warning = f"{args.host} is more than this machine: everybody who reaches it can use the page, unencrypted"
             print(f"lmfusion: warning: {warning}", file=sys.stderr)
         model = load_model(args)
-        preview_map(model.codec)  # which may take seconds, before anybody waits for it
-        engine = Engine(model)
+        engine = Engine(model, max_batch=MAX_BATCH)
         print(engine.plan)
         worker = EngineWorker(engine)
         try:

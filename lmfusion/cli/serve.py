@@ -96,15 +96,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
+        from lmfusion.serve.app import build_app
+        from lmfusion.serve.requests import RequestLimits, RequestReader
         from lmfusion.serve.run import bind, run_server, url_of, warn_if_open
     except ImportError as error:
         missing = f"`lmfusion serve` needs fastapi and uvicorn ({error.name} is not installed)"
-        raise ValueError(f'{missing}; pip install "lmfusion[serve]"') from None
+        raise ValueError(f'{missing}; pip install -e ".[serve]"') from None
     from lmfusion.generation.engine import Engine
     from lmfusion.generation.previews import preview_map
     from lmfusion.generation.worker import EngineWorker
-    from lmfusion.serve.app import build_app
-    from lmfusion.serve.requests import RequestLimits, RequestReader
 
     # All that can be wrong is told before the model is loaded
     if args.shutdown_seconds < 0:

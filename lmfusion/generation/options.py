@@ -10,6 +10,7 @@ from lmfusion.generation.samplers import SAMPLERS
 
 MAX_STOP_STRINGS = 16
 MAX_GUIDANCE = 1000
+MIN_TOP_P, MAX_TOP_K = 1e-6, 10**6
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-3, 1e3
 StepCallback = Callable[[int, int, dict[str, Tensor]], Mapping[str, Tensor] | None]
 """(step, timestep, {"latents": [C, h, w]}) -> None, or {"latents": ...} to go on from instead."""
@@ -97,8 +98,10 @@ class GenerationOptions:
             )
         if self.do_sample is False and self.temperature > 0:
             raise ValueError(f"do_sample is False, but temperature is {self.temperature}; leave one of them out")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if not MIN_TOP_P <= self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it is {MIN_TOP_P} to 1")
+        if self.top_k > MAX_TOP_K:
+            raise ValueError(f"top_k is above {MAX_TOP_K}, the limit; 0 is among all tokens")
         if not isinstance(self.stop_strings, (list, tuple)) or len(self.stop_strings) > MAX_STOP_STRINGS:
             raise ValueError(f"stop_strings is {self.stop_strings!r}; give a list of at most {MAX_STOP_STRINGS} texts")
         if not all(isinstance(stop, str) and stop for stop in self.stop_strings):

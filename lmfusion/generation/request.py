@@ -91,7 +91,8 @@ class Request:
         self.image_rows = model.image.patch_coder.tokens_per_image(*self.latent_shape[1:])
         self.min_images = max(options.min_images, int(options.draw_first))
         self.tokens = SpecialTokens.of(tokenizer, model.boi_token_id)
-        self.negative_ids = encode_caption(tokenizer, options.negative_prompt) if options.negative_prompt else []
+        negative = (options.negative_prompt or "").strip() if options.max_images else ""
+        self.negative_ids = encode_caption(tokenizer, negative) if negative else []
         self.document = prompt.document(model.tokens_per_image, self.tokens)
         self._prompt_image_rows = model.tokens_per_image
         self._num_rows = self._count_rows(model)
@@ -143,7 +144,7 @@ class Request:
         if limit is None:
             return most
         num_negative = len(self.negative_ids)
-        if options.max_images and num_negative + image_rows > limit:
+        if num_negative and num_negative + image_rows > limit:
             raise ValueError(
                 f"negative_prompt takes {num_negative} tokens and an image {image_rows}, but the model's context is "
                 f"{limit}; shorten it"

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from lmfusion.generation.previews import preview_map
 from lmfusion.page.actions import MAX_UPLOAD_BYTES
 from lmfusion.page.page import build_page
 from lmfusion.page.style import CSS, theme
@@ -27,7 +28,7 @@ def require_gradio() -> None:
         import gradio  # noqa: F401
     except ImportError as error:
         missing = f"the page needs gradio ({error.name} is not installed)"
-        raise ValueError(f'{missing}; pip install "lmfusion[page]"') from None
+        raise ValueError(f'{missing}; pip install -e ".[page]"') from None
 
 
 def create_app(
@@ -93,6 +94,7 @@ def serve_page(
 
     Raises ValueError where gradio is not installed.
     """
+    preview_map(model.codec)  # which may take seconds, before anybody waits for it
     with tempfile.TemporaryDirectory(prefix="lmfusion-page-", ignore_cleanup_errors=True) as folder:
         app = create_app(
             worker, model, Path(folder), name=name, examples=examples, way=way, allowed_hosts=allowed_hosts

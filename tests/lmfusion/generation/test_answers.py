@@ -35,7 +35,7 @@ def test_drawing_depends_on_prompt_seed_guidance_and_negative_prompt(model):
 
     base = draw()
     np.testing.assert_array_equal(base, draw())
-    np.testing.assert_array_equal(base, draw(negative_prompt=""))
+    np.testing.assert_array_equal(base, draw(negative_prompt=" "))
     np.testing.assert_array_equal(base, draw("  a seven "))
     for other in (draw("a three"), draw(seed=1), draw(guidance_scale=1.0), draw(negative_prompt="blurred")):
         assert (base != other).any()
@@ -281,6 +281,8 @@ def test_wrong_drawing_settings_are_named(model, settings, message):
         ({"temperature": 10**400}, "temperature is 1000"),
         ({"temperature": "hot"}, "temperature is 'hot'; it is a number"),
         ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1e-50, "temperature": 1.0}, "top_p is 1e-50; it is 1e-06 to 1"),
+        ({"top_k": 10**400}, "top_k is above 1000000"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"top_k": -1}, "top_k is -1"),
         ({"seed": -1}, "seed is -1"),
@@ -339,6 +341,8 @@ def test_sliding_window_bounds_the_context(model, monkeypatch):
         ([], "a prompt is empty"),
         (["fine", ""], "caption is empty"),
         (["fine", 3], "a part of a prompt is 3"),
+        ("half \ud800", "a text is not valid Unicode: surrogates not allowed at character 5"),
+        (["half \ud800"], "a text is not valid Unicode"),
         (b"bytes", "a prompt is b'bytes'"),
         ({"role": "user", "content": "x"}, "it is a text, a list of texts and images, or a list of messages"),
         (7, "a prompt is 7"),

@@ -29,7 +29,7 @@ def calls(monkeypatch):
     class Anything:
         plan = ""
 
-        def __init__(self, *_):
+        def __init__(self, *_, **__):
             pass
 
         def close(self):
@@ -82,7 +82,7 @@ def test_what_is_missing_is_told_before_the_work(calls, tmp_path, capsys, monkey
     assert "choose another --host or --port" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["demo", "--output", str(tmp_path)]) == 2
-    assert 'pip install "lmfusion[page]"' in capsys.readouterr().err
+    assert 'pip install -e ".[page]"' in capsys.readouterr().err
     assert calls == []
 
 

@@ -201,7 +201,7 @@ def test_what_is_missing_is_told_with_the_way_to_get_it(folder, capsys, monkeypa
     monkeypatch.delitem(sys.modules, "lmfusion.serve.run")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert run(folder) == 2
-    assert 'uvicorn is not installed); pip install "lmfusion[serve]"' in capsys.readouterr().err
+    assert 'uvicorn is not installed); pip install -e ".[serve]"' in capsys.readouterr().err
 
 
 def test_the_help_and_the_reference_name_the_defaults(capsys):
