@@ -223,7 +223,8 @@ class EngineWorker:
             logger.exception("a step of the engine failed")
             self._num_failed_steps += 1
             running = [i for i in self.engine.running_ids if i in self._answerings]
-            self._drop(running, f"the engine failed: {_describe(error)}")
+            # Where none had begun, it was one of those that wait
+            self._drop(running or list(self._answerings), f"the engine failed: {_describe(error)}")
             if self._num_failed_steps >= MAX_FAILED_STEPS:
                 raise
             return
