@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL, --base, --device, --dtype, --batch-size and --seed."""
+def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, --base, --device and --dtype."""
     parser.add_argument(
         "model", metavar="MODEL", help="folder of a model saved by `lmfusion adapt` or `lmfusion train`"
     )
@@ -23,6 +23,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as they were saved")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, --base, --device, --dtype, --batch-size and --seed."""
+    add_loading_arguments(parser)
     parser.add_argument(
         "--batch-size", type=int, default=8, help="how many at a time; changes speed and memory only (default: 8)"
     )

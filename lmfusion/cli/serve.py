@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmfusion.cli.loading import DTYPES, load_model
+from lmfusion.cli.loading import add_loading_arguments, load_model
 
 if TYPE_CHECKING:
     from lmfusion.generation.options import Limits
@@ -30,14 +30,7 @@ MEBI = 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "model", metavar="MODEL", help="folder of a model saved by `lmfusion adapt` or `lmfusion train`"
-    )
-    parser.add_argument("--base", help="where the base LLM is now, if it has moved since the model was saved")
-    parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one"
-    )
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as they were saved")
+    add_loading_arguments(parser)
     parser.add_argument("--name", help="what requests call the model (default: the name of its folder)")
     parser.add_argument(
         "--chat-template", metavar="FILE", help="Jinja template to use in place of the tokenizer's own, or for its lack"

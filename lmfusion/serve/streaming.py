@@ -9,6 +9,7 @@ import base64
 import io
 import json
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,7 @@ class Listener:
         self._wake.set()
 
 
-class _Answer(Response):
+class _Answer(Response, ABC):
     """An ASGI response that is made while `answering` is, and cancels it when the client hangs up."""
 
     def __init__(self, completion_id: str, model_name: str, answering: "Answering", listener: Listener) -> None:
@@ -92,8 +93,8 @@ class _Answer(Response):
             with suppress(TimeoutError):  # of a client that takes nothing
                 sending.result()
 
-    async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    async def _send(self, scope: Scope, receive: Receive, send: Send) -> None: ...
 
 
 class Whole(_Answer):

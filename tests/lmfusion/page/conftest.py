@@ -8,7 +8,7 @@ import torch
 
 from lmfusion.generation.engine import Engine
 from lmfusion.generation.worker import EngineWorker
-from lmfusion.modeling import LMFusion
+from tests.lmfusion.generation.models import build
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'][0] }}:{{ message['content'] }};{% endfor %}"
@@ -19,18 +19,9 @@ CHAT_TEMPLATE = (
 @pytest.fixture(scope="module")
 def model(tiny_llama):
     """Random: it writes letters, and draws 8 x 8 pixels of noise."""
-    model = LMFusion.from_llm(
-        tiny_llama,
-        image={"hidden_size": 16, "patch_coder": {"kind": "linear"}},
-        codec={"kind": "pixels", "channels": 1, "image_size": 8},
-        diffusion={"prediction_type": "v_prediction"},
-    )
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # what training starts at zero shall matter
-        for parameter in model.image.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    model = build(tiny_llama, torch.float32)
     model.tokenizer.chat_template = CHAT_TEMPLATE
-    return model.eval()
+    return model
 
 
 class Page:

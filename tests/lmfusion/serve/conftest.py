@@ -16,9 +16,9 @@ from PIL import Image
 
 from lmfusion.generation.engine import Engine
 from lmfusion.generation.worker import EngineWorker
-from lmfusion.modeling import LMFusion
 from lmfusion.serve.app import build_app
 from lmfusion.serve.requests import RequestLimits, RequestReader
+from tests.lmfusion.generation.models import build
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{{ message['role'][0] }}:{{ message['content'] }};{% endfor %}"
@@ -29,18 +29,9 @@ IMAGE_SIZE = 8
 
 @pytest.fixture(scope="session")
 def model(tiny_llama):
-    model = LMFusion.from_llm(
-        tiny_llama,
-        image={"hidden_size": 16, "patch_coder": {"kind": "linear"}},
-        codec={"kind": "pixels", "channels": 1, "image_size": IMAGE_SIZE},
-        diffusion={"prediction_type": "v_prediction"},
-    )
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # what training starts at zero shall matter
-        for parameter in model.image.parameters():
-            parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    model = build(tiny_llama, torch.float32)
     model.tokenizer.chat_template = CHAT_TEMPLATE
-    return model.eval()
+    return model
 
 
 class Gate:
