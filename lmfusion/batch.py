@@ -64,6 +64,8 @@ class Document:
     """One a text or marker row."""
     labels: tuple[int, ...] = field(default=())
     """One a text or marker row: the id that should follow, or -100."""
+    is_given: tuple[bool, ...] = ()
+    """One an image: whether it is shown as it is, as what an edit begins with, and not learned to be drawn."""
 
     @property
     def num_tokens(self) -> int:
@@ -82,16 +84,22 @@ class Document:
             return self
         labels = (*ids, IGNORED) if is_scored else (IGNORED,) * (len(ids) + 1)
         labels = (*self._followed_by(labels[0]), *labels[1:])
-        return Document((*self.spans, ("text", len(ids))), self.token_ids + tuple(ids), labels)
+        spans, token_ids = (*self.spans, ("text", len(ids))), self.token_ids + tuple(ids)
+        return replace(self, spans=spans, token_ids=token_ids, labels=labels)
 
     def marker(self, token_id: int, is_scored: bool = True) -> "Document":
         """This document followed by BOI or EOI. is_scored: as for `text`."""
         labels = (*self._followed_by(token_id if is_scored else IGNORED), IGNORED)
-        return Document((*self.spans, ("marker", 1)), (*self.token_ids, token_id), labels)
+        spans, token_ids = (*self.spans, ("marker", 1)), (*self.token_ids, token_id)
+        return replace(self, spans=spans, token_ids=token_ids, labels=labels)
 
-    def image(self, num_tokens: int) -> "Document":
-        """This document followed by an image of that many rows. The row before an image is never scored."""
-        return Document((*self.spans, ("image", num_tokens)), self.token_ids, self.labels)
+    def image(self, num_tokens: int, is_given: bool = False) -> "Document":
+        """This document followed by an image of that many rows. The row before an image is never scored.
+
+        is_given: whether the image is shown without noise, and not learned to be drawn.
+        """
+        spans = (*self.spans, ("image", num_tokens))
+        return replace(self, spans=spans, is_given=(*self.is_given, is_given))
 
     def end(self, eos_token_id: int | None) -> "Document":
         """This document with its last row labelled eos, if there is such a token."""
@@ -155,7 +163,7 @@ class Batch:
     noise: Tensor
     """like latents"""
     timesteps: Tensor
-    """int64 [B]: the noise level of each image; 0 for an image that is context"""
+    """int64 [B]: the noise level of each image; 0 for one that is given"""
     sample_ids: tuple[str, ...]
     num_labels: int
     """Live rows with a label, counted on the host."""
@@ -163,6 +171,8 @@ class Batch:
     """int64 [num_decisions] constant rows with a label: an image begins after them, or text goes on"""
     begins_image: Tensor
     """bool [num_decisions]: which of the two"""
+    drawn: Tensor
+    """int64 [num_drawn] indices of the images that are learned to be drawn; the others are given, without noise"""
 
     @property
     def num_decisions(self) -> int:
@@ -171,6 +181,10 @@ class Batch:
     @property
     def num_images(self) -> int:
         return self.latents.shape[0]
+
+    @property
+    def num_drawn(self) -> int:
+        return self.drawn.shape[0]
 
     def pin_memory(self) -> "Batch":
         """The same batch with its tensors in page-locked memory, so that copying it to a GPU need not be waited for."""
@@ -183,6 +197,7 @@ class Batch:
             timesteps=self.timesteps.pin_memory(),
             decision_rows=self.decision_rows.pin_memory(),
             begins_image=self.begins_image.pin_memory(),
+            drawn=self.drawn.pin_memory(),
         )
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -197,6 +212,7 @@ class Batch:
             timesteps=self.timesteps.to(device, non_blocking=True),
             decision_rows=self.decision_rows.to(device, non_blocking=True),
             begins_image=self.begins_image.to(device, non_blocking=True),
+            drawn=self.drawn.to(device, non_blocking=True),
         )
 
 
@@ -211,7 +227,8 @@ def pack(
 ) -> Batch:
     """Pack documents into one batch on the CPU.
 
-    latents, noise: [B, C, h, w]; timesteps: integer [B]; one for each image span, in order of appearance.
+    latents, noise: [B, C, h, w]; timesteps: integer [B]; one for each image span, in order of appearance. Those of given
+    images are not looked at: they have timestep 0 and no noise.
     With `frozen_text`, rows before the first image are constant, and of their labels no more is scored than whether
     they are BOI.
 
@@ -227,6 +244,7 @@ def pack(
             f"noise {tuple(noise.shape)} must be shaped like latents {tuple(latents.shape)}, "
             f"and timesteps {tuple(timesteps.shape)} must be ({num_images},)"
         )
+    is_given = torch.tensor([given for document in documents for given in document.is_given], dtype=torch.bool)
     layout = TokenLayout.from_spans([document.spans for document in documents], frozen_text=frozen_text)
     spans = [span for document in documents for span in document.spans]
     is_text = np.repeat([m != "image" for m, _ in spans], [n for _, n in spans]).astype(bool)
@@ -245,9 +263,10 @@ def pack(
         labels=torch.from_numpy(labels),
         latents=latents,
         noise=noise,
-        timesteps=timesteps.to(torch.int64),
+        timesteps=timesteps.to(torch.int64).masked_fill(is_given, 0),
         sample_ids=tuple(sample_ids),
         num_labels=int((labels != IGNORED).sum()),
         decision_rows=torch.from_numpy(decision_rows),
         begins_image=torch.from_numpy(begins_image),
+        drawn=torch.nonzero(~is_given).flatten(),
     )

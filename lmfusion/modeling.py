@@ -39,7 +39,7 @@ class LMFusionOutput(ModelOutput):
     """What `LMFusion.forward` gives: with `input_ids` the logits, with a batch everything else."""
 
     loss: Tensor | None = None
-    """lm_loss_sum / num_labels + begin_loss_sum / num_decisions + loss_weight * diffusion_loss_sum / num_images"""
+    """lm_loss_sum / num_labels + begin_loss_sum / num_decisions + loss_weight * diffusion_loss_sum / num_drawn"""
     lm_loss_sum: Tensor | None = None
     """Cross-entropy summed over the labels, in nats"""
     num_labels: int | None = None
@@ -48,8 +48,8 @@ class LMFusionOutput(ModelOutput):
     and EOI that an image begins there, or that none does. Summed over these decisions, in nats"""
     num_decisions: int | None = None
     diffusion_loss_sum: Tensor | None = None
-    """Mean squared error of each image, summed over the images"""
-    num_images: int | None = None
+    """Mean squared error of each image that is drawn, summed over them"""
+    num_drawn: int | None = None
     logits: Tensor | None = None
     """[B, T, V]"""
 
@@ -290,8 +290,11 @@ class LMFusion(PretrainedHabits):
 
     def _score(self, batch: Batch) -> LMFusionOutput:
         self._check_device(batch.layout.device, "the batch")
-        layout, timesteps = batch.layout, batch.timesteps
-        noisy = self.diffusion.add_noise(batch.latents, batch.noise, timesteps)
+        layout = batch.layout
+        latents, noise, timesteps = batch.latents, batch.noise, batch.timesteps
+        noisy = self.diffusion.add_noise(latents, noise, timesteps)
+        if batch.num_drawn < batch.num_images:
+            noisy = latents.index_copy(0, batch.drawn, noisy.index_select(0, batch.drawn))
         x_image, skip = self.encode_images(noisy, timesteps)
         h_text, h_image = self.run_layers(self.embed(batch.token_ids), x_image, layout)
 
@@ -306,12 +309,17 @@ class LMFusion(PretrainedHabits):
             logits = self.text_logits(h_live).float()
             losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
             lm_loss_sum = lm_loss_sum + losses
-        if batch.num_images:
+        if batch.num_drawn:
+            assert skip is not None
+            if batch.num_drawn < batch.num_images:
+                h_image = h_image.unflatten(0, (batch.num_images, -1)).index_select(0, batch.drawn).flatten(0, 1)
+                skip = tuple(feature.index_select(0, batch.drawn) for feature in skip)
+                latents, noise, timesteps = (x.index_select(0, batch.drawn) for x in (latents, noise, timesteps))
             prediction = self.decode_images(h_image, timesteps, skip)
-            target = self.diffusion.target(batch.latents, batch.noise, timesteps)
+            target = self.diffusion.target(latents, noise, timesteps)
             diffusion_loss_sum = diffusion_loss_sum + self.diffusion.loss(prediction, target).sum()
         loss = lm_loss_sum / max(1, batch.num_labels) + begin_loss_sum / max(1, batch.num_decisions)
-        loss = loss + self.config.diffusion.loss_weight * diffusion_loss_sum / max(1, batch.num_images)
+        loss = loss + self.config.diffusion.loss_weight * diffusion_loss_sum / max(1, batch.num_drawn)
         return LMFusionOutput(
             loss=loss,
             lm_loss_sum=lm_loss_sum,
@@ -319,7 +327,7 @@ class LMFusion(PretrainedHabits):
             begin_loss_sum=begin_loss_sum,
             num_decisions=batch.num_decisions,
             diffusion_loss_sum=diffusion_loss_sum,
-            num_images=batch.num_images,
+            num_drawn=batch.num_drawn,
         )
 
     def _begin_loss_sum(self, h: Tensor, batch: Batch) -> Tensor:
@@ -347,9 +355,9 @@ class LMFusion(PretrainedHabits):
             unused.append(self.text.head_weight)
         if not batch.num_labels and not batch.num_decisions:
             unused.append(self.image.marker_head)
-        if not batch.num_images:
+        if not batch.num_drawn:
             unused += self.image.patch_coder.parameters()
-        if not batch.num_labels and not batch.num_images:
+        if not batch.num_labels and not batch.num_drawn:
             unused.append(h_text)
         return 0.0 * torch.stack([tensor.flatten()[:1].float().sum() for tensor in unused]).sum()
 

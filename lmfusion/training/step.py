@@ -50,6 +50,7 @@ class Totals(NamedTuple):
     num_labels: int
     num_decisions: int
     num_images: int
+    """Those that are drawn: what the diffusion's loss is a mean over."""
     num_flops: int
     num_damaged: int
 
@@ -88,7 +89,7 @@ def agreed_steps(
             counts = Totals(
                 num_labels=sum(row.num_labels for row in step.rows),
                 num_decisions=sum(row.num_decisions for row in step.rows),
-                num_images=sum(row.num_images for row in step.rows),
+                num_images=sum(row.num_drawn for row in step.rows),
                 num_flops=sum(num_flops(row) for row in step.rows),
                 num_damaged=len(step.damaged),
             )

@@ -81,7 +81,8 @@ class Validation:
         for number, batch in rows.mine:
             moved = batch.to(self._world.device)
             for i, timestep in enumerate(timesteps):
-                output = model(batch=replace(moved, timesteps=torch.full_like(moved.timesteps, timestep)))
+                at = torch.zeros_like(moved.timesteps).index_fill(0, moved.drawn, timestep)
+                output = model(batch=replace(moved, timesteps=at))
                 if number < rows.num_rows:
                     sums[number, i] = torch.stack([output.lm_loss_sum, output.diffusion_loss_sum])
         # Every row has a place of its own, to which the other ranks add zeros: no rounding depends on who computed it
@@ -111,7 +112,7 @@ class _Rows:
                 break
         self.num_rows = len(rows)
         self.num_labels = sum(row.num_labels for row in rows)
-        self.num_images = sum(row.num_images for row in rows)
+        self.num_images = sum(row.num_drawn for row in rows)
         self._check_damage(config)
         self._check_same(world)
         # All ranks compute equally often, since they gather weights together; what is beyond the last row is left out
