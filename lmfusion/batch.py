@@ -227,8 +227,8 @@ def pack(
 ) -> Batch:
     """Pack documents into one batch on the CPU.
 
-    latents, noise: [B, C, h, w]; timesteps: integer [B]; one for each image span, in order of appearance. Those of given
-    images are not looked at: they have timestep 0 and no noise.
+    latents, noise: [B, C, h, w]; timesteps: integer [B]; one for each image span, in order of appearance. Those of
+    given images are not looked at: they have timestep 0 and no noise.
     With `frozen_text`, rows before the first image are constant, and of their labels no more is scored than whether
     they are BOI.
 
