@@ -263,7 +263,7 @@ def pack(
         labels=torch.from_numpy(labels),
         latents=latents,
         noise=noise,
-        timesteps=timesteps.to(torch.int64).masked_fill(is_given, 0),
+        timesteps=timesteps.to(torch.int64).masked_fill(is_given.to(timesteps.device), 0),
         sample_ids=tuple(sample_ids),
         num_labels=int((labels != IGNORED).sum()),
         decision_rows=torch.from_numpy(decision_rows),
