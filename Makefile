@@ -22,6 +22,7 @@ help:
 demo: $(VENV)/.built
 	$(BIN)/python -m lmfusion.demo --no-page
 	@echo "$(BIN)/lmfusion demo opens a page to talk to the model"
+	@echo "$(BIN)/lmfusion eval recipes/eval/digits.yaml scores it"
 
 # The build is the compile check: it stops at any error, and compiles csrc/cuda too where nvcc is there.
 test: lint $(VENV)/.built

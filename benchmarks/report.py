@@ -35,6 +35,7 @@ TITLES = {
     "generation_step": "A step of generation, whole model",
     "generation": "Generation, whole model",
     "hybrid_attention": "Attention under the hybrid mask",
+    "hidden_spans": "Attention where spans are hidden",
     "routed_linear": "Routed projections",
     "routed_swiglu": "Routed feed-forward network",
     "rms_norm": "Routed RMSNorm",

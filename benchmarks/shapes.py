@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-Documents = list[list[tuple[str, int]]]
+Documents = list[list[tuple[Any, ...]]]
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,14 @@ def interleaved(num_tokens: int) -> Documents:
 
 def one_image(num_tokens: int) -> Documents:
     return [[("image", num_tokens)]]
+
+
+def noised_copies(num_tokens: int) -> Documents:
+    """Documents of a prompt, an image noised and hidden, the same image clean, and a reply: BAGEL's training layout."""
+    image = 384 if num_tokens >= 2048 else 96
+    text = image // 3
+    document = [("text", text), ("image", image, "hidden"), ("image", image), ("text", text)]
+    return [document] * (num_tokens // (2 * image + 2 * text))
 
 
 PATTERNS: dict[str, Callable[[int], Documents]] = {

@@ -99,17 +99,19 @@ class Case:
         if launch == "split":
             num_bytes = sum(cache.nbytes for cache in self.caches)
             return lambda: hybrid_attention.forward(
-                self.few_q, *self.caches, *self.few_ranges, None, scale, tiles
+                self.few_q, *self.caches, *self.few_ranges, None, scale, tiles=tiles
             ), num_bytes
         pairs = int((layout.key_end - layout.key_start).sum()) * self.q.shape[1] * head_dim * 2
         if launch == "forward":
-            return lambda: hybrid_attention.forward(self.q, self.k, self.v, *ranges, None, scale, tiles), 2 * pairs
+            return lambda: hybrid_attention.forward(
+                self.q, self.k, self.v, *ranges, None, scale, tiles=tiles
+            ), 2 * pairs
         out, lse = hybrid_attention.forward(self.q, self.k, self.v, *ranges, None, scale)
         listed = torch.arange(NUM_TOKENS if launch == "keys" else 0, dtype=torch.int32, device="cuda")
         by_key = tuple(x[: listed.numel()] for x in (layout.query_start, layout.query_end))
-        arguments = (self.dout, self.q, self.k, self.v, out, lse, *ranges, listed, *by_key, None, scale, tiles)
+        arguments = (self.dout, self.q, self.k, self.v, out, lse, *ranges, listed, *by_key, None, scale)
         # "keys" is timed with dq, whose tiles stay the same.
-        return lambda: hybrid_attention.backward(*arguments), (5 if launch == "keys" else 3) * pairs
+        return lambda: hybrid_attention.backward(*arguments, tiles=tiles), (5 if launch == "keys" else 3) * pairs
 
 
 def tune(case: Case, table: Configurations, launch: str, end: float) -> Tile:

@@ -49,7 +49,7 @@ void run_tasks(int64_t num_tasks, int64_t num_workers, const Body& body) {
 // The fields of `Attention`, and the memory that they point to.
 struct Setup {
   Tensor q, k, v;  // contiguous
-  std::vector<int32_t> packed_tile, tile_slot;
+  std::vector<int32_t> packed_tile, tile_slot, visible_end, least_visible_end, most_visible_end;
   std::vector<Tensor> buffers;
   int64_t num_workers = torch::stable::get_num_threads();
 
@@ -59,7 +59,8 @@ struct Setup {
   }
 
   void fill(lmf::Attention& a, const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, const Tensor& key_start,
-            const Tensor& key_end, const std::optional<Tensor>& out_row, double scale, int64_t rows_per_tile) {
+            const Tensor& key_end, const std::optional<Tensor>& out_row, double scale,
+            const std::optional<Tensor>& visible_end, int64_t rows_per_tile) {
     const ScalarType dtype = q_any.scalar_type();
     STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
                     "hybrid_attention: q must be float32 or bfloat16 on the CPU");
@@ -79,6 +80,7 @@ struct Setup {
     a.key_end = int32_vector(key_end, a.num_queries, "key_end");
     a.out_row = out_row ? int32_vector(*out_row, a.num_queries, "out_row") : nullptr;
     check_ranges(a);
+    if (visible_end) hide(a, int32_vector(*visible_end, a.num_keys, "visible_end"));
     a.scale = static_cast<float>(scale);
     a.padded_dim = (a.head_dim + lmf::kHeadPadding - 1) / lmf::kHeadPadding * lmf::kHeadPadding;
     a.queries_per_tile = std::max<int64_t>(1, rows_per_tile / a.group());
@@ -98,6 +100,20 @@ struct Setup {
     STD_TORCH_CHECK(good && end <= a.num_keys,
                     "hybrid_attention: key_start and key_end must not decrease and lie within the ", a.num_keys,
                     " keys, out_row within the queries");
+  }
+
+  void hide(lmf::Attention& a, const int32_t* ends) {
+    const int64_t num_tiles = (a.num_keys + lmf::kKeyTile - 1) / lmf::kKeyTile;
+    visible_end.assign(num_tiles * lmf::kKeyTile, 0);
+    std::copy_n(ends, a.num_keys, visible_end.begin());
+    for (int64_t tile = 0; tile < num_tiles; ++tile) {
+      const int64_t first = tile * lmf::kKeyTile;
+      const auto [least, most] =
+          std::minmax_element(ends + first, ends + std::min(first + lmf::kKeyTile, a.num_keys));
+      least_visible_end.push_back(*least), most_visible_end.push_back(*most);
+    }
+    a.visible_end = visible_end.data();
+    a.least_visible_end = least_visible_end.data(), a.most_visible_end = most_visible_end.data();
   }
 
   // A key cache may be much longer than what is in it, so only tiles with keys that some query sees are packed.
@@ -121,10 +137,11 @@ struct Setup {
 };
 
 std::tuple<Tensor, Tensor> hybrid_attention(Tensor q, Tensor k, Tensor v, Tensor key_start, Tensor key_end,
-                                            std::optional<Tensor> out_row, double scale) {
+                                            std::optional<Tensor> out_row, double scale,
+                                            std::optional<Tensor> visible_end, std::optional<Tensor>) {
   lmf::AttentionForward a{};
   Setup setup;
-  setup.fill(a, q, k, v, key_start, key_end, out_row, scale, kForwardRows);
+  setup.fill(a, q, k, v, key_start, key_end, out_row, scale, visible_end, kForwardRows);
   Tensor out = torch::stable::empty({a.num_queries, a.num_heads, a.head_dim}, q.scalar_type());
   Tensor lse = torch::stable::empty({a.num_heads, a.num_queries}, ScalarType::Float);
   a.out = out.mutable_data_ptr();
@@ -161,10 +178,11 @@ void order_key_grads(const lmf::AttentionBackward& a, std::vector<int32_t>& firs
 
 std::tuple<Tensor, Tensor, Tensor> hybrid_attention_backward(
     Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor key_start, Tensor key_end,
-    Tensor grad_key, Tensor query_start, Tensor query_end, std::optional<Tensor> out_row, double scale) {
+    Tensor grad_key, Tensor query_start, Tensor query_end, std::optional<Tensor> out_row, double scale,
+    std::optional<Tensor> visible_end, std::optional<Tensor>) {
   lmf::AttentionBackward a{};
   Setup setup;
-  setup.fill(a, q, k, v, key_start, key_end, out_row, scale, kBackwardRows);
+  setup.fill(a, q, k, v, key_start, key_end, out_row, scale, visible_end, kBackwardRows);
   check_heads(dout, a.num_queries, a.num_heads, a.head_dim, q.scalar_type(), "dout");
   check_heads(out, a.num_queries, a.num_heads, a.head_dim, q.scalar_type(), "out");
   STD_TORCH_CHECK(lse.dim() == 2 && lse.size(0) == a.num_heads && lse.size(1) == a.num_queries &&

@@ -7,6 +7,9 @@ Two kinds of document are trained on, with BOI and EOI around every image:
 
 bos is there where the tokenizer puts it by itself. eos is a label only: a row for it would predict nothing.
 
+Of a vision-language model, documents may hold images that are seen, not drawn: rows of the text tower that its encoder
+makes, without markers around them. Their place is kept by ids of SEEN.
+
 With a frozen text tower the rows before a document's first image are constant: what the LLM says there is its own. The
 image side may only put a BOI in its place, and that decision alone is scored.
 """
@@ -24,6 +27,8 @@ from lmfusion_kernels.layout import TokenLayout
 
 IGNORED = -100
 """Label of a row whose next token is not scored."""
+SEEN = -1
+"""Id of a row of an image that is seen. In a batch row k of them all, counted from 0, has the id -1 - k."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,15 @@ class Document:
         labels = (*self._followed_by(labels[0]), *labels[1:])
         spans, token_ids = (*self.spans, ("text", len(ids))), self.token_ids + tuple(ids)
         return replace(self, spans=spans, token_ids=token_ids, labels=labels)
+
+    def seen(self, num_rows: int) -> "Document":
+        """This document followed by an image that a vision encoder made that many rows of."""
+        return self.text([SEEN] * num_rows, is_scored=False)
+
+    @property
+    def num_seen(self) -> int:
+        """Rows of images that are seen."""
+        return self.token_ids.count(SEEN)
 
     def marker(self, token_id: int, is_scored: bool = True) -> "Document":
         """This document followed by BOI or EOI. is_scored: as for `text`."""
@@ -173,6 +187,8 @@ class Batch:
     """bool [num_decisions]: which of the two"""
     drawn: Tensor
     """int64 [num_drawn] indices of the images that are learned to be drawn; the others are given, without noise"""
+    vision_rows: Tensor | None = None
+    """[num_vision, d_text] of images that are seen, row k for the id -1 - k; None where there are none"""
 
     @property
     def num_decisions(self) -> int:
@@ -198,6 +214,7 @@ class Batch:
             decision_rows=self.decision_rows.pin_memory(),
             begins_image=self.begins_image.pin_memory(),
             drawn=self.drawn.pin_memory(),
+            vision_rows=None if self.vision_rows is None else self.vision_rows.pin_memory(),
         )
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -213,6 +230,7 @@ class Batch:
             decision_rows=self.decision_rows.to(device, non_blocking=True),
             begins_image=self.begins_image.to(device, non_blocking=True),
             drawn=self.drawn.to(device, non_blocking=True),
+            vision_rows=None if self.vision_rows is None else self.vision_rows.to(device, non_blocking=True),
         )
 
 
@@ -224,6 +242,7 @@ def pack(
     *,
     sample_ids: Sequence[str] = (),
     frozen_text: bool = True,
+    vision_rows: Tensor | None = None,
 ) -> Batch:
     """Pack documents into one batch on the CPU.
 
@@ -231,6 +250,7 @@ def pack(
     given images are not looked at: they have timestep 0 and no noise.
     With `frozen_text`, rows before the first image are constant, and of their labels no more is scored than whether
     they are BOI.
+    vision_rows: [num_vision, d_text] of the images that are seen, in order of appearance; None: there are none.
 
     Raises ValueError when the counts or shapes do not fit.
     """
@@ -244,12 +264,17 @@ def pack(
             f"noise {tuple(noise.shape)} must be shaped like latents {tuple(latents.shape)}, "
             f"and timesteps {tuple(timesteps.shape)} must be ({num_images},)"
         )
+    num_seen, num_vision = sum(document.num_seen for document in documents), 0
+    if vision_rows is not None:
+        num_vision = vision_rows.shape[0]
+    if num_seen != num_vision:
+        raise ValueError(f"the documents hold {num_seen} rows of images that are seen, and vision_rows {num_vision}")
     is_given = torch.tensor([given for document in documents for given in document.is_given], dtype=torch.bool)
     layout = TokenLayout.from_spans([document.spans for document in documents], frozen_text=frozen_text)
     spans = [span for document in documents for span in document.spans]
     is_text = np.repeat([m != "image" for m, _ in spans], [n for _, n in spans]).astype(bool)
     rows = np.zeros((2, layout.num_tokens), np.int64)  # ids and labels in sequence order
-    rows[0, is_text] = [i for document in documents for i in document.token_ids]
+    rows[0, is_text] = number_seen(documents)
     rows[1, is_text] = [i for document in documents for i in document.labels]
     text_rows = layout.tower_to_sequence[: layout.num_text].numpy()
     all_labels = rows[1, text_rows]
@@ -269,4 +294,13 @@ def pack(
         decision_rows=torch.from_numpy(decision_rows),
         begins_image=torch.from_numpy(begins_image),
         drawn=torch.nonzero(~is_given).flatten(),
+        vision_rows=vision_rows,
     )
+
+
+def number_seen(documents: Sequence[Document]) -> np.ndarray:
+    """int64: the token ids of `documents`, one after the other, every SEEN replaced by -1 - k for the k-th of them."""
+    ids = np.array([i for document in documents for i in document.token_ids], np.int64)
+    is_seen = ids == SEEN
+    ids[is_seen] = -1 - np.arange(is_seen.sum())
+    return ids

@@ -1,4 +1,4 @@
-"""What is a model made of? The base LLM's configuration, and one dataclass each for image tower, codec, diffusion."""
+"""What is a model made of? The configuration of its base, and one dataclass each for image tower, codec, diffusion."""
 
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar
@@ -40,7 +40,9 @@ class LMFusionConfig(PreTrainedConfig):
 
     text_config: configuration of the base LLM, as transformers has it (Llama, Mistral, Qwen2, Qwen3). image, codec and
     diffusion may be given as dicts; unknown keys are errors. chat_system_prompt: the system's message of a chat that
-    brings none of its own; None leaves that to the chat template.
+    brings none of its own; None leaves that to the chat template. vlm_config: configuration of the vision-language
+    model that the LLM is a part of (LLaVA, LLaVA-NeXT), whose text_config it shares and is saved without; None: the
+    base is an LLM.
     """
 
     model_type: ClassVar[str] = "lmfusion"
@@ -52,18 +54,22 @@ class LMFusionConfig(PreTrainedConfig):
         codec: CodecConfig | dict[str, Any] | None = None,
         diffusion: DiffusionConfig | dict[str, Any] | None = None,
         chat_system_prompt: str | None = None,
+        vlm_config: PreTrainedConfig | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         unknown = set(kwargs) - _TRANSFORMERS_KEYS
         if unknown:
-            known = "text_config, image, codec, diffusion, chat_system_prompt"
+            known = "text_config, image, codec, diffusion, chat_system_prompt, vlm_config"
             raise ValueError(f"unknown key {min(unknown)} (known: {known})")
         super().__init__(**{"architectures": ["LMFusion"], **kwargs})
         if text_config is None:
             text_config = {"model_type": "llama"}
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
-        self.text_config = text_config
+        if isinstance(vlm_config, dict):
+            vlm_config = AutoConfig.for_model(**vlm_config, text_config=text_config.to_dict())
+        self.vlm_config = vlm_config
+        self.text_config = text_config if vlm_config is None else vlm_config.text_config
         self.image: ImageTowerConfig = from_values(ImageTowerConfig, image, "image")
         self.codec: CodecConfig = from_values(CodecConfig, codec, "codec")
         self.diffusion: DiffusionConfig = from_values(DiffusionConfig, diffusion, "diffusion")
@@ -108,6 +114,8 @@ class LMFusionConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts all the way down, as config.json holds them."""
         output = super().to_dict()
+        if self.vlm_config is not None:
+            output["vlm_config"].pop("text_config")
         return {name: asdict(value) if is_dataclass_config(value) else value for name, value in output.items()}
 
 

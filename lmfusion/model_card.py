@@ -14,6 +14,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 if TYPE_CHECKING:
     from lmfusion.modeling import LMFusion
+    from lmfusion.vision import VisionEncoder
 
 CARD_NAME = "README.md"
 BEGIN = "<!-- From here to the next line like this one, saving the model writes this file anew. The rest is yours. -->"
@@ -48,14 +49,14 @@ class TrainingRecord:
 
 TEMPLATE = """# {base}, with an image tower
 
-{base} is a text LLM. Beside each of its layers stands a layer of an image tower, so that it draws and sees too: text is
+{base} is a {kind}. Beside each of its layers stands a layer of an image tower, so that it {gain}: text is
 written token by token, images are drawn by diffusion, attention is shared. Made with
 [lmfusion](https://arxiv.org/abs/2412.15188). {text_side}
 
 | | |
 | --- | --- |
 | base LLM | {base}: {architecture}, {base_dtype}; sha256 over all its tensors: {digest} |
-| text tower | {text_parameters} parameters, {num_layers} layers of width {text_width} |
+| text tower | {text_parameters} parameters, {num_layers} layers of width {text_width} |{vision}
 | image tower | {image_parameters} parameters, width {image_width}, separation {separation}, patch coder {patch_coder} |
 | codec | {codec} |
 | diffusion | {prediction_type}, {schedule} schedule of {num_train_timesteps} steps |
@@ -148,9 +149,14 @@ def _body(model: "LMFusion", parts: str) -> str:
         text_side, digest, verify = "Its text side has been trained too.", f"`{base.digest}`", VERIFY
     else:
         text_side = "Its text side is the base LLM's, bit for bit."
+        if config.vlm_config is not None:
+            text_side = "What it reads, sees and writes is the base model's, bit for bit."
         digest, verify = f"`{base.digest}`", VERIFY
     return TEMPLATE.format(
         base=base_name,
+        kind="text LLM" if config.vlm_config is None else "vision-language model",
+        gain="draws and sees too" if config.vlm_config is None else "draws too",
+        vision="" if model.vision is None else _vision_row(model.vision),
         text_side=text_side,
         architecture=text.model_type,
         base_dtype="" if base is None else base.dtype,
@@ -176,6 +182,14 @@ def _body(model: "LMFusion", parts: str) -> str:
         verify=verify,
         base_hint="" if parts == "all" else "  # base=FOLDER where the base LLM is elsewhere now",
         training=_training(model.trained),
+    )
+
+
+def _vision_row(vision: "VisionEncoder") -> str:
+    encoder = vision.config.vision_config
+    return (
+        f"\n| vision encoder | {_count(vision)} parameters with its projector: {vision.config.model_type} with "
+        f"{encoder.model_type}, tiles of {encoder.image_size} x {encoder.image_size} pixels; frozen |"
     )
 
 

@@ -27,6 +27,7 @@ from lmfusion.model_card import TrainingRecord
 from lmfusion.pretrained import LoadingOptions, PretrainedHabits
 from lmfusion.serialization import BaseRecord
 from lmfusion.towers import ImageTower, TextTower
+from lmfusion.vision import VisionEncoder
 
 MAX_LOGITS = 2**24
 """Held at a time of rows whose logits have no gradient: 64 MiB in float32."""
@@ -57,9 +58,10 @@ class LMFusionOutput(ModelOutput):
 class LMFusion(PretrainedHabits):
     """A text LLM and an image tower beside it. Make one with `from_llm`, load one with `from_pretrained`.
 
-    text: the base LLM, frozen unless `freeze_text(False)` is called. image: everything that is trained. codec: frozen,
-    between pixels and latents. tokenizer: the base's, or None. base: where the text tower came from, and its digests.
-    trained: how the image tower was, if that is known.
+    text: the base LLM, frozen unless `freeze_text(False)` is called. image: everything that is trained. vision: what a
+    vision-language model sees with, frozen; None where the base is an LLM. codec: frozen, between pixels and latents.
+    tokenizer: the base's, or None. base: where text and vision came from, and their digests. trained: how the image
+    tower was, if that is known.
     """
 
     config: LMFusionConfig
@@ -74,6 +76,7 @@ class LMFusion(PretrainedHabits):
         with torch.device("cpu"):  # also while the towers are being built on the meta device
             self.codec = load_codec(config.codec) if codec is None else codec
             self.diffusion = Diffusion(config.diffusion)
+            self.vision = None if config.vlm_config is None else VisionEncoder(config.vlm_config)
         self.text = TextTower(config.text_config)
         self.image = ImageTower(config, self.codec.latent_channels)
         self.tokenizer: Any = None
@@ -107,7 +110,28 @@ class LMFusion(PretrainedHabits):
 
         Raises FileNotFoundError and ValueError as `lmfusion.conversion.load_base` and the configurations do.
         """
-        return serialization.from_base(cls, load_base(path, dtype), image, codec, diffusion, seed)
+        base = load_base(path, dtype, is_vlm=False)
+        return serialization.from_base(cls, base, image, codec, diffusion, seed)
+
+    @classmethod
+    def from_vlm(
+        cls,
+        path: str | Path,
+        image: ImageTowerConfig | dict[str, Any] | None = None,
+        codec: CodecConfig | dict[str, Any] | None = None,
+        diffusion: DiffusionConfig | dict[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> "LMFusion":
+        """A model around the vision-language model at `path` (LLaVA-NeXT or LLaVA): LLaVAFusion in LMFusion's paper.
+
+        Its vision encoder, projector and LLM are frozen; the image tower stands beside the LLM's layers as `from_llm`
+        puts it. Images that are shown to the model go through its own encoder and become rows of the text tower; images
+        that it draws are the image tower's. path: a Hugging Face folder, or a name on the hub. The rest, and errors,
+        are those of `from_llm`.
+        """
+        base = load_base(path, dtype, is_vlm=True)
+        return serialization.from_base(cls, base, image, codec, diffusion, seed)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -152,9 +176,11 @@ class LMFusion(PretrainedHabits):
             self.base.may_differ = True
 
     def train(self, mode: bool = True) -> "LMFusion":
-        """As for any module, except that a frozen text tower and the codec stay in evaluation mode."""
+        """As for any module, except that a frozen text tower, codec and vision encoder stay in evaluation mode."""
         super().train(mode)
         self.codec.eval()
+        if self.vision is not None:
+            self.vision.eval()
         self.text.train(mode and not self.frozen_text)
         return self
 
@@ -187,13 +213,20 @@ class LMFusion(PretrainedHabits):
         """A caption of each image; `options` are those of `lmfusion.generation.caption_images`."""
         return generation.caption_images(self, images, **options)
 
-    def embed(self, token_ids: Tensor) -> Tensor:
-        """Text-tower rows [n, d_text] of token ids (integer [n]), BOI and EOI among them."""
+    def embed(self, token_ids: Tensor, vision_rows: Tensor | None = None) -> Tensor:
+        """Text-tower rows [n, d_text] of token ids (integer [n]), BOI and EOI among them.
+
+        vision_rows: [num_vision, d_text] of images that are seen; where the id is -1 - k, its row k stands.
+        """
         vocab_size = self.boi_token_id
         is_marker = token_ids >= vocab_size
-        rows = F.embedding(token_ids.clamp(max=vocab_size - 1), self.text.embedding_weight)
+        rows = F.embedding(token_ids.clamp(0, vocab_size - 1), self.text.embedding_weight)
         markers = F.embedding((token_ids - vocab_size).clamp(min=0), self.image.marker_embedding)
-        return torch.where(is_marker[:, None], markers.to(rows.dtype), rows).to(self._dtype)
+        rows = torch.where(is_marker[:, None], markers.to(rows.dtype), rows)
+        if vision_rows is not None and vision_rows.shape[0]:
+            seen = vision_rows.to(rows.dtype).index_select(0, (-1 - token_ids).clamp(min=0))
+            rows = torch.where((token_ids < 0)[:, None], seen, rows)
+        return rows.to(self._dtype)
 
     def encode_images(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Skip | None]:
         """Image-tower rows [B * L, d_image] of (noisy) latents [B, C, h, w] at `timesteps` int64 [B], and the skip."""
@@ -257,21 +290,48 @@ class LMFusion(PretrainedHabits):
     def _dtype(self) -> torch.dtype:
         return self.compute_dtype or self.text.embed_tokens.weight.dtype
 
-    def forward(self, input_ids: Tensor | None = None, batch: Batch | None = None) -> LMFusionOutput:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        batch: Batch | None = None,
+        pixel_values: Tensor | None = None,
+        image_sizes: Tensor | None = None,
+    ) -> LMFusionOutput:
         """Logits of text alone, or the losses of a batch of text and images.
 
         input_ids: integer [B, T], rows of equal length, each a document of its own. The logits are the base LLM's; no
         weight of the image side takes part. batch: see `lmfusion.batch.pack`.
+        pixel_values, image_sizes: of a vision-language model, images that it sees where input_ids hold its image token,
+        as transformers' processor gives all three; the logits are the base VLM's.
 
-        Raises ValueError unless exactly one of the two is given, for ids outside the vocabulary, and for a batch that
-        does not fit the model.
+        Raises ValueError unless exactly one of input_ids and batch is given, for ids outside the vocabulary, for image
+        tokens that are not as many as the images' rows, and for a batch that does not fit the model.
         """
         if (input_ids is None) == (batch is None):
             raise ValueError("give either input_ids (text alone) or batch (text and images)")
-        return self._score(batch) if batch is not None else LMFusionOutput(logits=self._read(input_ids))
-
-    def _read(self, input_ids: Tensor | None) -> Tensor:
+        if batch is not None:
+            return self._score(batch)
         assert input_ids is not None
+        if pixel_values is None:
+            return LMFusionOutput(logits=self._read(input_ids))
+        return LMFusionOutput(logits=self._read(*self._seen(input_ids, pixel_values, image_sizes)))
+
+    def _seen(
+        self, input_ids: Tensor, pixel_values: Tensor, image_sizes: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`input_ids`, which of them stand for rows of images, and these rows [num_vision, d_text]."""
+        if self.vision is None:
+            raise ValueError("pixel_values are for models made with LMFusion.from_vlm; this one's base sees no images")
+        rows = torch.cat(self.vision.encode_pixels(pixel_values, image_sizes))
+        is_image = input_ids == self.vision.image_token_id
+        if int(is_image.sum()) != rows.shape[0]:
+            raise ValueError(
+                f"input_ids hold {int(is_image.sum())} image tokens, but the images have {rows.shape[0]} rows; take "
+                "input_ids, pixel_values and image_sizes from one call of the processor"
+            )
+        return input_ids, is_image, rows
+
+    def _read(self, input_ids: Tensor, is_image: Tensor | None = None, seen: Tensor | None = None) -> Tensor:
         vocab_size = self.boi_token_id
         if input_ids.dim() != 2 or input_ids.is_floating_point():
             raise ValueError(
@@ -284,7 +344,10 @@ class LMFusion(PretrainedHabits):
         documents = [[("text", length)]] * num_rows if length else []
         layout = lk.TokenLayout.from_spans(documents, frozen_text=self.frozen_text, device=input_ids.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_text):
-            x_text = F.embedding(input_ids.flatten(), self.text.embedding_weight).to(self._dtype)
+            x_text = F.embedding(input_ids.flatten(), self.text.embedding_weight)
+            if is_image is not None and seen is not None:
+                x_text = x_text.masked_scatter(is_image.flatten()[:, None], seen.to(x_text.dtype))
+            x_text = x_text.to(self._dtype)
             h_text, _ = self.run_layers(x_text, x_text.new_zeros(0, self.config.image_hidden_size), layout)
             return self._vocabulary_logits(h_text).unflatten(0, (num_rows, length))
 
@@ -296,7 +359,7 @@ class LMFusion(PretrainedHabits):
         if batch.num_drawn < batch.num_images:
             noisy = latents.index_copy(0, batch.drawn, noisy.index_select(0, batch.drawn))
         x_image, skip = self.encode_images(noisy, timesteps)
-        h_text, h_image = self.run_layers(self.embed(batch.token_ids), x_image, layout)
+        h_text, h_image = self.run_layers(self.embed(batch.token_ids, batch.vision_rows), x_image, layout)
 
         lm_loss_sum = diffusion_loss_sum = begin_loss_sum = self._zero(batch, h_text)
         if batch.num_decisions:

@@ -2,13 +2,14 @@
 
 A saved model is a folder:
 
-    config.json          configuration of the base LLM, image tower, codec and diffusion
-    base.json            which parts are saved; where the base LLM was, its dtype, and the sha256 of each of its tensors
+    config.json          configuration of the base (an LLM, or a VLM around one), image tower, codec and diffusion
+    base.json            which parts are saved; where the base was, its dtype, and the sha256 of each of its tensors
     training.json        what the image tower was trained with, if that is known
-    model.safetensors    tensors under `image.`, and under `text.` if all parts are saved (in shards above 4 GB)
+    model.safetensors    tensors under `image.`, and under `text.` and a VLM's `vision.` if all parts are saved (in
+                         shards above 4 GB)
     README.md            a model card, see `lmfusion.model_card`
     codec/               if all parts are saved: the autoencoder, if there is one
-    tokenizer files      as transformers writes them
+    tokenizer files      as transformers writes them, and the configuration of a VLM's image processor
 """
 
 import copy
@@ -26,11 +27,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.initialization import no_init_weights
 
 from lmfusion.config_values import from_values
 from lmfusion.configuration import ImageTowerConfig, LMFusionConfig
 from lmfusion.conversion import EMBEDDING_NAME, BaseModel, load_base, names
 from lmfusion.conversion.huggingface import read_safetensors, read_tokenizer
+from lmfusion.conversion.vlm import read_image_processor
 from lmfusion.diffusion import DiffusionConfig
 from lmfusion.files import flush
 from lmfusion.image.codec import WEIGHTS_NAME, CodecConfig, load_codec
@@ -51,14 +54,14 @@ MAX_SHARD_BYTES = 4 * 10**9
 
 @dataclass
 class BaseRecord:
-    """The base LLM a model was made from."""
+    """The base LLM or VLM a model was made from."""
 
     name: str
     """Absolute path, or name on the hub."""
     dtype: str
     """In which its tensors were hashed, such as "float32"."""
     sha256: dict[str, str]
-    """Of each text tensor, by the name a Llama checkpoint gives it."""
+    """Of each frozen tensor: text by the name a Llama checkpoint gives it, a VLM's others by file name."""
     may_differ: bool = False
     """Whether the text tower has been trainable since, so that its tensors may no longer be the base's."""
 
@@ -78,7 +81,7 @@ def digest_of(sha256: Mapping[str, str]) -> str:
 
 
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """sha256 of the bytes of each text tensor, by the name a Llama checkpoint gives it. `tensors`: by file name."""
+    """sha256 of the bytes of each tensor of a base, named as in `BaseRecord.sha256`. `tensors`: by file name."""
 
     def digest(tensor: Tensor) -> str:
         flat = tensor.detach().cpu().contiguous().flatten()
@@ -91,6 +94,11 @@ def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def text_tensors(model: "LMFusion") -> dict[str, Tensor]:
     """The text tower's tensors by file name."""
     return _file_tensors(model, "text.")
+
+
+def base_tensors(model: "LMFusion") -> dict[str, Tensor]:
+    """All that came from the base, by file name: the text tower's tensors, and a VLM's that it sees with."""
+    return text_tensors(model) | _file_tensors(model, "vision.")
 
 
 def _file_tensors(model: "LMFusion", prefix: str) -> dict[str, Tensor]:
@@ -106,15 +114,22 @@ def from_base(
     diffusion: DiffusionConfig | dict[str, Any] | None,
     seed: int = 0,
 ) -> "LMFusion":
-    """See `LMFusion.from_llm`. Empties `base.tensors`."""
-    config = LMFusionConfig(base.config, image, codec, diffusion)
+    """See `LMFusion.from_llm` and `from_vlm`. Empties `base.tensors`."""
+    config = LMFusionConfig(base.config, image, codec, diffusion, vlm_config=base.vlm_config)
     if config.codec.path is not None:
         config.codec = replace(config.codec, path=str(Path(config.codec.path).resolve()))
     sha256 = digests(base.tensors)
     model = _assemble(cls, config, base.name, base.tensors, base.read_tokenizer(), seed=seed)
+    _set_image_processor(model, base.read_image_processor())
     model.base = BaseRecord(base.name, str(model.text.norm.weight.dtype).removeprefix("torch."), sha256)
     _check_image_fits(model)
     return model
+
+
+def _set_image_processor(model: "LMFusion", image_processor: Any) -> None:
+    if model.vision is not None:
+        model.vision.image_processor = image_processor
+        model.vision.check_image_processor()
 
 
 def _check_image_fits(model: "LMFusion") -> None:
@@ -131,7 +146,7 @@ def _assemble(
     cls: type["LMFusion"],
     config: LMFusionConfig,
     name: str,
-    text: dict[str, Tensor],
+    frozen: dict[str, Tensor],
     tokenizer: Any,
     image: dict[str, Tensor] | None = None,
     seed: int = 0,
@@ -140,12 +155,12 @@ def _assemble(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         codec = load_codec(config.codec)
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             model = cls(config, codec)
         expected = names.split(model.state_dict(), config.text_config)
-        names.check_tensors(text, _under("text.", expected), name)
-        dtype = text[EMBEDDING_NAME].dtype
-        model.load_state_dict(names.stack(text), strict=False, assign=True)
+        names.check_tensors(frozen, _under("text.", expected) | _under("vision.", expected), name)
+        dtype = frozen[EMBEDDING_NAME].dtype
+        model.load_state_dict(names.stack(frozen), strict=False, assign=True)
         if image is None:
             tower = model.image.to(dtype).to_empty(device="cpu")
             tower.patch_coder = build_patch_coder(
@@ -194,24 +209,26 @@ def load(
         raise ValueError(f"{folder / BASE_NAME} is damaged: it tells neither base LLM nor parts; copy it again")
     record = None if base_fields is None else from_values(BaseRecord, base_fields, "base")
     tensors = read_safetensors(folder)
-    text = _under("text.", tensors)
-    image = {name: tensor for name, tensor in tensors.items() if name not in text}
+    frozen = _under("text.", tensors) | _under("vision.", tensors)
+    image = {name: tensor for name, tensor in tensors.items() if name not in frozen}
     if parts == "image":
         assert record is not None
-        text |= _load_recorded_base(record, base)
-    model = _assemble(cls, config, str(folder), text, read_tokenizer(folder), image)
+        frozen |= _load_recorded_base(record, base)
+    model = _assemble(cls, config, str(folder), frozen, read_tokenizer(folder), image)
+    _set_image_processor(model, read_image_processor(folder))
     model.name_or_path = model.config.name_or_path = str(path)
     model.base = record
     if (folder / TRAINING_NAME).exists():
         model.trained = from_values(TrainingRecord, _read_json(folder / TRAINING_NAME), TRAINING_NAME)
     if dtype is not None:
-        model.text.to(dtype)
-        model.image.to(dtype)
+        for part in (model.text, model.image, model.vision):
+            if part is not None:
+                part.to(dtype)
     return model
 
 
 def _load_recorded_base(record: BaseRecord, base: str | Path | None) -> dict[str, Tensor]:
-    """The text tensors of the base LLM, after comparing every digest."""
+    """The tensors of the base, after comparing every digest."""
     path = record.name if base is None else base
     try:
         found = load_base(path, record.torch_dtype)
@@ -331,9 +348,10 @@ def _write(model: "LMFusion", folder: Path, parts: str, previous_card: str | Non
     if card is not None:
         (folder / CARD_NAME).write_bytes(card.encode("utf-8", errors="surrogateescape"))
     _write_tokenizer(model, folder)
+    _write_image_processor(model, folder)
     tensors = _file_tensors(model, "image.")
     if parts == "all":
-        tensors |= _file_tensors(model, "text.")
+        tensors |= base_tensors(model)
     _write_tensors(tensors, folder)
 
 
@@ -353,6 +371,15 @@ def _write_tokenizer(model: "LMFusion", folder: Path) -> None:
         model.tokenizer.save_pretrained(folder)
     except Exception as error:  # tokenizers raises no narrower one when the disk is full
         raise OSError(f"the tokenizer could not be written: {error}") from error
+
+
+def _write_image_processor(model: "LMFusion", folder: Path) -> None:
+    if model.vision is None:
+        return
+    try:
+        model.vision.image_processor.save_pretrained(folder)
+    except Exception as error:  # as for the tokenizer
+        raise OSError(f"the image processor could not be written: {error}") from error
 
 
 def _write_tensors(tensors: dict[str, Tensor], folder: Path) -> None:

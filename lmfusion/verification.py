@@ -1,22 +1,30 @@
-"""Is the text side still the base LLM, bit for bit? Digests of every tensor, and logits on fixed prompts."""
+"""Is what is frozen still the base, bit for bit? Digests of every tensor, and logits on fixed prompts.
 
-from dataclasses import dataclass
+Of a vision-language model that is all it sees with, too, and the logits of a prompt that shows it an image.
+"""
+
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.initialization import no_init_weights
 
-from lmfusion.conversion import EMBEDDING_NAME, BaseModel, load_base, names
+from lmfusion.conversion import EMBEDDING_NAME, BaseModel, load_base, names, vlm
 from lmfusion.modeling import LMFusion
-from lmfusion.serialization import differing, digests, from_base, text_tensors
+from lmfusion.serialization import base_tensors, differing, digests, from_base
 
 PROMPTS = (
     "The capital of France is",
     "Once upon a time, there was a little robot who wanted to paint.",
     "def fibonacci(n):\n    if n < 2:\n        return n\n",
 )
+IMAGE_PROMPT = "What is in this image?"
+IMAGE_SIZE = (480, 320)
+"""Width and height of the image that it is about."""
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 """How far logits may be from transformers', whose kernels round differently. In other dtypes: twice as far from its
 float32 logits as its own of that dtype are."""
@@ -45,7 +53,7 @@ class Verification:
     """Where the base LLM was read from."""
     num_tensors: int
     changed: list[str]
-    """Text tensors whose sha256 is not the base's, by the name a Llama checkpoint gives them."""
+    """Tensors whose sha256 is not the base's, named as in `BaseRecord.sha256`."""
     prompts: list[PromptCheck]
 
     @property
@@ -58,8 +66,8 @@ class Verification:
         """A table for people."""
         num_same = self.num_tensors - len(self.changed)
         lines = [
-            f"base LLM      {self.base}",
-            f"text tensors  {num_same} of {self.num_tensors} have the base's sha256",
+            f"base          {self.base}",
+            f"tensors       {num_same} of {self.num_tensors} have the base's sha256",
             *(f"              changed: {name}" for name in self.changed[:10]),
             *([f"              and {len(self.changed) - 10} more"] if len(self.changed) > 10 else []),
             "",
@@ -76,49 +84,65 @@ class Verification:
 
 
 def verify(model: LMFusion | str | Path, base: str | Path | None = None) -> Verification:
-    """Compare the text side of `model` (or of the model saved at that path) with its base LLM.
+    """Compare what is frozen of `model` (or of the model saved at that path) with its base, an LLM or a VLM.
 
-    base: where the base LLM is; None: where the model was made from. Raises FileNotFoundError when it is not there.
+    base: where the base is; None: where the model was made from. Raises FileNotFoundError when it is not there.
     """
     if not isinstance(model, LMFusion):
         model = LMFusion.from_pretrained(model, base=base)
     if model.base is None:
         raise ValueError("this model was made without a base LLM, so there is nothing to compare it with")
     found = load_base(model.base.name if base is None else base, model.base.torch_dtype)
-    text = text_tensors(model)
-    dtype = text[EMBEDDING_NAME].dtype
+    frozen = base_tensors(model)
+    dtype = frozen[EMBEDDING_NAME].dtype
     tensors = {name: tensor.to(dtype) for name, tensor in found.tensors.items()}
-    changed = differing(digests(tensors), digests(text))
+    changed = differing(digests(tensors), digests(frozen))
 
-    base_model = BaseModel(found.name, found.config, tensors, read_tokenizer=lambda: None)
-    input_ids = [_encode(model, prompt) for prompt in PROMPTS]
-    references = _reference_logits(base_model, input_ids, model.compute_dtype or dtype)
+    base_model = replace(found, tensors=tensors, read_tokenizer=lambda: None)
+    inputs = [{"input_ids": _encode(model, prompt)} for prompt in PROMPTS]
+    prompts = list(PROMPTS)
+    if model.vision is not None:
+        prompts.append(f"<image> {IMAGE_PROMPT}")
+        inputs.append(_with_image(model))
+    references = _reference_logits(base_model, inputs, model.compute_dtype or dtype)
     config = model.config
     original = from_base(LMFusion, base_model, config.image, config.codec, config.diffusion)  # takes the tensors over
     original.to(model.device)  # type: ignore[arg-type]
     original.compute_dtype = model.compute_dtype
     checks = []
-    for prompt, ids, (reference, tolerance) in zip(PROMPTS, input_ids, references, strict=True):
+    for prompt, given, (reference, tolerance) in zip(prompts, inputs, references, strict=True):
+        on_device = {name: tensor.to(model.device) for name, tensor in given.items()}
         with torch.inference_mode():
-            ours, expected = (m(ids.to(model.device)).logits for m in (model, original))
+            ours, expected = (m(**on_device).logits for m in (model, original))
         difference = float((expected.to("cpu", reference.dtype) - reference).abs().max())
-        checks.append(PromptCheck(prompt, ids.shape[1], torch.equal(ours, expected), difference, tolerance))
-    return Verification(found.name, len(text), changed, checks)
+        num_tokens = given["input_ids"].shape[1]
+        checks.append(PromptCheck(prompt, num_tokens, torch.equal(ours, expected), difference, tolerance))
+    return Verification(found.name, len(frozen), changed, checks)
 
 
 @torch.inference_mode()
-def _reference_logits(base: BaseModel, input_ids: list[Tensor], dtype: torch.dtype) -> list[tuple[Tensor, float]]:
-    """transformers' logits [1, T, V] of each of `input_ids`, and how far others in `dtype` may be from them."""
+def _reference_logits(
+    base: BaseModel, inputs: list[dict[str, Tensor]], dtype: torch.dtype
+) -> list[tuple[Tensor, float]]:
+    """transformers' logits [1, T, V] of each of `inputs`, and how far others in `dtype` may be from them."""
     wide = torch.promote_types(dtype, torch.float32)
     with no_init_weights():
-        theirs = AutoModelForCausalLM.from_config(base.config).to(wide).eval()
-    theirs.load_state_dict({names.to_llama(name): tensor for name, tensor in base.tensors.items()}, strict=False)
+        if base.vlm_config is None:
+            theirs, name_of = AutoModelForCausalLM.from_config(base.config), names.to_llama
+        else:
+            theirs, name_of = AutoModelForImageTextToText.from_config(base.vlm_config), vlm.to_transformers
+    theirs = theirs.to(wide).eval()
+    theirs.load_state_dict({name_of(name): tensor for name, tensor in base.tensors.items()}, strict=False)
     theirs.tie_weights()
-    references = [theirs(ids).logits for ids in input_ids]
+
+    def logits(of_dtype: torch.dtype) -> list[Tensor]:
+        return [theirs(**_in_dtype(given, of_dtype)).logits.to(wide) for given in inputs]
+
+    references = logits(wide)
     if dtype in TOLERANCE:
         return [(reference, TOLERANCE[dtype]) for reference in references]
     theirs.to(dtype)
-    rounded = [theirs(ids).logits.to(wide) for ids in input_ids]
+    rounded = logits(dtype)
     return [(x, 2 * float((x - y).abs().max())) for x, y in zip(references, rounded, strict=True)]
 
 
@@ -127,6 +151,25 @@ def _encode(model: LMFusion, prompt: str) -> Tensor:
     if model.tokenizer is None:
         return torch.tensor([[byte % model.boi_token_id for byte in prompt.encode()]])
     return model.tokenizer(prompt, return_tensors="pt")["input_ids"]
+
+
+def _with_image(model: LMFusion) -> dict[str, Tensor]:
+    """What transformers' processor would give for an image of a fixed pattern and a text."""
+    assert model.vision is not None
+    x, y = np.meshgrid(*(np.arange(size) for size in IMAGE_SIZE))
+    pattern = np.stack([x % 256, y % 256, (x ^ y) % 256], axis=-1).astype(np.uint8)
+    image = model.vision.prepare(Image.fromarray(pattern))
+    of_image = torch.full((1, image.num_rows), model.vision.image_token_id)
+    ids = torch.cat([of_image, _encode(model, IMAGE_PROMPT)], dim=1)
+    pixel_values = image.pixel_values[None] if model.vision.has_tiles else image.pixel_values
+    given = {"input_ids": ids, "pixel_values": pixel_values}
+    if model.vision.has_tiles:
+        given["image_sizes"] = torch.tensor([[image.height, image.width]])
+    return given
+
+
+def _in_dtype(given: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in given.items()}
 
 
 def _shorten(prompt: str) -> str:

@@ -2,6 +2,7 @@
 
 import bisect
 import heapq
+import itertools
 
 import numpy as np
 
@@ -11,6 +12,7 @@ except ImportError:
     _host_native = None  # type: ignore[assignment]
 
 _IMAGE = 1
+_FULL, _HIDDEN = 1, 2
 _MAX_ROWS = 2**31 - 1
 
 
@@ -22,12 +24,16 @@ def build_layout(
     cached_lengths: np.ndarray | None = None,
     cache_starts: np.ndarray | None = None,
     cache_rows: int = 0,
+    segments: np.ndarray | None = None,
+    modes: np.ndarray | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """The vectors and counts of `TokenLayout` from S spans.
 
     kinds uint8 [S] (0 text, 1 image, 2 marker), lengths int32 [S], documents int32 [S] (non-decreasing from 0),
-    cached_lengths and cache_starts int32 [num_documents], or None without a cache of cache_rows rows; what they say is
-    not checked. All vectors of the answer are int32.
+    cached_lengths and cache_starts int32 [num_documents], or None without a cache of cache_rows rows. segments int32
+    [S] (ascending from 0 by steps of 0 or 1) and modes uint8 [S] (1 full, 2 hidden, added up): spans of one segment,
+    of one document, have one mode; None if every span is a segment, images full and none hidden. What all of these say
+    is not checked. All vectors of the answer are int32.
 
     Raises ValueError if there are more tokens than int32 can count.
     """
@@ -36,9 +42,11 @@ def build_layout(
         raise ValueError(f"the batch has {num_tokens} tokens; the limit is {_MAX_ROWS}, split it")
     if _host_native is not None:
         return _host_native.build_layout(
-            kinds, lengths, documents, frozen_text, cached_lengths, cache_starts, cache_rows
+            kinds, lengths, documents, frozen_text, cached_lengths, cache_starts, cache_rows, segments, modes
         )
-    return build_layout_numpy(kinds, lengths, documents, frozen_text, cached_lengths, cache_starts, cache_rows)
+    return build_layout_numpy(
+        kinds, lengths, documents, frozen_text, cached_lengths, cache_starts, cache_rows, segments, modes
+    )
 
 
 def build_layout_numpy(
@@ -49,6 +57,8 @@ def build_layout_numpy(
     cached_lengths: np.ndarray | None = None,
     cache_starts: np.ndarray | None = None,
     cache_rows: int = 0,
+    segments: np.ndarray | None = None,
+    modes: np.ndarray | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """`build_layout` in numpy: its specification, and its stand-in where nothing was compiled."""
     num_tokens = int(lengths.sum())
@@ -61,17 +71,28 @@ def build_layout_numpy(
     document_start[documents[::-1]] = span_start[::-1]
     document_end[documents] = span_end
 
+    if segments is None or modes is None:
+        segments, modes = np.arange(len(kinds), dtype=np.int32), np.where(kinds == _IMAGE, _FULL, 0).astype(np.uint8)
+    first_span = np.flatnonzero(np.diff(segments, prepend=-1))  # by segment, as the next four
+    segment_start, segment_size = (
+        span_start[first_span],
+        np.add.reduceat(lengths, first_span) if len(kinds) else lengths,
+    )
+    segment_end = segment_start + segment_size.astype(np.int32)
+    is_full_segment, is_hidden_segment = (modes[first_span] & bit > 0 for bit in (_FULL, _HIDDEN))
+
     kind = np.repeat(kinds, lengths)  # by token, as everything below
     document = np.repeat(documents, lengths)
-    is_image = kind == _IMAGE
+    segment = np.repeat(segments, lengths)
+    is_image, is_full, is_hidden = kind == _IMAGE, is_full_segment[segment], is_hidden_segment[segment]
     first_key = document_start[document]
-    end_key = np.where(is_image, np.repeat(span_end, lengths), index + 1).astype(np.int32)
+    end_key = np.where(is_full, segment_end[segment], index + 1).astype(np.int32)
     position = index - first_key
 
     is_constant = np.zeros(num_tokens, bool)
     if frozen_text and cached_lengths is None:  # a cached layout has no backward, so nothing to leave out of it
         first_trained = document_end.copy()
-        trained_spans = np.flatnonzero(kinds != 0)[::-1]
+        trained_spans = np.flatnonzero((kinds != 0) | (modes & _FULL > 0))[::-1]
         first_trained[documents[trained_spans]] = span_start[trained_spans]
         is_constant = index < first_trained[document]
     constant, image = np.flatnonzero(is_constant), np.flatnonzero(is_image)
@@ -81,18 +102,18 @@ def build_layout_numpy(
     sequence_to_tower[tower_to_sequence] = index
     num_constant = constant.size
 
-    first_query = np.where(is_image, np.repeat(span_start, lengths), index).astype(np.int32)
-    end_query = document_end[document]
+    first_query = np.where(is_full, segment_start[segment], index).astype(np.int32)
+    end_query = np.where(is_hidden, segment_end[segment], document_end[document]).astype(np.int32)
     active = np.flatnonzero(~is_constant).astype(np.int32)
     rank_before = np.concatenate([[0], np.cumsum(~is_constant)]).astype(np.int32)  # active rows before a sequence index
     query_row = np.concatenate([index[:num_constant], num_constant + rank_before[tower_to_sequence[num_constant:]]])
 
-    # Image rows but the last of each image see later rows of it; these rows in reverse, image by image.
-    triangles = np.flatnonzero((kinds == _IMAGE) & (lengths > 1))
-    triangle_sizes = lengths[triangles] - 1
+    # Rows but the last of each image, or full segment, see later rows of it; these rows in reverse, one by one.
+    triangles = np.flatnonzero(is_full_segment & (segment_size > 1))
+    triangle_sizes = segment_size[triangles] - 1
     triangle_start = np.concatenate([[0], np.cumsum(triangle_sizes)]).astype(np.int32)
     step = np.arange(triangle_start[-1], dtype=np.int32) - np.repeat(triangle_start[:-1], triangle_sizes)
-    triangle_row = np.repeat(span_end[triangles] - 2, triangle_sizes) - step
+    triangle_row = np.repeat(segment_end[triangles] - 2, triangle_sizes) - step
 
     document_bounds = np.append(document_start, num_tokens)
     document_key_start = document_bounds
@@ -135,6 +156,19 @@ def build_layout_numpy(
         "triangle_row": triangle_row,
         "active_triangle_row": rank_before[triangle_row],
     }
+    if is_hidden.any():
+        hidden_starts = np.append(segment_start[is_hidden_segment], num_tokens)
+        next_hidden = hidden_starts[np.searchsorted(hidden_starts[:-1], index)]
+        active_end = rank_before[end_query]
+        vectors |= {
+            "visible_end": end_query,
+            "constant_visible_end": end_query - active_end,
+            "active_visible_end": active_end,
+            "stretch_end": np.where(is_hidden, end_query, np.minimum(next_hidden, end_query)),
+            **_parts(is_hidden, is_constant, document_bounds, segment_start[is_hidden_segment], end_query),
+        }
+    else:
+        vectors |= dict.fromkeys(_HIDDEN_VECTORS, no_queries)
     vectors = {name: np.ascontiguousarray(vector, np.int32) for name, vector in vectors.items()}
     counts = {
         "num_tokens": num_tokens,
@@ -144,6 +178,50 @@ def build_layout_numpy(
         "longest_triangle": int(triangle_sizes.max(initial=0)),
     }
     return vectors, counts
+
+
+_HIDDEN_VECTORS = (
+    "visible_end", "constant_visible_end", "active_visible_end", "stretch_end", "part_start", "part_row",
+    "part_key_start", "part_key", "active_part_start", "active_part_row", "constant_part_row", "constant_part_num_keys",
+)  # fmt: skip
+
+
+def _parts(
+    is_hidden: np.ndarray,
+    is_constant: np.ndarray,
+    document_bounds: np.ndarray,
+    hidden_starts: np.ndarray,
+    end_query: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """The vectors of a layout's parts, whose queries and keys are listed here one part after another."""
+    queries, keys, constant_keys = [], [], []
+    for start, end in itertools.pairwise(document_bounds.tolist()):
+        seen = start + np.flatnonzero(~is_hidden[start:end])
+        queries.append(seen)
+        keys.append(seen)
+        constant_keys.append(is_constant[seen].sum())
+        for first in hidden_starts[(hidden_starts >= start) & (hidden_starts < end)]:
+            rows = np.arange(first, end_query[first])
+            queries.append(rows)
+            keys.append(np.concatenate([seen[seen < first], rows]))
+            constant_keys.append(keys[-1].size if is_constant[first] else 0)
+    rank, constant_rank = np.cumsum(~is_constant) - 1, np.cumsum(is_constant) - 1
+    active = [rank[rows[~is_constant[rows]]] for rows in queries]
+    part_row = np.concatenate(queries)
+    return {
+        "part_start": _starts(queries),
+        "part_row": part_row,
+        "part_key_start": _starts(keys),
+        "part_key": np.concatenate(keys),
+        "active_part_start": _starts(active),
+        "active_part_row": np.concatenate(active),
+        "constant_part_row": constant_rank[part_row[is_constant[part_row]]],
+        "constant_part_num_keys": np.array(constant_keys),
+    }
+
+
+def _starts(lists: list[np.ndarray]) -> np.ndarray:
+    return np.cumsum([0, *(rows.size for rows in lists)])
 
 
 def pack(lengths: np.ndarray, capacity: int, window: int) -> list[np.ndarray]:

@@ -63,7 +63,8 @@ class _RoutedBlock(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *dy: Tensor) -> Any:
-        with torch.autocast(ctx.kinds[0].device.type, enabled=False):
+        device_type = ctx.kinds[0].device.type
+        with torch.autocast("cpu" if device_type == "meta" else device_type, enabled=False):
             tensors = ctx.saved_tensors  # once: hooks unpack all of them with every look
             weights, (cos, sin) = tensors[: 2 * _COUNT], tensors[2 * _COUNT : 2 * _COUNT + 2]
             saved = Activations(*tensors[2 * _COUNT + 2 :])

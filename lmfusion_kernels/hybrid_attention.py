@@ -1,5 +1,5 @@
-"""Softmax attention of all rows together: causal text, bidirectional images, documents apart. Time is proportional to
-the visible (query, key) pairs, memory to the tokens."""
+"""Softmax attention of all rows together: causal text, bidirectional images, documents apart, hidden spans seen from
+within alone. Time is proportional to the visible (query, key) pairs, memory to the tokens."""
 
 from typing import Any
 
@@ -17,7 +17,8 @@ _ops = torch.ops.lmfusion
 def hybrid_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, scale: float | None = None, backend: str | None = None
 ) -> Tensor:
-    """Attention under the hybrid mask of `layout`: query `i` sees the keys `[key_start[i], key_end[i])`.
+    """Attention under the hybrid mask of `layout`: query `i` sees the keys `[key_start[i], key_end[i])`, but those of
+    hidden spans other than its own.
 
     q: [N, H, D]. k, v: [layout.num_keys, H_kv, D]. All three are in sequence order, of one dtype and on the layout's
     device. H is a multiple of H_kv: query head h reads key-value head h // (H / H_kv). scale multiplies the scores;
@@ -119,7 +120,15 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
 
 
 def _fake(
-    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, out_row: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    out_row: Tensor | None,
+    scale: float,
+    visible_end: Tensor | None = None,
+    stretch_end: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     num_queries, num_heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((num_heads, num_queries), dtype=torch.float32)
@@ -139,41 +148,58 @@ def _fake_backward(
     query_end: Tensor,
     out_row: Tensor | None,
     scale: float,
+    visible_end: Tensor | None = None,
+    stretch_end: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_shape = (grad_key.shape[0], *k.shape[1:])
     return q.new_empty(q.shape), k.new_empty(grad_shape), v.new_empty(grad_shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, key_start, key_end, out_row, ctx.scale = inputs
+    q, k, v, key_start, key_end, out_row, ctx.scale, visible_end, stretch_end = inputs
     out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, key_start, key_end, out_row)
+    ctx.save_for_backward(q, k, v, out, lse, key_start, key_end, out_row, visible_end, stretch_end)
     ctx.mark_non_differentiable(lse)
 
 
 def _backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, key_start, key_end, out_row = ctx.saved_tensors
+    q, k, v, out, lse, key_start, key_end, out_row, visible_end, stretch_end = ctx.saved_tensors
     _, want_k, want_v, *_ = ctx.needs_input_grad
     num_grad_keys = k.shape[0] if want_k or want_v else 0
     grad_key = torch.arange(num_grad_keys, dtype=torch.int32, device=q.device)
-    query_start, query_end = ranges_by_key(key_start, key_end, num_grad_keys)
+    query_start, query_end = ranges_by_key(key_start, key_end, num_grad_keys, visible_end)
+    hidden = visible_end, stretch_end
     dq, dk, dv = _ops.hybrid_attention_backward(
-        dout, q, k, v, out, lse, key_start, key_end, grad_key, query_start, query_end, out_row, ctx.scale
+        dout, q, k, v, out, lse, key_start, key_end, grad_key, query_start, query_end, out_row, ctx.scale, *hidden
     )
-    return dq, dk if want_k else None, dv if want_v else None, None, None, None, None
+    return dq, dk if want_k else None, dv if want_v else None, *(None,) * 6
 
 
-def visible_area(start: Tensor, end: Tensor, upper_bound: int) -> int:
-    """How many (query, key) pairs are in the ranges; the upper bound where these are fake or meta tensors."""
+def visible_area(start: Tensor, end: Tensor, num_others: int, visible_end: Tensor | None = None) -> int:
+    """How many (query, key) pairs are in the ranges of each of them among `num_others` of the other kind, and where
+    start and end are keys of queries, not hidden; all pairs where these are fake or meta tensors."""
     if type(start) is not Tensor or start.device.type == "meta":
-        return upper_bound
+        return start.shape[0] * num_others
+    if visible_end is not None:
+        start, end = ranges_by_key(start, end, num_others, visible_end)
     return int((end.long() - start.long()).sum())
 
 
-def _flops(q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, *_: Any, **__: Any) -> int:
+def _flops(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    out_row: Tensor | None,
+    scale: float,
+    visible_end: Tensor | None = None,
+    *_: Any,
+    **__: Any,
+) -> int:
     """Two products, scores and weighted values, over the visible pairs."""
-    num_queries, num_heads, head_dim = q.shape
-    return 2 * 2 * num_heads * head_dim * visible_area(key_start, key_end, num_queries * k.shape[0])
+    num_heads, head_dim = q.shape[1:]
+    return 2 * 2 * num_heads * head_dim * visible_area(key_start, key_end, k.shape[0], visible_end)
 
 
 def _backward_flops(
@@ -188,14 +214,17 @@ def _backward_flops(
     grad_key: Tensor,
     query_start: Tensor,
     query_end: Tensor,
+    out_row: Tensor | None,
+    scale: float,
+    visible_end: Tensor | None = None,
     *_: Any,
     **__: Any,
 ) -> int:
     """Three products (scores again, gradients of the weights, dq) over the visible pairs; dk and dv over those of the
     listed keys."""
     num_queries, num_heads, head_dim = q.shape
-    pairs = visible_area(key_start, key_end, num_queries * k.shape[0])
-    grad_pairs = visible_area(query_start, query_end, num_queries * grad_key.shape[0])
+    pairs = visible_area(key_start, key_end, k.shape[0], visible_end)
+    grad_pairs = visible_area(query_start, query_end, num_queries)
     return 2 * num_heads * head_dim * (3 * pairs + 2 * grad_pairs)
 
 

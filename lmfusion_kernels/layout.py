@@ -8,7 +8,6 @@ Two orders of the same rows (docs/design.md, section 2):
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from operator import index
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,7 @@ from torch import Tensor
 
 from lmfusion_kernels import _host
 from lmfusion_kernels.reorder_rows import reorder_rows
-
-TEXT, IMAGE, MARKER = 0, 1, 2
-MODALITIES = {"text": TEXT, "image": IMAGE, "marker": MARKER}
-
-Document = Iterable[tuple[str, int]]
+from lmfusion_kernels.spans import FULL, HIDDEN, IMAGE, MARKER, SPANS_EXPECTED, TEXT, Document, Spans
 
 _MAX_ROWS = 2**31 - 1  # that int32 can count
 
@@ -34,8 +29,12 @@ class TokenLayout:
     """Routing and mask of a packed batch of N tokens.
 
     Every vector is int32 and lies on one device; every count is an int on the host, so no op that uses a layout has to
-    wait for the device. Query `i` sees the keys `[key_start[i], key_end[i])`; key `j` is seen by the queries
-    `[query_start[j], query_end[j])`. All four are non-decreasing in sequence order.
+    wait for the device. Query `i` sees the keys `[key_start[i], key_end[i])` but those of hidden spans other than its
+    own; key `j` is seen by the queries `[query_start[j], query_end[j])`. All four are non-decreasing in sequence order,
+    but for query_end where spans are hidden.
+
+    *Hidden* spans are seen from within alone: a key of one ends for all queries behind its span. Its own rows see what
+    every row in their place sees, themselves included (BAGEL's noised copies of images, arXiv 2505.14683).
 
     Row classes: *constant* rows are text rows before the first image or marker of their document when the text tower is
     frozen; nothing trainable reaches them, so they have no backward. *live* rows are the other text rows and the
@@ -92,6 +91,18 @@ class TokenLayout:
     active_row: Tensor
     """[num_active] by rank: row in [live | image] order, that is tower index minus num_constant."""
 
+    # What hidden spans add, by key; all empty where nothing is hidden. Of its range, a query sees the keys with
+    # query < visible_end[key]: the end of the key's segment if that is hidden, otherwise the end of its document.
+    visible_end: Tensor
+    """[N] or empty: the first query from which on a key is unseen, by sequence index of both."""
+    constant_visible_end: Tensor
+    """[N] or empty: the same counted in constant rows, as queries that are constant rows are."""
+    active_visible_end: Tensor
+    """[N] or empty: the same counted in active rows (ranks)."""
+    stretch_end: Tensor
+    """[N] or empty: where the stretch of keys that a key belongs to ends; keys of a stretch have one visible_end. A
+    stretch is a hidden segment, or what lies between such, within a document."""
+
     # The mask as kernels for packed causal attention know it: causal documents, and for each image the triangle that
     # causality leaves out. An image's rows but the last, in reverse, see its rows but the first, in reverse, causally.
     document_start: Tensor
@@ -111,6 +122,26 @@ class TokenLayout:
     active_triangle_row: Tensor
     """The same rows by their rank."""
 
+    # With hidden spans the causal documents become P *parts*, each causal attention whose last query sees the last key:
+    # the visible rows of each document, then each of its hidden segments, whose keys are the visible rows before it and
+    # its own. All empty where nothing is hidden.
+    part_start: Tensor
+    """[P + 1] where in part_row each part begins, then num_tokens."""
+    part_row: Tensor
+    """[N] sequence indices of the queries, part by part."""
+    part_key_start: Tensor
+    """[P + 1] where in part_key each part begins, then its size."""
+    part_key: Tensor
+    """Sequence indices of the keys, part by part; visible keys before hidden segments occur again for each of them."""
+    active_part_start: Tensor
+    """[P + 1] as part_start, counting active rows alone."""
+    active_part_row: Tensor
+    """[num_active] the active queries by rank, part by part."""
+    constant_part_row: Tensor
+    """[num_constant] the constant queries by their number among the constant rows, part by part."""
+    constant_part_num_keys: Tensor
+    """[P] how many of a part's keys its constant queries need: the first ones."""
+
     @property
     def num_image(self) -> int:
         return self.num_tokens - self.num_text
@@ -122,6 +153,11 @@ class TokenLayout:
     @property
     def num_active(self) -> int:
         return self.num_tokens - self.num_constant
+
+    @property
+    def has_hidden(self) -> bool:
+        """Whether some span is hidden."""
+        return self.visible_end.shape[0] > 0
 
     @property
     def device(self) -> torch.device:
@@ -143,23 +179,29 @@ class TokenLayout:
         Modalities are "text", "image" and "marker" (text-tower tokens whose embedding is trained: BOI, EOI). Lengths
         are positive token counts. An empty list of documents gives an empty layout.
 
+        `(modality, length, "hidden")` is a span that no row outside it sees; any modality may be hidden, and text stays
+        causal inside. `("full", [(modality, length), ...])` joins spans of one document to a segment whose rows all see
+        each other, whatever their towers: `("full", [("marker", 1), ("image", 256), ("marker", 1)])`. Its text rows
+        count as live. `("full", [...], "hidden")` is hidden as a whole.
+
         With a key-value cache of `cache_rows` rows, document `d` already has `cached_lengths[d]` tokens in it, from row
         `cache_starts[d]` on, and the given spans continue it. Documents own the rows up to the next one's start, or to
         the end; rows that none of them fills, between them or behind the last, belong to others and are not touched.
         Starts ascend. Documents of one token or one image, alike in both lengths, may have the same start: they write
         the same rows, so what they become is worthless. They fill a batch up to a size that a CUDA graph knows.
 
-        Raises ValueError for spans that are no such pairs, an unknown modality, a length that is not a positive
-        integer, a document without spans, or one that does not fit into its rows of the cache.
+        Raises ValueError for spans that are none of these, an unknown modality, a length that is not a positive
+        integer, a document without spans, one that does not fit into its rows of the cache, or hidden spans with a
+        cache.
         """
         try:
             batch = [list(document) for document in documents]
         except TypeError as error:
-            raise ValueError(f"{error}; {_SPANS_EXPECTED}") from error
-        kinds, lengths = _kinds_and_lengths(batch)
-        span_documents = np.repeat(np.arange(len(batch), dtype=np.int32), [len(document) for document in batch])
-        cache = _Cache.checked(lengths, kinds, span_documents, len(batch), cached_lengths, cache_starts, cache_rows)
-        return cls._build(kinds, lengths, span_documents, len(batch), frozen_text, device, cache)
+            raise ValueError(f"{error}; {SPANS_EXPECTED}") from error
+        spans = Spans.of(batch)
+        num_documents = len(batch)
+        cache = _Cache.checked(spans, num_documents, cached_lengths, cache_starts, cache_rows)
+        return cls._build(spans, num_documents, frozen_text, device, cache)
 
     @classmethod
     def from_modality_ids(
@@ -168,21 +210,21 @@ class TokenLayout:
         document_ids: Any,
         image_ids: Any,
         *,
+        hidden_ids: Any = None,
         frozen_text: bool = True,
         device: torch.device | str | None = None,
     ) -> "TokenLayout":
         """Lay out N tokens given one id each, in sequence order.
 
         modality_ids [N]: 0 text, 1 image, 2 marker. document_ids [N]: non-decreasing. image_ids [N]: the same number
-        for all tokens of an image, another for the next image; ignored at text tokens. Tensors on a device are copied
-        to the host, which waits for the device; `from_spans` does not.
+        for all tokens of an image, another for the next image; ignored at text tokens. hidden_ids [N]: the same number
+        from 0 on for all tokens of a hidden span, another for the next one; -1 at tokens that are not hidden. Tensors
+        on a device are copied to the host, which waits for the device; `from_spans` does not.
 
-        Raises ValueError when shapes differ, a modality is unknown, or document ids decrease.
+        Raises ValueError when shapes differ, a modality is unknown, document ids decrease, or a hidden span is not of
+        one modality and one image (`from_spans` takes such, as "full").
         """
-        modality, document, image = (
-            np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids).astype(np.int64).reshape(-1)
-            for ids in (modality_ids, document_ids, image_ids)
-        )
+        modality, document, image = (_ids(ids) for ids in (modality_ids, document_ids, image_ids))
         if not modality.shape == document.shape == image.shape:
             raise ValueError(
                 "modality_ids, document_ids and image_ids must have one entry a token; "
@@ -193,39 +235,44 @@ class TokenLayout:
             raise ValueError(f"unknown modality id {unknown[0]}; known: 0 (text), 1 (image), 2 (marker)")
         if (np.diff(document) < 0).any():
             raise ValueError("document_ids must not decrease; pack the tokens of a document next to each other")
+        hidden = np.full(modality.size, -1) if hidden_ids is None else np.maximum(_ids(hidden_ids), -1)
+        if hidden.shape != modality.shape:
+            raise ValueError(f"hidden_ids must have one entry a token, {modality.size}; it has {hidden.size}")
         image = np.where(modality == IMAGE, image, -1)
-        is_first = np.ones(modality.size, bool)
-        is_first[1:] = (np.diff(modality) != 0) | (np.diff(document) != 0) | (np.diff(image) != 0)
+        changes = (np.diff(modality) != 0) | (np.diff(document) != 0) | (np.diff(image) != 0)
+        split = np.flatnonzero(changes & (np.diff(hidden) == 0) & (hidden[1:] >= 0))
+        if split.size:
+            raise ValueError(
+                f"hidden_ids has {hidden[split[0]]} on both sides of token {split[0] + 1}, where another span begins; "
+                "give each hidden span a number of its own, or join spans: from_spans([[('full', [...], 'hidden')]])"
+            )
+        is_first = np.append(np.ones(min(modality.size, 1), bool), changes | (np.diff(hidden) != 0))
         starts = np.flatnonzero(is_first)
         _, span_documents = np.unique(document[starts], return_inverse=True)
-        return cls._build(
-            modality[starts].astype(np.uint8),
-            np.diff(np.append(starts, modality.size)),
-            span_documents.astype(np.int32),
-            int(span_documents.max(initial=-1)) + 1,
-            frozen_text,
-            device,
-        )
+        kinds, is_hidden = modality[starts].astype(np.uint8), hidden[starts] >= 0
+        spans = Spans(kinds, np.diff(np.append(starts, modality.size)), span_documents.astype(np.int32))
+        if is_hidden.any():
+            modes = (FULL * (kinds == IMAGE) + HIDDEN * is_hidden).astype(np.uint8)
+            spans = replace(spans, segments=np.arange(kinds.size, dtype=np.int32), modes=modes)
+        return cls._build(spans, int(span_documents.max(initial=-1)) + 1, frozen_text, device)
 
     @classmethod
     def _build(
         cls,
-        kinds: np.ndarray,
-        lengths: np.ndarray,
-        span_documents: np.ndarray,
+        spans: Spans,
         num_documents: int,
         frozen_text: bool,
         device: torch.device | str | None,
         cache: "_Cache | None" = None,
     ) -> "TokenLayout":
-        totals = np.bincount(span_documents, lengths, num_documents).astype(np.int64)  # tokens of each document
+        totals = spans.totals(num_documents)  # tokens of each document
+        arguments = spans.kinds, spans.lengths, spans.documents, frozen_text
         if cache is None:
-            vectors, counts = _host.build_layout(kinds, lengths, span_documents, frozen_text)
+            vectors, counts = _host.build_layout(*arguments, segments=spans.segments, modes=spans.modes)
         else:
             totals += cache.lengths
-            vectors, counts = _host.build_layout(
-                kinds, lengths, span_documents, frozen_text, cache.lengths, cache.starts, cache.num_rows
-            )
+            place = cache.lengths, cache.starts, cache.num_rows
+            vectors, counts = _host.build_layout(*arguments, *place, segments=spans.segments, modes=spans.modes)
         num_tokens = counts["num_tokens"]
         tensors = {name: torch.from_numpy(vector) for name, vector in vectors.items()}
         layout = cls(
@@ -309,9 +356,7 @@ class _Cache:
     @classmethod
     def checked(
         cls,
-        lengths: np.ndarray,
-        kinds: np.ndarray,
-        span_documents: np.ndarray,
+        spans: Spans,
         num_documents: int,
         cached_lengths: Sequence[int] | None,
         cache_starts: Sequence[int] | None,
@@ -322,6 +367,12 @@ class _Cache:
             return None
         if cached_lengths is None or cache_starts is None or cache_rows is None:
             raise ValueError("give cached_lengths, cache_starts and cache_rows together, or none of them")
+        if spans.modes is not None and (spans.modes & HIDDEN).any():
+            raise ValueError(
+                f"document {spans.documents[np.flatnonzero(spans.modes & HIDDEN)[0]]} has a hidden span, and the "
+                "layout a key-value cache, in which all that comes later would see it; leave 'hidden' away and write "
+                "the next tokens over the span's rows, or leave the cache away"
+            )
         cached, starts = np.asarray(cached_lengths, np.int64), np.asarray(cache_starts, np.int64)
         for name, vector in (("cached_lengths", cached), ("cache_starts", starts)):
             if vector.shape != (num_documents,):
@@ -337,7 +388,7 @@ class _Cache:
                 f"document {falls[0]} begins at row {starts[falls[0]]} of the cache; starts ascend from 0, so sort the "
                 "documents by them"
             )
-        totals = cached + np.bincount(span_documents, lengths, num_documents).astype(np.int64)
+        totals = cached + spans.totals(num_documents)
         is_shared = starts == ends
         is_shared[-1:] = False
         too_long = np.flatnonzero((starts + totals > ends) & ~is_shared)
@@ -348,8 +399,10 @@ class _Cache:
                 f"cache, from {starts[d]} to {ends[d]}; give it more"
             )
         for d in np.flatnonzero(is_shared).tolist():
-            pair = [np.flatnonzero(span_documents == document) for document in (d, d + 1)]
-            is_single = all(spans.size == 1 and (kinds[spans[0]] == IMAGE or lengths[spans[0]] == 1) for spans in pair)
+            pair = [np.flatnonzero(spans.documents == document) for document in (d, d + 1)]
+            is_single = all(
+                here.size == 1 and (spans.kinds[here[0]] == IMAGE or spans.lengths[here[0]] == 1) for here in pair
+            )
             if not is_single or cached[d] != cached[d + 1] or totals[d] != totals[d + 1]:
                 raise ValueError(
                     f"documents {d} and {d + 1} both begin at row {starts[d]} of the cache; only documents of one "
@@ -388,44 +441,5 @@ def _padded_sizes(vectors: dict[str, Tensor]) -> list[int]:
     return [-(-vector.numel() // 16) * 16 for vector in vectors.values()]
 
 
-_SPANS_EXPECTED = (
-    "a batch is a list of documents, a document a list of pairs (modality, length): "
-    "from_spans([[('text', 3), ('image', 256)], [('text', 5)]])"
-)
-
-
-def _kinds_and_lengths(documents: list[list[Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 and int64, by span. What does not fit is looked for, to be named, only when something does not."""
-    spans = [span for document in documents for span in document]
-    try:
-        kinds = np.array([MODALITIES[modality] for modality, _ in spans], np.uint8)
-        lengths = np.array([index(length) for _, length in spans], np.int64)
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise ValueError(_what_is_wrong(documents)) from None
-    if not all(documents) or lengths.min(initial=1) <= 0:
-        raise ValueError(_what_is_wrong(documents))
-    return kinds, lengths
-
-
-def _what_is_wrong(documents: list[list[Any]]) -> str:
-    """The first fault in documents that have one."""
-    for d, document in enumerate(documents):
-        if not document:
-            return f"document {d} has no spans; leave it out of the batch"
-        for span in document:
-            try:
-                modality, length = span
-                is_pair = not isinstance(span, str)
-            except (TypeError, ValueError):
-                is_pair = False
-            if not is_pair:
-                return f"document {d} has the span {span!r}; {_SPANS_EXPECTED}"
-            if not isinstance(modality, str) or modality not in MODALITIES:
-                return f"document {d} has a span of unknown modality {modality!r}; known: {', '.join(MODALITIES)}"
-            try:
-                length = index(length)
-            except TypeError:
-                return f"document {d} has a span of length {length!r}; lengths are integers"
-            if length <= 0:
-                return f"document {d} has a {modality} span of length {length}; lengths are positive"
-    return "a span is longer than 64 bits can count; split it"
+def _ids(ids: Any) -> np.ndarray:
+    return np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids).astype(np.int64).reshape(-1)

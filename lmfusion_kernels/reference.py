@@ -118,9 +118,13 @@ def rope_reorder(
 
 
 def hybrid_mask(layout: TokenLayout) -> Tensor:
-    """Bool [N, num_keys]: True where a query sees a key. Causal text, bidirectional images, documents apart."""
+    """Bool [N, num_keys]: True where a query sees a key. Causal text, bidirectional images, documents apart; keys of
+    hidden spans are seen from within alone."""
     key = torch.arange(layout.num_keys, device=layout.device)
-    return (key >= layout.key_start[:, None]) & (key < layout.key_end[:, None])
+    mask = (key >= layout.key_start[:, None]) & (key < layout.key_end[:, None])
+    if layout.has_hidden:  # without a cache: keys and queries are the same rows
+        mask &= key[:, None] < layout.visible_end
+    return mask
 
 
 def hybrid_attention(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, scale: float | None = None) -> Tensor:

@@ -92,10 +92,10 @@ def set_trained(layer: nn.Module, freezes_text: bool) -> None:
 
 def block_mask(layout: lk.TokenLayout) -> BlockMask:
     """The peers' own kind of mask, as their trainers build it each step."""
-    start, end = layout.key_start, layout.key_end
+    start, end, visible_end = layout.key_start, layout.key_end, layout.query_end  # without a cache
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key >= start[query]) & (key < end[query])
+        return (key >= start[query]) & (key < end[query]) & (query < visible_end[key])
 
     n = layout.num_tokens
     return create_block_mask(sees, None, None, n, n, device=str(layout.device), _compile=layout.device.type == "cuda")

@@ -23,6 +23,11 @@ struct Attention {
   const int32_t* key_start;  // [num_queries], non-decreasing, within [0, num_keys], as are those of key_end
   const int32_t* key_end;
   const int32_t* out_row;  // [num_queries], or null for the identity
+  // A key is seen by the queries before this alone: a whole number of tiles, those behind the last key 0; or null. Of
+  // the keys of each tile the least and the most.
+  const int32_t* visible_end;
+  const int32_t* least_visible_end;
+  const int32_t* most_visible_end;
   float scale;
 
   int64_t num_queries, num_keys, num_heads, num_kv_heads, head_dim;

@@ -44,9 +44,9 @@ struct BackwardScratch {
 };
 
 // Scores become weights, and gradients of weights become gradients of scores, over all columns of the key tile: 0 where
-// the row does not see, so that products over rows need no mask.
-LMF_INLINE void softmax_backward_row(
-    float* weights, float* dscores, const ColumnRange& columns, int64_t begin, int64_t end, float lse, float delta) {
+// the row does not see, so that products over rows need no mask. `ends` and `query`: see softmax_row.
+LMF_INLINE void softmax_backward_row(float* weights, float* dscores, const ColumnRange& columns, int64_t begin,
+                                     int64_t end, const int32_t* ends, int32_t query, float lse, float delta) {
   for (int64_t c = 0; c < columns.vector_begin; c += kLanes) {
     store(weights + c, Vec{});
     store(dscores + c, Vec{});
@@ -63,6 +63,13 @@ LMF_INLINE void softmax_backward_row(
       const Vec weight = exp2((load(weights + c) - lse) * kLog2e);
       store(dscores + c, weight * (load(dscores + c) - delta));
       store(weights + c, weight);
+    }
+  }
+  if (ends != nullptr) {
+    for (int64_t c = columns.vector_begin; c < columns.vector_end; c += kLanes) {
+      const IntVec seen = load(ends + c) > query;
+      store(weights + c, select(seen, load(weights + c), Vec{}));
+      store(dscores + c, select(seen, load(dscores + c), Vec{}));
     }
   }
   for (int64_t c = columns.vector_end; c < kKeyTile; c += kLanes) {
@@ -122,9 +129,11 @@ void backward_task(const AttentionBackward& a, int64_t task, int64_t worker) {
     const float* k_rows = a.k_rows + slot * kKeyTile * dim;
     const float* k_columns = a.k_columns + slot * a.head_dim * kKeyTile;
     const float* v_columns = a.v_columns + slot * a.head_dim * kKeyTile;
-    for (int64_t row = rows.first; row < rows.end; row += kBlockRows) {
-      const int64_t count = rows.end - row < kBlockRows ? rows.end - row : kBlockRows;
+    const VisibleRows seeing = rows.without_those_behind(a, tile, key_tile);
+    for (int64_t row = seeing.first; row < seeing.end; row += kBlockRows) {
+      const int64_t count = seeing.end - row < kBlockRows ? seeing.end - row : kBlockRows;
       const ColumnRange columns(tile, row, row + count - 1, tile_start);
+      const int32_t* ends = ends_for(a, tile, row + count - 1, key_tile);
       float* weights = s.weights + row * kKeyTile;
       float* dscores = s.dscores + row * kKeyTile;
       const int64_t c = columns.vector_begin;
@@ -134,8 +143,8 @@ void backward_task(const AttentionBackward& a, int64_t task, int64_t worker) {
                                       kKeyTile, dscores + c, kKeyTile);
       for (int64_t r = 0; r < count; ++r)
         softmax_backward_row(weights + r * kKeyTile, dscores + r * kKeyTile, columns,
-                             tile.row_start[row + r] - tile_start, tile.row_end[row + r] - tile_start, s.lse[row + r],
-                             s.delta[row + r]);
+                             tile.row_start[row + r] - tile_start, tile.row_end[row + r] - tile_start, ends,
+                             static_cast<int32_t>(tile.query(a, row + r)), s.lse[row + r], s.delta[row + r]);
       multiply<false, Update::kAdd>(count, columns.end - columns.begin, dim / kLanes, dscores + columns.begin, kKeyTile,
                                     k_rows + columns.begin * dim, dim, s.dq + row * dim, dim);
     }
@@ -143,7 +152,7 @@ void backward_task(const AttentionBackward& a, int64_t task, int64_t worker) {
     int32_t* turn = a.turn + tile.head * a.num_key_tiles + key_tile;
     // Whoever has the turn began before this task and waits for still earlier ones only, so this ends.
     while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != tile.index) sched_yield();
-    add_key_grads(a, s, tile, key_tile, rows);
+    add_key_grads(a, s, tile, key_tile, seeing);
     __atomic_store_n(turn, static_cast<int32_t>(tile.index - 1), __ATOMIC_RELEASE);
   }
 

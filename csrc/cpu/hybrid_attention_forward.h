@@ -41,12 +41,17 @@ struct ForwardScratch {
 
 constexpr float kInfinity = __builtin_inff();
 
-// Scores of one row over the vectors of `columns` become weights exp(score - highest). [begin, end): what the row sees.
-LMF_INLINE void softmax_row(float* scores, const ColumnRange& columns, int64_t begin, int64_t end, float* total,
-                            float* highest, float* rescale) {
+// Scores of one row over the vectors of `columns` become weights exp(score - highest). [begin, end): what the row sees
+// of them, if `ends` is null; else of these the columns with query < ends[column].
+LMF_INLINE void softmax_row(float* scores, const ColumnRange& columns, int64_t begin, int64_t end, const int32_t* ends,
+                            int32_t query, float* total, float* highest, float* rescale) {
   if (begin > columns.vector_begin || end < columns.vector_end) {
     for (int64_t c = columns.vector_begin; c < columns.vector_end; c += kLanes)
       store(scores + c, select(visible(c, begin, end), load(scores + c), broadcast(-kInfinity)));
+  }
+  if (ends != nullptr) {
+    for (int64_t c = columns.vector_begin; c < columns.vector_end; c += kLanes)
+      store(scores + c, select(load(ends + c) > query, load(scores + c), broadcast(-kInfinity)));
   }
   Vec largest = broadcast(-kInfinity);
   for (int64_t c = columns.vector_begin; c < columns.vector_end; c += kLanes)
@@ -92,16 +97,18 @@ void forward_task(const AttentionForward& a, int64_t task, int64_t worker) {
     const int64_t slot = tile.head * a.num_packed + a.tile_slot[key_tile];
     const float* k_columns = a.k_columns + slot * a.head_dim * kKeyTile;
     const float* v_rows = a.v_rows + slot * kKeyTile * dim;
-    for (int64_t row = rows.first, count; row < rows.end; row += count) {
-      count = rows_of_one_document(tile, row, rows.end - row < kBlockRows ? rows.end - row : kBlockRows);
+    const VisibleRows seeing = rows.without_those_behind(a, tile, key_tile);
+    for (int64_t row = seeing.first, count; row < seeing.end; row += count) {
+      count = rows_of_one_document(tile, row, seeing.end - row < kBlockRows ? seeing.end - row : kBlockRows);
       const ColumnRange columns(tile, row, row + count - 1, tile_start);
+      const int32_t* ends = ends_for(a, tile, row + count - 1, key_tile);
       const int64_t c = columns.vector_begin;
       multiply<false, Update::kStore>(count, a.head_dim, columns.num_vectors(), s.q + row * dim, dim, k_columns + c,
                                       kKeyTile, s.weights + c, kKeyTile);
       for (int64_t r = 0; r < count; ++r)
         softmax_row(s.weights + r * kKeyTile, columns, tile.row_start[row + r] - tile_start,
-                    tile.row_end[row + r] - tile_start, s.total + (row + r) * kLanes, s.highest + row + r,
-                    s.rescale + r);
+                    tile.row_end[row + r] - tile_start, ends, static_cast<int32_t>(tile.query(a, row + r)),
+                    s.total + (row + r) * kLanes, s.highest + row + r, s.rescale + r);
       multiply<false, Update::kScaleAdd>(count, columns.end - columns.begin, dim / kLanes, s.weights + columns.begin,
                                          kKeyTile, v_rows + columns.begin * dim, dim, s.out + row * dim, dim,
                                          s.rescale);

@@ -85,15 +85,16 @@ struct QueryTile {
     end_key_tile = (row_end[num_rows - 1] + kKeyTile - 1) / kKeyTile;
   }
 
+  int64_t query(const Attention& a, int64_t row) const { return first_query + row / a.group(); }
+
   // Where row `row` is in a [num_queries, num_heads, head_dim] tensor. query_row: another order of queries, or null.
   int64_t offset(const Attention& a, int64_t row, const int32_t* query_row) const {
-    const int64_t query = first_query + row / a.group();
-    const int64_t at = query_row == nullptr ? query : query_row[query];
+    const int64_t at = query_row == nullptr ? query(a, row) : query_row[query(a, row)];
     return (at * a.num_heads + head * a.group() + row % a.group()) * a.head_dim;
   }
 
   int64_t lse_offset(const Attention& a, int64_t row) const {
-    return (head * a.group() + row % a.group()) * a.num_queries + first_query + row / a.group();
+    return (head * a.group() + row % a.group()) * a.num_queries + query(a, row);
   }
 };
 
@@ -105,7 +106,22 @@ struct VisibleRows {
     while (first < tile.num_rows && tile.row_end[first] <= tile_start) ++first;
     while (end < tile.num_rows && tile.row_start[end] < tile_start + kKeyTile) ++end;
   }
+
+  // Without the rows behind the last query that sees any key of the tile, where keys are hidden.
+  VisibleRows without_those_behind(const Attention& a, const QueryTile& tile, int64_t key_tile) const {
+    VisibleRows seeing = *this;
+    if (a.most_visible_end == nullptr) return seeing;
+    const int64_t last = (a.most_visible_end[key_tile] - tile.first_query) * a.group();
+    if (seeing.end > last) seeing.end = last < first ? first : last;
+    return seeing;
+  }
 };
+
+// Where the keys of a tile end for queries: null if none ends before `row`, so that ranges of keys say it all.
+inline const int32_t* ends_for(const Attention& a, const QueryTile& tile, int64_t row, int64_t key_tile) {
+  if (a.visible_end == nullptr || a.least_visible_end[key_tile] > tile.query(a, row)) return nullptr;
+  return a.visible_end + key_tile * kKeyTile;
+}
 
 // What a few consecutive rows see of a key tile, as columns of the tile.
 struct ColumnRange {

@@ -24,7 +24,10 @@ typedef float Vec __attribute__((vector_size(kVectorBytes)));
 typedef int32_t IntVec __attribute__((vector_size(kVectorBytes)));
 typedef float UnalignedVec __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
 
+typedef int32_t UnalignedIntVec __attribute__((vector_size(kVectorBytes), aligned(4), may_alias));
+
 LMF_INLINE Vec load(const float* x) { return *reinterpret_cast<const UnalignedVec*>(x); }
+LMF_INLINE IntVec load(const int32_t* x) { return *reinterpret_cast<const UnalignedIntVec*>(x); }
 LMF_INLINE void store(float* x, Vec value) { *reinterpret_cast<UnalignedVec*>(x) = value; }
 LMF_INLINE Vec broadcast(float x) { return x - Vec{}; }
 

@@ -23,11 +23,19 @@ using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 std::pair<py::dict, py::dict> build_layout(const Array<uint8_t>& kinds, const Array<int32_t>& lengths,
                                            const Array<int32_t>& documents, bool frozen_text,
                                            const std::optional<Array<int32_t>>& cached_lengths,
-                                           const std::optional<Array<int32_t>>& cache_starts, int32_t cache_rows) {
+                                           const std::optional<Array<int32_t>>& cache_starts, int32_t cache_rows,
+                                           const std::optional<Array<int32_t>>& segments,
+                                           const std::optional<Array<uint8_t>>& modes) {
   if (kinds.size() != lengths.size() || kinds.size() != documents.size()) {
     throw py::value_error("kinds, lengths and documents must have one entry a span");
   }
-  const lmf::Spans spans{kinds.data(), lengths.data(), documents.data(), kinds.size()};
+  if (segments.has_value() != modes.has_value() ||
+      (segments && (segments->size() != kinds.size() || modes->size() != kinds.size()))) {
+    throw py::value_error("segments and modes must have one entry a span, or both be None");
+  }
+  const lmf::Spans spans{kinds.data(),   lengths.data(), documents.data(),
+                         kinds.size(),   segments ? segments->data() : nullptr,
+                         modes ? modes->data() : nullptr};
   if (cached_lengths.has_value() != cache_starts.has_value() ||
       (cached_lengths && cached_lengths->size() != cache_starts->size())) {
     throw py::value_error("cached_lengths and cache_starts must have one entry a document, or both be None");
@@ -70,6 +78,21 @@ std::pair<py::dict, py::dict> build_layout(const Array<uint8_t>& kinds, const Ar
   out.triangle_start = vector("triangle_start", counts.num_triangles + 1);
   out.triangle_row = vector("triangle_row", counts.num_triangle_rows);
   out.active_triangle_row = vector("active_triangle_row", counts.num_triangle_rows);
+  const bool has_hidden = counts.num_hidden_segments > 0;
+  const int64_t num_hidden_entries = has_hidden ? num_tokens : 0;
+  const int64_t num_parts = has_hidden ? counts.num_documents + counts.num_hidden_segments : -1;
+  out.visible_end = vector("visible_end", num_hidden_entries);
+  out.constant_visible_end = vector("constant_visible_end", num_hidden_entries);
+  out.active_visible_end = vector("active_visible_end", num_hidden_entries);
+  out.stretch_end = vector("stretch_end", num_hidden_entries);
+  out.part_start = vector("part_start", num_parts + 1);
+  out.part_row = vector("part_row", num_hidden_entries);
+  out.part_key_start = vector("part_key_start", num_parts + 1);
+  out.part_key = vector("part_key", counts.num_part_keys);
+  out.active_part_start = vector("active_part_start", num_parts + 1);
+  out.active_part_row = vector("active_part_row", has_hidden ? num_active : 0);
+  out.constant_part_row = vector("constant_part_row", has_hidden ? num_constant : 0);
+  out.constant_part_num_keys = vector("constant_part_num_keys", has_hidden ? num_parts : 0);
   {
     py::gil_scoped_release release;
     lmf::fill_layout(spans, frozen_text, cache, counts, out);
@@ -106,7 +129,9 @@ const char* instruction_set() {
 }  // namespace
 
 PYBIND11_MODULE(_host_native, m) {
-  m.def("build_layout", &build_layout);
+  m.def("build_layout", &build_layout, py::arg("kinds"), py::arg("lengths"), py::arg("documents"),
+        py::arg("frozen_text"), py::arg("cached_lengths"), py::arg("cache_starts"), py::arg("cache_rows"),
+        py::arg("segments") = py::none(), py::arg("modes") = py::none());
   m.def("pack", &pack);
   m.def("instruction_set", &instruction_set);
 }

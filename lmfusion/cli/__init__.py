@@ -18,8 +18,10 @@ COMMANDS = (
     "estimate",
     "generate",
     "caption",
+    "eval",
     "serve",
     "verify",
+    "ablate",
     "demo",
 )
 

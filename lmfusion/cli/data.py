@@ -5,7 +5,7 @@
     lmfusion data count recipes/mine.yaml data.row_tokens=2048
 
 DATA is a recipe, or one or more sources as kind=path: folder=, webdataset=, parquet=, interleaved= or encoded=, and
-digits or openmoji without a path. docs/data.md tells what these hold.
+digits, openmoji, shapes or shape_edits without a path. docs/data.md tells what these hold.
 
 Exit code: 0, 1 where `check` finds a damaged sample, 2 bad input.
 """
@@ -235,6 +235,7 @@ def _window_reader(recipe: "RunConfig", sources: list["Source"]) -> Any:
         tokens_per_image=patch_coder.tokens_per_image(codec.latent_size, codec.latent_size),
         diffusion=config.diffusion,
         seed=recipe.train.seed,
+        vlm_config=config.vlm_config,
     )
 
 

@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
         max_damaged=config.data.max_damaged,
     )
     device = _device(config.train.device)
-    _, codec, tokenizer = read_without_weights(config.model)
+    model, codec, tokenizer = read_without_weights(config.model)
     sources = config.data.sources
     folders = [Path(args.output) / str(i) for i in range(len(sources))] if len(sources) > 1 else [Path(args.output)]
     for source, folder in zip(sources, folders, strict=True):
@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
                 tokenizer=tokenizer,
                 device=device,
                 options=options,
+                is_for_vlm=model.vlm_config is not None,
                 report=report,
             )
         _tell(folder, manifest)

@@ -1,7 +1,7 @@
 """What would a run take, before anything is paid for? Memory on each GPU, FLOPs, tokens a second, days and dollars.
 
-Read are the recipe and the configurations of the LLM (config.json of a folder, or the header of a GGUF file) and of the
-autoencoder; no weights and no data. Where the LLM's files are not there yet, --llm names its sizes.
+Read are the recipe and the configurations of the base (config.json of a folder, or the header of a GGUF file) and of
+the autoencoder; no weights and no data. Where the LLM's files are not there yet, --llm names its sizes.
 
     lmfusion estimate recipes/llama3-8b-paper.yaml --llm llama3-8b --gpus 8 --tokens 0.25e12 --price 2.5
     lmfusion estimate recipes/llama3-8b-paper.yaml --llm llama3-8b train.optimizer=adamw_8bit train.recompute=layer
@@ -48,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--caption-tokens", type=int, default=32, metavar="N", help="of a caption, in the mean (default: 32)"
     )
-    parser.add_argument("--llm", metavar="NAME", help="take the sizes of llama3-8b, llama3.2-1b or smollm2-135m")
+    parser.add_argument(
+        "--llm", metavar="NAME", help="take the sizes of llama3-8b, llama3.2-1b, smollm2-135m or llama3-llava-next-8b"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -4,11 +4,13 @@
     lmfusion generate runs/digits/model "a three" --sampler dpm-solver --num-steps 20 --guidance-scale 2 --count 4
     lmfusion generate runs/digits/model "Draw a seven, then say what you drew." --chat
     lmfusion generate runs/digits/model "Which digit is this?" --chat --image photo.png
+    lmfusion generate runs/shape-edits/model "make the circle blue" --image in.png --image-guidance-scale 1
     lmfusion generate runs/digits/model "The sky is" --text
     lmfusion generate runs/digits/model --settings drawings/0003.png --num-steps 100
 
-A prompt is a caption, and an image of it is drawn; with --chat it is said to the model, which answers with text and
-images as it decides; with --text the model goes on writing from it.
+A prompt is a caption, and an image of it is drawn; with --image it is an instruction, and what comes of that image is
+drawn (docs/editing.md); with --chat it is said to the model, which answers with text and images as it decides; with
+--text the model goes on writing from it.
 
 Text appears as it is written. Each image is saved once it is finished, as DIR/0000.png, 0001.png, ... in the order in
 which they are begun; a folder that has images is continued, nothing is overwritten. Each PNG holds prompt, seed and
@@ -89,7 +91,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how closely to follow the text; 1: no guidance (default: 1.55)",
     )
     drawing.add_argument(
-        "--image-guidance-scale", type=float, metavar="X", help="how closely to follow images in the prompt"
+        "--image-guidance-scale",
+        type=float,
+        metavar="X",
+        help="how closely to follow images in the prompt; 1: guide by the text alone (default: by both together)",
     )
     drawing.add_argument(
         "--guidance-interval",

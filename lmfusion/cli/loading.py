@@ -75,9 +75,9 @@ def read_without_weights(model: "ModelConfig") -> tuple["LMFusionConfig", "Codec
         tokenizer = read_tokenizer(folder)
     else:
         assert model.base is not None
-        _, text_config, _, read_base_tokenizer = open_base(resolve_path(model.base))
-        config = LMFusionConfig(text_config, model.image, model.codec, model.diffusion)
-        tokenizer = read_base_tokenizer()
+        base = open_base(resolve_path(model.base))
+        config = LMFusionConfig(base.config, model.image, model.codec, model.diffusion, vlm_config=base.vlm_config)
+        tokenizer = base.read_tokenizer()
     if tokenizer is None:
         raise ValueError("the base LLM has no tokenizer to read captions with; put its tokenizer.json beside it")
     return config, load_codec(config.codec), tokenizer

@@ -1,7 +1,8 @@
-"""Where does the text tower come from? `load_base` reads any supported LLM into one form.
+"""Where does the text tower come from? `load_base` reads any supported LLM or VLM into one form.
 
 Supported: Llama (and what shares its architecture, such as SmolLM2), Mistral, Qwen2, Qwen3; from a Hugging Face folder
-with safetensors, a GGUF file, or a name known to the Hugging Face hub.
+with safetensors, a GGUF file, or a name known to the Hugging Face hub. Vision-language models around such an LLM, LLaVA
+and LLaVA-NeXT, from a folder or a name.
 """
 
 from collections.abc import Callable
@@ -14,45 +15,81 @@ from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from lmfusion.conversion import gguf, huggingface
+from lmfusion.conversion import gguf, huggingface, vlm
 from lmfusion.conversion.architectures import check_supported
 
 EMBEDDING_NAME = "text.embed_tokens.weight"
 
 
-@dataclass
-class BaseModel:
-    """A pretrained LLM, read and checked."""
+@dataclass(frozen=True)
+class OpenedBase:
+    """A pretrained LLM or VLM whose tensors have not been read."""
 
     name: str
     """Absolute path, or the name on the hub."""
     config: PreTrainedConfig
+    """Of the LLM."""
+    vlm_config: PreTrainedConfig | None
+    """Of the vision-language model that the LLM is a part of; None: it is none."""
+    read_tensors: Callable[[torch.dtype | None], dict[str, Tensor]]
+    """By file name (`text.layers.0.self_attn.q_proj.weight`); see `lmfusion.conversion.names`."""
+    read_tokenizer: Callable[[], Any]
+    """Reads the transformers tokenizer, which may take seconds; None where the checkpoint has none."""
+    read_image_processor: Callable[[], Any] = lambda: None
+    """The same of a VLM's image processor."""
+
+
+@dataclass
+class BaseModel:
+    """A pretrained LLM or VLM, read and checked."""
+
+    name: str
+    """Absolute path, or the name on the hub."""
+    config: PreTrainedConfig
+    """Of the LLM."""
     tensors: dict[str, Tensor]
     """By file name (`text.layers.0.self_attn.q_proj.weight`); see `lmfusion.conversion.names`."""
     read_tokenizer: Callable[[], Any]
     """Reads the transformers tokenizer, which may take seconds; None where the checkpoint has none."""
+    vlm_config: PreTrainedConfig | None = None
+    """Of the vision-language model that the LLM is a part of; None: it is none."""
+    read_image_processor: Callable[[], Any] = lambda: None
+    """The same of a VLM's image processor."""
 
 
-def load_base(path: str | Path, dtype: torch.dtype | None = None) -> BaseModel:
-    """Read the LLM at `path`: a Hugging Face folder, a GGUF file, or a name on the hub.
+def load_base(path: str | Path, dtype: torch.dtype | None = None, is_vlm: bool | None = None) -> BaseModel:
+    """Read the LLM or VLM at `path`: a Hugging Face folder, a GGUF file, or a name on the hub.
 
-    dtype: of the tensors; None keeps the checkpoint's (that of its embedding), or float32 for GGUF.
+    dtype: of the tensors; None keeps the checkpoint's (that of its embedding), or float32 for GGUF. is_vlm: whether it
+    is to be a VLM, or an LLM; None: either.
 
-    Raises FileNotFoundError when there is nothing at `path`, and ValueError for a damaged file or an unsupported
-    architecture.
+    Raises FileNotFoundError when there is nothing at `path`, and ValueError for a damaged file, an unsupported
+    architecture, or a model of the other kind.
     """
-    name, config, read_tensors, read_tokenizer = open_base(path)
-    tensors = read_tensors(dtype)
+    opened = open_base(path)
+    if is_vlm is not None and is_vlm != (opened.vlm_config is not None):
+        if is_vlm:
+            raise ValueError(f"{path} is an LLM of type {opened.config.model_type!r}; use LMFusion.from_llm")
+        assert opened.vlm_config is not None
+        raise ValueError(
+            f"{path} is a vision-language model of type {opened.vlm_config.model_type!r}; use LMFusion.from_vlm"
+        )
+    tensors = opened.read_tensors(dtype)
     if dtype is None and EMBEDDING_NAME in tensors:  # some checkpoints keep their norms in another dtype
         dtype = tensors[EMBEDDING_NAME].dtype
         tensors = {key: tensor.to(dtype) for key, tensor in tensors.items()}
-    return BaseModel(name, config, tensors, read_tokenizer)
+    return BaseModel(
+        opened.name,
+        opened.config,
+        tensors,
+        opened.read_tokenizer,
+        opened.vlm_config,
+        opened.read_image_processor,
+    )
 
 
-def open_base(
-    path: str | Path,
-) -> tuple[str, PreTrainedConfig, Callable[[torch.dtype | None], dict[str, Tensor]], Callable[[], Any]]:
-    """Name and configuration of the LLM at `path`, and readers of its tensors and of its tokenizer.
+def open_base(path: str | Path) -> OpenedBase:
+    """The LLM or VLM at `path`: its configuration, and readers of its tensors, tokenizer and image processor.
 
     Path, name and errors are those of `load_base`.
     """
@@ -60,6 +97,17 @@ def open_base(
     name = str(location.resolve()) if location.exists() else str(path)
     if not location.exists():
         location = _from_hub(str(path))
+    if location.is_dir() and vlm.is_vlm(location):
+        vlm_config, read_tensors, read_tokenizer = vlm.open_folder(location)
+        check_supported(vlm_config.text_config, str(location))
+        return OpenedBase(
+            name,
+            vlm_config.text_config,
+            vlm_config,
+            read_tensors,
+            read_tokenizer,
+            lambda: vlm.read_image_processor(location),
+        )
     if location.is_dir():
         config, read_tensors, read_tokenizer = huggingface.open_folder(location)
     elif location.suffix == ".gguf":
@@ -67,7 +115,7 @@ def open_base(
     else:
         raise ValueError(f"{location} is neither a Hugging Face folder nor a .gguf file")
     check_supported(config, str(location))
-    return name, config, read_tensors, read_tokenizer
+    return OpenedBase(name, config, None, read_tensors, read_tokenizer)
 
 
 def _from_hub(name: str) -> Path:

@@ -45,7 +45,11 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise ValueError(f"{path} is no valid JSON object: {error}") from error
     if model_type not in MODEL_TYPES:  # before transformers looks at it: it may not know the architecture either
         raise ValueError(
-            unsupported(str(folder), f"architecture {model_type!r}", f"Llama-type LLMs: {', '.join(MODEL_TYPES)}")
+            unsupported(
+                str(folder),
+                f"architecture {model_type!r}",
+                f"Llama-type LLMs: {', '.join(MODEL_TYPES)}; VLMs around one: llava, llava_next",
+            )
         )
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True)

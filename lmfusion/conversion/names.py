@@ -2,7 +2,8 @@
 
 In files: Llama's names (q_proj, k_proj, v_proj, gate_proj, up_proj) under `text.` and `image.`. In memory: one matrix
 `qkv_proj` and one `gate_up_proj` a layer, so that each takes one matrix product. In a Llama checkpoint the text tower's
-tensors begin with `model.`, except for `lm_head`.
+tensors begin with `model.`, except for `lm_head`. What a VLM sees with lies under `vision.` and keeps transformers'
+names, in files and in memory.
 """
 
 import re
@@ -16,7 +17,7 @@ from lmfusion.configuration import head_dim_of
 
 _STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _STACKED_NAME = re.compile(r"(.*)\.(qkv_proj|gate_up_proj)\.(weight|bias)")
-_PART_NAME = re.compile(r"(.*)\.([qkv]_proj|gate_proj|up_proj)\.(weight|bias)")
+_PART_NAME = re.compile(r"((?:text|image)\..*)\.([qkv]_proj|gate_proj|up_proj)\.(weight|bias)")
 
 
 def split(tensors: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
@@ -57,7 +58,9 @@ def from_llama(name: str) -> str:
 
 
 def to_llama(name: str) -> str:
-    """What a Llama checkpoint calls the text tensor of this file name."""
+    """What a Llama checkpoint calls the text tensor of this file name; others keep theirs."""
+    if not name.startswith("text."):
+        return name
     plain = name.removeprefix("text.")
     return plain if plain.startswith("lm_head.") else "model." + plain
 

@@ -1,9 +1,10 @@
-"""Captioned images, interleaved documents and conversations, and the rows made of them."""
+"""Captioned images, interleaved documents, conversations and edits, and the rows made of them."""
 
 from lmfusion.data.sources import (
     CaptionedImage,
     Conversation,
     DataConfig,
+    Edit,
     Interleaved,
     Latents,
     Sample,
@@ -16,6 +17,7 @@ __all__ = [
     "CaptionedImage",
     "Conversation",
     "DataConfig",
+    "Edit",
     "Interleaved",
     "Latents",
     "Sample",

@@ -7,6 +7,8 @@ Captioned images become caption-first or image-first documents (see lmfusion.bat
 with parts in their order, and conversations what the chat template makes of them (see lmfusion.data.conversations): in
 these the assistant's part alone is scored, and images of others have little noise, since they are given. Which of it,
 and how noisy the images are, depends on (seed, epoch, sample id) alone.
+
+Images that a vision-language model sees stand among the words, as rows without markers.
 """
 
 from collections.abc import Sequence
@@ -19,10 +21,12 @@ from lmfusion.batch import Document, SpecialTokens, caption_first_document, enco
 from lmfusion.data.conversations import transcribe
 from lmfusion.data.mixture import Draw
 from lmfusion.data.randomness import generator
+from lmfusion.data.seen import SeenImage
 from lmfusion.data.sources import (
     CaptionedImage,
     Conversation,
     DataConfig,
+    Edit,
     Interleaved,
     LoadImage,
     Sample,
@@ -52,6 +56,10 @@ class Plan:
     """One an image."""
     is_cut: bool
     """Whether it was cut to fit into a row."""
+    first_image: int = 0
+    """Which of the sample's images the first one is: 1 for an edit without its source."""
+    seen: tuple[SeenImage, ...] = ()
+    """Images that a vision-language model sees, which are not among `images`."""
 
 
 class DocumentPlanner:
@@ -69,8 +77,11 @@ class DocumentPlanner:
         tokens_per_image: int,
         diffusion: DiffusionConfig,
         seed: int,
+        image_token_id: int | None = None,
     ) -> None:
+        """image_token_id: of a vision-language model; samples then hold a `SeenImage` for every image that it sees."""
         self._config = config
+        self._image_token_id = image_token_id
         self._tokenizer = tokenizer
         self._tokens = tokens
         self._tokens_per_image = tokens_per_image
@@ -99,6 +110,8 @@ class DocumentPlanner:
                 plans.append(self._captioned(draw, sample, chance, ids[0]))
             elif isinstance(sample, Interleaved):
                 plans.append(self._interleaved(draw, sample, chance, ids))
+            elif isinstance(sample, Edit):
+                plans.append(self._edit(draw, sample, chance, ids[0]))
             else:
                 plans.append(self._conversation(draw, sample, chance))
         return plans
@@ -148,19 +161,58 @@ class DocumentPlanner:
         timesteps = self._timesteps(chance[3 : 3 + len(images)], chance[0] < self._config.image_first)
         return Plan(sample.sample_id, draw, document, tuple(images), timesteps, is_cut)
 
+    def _edit(self, draw: Draw, sample: Edit, chance: list[float], ids: list[int]) -> Plan | Damage:
+        if not ids:
+            return Damage(sample.sample_id, "the instruction is empty; write one, or leave the sample out")
+        seen = (sample.source,) if isinstance(sample.source, SeenImage) else ()
+        room = self._caption_room - (seen[0].num_rows if seen else self._tokens_per_image + 2)
+        if room < 1:
+            return Damage(
+                sample.sample_id,
+                f"data.row_tokens is {self._config.row_tokens}, but two images with their markers and one token of "
+                f"instruction take {self._config.row_tokens - room + 1}; raise it",
+            )
+        instruction = ids[: self._config.max_caption_tokens]
+        is_cut = len(instruction) > room
+        drop, (_, level) = chance[1], chance[3:]
+        is_dropped = drop < 1.5 * self._config.caption_drop
+        has_source = not is_dropped or drop < self._config.caption_drop
+        document = edit_document(
+            [] if is_dropped else instruction[:room],
+            self._tokens_per_image,
+            self._tokens,
+            has_source=has_source,
+            num_seen=seen[0].num_rows if seen else None,
+        )
+        target = self._timesteps([level], is_image_first=False)
+        if has_source and seen:
+            return Plan(sample.sample_id, draw, document, (sample.target,), target, is_cut, first_image=1, seen=seen)
+        if has_source:
+            return Plan(sample.sample_id, draw, document, (sample.source, sample.target), (0, *target), is_cut)
+        return Plan(sample.sample_id, draw, document, (sample.target,), target, is_cut, first_image=1)
+
     def _conversation(self, draw: Draw, sample: Conversation | Transcript, chance: list[float]) -> Plan | Damage:
         if isinstance(sample, Conversation):
             try:
-                sample = Transcript(sample.sample_id, transcribe(self._tokenizer, sample.messages))
+                sample = Transcript(
+                    sample.sample_id, transcribe(self._tokenizer, sample.messages, self._image_token_id)
+                )
             except ValueError as error:
                 return Damage(sample.sample_id, str(error))
         document = Document()
         images: list[LoadImage] = []
+        seen: list[SeenImage] = []
         timesteps: tuple[int, ...] = ()
         is_cut = False
         for what, is_said in sample.utterances:
             room = self._config.row_tokens - document.num_tokens
-            if callable(what):
+            if isinstance(what, SeenImage):
+                is_cut = what.num_rows > room
+                if is_cut:
+                    break
+                document = document.seen(what.num_rows)
+                seen.append(what)
+            elif callable(what):
                 is_cut = self._tokens_per_image + 2 > room
                 if is_cut:
                     break
@@ -173,7 +225,7 @@ class DocumentPlanner:
                 document = document.text(what[:room].tolist(), is_said)
                 if is_cut:
                     break
-        return Plan(sample.sample_id, draw, document, tuple(images), timesteps, is_cut)
+        return Plan(sample.sample_id, draw, document, tuple(images), timesteps, is_cut, seen=tuple(seen))
 
     def _timesteps(self, levels: list[float], is_image_first: bool) -> tuple[int, ...]:
         diffusion = self._diffusion
@@ -192,6 +244,33 @@ class DocumentPlanner:
         ]
 
 
+def edit_document(
+    instruction_ids: Sequence[int],
+    num_image_tokens: int,
+    tokens: SpecialTokens,
+    *,
+    has_source: bool = True,
+    num_seen: int | None = None,
+) -> Document:
+    """[bos] BOI source EOI instruction BOI target EOI, ended by eos. Without an instruction (dropped for guidance)
+
+    only the target is learned: such a document does not tell that an image is to follow, or nothing.
+    num_seen: rows that a vision-language model makes of the source, which then stand in place of BOI source EOI.
+    """
+    is_whole = has_source and len(instruction_ids) > 0
+    document = Document().text(tokens.bos)
+    if has_source and num_seen is not None:
+        document = document.seen(num_seen)
+    elif has_source:
+        document = document.marker(tokens.boi_token_id, is_scored=False).image(num_image_tokens, is_given=True)
+        document = document.marker(tokens.eoi_token_id)
+    if has_source:
+        document = document.text(instruction_ids, is_scored=False)
+    document = document.marker(tokens.boi_token_id, is_scored=is_whole).image(num_image_tokens)
+    document = document.marker(tokens.eoi_token_id)
+    return document.end(tokens.eos_token_id) if is_whole else document
+
+
 def _num_images(sample: Sample) -> int:
     return sum(callable(part) for part in parts_of(sample))
 
@@ -202,6 +281,8 @@ def _texts(sample: Sample, which: float) -> list[Text]:
         return [sample.captions[int(which * len(sample.captions))]] if sample.captions else [""]
     if isinstance(sample, Interleaved):
         return [part for part in sample.parts if isinstance(part, (str, np.ndarray))]
+    if isinstance(sample, Edit):
+        return [sample.instruction]
     return []
 
 

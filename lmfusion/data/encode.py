@@ -54,16 +54,19 @@ def encode_source(
     tokenizer: Any,
     device: torch.device | str = "cpu",
     options: EncodeOptions | None = None,
+    is_for_vlm: bool = False,
     report: Callable[[int, int], object] = lambda num_done, total: None,
 ) -> dict[str, Any]:
     """Encode the source that `config` names into `folder`, or continue there; answers with the manifest.
 
     Any number of processes may do this at the same time, with the same arguments and from any machine that shares the
-    file system; each returns when the cache is complete. `report` is told how many more samples are done, by whichever
+    file system; each returns when the cache is complete. is_for_vlm: whether the model is one made of a vision-language
+    model. `report` is told how many more samples are done, by whichever
     process, and how many there are in all.
 
     Raises ValueError where the folder holds something else or a cache made otherwise, the codec has no posterior whose
-    deviation could be kept, or too many samples are damaged; OSError where a file cannot be written.
+    deviation could be kept, a vision-language model sees images of the source, or too many samples are damaged; OSError
+    where a file cannot be written.
     """
     options = options or EncodeOptions()
     if config.kind == "encoded":
@@ -71,7 +74,7 @@ def encode_source(
     if options.keep_std and not codec.has_posterior:
         raise ValueError(f"codec {codec.config.kind!r} has no posterior whose variance could be kept; leave it out")
     source = load_source(config, codec.config.image_size)
-    encoder = ShardEncoder(source, codec.to(device), tokenizer, device, options)
+    encoder = ShardEncoder(source, codec.to(device), tokenizer, device, options, is_for_vlm)
     plan = _plan(source, config, codec, tokenizer, options)
     folder.mkdir(parents=True, exist_ok=True)
     num_shards = -(-len(source) // options.shard_samples)

@@ -5,8 +5,8 @@
     shard-00000000.safetensors `shard_samples` samples each, in the order of the source they were made of
 
 Tensors of a shard, for S samples with I images, T texts and P parts (an image with its captions is one image part and
-one text part each caption; an interleaved document has its parts in their order; a conversation those that the chat
-template makes of it):
+one text part each caption; an interleaved document and an edit have their parts in their order; a conversation those
+that the chat template makes of it):
 
     mean, std         [I, C, h, w] of the latents, in the cache's dtype; std only where it was asked for
     checksums         int64 [I]: CRC-32 of the bytes of each image's mean (and std)
@@ -15,7 +15,7 @@ template makes of it):
     parts             uint8 [P]: TEXT, IMAGE, REFUSED for a text that no tokenizer can read; SAID_TEXT and SAID_IMAGE
                       for what the assistant says in a conversation
     first_part, first_text, first_image   int64 [S + 1]: where each sample begins among them
-    kinds             uint8 [S]: CAPTIONED, INTERLEAVED, CONVERSATION, or DAMAGED for a sample that could not be read
+    kinds             uint8 [S]: CAPTIONED, INTERLEAVED, CONVERSATION, EDIT, or DAMAGED for one that could not be read
     sample_ids        uint8: all ids in UTF-8, one after another; first_id_byte   int64 [S + 1]: where each begins
 
 All but mean and std are the shard's tables. They are compared with their sha256 in the manifest when a shard is opened,
@@ -38,6 +38,7 @@ from torch import Tensor
 
 from lmfusion.data.sources import (
     CaptionedImage,
+    Edit,
     Interleaved,
     Latents,
     LoadImage,
@@ -53,7 +54,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 LATENTS = ("mean", "std")
 TEXT, IMAGE, REFUSED, SAID_TEXT, SAID_IMAGE = range(5)
-CAPTIONED, INTERLEAVED, DAMAGED, CONVERSATION = range(4)
+CAPTIONED, INTERLEAVED, DAMAGED, CONVERSATION, EDIT = range(5)
 DTYPES = ("float32", "float16", "bfloat16")
 MAX_OPEN_SHARDS = 16384
 """Kept mapped at a time; systems usually allow a process 65,530 mappings."""
@@ -152,6 +153,8 @@ class EncodedShards:
         if int(tables["kinds"][i]) == CONVERSATION:
             is_said = (part in (SAID_TEXT, SAID_IMAGE) for part in kinds)
             return Transcript(sample_id, tuple(map(Utterance, parts, is_said)))
+        if int(tables["kinds"][i]) == EDIT:
+            return Edit(sample_id, *parts)  # type: ignore[arg-type]
         load_image, *captions = parts
         return CaptionedImage(sample_id, load_image, tuple(captions))  # type: ignore[arg-type]
 

@@ -1,7 +1,8 @@
-"""Documents of texts and images in their order, and conversations: lines of JSON that name image files beside them.
+"""Documents of texts and images in their order, conversations, and edits: lines of JSON that name image files.
 
 {"id": "page 7", "content": ["A cat:", {"image": "cats/1.jpg"}, "And a dog:", {"image": "dogs/4.png"}]}
 {"messages": [{"role": "user", "content": "Draw a cat."}, {"role": "assistant", "content": [{"image": "cats/1.jpg"}]}]}
+{"source": "cats/1.jpg", "instruction": "make the cat black", "target": "cats/1-black.jpg"}
 """
 
 import bisect
@@ -25,9 +26,10 @@ from lmfusion.data.remote import (
     printable,
     stored_file,
 )
-from lmfusion.data.sources import Conversation, Interleaved, LoadImage, Message
+from lmfusion.data.sources import Conversation, Edit, Interleaved, LoadImage, Message
 from lmfusion.image.preprocessing import check_file_size, decode_image, load_image
 
+EDIT_KEYS = ("source", "instruction", "target")
 NUM_INDEXERS = 8
 """Files whose lines are found at the same time."""
 READ_BYTES = 8 * 1024 * 1024
@@ -39,8 +41,9 @@ class InterleavedFiles:
 
     A line is an object with `content`, a list of texts and of objects {"image": path}, and maybe an `id`, which names
     the sample (else the number of the line does). Instead of content it may have `messages`, a list of objects with a
-    role (system, user or assistant) and content, which there may be one text, too. Paths are relative to the folder of
-    the file and stay in it. Texts of white space alone are left out. Blocks are files.
+    role (system, user or assistant) and content, which there may be one text, too; or `source`, `instruction` and
+    `target`, two paths and what makes one image of the other. Paths are relative to the folder of the file and stay in
+    it. Texts of white space alone are left out, but an instruction must say something. Blocks are files.
 
     A line that is no such object is a damaged sample. Raises FileNotFoundError where a file is missing, and ValueError
     where there is no line at all.
@@ -59,7 +62,7 @@ class InterleavedFiles:
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def __getitem__(self, index: int) -> Interleaved | Conversation:
+    def __getitem__(self, index: int) -> Interleaved | Conversation | Edit:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         block = bisect.bisect_right(self._starts, index) - 1
@@ -73,7 +76,9 @@ class InterleavedFiles:
             sample_id = f"{name}/{own_id}"
             if "messages" in entry:
                 return Conversation(sample_id, tuple(self._message(item, file) for item in entry["messages"]))
-            return Interleaved(sample_id, self._parts(entry["content"], file))
+            if isinstance(entry.get("content"), list):  # which may have a "source" of another kind
+                return Interleaved(sample_id, self._parts(entry["content"], file))
+            return self._edit(sample_id, entry, file)
         except (ValueError, OSError) as error:
             raise ValueError(f"{where}: {error}") from error
 
@@ -84,6 +89,16 @@ class InterleavedFiles:
         if not isinstance(content, str | list):
             raise ValueError(f"the content of the {item['role']}'s message is no text and no list of texts and images")
         return {"role": item["role"], "content": self._parts([content] if isinstance(content, str) else content, file)}
+
+    def _edit(self, sample_id: str, entry: dict[str, Any], file: StoredFile) -> Edit:
+        for name in EDIT_KEYS:
+            if not isinstance(entry.get(name), str) or not entry[name].strip():
+                raise ValueError(
+                    f'{name} is {entry.get(name)!r:.80}; an edit is like {{"source": "a.png", "instruction": "make it '
+                    'blue", "target": "b.png"}'
+                )
+        source, target = (self._image(entry[name], file) for name in ("source", "target"))
+        return Edit(sample_id, source, checked_text(entry["instruction"]), target)
 
     def _parts(self, content: list[Any], file: StoredFile) -> tuple[str | LoadImage, ...]:
         parts = [self._part(item, file) for item in content]
@@ -96,18 +111,20 @@ class InterleavedFiles:
         if isinstance(item, str):
             return checked_text(item) if item.strip() else None
         if isinstance(item, dict) and isinstance(item.get("image"), str):
-            name = item["image"]
-            if not is_inside(name):
-                raise ValueError(f"the image {name!r} leads out of the folder of the file; name it relative to that")
-            return partial(_load_image, join(parent(file.address), name), file.is_local)
+            return self._image(item["image"], file)
         raise ValueError('content holds something else than texts and {"image": "path"}')
+
+    def _image(self, name: str, file: StoredFile) -> LoadImage:
+        if not is_inside(name):
+            raise ValueError(f"the image {name!r} leads out of the folder of the file; name it relative to that")
+        return partial(_load_image, join(parent(file.address), name), file.is_local)
 
 
 def _parse(line: bytes, number: str) -> tuple[str, dict[str, Any]]:
-    """The id of a line, and the object with its content or messages, a list."""
+    """The id of a line, and the object with its content or messages, a list, or with an edit."""
     entry = parse_json(line)
     lists = [key for key in ("content", "messages") if isinstance(entry, dict) and isinstance(entry.get(key), list)]
-    if not lists:
+    if not lists and not (isinstance(entry, dict) and any(key in entry for key in EDIT_KEYS)):
         raise ValueError('the line is no object like {"content": ["a cat:", {"image": "cat.jpg"}]}')
     if "content" in entry and "messages" in entry:
         raise ValueError("the line has both content and messages; it is a document or a conversation")

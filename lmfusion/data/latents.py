@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -14,9 +14,43 @@ from lmfusion.data.sources import Latents, LoadImage
 from lmfusion.image.codec import Codec
 from lmfusion.image.preprocessing import to_tensor
 
+T = TypeVar("T")
+
 
 class DamagedImageError(ValueError):
     """An image that its source could not load."""
+
+
+class EncodedImages(Generic[T]):
+    """What networks on `device` made of images, kept in memory up to `cache_megabytes`. Threads may share it."""
+
+    def __init__(self, device: torch.device | str, cache_megabytes: int) -> None:
+        self.device = torch.device(device)
+        self._kept: dict[tuple[int, ...], T] = {}
+        self._room = cache_megabytes * 2**20
+        self._lock = threading.Lock()
+        self._streams = threading.local()
+
+    def kept(self, key: tuple[int, ...]) -> T | None:
+        """What was made of the image that `key` identifies, while it is in memory."""
+        return self._kept.get(key)
+
+    def keep(self, key: tuple[int, ...], encoded: T, num_bytes: int) -> None:
+        """Keep it, where there is room."""
+        with self._lock:
+            if num_bytes <= self._room and key not in self._kept:
+                self._room -= num_bytes
+                self._kept[key] = encoded
+
+    def own_stream(self) -> AbstractContextManager[Any]:
+        """On a GPU, a stream of this thread's: on the trainer's an image would wait for the steps queued there."""
+        if self.device.type != "cuda":
+            return nullcontext()
+        if not hasattr(self._streams, "own"):
+            self._streams.own = torch.cuda.Stream(self.device)
+            # The network is being copied there
+            self._streams.own.wait_stream(torch.cuda.default_stream(self.device))
+        return torch.cuda.stream(self._streams.own)
 
 
 class LatentReader:
@@ -26,12 +60,8 @@ class LatentReader:
         self.shape = (codec.latent_channels, codec.latent_size, codec.latent_size)
         """[C, h, w] of all of them."""
         self._codec = codec
-        self._device = torch.device(device)
         self._sample = sample
-        self._kept: dict[tuple[int, ...], Latents] = {}
-        self._room = cache_megabytes * 2**20
-        self._lock = threading.Lock()
-        self._streams = threading.local()
+        self._encoded: EncodedImages[Latents] = EncodedImages(device, cache_megabytes)
 
     def read(self, key: tuple[int, ...], load_image: LoadImage, draw: Callable[[], np.random.Generator]) -> Tensor:
         """Latents float32 [C, h, w] of the image that `key` identifies: the mean, or a draw with `draw()`.
@@ -49,8 +79,9 @@ class LatentReader:
         return mean + std * torch.from_numpy(draw().standard_normal(self.shape, np.float32))
 
     def _latents(self, key: tuple[int, ...], load_image: LoadImage) -> Latents:
-        if key in self._kept:
-            return self._kept[key]
+        kept = self._encoded.kept(key)
+        if kept is not None:
+            return kept
         config = self._codec.config
         try:
             image = load_image()
@@ -65,21 +96,8 @@ class LatentReader:
                 )
             return image
         # Encoded one by one, so that latents do not depend on who shares the row
-        with self._own_stream():
-            mean, std = self._codec.moments(pixels[None].to(self._device))
+        with self._encoded.own_stream():
+            mean, std = self._codec.moments(pixels[None].to(self._encoded.device))
             latents = Latents(mean[0].cpu(), std[0].cpu() if self._sample and std is not None else None)
-        num_bytes = sum(x.numel() * x.element_size() for x in latents if x is not None)
-        with self._lock:
-            if num_bytes <= self._room and key not in self._kept:
-                self._room -= num_bytes
-                self._kept[key] = latents
+        self._encoded.keep(key, latents, sum(x.nbytes for x in latents if x is not None))
         return latents
-
-    def _own_stream(self) -> AbstractContextManager[Any]:
-        """On a GPU, a stream of this thread's: on the trainer's an image would wait for the steps queued there."""
-        if self._device.type != "cuda":
-            return nullcontext()
-        if not hasattr(self._streams, "own"):
-            self._streams.own = torch.cuda.Stream(self._device)
-            self._streams.own.wait_stream(torch.cuda.default_stream(self._device))  # the codec is being copied there
-        return torch.cuda.stream(self._streams.own)

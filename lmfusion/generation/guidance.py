@@ -23,12 +23,28 @@ from lmfusion.generation.options import GenerationOptions
 MAX_BRANCHES = 3
 
 
+class ContextImage(NamedTuple):
+    """An image that stands in a document already."""
+
+    data: Tensor
+    """Clean latents [C, h, w]; of one that is seen its rows [num_rows, d_text]."""
+    num_rows: int
+    is_seen: bool = False
+    """Whether a vision encoder made rows of the text tower of it."""
+
+    def put(self, document: Document, tokens: SpecialTokens) -> Document:
+        """`document` followed by the image, as prompts hold it."""
+        if self.is_seen:
+            return document.seen(self.num_rows)
+        return document.marker(tokens.boi_token_id).image(self.num_rows).marker(tokens.eoi_token_id)
+
+
 class Branch(NamedTuple):
     """What a branch other than the whole prompt's reads before the image."""
 
     document: Document
-    latents: list[Tensor]
-    """Of the images in the document, [C, h, w] each."""
+    images: list[ContextImage]
+    """Those in the document."""
     weight: float
 
 
@@ -41,15 +57,11 @@ class Guidance(NamedTuple):
 
 def guidance_of(
     options: GenerationOptions,
-    images: Sequence[Tensor],
-    num_image_tokens: Sequence[int],
+    images: Sequence[ContextImage],
     tokens: SpecialTokens,
     negative_ids: Sequence[int],
 ) -> Guidance:
-    """The branches of an image that comes after `images` (clean latents [C, h, w], with so many rows each).
-
-    Branches without weight are left out.
-    """
+    """The branches of an image that comes after `images`. Branches without weight are left out."""
     scale, image_scale = options.guidance_scale, options.image_guidance_scale
     with_images = image_scale is not None and len(images) > 0
     weights = (scale, image_scale - scale, 1 - image_scale) if with_images else (scale, 0.0, 1 - scale)  # type: ignore[operator]
@@ -58,8 +70,8 @@ def guidance_of(
         if weight == 0:
             continue
         document = Document().text(tokens.bos)
-        for num_rows in num_image_tokens if is_with_images else ():
-            document = document.marker(tokens.boi_token_id).image(num_rows).marker(tokens.eoi_token_id)
+        for image in images if is_with_images else ():
+            document = image.put(document, tokens)
         document = document.text(negative_ids).marker(tokens.boi_token_id)
         branches.append(Branch(document, list(images) if is_with_images else [], weight))
     return Guidance(weights[0], branches)

@@ -26,7 +26,7 @@ class MemoryPlan:
     row_bytes: int
     """Keys and values of one token in all layers."""
     text_bytes: int
-    """Weights of the text tower."""
+    """Weights of the text tower, and of a vision-language model's encoder."""
     image_bytes: int
     """Weights of the image tower."""
     codec_bytes: int
@@ -73,7 +73,7 @@ def plan_memory(model: "LMFusion", num_rows: int | None, max_batch: int) -> Memo
     return MemoryPlan(
         num_rows=num_rows,
         row_bytes=row_bytes,
-        text_bytes=_bytes(model.text),
+        text_bytes=_bytes(model.text) + (0 if model.vision is None else _bytes(model.vision)),
         image_bytes=_bytes(model.image),
         codec_bytes=_bytes(model.codec),
         logit_bytes=max_batch * (text_config.vocab_size + 2) * 4 * 2,

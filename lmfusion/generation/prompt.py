@@ -10,15 +10,16 @@ from PIL import Image
 from torch import Tensor
 
 from lmfusion.batch import Document, SpecialTokens, encode_caption
-from lmfusion.chat import Message, encode_chat
+from lmfusion.chat import Message, Seen, encode_chat
 from lmfusion.conversion.architectures import sliding_window
 from lmfusion.image.preprocessing import to_tensor
 from lmfusion.tokens import token_ids
+from lmfusion.vision import VisionInput
 
 if TYPE_CHECKING:
     from lmfusion.modeling import LMFusion
 
-Part = str | Path | Image.Image | np.ndarray
+Part = str | Path | Image.Image | np.ndarray | VisionInput
 PromptLike = str | Sequence[Part] | Sequence[Message]
 """A text; a list of texts and images (a path is an image, a str never is); or messages, as `lmfusion.chat` has them."""
 
@@ -27,24 +28,31 @@ PromptLike = str | Sequence[Part] | Sequence[Message]
 class Prompt:
     """A prompt that has been read."""
 
-    parts: tuple[list[int] | Tensor, ...]
-    """Token ids, and pixels [channels, H, W] in [-1, 1], in their order."""
+    parts: tuple[list[int] | Tensor | VisionInput, ...]
+    """In their order: token ids; images as the image tower has them, pixels [channels, H, W] in [-1, 1]; and images
+    that a vision encoder sees."""
     text: str
     """Its words, to be kept with what is made from it."""
 
     @property
-    def images(self) -> list[Tensor]:
-        return [part for part in self.parts if isinstance(part, Tensor)]
+    def images(self) -> list[Tensor | VisionInput]:
+        return [part for part in self.parts if not isinstance(part, list)]
 
     @property
     def num_images(self) -> int:
         return len(self.images)
 
+    def num_image_rows(self, num_image_tokens: int) -> int:
+        """Rows that its images take, with their markers. num_image_tokens: of an image of the image tower."""
+        return sum(image.num_rows if isinstance(image, VisionInput) else num_image_tokens + 2 for image in self.images)
+
     def document(self, num_image_tokens: int, tokens: SpecialTokens) -> Document:
-        """Its rows: text as it is, every image between BOI and EOI."""
+        """Its rows: text as it is, every image between BOI and EOI, or as it is where a vision encoder sees it."""
         document = Document()
         for part in self.parts:
-            if isinstance(part, Tensor):
+            if isinstance(part, VisionInput):
+                document = document.seen(part.num_rows)
+            elif isinstance(part, Tensor):
                 document = document.marker(tokens.boi_token_id).image(num_image_tokens).marker(tokens.eoi_token_id)
             else:
                 document = document.text(part)
@@ -58,6 +66,8 @@ def encode_prompt(model: "LMFusion", prompt: PromptLike, chat: bool = False) -> 
     bos comes first; images are cropped to the middle and resized to the codec's size. Messages, and with `chat` a
     single text or list as the user's turn, are written in the tokenizer's chat template, after the model's system
     prompt if it has one and the conversation has none.
+    A vision-language model sees images at their own size with its encoder, all but those of the assistant in messages,
+    which are its own drawings.
 
     Raises ValueError for an empty prompt, a part that is neither text nor image, a damaged or huge image, or a
     conversation where the tokenizer has no chat template; OSError for a file that cannot be opened.
@@ -67,6 +77,10 @@ def encode_prompt(model: "LMFusion", prompt: PromptLike, chat: bool = False) -> 
         [ids] = token_ids(tokenizer, [prompt], control_tokens=True, add_special_tokens=True)
         if not ids or not prompt:
             raise ValueError("a prompt is empty; write something to go on from")
+        if model.vision is not None and model.vision.image_token_id in ids:
+            raise ValueError(
+                "a prompt holds the model's image token, but no image; give a list of texts and images, or messages"
+            )
         return Prompt((ids,), prompt)
     if not isinstance(prompt, (str, Sequence)) or isinstance(prompt, (bytes, Mapping)):
         raise ValueError(f"a prompt is {prompt!r:.80}; it is a text, a list of texts and images, or a list of messages")
@@ -77,7 +91,7 @@ def encode_prompt(model: "LMFusion", prompt: PromptLike, chat: bool = False) -> 
         messages: Sequence[Any] = prompt if is_conversation else [{"role": "user", "content": prompt}]
         return _conversation(model, messages)
     bos = SpecialTokens.of(tokenizer, model.boi_token_id).bos
-    parts = [encode_caption(tokenizer, part) if isinstance(part, str) else _pixels(model, part) for part in prompt]
+    parts = [encode_caption(tokenizer, part) if isinstance(part, str) else _shown(model, part) for part in prompt]
     return Prompt((bos, *parts) if bos else tuple(parts), _words(prompt))
 
 
@@ -87,7 +101,15 @@ def _conversation(model: "LMFusion", messages: Sequence[Any]) -> Prompt:
     has_system = isinstance(messages[0], Mapping) and messages[0].get("role") == "system"
     if system is not None and not has_system:
         messages = [{"role": "system", "content": system}, *messages]
-    parts = [part if isinstance(part, list) else _pixels(model, part) for part in encode_chat(tokenizer, messages)]
+    image_token_id = None if model.vision is None else model.vision.image_token_id
+    parts = [
+        part
+        if isinstance(part, list)
+        else _shown(model, part.image)
+        if isinstance(part, Seen)
+        else _pixels(model, part)
+        for part in encode_chat(tokenizer, messages, image_token_id=image_token_id)
+    ]
     content = messages[-1]["content"]
     return Prompt(tuple(parts), _words(content if isinstance(content, (list, tuple)) else [content]))
 
@@ -98,14 +120,26 @@ def _words(parts: Sequence[Any]) -> str:
     return " ".join(text.strip() for text in texts if isinstance(text, str) and text.strip())
 
 
+def _shown(model: "LMFusion", image: Any) -> Tensor | VisionInput:
+    """An image that somebody shows to the model."""
+    if model.vision is None or isinstance(image, VisionInput):
+        return image if isinstance(image, VisionInput) else _pixels(model, image)
+    return model.vision.prepare(_checked(image))
+
+
 def _pixels(model: "LMFusion", image: Any) -> Tensor:
+    """An image as the image tower has it."""
+    config = model.codec.config
+    return to_tensor(_checked(image), config.image_size, config.channels)
+
+
+def _checked(image: Any) -> Path | Image.Image | np.ndarray:
     if not isinstance(image, (Path, Image.Image, np.ndarray)):
         raise ValueError(
             f"a part of a prompt is {image!r:.80}; it is a text, or an image: a pathlib.Path, "
             "a Pillow image or an array"
         )
-    config = model.codec.config
-    return to_tensor(image, config.image_size, config.channels)
+    return image
 
 
 def require_tokenizer(model: "LMFusion") -> Any:

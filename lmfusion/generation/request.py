@@ -12,7 +12,7 @@ from torch import Tensor
 from lmfusion.batch import Document, SpecialTokens, encode_caption
 from lmfusion.generation.cache import ALIGNMENT, CachedDocument
 from lmfusion.generation.decoding import TextStream, random_generator
-from lmfusion.generation.guidance import Branch, guidance_of
+from lmfusion.generation.guidance import Branch, ContextImage, guidance_of
 from lmfusion.generation.options import GenerationOptions
 from lmfusion.generation.prompt import Prompt, context_limit, require_tokenizer
 from lmfusion.generation.samplers import SchedulerRun, StepTable, step_table
@@ -38,8 +38,8 @@ class Reading:
 
     cached: CachedDocument
     document: Document
-    latents: list[Tensor] = field(default_factory=list)
-    """Clean latents of the images in the document, [C, h, w] each."""
+    images: list[ContextImage] = field(default_factory=list)
+    """Those in the document."""
 
 
 @dataclass(eq=False)
@@ -93,8 +93,8 @@ class Request:
         self.tokens = SpecialTokens.of(tokenizer, model.boi_token_id)
         negative = (options.negative_prompt or "").strip() if options.max_images else ""
         self.negative_ids = encode_caption(tokenizer, negative) if negative else []
-        self.document = prompt.document(model.tokens_per_image, self.tokens)
-        self._prompt_image_rows = model.tokens_per_image
+        self._model_image_rows = model.tokens_per_image
+        self.document = prompt.document(self._model_image_rows, self.tokens)
         self._num_rows = self._count_rows(model)
         if options.max_images:
             self._sampler_run(model)  # complain before anything is computed
@@ -111,8 +111,8 @@ class Request:
         self.chance = random_generator(options.seed, index, 0)
         last = prompt.parts[-1]
         self.stream = TextStream(tokenizer, options.stop_strings, last[-1:] if isinstance(last, list) else ())
-        self.latents: list[Tensor] = []
-        """Clean latents [C, h, w] of all images so far, the prompt's first."""
+        self.images: list[ContextImage] = []
+        """All images so far, the prompt's first."""
         self.drawing: Drawing | None = None
         self.num_new_tokens = 0
         self.num_images = 0
@@ -131,7 +131,7 @@ class Request:
         nothing = len(self.tokens.bos) + len(self.negative_ids) + 1 + self.image_rows
         if options.image_guidance_scale is None:
             return [self._num_rows, nothing]
-        images = self.prompt.num_images * (self._prompt_image_rows + 2)
+        images = self.prompt.num_image_rows(self._model_image_rows)
         images += (options.max_images - 1) * (self.image_rows + 2)
         # What the document holds itself, and the negative prompt
         return [self._num_rows, min(nothing + images, self._num_rows + len(self.negative_ids)), nothing]
@@ -179,11 +179,11 @@ class Request:
     def owes_image(self) -> bool:
         return self.num_images < self.min_images and self.may_draw
 
-    def start(self, latents: list[Tensor]) -> None:
-        """Get ready to read the prompt, once there are rows for it; latents: those of its images."""
+    def start(self, images: list[ContextImage]) -> None:
+        """Get ready to read the prompt, once there are rows for it; images: those in it."""
         assert self.cached is not None
-        self.latents = latents
-        self.readings = [Reading(self.cached, self.document, list(latents))]
+        self.images = images
+        self.readings = [Reading(self.cached, self.document, list(images))]
         self.wants_token = not self.options.draw_first and self.options.max_new_tokens > 0
         self.started_at = time.perf_counter()
 
@@ -191,8 +191,7 @@ class Request:
         """Get ready to draw: BOI, the branches' documents, and noise."""
         assert self.cached is not None
         options = self.options
-        rows_of_images = [self._prompt_image_rows] * self.prompt.num_images + [self.image_rows] * self.num_images
-        guidance = guidance_of(options, self.latents, rows_of_images, self.tokens, self.negative_ids)
+        guidance = guidance_of(options, self.images, self.tokens, self.negative_ids)
         for cached in self.branches:
             cached.length = 0
         main = next((reading for reading in self.readings if reading.cached is self.cached), None)
@@ -203,7 +202,7 @@ class Request:
         main.document = main.document.text(unread).marker(self.tokens.boi_token_id)
         self.token = None
         self.readings += [
-            Reading(cached, branch.document, branch.latents)
+            Reading(cached, branch.document, branch.images)
             for cached, branch in zip(self._rows_of(guidance.branches), guidance.branches, strict=True)
         ]
         self.wants_token = False
@@ -239,10 +238,11 @@ class Request:
     def end_image(self) -> None:
         """Put the finished image into the document, without noise, as context of what follows."""
         assert self.cached is not None and self.drawing is not None
-        self.latents.append(self.drawing.x)
+        image = ContextImage(self.drawing.x, self.image_rows)
+        self.images.append(image)
         self.num_images += 1
         document = Document().image(self.image_rows).marker(self.tokens.eoi_token_id)
-        self.readings = [Reading(self.cached, document, [self.drawing.x])]
+        self.readings = [Reading(self.cached, document, [image])]
         self.wants_token = not self.ending and self.text_room(self.image_rows + 1) > 0
         self.drawing = None
         self.phase = Phase.READING

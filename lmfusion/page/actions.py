@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from lmfusion.modeling import LMFusion
 
 MAX_UPLOAD_BYTES = 32 * 1024 * 1024
+MAX_SEEN_SIDE = 2048
+"""Pixels of the longer side of a picture that a vision-language model sees; larger ones are made smaller."""
 SECONDS_BETWEEN_UPDATES = 0.04
 """What happens meanwhile is shown together: a browser draws no more often, and a fast model would flood it."""
 
@@ -86,8 +88,11 @@ class Actions:
             if (size := file.stat().st_size) > MAX_UPLOAD_BYTES:
                 raise ValueError(f"{file.name} has {size} bytes; the limit is {MAX_UPLOAD_BYTES}, scale it down")
             image = decode_image(file.read_bytes(), file.name)
-            [seen] = to_pil(to_tensor(image, codec.image_size, codec.channels)[None])
-            turn.parts.append(session.keep(seen, {}))
+            if self._model.vision is None:
+                [image] = to_pil(to_tensor(image, codec.image_size, codec.channels)[None])
+            else:
+                image.thumbnail((MAX_SEEN_SIDE, MAX_SEEN_SIDE))
+            turn.parts.append(session.keep(image, {}))
         if text.strip():
             turn.parts.append(text)
         return turn

@@ -17,6 +17,7 @@ from lmfusion.generation.prompt import Prompt, encode_prompt
 from lmfusion.image.preprocessing import FORMATS, decode_image
 from lmfusion.serve.errors import ApiError
 from lmfusion.serve.schema import SAME_NAMES, ChatRequest, ImagePart, Message, TextPart, parse
+from lmfusion.vision import VisionInput
 
 if TYPE_CHECKING:
     from lmfusion.modeling import LMFusion
@@ -130,11 +131,15 @@ class RequestReader:
             if isinstance(part, TextPart):
                 content.append(part.text)
             else:
-                content.append(self._image(part.image_url.url, f"messages[{index}].content[{i}]"))
+                is_shown = message.role != "assistant"
+                content.append(self._image(part.image_url.url, f"messages[{index}].content[{i}]", is_shown))
         return {"role": "system" if message.role == "developer" else message.role, "content": content}
 
-    def _image(self, url: str, where: str) -> Image.Image:
-        """The image of a data: URL, at the model's size: full-sized ones are never held side by side."""
+    def _image(self, url: str, where: str, is_shown: bool) -> Image.Image | VisionInput:
+        """The image of a data: URL, as the model has it: full-sized ones are never held side by side.
+
+        is_shown: whether somebody shows it to the model; a vision-language model then sees it.
+        """
         head = DATA_URL.match(url)
         if head is None:
             shown = url if len(url) <= 40 else f"{url[:40]}..."
@@ -148,7 +153,10 @@ class RequestReader:
         self._check_pixels(data, where)
         config = self._model.codec.config
         try:
-            image = decode_image(data, where).convert("L" if config.channels == 1 else "RGB")
+            image = decode_image(data, where)
+            if is_shown and self._model.vision is not None:
+                return self._model.vision.prepare(image)
+            image = image.convert("L" if config.channels == 1 else "RGB")
         except ValueError as error:
             raise ApiError(400, str(error), param=where, code="invalid_image") from None
         return ImageOps.fit(image, (config.image_size, config.image_size), Image.Resampling.BICUBIC)

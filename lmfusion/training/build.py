@@ -3,9 +3,11 @@
 import torch
 
 from lmfusion.batch import SpecialTokens
+from lmfusion.conversion import load_base
 from lmfusion.data.loader import RowLoader
 from lmfusion.data.sources import DataConfig
 from lmfusion.modeling import LMFusion
+from lmfusion.serialization import from_base
 from lmfusion.training.config import RunConfig, resolve_path
 from lmfusion.training.distributed import World
 
@@ -17,14 +19,9 @@ def build_model(config: RunConfig) -> LMFusion:
         model = LMFusion.from_pretrained(resolve_path(model_config.adapted))  # its image side in the dtype it has
     else:
         assert model_config.base is not None
-        model = LMFusion.from_llm(
-            resolve_path(model_config.base),
-            model_config.image,
-            model_config.codec,
-            model_config.diffusion,
-            dtype=getattr(torch, train.dtype),
-            seed=train.seed,
-        )
+        base = load_base(resolve_path(model_config.base), getattr(torch, train.dtype))
+        image, codec, diffusion = model_config.image, model_config.codec, model_config.diffusion
+        model = from_base(LMFusion, base, image, codec, diffusion, seed=train.seed)
     if model_config.chat_system_prompt is not None:
         model.config.chat_system_prompt = model_config.chat_system_prompt
     model.freeze_text(train.text_learning_rate_ratio == 0)
@@ -60,4 +57,5 @@ def _loader(
         device=world.device,
         rank=world.rank,
         world_size=world.size,
+        vision=model.vision,
     )

@@ -30,7 +30,8 @@ class ModelConfig:
     """Which LLM is adapted, and what is put beside it; or which adapted model is trained further."""
 
     base: str | None = None
-    """Folder or GGUF file of a Llama-type LLM. `package:name/file` is a file inside an installed Python package."""
+    """Folder or GGUF file of a Llama-type LLM, or folder of a LLaVA-type vision-language model around one.
+    `package:name/file` is a file inside an installed Python package."""
     adapted: str | None = None
     """Instead of base: folder of an LMFusion model (of `lmfusion adapt`, or of an earlier run) to start from. It brings
     its own image, codec and diffusion."""

@@ -8,7 +8,8 @@ every rank gathers them in one collective, the group after it while this one com
   half of the bytes and no copy of a weight is kept for the backward;
 - the root's weights are gathered as they are: the patch coder computes in float32 whatever dtype the rows have;
 - gradients are averaged in float32, in one collective a group, and kept as parts, one row of a step after the other;
-- frozen weights take part in the gathering alone: no gradient is made for them, sent or kept.
+- frozen weights take part in the gathering alone: no gradient is made for them, sent or kept;
+- codec and vision encoder, which threads of the loader use, are whole on every rank.
 
 FSDP's own order of gathering ahead is left as it is (set_modules_to_forward_prefetch only sends it off sooner).
 """
@@ -149,7 +150,9 @@ def place(model: LMFusion, world: World, dtype: torch.dtype) -> None:
         _move(modules, world.device, dtype)
         if mesh is not None:
             _shard(modules, model, dtype, mesh)
-    model.codec.to(world.device)
+    for part in (model.codec, model.vision):
+        if part is not None:
+            part.to(world.device)
 
 
 def _groups(model: LMFusion) -> Iterator[list[nn.Module]]:
@@ -174,7 +177,8 @@ def _shard(modules: list[nn.Module], model: LMFusion, dtype: torch.dtype, mesh: 
         param_dtype=None if is_root else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     group = modules[0] if len(modules) == 1 else modules
-    fully_shard(group, mesh=mesh, mp_policy=policy, ignored_params=set(model.codec.parameters()))
+    whole = {*model.codec.parameters(), *(() if model.vision is None else model.vision.parameters())}
+    fully_shard(group, mesh=mesh, mp_policy=policy, ignored_params=whole)
     if is_root:
         model.register_forward_hook(_let_go_after_scoring)
         for name in ("draw", "generate", "caption"):

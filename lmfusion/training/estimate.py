@@ -19,7 +19,7 @@ from lmfusion.image.patch_coder import build_patch_coder
 from lmfusion.training.config import RunConfig, TrainConfig
 from lmfusion.training.flops import Flops, RowCounts, flops_by_part
 from lmfusion.training.memory import RESERVED, Setup, Size, checkpoint_bytes, memory_by_part, parameters
-from lmfusion.training.model_facts import LLMS, CodecFacts, codec_facts, model_config
+from lmfusion.training.model_facts import LLMS, CodecFacts, codec_facts, model_config, vision_parameters
 
 GIB = 2**30
 PEAK_TFLOPS = {"bfloat16": 989.0, "float32": 67.0}
@@ -112,13 +112,14 @@ def estimate(run: RunConfig, given: Assumptions) -> Estimate:
     cannot be built.
     """
     config = model_config(run.model, given.llm)
-    codec = codec_facts(config.codec)
+    codec, num_vision = codec_facts(config.codec), vision_parameters(config)
     setup = setup_of(run.train, given.num_gpus)
     rows = expected_row(config, run, given.caption_tokens, codec.latent_shape)
     sizes = parameters(config, codec.latent_shape[0], setup.frozen_text)
 
     def memory_of(setup: Setup) -> dict[str, int]:
-        return memory_by_part(config, sizes, rows, setup, codec.num_parameters) | {"reserved (assumed)": RESERVED}
+        parts = memory_by_part(config, sizes, rows, setup, codec.num_parameters, num_vision)
+        return parts | {"reserved (assumed)": RESERVED}
 
     memory, limit = memory_of(setup), int(given.gpu_memory * GIB)
     parts = flops_by_part(config, rows, frozen_text=setup.frozen_text, recompute=setup.recompute)
@@ -131,7 +132,7 @@ def estimate(run: RunConfig, given: Assumptions) -> Estimate:
     total = sum(memory.values())
     traffic = _traffic_bytes(sizes, setup)
     return Estimate(
-        num_parameters=_num_parameters(sizes, codec),
+        num_parameters=_num_parameters(sizes, codec) | {"vision encoder": num_vision},
         tokens_per_image=round(rows.num_image / rows.num_images),
         tokens_per_document=rows.num_tokens / rows.num_images,
         memory=memory,
@@ -154,7 +155,7 @@ def estimate(run: RunConfig, given: Assumptions) -> Estimate:
         traffic_seconds={link: traffic / rate for link, rate in LINKS.items()} if traffic else {},
         problems=_problems(run, given, total),
         ways_out=_ways_out(setup, limit, memory_of) if total > limit else [],
-        assumed=_assumed(run, given, peak_tflops, codec),
+        assumed=_assumed(run, given, peak_tflops, codec, num_vision),
     )
 
 
@@ -292,7 +293,7 @@ def _ways_out(setup: Setup, limit: int, memory_of: Callable[[Setup], dict[str, i
     return ways or ["none of the recipe's settings is enough: use smaller rows (data.row_tokens) or a smaller model"]
 
 
-def _assumed(run: RunConfig, given: Assumptions, peak_tflops: float, codec: CodecFacts) -> list[str]:
+def _assumed(run: RunConfig, given: Assumptions, peak_tflops: float, codec: CodecFacts, num_vision: int) -> list[str]:
     data = run.data
     lines = [
         f"captions of {given.caption_tokens} tokens, {100 * data.image_first:g} % of documents with the image first, "
@@ -307,4 +308,6 @@ def _assumed(run: RunConfig, given: Assumptions, peak_tflops: float, codec: Code
         lines.append("there is no autoencoder at the codec's path yet: Transfusion's, 8 channels, an eighth of a side")
     if any(source.kind == "interleaved" for source in data.sources):
         lines.append("interleaved documents cost what pairs do")
+    if num_vision:
+        lines.append("no image is seen, as in captioned images: conversations and edits take more rows of text")
     return lines

@@ -10,7 +10,8 @@ Matrix products alone are counted, two operations a multiply-add, as torch.utils
 
 Attention counts visible (query, key) pairs: two products forward; in the backward four, of the tokens that are not
 constant. The LM head counts tokens with a label, of the constant ones forward alone; the patch coder its convolutions
-and linear maps for every image. Norms, activations, embeddings, the optimizer and the codec are left out.
+and linear maps, on the way in for every image, on the way out for those that are drawn. Norms, activations,
+embeddings, the optimizer and the codec are left out.
 
 MFU is the model's FLOPs over what the device could do in the same time. What is computed a second time (by
 `train.recompute`, and the scores in the backward of attention) takes time, but is no progress: it is counted apart.
@@ -44,6 +45,8 @@ class RowCounts:
     num_live: float
     num_image: float
     num_images: float
+    num_drawn: float
+    """Images that are learned to be drawn; the others are given."""
     num_labels: float
     num_decisions: float
     pairs: float
@@ -65,6 +68,7 @@ class RowCounts:
             layout.num_live,
             layout.num_image,
             batch.num_images,
+            batch.num_drawn,
             batch.num_labels,
             batch.num_decisions,
             _area(layout.key_start, layout.key_end),
@@ -142,7 +146,8 @@ def flops_by_part(
     head = 2 * rows.num_labels * text.hidden_size
     vocabulary = head * text.vocab_size
     decisions = 2 * rows.num_decisions * text.hidden_size
-    coder = patch_coder_flops(coder_fields(config.image.patch_coder), config.image_hidden_size, rows.latent_shape)
+    fields = coder_fields(config.image.patch_coder)
+    encode, decode = patch_coder_flops(fields, config.image_hidden_size, rows.latent_shape)
     return {
         "constant text": Flops(layers(rows.num_constant, text_layer, set()).forward),
         "live text": layers(rows.num_live, text_layer, set() if frozen_text else all_of_it),
@@ -151,7 +156,10 @@ def flops_by_part(
         # The rows of BOI and EOI are trained in any case
         "LM head": Flops(vocabulary + 2 * head, vocabulary * (1 if frozen_text else 2) + 2 * (2 * head)),
         "begin of images": Flops(decisions * (text.vocab_size + 2), 2 * decisions),
-        "patch coder": Flops(rows.num_images * coder.forward, rows.num_images * coder.backward),
+        "patch coder": Flops(
+            rows.num_images * encode.forward + rows.num_drawn * decode.forward,
+            rows.num_images * encode.backward + rows.num_drawn * decode.backward,
+        ),
     }
 
 
@@ -181,17 +189,19 @@ def coder_fields(config: PatchCoderConfig) -> CoderFields:
 
 
 @lru_cache
-def patch_coder_flops(coder: CoderFields, width: int, latent_shape: tuple[int, int, int]) -> Flops:
-    """Of one image of `latent_shape` (C, h, w) beside a tower of `width`."""
+def patch_coder_flops(coder: CoderFields, width: int, latent_shape: tuple[int, int, int]) -> tuple[Flops, Flops]:
+    """Of one image of `latent_shape` (C, h, w) beside a tower of `width`: on the way in, and on the way out."""
     with torch.device("meta"):
         module = build_patch_coder(PatchCoderConfig(*coder), latent_shape[0], width)
         latents, timesteps = torch.empty(1, *latent_shape), torch.empty(1, dtype=torch.int64)
+        encoded = []
+        encode = products_of(module, lambda: encoded.append(module.encode(latents, timesteps)))
+        [(rows, skip)] = encoded
+        decode = products_of(module, lambda: module.decode(rows, timesteps, skip))
+    return _of_products(encode), _of_products(decode)
 
-        def both_halves() -> None:
-            rows, skip = module.encode(latents, timesteps)
-            module.decode(rows, timesteps, skip)
 
-        products = products_of(module, both_halves)
+def _of_products(products: list[tuple[int, bool]]) -> Flops:
     forward = sum(flops for flops, _ in products)
     return Flops(forward, forward + sum(flops for flops, wants_grad in products if wants_grad))
 

@@ -4,7 +4,7 @@ Calculated from configurations, nothing is loaded. On one device:
 
 | part | bytes |
 | --- | --- |
-| weights | the frozen text tower in `train.dtype`; what is trained, and the codec, in float32 |
+| weights | what is frozen in `train.dtype`; what is trained, and the codec, in float32 |
 | gradients, EMA | 4 a trained parameter, each |
 | optimizer | 8 a trained parameter (AdamW), or 2 and a little (8 bit) |
 | weights cast | trained weights of the layers in `train.dtype`: each row's backward reads them |
@@ -13,7 +13,7 @@ Calculated from configurations, nothing is loaded. On one device:
 
 On several ranks weights, gradients, optimizer and EMA are cut along their first dimension. In place of the casts each
 rank then has gathered weights: those of two layers, one in use and one on its way, and what belongs to no layer, with
-the gradients of one layer and of the rest. The codec is whole on every rank.
+the gradients of one layer and of the rest. Codec and vision encoder are whole on every rank.
 
 Weights, gradients, optimizer, EMA, casts and activations are exact but for a few bytes a row; working memory is a sum
 of tensors by hand, and `RESERVED` an assumption.
@@ -79,11 +79,17 @@ def parameters(config: LMFusionConfig, latent_channels: int, frozen_text: bool =
 
 
 def memory_by_part(
-    config: LMFusionConfig, sizes: list[Size], rows: RowCounts, setup: Setup, codec_parameters: int = 0
+    config: LMFusionConfig,
+    sizes: list[Size],
+    rows: RowCounts,
+    setup: Setup,
+    codec_parameters: int = 0,
+    vision_parameters: int = 0,
 ) -> dict[str, int]:
     """Bytes on one device while it trains on packed rows like `rows`, by part.
 
-    sizes: `parameters` of the model, frozen as `setup` says. codec_parameters: how many the codec has.
+    sizes: `parameters` of the model, frozen as `setup` says. codec_parameters, vision_parameters: how many the codec
+    has, and what a vision-language model sees with.
     """
     trained = [size for size in sizes if size.is_trained]
     num_trained = sum(size.part(setup.num_ranks) for size in trained)
@@ -92,6 +98,7 @@ def memory_by_part(
         "frozen weights": frozen * setup.dtype.itemsize,
         "trained weights": 4 * num_trained,
         "codec": 4 * codec_parameters,
+        "vision encoder": vision_parameters * setup.dtype.itemsize,
         "gradients": 4 * num_trained,
         "optimizer": sum(_optimizer_bytes(size, setup) for size in trained),
         "EMA": 4 * num_trained if setup.has_ema else 0,

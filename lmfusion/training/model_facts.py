@@ -1,4 +1,4 @@
-"""What is known of a run's model before its weights are there? Configurations of LLM and codec, read or named."""
+"""What is known of a run's model before its weights are there? Configurations of its parts, read or named."""
 
 import json
 from dataclasses import dataclass
@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, PreTrainedConfig
+from transformers import LlamaConfig, LlavaNextConfig, PreTrainedConfig
+from transformers.initialization import no_init_weights
 
 from lmfusion.configuration import LMFusionConfig
-from lmfusion.conversion import gguf, huggingface
+from lmfusion.conversion import gguf, huggingface, vlm
 from lmfusion.conversion.architectures import check_supported
 from lmfusion.image.codec import CodecConfig
 from lmfusion.serialization import read_config
 from lmfusion.training.config import ModelConfig, resolve_path
 from lmfusion.training.flops import products_of
+from lmfusion.vision import VisionEncoder
 
 LLMS: dict[str, dict[str, Any]] = {
     "llama3-8b": {
@@ -45,6 +47,9 @@ LLMS: dict[str, dict[str, Any]] = {
     },
 }
 """Sizes of LLMs whose files need not be there, by name."""
+LLMS["llama3-llava-next-8b"] = LLMS["llama3-8b"] | {"vocab_size": 128320}
+VLMS = ("llama3-llava-next-8b",)
+"""Those of them that are a part of LLaVA-NeXT, with a CLIP-L of 336 pixels."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +73,28 @@ def model_config(model: ModelConfig, llm: str | None = None) -> LMFusionConfig:
     if model.adapted is not None:
         return read_config(Path(resolve_path(model.adapted)).expanduser())[1]
     assert model.base is not None
-    return LMFusionConfig(_llm_config(model.base, llm), model.image, model.codec, model.diffusion)
+    llm_config, vlm_config = _base_configs(model.base, llm)
+    return LMFusionConfig(llm_config, model.image, model.codec, model.diffusion, vlm_config=vlm_config)
 
 
-def _llm_config(base: str, llm: str | None) -> PreTrainedConfig:
+def vision_parameters(config: LMFusionConfig) -> int:
+    """How many weights a vision-language model sees with; 0 for an LLM."""
+    if config.vlm_config is None:
+        return 0
+    with no_init_weights():
+        return sum(p.numel() for p in VisionEncoder(config.vlm_config, device="meta").parameters())
+
+
+def _base_configs(base: str, llm: str | None) -> tuple[PreTrainedConfig, PreTrainedConfig | None]:
+    """Those of the LLM, and of the vision-language model that it is a part of."""
     if llm is not None:
-        return LlamaConfig(**LLMS[llm])
+        named = LlamaConfig(**LLMS[llm])
+        return named, LlavaNextConfig(text_config=named) if llm in VLMS else None
     path = Path(resolve_path(base)).expanduser()
+    if path.is_dir() and vlm.is_vlm(path):
+        vlm_config = vlm.read_config(path)
+        check_supported(vlm_config.text_config, str(path))
+        return vlm_config.text_config, vlm_config
     if path.is_dir():
         config = huggingface.read_config(path)
     elif path.is_file():
@@ -84,7 +104,7 @@ def _llm_config(base: str, llm: str | None) -> PreTrainedConfig:
             f"no base LLM at {base}; put it there, change model.base, or name its sizes with --llm ({', '.join(LLMS)})"
         )
     check_supported(config, str(path))
-    return config
+    return config, None
 
 
 def codec_facts(config: CodecConfig) -> CodecFacts:

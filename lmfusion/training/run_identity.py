@@ -6,7 +6,7 @@ from typing import Any
 from lmfusion.config_values import to_values
 from lmfusion.data.encoded import tokenizer_sha256
 from lmfusion.modeling import LMFusion
-from lmfusion.serialization import digest_of, digests, text_tensors
+from lmfusion.serialization import base_tensors, digest_of, digests
 from lmfusion.training.config import RunConfig
 
 TRAIN_KEYS = ("seed", "batch_tokens", "text_learning_rate_ratio", "optimizer", "dtype")
@@ -22,6 +22,8 @@ DATA_KEYS = (
 
 LLM_KEYS = ("rms_norm_eps", "rope_parameters")
 """What the config.json of an LLM says beside the shapes of its tensors."""
+VLM_KEYS = ("image_grid_pinpoints", "projector_hidden_act", "vision_feature_layer", "vision_feature_select_strategy")
+"""The same of a vision-language model."""
 
 
 def run_identity(config: RunConfig, model: LMFusion, num_samples: int) -> dict[str, Any]:
@@ -39,6 +41,8 @@ def run_identity(config: RunConfig, model: LMFusion, num_samples: int) -> dict[s
     identity["data.sources"] = [{k: v for k, v in source.items() if k != "path"} for source in sources]
     llm = model.config.text_config
     identity["the LLM's config.json"] = {key: getattr(llm, key) for key in LLM_KEYS}
+    if model.vision is not None:
+        identity["the VLM's config.json"] = {key: getattr(model.vision.config, key, None) for key in VLM_KEYS}
     identity["the LLM's tokenizer"] = tokenizer_sha256(model.tokenizer)
     return identity | {"number of samples": num_samples, "base LLM": base_digest(model)}
 
@@ -61,12 +65,12 @@ def is_text_the_bases(model: LMFusion) -> bool:
 
 
 def base_digest(model: LMFusion) -> str:
-    """One digest of the text tower that the run started from."""
+    """One digest of the text tower that the run started from, and of what a vision-language model sees with."""
     if not model.frozen_text:  # it has moved on since; the checkpoint holds it
         sha256 = {} if model.base is None else model.base.sha256
     elif is_text_the_bases(model):
         assert model.base is not None
         sha256 = model.base.sha256
     else:
-        sha256 = digests(text_tensors(model))
+        sha256 = digests(base_tensors(model))
     return digest_of(sha256)

@@ -10,7 +10,7 @@ package before it is considered for a call.
 | flash          | two causal calls of PyTorch's FlashAttention-2                    | CUDA 8.0                      |
 | flash-attn-2   | two causal calls of FlashAttention-2                              | CUDA 8.0, flash-attn          |
 | flash-attn-3   | two causal calls of FlashAttention-3                              | CUDA 9.0, flash-attn-3        |
-| flash-attn-4   | FlashAttention-4 with the mask and its block lists                | CUDA 9.0, flash-attn-4        |
+| flash-attn-4   | FlashAttention-4 with block lists of the mask; no hidden spans    | CUDA 9.0, flash-attn-4        |
 | flex           | FlexAttention with a block mask                                   | CUDA 8.0, or a CPU to compare |
 | reference      | plain PyTorch                                                     | nothing                       |
 """
@@ -67,7 +67,7 @@ def choose(
     Raises ValueError for an unknown name, and when what was asked for cannot run; the message says why, and how to get
     it.
     """
-    case = Case(device, dtype, num_heads, num_kv_heads, head_dim, needs_grad, layout.is_cached)
+    case = Case(device, dtype, num_heads, num_kv_heads, head_dim, needs_grad, layout.is_cached, layout.has_hidden)
     asked = asked_for(backend)
     if asked is not None and asked != "native":
         if reason := why_not(asked, case):

@@ -23,10 +23,11 @@ class BlockLists(NamedTuple):
     full: Tensor
 
 
-def block_lists(start: Tensor, end: Tensor, num_columns: int, size: int) -> BlockLists:
+def block_lists(start: Tensor, end: Tensor, num_columns: int, size: int, any_full: bool = True) -> BlockLists:
     """The blocks of the mask in which row i sees the columns [start[i], end[i]), both non-decreasing, int32 [n].
 
-    A block that is cut off by the last row or column is never listed as full: kernels mask it anyway.
+    A block that is cut off by the last row or column is never listed as full: kernels mask it anyway. Without any_full
+    none is, for masks that leave out more than what is outside the ranges.
     """
     num_rows = start.shape[0]
     row_blocks, column_blocks = -(-num_rows // size), -(-num_columns // size)
@@ -40,7 +41,7 @@ def block_lists(start: Tensor, end: Tensor, num_columns: int, size: int) -> Bloc
     stop = torch.where(highest > lowest, stop, begin)
     full_begin = torch.clamp((all_from + (size - 1)) // size, min=0)
     full_stop = torch.maximum(full_begin, all_to // size)
-    full_stop = torch.where(first + size <= num_rows, full_stop, full_begin)
+    full_stop = torch.where(first + size <= num_rows, full_stop, full_begin) if any_full else full_begin
     full_begin, full_stop = torch.clamp(full_begin, max=stop), torch.clamp(full_stop, max=stop)
 
     entry = torch.arange(column_blocks, device=start.device, dtype=torch.int32).expand(row_blocks, column_blocks)

@@ -22,6 +22,8 @@ class Case(NamedTuple):
     needs_grad: bool
     is_cached: bool
     """Whether the keys are those of a key-value cache."""
+    has_hidden: bool = False
+    """Whether the layout has hidden spans."""
 
 
 class Kernel(Protocol):
@@ -81,6 +83,15 @@ def key_ranges(layout: TokenLayout, rows: QueryRows) -> tuple[Tensor, Tensor, Te
     return layout.constant_key_start, layout.constant_key_end, None
 
 
+def hidden_ends(layout: TokenLayout, rows: QueryRows) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """visible_end by key, counted in the queries of `rows`, and stretch_end; None where the layout hides nothing."""
+    if not layout.has_hidden:
+        return None, None
+    if rows == "all":
+        return layout.visible_end, layout.stretch_end
+    return (layout.active_visible_end if rows == "active" else layout.constant_visible_end), layout.stretch_end
+
+
 def query_ranges(layout: TokenLayout, rows: QueryRows) -> tuple[Tensor, Tensor, Tensor]:
     """The keys that get gradients, and for each the range of queries (counted among `rows`) that see it."""
     if rows == "all":
@@ -90,11 +101,16 @@ def query_ranges(layout: TokenLayout, rows: QueryRows) -> tuple[Tensor, Tensor, 
     raise ValueError("constant rows have no backward: nothing trainable reaches them")
 
 
-def ranges_by_key(key_start: Tensor, key_end: Tensor, num_keys: int) -> tuple[Tensor, Tensor]:
-    """Which queries `[query_start[j], query_end[j])` see key `j`? int32 [num_keys], from the keys each query sees."""
+def ranges_by_key(
+    key_start: Tensor, key_end: Tensor, num_keys: int, visible_end: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Which queries `[query_start[j], query_end[j])` see key `j`? int32 [num_keys], from the keys each query sees and
+    visible_end by key, if some are hidden."""
     key = torch.arange(num_keys, dtype=torch.int32, device=key_start.device)
     query_start = torch.searchsorted(key_end, key, right=True, out_int32=True)
     query_end = torch.searchsorted(key_start, key, right=True, out_int32=True)
+    if visible_end is not None:
+        query_end = torch.minimum(query_end, visible_end[:num_keys])
     return query_start, torch.maximum(query_start, query_end)  # seen by none: an empty range
 
 

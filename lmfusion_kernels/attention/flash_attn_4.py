@@ -2,7 +2,8 @@
 
 One call, whose mask is a function that reads the layout's vectors; the lists say which blocks of 128 x 128 it is asked
 about, which are taken whole and which not at all. bfloat16 and float16, head sizes that are multiples of 8 up to 128
-(larger ones use tiles of other sizes), compute capability 9.0; no key-value cache, whose unused rows it would read.
+(larger ones use tiles of other sizes), compute capability 9.0; no key-value cache, whose unused rows it would read; no
+hidden spans, which leave holes in what its lists take for one range.
 The backward adds up dq with atomics, and there is no deterministic one with block lists. Kernels are compiled when
 first run, in seconds. The package is a beta. Untested on GPU.
 
@@ -36,7 +37,7 @@ _ops = torch.ops.lmfusion
 class FlashAttn4:
     """Hybrid attention by flash_attn.cute with a mask function."""
 
-    summary = "FlashAttention-4 with the mask and its block lists"
+    summary = "FlashAttention-4 with the mask and its block lists; no hidden spans"
     install = "pip install flash-attn-4"
     is_differentiable = False
 
@@ -49,6 +50,8 @@ class FlashAttn4:
     def why_not(self, case: Case) -> str:
         if case.is_cached:
             return "it takes no key-value cache"
+        if case.has_hidden:
+            return "it takes no hidden spans"
         if case.needs_grad and wants_deterministic():
             return "its backward is not deterministic, and torch.use_deterministic_algorithms(True) is set"
         return why_not_flash(case, max_head_dim=128)

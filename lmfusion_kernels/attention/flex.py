@@ -4,7 +4,8 @@ A baseline for the others, and a way out where they cannot run. float32, bfloat1
 capability 8.0 and later, compiled by torch.compile when first run and again for shapes it has not seen; it is also
 differentiable there. On the CPU it runs uncompiled and forms all scores: any dtype, small inputs, no gradients. No
 key-value cache, whose unused rows it would read. Its `backward`, which a block needs, runs the forward once more. Each
-call makes its block mask, (N / 128)^2 int32 on the device. Untested on GPU.
+call makes its block mask, (N / 128)^2 int32 on the device; with hidden spans every block of it is masked token by
+token, and none is skipped that lies within the ranges of keys. Untested on GPU.
 """
 
 from functools import lru_cache
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lmfusion_kernels.attention.blocks import block_lists
-from lmfusion_kernels.attention.case import Case, QueryRows, dtype_name, key_ranges
+from lmfusion_kernels.attention.case import Case, QueryRows, dtype_name, hidden_ends, key_ranges
 from lmfusion_kernels.attention.installed import why_not_device
 from lmfusion_kernels.attention.plain import recomputed_backward, store_rows
 from lmfusion_kernels.layout import TokenLayout
@@ -53,7 +54,7 @@ class Flex:
             query,
             key,
             value,
-            block_mask=block_mask(key_start, key_end, k.shape[0]),
+            block_mask=block_mask(key_start, key_end, k.shape[0], hidden_ends(layout, rows)[0]),
             scale=scale,
             enable_gqa=q.shape[1] != k.shape[1],
             return_aux=_lse_too(),
@@ -75,14 +76,17 @@ class Flex:
         return recomputed_backward(self.forward, dout, q, k, v, layout, rows, scale)
 
 
-def block_mask(key_start: Tensor, key_end: Tensor, num_keys: int) -> Any:
-    """A BlockMask in which query i sees the keys [key_start[i], key_end[i])."""
+def block_mask(key_start: Tensor, key_end: Tensor, num_keys: int, visible_end: Tensor | None = None) -> Any:
+    """A BlockMask in which query i sees the keys j in [key_start[i], key_end[i]), those with i < visible_end[j] if that
+    is given."""
     from torch.nn.attention.flex_attention import BlockMask
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key >= key_start[query]) & (key < key_end[query])
+        visible = (key >= key_start[query]) & (key < key_end[query])
+        return visible if visible_end is None else visible & (query < visible_end[key])
 
-    num_partial, partial, num_full, full = (x[None, None] for x in block_lists(key_start, key_end, num_keys, BLOCK))
+    lists = block_lists(key_start, key_end, num_keys, BLOCK, any_full=visible_end is None)
+    num_partial, partial, num_full, full = (x[None, None] for x in lists)
     return BlockMask.from_kv_blocks(
         num_partial,
         partial,

@@ -8,14 +8,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lmfusion_kernels.attention.case import Case, QueryRows, key_ranges, query_ranges
+from lmfusion_kernels.attention.case import Case, QueryRows, hidden_ends, key_ranges, query_ranges
 from lmfusion_kernels.layout import TokenLayout
 
 Forward = Callable[[Tensor, Tensor, Tensor, TokenLayout, QueryRows, float], tuple[Tensor, Tensor]]
 
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, key_start: Tensor, key_end: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_start: Tensor,
+    key_end: Tensor,
+    scale: float,
+    visible_end: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out [Nq, H, D] in q's dtype and lse [H, Nq], both computed in float32 or wider."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -23,6 +29,8 @@ def dense_attention(
     k, v = (x.to(wide).repeat_interleave(group, dim=1) for x in (k, v))
     key = torch.arange(k.shape[0], device=k.device)
     visible = (key >= key_start[:, None]) & (key < key_end[:, None])
+    if visible_end is not None:
+        visible &= torch.arange(q.shape[0], device=q.device)[:, None] < visible_end
     scores = (torch.einsum("nhd,mhd->hnm", q.to(wide), k) * scale).masked_fill(~visible, float("-inf"))
     lse = scores.logsumexp(dim=-1)
     return torch.einsum("hnm,mhd->nhd", (scores - lse[..., None]).exp(), v).to(q.dtype), lse
@@ -68,7 +76,7 @@ class Reference:
         self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, rows: QueryRows, scale: float
     ) -> tuple[Tensor, Tensor]:
         key_start, key_end, out_row = key_ranges(layout, rows)
-        out, lse = dense_attention(q, k, v, key_start, key_end, scale)
+        out, lse = dense_attention(q, k, v, key_start, key_end, scale, hidden_ends(layout, rows)[0])
         return store_rows(out, out_row), lse
 
     def backward(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lmfusion_kernels import _library
-from lmfusion_kernels.attention.case import Case, QueryRows, dtype_name, key_ranges, query_ranges
+from lmfusion_kernels.attention.case import Case, QueryRows, dtype_name, hidden_ends, key_ranges, query_ranges
 from lmfusion_kernels.attention.installed import has_module, why_not_device
 from lmfusion_kernels.layout import TokenLayout
 
@@ -23,7 +23,7 @@ class _Registered:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, rows: QueryRows, scale: float
     ) -> tuple[Tensor, Tensor]:
-        return _ops.hybrid_attention(q, k, v, *key_ranges(layout, rows), scale)
+        return _ops.hybrid_attention(q, k, v, *key_ranges(layout, rows), scale, *hidden_ends(layout, rows))
 
     def backward(
         self,
@@ -39,7 +39,9 @@ class _Registered:
     ) -> tuple[Tensor, Tensor, Tensor]:
         key_start, key_end, out_row = key_ranges(layout, rows)
         by_key = query_ranges(layout, rows)
-        return _ops.hybrid_attention_backward(dout, q, k, v, out, lse, key_start, key_end, *by_key, out_row, scale)
+        return _ops.hybrid_attention_backward(
+            dout, q, k, v, out, lse, key_start, key_end, *by_key, out_row, scale, *hidden_ends(layout, rows)
+        )
 
 
 class Native(_Registered):

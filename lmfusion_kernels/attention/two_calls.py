@@ -9,6 +9,11 @@ With two calls on packed rows, both causal:
 The results are merged by their log-sum-exp: out = sum_c exp(lse_c - lse) out_c, with lse the log of the sum of both.
 The gradient of a softmax needs of it only out and lse, so each call's backward gets the merged ones, and the gradients
 add up. Every score is computed once: no arithmetic is added. lmfusion_kernels/layout.py has the vectors.
+
+Where spans are hidden, the first call is about *parts* instead of documents: the visible rows of each document, and
+each hidden segment behind a copy of the visible keys before it, gathered. The second call is as before. Still no score
+is computed twice, but keys and values before hidden segments are copied once for each; their gradients are added up in
+float32.
 """
 
 from dataclasses import dataclass
@@ -91,7 +96,14 @@ class TwoCalls:
         if q.shape[0] == 0:
             return torch.empty_like(q), q.new_empty((q.shape[1], 0), dtype=torch.float32)
         q, k, v = aligned(q), aligned(k), aligned(v)
-        out, lse = self.packed.forward(q, k, v, _documents(layout, rows), scale)
+        if layout.has_hidden:
+            part_row = _part_row(layout, rows)
+            (q_part,), (k_part, v_part) = _select(part_row, q), _select(layout.part_key, k, v)
+            out_part, lse_part = self.packed.forward(q_part, k_part, v_part, _parts(layout, rows), scale)
+            out = torch.empty_like(out_part).index_copy_(0, part_row.long(), out_part)
+            lse = torch.empty_like(lse_part).index_copy_(1, part_row.long(), lse_part)
+        else:
+            out, lse = self.packed.forward(q, k, v, _documents(layout, rows), scale)
         if rows == "constant":
             return out, lse
         query_row, key_row = _triangles(layout, rows)
@@ -127,7 +139,10 @@ class TwoCalls:
         q, k, v, dout = aligned(q), aligned(k), aligned(v), aligned(dout)
         if rows == "active":
             dout, out = _select(layout.active_row, dout, out)
-        dq, dk, dv = self.packed.backward(dout, q, k, v, out, lse, _documents(layout, rows), scale)
+        if layout.has_hidden:
+            dq, dk, dv = self._backward_of_parts(dout, q, k, v, out, lse, layout, rows, scale)
+        else:
+            dq, dk, dv = self.packed.backward(dout, q, k, v, out, lse, _documents(layout, rows), scale)
         query_row, key_row = _triangles(layout, rows)
         if query_row.shape[0]:
             dout_above, q_above, out_above = _select(query_row, dout, q, out)
@@ -148,6 +163,42 @@ class TwoCalls:
             dk, dv = _select(layout.active_key, dk, dv)
         return dq, dk, dv
 
+    def _backward_of_parts(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        layout: TokenLayout,
+        rows: QueryRows,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv in sequence order. Keys of parts without queries, whose gradients are never written, are those of
+        constant rows."""
+        part_row = _part_row(layout, rows)
+        dout_part, q_part, out_part = _select(part_row, dout, q, out)
+        k_part, v_part = _select(layout.part_key, k, v)
+        grads = self.packed.backward(
+            dout_part,
+            q_part,
+            k_part,
+            v_part,
+            out_part,
+            lse.index_select(1, part_row),
+            _parts(layout, rows),
+            scale,
+        )
+        dq = torch.empty_like(grads[0]).index_copy_(0, part_row.long(), grads[0])
+        dk, dv = (
+            torch.zeros(whole.shape, dtype=torch.promote_types(whole.dtype, torch.float32), device=whole.device)
+            .index_add_(0, layout.part_key.long(), part.to(torch.promote_types(part.dtype, torch.float32)))
+            .to(whole.dtype)
+            for whole, part in ((k, grads[1]), (v, grads[2]))
+        )
+        return dq, dk, dv
+
 
 def _documents(layout: TokenLayout, rows: QueryRows) -> Sequences:
     """The queries `rows` of each document, and the keys that the first call shows them."""
@@ -160,6 +211,24 @@ def _documents(layout: TokenLayout, rows: QueryRows) -> Sequences:
         return Sequences(layout.active_document_start, key_start, layout.longest_active, longest, num_keys)
     most = layout.longest_active if layout.is_cached else longest
     return Sequences(layout.document_start, key_start, most, longest, num_keys)
+
+
+def _part_row(layout: TokenLayout, rows: QueryRows) -> Tensor:
+    """The queries `rows` of each part, by their place among `rows`."""
+    if rows == "constant":
+        return layout.constant_part_row
+    return layout.active_part_row if rows == "active" else layout.part_row
+
+
+def _parts(layout: TokenLayout, rows: QueryRows) -> Sequences:
+    """The same of the parts of a layout with hidden spans, for queries in the order of `_part_row`."""
+    key_start, longest = layout.part_key_start, layout.longest_document
+    if rows == "constant":  # they see constant rows, the first of each part
+        start = layout.part_start - layout.active_part_start
+        return Sequences(start, key_start, longest, longest, layout.constant_part_num_keys)
+    if rows == "active":
+        return Sequences(layout.active_part_start, key_start, layout.longest_active, longest)
+    return Sequences(layout.part_start, key_start, longest, longest)
 
 
 def _triangles(layout: TokenLayout, rows: QueryRows) -> tuple[Tensor, Tensor]:

@@ -45,13 +45,18 @@ def forward(
     key_end: Tensor,
     out_row: Tensor | None,
     scale: float,
+    visible_end: Tensor | None = None,
+    stretch_end: Tensor | None = None,
+    *,
     tiles: Configurations | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Query i attends to the keys [key_start[i], key_end[i]); its result is row out_row[i] of out (None: row i).
 
     q [Nq, H, D]; k, v [Nk, H_kv, D], H a multiple of H_kv; float16, bfloat16 or float32 (computed in float32, without
     TF32), D a multiple of 8 up to 256. Any strides; rows that are not contiguous in D, or not aligned to 16 bytes, are
-    copied first. The vectors are int32, non-decreasing and within the keys, which is not checked here. A query with an
+    copied first. The vectors are int32, non-decreasing and within the keys, which is not checked here. visible_end and
+    stretch_end, int32 [Nk] and given together: key j is seen by the queries before visible_end[j] alone, and the keys
+    from j to stretch_end[j] have one visible_end, and no range begins behind the first of them. A query with an
     empty range gives 0, and -inf in lse. Keys outside all ranges are not used, whatever they hold. `tiles` replaces
     the tiles of the table (`configurations`), to measure others.
 
@@ -59,6 +64,7 @@ def forward(
     Raises ValueError when shapes, dtypes or devices do not fit.
     """
     _check(q, k, v, {"key_start": key_start, "key_end": key_end, "out_row": out_row})
+    _check_hidden(visible_end, stretch_end, k)
     (num_queries, num_heads, head_dim), (num_keys, num_kv_heads, _) = q.shape, k.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((num_heads, num_queries), dtype=torch.float32, device=q.device)
@@ -70,7 +76,7 @@ def forward(
     tiles = tiles or _configurations(q)
     group = num_heads // num_kv_heads
     with torch.cuda.device_of(q):
-        if num_queries <= FEW_QUERIES and triton.next_power_of_2(group) <= tiles.split.block:
+        if visible_end is None and num_queries <= FEW_QUERIES and triton.next_power_of_2(group) <= tiles.split.block:
             _forward_split(q, k, v, key_start, key_end, out_row, scale, out, lse, tiles)
             return out, lse
         tile = tiles.forward
@@ -85,6 +91,8 @@ def forward(
             *descriptors,
             key_start,
             key_end,
+            visible_end,
+            stretch_end,
             out_row,
             out,
             lse,
@@ -191,17 +199,22 @@ def backward(
     query_end: Tensor,
     out_row: Tensor | None,
     scale: float,
+    visible_end: Tensor | None = None,
+    stretch_end: Tensor | None = None,
+    *,
     tiles: Configurations | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `forward`: dq of every query, dk and dv of the keys that grad_key lists (int32, ascending).
 
-    Key r of the list is seen by the queries [query_start[r], query_end[r]) (int32, non-decreasing). dout and out
+    Key r of the list is seen by the queries [query_start[r], query_end[r]) (int32, non-decreasing, but for query_end if
+    visible_end is given). dout and out
     [Nq, H, D] are read at out_row[i]; lse is the forward's. Uses no atomics: equal inputs give equal bits.
 
     Returns dq [Nq, H, D], dk and dv [len(grad_key), H_kv, D] of q's dtype. Raises ValueError as `forward` does.
     """
     vectors = {"key_start": key_start, "key_end": key_end, "out_row": out_row}
     _check(q, k, v, vectors)
+    _check_hidden(visible_end, stretch_end, k)
     num_grad_keys = grad_key.numel()
     for name, vector in {"grad_key": grad_key, "query_start": query_start, "query_end": query_end}.items():
         _check_vector(name, vector, num_grad_keys, q.device)
@@ -220,9 +233,11 @@ def backward(
     tiles = tiles or _configurations(q)
     with torch.cuda.device_of(q):
         dout, statistics = _backward_rows(dout, out, lse, out_row)
-        _backward_queries(dout, q, k, v, statistics, key_start, key_end, dq, scale, tiles)
+        hidden = visible_end, stretch_end
+        _backward_queries(dout, q, k, v, statistics, key_start, key_end, *hidden, dq, scale, tiles)
         if num_grad_keys:
-            _backward_keys(dout, q, k, v, statistics, grad_key, query_start, query_end, dk, dv, scale, tiles)
+            by_key = grad_key, query_start, query_end, visible_end is not None
+            _backward_keys(dout, q, k, v, statistics, *by_key, dk, dv, scale, tiles)
     return dq, dk, dv
 
 
@@ -261,6 +276,8 @@ def _backward_queries(
     statistics: Tensor,
     key_start: Tensor,
     key_end: Tensor,
+    visible_end: Tensor | None,
+    stretch_end: Tensor | None,
     dq: Tensor,
     scale: float,
     tiles: Configurations,
@@ -281,6 +298,8 @@ def _backward_queries(
         statistics.stride(1),
         key_start,
         key_end,
+        visible_end,
+        stretch_end,
         dq,
         scale,
         num_queries,
@@ -311,6 +330,7 @@ def _backward_keys(
     grad_key: Tensor,
     query_start: Tensor,
     query_end: Tensor,
+    has_hidden: bool,
     dk: Tensor,
     dv: Tensor,
     scale: float,
@@ -354,6 +374,7 @@ def _backward_keys(
         PADDED_DIM=_padded(head_dim),
         BLOCK_N=tile.block,
         BLOCK_M=tile.step,
+        HIDDEN=has_hidden,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
@@ -437,6 +458,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor, vectors: dict[str, Tensor | None]) -
     for name, vector in vectors.items():
         if vector is not None:
             _check_vector(name, vector, q.shape[0], q.device)
+
+
+def _check_hidden(visible_end: Tensor | None, stretch_end: Tensor | None, k: Tensor) -> None:
+    if (visible_end is None) != (stretch_end is None):
+        raise ValueError("give visible_end and stretch_end together, or none of them")
+    if visible_end is not None and stretch_end is not None:
+        _check_vector("visible_end", visible_end, k.shape[0], k.device)
+        _check_vector("stretch_end", stretch_end, k.shape[0], k.device)
 
 
 def _check_vector(name: str, vector: Tensor, size: int, device: torch.device) -> None:

@@ -15,6 +15,7 @@ from lmfusion_kernels.triton.hybrid_attention_tiles import (
     interior,
     load_rows,
     next_run,
+    next_stretch,
     store_rows,
     tile_and_head,
 )
@@ -61,6 +62,87 @@ def attention_backward_rows(
         store_rows(base, NUM_HEADS * HEAD_DIM, query, is_query, dout_tile, HEAD_DIM, PADDED_DIM)
 
 
+@triton.jit
+def add_interior(
+    acc,
+    q_tile,
+    dout_tile,
+    log_sum,
+    minus_delta,
+    k,
+    v,
+    k_tiles,
+    v_tiles,
+    k_row_stride,
+    v_row_stride,
+    k_column,  # of the descriptors, where the head begins
+    v_column,
+    interior_start,
+    interior_end,
+    high,
+    exp2_scale,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """dq from keys that every row sees."""
+    for i in tl.range(0, (interior_end - interior_start) // BLOCK_N):
+        start = interior_start + i * BLOCK_N
+        if k_tiles is not None:
+            k_tile = k_tiles.load([start, k_column])
+            v_tile = v_tiles.load([start, v_column])
+        else:
+            k_tile = load_rows(k, k_row_stride, start, high, BLOCK_N, HEAD_DIM, PADDED_DIM, False)
+            v_tile = load_rows(v, v_row_stride, start, high, BLOCK_N, HEAD_DIM, PADDED_DIM, False)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+        dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
+        weights = tl.math.exp2(scores * exp2_scale - log_sum[:, None])
+        dscores = weights * (dweights + minus_delta[:, None])
+        acc = tl.dot(dscores.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def add_border(
+    acc,
+    q_tile,
+    dout_tile,
+    log_sum,
+    minus_delta,
+    k,
+    v,
+    k_row_stride,
+    v_row_stride,
+    run_start,
+    run_end,
+    interior_start,
+    skipped,  # keys of the interior, which are left out
+    row_start,  # None: not behind run_start
+    row_end,
+    exp2_scale,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BORDER_N: tl.constexpr,
+):
+    """dq from the other keys of [run_start, run_end), of which a row sees [row_start, row_end)."""
+    for i in tl.range(0, tl.cdiv(run_end - run_start - skipped, BORDER_N)):
+        start = run_start + i * BORDER_N
+        start += tl.where(start >= interior_start, skipped, 0)
+        k_tile = load_rows(k, k_row_stride, start, run_end, BORDER_N, HEAD_DIM, PADDED_DIM, True)
+        v_tile = load_rows(v, v_row_stride, start, run_end, BORDER_N, HEAD_DIM, PADDED_DIM, True)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+        dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
+        key = start + tl.arange(0, BORDER_N)
+        if row_start is None:
+            visible = key[None, :] < row_end[:, None]
+        else:
+            visible = (key[None, :] >= row_start[:, None]) & (key[None, :] < row_end[:, None])
+        weights = tl.math.exp2(scores * exp2_scale - log_sum[:, None])
+        dscores = tl.where(visible, weights * (dweights + minus_delta[:, None]), 0.0)
+        acc = tl.dot(dscores.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
+    return acc
+
+
 @triton.jit(do_not_specialize=["statistics_pitch", "num_queries", "num_tiles", "heads_together", "group"])
 def attention_backward_queries(
     dout,  # in the order of the queries
@@ -73,6 +155,8 @@ def attention_backward_queries(
     statistics_pitch,
     key_start,
     key_end,
+    visible_end,  # [Nk], or None if no key is hidden, and then so is the next
+    stretch_end,
     dq,
     scale,  # as given to the op: natural exponent
     num_queries,
@@ -108,7 +192,6 @@ def attention_backward_queries(
     row = tl.minimum(row, last_row)
     low = tl.load(key_start + first_row)
     high = tl.load(key_end + last_row)
-    interior_start, interior_end = interior(low, tl.load(key_start + last_row), tl.load(key_end + first_row), BLOCK_N)
 
     q_tile = gather_rows(q, q_row_stride, row, HEAD_DIM, PADDED_DIM)
     dout_tile = gather_rows(dout, dout_row_stride, row, HEAD_DIM, PADDED_DIM)
@@ -117,39 +200,40 @@ def attention_backward_queries(
     exp2_scale = scale * 1.4426950408889634
     acc = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
 
-    for i in tl.range(0, (interior_end - interior_start) // BLOCK_N):
-        start = interior_start + i * BLOCK_N
-        if k_tiles is not None:
-            k_tile = k_tiles.load([start, (head // group) * k_head_stride])
-            v_tile = v_tiles.load([start, (head // group) * v_head_stride])
-        else:
-            k_tile = load_rows(k, k_row_stride, start, high, BLOCK_N, HEAD_DIM, PADDED_DIM, False)
-            v_tile = load_rows(v, v_row_stride, start, high, BLOCK_N, HEAD_DIM, PADDED_DIM, False)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
-        weights = tl.math.exp2(scores * exp2_scale - log_sum[:, None])
-        dscores = weights * (dweights + minus_delta[:, None])
-        acc = tl.dot(dscores.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
-
+    k_column, v_column = (head // group) * k_head_stride, (head // group) * v_head_stride
     done = low
-    while done < high:
-        run_start, run_end = next_run(key_start, key_end, row, last_row, done)
-        skipped = interior_end - interior_start
-        row_start = tl.load(key_start + row)
-        row_end = tl.minimum(tl.load(key_end + row), run_end)  # a tile may reach into the next run
-        for i in tl.range(0, tl.cdiv(run_end - run_start - skipped, BORDER_N)):
-            start = run_start + i * BORDER_N
-            start += tl.where(start >= interior_start, skipped, 0)
-            k_tile = load_rows(k, k_row_stride, start, run_end, BORDER_N, HEAD_DIM, PADDED_DIM, True)
-            v_tile = load_rows(v, v_row_stride, start, run_end, BORDER_N, HEAD_DIM, PADDED_DIM, True)
-            scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-            dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
-            key = start + tl.arange(0, BORDER_N)
-            visible = (key[None, :] >= row_start[:, None]) & (key[None, :] < row_end[:, None])
-            weights = tl.math.exp2(scores * exp2_scale - log_sum[:, None])
-            dscores = tl.where(visible, weights * (dweights + minus_delta[:, None]), 0.0)
-            acc = tl.dot(dscores.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
-        done = run_end
+    if visible_end is None:
+        shared_low, shared_high = tl.load(key_start + last_row), tl.load(key_end + first_row)
+        interior_start, interior_end = interior(low, shared_low, shared_high, BLOCK_N)
+        acc = add_interior(
+            acc, q_tile, dout_tile, log_sum, minus_delta, k, v, k_tiles, v_tiles, k_row_stride, v_row_stride, k_column,
+            v_column, interior_start, interior_end, high, exp2_scale, HEAD_DIM, PADDED_DIM, BLOCK_N,
+        )  # fmt: skip
+        while done < high:
+            run_start, run_end = next_run(key_start, key_end, row, last_row, done)
+            skipped = interior_end - interior_start
+            row_start = tl.load(key_start + row)
+            row_end = tl.minimum(tl.load(key_end + row), run_end)  # a tile may reach into the next run
+            acc = add_border(
+                acc, q_tile, dout_tile, log_sum, minus_delta, k, v, k_row_stride, v_row_stride, run_start, run_end,
+                interior_start, skipped, row_start, row_end, exp2_scale, HEAD_DIM, PADDED_DIM, BORDER_N,
+            )  # fmt: skip
+            done = run_end
+    else:
+        while done < high:
+            end, run_end, seen_before = next_stretch(visible_end, stretch_end, done, high, first_row)
+            shared_high = tl.where(seen_before > last_row, tl.minimum(tl.load(key_end + first_row), run_end), done)
+            interior_start, interior_end = interior(done, done, shared_high, BLOCK_N)
+            acc = add_interior(
+                acc, q_tile, dout_tile, log_sum, minus_delta, k, v, k_tiles, v_tiles, k_row_stride, v_row_stride,
+                k_column, v_column, interior_start, interior_end, high, exp2_scale, HEAD_DIM, PADDED_DIM, BLOCK_N,
+            )  # fmt: skip
+            row_end = tl.where(row < seen_before, tl.minimum(tl.load(key_end + row), run_end), done)
+            acc = add_border(
+                acc, q_tile, dout_tile, log_sum, minus_delta, k, v, k_row_stride, v_row_stride, interior_end, run_end,
+                done, 0, None, row_end, exp2_scale, HEAD_DIM, PADDED_DIM, BORDER_N,
+            )  # fmt: skip
+            done = end
 
     store_rows(dq + head * HEAD_DIM, NUM_HEADS * HEAD_DIM, row, is_row, acc * scale, HEAD_DIM, PADDED_DIM)
 
@@ -188,6 +272,7 @@ def attention_backward_keys(
     PADDED_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    HIDDEN: tl.constexpr,  # whether some keys are hidden, so that query_end does not ascend
 ):
     """dk and dv of a tile of listed keys: all heads of the group, or those of a part of it, and their query tiles."""
     # The first keys of a document are seen by most queries: tiles in ascending order.
@@ -202,9 +287,13 @@ def attention_backward_keys(
     last_rank = tl.minimum(first_rank + BLOCK_N, num_grad_keys) - 1
     rank = tl.minimum(first_rank + tl.arange(0, BLOCK_N), last_rank)
     low = tl.load(query_start + first_rank) // 4 * 4  # 16-byte steps of statistics
-    high = tl.load(query_end + last_rank)
     shared_low = tl.load(query_start + last_rank)
-    shared_high = tl.load(query_end + first_rank)  # all keys of the tile are seen from shared_low to here
+    if HIDDEN:
+        high = tl.max(tl.load(query_end + rank), axis=0)
+        shared_high = tl.min(tl.load(query_end + rank), axis=0)
+    else:
+        high = tl.load(query_end + last_rank)
+        shared_high = tl.load(query_end + first_rank)  # all keys of the tile are seen from shared_low to here
 
     key = tl.load(grad_key + rank)
     k_tile = gather_rows(k, k_row_stride, key, HEAD_DIM, PADDED_DIM)

@@ -4,6 +4,9 @@ A tile of queries sees the keys [key_start[first row], key_end[last row]). All i
 [key_start[last row], key_end[first row]), which needs no mask; where that is empty or ends, *border* tiles are masked
 row by row. Documents in a key-value cache leave gaps between their keys, which hold anything: a *run* is a stretch of
 keys without a gap, and only runs are read.
+
+Hidden spans cut the keys into *stretches* (a hidden segment, or what is visible between two within a document). All
+keys of one end for queries at one visible_end, so a stretch is skipped, or has an interior and a border of its own.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -67,6 +70,15 @@ def interior(low, shared_low, shared_high, BLOCK: tl.constexpr):
     """Tiles of BLOCK from `low` on that lie within [shared_low, shared_high): (start, end), equal if there are none."""
     start = low + tl.cdiv(shared_low - low, BLOCK) * BLOCK
     return start, start + tl.maximum(shared_high - start, 0) // BLOCK * BLOCK
+
+
+@triton.jit
+def next_stretch(visible_end, stretch_end, done, high, first_row):
+    """The stretch from key `done` on, which ends at `high` at the latest: (end, end of what a tile of queries from
+    first_row on reads of it, the first query that does not see it)."""
+    end = tl.minimum(tl.load(stretch_end + done), high)
+    seen_before = tl.load(visible_end + done)
+    return end, tl.where(seen_before > first_row, end, done), seen_before
 
 
 @triton.jit

@@ -39,6 +39,12 @@ def attention_cases(capability, dtype, head_dim):
         yield case("attention", capability, dtype, head_dim=head_dim, **arguments)
 
 
+def hidden_cases(capability, dtype, head_dim):
+    """Forward and backward where spans are hidden."""
+    for backward in (False, True):
+        yield case("attention", capability, dtype, head_dim=head_dim, backward=backward, hidden=True)
+
+
 # Its accumulators leave too few registers. With one pipeline stage the products would not wait for each other, but for
 # memory.
 SERIALIZED = {("attention_backward_keys", 256)}
@@ -48,6 +54,7 @@ QUICK = [
     *attention_cases(90, "bfloat16", 64),
     *attention_cases(90, "bfloat16", 128),
     *attention_cases(80, "bfloat16", 128),
+    *(case for capability in (80, 90) for case in hidden_cases(capability, "bfloat16", 128)),
 ]
 THOROUGH = [case("gate_up_swiglu", 90, dtype, keep=keep) for dtype in ("bfloat16", "float16") for keep in (False, True)]
 THOROUGH += [

@@ -137,7 +137,14 @@ def gate_up_swiglu(dtype: torch.dtype, keep: bool) -> None:
     gate_up_swiglu.forward(x, weights, num_constant=0, keep=keep)
 
 
-def attention(dtype: torch.dtype, head_dim: int, backward: bool, num_queries: int = 8192, num_keys: int = 8192) -> None:
+def attention(
+    dtype: torch.dtype,
+    head_dim: int,
+    backward: bool,
+    num_queries: int = 8192,
+    num_keys: int = 8192,
+    hidden: bool = False,
+) -> None:
     """LMFusion-8B's heads, results in tower order; with few queries, those of generation with a cache."""
     from lmfusion_kernels.triton import hybrid_attention
 
@@ -147,12 +154,13 @@ def attention(dtype: torch.dtype, head_dim: int, backward: bool, num_queries: in
     q = torch.empty(num_queries, 32, head_dim, dtype=dtype, device="cuda")
     k, v = (torch.empty(num_keys, 8, head_dim, dtype=dtype, device="cuda") for _ in range(2))
     ranges, out_row, scale = (indices(num_queries), indices(num_queries)), indices(num_queries), head_dim**-0.5
+    ends = (indices(num_keys), indices(num_keys)) if hidden else (None, None)
     if not backward:
-        hybrid_attention.forward(q, k, v, *ranges, out_row, scale)
+        hybrid_attention.forward(q, k, v, *ranges, out_row, scale, *ends)
         return
     lse = torch.empty(32, num_queries, dtype=torch.float32, device="cuda")
     by_key = (indices(num_keys), indices(num_keys), indices(num_keys))
-    hybrid_attention.backward(q, q, k, v, q, lse, *ranges, *by_key, out_row, scale)
+    hybrid_attention.backward(q, q, k, v, q, lse, *ranges, *by_key, out_row, scale, *ends)
 
 
 CASES = {"gate_up_swiglu": gate_up_swiglu, "attention": attention}

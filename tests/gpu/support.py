@@ -28,6 +28,10 @@ DOCUMENTS = {
         [("text", 1)],
     ],
     "caption first": [[("text", 70), ("marker", 1), ("image", 64), ("marker", 1)], [("text", 3), ("image", 130)]],
+    "hidden": [
+        [("text", 40), ("image", 70, "hidden"), ("full", [("marker", 1), ("image", 70), ("marker", 1)]), ("text", 13)],
+        [("full", [("marker", 1), ("image", 130)], "hidden"), ("image", 64), ("text", 9, "hidden"), ("text", 5)],
+    ],
     "all text": [[("text", 130)], [("text", 1)], [("text", 64)]],
     "all image": [[("image", 150)], [("image", 1)]],
     "one row": [[("image", 1)]],

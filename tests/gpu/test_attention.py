@@ -67,6 +67,19 @@ def test_layouts_and_groups_of_heads(kernel, num_heads, num_kv_heads, name):
     assert_as_good_as_plain(attend(layout, scale=0.3), qkv, kernel)
 
 
+HIDDEN = [("text", 300), ("image", 400, "hidden"), ("image", 400), ("text", 150), ("image", 150, "hidden")]
+"""Long enough for tiles of every kind: skipped, whole and masked ones."""
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", [*KERNELS, "flex"])
+def test_hidden_spans(kernel, dtype, head_dim):
+    layout = lk.TokenLayout.from_spans([HIDDEN, HIDDEN[1:3]], device=DEVICE)
+    skip_unless_it_runs(kernel, layout, dtype, 4, 2, head_dim)
+    assert_as_good_as_plain(attend(layout), make_qkv(layout, dtype, 4, 2, head_dim), kernel)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_large_scores_do_not_overflow(kernel):
     layout = make_layout("mixed")

@@ -65,9 +65,9 @@ def forward_and_backward(dout, q, k, v, key_start, key_end, grad_key, query_star
     """In the interpreter."""
     from lmfusion_kernels.triton import hybrid_attention
 
-    out, lse = hybrid_attention.forward(q, k, v, key_start, key_end, out_row, scale, tiles)
+    out, lse = hybrid_attention.forward(q, k, v, key_start, key_end, out_row, scale, tiles=tiles)
     grads = hybrid_attention.backward(
-        dout, q, k, v, out, lse, key_start, key_end, grad_key, query_start, query_end, out_row, scale, tiles
+        dout, q, k, v, out, lse, key_start, key_end, grad_key, query_start, query_end, out_row, scale, tiles=tiles
     )
     return (out if out_row is None else out[out_row.long()]), lse, *grads
 
@@ -220,7 +220,7 @@ def test_generation_with_a_cache(num_new, heads, dtype, tiles, starts, num_rows)
     exact, exact_lse, *_ = dense_attention(q, k, v, q, layout.key_start, layout.key_end, 0.25)
     plain, *_ = dense_attention(q, k, v, q, layout.key_start, layout.key_end, 0.25, dtype)
     k, v = (torch.where(is_seen[:, None, None], x, float("nan")) for x in (k, v))
-    out, lse = forward(q, k, v, layout.key_start, layout.key_end, None, 0.25, tiles)
+    out, lse = forward(q, k, v, layout.key_start, layout.key_end, None, 0.25, tiles=tiles)
     assert (out - exact).abs().max() <= 2 * (plain - exact).abs().max() + torch.finfo(dtype).eps
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
 
@@ -236,8 +236,8 @@ def test_documents_that_pad_a_batch_share_their_keys(num_new, dtype):
     )
     q, k, v, _ = make_inputs(padded.num_tokens, 120, 2, 1, 16, dtype)
     k[:3] = v[:3] = k[90:100] = v[90:100] = float("nan")
-    expected, expected_lse = forward(q[: real.num_tokens], k, v, real.key_start, real.key_end, None, 0.25, SMALL)
-    out, lse = forward(q, k, v, padded.key_start, padded.key_end, None, 0.25, SMALL)
+    expected, expected_lse = forward(q[: real.num_tokens], k, v, real.key_start, real.key_end, None, 0.25, tiles=SMALL)
+    out, lse = forward(q, k, v, padded.key_start, padded.key_end, None, 0.25, tiles=SMALL)
     assert out.isfinite().all() and lse.isfinite().all()
     tolerance = 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(out[: real.num_tokens], expected, rtol=tolerance, atol=tolerance)
@@ -247,8 +247,8 @@ def test_documents_that_pad_a_batch_share_their_keys(num_new, dtype):
 def test_few_queries_are_stored_at_out_row():
     q, k, v, _ = make_inputs(5, 70, 3, 1, 24)
     ranges, row = (int32([0, 0, 5, 60, 60]), int32([3, 40, 41, 60, 70])), int32([4, 2, 0, 1, 3])
-    expected, expected_lse = forward(q, k, v, *ranges, None, 1.0, SMALL)
-    out, lse = forward(q, k, v, *ranges, row, 1.0, SMALL)
+    expected, expected_lse = forward(q, k, v, *ranges, None, 1.0, tiles=SMALL)
+    out, lse = forward(q, k, v, *ranges, row, 1.0, tiles=SMALL)
     assert out[row.long()].equal(expected) and lse.equal(expected_lse)
     assert out[1].eq(0).all() and lse[:, 3].eq(float("-inf")).all()  # the query without keys
 
@@ -346,9 +346,9 @@ def far_rows(stride: int) -> list[torch.Tensor]:
     results = []
     for q, k, v, dout in (near, far):
         for some in (BY_POINTER, LARGE):
-            out, lse = hybrid_attention.forward(q, k, v, *ranges, None, 0.25, some)
-            arguments = (dout, q, k, v, out, lse, *ranges, listed, *ranges, None, 0.25, some)
-            results.append([out, *hybrid_attention.backward(*arguments)])
+            out, lse = hybrid_attention.forward(q, k, v, *ranges, None, 0.25, tiles=some)
+            arguments = (dout, q, k, v, out, lse, *ranges, listed, *ranges, None, 0.25)
+            results.append([out, *hybrid_attention.backward(*arguments, tiles=some)])
     return results
 
 

@@ -207,7 +207,7 @@ def test_a_latent_cache_is_shown_checked_and_counted_like_its_images(recipe, fol
     [
         (["check", "webdataset=gone.tar"], "there is no file gone.tar"),
         (["check", "webdataset"], "need one"),
-        (["check", "digits=x"], "digits, digit_conversations, openmoji take no path"),
+        (["check", "digits=x"], "digits, digit_conversations, openmoji, shapes, shape_edits take no path"),
         (["check", "digits", "x.yaml"], "'x.yaml' is no source; write kind=path"),
         (["check", "gone.yaml"], "no recipe at gone.yaml"),
         (["check", "nokind=a.tar"], "no recipe at nokind=a.tar"),

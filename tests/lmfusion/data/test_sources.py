@@ -52,7 +52,7 @@ def test_openmoji():
     [
         ({"kind": "imagenet"}, "unknown kind of data source 'imagenet'; known: digits"),
         ({"kind": "folder"}, "the other kinds of source need one"),
-        ({"kind": "digits", "path": "x"}, "digits, digit_conversations, openmoji take no path"),
+        ({"kind": "digits", "path": "x"}, "digits, digit_conversations, openmoji, shapes, shape_edits take no path"),
         ({"kind": "digits", "split": "valid"}, "unknown split 'valid'; known: train, test"),
         ({"kind": "folder", "path": "x", "split": "test"}, "'folder' has no held-out split"),
         ({"kind": "digits", "weight": 0}, "weight of a source is 0; it must be a positive number"),

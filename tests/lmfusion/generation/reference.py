@@ -1,14 +1,15 @@
 """The specification of an answer: no cache, no batch, no branches side by side. Every step reads the whole document."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 import lmfusion_kernels as lk
-from lmfusion.batch import Document, SpecialTokens, encode_caption
+from lmfusion.batch import Document, SpecialTokens, encode_caption, number_seen
 from lmfusion.generation.decoding import random_generator
 from lmfusion.generation.prompt import end_token_ids
 from lmfusion.generation.samplers import step_table
+from lmfusion.vision import VisionInput
 
 
 @dataclass
@@ -17,22 +18,28 @@ class Context:
 
     document: Document = field(default_factory=Document)
     latents: tuple = ()
+    seen: tuple = ()
+    """Rows of images that are seen."""
 
     def text(self, ids):
-        return Context(self.document.text(ids), self.latents)
+        return replace(self, document=self.document.text(ids))
 
     def marker(self, token_id):
-        return Context(self.document.marker(token_id), self.latents)
+        return replace(self, document=self.document.marker(token_id))
 
     def image(self, latents, num_rows):
-        return Context(self.document.image(num_rows), (*self.latents, latents))
+        return replace(self, document=self.document.image(num_rows), latents=(*self.latents, latents))
+
+    def see(self, rows):
+        return replace(self, document=self.document.seen(len(rows)), seen=(*self.seen, rows))
 
 
 @torch.no_grad()
 def read(model, context, timesteps=None):
     """(h_text, predictions of the last image) of the whole document in one forward."""
     layout = lk.TokenLayout.from_spans([context.document.spans])
-    x_text = model.embed(torch.tensor(context.document.token_ids, dtype=torch.int64))
+    ids = torch.from_numpy(number_seen([context.document]))
+    x_text = model.embed(ids, torch.cat(context.seen) if context.seen else None)
     rows, coded = [], None
     for i, latents in enumerate(context.latents):
         is_last = timesteps is not None and i == len(context.latents) - 1
@@ -53,6 +60,8 @@ def draw(model, context, options, number, index, negative_ids, tokens, latent_sh
     bare = Context().text(tokens.bos)
     nothing = bare.text(negative_ids).marker(tokens.boi_token_id)
     images = bare
+    for seen_rows in context.seen:
+        images = images.see(seen_rows)
     for latents in context.latents:
         num_rows = model.image.patch_coder.tokens_per_image(*latents.shape[1:])
         images = images.marker(tokens.boi_token_id).image(latents, num_rows).marker(tokens.eoi_token_id)
@@ -69,7 +78,7 @@ def draw(model, context, options, number, index, negative_ids, tokens, latent_sh
         low, high = options.guidance_interval
         if low <= timestep / 1000 <= high:
             base = predict(nothing, timestep)
-            if options.image_guidance_scale is not None and context.latents:
+            if options.image_guidance_scale is not None and (context.latents or context.seen):
                 middle = predict(images, timestep)
                 prediction = base + options.image_guidance_scale * (middle - base)
                 prediction = prediction + options.guidance_scale * (full - middle)
@@ -93,7 +102,10 @@ def answer(model, prompt, options, index=0):
     rows = model.image.patch_coder.tokens_per_image(size, size)
     context = Context()
     for part in prompt.parts:
-        if isinstance(part, torch.Tensor):
+        if isinstance(part, VisionInput):
+            [seen_rows] = model.vision.encode([part])
+            context = context.see(seen_rows)
+        elif isinstance(part, torch.Tensor):
             latents = codec.encode(part[None])[0]
             context = context.marker(tokens.boi_token_id).image(latents, model.tokens_per_image)
             context = context.marker(tokens.eoi_token_id)

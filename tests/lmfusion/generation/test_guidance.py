@@ -10,7 +10,7 @@ from lmfusion.diffusion import scheduler_config
 from lmfusion.generation import Engine, GenerationOptions, encode_prompt
 from lmfusion.generation.cache import KeyValueCache
 from lmfusion.generation.decoding import random_generator
-from lmfusion.generation.guidance import guidance_of, guide
+from lmfusion.generation.guidance import ContextImage, guidance_of, guide
 from lmfusion.generation.samplers import step_table
 from lmfusion.generation.steps import Branching, predict_step
 from lmfusion.image.preprocessing import to_pil
@@ -110,13 +110,13 @@ def test_one_forward_is_two_or_three(tiny_llama, kind, dtype, tolerance):
 def test_branches_without_weight_are_left_out(model, scale, image_scale, has_images, weight, branches):
     options = GenerationOptions(max_images=1, guidance_scale=scale, image_guidance_scale=image_scale)
     images = [torch.zeros(SHAPE)] * 2 if has_images else []
-    guidance = guidance_of(options, images, [NUM_ROWS] * len(images), tokens_of(model), [7])
+    guidance = guidance_of(options, [ContextImage(x, NUM_ROWS) for x in images], tokens_of(model), [7])
     assert guidance.weight == weight
     assert len(guidance.branches) == len(branches)
     for branch, (kind, expected) in zip(guidance.branches, branches, strict=True):
         num_images = 2 if kind == "images" else 0
         assert branch.weight == pytest.approx(expected)
-        assert len(branch.latents) == num_images
+        assert len(branch.images) == num_images
         assert branch.document.num_tokens == 1 + num_images * (NUM_ROWS + 2) + 1 + 1  # bos, negative prompt, boi
     assert guidance.weight + sum(branch.weight for branch in guidance.branches) == pytest.approx(1.0)
 

@@ -1,11 +1,14 @@
 """Are the operations of a step counted as torch counts them, whatever is frozen, shared or computed again?"""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from lmfusion.batch import Document, SpecialTokens, pack
 from lmfusion.training.flops import RowCounts, batch_flops, flops_by_part, matmul_rate
-from tests.lmfusion.training.models import SMOLLM2_LAYERS, UNET, make_batch, make_model
+from tests.lmfusion.training.models import LINEAR, SMOLLM2_LAYERS, UNET, make_batch, make_model
 
 SEPARATIONS = ("deep", "shallow", "none")
 RECOMPUTE = ("none", "ffn", "layer")
@@ -36,6 +39,36 @@ def test_counts_a_unet_and_a_narrow_tower(options):
     model = make_model(**options)
     batch = make_batch(model)
     assert total(model, batch) == pytest.approx(counted(model, batch), rel=1e-3)
+
+
+def make_edits(model, num_edits):
+    """A given image, an instruction, an image to draw; and a given image with a caption."""
+    tokens = SpecialTokens(model.boi_token_id, model.eoi_token_id, bos_token_id=1, eos_token_id=2)
+    num_image, instruction = model.tokens_per_image, list(range(5, 14))
+
+    def given():
+        return Document().text([1]).marker(tokens.boi_token_id).image(num_image, is_given=True)
+
+    edit = given().marker(tokens.eoi_token_id).text(instruction).marker(tokens.boi_token_id).image(num_image)
+    edit = edit.marker(tokens.eoi_token_id).end(tokens.eos_token_id)
+    caption = given().marker(tokens.eoi_token_id).text(instruction).end(tokens.eos_token_id)
+    documents = [edit] * num_edits + [caption]
+    size = model.codec.latent_size
+    latents = torch.randn(2 * num_edits + 1, model.codec.latent_channels, size, size)
+    timesteps = torch.randint(0, 1000, latents.shape[:1])
+    return pack(documents, latents, torch.randn_like(latents), timesteps, frozen_text=model.frozen_text)
+
+
+@pytest.mark.parametrize("num_edits", [2, 0])
+@pytest.mark.parametrize("patch_coder", [LINEAR, UNET], ids=["linear", "unet"])
+def test_counts_images_that_are_given(patch_coder, num_edits):
+    model = make_model(patch_coder=patch_coder)
+    batch = make_edits(model, num_edits)
+    assert (batch.num_images, batch.num_drawn) == (2 * num_edits + 1, num_edits)
+    assert total(model, batch) == pytest.approx(counted(model, batch), rel=1e-3)
+    rows = RowCounts.of(batch)
+    all_drawn = flops_by_part(model.config, replace(rows, num_drawn=rows.num_images), frozen_text=True)["patch coder"]
+    assert flops_by_part(model.config, rows, frozen_text=True)["patch coder"].total < 0.9 * all_drawn.total
 
 
 @pytest.mark.parametrize("recompute", ["none", "layer"])

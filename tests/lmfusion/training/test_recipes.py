@@ -15,6 +15,7 @@ from lmfusion.devices import has_fast_bfloat16
 from lmfusion.training.config import load_config
 from lmfusion.training.trainer import Trainer
 from tests.lmfusion.training.runs import read_metrics
+from tests.lmfusion.vlms import save_vlm
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 
@@ -107,3 +108,12 @@ def test_llama3_8b_paper(tiny_llama, tmp_path, shards, autoencoder):
     assert config.data.shuffle_blocks == 64 and trainer.loader.num_samples == 32
     assert trainer.model.codec.latent_channels == 8 and trainer.model.codec.latent_size == 8
     assert trainer.model.text.norm.weight.dtype == torch.bfloat16
+
+
+def test_llavafusion(tmp_path, shards, autoencoder):
+    save_vlm(tmp_path / "vlm")
+    overrides = [f"model.codec.path={autoencoder}", "model.codec.image_size=64"]
+    overrides += ["model.image.patch_coder.channels=[8, 8]", "data.num_workers=1"]
+    overrides += [f"data.sources=[{{kind: webdataset, path: '{shards}'}}]"]
+    _, trainer = train("llavafusion", [*tiny(tmp_path / "vlm", tmp_path), *overrides])
+    assert {p.dtype for p in trainer.model.vision.parameters()} == {torch.bfloat16}

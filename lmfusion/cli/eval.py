@@ -1,0 +1,41 @@
+"""Evaluate a trained model as a recipe describes: its language, its drawings, its captions, its obedience.
+
+Writes <output>/eval.json and <output>/index.html, after every suite. Running the same command again goes on with what
+is left; what is finished with the same model and settings is kept. Data and weights that are missing are named before
+anything slow happens. Exit code: 0 finished, 2 bad input, 130 interrupted.
+
+    lmfusion eval recipes/eval/digits.yaml
+    lmfusion eval recipes/eval/digits.yaml model=runs/mine/model output=runs/mine/eval images.num_images=100
+    lmfusion eval recipes/eval/coco.yaml images.coco.annotations=captions_val2014.json images.coco.images=val2014
+"""
+
+import argparse
+import shlex
+
+HELP = "score the language, drawings and captions of a trained model"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", help="YAML file of the evaluation; see recipes/eval/")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="change a key of the recipe, such as images.num_images=100"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from lmfusion.evaluation.config import EvalConfig
+    from lmfusion.training.config import read_recipe
+
+    config = read_recipe(EvalConfig, args.recipe, args.overrides)
+
+    from lmfusion.evaluation.results import SuiteResult
+    from lmfusion.evaluation.run import PAGE, run_evaluation
+
+    command = shlex.join(["lmfusion", "eval", args.recipe, *args.overrides])
+    values = run_evaluation(config, command, say=lambda line: print(line, flush=True))
+    for suite in values["suites"].values():
+        print(f"\n{suite['suite']}")
+        for score in SuiteResult.from_json(suite).scores:
+            print(f"  {score.name:60} {score}  ({score.count})")
+    print(f"\nopen {config.output}/{PAGE}")
+    return 0

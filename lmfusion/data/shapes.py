@@ -1,0 +1,374 @@
+"""Captioned coloured shapes, and edits of them: a small world without files, in which every picture can be judged.
+
+A scene has one to four shapes on white, each in its own cell of a grid of 2 x 2. Captions name some of what is there:
+
+    a circle                                              single
+    a red circle                                          colour
+    a small red circle                                    size
+    three red circles                                     count
+    a blue square left of a green triangle                relation
+    a small blue square above a large green triangle      all
+
+and instructions change one thing: "make the circle blue", "move the red square to the top", "remove the green
+triangle", "add a small yellow circle". Sample i of a split is a pure function of the split and i.
+
+A scene is held out by what is in it (`is_held_out`), whatever the sizes and the place in the picture: where "three red
+circles" are held out, no training sample of either source shows them or names them.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from functools import cache, partial
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from lmfusion.data.randomness import generator
+from lmfusion.data.sources import SPLITS, CaptionedImage, Edit
+
+KINDS = ("circle", "square", "triangle")
+COLOURS = {
+    "red": (230, 30, 40),
+    "green": (30, 160, 60),
+    "blue": (40, 70, 230),
+    "yellow": (245, 205, 30),
+    "purple": (160, 50, 200),
+    "black": (20, 20, 20),
+}
+"""RGB. No two of them lie in the same direction from white, so that blurred edges keep their colour."""
+BACKGROUND = (255, 255, 255)
+SIZES = {"small": 0.24, "large": 0.42}
+"""Half the width of a shape, in cells."""
+GRID = 2
+"""Cells a side."""
+MAX_SHAPES = GRID * GRID
+RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
+"""(row, column) of the first shape, seen from the second one."""
+SIDES = {"left": (1, 0), "right": (1, GRID - 1), "top": (0, 0), "bottom": (0, GRID - 1)}
+"""Where to move to: which coordinate changes (0: row), and what it becomes."""
+SKILLS = ("single", "colour", "size", "count", "relation", "all")
+EDITS = ("recolour", "move", "remove", "add")
+NUM_SAMPLES = {"train": 20_000, "test": 1_000}
+
+_NUMBERS = ("no", "one", "two", "three", "four")
+_SKILL_SHARES = (0.06, 0.1, 0.12, 0.24, 0.24, 0.24)
+_HELD_OUT = 8
+"""One in so many scenes of different shapes is held out."""
+_SUBSAMPLES = 8
+"""Points a side of a pixel that are looked at to tell how much of it is covered."""
+
+
+class Shape(NamedTuple):
+    """One shape of a scene."""
+
+    kind: str
+    """One of KINDS."""
+    colour: str
+    size: str
+    row: int
+    """Of its cell, from the top."""
+    column: int
+
+    @property
+    def cell(self) -> tuple[int, int]:
+        return self.row, self.column
+
+
+class Scene(NamedTuple):
+    """What a picture shows: its shapes in order of their cells, row by row."""
+
+    shapes: tuple[Shape, ...]
+
+    @classmethod
+    def of(cls, shapes: Sequence[Shape]) -> "Scene":
+        return cls(tuple(sorted(shapes, key=lambda shape: shape.cell)))
+
+
+class Thing(NamedTuple):
+    """What a caption says of one shape, or of several that are alike. None: nothing is said."""
+
+    kind: str
+    colour: str | None = None
+    size: str | None = None
+    number: int = 1
+
+    def fits(self, shape: Shape) -> bool:
+        return shape.kind == self.kind and self.colour in (None, shape.colour) and self.size in (None, shape.size)
+
+    def __str__(self) -> str:
+        article = "a" if self.number == 1 else _NUMBERS[self.number]
+        words = (article, self.size, self.colour, self.kind + "s" * (self.number > 1))
+        return " ".join(word for word in words if word is not None)
+
+
+class Description(NamedTuple):
+    """What a caption says of a scene: one thing, or two and how the first lies to the second."""
+
+    things: tuple[Thing, ...]
+    relation: str | None = None
+
+    def fits(self, scene: Scene) -> bool:
+        """Whether the scene shows this and nothing else."""
+        shapes = scene.shapes
+        if self.relation is None:
+            [thing] = self.things
+            return len(shapes) == thing.number and all(map(thing.fits, shapes))
+        if len(shapes) != 2:
+            return False
+        return any(
+            (first.row - second.row, first.column - second.column) == RELATIONS[self.relation]
+            and all(thing.fits(shape) for thing, shape in zip(self.things, (first, second), strict=True))
+            for first, second in (shapes, shapes[::-1])
+        )
+
+    def __str__(self) -> str:
+        return f" {self.relation} ".join(map(str, self.things))
+
+
+class CaptionedScene(NamedTuple):
+    """A sample of `Shapes`, as it is judged."""
+
+    skill: str
+    """What its caption asks for: one of SKILLS."""
+    scene: Scene
+    description: Description
+
+
+class SceneEdit(NamedTuple):
+    """A sample of `ShapeEdits`, as it is judged."""
+
+    kind: str
+    """One of EDITS."""
+    source: Scene
+    instruction: str
+    target: Scene
+    before: Shape | None
+    """The shape that is changed; None where one is added."""
+    after: Shape | None
+    """What it becomes; None where it is removed."""
+
+
+def caption(scene: Scene) -> str:
+    """All that words say of a scene of one shape, of shapes that are alike, or of two side by side.
+
+    Raises ValueError for other scenes, of which no caption tells.
+    """
+    return str(describe(scene))
+
+
+def describe(scene: Scene) -> Description:
+    """What `caption` says. Raises ValueError for a scene that no caption tells of."""
+    alike = {shape[:3] for shape in scene.shapes}
+    if len(alike) == 1:
+        kind, colour, size = alike.pop()
+        return Description((Thing(kind, colour, size, len(scene.shapes)),))
+    if len(scene.shapes) == 2:
+        first, second = scene.shapes
+        way = (first.row - second.row, first.column - second.column)
+        for relation, offset in RELATIONS.items():
+            if way == offset:
+                return Description((Thing(*first[:3]), Thing(*second[:3])), relation)
+    raise ValueError(
+        f"no caption tells of a scene of {len(scene.shapes)} shapes like this one; it must show one shape, several "
+        "that are alike, or two side by side"
+    )
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Whether a scene belongs to the test split: a matter of kinds, colours, and number or places to one another.
+
+    Of shapes that are alike, each number of each kind is held out in one colour; of the others, one scene in eight.
+    """
+    if len({(shape.kind, shape.colour) for shape in scene.shapes}) == 1:
+        kind, colour = scene.shapes[0][:2]
+        return (tuple(COLOURS).index(colour) - 2 * KINDS.index(kind) - len(scene.shapes)) % len(COLOURS) == 0
+    top, left = (min(shape.cell[axis] for shape in scene.shapes) for axis in (0, 1))
+    content = ", ".join(f"{s.colour} {s.kind} at {s.row - top} {s.column - left}" for s in scene.shapes)
+    return hashlib.blake2b(content.encode(), digest_size=1).digest()[0] % _HELD_OUT == 0
+
+
+def render(scene: Scene, image_size: int) -> Image.Image:
+    """The picture of a scene, RGB, with smooth edges. Raises ValueError for a size too small to tell shapes apart."""
+    if image_size < 16:
+        raise ValueError(f"image_size is {image_size}; shapes cannot be told apart below 16 pixels")
+    picture = np.full((image_size, image_size, 3), BACKGROUND, np.float64)
+    for shape in scene.shapes:
+        covered = coverage(shape.kind, shape.size, shape.row, shape.column, image_size)[..., None]
+        picture += covered * (np.array(COLOURS[shape.colour], np.float64) - picture)
+    return Image.fromarray(picture.round().astype(np.uint8))
+
+
+@cache
+def coverage(kind: str, size: str, row: int, column: int, image_size: int) -> np.ndarray:
+    """float64 [image_size, image_size]: how much of each pixel a shape in that cell covers, 0 to 1."""
+    num_points = image_size * _SUBSAMPLES
+    points = (np.arange(num_points) + 0.5) / num_points * GRID  # in cells
+    x, y = points[None, :] - (column + 0.5), points[:, None] - (row + 0.5)
+    radius = SIZES[size]
+    if kind == "circle":
+        inside = x**2 + y**2 <= radius**2
+    elif kind == "square":
+        inside = (abs(x) <= radius) & (abs(y) <= radius)
+    else:  # a point at the top, and a base as wide as the square
+        inside = (abs(y) <= radius) & (abs(x) <= (y + radius) / 2)
+    fine = inside.reshape(image_size, _SUBSAMPLES, image_size, _SUBSAMPLES)
+    return fine.mean(axis=(1, 3))
+
+
+class Shapes:
+    """The source `shapes`: captioned scenes, drawn when asked for, `image_size` pixels square."""
+
+    def __init__(self, image_size: int, split: str = "train") -> None:
+        _check_split(split)
+        self._image_size = image_size
+        self._split = split
+
+    @property
+    def blocks(self) -> list[int]:
+        return [len(self)]
+
+    def __len__(self) -> int:
+        return NUM_SAMPLES[self._split]
+
+    def example(self, index: int) -> CaptionedScene:
+        """Sample `index` before it is drawn."""
+        _check_index(index, len(self))
+        chance = generator(0, 0, f"shapes/{self._split}/{index}", "scene")
+        skill = SKILLS[int(chance.choice(len(SKILLS), p=_SKILL_SHARES))]
+        while True:
+            scene = _pair(chance) if skill in ("relation", "all") else _alike(chance, skill == "count")
+            if is_held_out(scene) == (self._split == "test"):
+                return CaptionedScene(skill, scene, _worded(chance, skill, scene))
+
+    def __getitem__(self, index: int) -> CaptionedImage:
+        _, scene, description = self.example(index)
+        sample_id = f"shapes/{self._split}/{index}"
+        return CaptionedImage(sample_id, partial(render, scene, self._image_size), (str(description),))
+
+
+class ShapeEdits:
+    """The source `shape_edits`: scenes of one to three different shapes, what to change, and what comes of it."""
+
+    def __init__(self, image_size: int, split: str = "train") -> None:
+        _check_split(split)
+        self._image_size = image_size
+        self._split = split
+
+    @property
+    def blocks(self) -> list[int]:
+        return [len(self)]
+
+    def __len__(self) -> int:
+        return NUM_SAMPLES[self._split]
+
+    def example(self, index: int) -> SceneEdit:
+        """Sample `index` before it is drawn."""
+        _check_index(index, len(self))
+        chance = generator(0, 0, f"shape_edits/{self._split}/{index}", "edit")
+        kind = EDITS[int(chance.integers(len(EDITS)))]
+        while True:
+            edit = _edit(chance, kind)
+            if edit is not None and all(
+                is_held_out(scene) == (self._split == "test") for scene in (edit.source, edit.target)
+            ):
+                return edit
+
+    def __getitem__(self, index: int) -> Edit:
+        edit = self.example(index)
+        return Edit(
+            f"shape_edits/{self._split}/{index}",
+            partial(render, edit.source, self._image_size),
+            edit.instruction,
+            partial(render, edit.target, self._image_size),
+        )
+
+
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+
+
+def _check_index(index: int, size: int) -> None:
+    if not 0 <= index < size:
+        raise IndexError(f"sample {index} of {size}")
+
+
+def _pick(chance: np.random.Generator, items: Sequence[str]) -> str:
+    return items[int(chance.integers(len(items)))]
+
+
+def _cells(chance: np.random.Generator, count: int) -> list[tuple[int, int]]:
+    """Different cells, in no order."""
+    return [divmod(int(place), GRID) for place in chance.permutation(MAX_SHAPES)[:count]]
+
+
+def _look(chance: np.random.Generator) -> tuple[str, str, str]:
+    return _pick(chance, KINDS), _pick(chance, tuple(COLOURS)), _pick(chance, tuple(SIZES))
+
+
+def _alike(chance: np.random.Generator, is_several: bool) -> Scene:
+    """One shape, or two to four alike."""
+    count = int(chance.integers(2, MAX_SHAPES + 1)) if is_several else 1
+    look = _look(chance)
+    return Scene.of([Shape(*look, *cell) for cell in _cells(chance, count)])
+
+
+def _pair(chance: np.random.Generator) -> Scene:
+    """Two shapes side by side, of different kind or colour."""
+    row, column = divmod(int(chance.integers(MAX_SHAPES)), GRID)
+    other = (1 - row, column) if chance.random() < 0.5 else (row, 1 - column)
+    first = second = _look(chance)
+    while second[:2] == first[:2]:
+        second = _look(chance)
+    return Scene.of([Shape(*first, row, column), Shape(*second, *other)])
+
+
+def _worded(chance: np.random.Generator, skill: str, scene: Scene) -> Description:
+    """What a caption of `skill` says of the scene; of two shapes, either may come first."""
+    things, relation = describe(scene)
+    if relation is not None and chance.random() < 0.5:
+        back = tuple(-step for step in RELATIONS[relation])
+        things, relation = things[::-1], next(name for name, way in RELATIONS.items() if way == back)
+    if skill == "single":
+        things = tuple(Thing(thing.kind) for thing in things)
+    elif skill not in ("size", "all"):
+        things = tuple(thing._replace(size=None) for thing in things)
+    return Description(things, relation)
+
+
+def _edit(chance: np.random.Generator, kind: str) -> SceneEdit | None:
+    """An edit of a random scene; None where that scene has no such edit."""
+    num_shapes = int(chance.integers(1, 3) if kind == "add" else chance.integers(2, 4))
+    *cells, free = _cells(chance, num_shapes + 1)
+    shapes, new = [Shape(*_look(chance), *cell) for cell in cells], Shape(*_look(chance), *free)
+    if len({shape[:2] for shape in [*shapes, new]}) <= len(shapes):  # every shape can be told by kind and colour
+        return None
+    if kind == "add":
+        instruction = f"add {Thing(*new[:3])}"
+        return SceneEdit(kind, Scene.of(shapes), instruction, Scene.of([*shapes, new]), None, new)
+    before, *others = shapes
+    after: Shape | None = None
+    name = _name(chance, before, others)
+    if kind == "remove":
+        instruction = f"remove {name}"
+    elif kind == "recolour":
+        after = before._replace(colour=new.colour)
+        instruction = f"make {name} {new.colour}"
+        if new.colour == before.colour or after[:2] in {shape[:2] for shape in others}:
+            return None
+    else:
+        side = _pick(chance, tuple(SIDES))
+        axis, place = SIDES[side]
+        after = before._replace(row=place) if axis == 0 else before._replace(column=place)
+        instruction = f"move {name} to the {side}"
+        if after.cell in {shape.cell for shape in shapes}:
+            return None
+    target = Scene.of(others if after is None else [*others, after])
+    return SceneEdit(kind, Scene.of(shapes), instruction, target, before, after)
+
+
+def _name(chance: np.random.Generator, shape: Shape, others: Sequence[Shape]) -> str:
+    """Words that mean this shape alone: "the circle", or "the red circle"."""
+    is_only_one = all(other.kind != shape.kind for other in others)
+    return f"the {shape.kind}" if is_only_one and chance.random() < 0.5 else f"the {shape.colour} {shape.kind}"

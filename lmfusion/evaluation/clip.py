@@ -1,0 +1,127 @@
+"""How does CLIP (Radford et al. 2021) see images and texts? A folder of transformers, read without a network.
+
+Images are resized and normalised here, as the paper's code does it: the shorter side by Pillow's bicubic filter, a
+square from the centre, mean and deviation of the folder's preprocessor_config.json.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+"""Of pixel values 0 to 1, where a folder has no preprocessor_config.json: those that CLIP was trained with."""
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """Both sides of a CLIP."""
+
+    model: Any
+    """transformers.CLIPModel, frozen."""
+    tokenizer: Any
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    weights: tuple[Path, ...]
+    """Files, by name."""
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    @property
+    def input_size(self) -> int:
+        return int(self.model.config.vision_config.image_size)
+
+    @property
+    def width(self) -> int:
+        """Features of an image or a text."""
+        return int(self.model.config.projection_dim)
+
+    @property
+    def max_tokens(self) -> int:
+        """Longer texts are cut."""
+        return int(self.model.config.text_config.max_position_embeddings)
+
+    @property
+    def resize(self) -> str:
+        return "shorter side by Pillow bicubic, centre crop to a square"
+
+    @property
+    def normalisation(self) -> str:
+        return f"(pixel / 255 - {list(self.mean)}) / {list(self.std)}"
+
+    def prepare(self, image: Image.Image) -> Tensor:
+        """float32 [3, size, size] of an image."""
+        size = self.input_size
+        width, height = image.size
+        shorter = min(width, height)
+        image = image.convert("RGB").resize(
+            (int(size * width / shorter), int(size * height / shorter)), Image.Resampling.BICUBIC
+        )
+        left, top = (image.width - size) // 2, (image.height - size) // 2
+        image = image.crop((left, top, left + size, top + size))
+        pixels = np.asarray(image, dtype=np.float32) / 255
+        normalised = (pixels - np.array(self.mean, np.float32)) / np.array(self.std, np.float32)
+        return torch.from_numpy(normalised).permute(2, 0, 1)
+
+    @torch.inference_mode()
+    def image_features(self, pixels: Tensor) -> Tensor:
+        """[B, width] of prepared images [B, 3, size, size], not normalised to length 1."""
+        output = self.model.vision_model(pixel_values=pixels.to(self.device))
+        features: Tensor = self.model.visual_projection(output.pooler_output)
+        return features
+
+    @torch.inference_mode()
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """[B, width] of texts, not normalised to length 1."""
+        tokens = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
+        ).to(self.device)
+        output = self.model.text_model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        features: Tensor = self.model.text_projection(output.pooler_output)
+        return features
+
+
+def load_clip(folder: Path, device: torch.device | str = "cpu") -> Clip:
+    """The CLIP in `folder`, in float32.
+
+    Raises FileNotFoundError where there is no such folder, ValueError where it holds no CLIP.
+    """
+    from transformers import AutoTokenizer, CLIPModel
+
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(f"{folder} holds no config.json; give a folder with a CLIP that transformers can load")
+    settings = _read_json(config_file)
+    if settings.get("model_type") != "clip":
+        raise ValueError(f"{folder} holds a model of type {settings.get('model_type')!r}; a CLIP is needed")
+    weights = tuple(sorted(folder.glob("*.safetensors")))
+    if not weights:
+        raise ValueError(f"{folder} holds no safetensors; save the CLIP with save_pretrained")
+    processor_file = folder / "preprocessor_config.json"
+    processor = _read_json(processor_file) if processor_file.is_file() else {}
+    try:
+        model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # whatever transformers raises on files that do not belong together
+        raise ValueError(f"{folder} holds no CLIP that transformers can load: {error}") from error
+    model.eval().requires_grad_(False).to(device)
+    mean, std = (tuple(processor.get(key, given)) for key, given in (("image_mean", MEAN), ("image_std", STD)))
+    return Clip(model, tokenizer, mean, std, weights)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no valid JSON: {error}") from error
+    return values

@@ -1,0 +1,57 @@
+"""How well do images fit their captions? CLIP score (Hessel et al. 2021): the cosine of CLIP's features of both.
+
+Of one image it is 100 * max(cosine, 0), as torchmetrics has it; the paper's own numbers are 2.5 / 100 times these.
+Only scores by the weights of the same CLIP can be compared.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from lmfusion.evaluation.clip import Clip, load_clip
+from lmfusion.evaluation.extractors import sha256
+
+
+class ClipScorer:
+    """CLIP score by the CLIP in a folder that transformers can read. Raises what `load_clip` raises."""
+
+    def __init__(self, folder: Path, device: torch.device | str = "cpu", batch_size: int = 32) -> None:
+        self.clip: Clip = load_clip(folder, device)
+        self.name = f"CLIP {folder.name}"
+        self.batch_size = batch_size
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """What stands beside a score, as JSON values."""
+        return {
+            "clip": self.name,
+            "weights_sha256": sha256(*self.clip.weights),
+            "input_size": self.clip.input_size,
+            "resize": self.clip.resize,
+            "normalisation": self.clip.normalisation,
+            "max_tokens": self.clip.max_tokens,
+        }
+
+    def scores(self, images: Iterable[Image.Image], captions: Sequence[str]) -> np.ndarray:
+        """float64 [n], 0 to 100: one an image and its caption. Their mean is the score of all.
+
+        Raises ValueError where there are not as many captions as images.
+        """
+        remaining, cosines, start = iter(images), [], 0
+        while batch := list(islice(remaining, self.batch_size)):
+            texts = captions[start : start + len(batch)]
+            if len(texts) < len(batch):
+                raise ValueError(f"there are {len(captions)} captions, but more images; give each image one")
+            start += len(batch)
+            pixels = torch.stack([self.clip.prepare(image) for image in batch])
+            similarity = F.cosine_similarity(self.clip.image_features(pixels), self.clip.text_features(texts))
+            cosines.append(similarity.double().cpu().numpy())
+        if start < len(captions):
+            raise ValueError(f"there are {len(captions)} captions, but {start} images; give each image one")
+        return 100 * np.maximum(np.concatenate([np.zeros(0), *cosines]), 0)

@@ -1,0 +1,62 @@
+"""What is evaluated? One model and the suites that a recipe names, read as YAML with `key.sub=value` overrides."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lmfusion.evaluation.captions import CaptionsConfig
+from lmfusion.evaluation.edits import EditsConfig
+from lmfusion.evaluation.geneval import GenEvalConfig
+from lmfusion.evaluation.images import ImagesConfig
+from lmfusion.evaluation.language import LanguageConfig
+from lmfusion.evaluation.shapes import ShapesConfig
+
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass
+class EvalConfig:
+    """One evaluation. Raises ValueError without a suite, and for an unknown device or dtype."""
+
+    output: str
+    """Folder of eval.json, index.html and pictures. Suites that it holds with the same settings are not run again."""
+    model: str
+    """Folder of a trained model."""
+    base: str | None = None
+    """Where its base LLM is now, if it has moved since the model was saved."""
+    device: str = "auto"
+    """"auto" (a GPU where there is one), "cpu" or "cuda"."""
+    dtype: str | None = None
+    """Of the weights; None: as they were saved."""
+    language: LanguageConfig | None = None
+    """Tasks for the text side. A suite that is left out is not run; `{}` runs it as its defaults say."""
+
+    images: ImagesConfig | None = None
+    """Drawings of prompts, compared with real images and with the prompts."""
+    captions: CaptionsConfig | None = None
+    """Descriptions of images, compared with references."""
+    shapes: ShapesConfig | None = None
+    """Drawings of coloured shapes, judged exactly."""
+    edits: EditsConfig | None = None
+    """Edits of coloured shapes, judged exactly."""
+    geneval: GenEvalConfig | None = None
+    """Drawings in GenEval's layout, for its own judge."""
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise ValueError(f"device is {self.device!r}; it is one of {', '.join(DEVICES)}")
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; it is one of {', '.join(DTYPES)}, or null for that of the file")
+        if not self.suites:
+            raise ValueError(f"the recipe names no suite; give one of {', '.join(suite_names())}, as `language: {{}}`")
+
+    @property
+    def suites(self) -> dict[str, Any]:
+        """Settings of the suites that are to be run, by name, in order."""
+        return {name: getattr(self, name) for name in suite_names() if getattr(self, name) is not None}
+
+
+def suite_names() -> list[str]:
+    """Of all suites: the fields of `EvalConfig` behind the model's."""
+    names = [item.name for item in fields(EvalConfig)]
+    return names[names.index("language") :]

@@ -1,0 +1,276 @@
+"""How does lm-evaluation-harness ask our models? `LMFusionLM`, its `LM` on a model's text side, and its tasks.
+
+Imports lm_eval: `lmfusion.evaluation.language` imports this module where it is needed.
+"""
+
+import functools
+import logging
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lm_eval import evaluator
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.task import Task
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from lmfusion.evaluation.scoring import (
+    BATCH_TOKENS,
+    Window,
+    max_length,
+    prefix_token_id,
+    rolling_windows,
+    score_windows,
+)
+from lmfusion.generation.options import MAX_STOP_STRINGS
+from lmfusion.generation.prompt import require_tokenizer
+from lmfusion.tokens import token_ids
+
+if TYPE_CHECKING:
+    from lmfusion.modeling import LMFusion
+
+PACKAGED = Path(__file__).parent / "tasks"
+"""Our own tasks."""
+LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+"""Which loader of `datasets` reads a file."""
+_GENERATION_KEYS = {"until", "do_sample", "temperature", "top_p", "top_k", "max_gen_toks"}
+_MAX_NEW_TOKENS = 256
+"""Where a task says nothing else: lm-evaluation-harness's own default."""
+
+
+class LMFusionLM(TemplateLM):
+    """The text side of a model: the image side takes no part in any answer.
+
+    Texts become tokens as lm-evaluation-harness does it for transformers' models, so scores can be compared with its
+    `hf` models. Raises ValueError for a model without a tokenizer.
+    """
+
+    def __init__(self, model: "LMFusion", batch_tokens: int = BATCH_TOKENS, batch_size: int = 8) -> None:
+        """batch_tokens: rows of a forward that scores. batch_size: answers that are written at a time."""
+        super().__init__()
+        self.model = model
+        self.tokenizer = require_tokenizer(model)
+        self._batch_tokens, self._batch_size = batch_tokens, batch_size
+        self._prefix = prefix_token_id(model)
+        self._bos = self.tokenizer.decode([self._prefix])
+
+    @property
+    def eot_token_id(self) -> int:
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        return self._prefix
+
+    @property
+    def max_length(self) -> int:
+        return max_length(self.model)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids; None: with bos where the tokenizer puts one, and the text does not begin with it."""
+        if add_special_tokens is None:
+            add_special_tokens = not string.startswith(self._bos)
+        [ids] = token_ids(self.tokenizer, [string], control_tokens=True, add_special_tokens=add_special_tokens)
+        return ids
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **options: Any
+    ) -> list[tuple[float, bool]]:
+        windows = [Window(context + continuation, len(continuation)) for _, context, continuation in requests]
+        found = score_windows(self.model, windows, self._batch_tokens)
+        answers = [(likelihood.log_prob, likelihood.is_greedy) for likelihood in found]
+        for (texts, _, _), answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial("loglikelihood", texts, answer)
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        windows: list[Window] = []
+        owners: list[int] = []
+        for i, request in enumerate(requests):
+            of_text = rolling_windows(self.tok_encode(request.args[0]), self._prefix, self.max_length)
+            windows += of_text
+            owners += [i] * len(of_text)
+        totals = [0.0] * len(requests)
+        for i, likelihood in zip(owners, score_windows(self.model, windows, self._batch_tokens), strict=True):
+            totals[i] += likelihood.log_prob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        answers = [""] * len(requests)
+        groups: dict[str, list[int]] = defaultdict(list)
+        for i, request in enumerate(requests):
+            groups[repr(sorted(request.args[1].items()))].append(i)
+        for members in groups.values():
+            written = self._write([requests[i].args[0] for i in members], requests[members[0]].args[1])
+            for i, text in zip(members, written, strict=True):
+                answers[i] = text
+                self.cache_hook.add_partial("generate_until", requests[i].args, text)
+        return answers
+
+    def _write(self, contexts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+        """What the LLM writes after each context, up to the first of the texts in settings["until"]."""
+        unknown = sorted(set(settings) - _GENERATION_KEYS)
+        if unknown:
+            raise ValueError(
+                f"a task sets {unknown[0]!r} in generation_kwargs; known: {', '.join(sorted(_GENERATION_KEYS))}"
+            )
+        until = settings.get("until") or []
+        stops = [stop for stop in ([until] if isinstance(until, str) else list(until)) if stop]
+        samples = bool(settings.get("do_sample", False))
+        options: dict[str, Any] = {
+            "max_new_tokens": int(settings.get("max_gen_toks", _MAX_NEW_TOKENS)),
+            "do_sample": samples,
+            "temperature": float(settings.get("temperature", 1.0)) if samples else 0.0,
+            "top_p": float(settings.get("top_p", 1.0)) if samples else 1.0,
+            "top_k": int(settings.get("top_k", 0)) if samples else 0,
+            "stop_strings": stops[:MAX_STOP_STRINGS],
+        }
+        room = self.max_length - options["max_new_tokens"]
+        if room < 1:
+            raise ValueError(
+                f"a task asks for {options['max_new_tokens']} new tokens, but the LLM reads {self.max_length} in all; "
+                "set max_gen_toks in its generation_kwargs"
+            )
+        prompts = [self._cut(context, room) for context in contexts]
+        written = self.model.generate(prompts, batch_size=self._batch_size, max_images=0, **options)
+        texts = [answer.text for answer in written]
+        return [min((text.split(stop)[0] for stop in stops), key=len, default=text) for text in texts]
+
+    def _cut(self, context: str, room: int) -> str:
+        """The end of a context, in up to `room` tokens; an empty one becomes bos."""
+        if not context:
+            return self._bos
+        ids = self.tok_encode(context)
+        return context if len(ids) <= room else self.tokenizer.decode(ids[-room:])
+
+
+def load_tasks(names: Sequence[str], data: Mapping[str, str], include_path: str | None) -> list[Task]:
+    """lm-evaluation-harness's tasks, with their data read.
+
+    names: of its own tasks or ours, or YAML files of tasks, whose `data_files` are beside them. data: by name of the
+    task, where its data are: a folder as the hub has it, or a json, jsonl, csv or parquet file of the split that is
+    asked. include_path: a folder of YAML files, which come before the tasks of the same names.
+
+    Raises ValueError, with the way out, for a name that is none, and for data that cannot be read.
+    """
+    loud = logging.getLogger("lm_eval")
+    level = loud.level
+    loud.setLevel(logging.ERROR)
+    try:
+        given = TaskManager(include_path=[PACKAGED, *([include_path] if include_path else [])], include_defaults=False)
+        return [task for name in names for task in _load(given, name, data.get(name))]
+    finally:
+        loud.setLevel(level)
+
+
+@functools.cache
+def _all_tasks() -> TaskManager:
+    """With lm-evaluation-harness's own tasks: thousands of files are read, which takes seconds."""
+    return TaskManager()
+
+
+def _load(manager: TaskManager, name: str, data: str | None) -> list[Task]:
+    if name.endswith((".yaml", ".yml")):
+        path: Path | None = Path(name)
+        if not Path(name).is_file():
+            raise ValueError(f"language.tasks names {name}, and there is no such file")
+    else:
+        if name not in manager.task_index:
+            manager = _all_tasks()
+        if name not in manager.task_index:
+            raise ValueError(
+                f"language.tasks names {name!r}, which lm-evaluation-harness does not know; `lm-eval ls tasks` lists "
+                "its tasks, and a YAML file is given by a path that ends in .yaml"
+            )
+        path = manager.task_index[name].yaml_path
+    spec: str | dict[str, Any] = name
+    if path is not None and isinstance((values := load_yaml(path, resolve_func=True)).get("task"), str):
+        spec = _with_data(values, path.parent, data, name)
+    elif data is not None:
+        raise ValueError(f"language.data has {name!r}, which is a group of tasks; name them one by one")
+    where = spec.get("dataset_path") if isinstance(spec, dict) else name
+    try:
+        return list(manager.load([spec])["tasks"].values())
+    except Exception as error:  # datasets raises many types for the one fact that there are no data
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(
+            f"the data of task {name} ({where}) cannot be read: {reason}. Without the hub, download them elsewhere and "
+            f"give the folder or file in language.data, as {{{name}: PATH}}, or leave the task out of language.tasks"
+        ) from error
+
+
+def _with_data(values: dict[str, Any], folder: Path, given: str | None, name: str) -> dict[str, Any]:
+    """A task's settings with the place of its data: `given`, or files beside its YAML, or what it says itself."""
+    values = dict(values)
+    if given is not None:
+        if not Path(given).exists():
+            raise ValueError(f"language.data.{name} is {given}, and there is nothing there")
+        loader = LOADERS.get(Path(given).suffix)
+        if Path(given).is_file() and loader is None:
+            raise ValueError(f"language.data.{name} is {given}; a file is one of {', '.join(LOADERS)}")
+        split = values.get("test_split") or values.get("validation_split") or values.get("training_split")
+        if loader is None:
+            values["dataset_path"] = str(Path(given).resolve())
+        else:
+            # the other splits are not in the file; without few-shot examples they are not read
+            values |= {"training_split": None, "validation_split": None, "test_split": split, "fewshot_split": None}
+            values |= {"dataset_path": loader, "dataset_name": None}
+            values["dataset_kwargs"] = {"data_files": {split: str(Path(given).resolve())}}
+        return values
+    options = dict(values.get("dataset_kwargs") or {})
+    files = options.get("data_files")
+    if isinstance(files, Mapping):
+        options["data_files"] = {split: str(_beside(folder, file)) for split, file in files.items()}
+    elif isinstance(files, str):
+        options["data_files"] = str(_beside(folder, files))
+    if options:
+        values["dataset_kwargs"] = options
+    return values
+
+
+def _beside(folder: Path, file: str) -> Path:
+    return (folder / file).resolve() if (folder / file).exists() else Path(file)
+
+
+def ask(lm: LMFusionLM, tasks: Sequence[Task], num_fewshot: int | None, limit: int | None) -> dict[str, Any]:
+    """Results of `tasks` as `lm_eval.simple_evaluate` gives them, samples included. Its seeds and bootstrap are off:
+    nothing here is drawn from a global generator, and intervals are ours."""
+    loud = logging.getLogger("lm_eval")
+    level = loud.level
+    loud.setLevel(logging.ERROR)
+    try:
+        results = evaluator.simple_evaluate(
+            model=lm,
+            tasks=list(tasks),
+            num_fewshot=num_fewshot,
+            limit=limit,
+            bootstrap_iters=0,
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+            task_manager=TaskManager(include_defaults=False),
+        )
+    finally:
+        loud.setLevel(level)
+    assert results is not None
+    return dict(results)

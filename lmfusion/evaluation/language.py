@@ -1,0 +1,223 @@
+"""Does the LLM still know what it knew? Tasks of lm-evaluation-harness on the adapted model and on its base LLM.
+
+Scores come with those of the base LLM, read again from where the model was made from and run through the same code, and
+with the comparison of every text tensor and of logits with the base's. See docs/evaluation.md.
+"""
+
+import importlib.metadata
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lmfusion.config_values import check_least, to_values
+from lmfusion.evaluation.packages import require
+from lmfusion.evaluation.results import Score, SuiteResult, Table
+from lmfusion.evaluation.scoring import BATCH_TOKENS, text_loss
+
+if TYPE_CHECKING:
+    from lmfusion.modeling import LMFusion
+
+__all__ = ["LanguageConfig", "check_language", "run_language", "text_loss"]
+
+
+@dataclass
+class LanguageConfig:
+    """Which tasks, and compared with what. Raises ValueError for no tasks and for numbers out of range."""
+
+    tasks: list[str] = field(default_factory=lambda: ["everyday"])
+    """Names of lm-evaluation-harness's tasks, YAML files of tasks, or "everyday": our own, which needs no download."""
+    data: dict[str, str] = field(default_factory=dict)
+    """By task, where its data are: a folder as the hub has it, or a json, jsonl, csv or parquet file. Others come from
+    where the task says, which is mostly the hub."""
+    include_path: str | None = None
+    """A folder with YAML files of tasks, which come before lm-evaluation-harness's of the same names."""
+    num_fewshot: int | None = None
+    """Examples before each question; None: as each task says, which is mostly none."""
+    limit: int | None = None
+    """Questions a task, the first ones; None: all."""
+    batch_tokens: int = BATCH_TOKENS
+    """Rows of a forward: changes speed and memory only."""
+    compare_with_base: bool = True
+    """Ask the base LLM the same."""
+    verify: bool = True
+    """Compare each text tensor's sha256, and logits of some prompts, with the base LLM's."""
+
+    def __post_init__(self) -> None:
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"language.tasks is {self.tasks}; name at least one task, and each once")
+        check_least(self, "language", num_fewshot=0, limit=1, batch_tokens=1)
+        unknown = sorted(set(self.data) - set(self.tasks))
+        if unknown:
+            raise ValueError(f"language.data has {unknown[0]!r}, which is not in language.tasks: {self.tasks}")
+
+
+def check_language(config: LanguageConfig) -> None:
+    """Read the tasks and their data. Raises ValueError, with the way out, where something is missing."""
+    require("lm_eval", "the suite language", "lm-eval")
+
+    from lmfusion.evaluation.harness import load_tasks
+
+    load_tasks(config.tasks, config.data, config.include_path)
+
+
+def run_language(model: "LMFusion", config: LanguageConfig, folder: Path) -> SuiteResult:
+    """Ask `model`, and its base LLM, all tasks. Nothing is written into `folder`.
+
+    Raises ValueError for a model that was made without a base LLM where it is to be compared with it.
+    """
+    start = time.perf_counter()
+    if model.base is None and (config.compare_with_base or config.verify):
+        raise ValueError(
+            "this model was made without a base LLM; set language.compare_with_base and language.verify to false"
+        )
+
+    from lmfusion.evaluation.harness import LMFusionLM, ask, load_tasks
+
+    tasks = load_tasks(config.tasks, config.data, config.include_path)
+    adapted = ask(LMFusionLM(model, config.batch_tokens), tasks, config.num_fewshot, config.limit)
+    scores = _scores(adapted)
+    columns: tuple[str, ...] = ("task and metric", "adapted", "95 % interval", "questions")
+    rows = [(score.name, f"{score.value:.4f}", _interval(score), str(score.count)) for score in scores]
+    table = Table("Language", columns, tuple(rows))
+    if config.compare_with_base:
+        base = LMFusionLM(base_model(model), config.batch_tokens)
+        asked = ask(base, tasks, config.num_fewshot, config.limit)
+        del base  # its weights
+        of_base, differences = _scores(asked), _differences(asked, adapted)
+        table = _compared(scores, of_base, differences)
+        scores += [Score(f"{score.name}, base LLM", *_numbers(score), score.details) for score in of_base]
+        scores += differences
+    tables = [table]
+    if config.verify:
+        found, proof = _verified(model)
+        scores += found
+        tables.append(proof)
+    return SuiteResult("language", tuple(scores), to_values(config), time.perf_counter() - start, tables=tuple(tables))
+
+
+def base_model(model: "LMFusion") -> "LMFusion":
+    """The base LLM of `model`, read again from its place, in the same dtypes and on the same device.
+
+    It is a model with the smallest image side there is, so that its text runs through the same code. Raises ValueError
+    for a model without a base, and what `LMFusion.from_llm` raises where it is not there.
+    """
+    from lmfusion.modeling import LMFusion
+
+    if model.base is None:
+        raise ValueError("this model was made without a base LLM, so there is nothing to compare it with")
+    make = LMFusion.from_llm if model.vision is None else LMFusion.from_vlm
+    base = make(
+        model.base.name,
+        image={"separation": "none", "patch_coder": {"kind": "linear"}},
+        codec={"kind": "pixels", "image_size": 8},
+        dtype=model.base.torch_dtype,
+    )
+    weight = model.text.norm.weight
+    base.to(weight.device, weight.dtype)  # type: ignore[arg-type]
+    base.compute_dtype = model.compute_dtype
+    base.tokenizer = model.tokenizer
+    return base
+
+
+def _scores(results: Mapping[str, Any]) -> list[Score]:
+    """A score for each metric of each task."""
+    from lmfusion.evaluation.bootstrap import bootstrap
+
+    scores = []
+    for task, metrics in results["results"].items():
+        samples = results.get("samples", {}).get(task, [])
+        details = {
+            "task version": results.get("versions", {}).get(task),
+            "few-shot examples": results.get("n-shot", {}).get(task),
+            "data": _data_of(results, task),
+            "lm-eval": importlib.metadata.version("lm-eval"),
+        }
+        for key, value in metrics.items():
+            metric, _, filter_name = key.partition(",")
+            if not filter_name or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+                continue
+            values = _values_of(samples, metric, float(value))
+            low, high = bootstrap(values) if values is not None and len(values) > 1 else (None, None)
+            name = f"{task} {metric}" + ("" if filter_name == "none" else f" ({filter_name})")
+            scores.append(Score(name, float(value), low, high, len(samples), details))
+    return scores
+
+
+def _values_of(samples: Sequence[Mapping[str, Any]], metric: str, mean: float) -> np.ndarray | None:
+    """The metric of each sample, where the score is their mean; None where it is something else."""
+    values = [sample.get(metric) for sample in samples]
+    if not values or not all(isinstance(value, (bool, int, float)) for value in values):
+        return None
+    array = np.asarray(values, np.float64)
+    return array if abs(array.mean() - mean) < 1e-9 else None
+
+
+def _differences(base: Mapping[str, Any], adapted: Mapping[str, Any]) -> list[Score]:
+    """Adapted minus base of each score, with a bootstrap over the questions, which are the same ones."""
+    from lmfusion.evaluation.bootstrap import bootstrap
+
+    found = []
+    for ours, theirs in zip(_scores(adapted), _scores(base), strict=True):
+        task, _, metric = ours.name.partition(" ")
+        values, of_base = (
+            _values_of(results.get("samples", {}).get(task, []), metric, score.value)
+            for results, score in ((adapted, ours), (base, theirs))
+        )
+        low, high = (None, None) if values is None or of_base is None else bootstrap(values - of_base)
+        name = f"{ours.name}, adapted minus base"
+        found.append(Score(name, ours.value - theirs.value, low, high, ours.count, ours.details))
+    return found
+
+
+def _compared(adapted: Sequence[Score], base: Sequence[Score], differences: Sequence[Score]) -> Table:
+    columns = ("task and metric", "base LLM", "adapted", "difference", "95 % interval of adapted", "questions")
+    rows = [
+        (ours.name, f"{theirs.value:.4f}", f"{ours.value:.4f}", f"{difference.value:+.4f}", _interval(ours),
+         str(ours.count))
+        for ours, theirs, difference in zip(adapted, base, differences, strict=True)
+    ]  # fmt: skip
+    return Table("Language", columns, tuple(rows))
+
+
+def _verified(model: "LMFusion") -> tuple[list[Score], Table]:
+    """Whether tensors and logits are the base LLM's, as scores and a table."""
+    from lmfusion.verification import verify
+
+    verification = verify(model)
+    num_same = verification.num_tensors - len(verification.changed)
+    num_identical = sum(check.identical for check in verification.prompts)
+    base = {"base LLM": verification.base}
+    scores = [
+        Score("share of tensors with the base's sha256", num_same / verification.num_tensors,
+              count=verification.num_tensors, details=base),
+        Score("share of prompts with the base's logits, bit for bit", num_identical / len(verification.prompts),
+              count=len(verification.prompts), details=base),
+    ]  # fmt: skip
+    rows = [("tensors with the base's sha256", f"{num_same} of {verification.num_tensors}", "")]
+    rows += [
+        (
+            f"logits of {check.prompt.splitlines()[0]!r}, {check.num_tokens} tokens",
+            "identical" if check.identical else "CHANGED",
+            f"{check.max_difference:.2g} from transformers' own, where rounding allows {check.tolerance:.2g}",
+        )
+        for check in verification.prompts
+    ]
+    return scores, Table("Is the text side unchanged?", ("what", "result", "beside"), tuple(rows))
+
+
+def _data_of(results: Mapping[str, Any], task: str) -> str | None:
+    config = results.get("configs", {}).get(task, {})
+    files = (config.get("dataset_kwargs") or {}).get("data_files")
+    return str(config.get("dataset_path")) if files is None else f"{config.get('dataset_path')}: {files}"
+
+
+def _numbers(score: Score) -> tuple[float, float | None, float | None, int]:
+    return score.value, score.low, score.high, score.count
+
+
+def _interval(score: Score) -> str:
+    return "" if score.low is None else f"{score.low:.4f} to {score.high:.4f}"

@@ -1,0 +1,173 @@
+"""How does an evaluation run? Checks first, then one suite after the other, each kept as soon as it is finished.
+
+<output>/eval.json is written whole after every suite, and index.html from it. A suite whose settings, model and version
+of lmfusion are those of the file is not run again, so that a killed run goes on with what is left.
+"""
+
+import importlib
+import importlib.metadata
+import json
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lmfusion import __version__
+from lmfusion.config_values import to_values
+from lmfusion.devices import choose_device
+from lmfusion.evaluation.config import EvalConfig
+from lmfusion.evaluation.identity import model_digest, values_digest
+from lmfusion.evaluation.page import render_page
+from lmfusion.evaluation.results import SuiteResult
+from lmfusion.files import locked, replace_text
+from lmfusion.modeling import LMFusion
+
+RESULTS, PAGE = "eval.json", "index.html"
+SCHEMA = 1
+"""Of eval.json; another number is another layout."""
+PACKAGES = ("torch", "transformers", "diffusers", "numpy", "lm-eval", "torchmetrics", "efficientnet-lite-pytorch")
+
+
+def run_evaluation(
+    config: EvalConfig, command: str = "", say: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """Run the suites of `config` that are not finished yet; answer with what eval.json holds.
+
+    command: what to type for the same, for the page. say: is told what happens.
+
+    Raises ValueError or OSError for what is missing before anything slow runs, and what suites raise; those that are
+    finished by then are kept.
+    """
+    device = choose_device(config.device, "device")
+    for name, settings in config.suites.items():
+        check = getattr(_module(name), f"check_{name}", None)
+        if check is not None:
+            check(settings)
+    model = _load(config, device)
+    folder = Path(config.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    digest = model_digest(model)
+    head = _head(config, model, digest, command)
+    with locked(folder):
+        finished = _finished(folder / RESULTS)
+        results: dict[str, Any] = {}
+        for name, settings in config.suites.items():
+            key = values_digest([to_values(settings), digest, __version__])
+            kept = finished.get(name)
+            if kept is not None and kept["key"] == key:
+                say(f"{name}: finished already, in {folder / RESULTS}")
+                results[name] = kept
+            else:
+                say(f"{name}: running")
+                results[name] = {"key": key, **_run(name, model, settings, folder).to_json()}
+                say(f"{name}: {results[name]['seconds']:.0f} s")
+            waiting = {other: finished[other] for other in config.suites if other in finished and other not in results}
+            values = {**head, "suites": {**results, **waiting}}
+            _write(folder, values)
+    return values
+
+
+def _run(name: str, model: LMFusion, settings: Any, folder: Path) -> SuiteResult:
+    start = time.perf_counter()
+    result: SuiteResult = getattr(_module(name), f"run_{name}")(model, settings, folder / name)
+    return replace(result, seconds=time.perf_counter() - start)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"lmfusion.evaluation.{name}")
+
+
+def _load(config: EvalConfig, device: torch.device) -> LMFusion:
+    dtype = None if config.dtype is None else getattr(torch, config.dtype)
+    if not Path(config.model).is_dir():
+        raise ValueError(
+            f"model is {config.model}, and there is no such folder; train one, or give the folder of one (model=PATH)"
+        )
+    model = LMFusion.from_pretrained(config.model, base=config.base, dtype=dtype).to(device)  # type: ignore[arg-type]
+    if config.base is not None and model.base is not None:
+        model.base = replace(model.base, name=str(config.base))  # where suites that read the base again find it
+    return model.eval()
+
+
+def _head(config: EvalConfig, model: LMFusion, digest: str, command: str) -> dict[str, Any]:
+    """What stands with every score: which model, which settings, where and with what."""
+    base = model.base
+    return {
+        "schema": SCHEMA,
+        "lmfusion": __version__,
+        "commit": _commit(),
+        "command": command,
+        "config": to_values(config),
+        "config_sha256": values_digest(to_values(config)),
+        "model": {
+            "path": str(config.model),
+            "sha256": digest,
+            "base": None if base is None else {"name": base.name, "sha256": base.digest, "dtype": base.dtype},
+            "text_parameters": sum(p.numel() for p in model.text.parameters()),
+            "image_parameters": sum(p.numel() for p in model.image.parameters()),
+            "dtype": str(model.text.norm.weight.dtype).removeprefix("torch."),
+        },
+        "device": _device_name(model.device),
+        "versions": {"python": platform.python_version(), **_versions()},
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _finished(file: Path) -> dict[str, dict[str, Any]]:
+    """The suites that `file` holds and whose pictures are there; none if it is damaged or of another layout."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if values["schema"] != SCHEMA:
+            return {}
+        found = {}
+        for name, suite in values["suites"].items():
+            pictures = SuiteResult.from_json(suite).pictures
+            if suite["key"] and all((file.parent / name / picture.file).is_file() for picture in pictures):
+                found[name] = suite
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _write(folder: Path, values: dict[str, Any]) -> None:
+    replace_text(folder / RESULTS, json.dumps(values, indent=1) + "\n")
+    results = [SuiteResult.from_json(suite) for suite in values["suites"].values()]
+    replace_text(folder / PAGE, render_page(values, results, folder))
+
+
+def _commit() -> str | None:
+    """Of the checkout that this package is in, with "+changes" if its files differ from it; None outside of one."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if not git("ls-files", str(Path(__file__).resolve())):  # a package installed inside somebody else's checkout
+        return None
+    commit = git("rev-parse", "HEAD")
+    return f"{commit}+changes" if commit and git("status", "--porcelain", "--untracked-files=no") else commit
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

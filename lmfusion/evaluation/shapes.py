@@ -1,0 +1,174 @@
+"""Does a model draw what a caption says? Held-out captions of coloured shapes, each drawing read and judged exactly.
+
+After GenEval (Ghosh et al. 2023), which asks the same of photographs, with a detector in the checker's place: skills
+from a single object over colours and counting to relations, a drawing being right where everything that its caption
+says is there, and nothing else. Scores are shares of right drawings.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from lmfusion.config_values import check_least, to_values
+from lmfusion.data.shapes import SKILLS, CaptionedScene, Scene, Shapes
+from lmfusion.evaluation.bootstrap import bootstrap
+from lmfusion.evaluation.results import Picture, Score, SuiteResult, Table
+from lmfusion.evaluation.scenes import UNKNOWN, check, read_scene
+from lmfusion.generation.samplers import SAMPLERS
+
+if TYPE_CHECKING:
+    from lmfusion.modeling import LMFusion
+
+__all__ = ["ShapesConfig", "check", "read_scene", "run_shapes"]
+
+RIGHT, WRONG = (30, 150, 60), (210, 40, 40)
+"""Frames of drawings, RGB."""
+
+
+@dataclass
+class ShapesConfig:
+    """What is drawn. Raises ValueError for an unknown sampler and for numbers out of range."""
+
+    num_per_skill: int = 32
+    """Captions of each skill: the first ones of the test split, which are never trained on."""
+    guidance_scale: float = 2.0
+    sampler: str = "dpm-solver"
+    num_steps: int = 25
+    seed: int = 0
+    batch_size: int = 32
+    """Drawn at a time; changes speed and memory only."""
+    num_shown: int = 10
+    """Drawings of each skill on the page."""
+
+    def __post_init__(self) -> None:
+        check_least(self, "shapes", num_per_skill=1, guidance_scale=0, num_steps=1, seed=0, batch_size=1, num_shown=0)
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"shapes.sampler is {self.sampler!r}; it is one of {', '.join(SAMPLERS)}")
+        held_out_captions(self.num_per_skill)
+
+
+class Judged(NamedTuple):
+    """A drawing and what was found in it."""
+
+    asked: CaptionedScene
+    image: Image.Image
+    seen: Scene
+    is_right: bool
+
+
+def run_shapes(model: "LMFusion", config: ShapesConfig, folder: Path) -> SuiteResult:
+    """Draw held-out captions of every skill and judge them; writes shapes.png into `folder`.
+
+    Scores are shares of right drawings: one a skill, and "shapes" over all of them. Raises ValueError where the model's
+    images are smaller than 16 pixels.
+    """
+    start = time.perf_counter()
+    judged = draw_captions(model, held_out_captions(config.num_per_skill), config)
+    scores, rows = [], []
+    for skill in (*SKILLS, None):
+        of_skill = [item for item in judged if skill in (item.asked.skill, None)]
+        name = "shapes" if skill is None else f"shapes: {skill}"
+        scores.append(share(name, [item.is_right for item in of_skill]))
+        readable = np.mean([all(UNKNOWN not in shape for shape in item.seen.shapes) for item in of_skill])
+        counted = np.mean([len(item.seen.shapes) == len(item.asked.scene.shapes) for item in of_skill])
+        example = str(of_skill[0].asked.description) if skill is not None else ""
+        rows.append(
+            (skill or "together", example, str(scores[-1]), f"{counted:.2f}", f"{readable:.2f}", str(len(of_skill)))
+        )
+    columns = ("skill", "such as", "right", "right number of things", "only clean shapes", "drawings")
+    pictures = _pictures(judged, config, folder)
+    settings, seconds = to_values(config), time.perf_counter() - start
+    table = Table("Held-out captions, shares of drawings", columns, tuple(rows))
+    return SuiteResult("shapes", tuple(scores), settings, seconds, (table,), pictures)
+
+
+@cache
+def held_out_captions(num_per_skill: int) -> tuple[CaptionedScene, ...]:
+    """The first captions of each skill in the test split. Raises ValueError where there are fewer."""
+    source = Shapes(image_size=16, split="test")
+    examples = [source.example(i) for i in range(len(source))]
+    chosen: list[CaptionedScene] = []
+    for skill in SKILLS:
+        of_skill = [example for example in examples if example.skill == skill]
+        if len(of_skill) < num_per_skill:
+            raise ValueError(
+                f"shapes.num_per_skill is {num_per_skill}; the test split has {len(of_skill)} of skill {skill!r}"
+            )
+        chosen += of_skill[:num_per_skill]
+    return tuple(chosen)
+
+
+def draw_captions(model: "LMFusion", asked: Sequence[CaptionedScene], config: ShapesConfig) -> list[Judged]:
+    """A drawing of each caption, read and judged."""
+    images = model.draw(
+        [str(example.description) for example in asked],
+        batch_size=config.batch_size,
+        guidance_scale=config.guidance_scale,
+        sampler=config.sampler,
+        num_steps=config.num_steps,
+        seed=config.seed,
+    )
+    seen = [read_scene(image) for image in images]
+    is_right = [check(example.description, scene) for example, scene in zip(asked, seen, strict=True)]
+    return list(map(Judged, asked, images, seen, is_right))
+
+
+def share(name: str, is_right: Sequence[bool]) -> Score:
+    """The share of what is right, with its interval."""
+    values = np.array(is_right, np.float64)
+    low, high = bootstrap(values)
+    return Score(name, float(values.mean()), low, high, len(values))
+
+
+def picture_grid(
+    cells: Sequence[tuple[Sequence[Image.Image], str, bool]], num_columns: int, *, pixels: int = 96
+) -> Image.Image:
+    """Pictures with their captions, in frames that tell whether the last picture of a cell is right.
+
+    cells: pictures that stand side by side, what stands below them, and whether they are right. pixels: of a picture.
+    """
+    gap, line = 6, 14
+    width = max(len(images) for images, _, _ in cells) * (pixels + gap) + gap
+    height = pixels + 3 * line + 2 * gap
+    grid = Image.new("RGB", (num_columns * width, -(-len(cells) // num_columns) * height), "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
+    for number, (images, words, is_right) in enumerate(cells):
+        x, y = number % num_columns * width + gap, number // num_columns * height + gap
+        for place, image in enumerate(images):
+            left = x + place * (pixels + gap)
+            grid.paste(image.convert("RGB").resize((pixels, pixels), Image.Resampling.NEAREST), (left, y))
+            colour = "lightgray" if place < len(images) - 1 else RIGHT if is_right else WRONG
+            draw.rectangle((left - 2, y - 2, left + pixels + 1, y + pixels + 1), outline=colour, width=2)
+        for i, text in enumerate(_lines(words, font, width - 2 * gap)):
+            draw.text((x, y + pixels + 2 + i * line), text, fill="black", font=font)
+    return grid
+
+
+def _lines(words: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
+    lines = [""]
+    for word in words.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def _pictures(judged: Sequence[Judged], config: ShapesConfig, folder: Path) -> tuple[Picture, ...]:
+    shown = [
+        ((item.image,), str(item.asked.description), item.is_right)
+        for skill in SKILLS
+        for item in [item for item in judged if item.asked.skill == skill][: config.num_shown]
+    ]
+    if not shown:
+        return ()
+    folder.mkdir(parents=True, exist_ok=True)
+    picture_grid(shown, min(config.num_shown, config.num_per_skill)).save(folder / "shapes.png")
+    return (Picture("shapes.png", "Drawings of held-out captions, a row a skill; green: right"),)

@@ -1,0 +1,71 @@
+"""Are images and captions read as COCO, Karpathy and data sources have them?"""
+
+import json
+
+import pytest
+
+from lmfusion.data.sources import SourceConfig
+from lmfusion.evaluation.references import CocoConfig, References, check_references, load_references, read_coco
+from tests.lmfusion.evaluation.coco_layout import NUM_IMAGES, save_coco
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    return save_coco(tmp_path_factory.mktemp("coco") / "coco")
+
+
+def test_captions_of_coco(coco):
+    found = read_coco(CocoConfig(str(coco / "annotations" / "captions_val2014.json"), str(coco / "val2014")))
+    assert len(found) == NUM_IMAGES
+    assert found[2].captions == tuple(f"Thing 2 seen in way {i}." for i in range(5))
+    assert found[2].load_image().size == (24, 22)
+
+
+def test_karpathys_split(coco):
+    found = read_coco(CocoConfig(str(coco / "dataset_coco.json"), str(coco), "test"))
+    assert [reference.sample_id for reference in found] == [f"val2014/COCO_val2014_{i:012d}.jpg" for i in range(4)]
+    assert [len(reference.captions) for reference in found] == [5] * 4
+    assert found[3].load_image().size == (24, 23)
+
+
+def test_files_that_are_no_such_thing(coco, tmp_path):
+    with pytest.raises(ValueError, match="has restval, test"):
+        read_coco(CocoConfig(str(coco / "dataset_coco.json"), str(coco)))
+    with pytest.raises(ValueError, match="has no splits"):
+        read_coco(CocoConfig(str(coco / "annotations" / "captions_val2014.json"), str(coco), "test"))
+    file = tmp_path / "x.json"
+    for text in ("no JSON", "[]", "{}", json.dumps({"images": [{"id": 1}], "annotations": [{"image_id": 1}]})):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="no file of COCO's captions"):
+            read_coco(CocoConfig(str(file), str(coco)))
+    file.write_text(json.dumps({"images": [], "annotations": []}))
+    with pytest.raises(ValueError, match="no image with captions"):
+        read_coco(CocoConfig(str(file), str(coco)))
+
+
+def test_missing_files_are_named_with_where_to_get_them(coco, tmp_path):
+    with pytest.raises(ValueError, match=r"images\.coco\.annotations is .*none\.json.*annotations_trainval2014\.zip"):
+        check_references(CocoConfig(str(tmp_path / "none.json"), str(coco)), "images")
+    with pytest.raises(ValueError, match=r"captions\.coco\.images=PATH"):
+        check_references(CocoConfig(str(coco / "dataset_coco.json"), str(tmp_path / "none")), "captions")
+
+
+def test_no_image_comes_twice_before_all_have_come():
+    references = load_references(SourceConfig("digits", split="test"), None, 8)
+    size = len(references)
+    drawn = references.draw(size + 5, seed=3)
+    assert sorted(index for index, _ in drawn[:size]) == list(range(size))
+    assert all(caption in references[index].captions for index, caption in drawn)
+    assert references.draw(size, seed=3) == drawn[:size]
+    assert references.draw(size, seed=4) != drawn[:size]
+
+
+def test_each_caption_of_an_image_is_drawn_sometimes(coco):
+    references = References(read_coco(CocoConfig(str(coco / "dataset_coco.json"), str(coco), "test")))
+    assert len(set(references.draw(400, seed=0))) == 4 * 5
+
+
+def test_conversations_are_no_references():
+    references = load_references(SourceConfig("digit_conversations", split="test"), None, 8)
+    with pytest.raises(ValueError, match="no images with captions"):
+        references.draw(1, seed=0)

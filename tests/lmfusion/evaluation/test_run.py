@@ -1,0 +1,205 @@
+"""Does `lmfusion eval` check first, keep what is finished, and leave a page that tells all?"""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lmfusion.cli import main
+from lmfusion.config_values import from_values
+from lmfusion.evaluation import captions
+from lmfusion.evaluation.config import EvalConfig, suite_names
+from lmfusion.evaluation.results import Picture, Score, SuiteResult, Table
+from lmfusion.evaluation.run import run_evaluation
+from lmfusion.training.config import read_recipe
+from tests.lmfusion.evaluation.clip_folder import save_clip
+from tests.lmfusion.evaluation.coco_layout import save_coco
+
+ROOT = Path(__file__).resolve().parents[3]
+RECIPES, GUIDE = ROOT / "recipes" / "eval", ROOT / "docs" / "evaluation.md"
+
+
+@pytest.fixture
+def recipe(tiny_folder, tmp_path):
+    values = {
+        "output": str(tmp_path / "out"),
+        "model": str(tiny_folder),
+        "images": {
+            "source": {"kind": "digits", "split": "test"},
+            "num_images": 4,
+            "sampler": "dpm-solver",
+            "num_steps": 2,
+            "extractors": [],
+        },
+        "captions": {"source": {"kind": "digits", "split": "test"}, "num_images": 3, "max_new_tokens": 3},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "out"
+
+
+def results_of(out):
+    return json.loads((out / "eval.json").read_text())
+
+
+def test_the_command_writes_results_and_a_page(recipe, out, capsys):
+    assert main(["eval", str(recipe), "captions.num_shown=1"]) == 0
+    said = capsys.readouterr().out
+    assert "CIDEr-D" in said
+    assert f"open {out}/index.html" in said
+    values = results_of(out)
+    assert list(values["suites"]) == ["images", "captions"]
+    assert values["suites"]["captions"]["seconds"] > 0
+    assert values["model"]["base"]["sha256"]
+    assert re.fullmatch("[0-9a-f]{64}", values["config_sha256"])
+    assert values["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(\+changes)?", values["commit"])
+    page = (out / "index.html").read_text()
+    assert f"lmfusion eval {recipe} captions.num_shown=1" in page
+    assert values["model"]["sha256"] in page
+    assert "exact match" in page
+    pictures = re.findall('<img[^>]* src="([^"]*)"', page)
+    assert len(pictures) == 4 + 1
+    assert all((out / picture).is_file() for picture in pictures)
+    assert "http" not in page.replace("https://www.w3.org", "")  # it needs no network
+
+
+def test_finished_suites_are_kept_until_something_changes(recipe, out, capsys, monkeypatch):
+    main(["eval", str(recipe)])
+    before = results_of(out)
+    ran = []
+    run = captions.run_captions
+    monkeypatch.setattr(captions, "run_captions", lambda *args: ran.append("captions") or run(*args))
+    capsys.readouterr()
+    main(["eval", str(recipe), "images.batch_size=3"])
+    assert ran == []
+    assert "captions: finished already" in capsys.readouterr().out
+    assert results_of(out)["suites"]["captions"] == before["suites"]["captions"]
+    main(["eval", str(recipe), "captions.num_images=2"])
+    assert ran == ["captions"]
+    (out / "eval.json").write_text("{damaged")
+    main(["eval", str(recipe)])
+    assert ran == ["captions"] * 2
+    next((out / "captions").glob("*.png")).unlink()
+    main(["eval", str(recipe)])
+    assert ran == ["captions"] * 3
+
+
+def test_a_killed_run_goes_on(recipe, out, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(captions, "run_captions", interrupted)
+        assert main(["eval", str(recipe)]) == 130
+    first = results_of(out)
+    assert list(first["suites"]) == ["images"]
+    assert "Captions" not in (out / "index.html").read_text()
+    main(["eval", str(recipe)])
+    assert results_of(out)["suites"]["images"] == first["suites"]["images"]
+    assert list(results_of(out)["suites"]) == ["images", "captions"]
+
+
+def interrupted(*args):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("overrides", "reason"),
+    [
+        (["model=nowhere"], "no such folder"),
+        (["images.clip=nowhere"], "images.clip"),
+        (["captions.coco={annotations: a, images: b}", "captions.source=null"], "captions.coco.annotations is a"),
+        (["language={tasks: [none.yaml]}"], "no such file"),
+        (["images=null", "captions=null"], "names no suite"),
+        (["device=tpu"], "device is 'tpu'"),
+        (["dtype=float8"], "dtype is 'float8'"),
+        (["imagse={}"], "did you mean images"),
+    ],
+)
+def test_what_is_missing_is_said_before_anything_runs(recipe, out, overrides, reason, capsys):
+    assert main(["eval", str(recipe), *overrides]) == 2
+    assert reason in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.slow
+def test_the_papers_protocol_on_data_of_its_layout(tiny_folder, tmp_path, own_cache):
+    """recipes/eval/coco.yaml from end to end, with a few pictures and random networks in place of the real ones."""
+    coco = save_coco(tmp_path / "coco")
+    piqa = tmp_path / "piqa.jsonl"
+    piqa.write_text(json.dumps({"goal": "Dry a plate", "sol1": "with a towel", "sol2": "with soup", "label": 0}) + "\n")
+    config = read_recipe(
+        EvalConfig,
+        RECIPES / "coco.yaml",
+        [
+            f"output={tmp_path / 'out'}",
+            f"model={tiny_folder}",
+            "language.tasks=[piqa]",
+            f"language.data={{piqa: {piqa}}}",
+            "language.verify=false",
+            f"images.coco={{annotations: {coco}/annotations/captions_val2014.json, images: {coco}/val2014}}",
+            "images.num_images=7",
+            "images.num_steps=2",
+            "images.extractors=[{kind: efficientnet-lite0}]",
+            f"images.clip={save_clip(tmp_path / 'clip')}",
+            f"captions.coco={{annotations: {coco}/dataset_coco.json, images: {coco}, split: test}}",
+            "captions.max_new_tokens=3",
+        ],
+    )
+    pytest.importorskip("lm_eval")
+    pytest.importorskip("efficientnet_lite_pytorch")
+    values = run_evaluation(config)
+    scores = {suite: {s["name"]: s for s in found["scores"]} for suite, found in values["suites"].items()}
+    assert scores["language"]["piqa acc"]["count"] == 1
+    drawn = scores["images"]["Frechet distance (EfficientNet-Lite0), guidance 1.55"]
+    assert drawn["count"] == 7
+    assert drawn["details"]["real images"] == 6
+    assert drawn["details"]["steps"] == 2
+    assert scores["images"]["CLIP score, guidance 1"]["count"] == 7
+    assert scores["captions"]["CIDEr-D"]["count"] == 4
+    assert scores["captions"]["CIDEr-D"]["details"]["references an image"] == 5
+
+
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", GUIDE.read_text(), re.DOTALL))
+def test_every_recipe_of_the_guide_reads(block):
+    assert from_values(EvalConfig, {"output": "out", "model": "model", **yaml.safe_load(block)}).suites
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_reads(path):
+    config = read_recipe(EvalConfig, path)
+    assert set(config.suites) <= set(suite_names())
+
+
+def test_the_papers_settings():
+    config = read_recipe(EvalConfig, RECIPES / "coco.yaml")
+    assert config.language.tasks == ["hellaswag", "piqa", "social_iqa", "winogrande"]
+    assert (config.images.num_images, config.images.num_steps, config.images.sampler) == (30_000, 250, "ddpm")
+    assert config.images.guidance_scales == [1.0, 1.55]
+    assert config.captions.coco.split == "test"
+
+
+def test_results_survive_json():
+    result = SuiteResult(
+        "images",
+        (Score("a", float("nan")), Score("b", 1.5, 1.0, 2.0, 7, {"x": (1, 2)})),
+        {"steps": 3},
+        2.5,
+        (Table("t", ("p", "q"), (("1", "2"),)),),
+        (Picture("x.png", "y"),),
+    )
+    text = json.dumps(result.to_json(), allow_nan=False)
+    again = SuiteResult.from_json(json.loads(text))
+    assert again.scores[1] == Score("b", 1.5, 1.0, 2.0, 7, {"x": [1, 2]})
+    assert again.scores[0].value != again.scores[0].value
+    assert again.tables == result.tables
+    assert again.pictures == result.pictures
+    assert str(again.scores[1]) == "1.5 [1, 2]"
+    with pytest.raises(ValueError, match="one end of an interval"):
+        Score("c", 1.0, low=0.5)
+    with pytest.raises(ValueError, match="a row of 1"):
+        Table("t", ("p", "q"), (("1",),))

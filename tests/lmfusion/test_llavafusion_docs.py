@@ -1,0 +1,40 @@
+"""Does every Python example of docs/llavafusion.md run as it stands there, in its order?"""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.lmfusion.vlms import picture, save_vlm
+
+PAGE = Path(__file__).parents[2] / "docs" / "llavafusion.md"
+SIZES = [((256, 256), 1176), ((1080, 1920), 1948), ((480, 640), 2340), ((1024, 1024), 2928)]
+"""Height and width of an image, and its rows."""
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def test_the_examples_run(tmp_path, monkeypatch):
+    save_vlm(tmp_path / "models" / "vlm")
+    (tmp_path / "photos").mkdir()
+    picture(20, 13).save(tmp_path / "photos" / "house.png")
+    monkeypatch.chdir(tmp_path)
+    text, namespace = PAGE.read_text(encoding="utf-8"), {"__name__": "llavafusion"}
+    blocks = list(BLOCK.finditer(text))
+    assert len(blocks) == 3
+    with torch.random.fork_rng(devices=[]):
+        for match in blocks:
+            line = text.count("\n", 0, match.start(1))
+            exec(compile("\n" * line + match[1], str(PAGE), "exec"), namespace)
+    assert len(namespace["captions"]) == 1 and namespace["drawing"].size == (8, 8)
+    assert namespace["logits"].shape[-1] == namespace["model"].boi_token_id
+
+
+@pytest.mark.parametrize(("size", "rows"), SIZES)
+def test_the_table_of_rows(size, rows):
+    from transformers import LlavaNextConfig
+
+    from lmfusion.vision import num_vision_rows
+
+    assert num_vision_rows(LlavaNextConfig(), *size) == rows
+    assert f" {rows} |" in PAGE.read_text(encoding="utf-8")

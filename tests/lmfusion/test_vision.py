@@ -1,0 +1,42 @@
+"""Vision-language models: what is seen and read is what transformers' own classes make of it, whatever is trained."""
+
+import pytest
+import torch
+
+from tests.lmfusion.vlms import build, picture, save_vlm
+
+SHAPES = [(8, 8), (5, 23), (31, 7), (16, 16), (1, 40), (64, 33)]
+
+
+@pytest.mark.parametrize("kind", ["llava_next", "llava"])
+@pytest.mark.parametrize(("llm", "encoder"), [("llama", "clip"), ("qwen2", "siglip")])
+def test_logits_are_those_of_transformers(tmp_path, kind, llm, encoder):
+    theirs, processor = save_vlm(tmp_path, kind, llm, encoder)
+    model = build(tmp_path)
+    for shapes in [SHAPES[:1], SHAPES[1:3], SHAPES]:
+        images = [picture(*shape, seed=i) for i, shape in enumerate(shapes)]
+        text = "a" + "<image>b" * len(shapes) + " what?"
+        inputs = processor(images=images, text=text, return_tensors="pt")
+        inputs.pop("attention_mask")
+        with torch.no_grad():
+            torch.testing.assert_close(model(**inputs).logits, theirs(**inputs).logits, atol=1e-4, rtol=1e-4)
+        prepared = [model.vision.prepare(image) for image in images]
+        num_rows = int((inputs["input_ids"] == model.vision.image_token_id).sum())
+        assert sum(image.num_rows for image in prepared) == num_rows
+        rows = torch.cat(model.vision.encode(prepared))
+        features = theirs.model.get_image_features(
+            **{k: v for k, v in inputs.items() if k != "input_ids"}, return_dict=True
+        ).pooler_output
+        torch.testing.assert_close(rows, torch.cat(list(features)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"tie_word_embeddings": True}, {"vision_feature_layer": [-1, 1]}])
+def test_what_a_configuration_may_ask_for(tmp_path, options):
+    """A head that is the embedding; features of several layers side by side."""
+    theirs, processor = save_vlm(tmp_path, **options)
+    model = build(tmp_path)
+    inputs = processor(images=picture(9, 20), text="<image> what?", return_tensors="pt")
+    inputs.pop("attention_mask")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, theirs(**inputs).logits, atol=1e-4, rtol=1e-4)
+    assert (model.text.lm_head is None) == ("tie_word_embeddings" in options)
