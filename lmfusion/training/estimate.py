@@ -306,8 +306,8 @@ def _assumed(run: RunConfig, given: Assumptions, peak_tflops: float, codec: Code
         lines.append(f"the LLM has the sizes of {given.llm}")
     if codec.is_assumed:
         lines.append("there is no autoencoder at the codec's path yet: Transfusion's, 8 channels, an eighth of a side")
-    if any(source.kind == "interleaved" for source in data.sources):
-        lines.append("interleaved documents cost what pairs do")
+    if any(source.kind in ("interleaved", "shape_edits") for source in data.sources):
+        lines.append("interleaved documents and edits cost what pairs do")
     if num_vision:
         lines.append("no image is seen, as in captioned images: conversations and edits take more rows of text")
     return lines

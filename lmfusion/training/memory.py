@@ -140,7 +140,7 @@ def activation_bytes(config: LMFusionConfig, rows: RowCounts, setup: Setup) -> d
         "activations, patch coder in": rows.num_images * encode,
         "activations, layers": text.num_hidden_layers * layer + 4 * rows.num_tokens * config.head_dim + 9 * num_text,
         "activations, LM head": final_norm + head_input + logits + decisions,
-        "activations, patch coder out": rows.num_images * decode,
+        "activations, patch coder out": rows.num_drawn * decode,
     }
 
 
