@@ -144,7 +144,8 @@ def num_vision_rows(config: PreTrainedConfig, height: int, width: int) -> int:
     side = vision.image_size // vision.patch_size
     if config.model_type != "llava_next":
         has_class_row = vision.model_type == "clip_vision_model"
-        return side * side + int(has_class_row and config.vision_feature_select_strategy == "full")
+        # "default" leaves out the first row, whatever it is
+        return side * side + int(has_class_row) - int(config.vision_feature_select_strategy == "default")
     rows, columns = (
         pixels // vision.image_size * side
         for pixels in select_best_resolution((height, width), config.image_grid_pinpoints)

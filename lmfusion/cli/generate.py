@@ -263,9 +263,10 @@ def _options(args: argparse.Namespace, base: Mapping[str, Any], *, mixes: bool, 
 
 
 def _prompt_of(request: "Request") -> "PromptLike":
-    parts: list[str | Path] = [*map(Path, request.images)]
-    if request.prompt or not parts:
-        parts.append(request.prompt)
+    images = [*map(Path, request.images)]
+    words = [request.prompt] if request.prompt or not images else []
+    # What is to become of an image stands before it, as in training; what is said of one, behind it
+    parts: list[str | Path] = [*words, *images] if request.is_drawing else [*images, *words]
     if request.chat:
         return [{"role": "user", "content": parts}]
     # As a single text it is tokenised as the base LLM would, in a list as captions are in training

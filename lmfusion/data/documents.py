@@ -252,20 +252,22 @@ def edit_document(
     has_source: bool = True,
     num_seen: int | None = None,
 ) -> Document:
-    """[bos] BOI source EOI instruction BOI target EOI, ended by eos. Without an instruction (dropped for guidance)
+    """[bos] instruction BOI source EOI BOI target EOI, ended by eos.
 
-    only the target is learned: such a document does not tell that an image is to follow, or nothing.
-    num_seen: rows that a vision-language model makes of the source, which then stand in place of BOI source EOI.
+    Without an instruction (dropped for guidance) only the target is learned: such a document does not tell that an
+    image is to follow, or nothing. num_seen: rows that a vision-language model makes of the source, which then stand in
+    place of BOI source EOI.
+
+    The instruction comes first: with a frozen text tower it is constant then, the source is read in its light, and each
+    part of the target lies at one distance from the same part of its source, however long the instruction is.
     """
     is_whole = has_source and len(instruction_ids) > 0
-    document = Document().text(tokens.bos)
+    document = Document().text(tokens.bos).text(instruction_ids, is_scored=False)
     if has_source and num_seen is not None:
         document = document.seen(num_seen)
     elif has_source:
         document = document.marker(tokens.boi_token_id, is_scored=False).image(num_image_tokens, is_given=True)
         document = document.marker(tokens.eoi_token_id)
-    if has_source:
-        document = document.text(instruction_ids, is_scored=False)
     document = document.marker(tokens.boi_token_id, is_scored=is_whole).image(num_image_tokens)
     document = document.marker(tokens.eoi_token_id)
     return document.end(tokens.eos_token_id) if is_whole else document

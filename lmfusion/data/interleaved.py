@@ -74,7 +74,7 @@ class InterleavedFiles:
                 raise ValueError(f"the line has {length} bytes; the limit is {MAX_LINE_BYTES}")
             own_id, entry = _parse(file.read(start, length), str(number))
             sample_id = f"{name}/{own_id}"
-            if "messages" in entry:
+            if isinstance(entry.get("messages"), list):
                 return Conversation(sample_id, tuple(self._message(item, file) for item in entry["messages"]))
             if isinstance(entry.get("content"), list):  # which may have a "source" of another kind
                 return Interleaved(sample_id, self._parts(entry["content"], file))

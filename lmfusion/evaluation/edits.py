@@ -131,7 +131,7 @@ def held_out_edits(num_per_kind: int) -> tuple[SceneEdit, ...]:
 def draw_edits(model: "LMFusion", edits: Sequence[SceneEdit], config: EditsConfig) -> list[Image.Image]:
     """What `model` makes of each source and instruction."""
     image_size = model.codec.config.image_size
-    prompts: list[list[str | Image.Image]] = [[render(edit.source, image_size), edit.instruction] for edit in edits]
+    prompts: list[list[str | Image.Image]] = [[edit.instruction, render(edit.source, image_size)] for edit in edits]
     return model.draw(
         prompts,
         batch_size=config.batch_size,

@@ -21,7 +21,7 @@ from lmfusion.evaluation.identity import model_digest
 from lmfusion.evaluation.results import Picture, Score, SuiteResult, Table
 from lmfusion.files import replace_text
 from lmfusion.generation.options import GenerationOptions
-from lmfusion.image.png import read_settings, save_png
+from lmfusion.image.png import holds, save_png
 
 if TYPE_CHECKING:
     from lmfusion.modeling import LMFusion
@@ -154,7 +154,7 @@ def _draw(model: "LMFusion", config: GenEvalConfig, line: dict[str, Any], index:
     wanted = [{**made, "index": number} for number in range(config.num_images)]
     files[0].parent.mkdir(parents=True, exist_ok=True)
     replace_text(_folder(folder, index) / "metadata.jsonl", json.dumps(line))
-    if all(_is_made(file, settings) for file, settings in zip(files, wanted, strict=True)):
+    if all(holds(file, settings) for file, settings in zip(files, wanted, strict=True)):
         return 0
     images = model.draw(
         [line["prompt"]] * config.num_images, batch_size=config.num_images, seed=made["seed"], **config.options
@@ -162,10 +162,3 @@ def _draw(model: "LMFusion", config: GenEvalConfig, line: dict[str, Any], index:
     for file, image, settings in zip(files, images, wanted, strict=True):
         save_png(file, image, settings)
     return len(files)
-
-
-def _is_made(file: Path, settings: dict[str, Any]) -> bool:
-    try:
-        return file.is_file() and read_settings(file) == settings
-    except (ValueError, OSError):  # damaged: it is drawn anew
-        return False

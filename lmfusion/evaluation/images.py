@@ -24,7 +24,7 @@ from lmfusion.evaluation.references import CocoConfig, References, check_referen
 from lmfusion.evaluation.results import Picture, Score, SuiteResult
 from lmfusion.generation.options import GenerationOptions
 from lmfusion.generation.samplers import SAMPLERS
-from lmfusion.image.png import read_settings, save_png
+from lmfusion.image.png import holds, save_png
 from lmfusion.image.preprocessing import load_image, to_pil, to_tensor
 
 if TYPE_CHECKING:
@@ -229,7 +229,7 @@ def draw_prompts(
         "model_sha256": digest,
     }
     wanted = [{"prompt": prompt, "index": i, **made} for i, prompt in enumerate(prompts)]
-    missing = [i for i, settings in enumerate(wanted) if not _is_made(files[i], settings)]
+    missing = [i for i, settings in enumerate(wanted) if not holds(files[i], settings)]
     asked = [Asked(encode_prompt(model, [prompts[i]]), options, i) for i in missing]
     if not asked:
         return files
@@ -247,13 +247,6 @@ def draw_prompts(
                         i = places[request_id]
                         save_png(files[i], event.image, wanted[i])
     return files
-
-
-def _is_made(file: Path, settings: dict[str, Any]) -> bool:
-    try:
-        return file.is_file() and read_settings(file) == settings
-    except (ValueError, OSError):  # damaged: it is drawn anew
-        return False
 
 
 def _prompts(config: ImagesConfig, image_size: int) -> tuple[References | None, list[str], list[int]]:

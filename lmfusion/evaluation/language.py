@@ -125,11 +125,15 @@ def base_model(model: "LMFusion") -> "LMFusion":
 
 def _scores(results: Mapping[str, Any]) -> list[Score]:
     """A score for each metric of each task."""
+    return [score for score, _ in _measured(results)]
+
+
+def _measured(results: Mapping[str, Any]) -> list[tuple[Score, np.ndarray | None]]:
+    """A score for each metric of each task, and what it is the mean of; None where it is something else."""
     from lmfusion.evaluation.bootstrap import bootstrap
 
-    scores = []
+    found = []
     for task, metrics in results["results"].items():
-        samples = results.get("samples", {}).get(task, [])
         details = {
             "task version": results.get("versions", {}).get(task),
             "few-shot examples": results.get("n-shot", {}).get(task),
@@ -140,11 +144,13 @@ def _scores(results: Mapping[str, Any]) -> list[Score]:
             metric, _, filter_name = key.partition(",")
             if not filter_name or metric.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
+            # Where a task reads its answers with several filters, each question is there once a filter
+            samples = [s for s in results.get("samples", {}).get(task, []) if s["filter"] == filter_name]
             values = _values_of(samples, metric, float(value))
             low, high = bootstrap(values) if values is not None and len(values) > 1 else (None, None)
             name = f"{task} {metric}" + ("" if filter_name == "none" else f" ({filter_name})")
-            scores.append(Score(name, float(value), low, high, len(samples), details))
-    return scores
+            found.append((Score(name, float(value), low, high, len(samples), details), values))
+    return found
 
 
 def _values_of(samples: Sequence[Mapping[str, Any]], metric: str, mean: float) -> np.ndarray | None:
@@ -161,12 +167,7 @@ def _differences(base: Mapping[str, Any], adapted: Mapping[str, Any]) -> list[Sc
     from lmfusion.evaluation.bootstrap import bootstrap
 
     found = []
-    for ours, theirs in zip(_scores(adapted), _scores(base), strict=True):
-        task, _, metric = ours.name.partition(" ")
-        values, of_base = (
-            _values_of(results.get("samples", {}).get(task, []), metric, score.value)
-            for results, score in ((adapted, ours), (base, theirs))
-        )
+    for (ours, values), (theirs, of_base) in zip(_measured(adapted), _measured(base), strict=True):
         low, high = (None, None) if values is None or of_base is None else bootstrap(values - of_base)
         name = f"{ours.name}, adapted minus base"
         found.append(Score(name, ours.value - theirs.value, low, high, ours.count, ours.details))

@@ -53,18 +53,18 @@ def run_evaluation(
     folder.mkdir(parents=True, exist_ok=True)
     digest = model_digest(model)
     head = _head(config, model, digest, command)
+    keys = {name: values_digest([to_values(s), digest, __version__]) for name, s in config.suites.items()}
     with locked(folder):
-        finished = _finished(folder / RESULTS)
+        # Scores of another model or other settings must not stand beside those of this run, even for a while
+        finished = {name: s for name, s in _finished(folder / RESULTS).items() if s["key"] == keys.get(name)}
         results: dict[str, Any] = {}
         for name, settings in config.suites.items():
-            key = values_digest([to_values(settings), digest, __version__])
-            kept = finished.get(name)
-            if kept is not None and kept["key"] == key:
+            if name in finished:
                 say(f"{name}: finished already, in {folder / RESULTS}")
-                results[name] = kept
+                results[name] = finished[name]
             else:
                 say(f"{name}: running")
-                results[name] = {"key": key, **_run(name, model, settings, folder).to_json()}
+                results[name] = {"key": keys[name], **_run(name, model, settings, folder).to_json()}
                 say(f"{name}: {results[name]['seconds']:.0f} s")
             waiting = {other: finished[other] for other in config.suites if other in finished and other not in results}
             values = {**head, "suites": {**results, **waiting}}

@@ -83,6 +83,14 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     return settings
 
 
+def holds(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> bool:
+    """Whether `save_png` wrote a file with these settings there; False for one that is missing or damaged."""
+    try:
+        return read_settings(path) == settings
+    except (ValueError, OSError):
+        return False
+
+
 def _find_text(file: BinaryIO, name: str) -> str | None:
     """The text of the chunk SETTINGS_KEY in a file that stands behind PNG's signature."""
     wanted = SETTINGS_KEY.encode() + b"\0"

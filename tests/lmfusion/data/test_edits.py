@@ -30,12 +30,11 @@ def edit(words="make it red", sample_id="a"):
 def test_the_document_of_an_edit():
     made = plan(edit(), caption_drop=0.0, diffusion=DiffusionConfig(image_first_max_timestep=3))
     document, words = made.document, ids("make it red")
-    assert document.token_ids == (BOS, BOI, EOI, *words, BOI, EOI)
-    text = ("text", len(words))
+    assert document.token_ids == (BOS, *words, BOI, EOI, BOI, EOI)
     marker, image = ("marker", 1), ("image", 16)
-    assert document.spans == (("text", 1), marker, image, marker, text, marker, image, marker)
+    assert document.spans == (("text", 1), ("text", len(words)), marker, image, marker, marker, image, marker)
     assert document.is_given == (True, False)
-    nothing = (IGNORED,) * (3 + len(words) - 1)
+    nothing = (IGNORED,) * (1 + len(words) + 1)
     assert document.labels == (*nothing, BOI, IGNORED, EOS)  # when to draw, and that nothing follows
     assert made.images == (no_image, no_image) and made.timesteps[0] == 0 and made.timesteps[1] > 3
     assert not made.is_cut
@@ -69,9 +68,9 @@ def test_shares_of_what_is_dropped():
 
 def test_instructions_are_cut_to_their_limit_and_to_the_row():
     limited = plan(edit("abcdef"), caption_drop=0.0, max_caption_tokens=3)
-    assert limited.document.token_ids[3:-2] == tuple(ids("abc")) and not limited.is_cut
+    assert limited.document.token_ids[1:-4] == tuple(ids("abc")) and not limited.is_cut
     cut = plan(edit("abcdef"), caption_drop=0.0, row_tokens=41)
-    assert cut.document.token_ids[3:-2] == tuple(ids("abcd")) and cut.is_cut and cut.document.num_tokens == 41
+    assert cut.document.token_ids[1:-4] == tuple(ids("abcd")) and cut.is_cut and cut.document.num_tokens == 41
     small = plan(edit("abcdef"), caption_drop=0.0, row_tokens=37)
     assert isinstance(small, Damage) and "take 38; raise it" in small.reason
     empty = plan(edit(" "))
@@ -115,6 +114,7 @@ def test_lines_with_edits(triples, tmp_path):
         ({"source": 3, "instruction": "x", "target": "1.png"}, "source is 3"),
         ({"source": "0.png", "instruction": "x"}, 'target is None; an edit is like {"source": "a.png"'),
         ({"source": "../0.png", "instruction": "x", "target": "1.png"}, "leads out of the folder"),
+        ({"source": "0.png", "messages": None}, "instruction is None"),
     ],
 )
 def test_lines_with_half_an_edit(tmp_path, line, message):

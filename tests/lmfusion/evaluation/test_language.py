@@ -122,6 +122,25 @@ def test_perplexities_have_no_interval_of_a_mean(tiny, task, tmp_path):
     assert score.low is None
 
 
+def test_each_filter_of_a_task_has_its_own_questions(tiny, task, tmp_path):
+    values = yaml.safe_load(task.read_text())
+    del values["doc_to_choice"]
+    values |= {"output_type": "generate_until", "doc_to_target": "{{answer}}"}
+    values["generation_kwargs"] = {"until": ["."], "max_gen_toks": 2}
+    values["filter_list"] = [
+        {"name": "first", "filter": [{"function": "regex", "regex_pattern": "(.)"}, {"function": "take_first"}]},
+        {"name": "never", "filter": [{"function": "regex", "regex_pattern": "(0)(?!.)x"}, {"function": "take_first"}]},
+    ]
+    values["metric_list"] = [{"metric": "exact_match"}]
+    task.write_text(yaml.safe_dump(values))
+    scores = run_language(tiny, LanguageConfig([str(task)], verify=False), tmp_path).scores
+    by_name = {score.name: score for score in scores}
+    for name in ("mine exact_match (first)", "mine exact_match (never)"):
+        assert by_name[name].count == len(QUESTIONS)
+        assert by_name[name].low is not None
+        assert by_name[f"{name}, adapted minus base"].low == 0
+
+
 def test_what_is_missing_is_named_with_the_way_out(task, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no such file"):
         check_language(LanguageConfig([str(tmp_path / "none.yaml")]))

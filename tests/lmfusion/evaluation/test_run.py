@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from lmfusion import LMFusion
 from lmfusion.cli import main
 from lmfusion.config_values import from_values
 from lmfusion.evaluation import captions
@@ -101,6 +103,17 @@ def test_a_killed_run_goes_on(recipe, out, monkeypatch):
     main(["eval", str(recipe)])
     assert results_of(out)["suites"]["images"] == first["suites"]["images"]
     assert list(results_of(out)["suites"]) == ["images", "captions"]
+
+
+def test_scores_of_another_model_are_not_shown_while_it_waits(recipe, out, tmp_path, tiny_folder, monkeypatch):
+    main(["eval", str(recipe), "images.num_images=2"])
+    other = LMFusion.from_pretrained(tiny_folder)
+    with torch.no_grad():
+        other.image.norm.weight[0] += 1
+    other.save_pretrained(tmp_path / "other")
+    monkeypatch.setattr(captions, "run_captions", interrupted)
+    assert main(["eval", str(recipe), "images.num_images=2", f"model={tmp_path / 'other'}"]) == 130
+    assert list(results_of(out)["suites"]) == ["images"]
 
 
 def interrupted(*args):

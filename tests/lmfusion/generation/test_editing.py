@@ -44,7 +44,7 @@ def training_documents(model, caption_drop, num=200):
 
 def read_documents(model, **options):
     """(spans, token ids) of what each branch of guidance reads before the image, that of the whole prompt first."""
-    prompt = encode_prompt(model, [PICTURE, INSTRUCTION])
+    prompt = encode_prompt(model, [INSTRUCTION, PICTURE])
     request = Request(model, 0, prompt, GenerationOptions(**DRAWING, **options), 0)
     request.cached, *request.branches = (SimpleNamespace(length=0) for _ in range(3))
     latents = model.codec.encode(prompt.images[0][None])[0]
@@ -83,12 +83,12 @@ def test_the_command_edits_an_image(model, tmp_path):
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     command = ["generate", str(tmp_path / "model"), INSTRUCTION, "--image", str(tmp_path / "in.png")]
     assert main([*command, *flags, "--output", str(tmp_path / "out"), "--device", "cpu"]) == 0
-    [expected] = model.draw([[PICTURE, INSTRUCTION]], **options)
+    [expected] = model.draw([[INSTRUCTION, PICTURE]], **options)
     made = Image.open(tmp_path / "out" / "0000.png")
     assert np.array_equal(np.asarray(made), np.asarray(expected))
     settings = read_settings(tmp_path / "out" / "0000.png")
     assert settings["prompt_images"] == [str(tmp_path / "in.png")] and settings["image_guidance_scale"] == 1.5
-    [ignored] = model.draw([[PICTURE, "remove it"]], **options)
-    [other] = model.draw([[ImageOps.invert(PICTURE), INSTRUCTION]], **options)
+    [ignored] = model.draw([["remove it", PICTURE]], **options)
+    [other] = model.draw([[INSTRUCTION, ImageOps.invert(PICTURE)]], **options)
     assert not np.array_equal(np.asarray(ignored), np.asarray(expected))
     assert not np.array_equal(np.asarray(other), np.asarray(expected))
