@@ -309,6 +309,8 @@ class LMFusion(PretrainedHabits):
         """
         if (input_ids is None) == (batch is None):
             raise ValueError("give either input_ids (text alone) or batch (text and images)")
+        if input_ids is None and pixel_values is not None:
+            raise ValueError("pixel_values go with input_ids; a batch has its images inside")
         if batch is not None:
             return self._score(batch)
         assert input_ids is not None

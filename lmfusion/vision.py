@@ -126,7 +126,12 @@ class VisionEncoder(nn.Module):
 
     @torch.no_grad()
     def encode_pixels(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> list[Tensor]:
-        """Rows of each image from what transformers' processor gives: pixel_values, and image_sizes of LLaVA-NeXT."""
+        """Rows of each image from what transformers' processor gives: pixel_values, and image_sizes of LLaVA-NeXT.
+
+        Raises ValueError where these are missing.
+        """
+        if self.has_tiles and image_sizes is None:
+            raise ValueError("image_sizes are missing, which say how tiles lie; take them from the processor")
         weight = next(self.parameters())
         sizes = {"image_sizes": image_sizes} if self.has_tiles else {}
         features = self.model.get_image_features(

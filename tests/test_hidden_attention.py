@@ -130,7 +130,7 @@ def test_nothing_outside_depends_on_what_is_hidden(backend):
 
 @needs_native
 def test_the_visible_rows_are_those_of_a_batch_without_the_hidden_ones():
-    """To the bit: with 64 hidden rows at a tile's border the same tiles remain."""
+    """But for rounding: with 64 hidden rows at a tile's border the same tiles of keys remain."""
     with_hidden = lk.TokenLayout.from_spans([[("text", 64), ("image", 64, "hidden"), ("image", 50), ("text", 30)]])
     without = lk.TokenLayout.from_spans([[("text", 64), ("image", 50), ("text", 30)]])
     q, k, v, _ = make_inputs(208, 208, 4, 2, 16)

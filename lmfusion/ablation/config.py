@@ -61,8 +61,8 @@ class MeasureConfig:
     texts: str | None = None
     """UTF-8 file of plain texts that are not trained on, divided by blank lines; None: lmfusion's own."""
     task: str | None = "everyday"
-    """Multiple-choice task of `lmfusion eval`'s language suite: its own "everyday", a name of lm-evaluation-harness's
-    or a YAML file. None: no task is asked."""
+    """Multiple-choice task, with the metric "acc", of `lmfusion eval`'s language suite: its own "everyday", a name of
+    lm-evaluation-harness's or a YAML file. None: no task is asked."""
     drawings: DrawingsConfig = field(default_factory=DrawingsConfig)
 
     def __post_init__(self) -> None:

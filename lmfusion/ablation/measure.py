@@ -9,11 +9,12 @@ import numpy as np
 from lmfusion.ablation.config import MeasureConfig
 from lmfusion.ablation.texts import PLAIN_TEXTS
 from lmfusion.config_values import to_values
-from lmfusion.data.shapes import Shapes
+from lmfusion.data.shapes import Scene, Shapes, render
 from lmfusion.evaluation.bootstrap import bootstrap
-from lmfusion.evaluation.language import LanguageConfig, check_language, run_language, text_loss
+from lmfusion.evaluation.language import LanguageConfig, check_language, run_language
 from lmfusion.evaluation.results import Score
 from lmfusion.evaluation.scenes import check
+from lmfusion.evaluation.scoring import text_loss
 from lmfusion.training.config import RunConfig
 from lmfusion.training.json_lines import JsonLines
 from lmfusion.training.sampling import make_grid, save_grid
@@ -50,7 +51,7 @@ class Measurer:
         """Loss of plain text, and accuracy at the task with its bootstrap interval, by the model's text side."""
         values: dict[str, float | None] = {"text_loss": text_loss(model, self._texts)}
         if self._language is not None:
-            accuracy = _accuracy(run_language(model, self._language, folder).scores)
+            accuracy = _accuracy(self._language.tasks[0], run_language(model, self._language, folder).scores)
             values |= {"text_accuracy": accuracy.value}
             values |= {"text_accuracy_low": accuracy.low, "text_accuracy_high": accuracy.high}
         return values
@@ -80,6 +81,8 @@ class MeasuredTrainer(Trainer):
         super().__init__(config)
         self._measurer = measurer
         self._lines = JsonLines(self.folder / MEASURED)
+        if measurer.config.drawings.num_images:
+            render(Scene(()), self.model.codec.config.image_size)  # complain of too small images now, not at the end
 
     def run(self, max_steps: int | None = None) -> bool:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -124,6 +127,12 @@ def read_texts(path: str | None) -> list[str]:
     return texts
 
 
-def _accuracy(scores: tuple[Score, ...]) -> Score:
-    """The task's accuracy: "acc" where it has one, or else its first score."""
-    return next((score for score in scores if score.name.split()[-1] == "acc"), scores[0])
+def _accuracy(task: str, scores: tuple[Score, ...]) -> Score:
+    """The task's accuracy. Raises ValueError for a group of tasks, and for a task that is not scored by "acc"."""
+    found = [score for score in scores if score.name.split()[-1] == "acc"]
+    if len(found) != 1:
+        raise ValueError(
+            f"measure.task is {task}, with the scores {', '.join(score.name for score in scores) or 'none'}; name one "
+            'multiple-choice task with the metric "acc", or null'
+        )
+    return found[0]

@@ -2,11 +2,9 @@
 
 import dataclasses
 import gc
-import importlib.metadata
 import json
 import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +20,7 @@ from lmfusion.ablation.orderings import judge
 from lmfusion.ablation.plot import check_plot, draw_plot
 from lmfusion.ablation.report import markdown
 from lmfusion.config_values import to_values
+from lmfusion.evaluation.identity import commit, versions
 from lmfusion.files import locked, replace_text
 from lmfusion.training.config import RunConfig
 
@@ -95,8 +94,8 @@ def _train(run: RunConfig, measurer: Measurer) -> dict[str, Any] | None:
         "wall_seconds": round(time.perf_counter() - start, 1),
         "wall_seconds_are_since_step": first_step,
         "machine": {"processor": _processor(), "num_threads": torch.get_num_threads()},
-        "commit": _commit(),
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
+        "commit": commit(),
+        "versions": versions(PACKAGES),
     }
     replace_text(folder / RESULT, json.dumps(result, indent=2) + "\n")
     _drop_checkpoints(folder)
@@ -174,21 +173,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return flat
-
-
-def _commit() -> str | None:
-    """Of the checkout that runs; "-dirty" is added where files differ from it. None outside of a checkout."""
-    root = Path(__file__).resolve().parents[2]
-    try:
-        described = subprocess.run(
-            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return described.stdout.strip() if described.returncode == 0 else None
 
 
 def _processor() -> str:

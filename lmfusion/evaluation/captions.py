@@ -55,18 +55,15 @@ class CaptionsConfig:
 
 
 def check_captions(config: CaptionsConfig) -> None:
-    """Look for the data. Raises ValueError, with the way out, where they are missing."""
+    """Look for the data. Raises ValueError, with the way out, where they are missing, damaged or fewer than asked."""
     check_references(config.coco, "captions")
-    if config.source is not None:
-        load_references(config.source, None, image_size=8)
+    _references(config, image_size=8)
 
 
 def run_captions(model: "LMFusion", config: CaptionsConfig, folder: Path) -> SuiteResult:
     """Describe images and compare. Raises ValueError for more images than there are, and what `References` raises."""
     start = time.perf_counter()
-    references = load_references(config.source, config.coco, model.codec.config.image_size)
-    if config.num_images is not None and config.num_images > len(references):
-        raise ValueError(f"captions.num_images is {config.num_images}, but there are {len(references)} images")
+    references = _references(config, model.codec.config.image_size)
     indices = [index for index, _ in references.draw(config.num_images, config.seed)]
     folder.mkdir(parents=True, exist_ok=True)
     written = describe(model, references, indices, config, folder / FILE)
@@ -80,11 +77,21 @@ def run_captions(model: "LMFusion", config: CaptionsConfig, folder: Path) -> Sui
     )
 
 
+def _references(config: CaptionsConfig, image_size: int) -> References:
+    references = load_references(config.source, config.coco, image_size)
+    if config.num_images is not None and config.num_images > len(references):
+        raise ValueError(f"captions.num_images is {config.num_images}, but there are {len(references)} images")
+    return references
+
+
 def describe(
     model: "LMFusion", references: References, indices: Sequence[int], config: CaptionsConfig, file: Path
 ) -> list[str]:
-    """A caption of each image at `indices`; those in `file`, written by the same model and settings, stay."""
-    key = values_digest([model_digest(model), config.prompt, config.max_new_tokens])
+    """A caption of each image at `indices`; those in `file`, of the same data, model and settings, stay."""
+    data = to_values(config)
+    key = values_digest(
+        [model_digest(model), data["source"], data["coco"], config.prompt, config.max_new_tokens]
+    )  # names of images alone may be those of another folder
     known = _read_written(file, key)
     chosen = [references[index] for index in indices]
     missing = [reference for reference in chosen if reference.sample_id not in known]
@@ -130,8 +137,8 @@ def _read_written(file: Path, key: str) -> dict[str, str]:
     if not file.is_file():
         return {}
     found = {}
-    first, *lines = file.read_text(encoding="utf-8").split("\n")
     try:
+        first, *lines = file.read_text(encoding="utf-8").split("\n")
         if json.loads(first) != {"key": key}:
             return {}
         for line in lines:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmfusion.config_values import check_least, to_values
 from lmfusion.evaluation.identity import model_digest
+from lmfusion.evaluation.references import read_lines
 from lmfusion.evaluation.results import Picture, Score, SuiteResult, Table
 from lmfusion.files import replace_text
 from lmfusion.generation.options import GenerationOptions
@@ -104,8 +105,7 @@ def read_metadata(config: GenEvalConfig) -> list[dict[str, Any]]:
     file = Path(config.prompts)
     if not file.is_file():
         raise ValueError(f"geneval.prompts is {file}, and there is no such file; give {PROMPTS}")
-    lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
-    metadata = [_read_line(file, number, line) for number, line in enumerate(lines, start=1)]
+    metadata = [_read_line(file, number, line) for number, line in enumerate(read_lines(file), start=1)]
     wanted = config.num_prompts or max(1, len(metadata))
     if wanted > len(metadata):
         raise ValueError(f"geneval.prompts is {file}, which has {len(metadata)} prompts; {wanted} are asked for")

@@ -20,7 +20,7 @@ from lmfusion.evaluation.bootstrap import PERCENTILES, bootstrap
 from lmfusion.evaluation.extractors import ExtractorConfig, FeatureExtractor, load_extractor
 from lmfusion.evaluation.feature_distances import frechet_distance, kernel_distances_of_subsets
 from lmfusion.evaluation.identity import model_digest
-from lmfusion.evaluation.references import CocoConfig, References, check_references, load_references
+from lmfusion.evaluation.references import CocoConfig, References, check_references, load_references, read_lines
 from lmfusion.evaluation.results import Picture, Score, SuiteResult
 from lmfusion.generation.options import GenerationOptions
 from lmfusion.generation.samplers import SAMPLERS
@@ -102,11 +102,10 @@ class ImagesConfig:
 def check_images(config: ImagesConfig) -> None:
     """Look for data, weights and packages. Raises ValueError or OSError, with the way out, where one is missing."""
     check_references(config.coco, "images")
-    for source in (config.source, config.control):
-        if source is not None:
-            load_references(source, None, image_size=8)
-    if config.prompts is not None:
-        read_prompts(config.prompts)
+    for source, coco in ((config.source, config.coco), (config.control, None)):
+        if source is not None or coco is not None:
+            load_references(source, coco, image_size=8)
+    _given_prompts(config)
     for extractor in config.extractors:
         try:
             load_extractor(extractor)
@@ -193,7 +192,7 @@ def read_prompts(path: str) -> list[str]:
     file = Path(path)
     if not file.is_file() or file.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"images.prompts is {path}; give a file that is there, .txt (one a line) or .jsonl")
-    lines = [line.strip() for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    lines = [line.strip() for line in read_lines(file)]
     if file.suffix == ".jsonl":
         try:
             lines = [json.loads(line)["prompt"].strip() for line in lines]
@@ -253,13 +252,21 @@ def _prompts(config: ImagesConfig, image_size: int) -> tuple[References | None, 
     """The references, the prompts, and the indices of the real images, each once."""
     has_real = config.source is not None or config.coco is not None
     references = load_references(config.source, config.coco, image_size) if has_real else None
-    given = None if config.prompts is None else read_prompts(config.prompts)
-    if given is not None and config.num_images is not None and config.num_images > len(given):
-        raise ValueError(f"images.num_images is {config.num_images}, but {config.prompts} has {len(given)} prompts")
+    given = _given_prompts(config)
     count = config.num_images if given is None else config.num_images or len(given)
     pairs = [] if references is None else references.draw(count, config.seed)
     prompts = given[:count] if given is not None else [caption for _, caption in pairs]
     return references, prompts, sorted({index for index, _ in pairs})
+
+
+def _given_prompts(config: ImagesConfig) -> list[str] | None:
+    """The prompts of the file; None where captions are the prompts. Raises ValueError for more images than prompts."""
+    if config.prompts is None:
+        return None
+    given = read_prompts(config.prompts)
+    if config.num_images is not None and config.num_images > len(given):
+        raise ValueError(f"images.num_images is {config.num_images}, but {config.prompts} has {len(given)} prompts")
+    return given
 
 
 def _resized(references: References, indices: Sequence[int], size: int, channels: int) -> Iterator[Image.Image]:

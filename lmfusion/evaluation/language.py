@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lmfusion.config_values import check_least, to_values
+from lmfusion.conversion import open_base
 from lmfusion.evaluation.packages import require
 from lmfusion.evaluation.results import Score, SuiteResult, Table
-from lmfusion.evaluation.scoring import BATCH_TOKENS, text_loss
+from lmfusion.evaluation.scoring import BATCH_TOKENS
 
 if TYPE_CHECKING:
     from lmfusion.modeling import LMFusion
-
-__all__ = ["LanguageConfig", "check_language", "run_language", "text_loss"]
 
 
 @dataclass
@@ -67,13 +66,16 @@ def check_language(config: LanguageConfig) -> None:
 def run_language(model: "LMFusion", config: LanguageConfig, folder: Path) -> SuiteResult:
     """Ask `model`, and its base LLM, all tasks. Nothing is written into `folder`.
 
-    Raises ValueError for a model that was made without a base LLM where it is to be compared with it.
+    Raises ValueError for a model that was made without a base LLM where it is to be compared with it, and what
+    `lmfusion.conversion.open_base` raises where that is not there.
     """
     start = time.perf_counter()
     if model.base is None and (config.compare_with_base or config.verify):
         raise ValueError(
             "this model was made without a base LLM; set language.compare_with_base and language.verify to false"
         )
+    if model.base is not None and (config.compare_with_base or config.verify):
+        open_base(model.base.name)  # complain of a base that is gone before any task is asked
 
     from lmfusion.evaluation.harness import LMFusionLM, ask, load_tasks
 

@@ -48,8 +48,10 @@ def render_page(values: Mapping[str, Any], results: Sequence[SuiteResult], folde
         ("device", values["device"]),
         ("versions", ", ".join(f"{name} {version}" for name, version in values["versions"].items())),
         ("date", values["date"]),
-        ("seconds", ", ".join(f"{result.suite} {result.seconds:.0f}" for result in results)),
     ]
+    for name, suite in values["suites"].items():
+        made = suite["made"]
+        about.append((name, f"{suite['seconds']:.0f} s on {made['device']}, {made['date']}, commit {made['commit']}"))
     again = f"<p>The same again:</p><pre>{html.escape(values['command'])}</pre>" if values["command"] else ""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -92,7 +94,7 @@ def _scores(scores: Sequence[Score]) -> str:
 
 
 def _shared_details(scores: Sequence[Score]) -> dict[str, Any]:
-    """Details that stand with several scores, with one value: they are said once."""
+    """Details that stand with most scores, and always with one value: they are said once."""
     found: dict[str, list[Any]] = {}
     for score in scores:
         for name, value in score.details.items():
@@ -100,7 +102,7 @@ def _shared_details(scores: Sequence[Score]) -> dict[str, Any]:
     return {
         name: values[0]
         for name, values in found.items()
-        if len(values) > 1 and all(value == values[0] for value in values)
+        if len(values) > max(1, len(scores) / 2) and all(value == values[0] for value in values)
     }
 
 

@@ -1,4 +1,7 @@
-"""Which images and captions is a model compared with? Those of a data source, or of a file in COCO's layout."""
+"""Which images and captions is a model compared with? Those of a data source, or of a file in COCO's layout.
+
+Files of prompts, one a line, are read here too.
+"""
 
 import json
 from collections.abc import Callable, Sequence
@@ -42,13 +45,23 @@ class Reference:
     captions: tuple[str, ...]
 
 
+def read_lines(file: Path) -> list[str]:
+    """The lines of a text file that hold something, without a byte order mark. Raises ValueError unless it is UTF-8."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text ({error}); save it as UTF-8") from error
+    return [line for line in text.split("\n") if line.strip()]
+
+
 def check_references(coco: CocoConfig | None, suite: str) -> None:
     """Raise ValueError, with the way out, where the files of `coco` are not there. suite: its name, for the message."""
     for name in ("annotations", "images") if coco is not None else ():
         path = Path(getattr(coco, name))
-        if not path.exists():
+        kind, is_there = ("folder", path.is_dir()) if name == "images" else ("file", path.is_file())
+        if not is_there:
             raise ValueError(
-                f"{suite}.coco.{name} is {path}, and there is nothing there; download it and give its place "
+                f"{suite}.coco.{name} is {path}, and there is no such {kind}; download it and give its place "
                 f"({suite}.coco.{name}=PATH). {COCO_DOWNLOADS}"
             )
 

@@ -5,10 +5,8 @@ of lmfusion are those of the file is not run again, so that a killed run goes on
 """
 
 import importlib
-import importlib.metadata
 import json
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +19,7 @@ from lmfusion import __version__
 from lmfusion.config_values import to_values
 from lmfusion.devices import choose_device
 from lmfusion.evaluation.config import EvalConfig
-from lmfusion.evaluation.identity import model_digest, values_digest
+from lmfusion.evaluation.identity import commit, model_digest, values_digest, versions
 from lmfusion.evaluation.page import render_page
 from lmfusion.evaluation.results import SuiteResult
 from lmfusion.files import locked, replace_text
@@ -64,7 +62,8 @@ def run_evaluation(
                 results[name] = finished[name]
             else:
                 say(f"{name}: running")
-                results[name] = {"key": keys[name], **_run(name, model, settings, folder).to_json()}
+                made = {key: head[key] for key in ("commit", "device", "date")}
+                results[name] = {"key": keys[name], "made": made, **_run(name, model, settings, folder).to_json()}
                 say(f"{name}: {results[name]['seconds']:.0f} s")
             waiting = {other: finished[other] for other in config.suites if other in finished and other not in results}
             values = {**head, "suites": {**results, **waiting}}
@@ -100,7 +99,7 @@ def _head(config: EvalConfig, model: LMFusion, digest: str, command: str) -> dic
     return {
         "schema": SCHEMA,
         "lmfusion": __version__,
-        "commit": _commit(),
+        "commit": commit(),
         "command": command,
         "config": to_values(config),
         "config_sha256": values_digest(to_values(config)),
@@ -113,7 +112,7 @@ def _head(config: EvalConfig, model: LMFusion, digest: str, command: str) -> dic
             "dtype": str(model.text.norm.weight.dtype).removeprefix("torch."),
         },
         "device": _device_name(model.device),
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": versions(PACKAGES),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -127,7 +126,11 @@ def _finished(file: Path) -> dict[str, dict[str, Any]]:
         found = {}
         for name, suite in values["suites"].items():
             pictures = SuiteResult.from_json(suite).pictures
-            if suite["key"] and all((file.parent / name / picture.file).is_file() for picture in pictures):
+            if (
+                suite["key"]
+                and suite["made"]
+                and all((file.parent / name / picture.file).is_file() for picture in pictures)
+            ):
                 found[name] = suite
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -138,33 +141,6 @@ def _write(folder: Path, values: dict[str, Any]) -> None:
     replace_text(folder / RESULTS, json.dumps(values, indent=1) + "\n")
     results = [SuiteResult.from_json(suite) for suite in values["suites"].values()]
     replace_text(folder / PAGE, render_page(values, results, folder))
-
-
-def _commit() -> str | None:
-    """Of the checkout that this package is in, with "+changes" if its files differ from it; None outside of one."""
-    here = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    if not git("ls-files", str(Path(__file__).resolve())):  # a package installed inside somebody else's checkout
-        return None
-    commit = git("rev-parse", "HEAD")
-    return f"{commit}+changes" if commit and git("status", "--porcelain", "--untracked-files=no") else commit
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _device_name(device: torch.device) -> str:

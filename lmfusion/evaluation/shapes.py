@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lmfusion.config_values import check_least, to_values
-from lmfusion.data.shapes import SKILLS, CaptionedScene, Scene, Shapes
+from lmfusion.data.shapes import SKILLS, CaptionedScene, Scene, Shapes, render
 from lmfusion.evaluation.bootstrap import bootstrap
 from lmfusion.evaluation.results import Picture, Score, SuiteResult, Table
 from lmfusion.evaluation.scenes import UNKNOWN, check, read_scene
@@ -24,8 +24,6 @@ from lmfusion.generation.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from lmfusion.modeling import LMFusion
-
-__all__ = ["ShapesConfig", "check", "read_scene", "run_shapes"]
 
 RIGHT, WRONG = (30, 150, 60), (210, 40, 40)
 """Frames of drawings, RGB."""
@@ -69,6 +67,7 @@ def run_shapes(model: "LMFusion", config: ShapesConfig, folder: Path) -> SuiteRe
     images are smaller than 16 pixels.
     """
     start = time.perf_counter()
+    render(Scene(()), model.codec.config.image_size)  # complain of too small images before any is drawn
     judged = draw_captions(model, held_out_captions(config.num_per_skill), config)
     scores, rows = [], []
     for skill in (*SKILLS, None):

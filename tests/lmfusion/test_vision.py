@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from transformers import CLIPVisionConfig, LlavaConfig, SiglipVisionConfig
 
+from lmfusion.vision import VisionEncoder, num_vision_rows
 from tests.lmfusion.vlms import build, picture, save_vlm
 
 SHAPES = [(8, 8), (5, 23), (31, 7), (16, 16), (1, 40), (64, 33)]
@@ -40,3 +42,13 @@ def test_what_a_configuration_may_ask_for(tmp_path, options):
     with torch.no_grad():
         torch.testing.assert_close(model(**inputs).logits, theirs(**inputs).logits, atol=1e-4, rtol=1e-4)
     assert (model.text.lm_head is None) == ("tie_word_embeddings" in options)
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+@pytest.mark.parametrize("encoder", [CLIPVisionConfig, SiglipVisionConfig])
+def test_rows_of_llava_are_counted_as_they_are_made(encoder, strategy):
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vision = encoder(**sizes, image_size=8, patch_size=4)
+    config = LlavaConfig(vision_config=vision, vision_feature_select_strategy=strategy)
+    [rows] = VisionEncoder(config).encode_pixels(torch.zeros(1, 3, 8, 8))
+    assert num_vision_rows(config, 8, 8) == len(rows)

@@ -160,6 +160,8 @@ def test_pixels_without_image_tokens_or_vision(vlm, tiny_llama, saved_vlm):
     model = build(vlm)
     with pytest.raises(ValueError, match=r"hold 1 image tokens, but the images have \d+ rows"):
         model(**{**inputs, "input_ids": torch.tensor([[5, model.vision.image_token_id]])})
+    with pytest.raises(ValueError, match="image_sizes are missing"):
+        model(**{name: inputs[name] for name in ("input_ids", "pixel_values")})
     with pytest.raises(ValueError, match="pixel_values are for models made with"):
         LMFusion.from_llm(tiny_llama, image=IMAGE, codec=CODEC)(**inputs)
 

@@ -11,12 +11,13 @@ import yaml
 
 from lmfusion.ablation import run as ablation_run
 from lmfusion.ablation.config import AblationConfig
-from lmfusion.ablation.measure import MeasuredTrainer, read_texts
+from lmfusion.ablation.measure import MeasuredTrainer, _accuracy, read_texts
 from lmfusion.ablation.plot import draw_plot
 from lmfusion.ablation.run import check_unchanged, run_ablation
 from lmfusion.ablation.texts import PLAIN_TEXTS
 from lmfusion.cli import main
 from lmfusion.config_values import from_values, to_values
+from lmfusion.evaluation.results import Score
 from lmfusion.modeling import LMFusion
 from lmfusion.training.config import read_recipe
 from lmfusion.training.trainer import Trainer
@@ -180,6 +181,14 @@ def test_accuracy_of_a_task_is_measured(values):
     assert "drawings_right" not in final
 
 
+def test_accuracy_is_that_of_one_task_and_nothing_else():
+    right, others = Score("piqa acc", 0.5), (Score("piqa acc_norm", 0.6), Score("gsm8k exact_match (strict)", 0.1))
+    assert _accuracy("piqa", (right, *others)) is right
+    for scores in (others, (right, Score("mmlu_law acc", 0.3)), ()):
+        with pytest.raises(ValueError, match=r"measure.task is mine, .* name one multiple-choice task"):
+            _accuracy("mine", scores)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -197,6 +206,7 @@ def test_accuracy_of_a_task_is_measured(values):
         ("measure.task=nowhere.yaml", "names nowhere.yaml, and there is no such file"),
         ("measure.drawings.sampler=best", "measure.drawings.sampler is 'best'"),
         ("measure.drawings.num_images=100000", "there are 1000 held-out captions"),
+        ("base.model.codec.image_size=8", "image_size is 8; shapes cannot be told apart below 16 pixels"),
         ("orderings=[{claim: c, metric: text_loss, keeps: [other]}]", "names other, which is no variant"),
         ("orderings=[{claim: c, metric: drawings_right, order: [none-0, deep-0]}]", "num_images above 0"),
         ("colour=red", "unknown key colour"),

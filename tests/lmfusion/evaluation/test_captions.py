@@ -3,10 +3,11 @@
 import json
 
 import pytest
+from PIL import Image
 
 from lmfusion import LMFusion
 from lmfusion.config_values import from_values
-from lmfusion.evaluation.captions import FILE, CaptionsConfig, run_captions, scores_of
+from lmfusion.evaluation.captions import FILE, CaptionsConfig, check_captions, run_captions, scores_of
 
 DIGITS = {"kind": "digits", "split": "test"}
 
@@ -50,10 +51,23 @@ def test_captions_that_are_there_are_kept(tiny, config, tmp_path, captioned):
     assert captioned == [5, 1]
     assert second.scores == first.scores
     assert file.read_text() == text
+    file.write_bytes(b"\xff" + text.encode()[1:])
+    assert run_captions(tiny, config, tmp_path).scores == first.scores
+    assert captioned == [5, 1, 5]
     other = from_values(CaptionsConfig, {"source": DIGITS, "num_images": 5, "prompt": "a picture of"})
     run_captions(tiny, other, tmp_path)
-    assert captioned == [5, 1, 5]
+    assert captioned == [5, 1, 5, 5]
     assert json.loads(file.read_text().splitlines()[1])["caption"] == "a picture of a handwritten seven"
+
+
+def test_captions_of_another_folder_are_not_kept(tiny, tmp_path, captioned):
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / folder / "same.png")
+        (tmp_path / folder / "same.txt").write_text("a square")
+        source = {"kind": "folder", "path": str(tmp_path / folder)}
+        run_captions(tiny, from_values(CaptionsConfig, {"source": source}), tmp_path / "out")
+    assert captioned == [1, 1]
 
 
 def test_exact_matches_are_of_any_reference():
@@ -77,5 +91,7 @@ def test_bad_settings(values, reason):
 
 
 def test_no_more_images_than_there_are(tiny, tmp_path):
-    with pytest.raises(ValueError, match="num_images is 100000, but there are"):
-        run_captions(tiny, from_values(CaptionsConfig, {"source": DIGITS, "num_images": 100000}), tmp_path)
+    config = from_values(CaptionsConfig, {"source": DIGITS, "num_images": 100000})
+    for call in (lambda: check_captions(config), lambda: run_captions(tiny, config, tmp_path)):
+        with pytest.raises(ValueError, match="num_images is 100000, but there are"):
+            call()

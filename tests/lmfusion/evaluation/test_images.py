@@ -93,6 +93,11 @@ def test_prompts_from_files_and_the_clip_score(tiny, tmp_path):
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "a cat"}) + "\n")
     assert read_prompts(str(tmp_path / "prompts.txt")) == ["a cat", "a dog"]
     assert read_prompts(str(tmp_path / "prompts.jsonl")) == ["a cat"]
+    (tmp_path / "mark.txt").write_text("\ufeffa cat\n", encoding="utf-8")
+    assert read_prompts(str(tmp_path / "mark.txt")) == ["a cat"]
+    (tmp_path / "latin.txt").write_text("ein Bär\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"latin.txt is not UTF-8"):
+        read_prompts(str(tmp_path / "latin.txt"))
     values = {**FAST, "prompts": str(tmp_path / "prompts.txt"), "num_images": None}
     values["clip"] = str(save_clip(tmp_path / "clip"))
     config = from_values(ImagesConfig, values)
@@ -102,7 +107,7 @@ def test_prompts_from_files_and_the_clip_score(tiny, tmp_path):
     assert score.count == 2
     assert 0 <= score.low <= score.value <= score.high <= 100
     with pytest.raises(ValueError, match="has 2 prompts"):
-        run_images(tiny, from_values(ImagesConfig, {**values, "num_images": 3}), tmp_path / "out")
+        check_images(from_values(ImagesConfig, {**values, "num_images": 3}))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,8 @@ import yaml
 import lmfusion.evaluation
 from lmfusion import LMFusion
 from lmfusion.config_values import from_values
-from lmfusion.evaluation.language import LanguageConfig, base_model, check_language, run_language, text_loss
+from lmfusion.evaluation.language import LanguageConfig, base_model, check_language, run_language
+from lmfusion.evaluation.scoring import text_loss
 from tests.lmfusion import vlms
 
 pytest.importorskip("lm_eval")
@@ -97,6 +99,15 @@ def test_without_comparison_nothing_of_the_base_is_read(tiny_folder, task, tmp_p
     result = run_language(model, LanguageConfig([str(task)], limit=1, compare_with_base=False, verify=False), tmp_path)
     assert {score.name for score in result.scores} == {"mine acc", "mine acc_norm"}
     assert result.scores[0].count == 1
+
+
+def test_a_base_that_is_gone_is_said_before_any_task_is_asked(tiny_folder, task, tmp_path, monkeypatch):
+    model = LMFusion.from_pretrained(tiny_folder)
+    model.base = replace(model.base, name=str(tmp_path / "gone"))
+    monkeypatch.setattr("lmfusion.evaluation.harness.ask", lambda *args: pytest.fail("a task is asked"))
+    for options in ({"compare_with_base": False}, {"verify": False}):
+        with pytest.raises(FileNotFoundError, match="gone"):
+            run_language(model, LanguageConfig([str(task)], **options), tmp_path)
 
 
 def test_data_may_lie_elsewhere(tiny, task, tmp_path):

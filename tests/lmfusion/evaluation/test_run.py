@@ -12,6 +12,7 @@ from lmfusion import LMFusion
 from lmfusion.cli import main
 from lmfusion.config_values import from_values
 from lmfusion.evaluation import captions
+from lmfusion.evaluation import run as run_module
 from lmfusion.evaluation.config import EvalConfig, suite_names
 from lmfusion.evaluation.results import Picture, Score, SuiteResult, Table
 from lmfusion.evaluation.run import run_evaluation
@@ -61,6 +62,7 @@ def test_the_command_writes_results_and_a_page(recipe, out, capsys):
     assert values["suites"]["captions"]["seconds"] > 0
     assert values["model"]["base"]["sha256"]
     assert re.fullmatch("[0-9a-f]{64}", values["config_sha256"])
+    assert values["suites"]["captions"]["made"] == {name: values[name] for name in ("commit", "device", "date")}
     assert values["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(\+changes)?", values["commit"])
     page = (out / "index.html").read_text()
     assert f"lmfusion eval {recipe} captions.num_shown=1" in page
@@ -79,8 +81,11 @@ def test_finished_suites_are_kept_until_something_changes(recipe, out, capsys, m
     run = captions.run_captions
     monkeypatch.setattr(captions, "run_captions", lambda *args: ran.append("captions") or run(*args))
     capsys.readouterr()
+    monkeypatch.setattr(run_module, "commit", lambda: "another")
     main(["eval", str(recipe), "images.batch_size=3"])
     assert ran == []
+    made = {name: suite["made"]["commit"] for name, suite in results_of(out)["suites"].items()}
+    assert made == {"images": "another", "captions": before["commit"]}
     assert "captions: finished already" in capsys.readouterr().out
     assert results_of(out)["suites"]["captions"] == before["suites"]["captions"]
     main(["eval", str(recipe), "captions.num_images=2"])

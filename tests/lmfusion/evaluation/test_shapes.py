@@ -36,6 +36,14 @@ def drawn_as_asked(num_per_skill):
     return lambda caption: render(scenes[caption], SIZE)
 
 
+@pytest.mark.parametrize(("run", "config"), [(run_shapes, ShapesConfig), (run_edits, EditsConfig)])
+def test_images_too_small_to_be_read_are_refused_before_any_is_drawn(run, config, tmp_path):
+    painter = Painter(None)
+    painter.codec.config.image_size = 8
+    with pytest.raises(ValueError, match="image_size is 8; shapes cannot be told apart below 16 pixels"):
+        run(painter, config(1), tmp_path)
+
+
 def test_captions_are_held_out_and_as_many_of_each_skill():
     chosen = held_out_captions(20)
     assert [e.skill for e in chosen] == [skill for skill in SKILLS for _ in range(20)]
