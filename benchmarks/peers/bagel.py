@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -59,8 +60,8 @@ def run_packed(
     def attend(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool, block_mask: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=block_mask, enable_gqa=enable_gqa)
 
-    module.flex_attention = attend  # type: ignore[attr-defined]
-    result: Tensor = layer(packed, list(sample_lens), mask, *_rope_and_rows(case))
+    with mock.patch.object(module, "flex_attention", attend):
+        result: Tensor = layer(packed, list(sample_lens), mask, *_rope_and_rows(case))
     return result
 
 

@@ -169,14 +169,14 @@ class DocumentPlanner:
         if room < 1:
             return Damage(
                 sample.sample_id,
-                f"data.row_tokens is {self._config.row_tokens}, but two images with their markers and one token of "
-                f"instruction take {self._config.row_tokens - room + 1}; raise it",
+                f"data.row_tokens is {self._config.row_tokens}, but source, target and one token of instruction take "
+                f"{self._config.row_tokens - room + 1}; raise it",
             )
         instruction = ids[: self._config.max_caption_tokens]
-        is_cut = len(instruction) > room
         drop, (_, level) = chance[1], chance[3:]
         is_dropped = drop < 1.5 * self._config.caption_drop
         has_source = not is_dropped or drop < self._config.caption_drop
+        is_cut = not is_dropped and len(instruction) > room
         document = edit_document(
             [] if is_dropped else instruction[:room],
             self._tokens_per_image,

@@ -61,8 +61,7 @@ def encode_source(
 
     Any number of processes may do this at the same time, with the same arguments and from any machine that shares the
     file system; each returns when the cache is complete. is_for_vlm: whether the model is one made of a vision-language
-    model. `report` is told how many more samples are done, by whichever
-    process, and how many there are in all.
+    model. `report` is told how many more samples are done, by whichever process, and how many there are in all.
 
     Raises ValueError where the folder holds something else or a cache made otherwise, the codec has no posterior whose
     deviation could be kept, a vision-language model sees images of the source, or too many samples are damaged; OSError

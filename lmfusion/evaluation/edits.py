@@ -5,7 +5,6 @@ A shape that is added may be in any free cell. As a model that copies its source
 nothing stands beside the others.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -91,7 +90,6 @@ def run_edits(model: "LMFusion", config: EditsConfig, folder: Path) -> SuiteResu
     Scores are shares of right edits: one a kind, and "edits" over all of them; and "edits: did nothing". Raises
     ValueError where the model's images are smaller than 16 pixels.
     """
-    start = time.perf_counter()
     edits = held_out_edits(config.num_per_kind)
     images = draw_edits(model, edits, config)
     verdicts = [judge(edit, read_scene(image)) for edit, image in zip(edits, images, strict=True)]
@@ -105,10 +103,8 @@ def run_edits(model: "LMFusion", config: EditsConfig, folder: Path) -> SuiteResu
     scores.append(share("edits: did nothing", [verdict.is_nothing for verdict in verdicts]))
     columns = ("edit", "such as", "right", "change made", "rest kept", "did nothing", "edits")
     pictures = _pictures(edits, images, verdicts, config, folder)
-    settings, seconds = to_values(config), time.perf_counter() - start
-    return SuiteResult(
-        "edits", tuple(scores), settings, seconds, (Table("Held-out edits, shares", columns, tuple(rows)),), pictures
-    )
+    table = Table("Held-out edits, shares", columns, tuple(rows))
+    return SuiteResult("edits", tuple(scores), to_values(config), tables=(table,), pictures=pictures)
 
 
 @cache

@@ -173,6 +173,8 @@ def load_tasks(names: Sequence[str], data: Mapping[str, str], include_path: str 
 
     Raises ValueError, with the way out, for a name that is none, and for data that cannot be read.
     """
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ValueError(f"language.include_path is {include_path}, and there is no such folder")
     loud = logging.getLogger("lm_eval")
     level = loud.level
     loud.setLevel(logging.ERROR)
@@ -204,7 +206,7 @@ def _load(manager: TaskManager, name: str, data: str | None) -> list[Task]:
             )
         path = manager.task_index[name].yaml_path
     spec: str | dict[str, Any] = name
-    if path is not None and isinstance((values := load_yaml(path, resolve_func=True)).get("task"), str):
+    if path is not None and isinstance((values := _read_task(path)).get("task"), str):
         spec = _with_data(values, path.parent, data, name)
     elif data is not None:
         raise ValueError(f"language.data has {name!r}, which is a group of tasks; name them one by one")
@@ -217,6 +219,17 @@ def _load(manager: TaskManager, name: str, data: str | None) -> list[Task]:
             f"the data of task {name} ({where}) cannot be read: {reason}. Without the hub, download them elsewhere and "
             f"give the folder or file in language.data, as {{{name}: PATH}}, or leave the task out of language.tasks"
         ) from error
+
+
+def _read_task(path: Path) -> dict[str, Any]:
+    try:
+        values = load_yaml(path, resolve_func=True)
+    except Exception as error:  # a `!function` in it imports what it names
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"the task file {path} cannot be read: {reason}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"the task file {path} holds no keys; see lm-evaluation-harness's docs/new_task_guide.md")
+    return values
 
 
 def _with_data(values: dict[str, Any], folder: Path, given: str | None, name: str) -> dict[str, Any]:

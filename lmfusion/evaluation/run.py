@@ -6,6 +6,7 @@ of lmfusion are those of the file is not run again, so that a killed run goes on
 
 import importlib
 import json
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -42,12 +43,13 @@ def run_evaluation(
     finished by then are kept.
     """
     device = choose_device(config.device, "device")
+    folder = Path(config.output)
+    _check_output(folder)
     for name, settings in config.suites.items():
         check = getattr(_module(name), f"check_{name}", None)
         if check is not None:
             check(settings)
     model = _load(config, device)
-    folder = Path(config.output)
     folder.mkdir(parents=True, exist_ok=True)
     digest = model_digest(model)
     head = _head(config, model, digest, command)
@@ -69,6 +71,14 @@ def run_evaluation(
             values = {**head, "suites": {**results, **waiting}}
             _write(folder, values)
     return values
+
+
+def _check_output(folder: Path) -> None:
+    """Raise ValueError, before a model is loaded, where `folder` is a file or cannot be made."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        what = "cannot be written to" if nearest.is_dir() else "is a file"
+        raise ValueError(f"output is {folder}, but {nearest} {what}; set output elsewhere")
 
 
 def _run(name: str, model: LMFusion, settings: Any, folder: Path) -> SuiteResult:

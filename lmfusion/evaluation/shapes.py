@@ -5,7 +5,6 @@ from a single object over colours and counting to relations, a drawing being rig
 says is there, and nothing else. Scores are shares of right drawings.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -66,7 +65,6 @@ def run_shapes(model: "LMFusion", config: ShapesConfig, folder: Path) -> SuiteRe
     Scores are shares of right drawings: one a skill, and "shapes" over all of them. Raises ValueError where the model's
     images are smaller than 16 pixels.
     """
-    start = time.perf_counter()
     render(Scene(()), model.codec.config.image_size)  # complain of too small images before any is drawn
     judged = draw_captions(model, held_out_captions(config.num_per_skill), config)
     scores, rows = [], []
@@ -74,7 +72,7 @@ def run_shapes(model: "LMFusion", config: ShapesConfig, folder: Path) -> SuiteRe
         of_skill = [item for item in judged if skill in (item.asked.skill, None)]
         name = "shapes" if skill is None else f"shapes: {skill}"
         scores.append(share(name, [item.is_right for item in of_skill]))
-        readable = np.mean([all(UNKNOWN not in shape for shape in item.seen.shapes) for item in of_skill])
+        readable = np.mean([_is_clean(item.seen) for item in of_skill])
         counted = np.mean([len(item.seen.shapes) == len(item.asked.scene.shapes) for item in of_skill])
         example = str(of_skill[0].asked.description) if skill is not None else ""
         rows.append(
@@ -82,9 +80,13 @@ def run_shapes(model: "LMFusion", config: ShapesConfig, folder: Path) -> SuiteRe
         )
     columns = ("skill", "such as", "right", "right number of things", "only clean shapes", "drawings")
     pictures = _pictures(judged, config, folder)
-    settings, seconds = to_values(config), time.perf_counter() - start
     table = Table("Held-out captions, shares of drawings", columns, tuple(rows))
-    return SuiteResult("shapes", tuple(scores), settings, seconds, (table,), pictures)
+    return SuiteResult("shapes", tuple(scores), to_values(config), tables=(table,), pictures=pictures)
+
+
+def _is_clean(scene: Scene) -> bool:
+    """Whether there is something, and nothing of it is a blot."""
+    return len(scene.shapes) > 0 and all(UNKNOWN not in shape for shape in scene.shapes)
 
 
 @cache

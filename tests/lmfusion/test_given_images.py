@@ -85,7 +85,7 @@ def test_gradient_reaches_the_tower_through_the_given_image(tiny_llama):
     [gradient] = torch.autograd.grad(model(batch=replace(batch, latents=latents)).diffusion_loss_sum, latents)
     assert gradient[0].abs().min() > 0  # all of the source matters to the target
 
-    # The target at pure noise, the same whatever the source: what the tower learns then comes of the source
+    # The same noisy target whatever the source: where gradients differ, the tower learned from the source
     words = [name for name, _ in model.image.named_parameters() if name.startswith("layers.0.self_attn.qkv")]
     gradients = []
     for scale in (1.0, 2.0):

@@ -157,6 +157,12 @@ def test_what_is_missing_is_named_with_the_way_out(task, tmp_path, monkeypatch):
         check_language(LanguageConfig([str(tmp_path / "none.yaml")]))
     with pytest.raises(ValueError, match=r"no_such_task.*does not know"):
         check_language(LanguageConfig(["no_such_task"]))
+    for text, reason in (("task: [", "cannot be read: .*line 1"), ("- a", "holds no keys"), ("", "holds no keys")):
+        (tmp_path / "broken.yaml").write_text(text)
+        with pytest.raises(ValueError, match=f"broken.yaml {reason}"):
+            check_language(LanguageConfig([str(tmp_path / "broken.yaml")]))
+    with pytest.raises(ValueError, match=r"include_path is .*none, and there is no such folder"):
+        check_language(LanguageConfig([str(task)], include_path=str(tmp_path / "none")))
     monkeypatch.setattr("datasets.load_dataset", unreachable)
     with pytest.raises(ValueError, match=r"hellaswag \(Rowan/hellaswag\).*language.data, as {hellaswag: PATH}"):
         check_language(LanguageConfig(["hellaswag"]))

@@ -145,6 +145,14 @@ def test_what_is_missing_is_said_before_anything_runs(recipe, out, overrides, re
 
 
 @pytest.mark.slow
+def test_an_output_that_is_a_file_is_said_before_the_model_is_loaded(recipe, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    for output in ("file", "file/inside"):
+        assert main(["eval", str(recipe), "model=nowhere", f"output={tmp_path / output}"]) == 2
+        assert "file is a file; set output elsewhere" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_the_papers_protocol_on_data_of_its_layout(tiny_folder, tmp_path, own_cache):
     """recipes/eval/coco.yaml from end to end, with a few pictures and random networks in place of the real ones."""
     coco = save_coco(tmp_path / "coco")

@@ -91,7 +91,7 @@ def test_a_painter_that_cannot_count(tmp_path):
 
 def edited_as_told(num_per_kind):
     edits = {(read_scene(render(e.source, SIZE)), e.instruction): e for e in held_out_edits(num_per_kind)}
-    return lambda prompt: render(edits[read_scene(prompt[0]), prompt[1]].target, SIZE)
+    return lambda prompt: render(edits[read_scene(prompt[1]), prompt[0]].target, SIZE)
 
 
 def test_a_perfect_editor(tmp_path):
@@ -105,7 +105,7 @@ def test_a_perfect_editor(tmp_path):
 
 
 def test_an_editor_that_copies_keeps_everything_and_is_wrong(tmp_path):
-    result = run_edits(Painter(lambda prompt: prompt[0]), EditsConfig(num_per_kind=3), tmp_path)
+    result = run_edits(Painter(lambda prompt: prompt[1]), EditsConfig(num_per_kind=3), tmp_path)
     expected = {f"edits: {kind}": 0.0 for kind in EDITS} | {"edits": 0.0, "edits: did nothing": 1.0}
     assert values(result) == expected
     assert result.tables[0].rows[-1][3:6] == ("0.00", "1.00", "1.00")
@@ -115,7 +115,7 @@ def test_an_editor_that_loses_the_rest_is_wrong(tmp_path):
     perfect = edited_as_told(3)
 
     def only_new(prompt):
-        source, target = read_scene(prompt[0]).shapes, read_scene(perfect(prompt)).shapes
+        source, target = read_scene(prompt[1]).shapes, read_scene(perfect(prompt)).shapes
         return render(Scene(tuple(s for s in target if s not in source)), SIZE)
 
     result = run_edits(Painter(only_new), EditsConfig(num_per_kind=3), tmp_path)
