@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, LlamaConfig, PreTrainedConfig
+from transformers import LlamaConfig, PreTrainedConfig
 from transformers.image_processing_utils import select_best_resolution
-from transformers.models.llava_next.modeling_llava_next import unpad_image
 
 from lmfusion.image.preprocessing import ImageSource, load_image
 
@@ -45,6 +44,8 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, config: PreTrainedConfig, device: torch.device | str = "cpu") -> None:
         """With random weights on `device`. Raises ValueError for a model that is not supported."""
+        from transformers import AutoModel  # at the top it would import lmfusion.modeling, and that this module
+
         super().__init__()
         check_vlm(config, "vlm_config")
         config = copy.deepcopy(config)
@@ -155,6 +156,8 @@ def num_vision_rows(config: PreTrainedConfig, height: int, width: int) -> int:
         pixels // vision.image_size * side
         for pixels in select_best_resolution((height, width), config.image_grid_pinpoints)
     )
+    from transformers.models.llava_next.modeling_llava_next import unpad_image  # imports AutoModel
+
     unpadded = unpad_image(torch.empty(1, rows, columns, device="meta"), (height, width))
     return side * side + unpadded.shape[1] * (unpadded.shape[2] + 1)  # each line ends with image_newline
 

@@ -93,7 +93,7 @@ def test_every_option_of_drawing_arrives(saved, model, photo, here):
     settings = read_settings("drawings/0000.png")
     assert {name: settings[name] for name in asked} == {**asked, "guidance_interval": [0.1, 0.9]}
     assert settings["prompt"] == "thinner" and settings["prompt_images"] == [photo, photo]
-    assert_same("drawings/0000.png", model.draw([[here / photo, here / photo, "thinner"]], **asked)[0])
+    assert_same("drawings/0000.png", model.draw([["thinner", here / photo, here / photo]], **asked)[0])
 
 
 def test_the_png_says_how_it_was_made(saved, here):

@@ -58,6 +58,12 @@ def test_lmfusion_imports_without_transformers():
     assert process.stdout.split() == ["False", "False"]
 
 
+@pytest.mark.parametrize("module", ["lmfusion.vision", "lmfusion.data.loader", "lmfusion.evaluation.run"])
+def test_any_module_may_be_imported_first(module):
+    process = run_python(f"import {module}")
+    assert process.returncode == 0, process.stderr
+
+
 def test_network_is_noticed():
     process = run_python("import socket; socket.getaddrinfo('localhost', 1)")
     assert "network: socket.getaddrinfo" in process.stderr

@@ -157,7 +157,11 @@ def test_what_is_missing_is_named_with_the_way_out(task, tmp_path, monkeypatch):
         check_language(LanguageConfig([str(tmp_path / "none.yaml")]))
     with pytest.raises(ValueError, match=r"no_such_task.*does not know"):
         check_language(LanguageConfig(["no_such_task"]))
-    for text, reason in (("task: [", "cannot be read: .*line 1"), ("- a", "holds no keys"), ("", "holds no keys")):
+    for text, reason in (
+        ("task: [", "cannot be read: .*line 2"),
+        ("- a", "cannot be read: .*list"),
+        ("", "cannot be read: .*NoneType"),
+    ):
         (tmp_path / "broken.yaml").write_text(text)
         with pytest.raises(ValueError, match=f"broken.yaml {reason}"):
             check_language(LanguageConfig([str(tmp_path / "broken.yaml")]))
