@@ -48,7 +48,7 @@ def locked(folder: Path, rank: int = 0) -> Iterator[None]:
             file.seek(0)
             holder = file.read().strip() or "unknown"
             raise OSError(
-                f"another process is training in {folder} ({holder}); wait for it, or set output elsewhere"
+                f"another process is at work in {folder} ({holder}); wait for it, or set output elsewhere"
             ) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
