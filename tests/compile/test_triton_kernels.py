@@ -22,6 +22,8 @@ LARGEST_SHARED = {80: 163 * 1024, 90: 227 * 1024}  # of a block, in bytes
 LARGEST_REGISTERS = 255
 LARGEST_SPILL = {"bfloat16": 0, "float16": 0, "float32": 32}
 """Bytes a thread. ptxas aims at 128 registers for one of the float32 kernels, and six values do not fit."""
+LARGEST_SPILL_HIDDEN = 64
+"""The same where spans are hidden: with triton 3.7 a few values do not fit into the 255 registers of sm_80."""
 
 
 def case(launch, capability, dtype, **arguments):
@@ -116,7 +118,8 @@ CASES = [*QUICK, *(pytest.param(case, marks=pytest.mark.slow) for case in THOROU
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_kernels(case):
     for kernel, num_dots, is_serialized in kernels(case):
-        largest_spill = LARGEST_SPILL[case["arguments"]["dtype"]]
+        is_hidden = case["arguments"].get("hidden", False)
+        largest_spill = LARGEST_SPILL[case["arguments"]["dtype"]] or is_hidden * LARGEST_SPILL_HIDDEN
         assert kernel.stack <= largest_spill, f"{kernel.name} spills {kernel.stack} bytes"
         assert largest_spill or kernel.local_accesses == 0, f"{kernel.name} uses local memory"
         if (kernel.name, case["arguments"].get("head_dim")) not in SERIALIZED:
