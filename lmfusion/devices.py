@@ -1,5 +1,7 @@
 """Where does a model run, and in what?"""
 
+import platform
+
 import torch
 
 
@@ -23,3 +25,10 @@ def has_fast_bfloat16(device: str) -> bool:
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+def device_name(device: torch.device) -> str:
+    """What to call `device` beside a figure."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

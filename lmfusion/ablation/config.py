@@ -8,7 +8,7 @@ from typing import Any
 
 from lmfusion.config_values import check_least, from_values
 from lmfusion.data.shapes import NUM_SAMPLES
-from lmfusion.generation.samplers import SAMPLERS
+from lmfusion.evaluation.drawing import image_options
 from lmfusion.training.config import RunConfig
 
 METRICS = {
@@ -42,9 +42,8 @@ class DrawingsConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"measure.drawings.sampler is {self.sampler!r}; it is one of {', '.join(SAMPLERS)}")
-        check_least(self, "measure.drawings", num_images=0, num_steps=1, guidance_scale=0, seed=0)
+        check_least(self, "measure.drawings", num_images=0)
+        image_options(self, "measure.drawings")
         if self.num_images > NUM_SAMPLES["test"]:
             raise ValueError(
                 f"measure.drawings.num_images is {self.num_images}; there are {NUM_SAMPLES['test']} held-out captions"

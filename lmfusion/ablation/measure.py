@@ -11,6 +11,7 @@ from lmfusion.ablation.texts import PLAIN_TEXTS
 from lmfusion.config_values import to_values
 from lmfusion.data.shapes import Scene, Shapes, render
 from lmfusion.evaluation.bootstrap import bootstrap
+from lmfusion.evaluation.drawing import drawing_values
 from lmfusion.evaluation.language import LanguageConfig, check_language, run_language
 from lmfusion.evaluation.results import Score
 from lmfusion.evaluation.scenes import check
@@ -61,13 +62,7 @@ class Measurer:
         config = self.config.drawings
         source = Shapes(model.codec.config.image_size, "test")
         wanted = [source.example(i).description for i in range(config.num_images)]
-        images = model.draw(
-            [str(description) for description in wanted],
-            sampler=config.sampler,
-            num_steps=config.num_steps,
-            guidance_scale=config.guidance_scale,
-            seed=config.seed,
-        )
+        images = model.draw([str(description) for description in wanted], **drawing_values(config))
         save_grid(make_grid(images, num_columns=min(8, len(images))), folder / DRAWINGS)
         right = np.array([check(description, image) for description, image in zip(wanted, images, strict=True)], float)
         low, high = bootstrap(right)

@@ -216,11 +216,12 @@ def coverage(kind: str, size: str, row: int, column: int, image_size: int) -> np
     return fine.mean(axis=(1, 3))
 
 
-class Shapes:
-    """The source `shapes`: captioned scenes, drawn when asked for, `image_size` pixels square."""
+class _World:
+    """What both sources are: samples of a split, drawn when asked for, `image_size` pixels square."""
 
     def __init__(self, image_size: int, split: str = "train") -> None:
-        _check_split(split)
+        if split not in SPLITS:
+            raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
         self._image_size = image_size
         self._split = split
 
@@ -230,6 +231,10 @@ class Shapes:
 
     def __len__(self) -> int:
         return NUM_SAMPLES[self._split]
+
+
+class Shapes(_World):
+    """The source `shapes`: captioned scenes."""
 
     def example(self, index: int) -> CaptionedScene:
         """Sample `index` before it is drawn."""
@@ -247,20 +252,8 @@ class Shapes:
         return CaptionedImage(sample_id, partial(render, scene, self._image_size), (str(description),))
 
 
-class ShapeEdits:
+class ShapeEdits(_World):
     """The source `shape_edits`: scenes of one to three different shapes, what to change, and what comes of it."""
-
-    def __init__(self, image_size: int, split: str = "train") -> None:
-        _check_split(split)
-        self._image_size = image_size
-        self._split = split
-
-    @property
-    def blocks(self) -> list[int]:
-        return [len(self)]
-
-    def __len__(self) -> int:
-        return NUM_SAMPLES[self._split]
 
     def example(self, index: int) -> SceneEdit:
         """Sample `index` before it is drawn."""
@@ -282,11 +275,6 @@ class ShapeEdits:
             edit.instruction,
             partial(render, edit.target, self._image_size),
         )
-
-
-def _check_split(split: str) -> None:
-    if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
 
 
 def _check_index(index: int, size: int) -> None:

@@ -1,8 +1,6 @@
 """The stages of the demo, from the base LLM to the report."""
 
-import importlib.metadata
 import json
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,12 +8,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lmfusion.data.digits import NAMES, REQUESTS, Digits, caption_of
 from lmfusion.demo.judge import Judge, pictures
 from lmfusion.demo.report import render_picture, render_report
 from lmfusion.demo.talk import UNSEEN_REQUESTS, Reply, answer_questions, ask_for_digits, openings_as_taught
+from lmfusion.devices import device_name
+from lmfusion.evaluation.identity import versions
 from lmfusion.files import replace_text
 from lmfusion.modeling import LMFusion
 from lmfusion.training.config import load_config
@@ -93,8 +91,8 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
         "train_images": num_digits,
         "held_out_images": len(examples),
         "steps": config.train.num_steps,
-        "device": _device_name(model.device),
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in PACKAGES},
+        "device": device_name(model.device),
+        "versions": versions(PACKAGES),
     }
     training = Digits("train")
     real = _by_digit(pictures(training), training.labels)
@@ -161,9 +159,3 @@ def _text_checks(verification: Any) -> list[tuple[str, str, str]]:
             (f"logits of {check.prompt.splitlines()[0]!r}", "identical" if check.identical else "CHANGED", detail)
         )
     return rows
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

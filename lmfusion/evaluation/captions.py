@@ -4,11 +4,10 @@ Captions are written greedily and kept in captions.jsonl, from which the next ru
 """
 
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from lmfusion.data.sources import SourceConfig
 from lmfusion.evaluation.bootstrap import bootstrap
 from lmfusion.evaluation.caption_metrics import bleu, score_captions
 from lmfusion.evaluation.identity import model_digest, values_digest
-from lmfusion.evaluation.references import CocoConfig, Reference, References, check_references, load_references
+from lmfusion.evaluation.references import CocoConfig, References, check_references, load_references
 from lmfusion.evaluation.results import Picture, Score, SuiteResult
 from lmfusion.files import replace_text
 
@@ -62,7 +61,6 @@ def check_captions(config: CaptionsConfig) -> None:
 
 def run_captions(model: "LMFusion", config: CaptionsConfig, folder: Path) -> SuiteResult:
     """Describe images and compare. Raises ValueError for more images than there are, and what `References` raises."""
-    start = time.perf_counter()
     references = _references(config, model.codec.config.image_size)
     indices = [index for index, _ in references.draw(config.num_images, config.seed)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +70,6 @@ def run_captions(model: "LMFusion", config: CaptionsConfig, folder: Path) -> Sui
         "captions",
         scores_of(written, expected),
         to_values(config),
-        time.perf_counter() - start,
         pictures=_examples(references, indices, written, expected, config.num_shown, folder),
     )
 
@@ -92,11 +89,12 @@ def describe(
     key = values_digest(
         [model_digest(model), data["source"], data["coco"], config.prompt, config.max_new_tokens]
     )  # names of images alone may be those of another folder
-    known = _read_written(file, key)
+    kept = _read_written(file, key)
+    known = {values["image"]: values["caption"] for values in kept}
     chosen = [references[index] for index in indices]
     missing = [reference for reference in chosen if reference.sample_id not in known]
-    kept = [_line(reference, known[reference.sample_id]) for reference in chosen if reference.sample_id in known]
-    replace_text(file, "".join([json.dumps({"key": key}) + "\n", *kept]))  # without a line that a crash has cut
+    whole = [{"key": key}, *kept]  # without a line that a crash has cut
+    replace_text(file, "".join(json.dumps(values) + "\n" for values in whole))
     with open(file, "a", encoding="utf-8") as lines:
         for first in range(0, len(missing), 8 * config.batch_size):
             some = missing[first:][: 8 * config.batch_size]
@@ -108,14 +106,14 @@ def describe(
             )
             for reference, caption in zip(some, captions, strict=True):
                 known[reference.sample_id] = f"{config.prompt.strip()} {caption}".strip()
-                lines.write(_line(reference, known[reference.sample_id]))
+                values = {
+                    "image": reference.sample_id,
+                    "caption": known[reference.sample_id],
+                    "references": list(reference.captions),
+                }
+                lines.write(json.dumps(values) + "\n")
             lines.flush()
     return [known[reference.sample_id] for reference in chosen]
-
-
-def _line(reference: Reference, caption: str) -> str:
-    values = {"image": reference.sample_id, "caption": caption, "references": list(reference.captions)}
-    return json.dumps(values) + "\n"
 
 
 def scores_of(written: Sequence[str], expected: Sequence[Sequence[str]]) -> tuple[Score, ...]:
@@ -132,19 +130,17 @@ def scores_of(written: Sequence[str], expected: Sequence[Sequence[str]]) -> tupl
     )
 
 
-def _read_written(file: Path, key: str) -> dict[str, str]:
-    """Captions by image that `file` holds, if it was made with `key`; a line cut by a crash is left out."""
-    if not file.is_file():
-        return {}
-    found = {}
+def _read_written(file: Path, key: str) -> list[dict[str, Any]]:
+    """The lines of captions that `file` holds, if it was made with `key`; one cut by a crash is left out."""
+    found: list[dict[str, Any]] = []
     try:
         first, *lines = file.read_text(encoding="utf-8").split("\n")
         if json.loads(first) != {"key": key}:
-            return {}
+            return []
         for line in lines:
             values = json.loads(line)
-            found[values["image"]] = values["caption"]
-    except (ValueError, KeyError, TypeError):
+            found.append({name: values[name] for name in ("image", "caption", "references")})
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # what is not there, or not whole, is written again
         pass
     return found
 

@@ -16,10 +16,10 @@ from PIL import Image
 
 from lmfusion.config_values import check_least, to_values
 from lmfusion.data.shapes import EDITS, Scene, SceneEdit, ShapeEdits, render
+from lmfusion.evaluation.drawing import drawing_values, image_options
 from lmfusion.evaluation.results import Picture, SuiteResult, Table
 from lmfusion.evaluation.scenes import read_scene
 from lmfusion.evaluation.shapes import picture_grid, share
-from lmfusion.generation.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from lmfusion.modeling import LMFusion
@@ -44,10 +44,8 @@ class EditsConfig:
     """Edits of each kind on the page."""
 
     def __post_init__(self) -> None:
-        check_least(self, "edits", num_per_kind=1, num_steps=1, seed=0, batch_size=1, num_shown=0)
-        check_least(self, "edits", guidance_scale=0, image_guidance_scale=0)
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"edits.sampler is {self.sampler!r}; it is one of {', '.join(SAMPLERS)}")
+        check_least(self, "edits", num_per_kind=1, batch_size=1, num_shown=0)
+        image_options(self, "edits")
         held_out_edits(self.num_per_kind)
 
 
@@ -128,15 +126,7 @@ def draw_edits(model: "LMFusion", edits: Sequence[SceneEdit], config: EditsConfi
     """What `model` makes of each source and instruction."""
     image_size = model.codec.config.image_size
     prompts: list[list[str | Image.Image]] = [[edit.instruction, render(edit.source, image_size)] for edit in edits]
-    return model.draw(
-        prompts,
-        batch_size=config.batch_size,
-        guidance_scale=config.guidance_scale,
-        image_guidance_scale=config.image_guidance_scale,
-        sampler=config.sampler,
-        num_steps=config.num_steps,
-        seed=config.seed,
-    )
+    return model.draw(prompts, batch_size=config.batch_size, **drawing_values(config))
 
 
 def _pictures(

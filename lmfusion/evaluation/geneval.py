@@ -10,18 +10,17 @@ counts. `lmfusion.evaluation.shapes` asks for the same skills and judges by itse
 """
 
 import json
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmfusion.config_values import check_least, to_values
+from lmfusion.evaluation.drawing import drawing_values, image_options
 from lmfusion.evaluation.identity import model_digest
 from lmfusion.evaluation.references import read_lines
 from lmfusion.evaluation.results import Picture, Score, SuiteResult, Table
 from lmfusion.files import replace_text
-from lmfusion.generation.options import GenerationOptions
 from lmfusion.image.png import holds, save_png
 
 if TYPE_CHECKING:
@@ -49,13 +48,8 @@ class GenEvalConfig:
     """Noise depends on (seed + number of the prompt, number of the drawing) alone."""
 
     def __post_init__(self) -> None:
-        check_least(self, "geneval", num_prompts=1, num_images=1, seed=0)
-        GenerationOptions(**self.options)
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Of `LMFusion.draw`, without the seed."""
-        return {"guidance_scale": self.guidance_scale, "sampler": self.sampler, "num_steps": self.num_steps}
+        check_least(self, "geneval", num_prompts=1, num_images=1)
+        image_options(self, "geneval")
 
 
 def check_geneval(config: GenEvalConfig) -> None:
@@ -71,7 +65,6 @@ def run_geneval(model: "LMFusion", config: GenEvalConfig, folder: Path) -> Suite
     Raises ValueError for what `check_geneval` refuses, and where `folder` holds prompts or samples beyond those asked
     for, which the judge would count too.
     """
-    start = time.perf_counter()
     metadata = read_metadata(config)
     digest = model_digest(model)
     _check_nothing_else(folder, len(metadata), config.num_images)
@@ -92,9 +85,7 @@ def run_geneval(model: "LMFusion", config: GenEvalConfig, folder: Path) -> Suite
         Score("drawings", len(metadata) * config.num_images, count=len(metadata), details=details),
     )
     table = Table(f"Drawings to be judged by {JUDGE}", ("task", "prompts", "drawings"), rows)
-    return SuiteResult(
-        "geneval", scores, to_values(config), time.perf_counter() - start, tables=(table,), pictures=tuple(pictures)
-    )
+    return SuiteResult("geneval", scores, to_values(config), tables=(table,), pictures=tuple(pictures))
 
 
 def read_metadata(config: GenEvalConfig) -> list[dict[str, Any]]:
@@ -150,15 +141,14 @@ def _check_nothing_else(folder: Path, num_prompts: int, num_images: int) -> None
 def _draw(model: "LMFusion", config: GenEvalConfig, line: dict[str, Any], index: int, folder: Path, digest: str) -> int:
     """Draw the samples of one prompt unless all are there. Answers with how many were drawn."""
     files = [_sample(folder, index, number) for number in range(config.num_images)]
-    made = {"prompt": line["prompt"], **config.options, "seed": config.seed + index, "model_sha256": digest}
+    options = {**drawing_values(config), "seed": config.seed + index}
+    made = {"prompt": line["prompt"], **options, "model_sha256": digest}
     wanted = [{**made, "index": number} for number in range(config.num_images)]
     files[0].parent.mkdir(parents=True, exist_ok=True)
     replace_text(_folder(folder, index) / "metadata.jsonl", json.dumps(line))
     if all(holds(file, settings) for file, settings in zip(files, wanted, strict=True)):
         return 0
-    images = model.draw(
-        [line["prompt"]] * config.num_images, batch_size=config.num_images, seed=made["seed"], **config.options
-    )
+    images = model.draw([line["prompt"]] * config.num_images, batch_size=config.num_images, **options)
     for file, image, settings in zip(files, images, wanted, strict=True):
         save_png(file, image, settings)
     return len(files)

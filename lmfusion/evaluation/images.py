@@ -5,7 +5,6 @@ are stored as PNG with what they were made with, and used again by the next run 
 """
 
 import json
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +16,13 @@ from PIL import Image
 from lmfusion.config_values import check_least, to_values
 from lmfusion.data.sources import SourceConfig
 from lmfusion.evaluation.bootstrap import PERCENTILES, bootstrap
+from lmfusion.evaluation.drawing import image_options
 from lmfusion.evaluation.extractors import ExtractorConfig, FeatureExtractor, load_extractor
 from lmfusion.evaluation.feature_distances import frechet_distance, kernel_distances_of_subsets
 from lmfusion.evaluation.identity import model_digest
 from lmfusion.evaluation.references import CocoConfig, References, check_references, load_references, read_lines
 from lmfusion.evaluation.results import Picture, Score, SuiteResult
 from lmfusion.generation.options import GenerationOptions
-from lmfusion.generation.samplers import SAMPLERS
 from lmfusion.image.png import holds, save_png
 from lmfusion.image.preprocessing import load_image, to_pil, to_tensor
 
@@ -80,23 +79,13 @@ class ImagesConfig:
             raise ValueError("images.control is compared through images.extractors; give one, or leave it out")
         if not self.guidance_scales or len(set(self.guidance_scales)) < len(self.guidance_scales):
             raise ValueError(f"images.guidance_scales is {self.guidance_scales}; give one or more, each once")
-        check_least(self, "images", num_images=2, num_steps=1, seed=0, batch_size=1, num_shown=0)
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"images.sampler is {self.sampler!r}; it is one of {', '.join(SAMPLERS)}")
+        check_least(self, "images", num_images=2, batch_size=1, num_shown=0)
         for scale in self.guidance_scales:
             self.options(scale)
 
     def options(self, guidance_scale: float) -> GenerationOptions:
         """How an image is drawn. Raises ValueError for numbers out of range."""
-        return GenerationOptions(
-            draw_first=True,
-            max_images=1,
-            max_new_tokens=0,
-            sampler=self.sampler,
-            num_steps=self.num_steps,
-            guidance_scale=guidance_scale,
-            seed=self.seed,
-        )
+        return image_options(self, "images", guidance_scale=guidance_scale)
 
 
 def check_images(config: ImagesConfig) -> None:
@@ -126,7 +115,6 @@ def run_images(model: "LMFusion", config: ImagesConfig, folder: Path) -> SuiteRe
     Real images are cropped and resized as for the model's training before they are compared. Raises ValueError for a
     num_images beyond the lines of `prompts`, and what `References` raises.
     """
-    start = time.perf_counter()
     size, channels = model.codec.config.image_size, model.codec.config.channels
     references, prompts, indices = _prompts(config, size)
     extractors = [load_extractor(extractor, model.device) for extractor in config.extractors]
@@ -156,9 +144,7 @@ def run_images(model: "LMFusion", config: ImagesConfig, folder: Path) -> SuiteRe
             of_others = extractor.features(_resized(others, chosen, size, channels))
             details = {"real images instead of drawings": config.control.name, **_real_details(size)}
             scores += distances(extractor, of_others, of_real, ", of other real images", details)
-    return SuiteResult(
-        "images", tuple(scores), to_values(config), time.perf_counter() - start, pictures=tuple(pictures)
-    )
+    return SuiteResult("images", tuple(scores), to_values(config), pictures=tuple(pictures))
 
 
 def distances(

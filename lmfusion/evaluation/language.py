@@ -5,7 +5,6 @@ with the comparison of every text tensor and of logits with the base's. See docs
 """
 
 import importlib.metadata
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,7 +68,6 @@ def run_language(model: "LMFusion", config: LanguageConfig, folder: Path) -> Sui
     Raises ValueError for a model that was made without a base LLM where it is to be compared with it, and what
     `lmfusion.conversion.open_base` raises where that is not there.
     """
-    start = time.perf_counter()
     if model.base is None and (config.compare_with_base or config.verify):
         raise ValueError(
             "this model was made without a base LLM; set language.compare_with_base and language.verify to false"
@@ -98,7 +96,7 @@ def run_language(model: "LMFusion", config: LanguageConfig, folder: Path) -> Sui
         found, proof = _verified(model)
         scores += found
         tables.append(proof)
-    return SuiteResult("language", tuple(scores), to_values(config), time.perf_counter() - start, tables=tuple(tables))
+    return SuiteResult("language", tuple(scores), to_values(config), tables=tuple(tables))
 
 
 def base_model(model: "LMFusion") -> "LMFusion":

@@ -7,7 +7,6 @@ of lmfusion are those of the file is not run again, so that a killed run goes on
 import importlib
 import json
 import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +17,7 @@ import torch
 
 from lmfusion import __version__
 from lmfusion.config_values import to_values
-from lmfusion.devices import choose_device
+from lmfusion.devices import choose_device, device_name
 from lmfusion.evaluation.config import EvalConfig
 from lmfusion.evaluation.identity import commit, model_digest, values_digest, versions
 from lmfusion.evaluation.page import render_page
@@ -121,7 +120,7 @@ def _head(config: EvalConfig, model: LMFusion, digest: str, command: str) -> dic
             "image_parameters": sum(p.numel() for p in model.image.parameters()),
             "dtype": str(model.text.norm.weight.dtype).removeprefix("torch."),
         },
-        "device": _device_name(model.device),
+        "device": device_name(model.device),
         "versions": versions(PACKAGES),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -151,9 +150,3 @@ def _write(folder: Path, values: dict[str, Any]) -> None:
     replace_text(folder / RESULTS, json.dumps(values, indent=1) + "\n")
     results = [SuiteResult.from_json(suite) for suite in values["suites"].values()]
     replace_text(folder / PAGE, render_page(values, results, folder))
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

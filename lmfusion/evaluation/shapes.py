@@ -17,9 +17,9 @@ from PIL import Image, ImageDraw, ImageFont
 from lmfusion.config_values import check_least, to_values
 from lmfusion.data.shapes import SKILLS, CaptionedScene, Scene, Shapes, render
 from lmfusion.evaluation.bootstrap import bootstrap
+from lmfusion.evaluation.drawing import drawing_values, image_options
 from lmfusion.evaluation.results import Picture, Score, SuiteResult, Table
 from lmfusion.evaluation.scenes import UNKNOWN, check, read_scene
-from lmfusion.generation.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from lmfusion.modeling import LMFusion
@@ -44,9 +44,8 @@ class ShapesConfig:
     """Drawings of each skill on the page."""
 
     def __post_init__(self) -> None:
-        check_least(self, "shapes", num_per_skill=1, guidance_scale=0, num_steps=1, seed=0, batch_size=1, num_shown=0)
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"shapes.sampler is {self.sampler!r}; it is one of {', '.join(SAMPLERS)}")
+        check_least(self, "shapes", num_per_skill=1, batch_size=1, num_shown=0)
+        image_options(self, "shapes")
         held_out_captions(self.num_per_skill)
 
 
@@ -107,14 +106,8 @@ def held_out_captions(num_per_skill: int) -> tuple[CaptionedScene, ...]:
 
 def draw_captions(model: "LMFusion", asked: Sequence[CaptionedScene], config: ShapesConfig) -> list[Judged]:
     """A drawing of each caption, read and judged."""
-    images = model.draw(
-        [str(example.description) for example in asked],
-        batch_size=config.batch_size,
-        guidance_scale=config.guidance_scale,
-        sampler=config.sampler,
-        num_steps=config.num_steps,
-        seed=config.seed,
-    )
+    prompts = [str(example.description) for example in asked]
+    images = model.draw(prompts, batch_size=config.batch_size, **drawing_values(config))
     seen = [read_scene(image) for image in images]
     is_right = [check(example.description, scene) for example, scene in zip(asked, seen, strict=True)]
     return list(map(Judged, asked, images, seen, is_right))

@@ -1,6 +1,7 @@
 """Are captions written once, scored against all references, and shown?"""
 
 import json
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -58,6 +59,12 @@ def test_captions_that_are_there_are_kept(tiny, config, tmp_path, captioned):
     run_captions(tiny, other, tmp_path)
     assert captioned == [5, 1, 5, 5]
     assert json.loads(file.read_text().splitlines()[1])["caption"] == "a picture of a handwritten seven"
+
+
+def test_a_smaller_run_keeps_the_captions_of_a_larger_one(tiny, config, tmp_path, captioned):
+    for num_images in (5, 2, 5):
+        run_captions(tiny, replace(config, num_images=num_images), tmp_path)
+    assert captioned == [5]
 
 
 def test_captions_of_another_folder_are_not_kept(tiny, tmp_path, captioned):

@@ -128,6 +128,7 @@ def test_an_editor_that_loses_the_rest_is_wrong(tmp_path):
     [
         (lambda: ShapesConfig(sampler="euler"), "shapes.sampler is 'euler'"),
         (lambda: ShapesConfig(num_steps=0), "shapes.num_steps is 0"),
+        (lambda: ShapesConfig(guidance_scale=float("nan")), "shapes.guidance_scale is nan"),
         (lambda: EditsConfig(sampler="euler"), "edits.sampler is 'euler'"),
         (lambda: EditsConfig(image_guidance_scale=-1.0), "edits.image_guidance_scale is -1"),
     ],
