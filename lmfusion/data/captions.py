@@ -34,9 +34,12 @@ def captions_of_json(data: bytes, key: str | None = None) -> tuple[str, ...]:
 
 
 def captions_of_value(value: Any, name: str) -> tuple[str, ...]:
-    """One text or several as captions. name: what errors call it. Raises ValueError for anything else."""
-    captions = [value] if isinstance(value, str) else value
-    if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
+    """One text or several as captions; a null among several is left out. name: what errors call it.
+
+    Raises ValueError for anything else, and where no caption is left.
+    """
+    captions = [caption for caption in value if caption is not None] if isinstance(value, list) else [value]
+    if not all(isinstance(caption, str) for caption in captions):
         raise ValueError(f"{name} is {_short(value)}; a caption is a text, or a list of texts")
     return checked_captions(captions)
 

@@ -1,7 +1,8 @@
 """Captioned images in parquet files, as Hugging Face data sets hold them: a column of encoded images, one of captions.
 
-Images are bytes, or structs of which `bytes` is the image; captions are texts, or lists of texts. A file is read in row
-groups: its captions and its images apart, so that planning reads no image.
+Images are bytes, or structs of which `bytes` is the image; captions are texts, or lists of texts. Each may be of any
+Arrow type that holds such values (large, fixed-size, view and dictionary types too). A file is read in row groups: its
+captions and its images apart, so that planning reads no image.
 """
 
 import bisect
@@ -23,7 +24,12 @@ from lmfusion.image.preprocessing import check_file_size, decode_image
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "img")
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt")
 MAX_GROUP_BYTES = 4 * 1024**3
-"""Of a row group's images: a group is read as a whole. Writers make groups of megabytes."""
+"""Of a column of a row group, decoded: a group is kept as a whole. Writers make groups of megabytes."""
+BATCH_ROWS = 4
+"""Rows decoded at a time. The size of a column is known only once it is decoded, since a value that a file stores once
+may stand in every row. An array of a few rows also stays below the 2 GiB that some Arrow types can hold."""
+MAX_DICTIONARY_ROWS = 2**24
+"""Rows of a dictionary column decoded at a time: every batch holds the whole dictionary, so batches must be large."""
 CACHE_BYTES = 2 * 1024**3
 """Of the images and captions kept, still encoded: with `shuffle_blocks`, some row groups are read in turns."""
 NUM_OPENERS = 8
@@ -43,10 +49,13 @@ class ParquetFiles:
 
     def __init__(self, path: str, image: str | None = None, caption: str | None = None) -> None:
         try:
+            import pyarrow.compute
             import pyarrow.parquet
         except ImportError:
             raise ValueError("parquet files need pyarrow, which is not installed; pip install pyarrow") from None
         self._parquet = pyarrow.parquet
+        self._chunked_array = pyarrow.chunked_array
+        self._struct_field = pyarrow.compute.struct_field
         files = find_files(path, ".parquet")
         names = [printable(name) for name in names_of(files)]
         opened = list(map_threads(self._open, files, NUM_OPENERS))
@@ -94,8 +103,8 @@ class ParquetFiles:
 
     def _load_image(self, group: "_Group", row: int, name: str) -> Image.Image:
         value = self._column(group, group.image)[row]
-        if group.is_struct and value.is_valid:
-            value = value["bytes"]
+        if group.is_dictionary(group.image):
+            value = value.value
         if not value.is_valid:
             path = "; it may name a file elsewhere, but holds no image" if group.is_struct else ""
             raise ValueError(f"{name} has no bytes in column {group.image}{path}")
@@ -114,28 +123,39 @@ class ParquetFiles:
             return f"the file is no parquet file, or is damaged: {_one_line(error)}"
 
     def _column(self, group: "_Group", column: str) -> Any:
-        """A column of a row group, as pyarrow holds it: image bytes or captions. Raises ValueError or OSError."""
+        """A column of a row group as a pyarrow.ChunkedArray: image bytes or captions. Raises ValueError or OSError."""
         key = (group.name, group.number, column)
-        return self._cache.get(key, lambda: self._read_column(group, column))
+        values = self._cache.get(key, lambda: self._read_column(group, column))
+        if values is None:
+            raise ValueError(
+                f"column {column} of row group {group.number} of {group.name} takes up more than "
+                f"{MAX_GROUP_BYTES} bytes; write the file with smaller row groups"
+            )
+        return values
 
     def _read_column(self, group: "_Group", column: str) -> tuple[Any, int]:
-        num_bytes = group.num_bytes(column)
-        if num_bytes > MAX_GROUP_BYTES:
-            raise ValueError(
-                f"row group {group.number} of {group.name} holds {num_bytes} bytes of {column}; the limit is "
-                f"{MAX_GROUP_BYTES}, write the file with smaller row groups"
-            )
+        """The column and its size in bytes; None, and no bytes, where it is larger than MAX_GROUP_BYTES."""
+        num_rows = min(group.num_rows, MAX_DICTIONARY_ROWS) if group.is_dictionary(column) else BATCH_ROWS
+        chunks: list[Any] = []
+        num_bytes = 0
         try:
             with group.file.stored.open() as opened:
                 parquet = self._parquet.ParquetFile(
                     opened, metadata=group.file.metadata, page_checksum_verification=True
                 )
-                table = parquet.read_row_group(group.number, columns=[column], use_threads=False)
+                for batch in parquet.iter_batches(num_rows, [group.number], [column], use_threads=False):
+                    values = batch.column(0)
+                    if column == group.image and group.is_struct:
+                        values = self._struct_field(values, "bytes")
+                    num_bytes += values.nbytes
+                    if num_bytes > MAX_GROUP_BYTES:
+                        return None, 0
+                    chunks.append(values)
         except Exception as error:
             raise ValueError(f"row group {group.number} of {group.name} cannot be read: {_one_line(error)}") from error
-        if table.num_rows != group.num_rows:
-            raise ValueError(f"row group {group.number} of {group.name} has {table.num_rows} rows, not its number")
-        return table.column(0), table.nbytes
+        if sum(map(len, chunks)) != group.num_rows:
+            raise ValueError(f"row group {group.number} of {group.name} does not have the {group.num_rows} rows it says")
+        return self._chunked_array(chunks), num_bytes
 
 
 class _File(NamedTuple):
@@ -156,12 +176,12 @@ class _Group(NamedTuple):
     image: str
     caption: str
     is_struct: bool
+    """Whether images are structs with their bytes."""
+    dictionaries: frozenset[str]
+    """Those of the two columns whose values are stored once and referred to."""
 
-    def num_bytes(self, column: str) -> int:
-        """What a column takes up uncompressed, as the footer tells."""
-        group = self.file.metadata.row_group(self.number)
-        chunks = [group.column(i) for i in range(group.num_columns)]
-        return sum(c.total_uncompressed_size for c in chunks if c.path_in_schema.split(".")[0] == column)
+    def is_dictionary(self, column: str) -> bool:
+        return column in self.dictionaries
 
 
 class _Cache:
@@ -202,8 +222,11 @@ class _Cache:
         return value
 
 
-def _columns(name: str, schema: Any, image: str | None, caption: str | None) -> tuple[str, str, bool]:
-    """(image column, caption column, whether images are structs). Raises ValueError where one is missing or no such."""
+def _columns(name: str, schema: Any, image: str | None, caption: str | None) -> tuple[str, str, bool, frozenset[str]]:
+    """(image column, caption column, whether images are structs, which columns are dictionaries).
+
+    Raises ValueError where a column is missing, or its type holds no images or captions.
+    """
     import pyarrow.types as types
 
     there = schema.names
@@ -216,17 +239,47 @@ def _columns(name: str, schema: Any, image: str | None, caption: str | None) -> 
             )
         found.append(column)
     kinds = [schema.field(column).type for column in found]
-    is_struct = types.is_struct(kinds[0])
-    binary = kinds[0]
+    images, captions = kinds
+    is_struct = types.is_struct(images)
     if is_struct:
-        position = kinds[0].get_field_index("bytes")
-        binary = kinds[0].field(position).type if position >= 0 else None
-    if binary is None or not (types.is_binary(binary) or types.is_large_binary(binary)):
-        raise ValueError(f"column {found[0]} of {name} is {kinds[0]}; images are binary, or structs with binary bytes")
-    text = kinds[1].value_type if types.is_list(kinds[1]) or types.is_large_list(kinds[1]) else kinds[1]
-    if not (types.is_string(text) or types.is_large_string(text)):
-        raise ValueError(f"column {found[1]} of {name} is {kinds[1]}; captions are texts or lists of texts")
-    return found[0], found[1], is_struct
+        position = images.get_field_index("bytes")
+        images = images.field(position).type if position >= 0 else None
+    if _is_list(captions):
+        captions = captions.value_type
+    dictionaries = frozenset(
+        column for column, kind in zip(found, (images, captions), strict=True) if kind and types.is_dictionary(kind)
+    )
+    if not _is_binary(images):
+        raise ValueError(
+            f"column {found[0]} of {name} is {kinds[0]}; images must be binary, or structs with binary bytes"
+        )
+    if not _is_text(captions):
+        raise ValueError(f"column {found[1]} of {name} is {kinds[1]}; captions must be texts or lists of texts")
+    return found[0], found[1], is_struct, dictionaries
+
+
+def _is_binary(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    if kind is not None and types.is_dictionary(kind):
+        kind = kind.value_type
+    tests = (types.is_binary, types.is_large_binary, types.is_fixed_size_binary, types.is_binary_view)
+    return kind is not None and any(test(kind) for test in tests)
+
+
+def _is_text(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return any(test(kind) for test in (types.is_string, types.is_large_string, types.is_string_view))
+
+
+def _is_list(kind: Any) -> bool:
+    import pyarrow.types as types
+
+    tests = (types.is_list, types.is_large_list, types.is_fixed_size_list, types.is_list_view, types.is_large_list_view)
+    return any(test(kind) for test in tests)
 
 
 def _one_line(error: Exception) -> str:

@@ -202,7 +202,7 @@ def test_incomplete_and_doubled_samples_are_one_damaged_sample_each(tmp_path, mo
         (b"[1]", "has no caption or text"),
         (b'{"other": "x"}', "has no caption or text"),
         (b'{"caption": 3}', "caption is 3; a caption is a text"),
-        (b'{"caption": ["a", null]}', "a caption is a text"),
+        (b'{"caption": ["a", 3]}', "a caption is a text"),
         (b'{"caption": []}', "the caption is empty"),
         (b'{"caption": "\\ud800"}', "no Unicode"),
         (b'{"caption": ' + b"9" * 5000 + b"}", "the JSON is damaged"),
