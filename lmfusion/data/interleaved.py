@@ -3,18 +3,24 @@
 {"id": "page 7", "content": ["A cat:", {"image": "cats/1.jpg"}, "And a dog:", {"image": "dogs/4.png"}]}
 {"messages": [{"role": "user", "content": "Draw a cat."}, {"role": "assistant", "content": [{"image": "cats/1.jpg"}]}]}
 {"source": "cats/1.jpg", "instruction": "make the cat black", "target": "cats/1-black.jpg"}
+
+Conversations may also be written as OpenAI, transformers, LLaVA and ShareGPT do: see conversation_formats.
 """
 
+import base64
+import binascii
 import bisect
 import itertools
+import re
 from functools import partial
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from lmfusion.chat import ROLES
+from lmfusion.data import conversation_formats
 from lmfusion.data.captions import MAX_LINE_BYTES, checked_text, parse_json
+from lmfusion.data.conversation_formats import Part, read_content, read_conversation
 from lmfusion.data.remote import (
     StoredFile,
     find_files,
@@ -34,19 +40,21 @@ NUM_INDEXERS = 8
 """Files whose lines are found at the same time."""
 READ_BYTES = 8 * 1024 * 1024
 """Read at once while finding the lines."""
+_ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*\{")
+"""How a file begins that is one JSON array of objects, as LLaVA's are."""
 
 
 class InterleavedFiles:
     """The source `interleaved`: a jsonl file, a glob or brace pattern of them, or an fsspec address of such.
 
     A line is an object with `content`, a list of texts and of objects {"image": path}, and maybe an `id`, which names
-    the sample (else the number of the line does). Instead of content it may have `messages`, a list of objects with a
-    role (system, user or assistant) and content, which there may be one text, too; or `source`, `instruction` and
-    `target`, two paths and what makes one image of the other. Paths are relative to the folder of the file and stay in
-    it. Texts of white space alone are left out, but an instruction must say something. Blocks are files.
+    the sample (else the number of the line does). Instead of content it may have `messages` or `conversations`, as
+    `conversation_formats` reads them; or `source`, `instruction` and `target`, two paths and what makes one image of
+    the other. Images are paths relative to the folder of the file, which they must not leave, or data URLs. Texts of
+    white space alone are left out, but an instruction must say something. Blocks are files.
 
     A line that is no such object is a damaged sample. Raises FileNotFoundError where a file is missing, and ValueError
-    where there is no line at all.
+    where there is no line at all, or where a file is one JSON array.
     """
 
     def __init__(self, path: str) -> None:
@@ -74,21 +82,16 @@ class InterleavedFiles:
                 raise ValueError(f"the line has {length} bytes; the limit is {MAX_LINE_BYTES}")
             own_id, entry = _parse(file.read(start, length), str(number))
             sample_id = f"{name}/{own_id}"
-            if isinstance(entry.get("messages"), list):
-                return Conversation(sample_id, tuple(self._message(item, file) for item in entry["messages"]))
+            if any(isinstance(entry.get(key), list) for key in conversation_formats.KEYS):
+                return Conversation(sample_id, self._messages(entry, file))
             if isinstance(entry.get("content"), list):  # which may have a "source" of another kind
-                return Interleaved(sample_id, self._parts(entry["content"], file))
+                return Interleaved(sample_id, self._parts(read_content(entry["content"]), file))
             return self._edit(sample_id, entry, file)
         except (ValueError, OSError) as error:
             raise ValueError(f"{where}: {error}") from error
 
-    def _message(self, item: Any, file: StoredFile) -> Message:
-        if not isinstance(item, dict) or item.get("role") not in ROLES:
-            raise ValueError(f"messages holds something else than objects with a role, one of {', '.join(ROLES)}")
-        content = item.get("content")
-        if not isinstance(content, str | list):
-            raise ValueError(f"the content of the {item['role']}'s message is no text and no list of texts and images")
-        return {"role": item["role"], "content": self._parts([content] if isinstance(content, str) else content, file)}
+    def _messages(self, entry: dict[str, Any], file: StoredFile) -> tuple[Message, ...]:
+        return tuple({"role": role, "content": self._parts(parts, file)} for role, parts in read_conversation(entry))
 
     def _edit(self, sample_id: str, entry: dict[str, Any], file: StoredFile) -> Edit:
         for name in EDIT_KEYS:
@@ -100,21 +103,24 @@ class InterleavedFiles:
         source, target = (self._image(entry[name], file) for name in ("source", "target"))
         return Edit(sample_id, source, checked_text(entry["instruction"]), target)
 
-    def _parts(self, content: list[Any], file: StoredFile) -> tuple[str | LoadImage, ...]:
-        parts = [self._part(item, file) for item in content]
-        kept = tuple(part for part in parts if part is not None)
+    def _parts(self, content: list[Part], file: StoredFile) -> tuple[str | LoadImage, ...]:
+        kept: list[str | LoadImage] = []
+        for part in content:
+            if not isinstance(part, str):
+                kept.append(self._image(part.address, file))
+            elif part.strip():
+                kept.append(checked_text(part))
         if not kept:
             raise ValueError("content is empty")
-        return kept
-
-    def _part(self, item: Any, file: StoredFile) -> str | LoadImage | None:
-        if isinstance(item, str):
-            return checked_text(item) if item.strip() else None
-        if isinstance(item, dict) and isinstance(item.get("image"), str):
-            return self._image(item["image"], file)
-        raise ValueError('content holds something else than texts and {"image": "path"}')
+        return tuple(kept)
 
     def _image(self, name: str, file: StoredFile) -> LoadImage:
+        if name[:5].lower() == "data:":
+            return partial(_load_data_url, name)
+        if re.match(r"https?://", name, re.IGNORECASE):
+            raise ValueError(
+                f"the image {name[:200]!r} is on the web, and nothing is fetched from there; download it and name the file"
+            )
         if not is_inside(name):
             raise ValueError(f"the image {name!r} leads out of the folder of the file; name it relative to that")
         return partial(_load_image, join(parent(file.address), name), file.is_local)
@@ -123,11 +129,14 @@ class InterleavedFiles:
 def _parse(line: bytes, number: str) -> tuple[str, dict[str, Any]]:
     """The id of a line, and the object with its content or messages, a list, or with an edit."""
     entry = parse_json(line)
-    lists = [key for key in ("content", "messages") if isinstance(entry, dict) and isinstance(entry.get(key), list)]
+    keys = ("content", *conversation_formats.KEYS)
+    lists = [key for key in keys if isinstance(entry, dict) and isinstance(entry.get(key), list)]
     if not lists and not (isinstance(entry, dict) and any(key in entry for key in EDIT_KEYS)):
-        raise ValueError('the line is no object like {"content": ["a cat:", {"image": "cat.jpg"}]}')
-    if "content" in entry and "messages" in entry:
-        raise ValueError("the line has both content and messages; it is a document or a conversation")
+        raise ValueError(
+            'the line must be an object like {"content": ["a cat:", {"image": "cat.jpg"}]}, a conversation or an edit'
+        )
+    if sum(key in entry for key in keys) > 1:
+        raise ValueError(f"the line must be a document or a conversation; it has more than one of {', '.join(keys)}")
     name = entry.get("id", number)
     if isinstance(name, bool) or not isinstance(name, (str, int)) or name == "":
         raise ValueError(f"id is {name!r}; it is a text or a whole number")
@@ -142,8 +151,23 @@ def _load_image(address: str, is_local: bool) -> Image.Image:
     return decode_image(file.read(0, file.size), address)
 
 
+def _load_data_url(url: str) -> Image.Image:
+    """The image in data:image/png;base64,..."""
+    header, _, data = url.partition(",")
+    if not header.lower().endswith(";base64"):
+        raise ValueError("a data URL must be like data:image/png;base64,...")
+    try:
+        return decode_image(base64.b64decode("".join(data.split()), validate=True), "the data URL")
+    except binascii.Error as error:
+        raise ValueError(f"the data URL is damaged: {error}") from None
+
+
 def _find_lines(file: StoredFile) -> np.ndarray:
     """int64 [lines, 3]: number from 1, first byte and length of every line that is not empty."""
+    if _ARRAY.match(file.read(0, min(64, file.size))):
+        raise ValueError(
+            f"{file.address} is a JSON array; write one object on each line, as `jq -c '.[]' in.json > out.jsonl` does"
+        )
     ends = [np.array([-1])]
     for start in range(0, file.size, READ_BYTES):
         data = np.frombuffer(file.read(start, min(READ_BYTES, file.size - start)), np.uint8)

@@ -154,7 +154,9 @@ class ParquetFiles:
         except Exception as error:
             raise ValueError(f"row group {group.number} of {group.name} cannot be read: {_one_line(error)}") from error
         if sum(map(len, chunks)) != group.num_rows:
-            raise ValueError(f"row group {group.number} of {group.name} does not have the {group.num_rows} rows it says")
+            raise ValueError(
+                f"row group {group.number} of {group.name} does not have the {group.num_rows} rows it says"
+            )
         return self._chunked_array(chunks), num_bytes
 
 

@@ -171,14 +171,17 @@ def test_lines_with_messages_are_conversations_beside_documents(folder):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"messages": "hello"}, "the line is no object like"),
-        ({"messages": [], "content": ["a"]}, "has both content and messages"),
-        ({"messages": ["hello"]}, "objects with a role, one of system, user, assistant"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "objects with a role, one of system, user, assistant"),
-        ({"messages": [{"role": "user"}]}, "the content of the user's message is no text and no list"),
+        ({"messages": "hello"}, "the line must be an object like"),
+        ({"messages": [], "content": ["a"]}, "it has more than one of content, messages"),
+        ({"messages": ["hello"]}, "every message must have a role, one of system, user, assistant"),
+        (
+            {"messages": [{"role": "tool", "content": "x"}]},
+            "every message must have a role, one of system, user, assistant",
+        ),
+        ({"messages": [{"role": "user"}]}, "the content of the user's message must be a text"),
         ({"messages": [{"role": "user", "content": " "}]}, "content is empty"),
         ({"messages": [{"role": "user", "content": [{"image": "../x.jpg"}]}]}, "leads out of the folder"),
-        ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "something else than texts and"),
+        ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "content must hold texts"),
     ],
 )
 def test_lines_that_are_no_conversation(folder, line, message):

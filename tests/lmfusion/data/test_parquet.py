@@ -205,7 +205,7 @@ def test_row_groups_have_a_largest_size(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(parquet_module, "MAX_GROUP_BYTES", 1_000_000)
     decoded = count_decoded_images(monkeypatch)
     for row in (0, 1, 99):
-        with pytest.raises(ValueError, match="image of row group 0 of a.parquet takes up more than 1000000 bytes"):
+        with pytest.raises(ValueError, match=r"image of row group 0 of a.parquet takes up more than 1000000 bytes"):
             source[row].load_image()
     assert sum(decoded) <= 100  # it is found out once; of what is not a dictionary a part suffices
     assert kind == "dictionary" or sum(decoded) < 60
@@ -250,7 +250,7 @@ def test_images_of_every_type(tmp_path, kind):
     source = ParquetFiles(path)
     for i, value in enumerate(values):
         if value is None:
-            with pytest.raises(ValueError, match="a.parquet/3 has no bytes in column image"):
+            with pytest.raises(ValueError, match=r"a.parquet/3 has no bytes in column image"):
                 source[i].load_image()
         else:
             assert equal(source[i].load_image(), value)
@@ -279,7 +279,7 @@ def test_captions_of_every_type(tmp_path, kind):
     several = "list" in kind
     for i, text in enumerate(texts):
         if text is None:
-            with pytest.raises(ValueError, match="a.parquet/2: no caption in column caption"):
+            with pytest.raises(ValueError, match=r"a.parquet/2: no caption in column caption"):
                 source[i]
         else:
             expected = tuple(filter(None, text)) if several else (text[0],)
@@ -293,7 +293,7 @@ def test_a_list_of_nulls_is_no_caption(tmp_path):
 
 
 def test_changed_bytes_of_a_footer_end_no_process(tmp_path):
-    """Arrow's C++ may end the process over a damaged footer. The schema in one is changed byte by byte, in a process."""
+    """Arrow may end the whole process over a damaged footer. Here the schema in one is changed byte by byte."""
     columns = {
         "image": [{"bytes": data, "path": None} for data in images(0, 20)],
         "caption": [["a"], ["b", "c"]] * 10,
