@@ -119,7 +119,7 @@ class InterleavedFiles:
             return partial(_load_data_url, name)
         if re.match(r"https?://", name, re.IGNORECASE):
             raise ValueError(
-                f"the image {name[:200]!r} is on the web, and nothing is fetched from there; download it and name the file"
+                f"the image {name[:200]!r} is on the web and is not fetched; download it and name the file"
             )
         if not is_inside(name):
             raise ValueError(f"the image {name!r} leads out of the folder of the file; name it relative to that")

@@ -129,7 +129,7 @@ def human(text, **line):
         (human("<image>", image="0.jpg", images=["1.jpg"]), "both image and images"),
         (human("<image>", image=3), "image must name an image by a path or a data URL"),
         (human("<image>", image="../0.jpg"), "leads out of the folder"),
-        (human("<image>", image="https://example.org/0.jpg"), "is on the web, and nothing is fetched from there"),
+        (human("<image>", image="https://example.org/0.jpg"), "is on the web and is not fetched"),
         ({"conversations": [{"from": "tool", "value": "x"}]}, "every message must have a role"),
         ({"conversations": [{"from": ["human"], "value": "x"}]}, "every message must have a role"),
         ({"conversations": [{"from": "human", "value": None}]}, "the content of the human's message must be a text"),

@@ -78,7 +78,7 @@ def test_lines_of_several_files_wherever_reading_is_cut(folder, monkeypatch, end
         ({"content": [{"image": "memory://x.jpg"}]}, "leads out of the folder"),
         ({"content": [{"image": "a\0b"}]}, "leads out of the folder"),
         ({"content": [{"image": ""}]}, "leads out of the folder"),
-        ({"content": [{"image": "HTTPS://example.org/x.jpg"}]}, "is on the web, and nothing is fetched from there"),
+        ({"content": [{"image": "HTTPS://example.org/x.jpg"}]}, "is on the web and is not fetched"),
         ({"content": [{"image": "images/gone.jpg"}]}, "gone.jpg"),
         ({"content": [{"image": "images"}]}, "no regular file"),
         ({"content": [{"image": "a.jsonl"}]}, "not an image of a known format"),
