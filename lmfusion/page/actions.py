@@ -9,13 +9,13 @@ from lmfusion.generation.events import Event
 from lmfusion.generation.prompt import PromptLike, encode_prompt
 from lmfusion.image.preprocessing import decode_image, to_pil, to_tensor
 from lmfusion.page.session import Session, Sessions, Turn
+from lmfusion.page.uploads import MAX_UPLOAD_BYTES
 
 if TYPE_CHECKING:
     from lmfusion.generation.options import GenerationOptions
     from lmfusion.generation.worker import EngineWorker
     from lmfusion.modeling import LMFusion
 
-MAX_UPLOAD_BYTES = 32 * 1024 * 1024
 MAX_SEEN_SIDE = 2048
 """Pixels of the longer side of a picture that a vision-language model sees; larger ones are made smaller."""
 SECONDS_BETWEEN_UPDATES = 0.04
@@ -85,9 +85,14 @@ class Actions:
         codec = self._model.codec.config
         turn = Turn("user")
         for file in map(Path, files):
-            if (size := file.stat().st_size) > MAX_UPLOAD_BYTES:
-                raise ValueError(f"{file.name} has {size} bytes; the limit is {MAX_UPLOAD_BYTES}, scale it down")
-            image = decode_image(file.read_bytes(), file.name)
+            try:
+                size = file.stat().st_size
+                if size > MAX_UPLOAD_BYTES:
+                    raise ValueError(f"{file.name} has {size} bytes; the limit is {MAX_UPLOAD_BYTES}, scale it down")
+                data = file.read_bytes()
+            except FileNotFoundError:  # it made room for newer uploads
+                raise ValueError(f"{file.name} is not kept any more; add it again") from None
+            image = decode_image(data, file.name)
             if self._model.vision is None:
                 [image] = to_pil(to_tensor(image, codec.image_size, codec.channels)[None])
             else:

@@ -9,9 +9,9 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from lmfusion.generation.previews import preview_map
-from lmfusion.page.actions import MAX_UPLOAD_BYTES
 from lmfusion.page.page import build_page
 from lmfusion.page.style import CSS, theme
+from lmfusion.page.uploads import MAX_UPLOAD_BYTES
 
 if TYPE_CHECKING:
     import socket
@@ -53,13 +53,14 @@ def create_app(
     import gradio as gr
     from fastapi import FastAPI
 
-    from lmfusion.page.guard import Guard
+    from lmfusion.page.guard import PageGuard
     from lmfusion.serve.guard import Guard as HostGuard
 
-    os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")  # gradio can be told in no other way
+    uploads = folder / "gradio"
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)  # gradio can be told in no other way
     page = build_page(worker, model, folder / "pictures", name=name, examples=examples, way=way)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(Guard)
+    app.add_middleware(PageGuard, folder=uploads, allowed_hosts=allowed_hosts)
     app.add_middleware(HostGuard, allowed_hosts=allowed_hosts, on_status=lambda status: None)
     return gr.mount_gradio_app(
         app,

@@ -3,8 +3,9 @@
 import base64
 import html
 import io
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import quote
 
@@ -17,7 +18,10 @@ ENLARGED = 192
 MAX_PNG_SIDE = 64
 """Larger previews travel as JPEG."""
 
-_CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]*`)", re.DOTALL)
+_LINE = re.compile(r"\r\n|\r|\n")
+_FENCE = re.compile(r" {0,3}(?:(`{3,})([^`]*)|(~{3,})(.*))")
+_LANGUAGE = re.compile(r"[\w+#.-]*")
+_CODE_SPAN = re.compile(r"(?<![\\`])(`+)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
 
 
 def messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
@@ -90,8 +94,49 @@ def _data_uri(image: Image.Image) -> str:
 
 
 def _without_html(text: str) -> str:
-    """Markdown in which tags are letters; inside code they are that anyway."""
-    return "".join(
-        piece if i % 2 else piece.replace("&", "&amp;").replace("<", "&lt;")
-        for i, piece in enumerate(_CODE.split(text))
-    )
+    """Markdown in which tags are letters.
+
+    A "<" stays one only inside fenced code, whose fences are written anew so that every renderer sees them begin and
+    end in the same lines. What is code within a line depends on the renderer, so it becomes a code element here.
+    """
+    done: list[str] = []
+    plain: list[str] = []
+    lines = iter(_LINE.split(text))
+    for line in lines:
+        fence = _FENCE.fullmatch(line)
+        if fence is None:
+            plain.append(line)
+            continue
+        done += _escape(plain)
+        plain = []
+        done += _fenced(fence[1] or fence[3], (fence[2] or fence[4] or "").strip(), lines)
+    return "\n".join([*done, *_escape(plain)])
+
+
+def _fenced(fence: str, language: str, lines: Iterator[str]) -> list[str]:
+    """A block of code in fences of its own, its lines taken from `lines` up to the one that closes `fence`."""
+    closing = re.compile(rf" {{0,3}}{fence[0]}{{{len(fence)},}}[ \t]*")
+    code = list(itertools.takewhile(lambda line: closing.fullmatch(line) is None, lines))
+    longest = max((len(run) for line in code for run in re.findall("`+", line)), default=0)
+    ticks = "`" * max(3, longest + 1)
+    known = _LANGUAGE.match(language)
+    return [f"{ticks}{known[0] if known else ''}", *code, ticks]
+
+
+def _escape(lines: list[str]) -> list[str]:
+    """Lines of Markdown without fenced code: tags and fences as letters, code spans as code elements."""
+    if not lines:
+        return []
+    pieces = _CODE_SPAN.split("\n".join(lines))
+    done = []
+    for plain, code in zip(pieces[::3], [*pieces[2::3], ""], strict=True):
+        text = plain.replace("&", "&amp;").replace("<", "&lt;")
+        done.append(text.replace("```", "``&#96;").replace("~~~", "~~&#126;"))
+        if code:
+            done.append(f"<code>{''.join(map(_entity, code))}</code>")
+    return ["".join(done)]
+
+
+def _entity(character: str) -> str:
+    """A character that neither Markdown nor HTML reads as anything but itself."""
+    return character if character.isalnum() or character == " " else f"&#{ord(character)};"

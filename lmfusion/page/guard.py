@@ -1,77 +1,158 @@
-"""Which requests does the page refuse? Those that would have the server fetch what it does not own.
+"""Which requests the page's server lets through to gradio: those that the page itself makes, of bounded size.
 
-gradio relays files of other machines, and downloads those that a message names; nothing on this page needs that.
-Browsers are told to load nothing from elsewhere, also where an answer links a picture there.
+gradio has many more routes than the page uses: it relays files of other machines, converts recordings, and keeps any
+file that is uploaded. The middleware here answers only the routes in ROUTES, only for the page's own origin, and lets
+browsers load nothing from elsewhere. Uploads have their own checks in lmfusion.page.uploads.
 """
 
 import json
 import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from lmfusion.page.uploads import UPLOAD_PATH, Uploads, refuse
+from lmfusion.serve.guard import host_name
 
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 """Of a request that is no upload."""
+MAX_JSON_DEPTH = 64
+"""Levels of nesting; the page's own requests have fewer than ten."""
+ROUTES = {
+    "GET": (
+        "/", "/config", "/theme.css", "/manifest.json", "/favicon.ico", "/robots.txt", "/assets/.+", "/static/.+",
+        "/svelte/.+", "/gradio_api/file=.+", "/gradio_api/heartbeat/[^/]+", "/gradio_api/queue/data",
+        "/gradio_api/upload_progress", "/gradio_api/startup-events",
+    ),
+    "HEAD": ("/", "/gradio_api/file=.+"),
+    "POST": (
+        "/gradio_api/queue/join", "/gradio_api/run/predict", "/gradio_api/cancel", "/gradio_api/reset", UPLOAD_PATH,
+    ),
+}  # fmt: skip
+"""What the page in the browser asks for, by method, as regular expressions of paths. Everything else is refused."""
 CONTENT_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; frame-ancestors 'self'"
+    "img-src 'self' data: blob:; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; "
+    "frame-ancestors 'self'"
 )
 HEADERS = [
     (b"content-security-policy", CONTENT_POLICY.encode()),
     (b"referrer-policy", b"no-referrer"),
     (b"x-content-type-options", b"nosniff"),
 ]
-_FETCHES = re.compile(r"/(?:file|proxy)=\s*[a-z][a-z0-9+.-]*:/", re.IGNORECASE)
+_ALLOWED = {method: re.compile("|".join(paths)) for method, paths in ROUTES.items()}
+_FETCHES = re.compile(r"/file=\s*[a-z][a-z0-9+.-]*:/", re.IGNORECASE)
 _ADDRESS = re.compile(r"\s*https?:", re.IGNORECASE)
 
 
-class Guard:
-    """ASGI middleware that refuses requests which name an address to fetch, and adds HEADERS to all answers."""
+class PageGuard:
+    """ASGI middleware that refuses what the page does not ask for, and adds HEADERS to all answers.
 
-    def __init__(self, app: ASGIApp) -> None:
+    folder: where gradio puts uploads. allowed_hosts: names by which the page may be called, such as that of a proxy.
+    """
+
+    def __init__(self, app: ASGIApp, *, folder: Path, allowed_hosts: Collection[str] = ()) -> None:
         self._app = app
+        self._uploads = Uploads(app, folder)
+        self._allowed_hosts = {name.lower().rstrip(".") for name in allowed_hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
 
-        async def send_with_headers(message: Message) -> None:
+        async def send_checked(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message.get("headers", []), *HEADERS]
+                kept = [
+                    item for item in message.get("headers", []) if not item[0].lower().startswith(b"access-control-")
+                ]
+                message["headers"] = [*kept, *HEADERS]
             await send(message)
 
-        if _FETCHES.search(scope["path"]):
-            await _refuse(send_with_headers, 403, "addresses of other machines are not fetched")
+        headers = Headers(scope=scope)
+        if refusal := self._refusal(scope["method"], scope["path"], headers):
+            await refuse(send_checked, *refusal)
+        elif scope["method"] == "POST" and scope["path"] == UPLOAD_PATH:
+            await self._uploads(scope, receive, send_checked)
+        elif scope["method"] == "POST":
+            await self._pass_json(scope, receive, send_checked)
+        else:
+            await self._app(scope, receive, send_checked)
+
+    def _refusal(self, method: str, path: str, headers: Headers) -> tuple[int, str] | None:
+        """The status and reason to refuse a request with, from its first lines; None for one that may go on."""
+        if not self._is_from_page(method, headers):
+            return 403, "this request comes from another site; open the page itself"
+        if _FETCHES.search(path):
+            return 403, "addresses of other machines are not fetched"
+        if method not in _ALLOWED or not _ALLOWED[method].fullmatch(path):
+            return 404, "the page has nothing at this path"
+        return None
+
+    def _is_from_page(self, method: str, headers: Headers) -> bool:
+        """Whether no browser sent the request for a page of another origin.
+
+        Browsers say so in Sec-Fetch-Site, and in Origin wherever an answer could be read or a body is sent. Following a
+        link to the page from elsewhere is allowed. Programs that are no browsers send neither.
+        """
+        site = headers.get("sec-fetch-site", "none")
+        is_navigation = method in ("GET", "HEAD") and headers.get("sec-fetch-mode") == "navigate"
+        if site not in ("same-origin", "none") and not is_navigation:
+            return False
+        origin = headers.get("origin")
+        if origin is None:
+            return True
+        authority = origin.partition("://")[2].lower()
+        return authority == headers.get("host", "").lower() or host_name(authority) in self._allowed_hosts
+
+    async def _pass_json(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await _read(receive)
+        if body is None:
+            await refuse(send, 413, f"the limit of a request is {MAX_REQUEST_BYTES} bytes")
             return
-        kind = dict(scope["headers"]).get(b"content-type", b"")
-        if scope["method"] == "POST" and not kind.startswith(b"multipart/form-data"):
-            body = await _read(receive)
-            if body is None:
-                await _refuse(send_with_headers, 413, f"the limit of a request is {MAX_REQUEST_BYTES} bytes")
-                return
-            if names_address(body):
-                await _refuse(send_with_headers, 403, "addresses of other machines are not fetched")
-                return
-            receive = _replay(body, receive)
-        await self._app(scope, receive, send_with_headers)
+        try:
+            value = json.loads(body)
+        except (ValueError, RecursionError):
+            await refuse(send, 400, "the request must be JSON")
+            return
+        if is_deep(value):
+            await refuse(send, 400, f"the JSON of a request must have at most {MAX_JSON_DEPTH} levels")
+        elif names_address(value):
+            await refuse(send, 403, "addresses of other machines are not fetched")
+        else:
+            await self._app(scope, _replay(body, receive), send)
 
 
-def names_address(body: bytes) -> bool:
+def is_deep(value: Any) -> bool:
+    """Whether JSON is nested in more than MAX_JSON_DEPTH levels."""
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [inner for item in level for inner in _inner(item)]
+        if not level:
+            return False
+    return True
+
+
+def names_address(value: Any) -> bool:
     """Whether JSON has a "path" that is an address in the web, which gradio would download."""
-    try:
-        pending = [json.loads(body)]
-    except ValueError:
-        return False  # gradio refuses it, too
+    pending = [value]
     while pending:
         item = pending.pop()
         if isinstance(item, dict):
             path = item.get("path")
             if isinstance(path, str) and _ADDRESS.match(path):
                 return True
-            pending += item.values()
-        elif isinstance(item, list):
-            pending += item
+        pending += _inner(item)
     return False
+
+
+def _inner(item: Any) -> list[Any]:
+    if isinstance(item, dict):
+        return list(item.values())
+    return item if isinstance(item, list) else []
 
 
 async def _read(receive: Receive) -> bytes | None:
@@ -93,10 +174,3 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return messages.pop() if messages else await receive()
 
     return replay
-
-
-async def _refuse(send: Send, status: int, reason: str) -> None:
-    body = json.dumps({"detail": reason}).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

@@ -68,9 +68,9 @@ def build_page(
                     gallery, details, download = _build_gallery(model)
 
         async def respond(values: dict[Any, Any], request: gr.Request) -> AsyncIterator[dict[Any, Any]]:
-            session = actions.sessions.of(request.session_hash)
             asked = values[box] or {"text": "", "files": []}
             try:
+                session = actions.sessions.of(request.session_hash, _address(request))
                 options, way = read_options({key: values[item] for key, item in settings.items()})
                 async for events in actions.answer(session, asked["text"], asked["files"], options, way):
                     update: dict[Any, Any] = {chat: display.messages(session.turns)}
@@ -89,14 +89,17 @@ def build_page(
             return {"text": example.value["text"], "files": []}
 
         async def stop(request: gr.Request) -> None:
-            actions.sessions.of(request.session_hash).stop()
+            if session := actions.sessions.find(request.session_hash):
+                session.stop()
 
         async def empty(request: gr.Request) -> list[Any]:
-            actions.sessions.of(request.session_hash).clear()
+            if session := actions.sessions.find(request.session_hash):
+                session.clear()
             return []
 
         async def show(selected: gr.SelectData, request: gr.Request) -> tuple[str, Any]:
-            pictures = actions.sessions.of(request.session_hash).pictures[::-1]
+            session = actions.sessions.find(request.session_hash)
+            pictures = session.pictures[::-1] if session else []
             if selected.index >= len(pictures):
                 return "", gr.DownloadButton(visible=False)
             picture = pictures[selected.index]
@@ -118,6 +121,10 @@ def build_page(
         dark.click(None, None, None, js=SWITCH_DARK)
         page.unload(close)
     return page
+
+
+def _address(request: "gr.Request") -> str:
+    return str(request.client.host) if request.client else ""
 
 
 def _title(model: "LMFusion", name: str) -> str:

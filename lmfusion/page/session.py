@@ -2,7 +2,7 @@
 
 import secrets
 import shutil
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lmfusion.generation.worker import Answering
 
 MAX_SESSIONS = 256
-"""Tabs remembered; beyond them the one that was quiet the longest is forgotten."""
+"""Tabs remembered."""
 MAX_PICTURES = 200
 """Drawn pictures of a tab that its gallery shows, the newest."""
 
@@ -79,6 +79,11 @@ class Session:
         self.is_closed = False
         self._folder = root / secrets.token_urlsafe(16)
         self._num_files = 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing would be lost with it."""
+        return not self.turns and not self.pictures and not self.is_busy
 
     def keep(self, image: Image.Image, settings: dict[str, Any]) -> Picture:
         """Write an image into the session's folder, its settings inside."""
@@ -152,28 +157,51 @@ class Session:
 
 
 class Sessions:
-    """The tabs that are open, by the name that the page in the browser gives itself; to be used in one thread."""
+    """The tabs that are open, by the name that the page in the browser gives itself; to be used in one thread.
+
+    Anybody can make up names. So where there are too many, the address that has most sessions loses one: the one that
+    holds nothing, or else the one that was quiet the longest. A session that waits for an answer is never forgotten.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self._addresses: dict[str, str] = {}
 
-    def of(self, name: str | None) -> Session:
-        """The session of a tab, a new one where it has none."""
+    def of(self, name: str | None, address: str = "") -> Session:
+        """The session of a tab at a client's address, a new one where it has none.
+
+        Raises ValueError without a name, and where all sessions that could be forgotten wait for answers.
+        """
         if not name:
             raise ValueError("this request comes from no open page; reload it")
         if name not in self._sessions:
+            if len(self._sessions) >= MAX_SESSIONS:
+                self._forget_one(address)
             self._sessions[name] = Session(self._root)
+            self._addresses[name] = address
         self._sessions.move_to_end(name)
-        while len(self._sessions) > MAX_SESSIONS:
-            self._sessions.popitem(last=False)[1].close()
         return self._sessions[name]
+
+    def find(self, name: str | None) -> Session | None:
+        """The session of a tab, if it has one."""
+        return self._sessions.get(name or "")
 
     def close(self, name: str | None) -> None:
         """Forget a tab that was closed, and cancel what it was waiting for."""
         session = self._sessions.pop(name or "", None)
         if session is not None:
+            del self._addresses[name or ""]
             session.close()
+
+    def _forget_one(self, newcomer: str) -> None:
+        counts = Counter([*self._addresses.values(), newcomer])
+        idle = [name for name, session in self._sessions.items() if not session.is_busy]
+        if not idle:
+            raise ValueError("too many people use this page at the moment; try again in a minute")
+        most = max(counts[self._addresses[name]] for name in idle)
+        candidates = [name for name in idle if counts[self._addresses[name]] == most]
+        self.close(next((name for name in candidates if self._sessions[name].is_empty), candidates[0]))
 
     def __len__(self) -> int:
         return len(self._sessions)

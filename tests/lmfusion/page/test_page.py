@@ -150,12 +150,22 @@ def test_a_reload_cancels_and_starts_afresh(browser, page, monkeypatch):
     assert browser.text("#chat .bot").strip()
 
 
+def test_uploads_that_are_no_pictures_are_refused(browser, page, tmp_path):
+    script = tmp_path / "script.png"
+    script.write_bytes(b"<script>alert(1)</script>")
+    browser.one("#box input[type=file]").send_keys(str(script))
+    browser.wait(lambda: "must be JPEG, PNG or WEBP" in browser.text("body"), seconds=10)
+    assert all("415" in line for line in browser.complaints())
+    browser.ask("Hello")
+    assert browser.text("#chat .bot").strip()
+
+
 def test_what_cannot_be_answered_is_said(browser, page, tmp_path, monkeypatch):
     broken = tmp_path / "broken.png"
-    broken.write_bytes(b"no picture at all")
+    broken.write_bytes(b"\x89PNG\r\n\x1a\n and no picture at all")
     browser.upload(broken)
     browser.one("#box textarea").send_keys("What is this?\n")
-    browser.wait(lambda: "broken.png is not an image" in browser.text("body"))
+    browser.wait(lambda: "broken.png is" in browser.text("body"))
     assert not browser.all("#chat .bot")
     assert browser.one("#box textarea").get_attribute("value") == "What is this?", "nothing written is lost"
 

@@ -1,16 +1,33 @@
 """What does the page's server give out, and what does it refuse?"""
 
 import json
+import time
+from http.client import HTTPConnection
 
 import httpx
 import pytest
 
 from lmfusion.generation.options import Limits
+from lmfusion.page import uploads as uploads_module
 from lmfusion.page.guard import MAX_REQUEST_BYTES, names_address
 from lmfusion.page.settings import build_settings
+from lmfusion.page.uploads import MAX_UPLOAD_REQUEST_BYTES, make_room
+from tests.lmfusion.data.stored import encoded, picture
 from tests.lmfusion.page.conftest import Page
 
 gr = pytest.importorskip("gradio")
+
+
+PNG = encoded("PNG", picture(0))
+
+
+@pytest.fixture(scope="module")
+def named_client(model, tmp_path_factory):
+    """Of a page that may also be called page.example."""
+    page = Page(model, tmp_path_factory.mktemp("named"), allowed_hosts=["page.example"])
+    with httpx.Client(base_url=page.url) as client:
+        yield client
+    page.close()
 
 
 @pytest.fixture(scope="module")
@@ -40,31 +57,145 @@ def test_only_files_of_the_page_are_given_out(client):
 
 @pytest.mark.parametrize("address", ["http://127.0.0.1:9/x.png", "HTTPS://example.com/x.png", "ftp://example.com/x"])
 def test_no_address_is_fetched(client, address):
-    for route in ("file", "proxy"):
-        response = client.get(f"/gradio_api/{route}={address}")
-        assert response.status_code == 403 and "not fetched" in response.text
+    response = client.get(f"/gradio_api/file={address}")
+    assert response.status_code == 403 and "not fetched" in response.text
+    assert client.get(f"/gradio_api/proxy={address}").status_code == 404
 
 
 def test_no_message_names_an_address(client):
     file = {"path": "http://example.com/x.png", "meta": {"_type": "gradio.FileData"}}
     body = {"data": [{"text": "x", "files": [file]}], "fn_index": 0, "session_hash": "x"}
     assert client.post("/gradio_api/queue/join", json=body).status_code == 403
-    assert names_address(json.dumps([{"a": {"path": " HTTPS://x"}}]).encode())
-    assert not names_address(json.dumps({"path": "/tmp/x", "text": "http://x"}).encode())
-    assert not names_address(b"{")
+    assert names_address([{"a": {"path": " HTTPS://x"}}])
+    assert not names_address({"path": "/tmp/x", "text": "http://x"})
 
 
-def test_requests_are_limited(client):
-    assert client.post("/gradio_api/queue/join", content=b"x" * (MAX_REQUEST_BYTES + 1)).status_code == 413
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x", "text/plain"])
+@pytest.mark.parametrize("route", ["queue/join", "run/predict", "cancel", "reset"])
+def test_requests_are_limited_whatever_their_type(client, route, kind):
+    body = b"x" * (MAX_REQUEST_BYTES + 1)
+    assert client.post(f"/gradio_api/{route}", content=body, headers={"Content-Type": kind}).status_code == 413
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/gradio_api/process_recording"),
+        ("POST", "/gradio_api/call/respond"),
+        ("POST", "/gradio_api/api/predict"),
+        ("POST", "/gradio_api/stream/x"),
+        ("POST", "/gradio_api/component_server"),
+        ("POST", "/login"),
+        ("GET", "/gradio_api/dev/reload"),
+        ("GET", "/gradio_api/deep_link"),
+        ("GET", "/monitoring"),
+        ("GET", "/gradio_api/info"),
+        ("GET", "/gradio_api/openapi.json"),
+        ("GET", "/gradio_api/vibe-code"),
+        ("GET", "/docs"),
+        ("GET", "/gradio_api/queue/join"),
+        ("PUT", "/gradio_api/upload"),
+        ("OPTIONS", "/gradio_api/queue/join"),
+    ],
+)
+def test_what_the_page_does_not_use_is_not_there(client, method, path):
+    files = {"file": ("x.webm", b"x" * 100)} if method == "POST" else None
+    assert client.request(method, path, files=files).status_code == 404
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Origin": "http://evil.example"},
+        {"Origin": "http://localhost:3000"},
+        {"Origin": "null"},
+        {"Origin": "http://{host}.evil.example"},
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"},
+        {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "no-cors"},
+        {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "cors"},
+    ],
+)
+@pytest.mark.parametrize("host", [None, "192.168.1.5", "page.example"])
+def test_other_sites_cannot_use_the_page(named_client, headers, host):
+    host = host or named_client.base_url.netloc.decode()
+    headers = {"Host": host} | {key: value.format(host=host) for key, value in headers.items()}
+    for method, path in (
+        ("GET", "/config"),
+        ("GET", "/"),
+        ("POST", "/gradio_api/queue/join"),
+        ("POST", "/gradio_api/upload"),
+        ("OPTIONS", "/gradio_api/queue/join"),
+    ):
+        response = named_client.request(method, path, headers=headers)
+        assert response.status_code == 403 and "another site" in response.text
+        assert not any(name.startswith("access-control-") for name in response.headers)
+
+
+@pytest.mark.parametrize("host", [None, "192.168.1.5", "page.example:8443"])
+def test_the_page_itself_may_ask(named_client, host):
+    host = host or named_client.base_url.netloc.decode()
+    headers = {"Host": host, "Origin": f"https://{host}", "Sec-Fetch-Site": "same-origin", "Sec-Fetch-Mode": "cors"}
+    response = named_client.get("/config", headers=headers)
+    assert response.status_code == 200
+    assert not any(name.startswith("access-control-") for name in response.headers)
+    behind_proxy = {"Host": "127.0.0.1", "Origin": "https://page.example"}
+    assert named_client.get("/config", headers=behind_proxy).status_code == 200
+    link = {"Host": host, "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    assert named_client.get("/", headers=link).status_code == 200
+
+
+@pytest.mark.parametrize("depth", [100, 100_000])
+def test_nested_json_is_refused(client, depth):
+    body = b"[" * depth + b"]" * depth
+    assert client.post("/gradio_api/queue/join", content=body).status_code == 400
 
 
 def test_other_names_are_refused(client):
     assert client.get("/", headers={"Host": "rebound.example.com"}).status_code == 400
 
 
+def upload(client, *files):
+    return client.post("/gradio_api/upload", files=[("files", file) for file in files])
+
+
+def stored(client):
+    return sorted(path.name for path in (client.folder / "gradio").rglob("*") if path.is_file())
+
+
 def test_uploads_are_limited(client):
-    files = {"files": ("x.png", b"x" * (33 * 1024 * 1024))}
-    assert client.post("/gradio_api/upload", files=files).status_code == 413
+    assert upload(client, ("x.png", b"x" * (33 * 1024 * 1024))).status_code == 413
+    for header, value, status in (
+        ("Content-Length", str(MAX_UPLOAD_REQUEST_BYTES + 1), 413),
+        ("Transfer-Encoding", "chunked", 411),
+    ):
+        connection = HTTPConnection(client.base_url.host, client.base_url.port, timeout=20)
+        connection.putrequest("POST", "/gradio_api/upload")
+        connection.putheader("Content-Type", "multipart/form-data; boundary=x")
+        connection.putheader(header, value)
+        connection.endheaders()  # no byte of the body is sent
+        assert connection.getresponse().status == status
+        connection.close()
+
+
+@pytest.mark.parametrize("name", ["x.html", "x.js", "x.svg", "x.png", "x.pdf", "x.txt"])
+def test_uploads_are_pictures(client, name):
+    before = stored(client)
+    response = upload(client, ("good.png", PNG), (name, b"<svg onload='alert(1)'>" * 9))
+    assert response.status_code == 415 and "must be JPEG, PNG or WEBP" in response.text
+    assert stored(client) == before
+
+
+def test_the_oldest_uploads_make_room(client, monkeypatch):
+    monkeypatch.setattr(uploads_module, "MAX_STORED_BYTES", 5 * len(PNG))
+    for i in range(12):
+        assert upload(client, (f"{i:02}.png", PNG + bytes([i]))).status_code == 200
+        time.sleep(0.01)
+    assert "11.png" in stored(client) and "00.png" not in stored(client)
+    assert sum(path.stat().st_size for path in (client.folder / "gradio").rglob("*.png")) <= 6 * len(PNG)
+
+
+def test_room_in_a_folder_that_is_not_there(tmp_path):
+    make_room(tmp_path / "missing", 10)
 
 
 def test_a_model_without_chat_template(model, tmp_path, monkeypatch):

