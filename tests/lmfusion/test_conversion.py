@@ -218,13 +218,13 @@ def test_a_checkpoint_that_does_not_fit_its_configuration(tmp_path):
 def test_names_that_are_no_path_go_to_the_hub(tmp_path, monkeypatch):
     llm = random_llm(LlamaConfig(**SIZES))
     llm.save_pretrained(tmp_path / "snapshot")
-    monkeypatch.setattr("lmfusion.conversion.snapshot_download", lambda name, **_: str(tmp_path / "snapshot"))
+    monkeypatch.setattr("lmfusion.conversion.hub.snapshot_download", lambda name, **_: str(tmp_path / "snapshot"))
     assert load_base("someone/llm").name == "someone/llm"
 
     def offline(name, **_):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr("lmfusion.conversion.snapshot_download", offline)
+    monkeypatch.setattr("lmfusion.conversion.hub.snapshot_download", offline)
     with pytest.raises(FileNotFoundError, match=r"no base model at 'someone/llm'.*\(ConnectionError\)"):
         load_base("someone/llm")
 
