@@ -32,7 +32,7 @@ from transformers.initialization import no_init_weights
 from lmfusion.config_values import from_values
 from lmfusion.configuration import ImageTowerConfig, LMFusionConfig
 from lmfusion.conversion import EMBEDDING_NAME, BaseModel, load_base, names
-from lmfusion.conversion.huggingface import read_safetensors
+from lmfusion.conversion.huggingface import read_safetensors, without_code
 from lmfusion.conversion.tokenizer import check_tokenizer, read_tokenizer
 from lmfusion.conversion.vlm import read_image_processor
 from lmfusion.diffusion import DiffusionConfig
@@ -199,6 +199,7 @@ def read_config(path: Path) -> tuple[Path, LMFusionConfig]:
             f"{path} holds a model of type {settings.get('model_type')!r}, not 'lmfusion'; make a model of an LLM with "
             "LMFusion.from_llm or `lmfusion adapt`"
         )
+    settings = without_code(settings)
     config = LMFusionConfig(**{key: value for key, value in settings.items() if key != "model_type"})
     if config.codec.path is not None:  # relative: saved along with the model
         config.codec.path = str(folder / config.codec.path)

@@ -18,6 +18,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from lmfusion.conversion import EMBEDDING_NAME, BaseModel, load_base, names
+from lmfusion.conversion.huggingface import CONFIG_NAME, build_config, read_settings
 from lmfusion.modeling import LMFusion
 from lmfusion.serialization import base_tensors, differing, digests, from_base
 
@@ -147,11 +148,12 @@ def _reference_model(base: BaseModel, dtype: torch.dtype) -> Any:
     """The base in transformers' own class, in `dtype`. transformers reads a folder by itself; a GGUF file we read."""
     if base.location is not None and base.location.is_dir():
         kind: Any = AutoModelForCausalLM if base.vlm_config is None else AutoModelForImageTextToText
+        path = base.location / CONFIG_NAME
         with _without_progress():
             model, report = kind.from_pretrained(
                 base.location,
+                config=build_config(read_settings(path), path),
                 dtype=base.tensors[EMBEDDING_NAME].dtype,
-                attn_implementation="sdpa",  # whatever config.json says: it may name code
                 local_files_only=True,
                 trust_remote_code=False,
                 use_safetensors=True,

@@ -75,15 +75,16 @@ def build_config(settings: Mapping[str, Any], path: Path) -> PreTrainedConfig:
     """
     check_sizes(settings, str(path))
     try:
-        config: PreTrainedConfig = CONFIG_MAPPING[settings["model_type"]].from_dict(_without_code(settings))
+        config: PreTrainedConfig = CONFIG_MAPPING[settings["model_type"]].from_dict(without_code(settings))
     except Exception as error:  # whatever transformers' validation raises on values of the wrong type
         raise ValueError(f"{path} is no configuration that transformers can read: {error}") from error
     return config
 
 
-def _without_code(settings: Mapping[str, Any]) -> dict[str, Any]:
+def without_code(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The `settings` of a config.json without what would make transformers look for code, in any part of them."""
     plain = {key: value for key, value in settings.items() if key not in _CODE_KEYS}
-    return {key: _without_code(value) if isinstance(value, dict) else value for key, value in plain.items()}
+    return {key: without_code(value) if isinstance(value, dict) else value for key, value in plain.items()}
 
 
 def end_tokens(configured: int | list[int] | None, folder: Path) -> int | list[int] | None:

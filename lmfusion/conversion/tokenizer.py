@@ -1,7 +1,7 @@
 """Tokenizers: read from a folder without running any code of it, and checked against the LLM's vocabulary."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,12 @@ def read_tokenizer(folder: Path) -> Any:
         raise ValueError(f"the tokenizer in {folder} is damaged: {error}") from error
 
 
-def refuse_code(folder: Path) -> None:
-    """Raise ValueError where a tokenizer or image processor in `folder` is code of the folder's own.
+def refuse_code(folder: Path, names: Sequence[str] = SETTINGS_FILES) -> None:
+    """Raise ValueError where one of the files called `names` in `folder` names code of the folder's own.
 
     transformers would ask whether to run it, or read the files with another class than they are meant for.
     """
-    for name in SETTINGS_FILES:
+    for name in names:
         if _names_code(_read_json(folder / name)):
             raise ValueError(
                 f"{folder / name} names code of its own (auto_map), and lmfusion runs no code of a model folder; "
