@@ -138,6 +138,9 @@ def _list(metadata: Mapping[str, Any], name: str, default: list[Any] | None = No
     value = metadata.get(_PREFIX + name, default)
     if not isinstance(value, list):
         raise ValueError(f"it lacks the list {_PREFIX}{name}")
+    kind: Any = str if name in ("tokens", "merges") else (int, float)
+    if not all(isinstance(item, kind) for item in value):
+        raise ValueError(f"{_PREFIX}{name} must be a list of {'texts' if kind is str else 'numbers'}")
     return value
 
 
