@@ -19,6 +19,7 @@ SMALL_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
     "chat_template.json",
     "preprocessor_config.json",
     "processor_config.json",
