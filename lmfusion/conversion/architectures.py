@@ -97,6 +97,13 @@ def _check_values(config: PreTrainedConfig, where: str) -> None:
     if rope["rope_type"] == "llama3":
         names += ["low_freq_factor", "high_freq_factor", "original_max_position_embeddings"]
     _check_positive({name: rope.get(name) for name in names}, where)
+    if rope["rope_theta"] <= 1:
+        raise ValueError(f"{where}: rope_theta must be above 1, got {rope['rope_theta']}")
+    if rope["rope_type"] == "llama3" and rope["low_freq_factor"] >= rope["high_freq_factor"]:
+        raise ValueError(
+            f"{where}: low_freq_factor must be below high_freq_factor, got {rope['low_freq_factor']} and "
+            f"{rope['high_freq_factor']}"
+        )
     optional = ("beta_fast", "beta_slow", "attention_factor", "original_max_position_embeddings")
     _check_positive({name: rope[name] for name in optional if rope.get(name) is not None}, where)
     check_token_ids({name: getattr(config, name, None) for name in TOKEN_IDS}, config.vocab_size, where)
