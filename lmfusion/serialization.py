@@ -32,13 +32,15 @@ from transformers.initialization import no_init_weights
 from lmfusion.config_values import from_values
 from lmfusion.configuration import ImageTowerConfig, LMFusionConfig
 from lmfusion.conversion import EMBEDDING_NAME, BaseModel, load_base, names
-from lmfusion.conversion.huggingface import read_safetensors, read_tokenizer
+from lmfusion.conversion.huggingface import read_safetensors, without_code
+from lmfusion.conversion.tokenizer import check_tokenizer, read_tokenizer
 from lmfusion.conversion.vlm import read_image_processor
 from lmfusion.diffusion import DiffusionConfig
 from lmfusion.files import flush
 from lmfusion.image.codec import WEIGHTS_NAME, CodecConfig, load_codec
 from lmfusion.image.patch_coder import build_patch_coder
 from lmfusion.model_card import CARD_NAME, TrainingRecord, model_card
+from lmfusion.vision import VisionEncoder
 from lmfusion_kernels.lora import is_adapted
 
 if TYPE_CHECKING:
@@ -154,6 +156,9 @@ def _assemble(
     """A model that holds the given tensors (file names; both dicts are emptied); without `image` that part is drawn."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
+        if config.vlm_config is not None:  # before memory is taken for what the configuration asks for
+            seeing = VisionEncoder(config.vlm_config, "meta").state_dict(prefix="vision.")
+            names.check_tensors(_under("vision.", frozen), seeing, name)
         codec = load_codec(config.codec)
         with torch.device("meta"), no_init_weights():
             model = cls(config, codec)
@@ -172,6 +177,8 @@ def _assemble(
             names.check_tensors(image, _under("image.", expected), "the saved model")
             model.load_state_dict(names.stack(image), strict=False, assign=True)
     assert not any(parameter.is_meta for parameter in model.parameters())
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, config.text_config.vocab_size, name)
     model.tokenizer = tokenizer
     model.freeze_text()
     return model.eval()
@@ -192,6 +199,7 @@ def read_config(path: Path) -> tuple[Path, LMFusionConfig]:
             f"{path} holds a model of type {settings.get('model_type')!r}, not 'lmfusion'; make a model of an LLM with "
             "LMFusion.from_llm or `lmfusion adapt`"
         )
+    settings = without_code(settings)
     config = LMFusionConfig(**{key: value for key, value in settings.items() if key != "model_type"})
     if config.codec.path is not None:  # relative: saved along with the model
         config.codec.path = str(folder / config.codec.path)

@@ -3,8 +3,11 @@
 Of a vision-language model that is all it sees with, too, and the logits of a prompt that shows it an image.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +15,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.initialization import no_init_weights
+from transformers.utils import logging
 
-from lmfusion.conversion import EMBEDDING_NAME, BaseModel, load_base, names, vlm
+from lmfusion.conversion import EMBEDDING_NAME, BaseModel, load_base, names
+from lmfusion.conversion.huggingface import CONFIG_NAME, build_config, read_settings
 from lmfusion.modeling import LMFusion
 from lmfusion.serialization import base_tensors, differing, digests, from_base
 
@@ -126,14 +131,7 @@ def _reference_logits(
 ) -> list[tuple[Tensor, float]]:
     """transformers' logits [1, T, V] of each of `inputs`, and how far others in `dtype` may be from them."""
     wide = torch.promote_types(dtype, torch.float32)
-    with no_init_weights():
-        if base.vlm_config is None:
-            theirs, name_of = AutoModelForCausalLM.from_config(base.config), names.to_llama
-        else:
-            theirs, name_of = AutoModelForImageTextToText.from_config(base.vlm_config), vlm.to_transformers
-    theirs = theirs.to(wide).eval()
-    theirs.load_state_dict({name_of(name): tensor for name, tensor in base.tensors.items()}, strict=False)
-    theirs.tie_weights()
+    theirs = _reference_model(base, wide).eval()
 
     def logits(of_dtype: torch.dtype) -> list[Tensor]:
         return [theirs(**_in_dtype(given, of_dtype)).logits.to(wide) for given in inputs]
@@ -144,6 +142,44 @@ def _reference_logits(
     theirs.to(dtype)
     rounded = logits(dtype)
     return [(x, 2 * float((x - y).abs().max())) for x, y in zip(references, rounded, strict=True)]
+
+
+def _reference_model(base: BaseModel, dtype: torch.dtype) -> Any:
+    """The base in transformers' own class, in `dtype`. transformers reads a folder by itself; a GGUF file we read."""
+    if base.location is not None and base.location.is_dir():
+        kind: Any = AutoModelForCausalLM if base.vlm_config is None else AutoModelForImageTextToText
+        path = base.location / CONFIG_NAME
+        with _without_progress():
+            model, report = kind.from_pretrained(
+                base.location,
+                config=build_config(read_settings(path), path),
+                dtype=base.tensors[EMBEDDING_NAME].dtype,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        if report["missing_keys"] or report["mismatched_keys"]:
+            raise ValueError(f"transformers does not find all weights in {base.location}: {report}")
+        return model.to(dtype)
+    with no_init_weights():
+        model = AutoModelForCausalLM.from_config(base.config)
+    model = model.to(dtype)
+    model.load_state_dict({names.to_llama(name): tensor for name, tensor in base.tensors.items()}, strict=False)
+    model.tie_weights()
+    return model
+
+
+@contextmanager
+def _without_progress() -> Iterator[None]:
+    """Without transformers' bars of progress."""
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def _encode(model: LMFusion, prompt: str) -> Tensor:

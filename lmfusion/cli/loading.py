@@ -65,14 +65,14 @@ def read_without_weights(model: "ModelConfig") -> tuple["LMFusionConfig", "Codec
     """
     from lmfusion.configuration import LMFusionConfig
     from lmfusion.conversion import open_base
-    from lmfusion.conversion.huggingface import read_tokenizer
+    from lmfusion.conversion.tokenizer import checked, read_tokenizer
     from lmfusion.image.codec import load_codec
     from lmfusion.serialization import read_config
     from lmfusion.training.config import resolve_path
 
     if model.adapted is not None:
         folder, config = read_config(Path(resolve_path(model.adapted)))
-        tokenizer = read_tokenizer(folder)
+        tokenizer = checked(lambda: read_tokenizer(folder), config.text_config.vocab_size, str(folder))()
     else:
         assert model.base is not None
         base = open_base(resolve_path(model.base))

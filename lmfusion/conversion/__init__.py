@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import PreTrainedConfig
 
 from lmfusion.conversion import gguf, huggingface, vlm
 from lmfusion.conversion.architectures import check_supported
+from lmfusion.conversion.hub import download
+from lmfusion.conversion.tokenizer import checked
 
 EMBEDDING_NAME = "text.embed_tokens.weight"
 
@@ -37,6 +38,8 @@ class OpenedBase:
     """Reads the transformers tokenizer, which may take seconds; None where the checkpoint has none."""
     read_image_processor: Callable[[], Any] = lambda: None
     """The same of a VLM's image processor."""
+    location: Path | None = None
+    """The folder or file that it is read from."""
 
 
 @dataclass
@@ -55,6 +58,8 @@ class BaseModel:
     """Of the vision-language model that the LLM is a part of; None: it is none."""
     read_image_processor: Callable[[], Any] = lambda: None
     """The same of a VLM's image processor."""
+    location: Path | None = None
+    """The folder or file that it is read from."""
 
 
 def load_base(path: str | Path, dtype: torch.dtype | None = None, is_vlm: bool | None = None) -> BaseModel:
@@ -85,6 +90,7 @@ def load_base(path: str | Path, dtype: torch.dtype | None = None, is_vlm: bool |
         opened.read_tokenizer,
         opened.vlm_config,
         opened.read_image_processor,
+        opened.location,
     )
 
 
@@ -96,33 +102,24 @@ def open_base(path: str | Path) -> OpenedBase:
     location = Path(path).expanduser()
     name = str(location.resolve()) if location.exists() else str(path)
     if not location.exists():
-        location = _from_hub(str(path))
+        location = download(str(path))
+    vlm_config = None
     if location.is_dir() and vlm.is_vlm(location):
         vlm_config, read_tensors, read_tokenizer = vlm.open_folder(location)
-        check_supported(vlm_config.text_config, str(location))
-        return OpenedBase(
-            name,
-            vlm_config.text_config,
-            vlm_config,
-            read_tensors,
-            read_tokenizer,
-            lambda: vlm.read_image_processor(location),
-        )
-    if location.is_dir():
+        config = vlm_config.text_config
+    elif location.is_dir():
         config, read_tensors, read_tokenizer = huggingface.open_folder(location)
     elif location.suffix == ".gguf":
         config, read_tensors, read_tokenizer = gguf.open_file(location)
     else:
         raise ValueError(f"{location} is neither a Hugging Face folder nor a .gguf file")
     check_supported(config, str(location))
-    return OpenedBase(name, config, None, read_tensors, read_tokenizer)
-
-
-def _from_hub(name: str) -> Path:
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model"]))
-    except Exception as error:  # many kinds: malformed name, no network, no such repository, no access
-        raise FileNotFoundError(
-            f"no base model at {name!r}: there is no such folder or file here, and the Hugging Face hub gave none "
-            f"({type(error).__name__}); give the path of a folder with config.json and safetensors, or of a .gguf file"
-        ) from error
+    return OpenedBase(
+        name,
+        config,
+        vlm_config,
+        read_tensors,
+        checked(read_tokenizer, config.vocab_size, str(location)),
+        lambda: None if vlm_config is None else vlm.read_image_processor(location),
+        location,
+    )

@@ -96,7 +96,10 @@ def load_clip(folder: Path, device: torch.device | str = "cpu") -> Clip:
 
     Raises FileNotFoundError where there is no such folder, ValueError where it holds no CLIP.
     """
-    from transformers import AutoTokenizer, CLIPModel
+    from transformers import CLIPConfig, CLIPModel
+
+    from lmfusion.conversion.huggingface import without_code
+    from lmfusion.conversion.tokenizer import read_tokenizer
 
     config_file = folder / "config.json"
     if not config_file.is_file():
@@ -110,10 +113,18 @@ def load_clip(folder: Path, device: torch.device | str = "cpu") -> Clip:
     processor_file = folder / "preprocessor_config.json"
     processor = _read_json(processor_file) if processor_file.is_file() else {}
     try:
-        model = CLIPModel.from_pretrained(folder, local_files_only=True, use_safetensors=True, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = CLIPModel.from_pretrained(
+            folder,
+            config=CLIPConfig.from_dict(without_code(settings)),
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=torch.float32,
+        )
+        tokenizer = read_tokenizer(folder)
     except Exception as error:  # whatever transformers raises on files that do not belong together
         raise ValueError(f"{folder} holds no CLIP that transformers can load: {error}") from error
+    if tokenizer is None:
+        raise ValueError(f"{folder} holds no tokenizer; save that of the CLIP beside it with save_pretrained")
     model.eval().requires_grad_(False).to(device)
     mean, std = (tuple(processor.get(key, given)) for key, given in (("image_mean", MEAN), ("image_std", STD)))
     return Clip(model, tokenizer, mean, std, weights)

@@ -203,6 +203,8 @@ def load_codec(config: CodecConfig) -> Codec:
         return PixelCodec(config)
     import diffusers  # slow to import, and only these codecs need it
 
+    from lmfusion.conversion.tokenizer import refuse_code  # imports this module
+
     assert config.path is not None
     kind = {"autoencoder_kl": diffusers.AutoencoderKL, "autoencoder_tiny": diffusers.AutoencoderTiny}[config.kind]
     weights = Path(config.path) / WEIGHTS_NAME
@@ -218,6 +220,7 @@ def load_codec(config: CodecConfig) -> Codec:
         raise ValueError(f"cannot load the autoencoder in {config.path}: {settings.name}: {error}") from error
     if written != kind.__name__:
         raise ValueError(f"{config.path} holds a {written}, but codec kind {config.kind!r} is an {kind.__name__}")
+    refuse_code(Path(config.path), (settings.name,))
     digest = _sha256(weights)
     if config.sha256 not in (None, digest):
         raise ValueError(

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from lmfusion.conversion import load_base, names
 from lmfusion.modeling import LMFusion
 from lmfusion.serialization import from_base
+from tests.lmfusion.gguf_files import random_llm, write_gguf
 
 SIZES = {
     "vocab_size": 40,
@@ -29,83 +30,6 @@ SIZES = {
 }
 IMAGE = {"hidden_size": 16, "patch_coder": {"kind": "linear"}}
 CODEC = {"kind": "pixels", "channels": 1, "image_size": 4}
-GGUF_NAMES = {
-    "input_layernorm": "attn_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-
-
-def random_llm(config):
-    torch.manual_seed(0)
-    llm = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in llm.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
-    return llm
-
-
-def gguf_name(name):
-    top = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    stem, kind = name.rsplit(".", 1)
-    if stem in top:
-        return f"{top[stem]}.{kind}"
-    _, _, layer, part = stem.split(".", 3)
-    return f"blk.{layer}.{GGUF_NAMES[part]}.{kind}"
-
-
-def permute(weight, num_heads):
-    """What llama.cpp's converter does to q and k of the llama architecture."""
-    return (
-        weight.reshape(num_heads, 2, weight.shape[0] // num_heads // 2, *weight.shape[1:])
-        .swapaxes(1, 2)
-        .reshape(weight.shape)
-    )
-
-
-def write_gguf(path, llm, quantization=None, metadata=None, extra=None):
-    """The LLM as llama.cpp's converter writes it; `metadata` and `extra` tensors come on top."""
-    config = llm.config
-    architecture = {"mistral": "llama"}.get(config.model_type, config.model_type)
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    if getattr(config, "head_dim", None):
-        writer.add_key_length(config.head_dim)
-    for key, value in (metadata or {}).items():
-        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
-        add(key.format(arch=architecture), value)
-    for name, tensor in llm.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
-        array = tensor.numpy()
-        if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
-            array = permute(array, config.num_attention_heads if "q_proj" in name else config.num_key_value_heads)
-        if quantization is None or array.ndim == 1:
-            writer.add_tensor(gguf_name(name), np.ascontiguousarray(array))
-        else:
-            writer.add_tensor(gguf_name(name), gguf.quantize(array, quantization), raw_dtype=quantization)
-    for name, array in (extra or {}).items():
-        writer.add_tensor(name, array)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def assert_reads_as(path, llm):
@@ -218,13 +142,13 @@ def test_a_checkpoint_that_does_not_fit_its_configuration(tmp_path):
 def test_names_that_are_no_path_go_to_the_hub(tmp_path, monkeypatch):
     llm = random_llm(LlamaConfig(**SIZES))
     llm.save_pretrained(tmp_path / "snapshot")
-    monkeypatch.setattr("lmfusion.conversion.snapshot_download", lambda name, **_: str(tmp_path / "snapshot"))
+    monkeypatch.setattr("lmfusion.conversion.hub.snapshot_download", lambda name, **_: str(tmp_path / "snapshot"))
     assert load_base("someone/llm").name == "someone/llm"
 
     def offline(name, **_):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr("lmfusion.conversion.snapshot_download", offline)
+    monkeypatch.setattr("lmfusion.conversion.hub.snapshot_download", offline)
     with pytest.raises(FileNotFoundError, match=r"no base model at 'someone/llm'.*\(ConnectionError\)"):
         load_base("someone/llm")
 

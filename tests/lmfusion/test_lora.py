@@ -361,7 +361,8 @@ def test_biases_are_trained_on_the_image_side_alone(tmp_path, tokenizer):
     """Qwen2 has biases in both towers; peft's bias="all" would train the text tower's."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-    config = Qwen2Config(vocab_size=len(tokenizer), num_hidden_layers=1, max_position_embeddings=256, **sizes)
+    vocab_size = len(tokenizer) + 1  # transformers' class for Qwen2 adds <|endoftext|> to a tokenizer without it
+    config = Qwen2Config(vocab_size=vocab_size, num_hidden_layers=1, max_position_embeddings=256, **sizes)
     Qwen2ForCausalLM(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     adapted = add_lora(build(tmp_path), bias="lora_only")

@@ -1,0 +1,92 @@
+"""Tokenizers: read from a folder without running any code of it, and checked against the LLM's vocabulary."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+"""A folder with none of these has no tokenizer."""
+SETTINGS_FILES = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+"""What may name code, in a key `auto_map`."""
+
+
+def read_tokenizer(folder: Path) -> Any:
+    """The tokenizer saved in `folder`; None where there is none.
+
+    Raises ValueError for a tokenizer that is damaged, or that is code of the folder's own.
+    """
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    refuse_code(folder)
+    options: dict[str, Any] = {}
+    settings = _read_json(folder / "tokenizer_config.json")
+    if _read_json(folder / "config.json").get("model_type") == "mistral" and "fix_mistral_regex" not in settings:
+        # Before version 5, transformers converted Mistral's large vocabularies with another model's pattern. It finds
+        # them by their size and by the version in config.json, and puts Mistral's pattern back where this is set.
+        options["fix_mistral_regex"] = True
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
+    except Exception as error:  # transformers and tokenizers raise many kinds, and do not name the file
+        raise ValueError(f"the tokenizer in {folder} is damaged: {error}") from error
+
+
+def refuse_code(folder: Path, names: Sequence[str] = SETTINGS_FILES) -> None:
+    """Raise ValueError where one of the files called `names` in `folder` names code of the folder's own.
+
+    transformers would ask whether to run it, or read the files with another class than they are meant for.
+    """
+    for name in names:
+        if _names_code(_read_json(folder / name)):
+            raise ValueError(
+                f"{folder / name} names code of its own (auto_map), and lmfusion runs no code of a model folder; "
+                "remove auto_map from it if one of transformers' own classes reads these files"
+            )
+
+
+def checked(read: Callable[[], Any], vocab_size: int, where: str) -> Callable[[], Any]:
+    """`read`, a reader of a tokenizer or None, that checks what it has read with `check_tokenizer`."""
+
+    def read_and_check() -> Any:
+        tokenizer = read()
+        if tokenizer is not None:
+            check_tokenizer(tokenizer, vocab_size, where)
+        return tokenizer
+
+    return read_and_check
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int, where: str) -> None:
+    """Raise ValueError for a tokenizer with a token that has no row in an embedding of `vocab_size` rows.
+
+    BOI and EOI take the two ids after the vocabulary, so that a token of the tokenizer there would be one of them.
+    where: the checkpoint.
+    """
+    ids = tokenizer.get_vocab()
+    if not set(ids.values()) - set(tokenizer.added_tokens_decoder):
+        raise ValueError(f"the tokenizer of {where} has an empty vocabulary; copy it again from the model's source")
+    token, largest = max(ids.items(), key=lambda item: item[1])
+    if largest >= vocab_size:
+        raise ValueError(
+            f"the tokenizer of {where} has {len(ids)} tokens with ids up to {largest} ({token!r:.80}), but the "
+            f"embedding has {vocab_size} rows, for ids up to {vocab_size - 1}; resize the embedding with transformers' "
+            f"resize_token_embeddings({largest + 1}) and save model and tokenizer together, or take the added tokens "
+            "out of the tokenizer"
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in `path`; an empty one where there is none, which is for transformers to complain of."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _names_code(value: Any) -> bool:
+    if isinstance(value, dict):
+        return bool(value.get("auto_map")) or any(map(_names_code, value.values()))
+    return isinstance(value, list) and any(map(_names_code, value))
