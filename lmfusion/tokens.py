@@ -20,7 +20,11 @@ def border_tokens(tokenizer: Any) -> set[str]:
     Not so where the tokenizer takes white space before a token away, or looks for it in normalised text or whole words.
     """
     added = tokenizer.added_tokens_decoder.values()
-    return {token.content for token in added if token.special and not (token.lstrip or token.normalized or token.single_word)}
+    return {
+        token.content
+        for token in added
+        if token.special and not (token.lstrip or token.normalized or token.single_word)
+    }
 
 
 def find_tokens(text: str, tokens: Collection[str]) -> re.Match[str] | None:

@@ -1,6 +1,7 @@
 """How is the image side trained? One loop, in one process or as many as torchrun starts; it resumes from its folder."""
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -14,6 +15,7 @@ from lmfusion.data.damage import DamageLog
 from lmfusion.data.loader import LoaderState, Step, check_shared_evenly
 from lmfusion.devices import choose_device
 from lmfusion.files import locked, replace_text
+from lmfusion.generation.finite import NotFiniteError
 from lmfusion.training.build import build_model, training_loader, validation_loader
 from lmfusion.training.checkpoint import (
     CheckpointWriter,
@@ -206,7 +208,13 @@ class Trainer:
 
     def _draw_samples(self) -> None:
         with self._averaged():
-            self.log.write_picture(self.step, draw_grid(self.model, self.config.sample))
+            try:
+                picture = draw_grid(self.model, self.config.sample)
+            except NotFiniteError as error:  # of all ranks: they draw the same
+                if self.world.rank == 0:
+                    print(f"lmfusion: no samples at step {self.step}: {error}", file=sys.stderr)
+            else:
+                self.log.write_picture(self.step, picture)
 
     def save_checkpoint(self) -> None:
         """Begin to save what `Trainer` needs to continue from here; `writer` completes it."""
