@@ -76,6 +76,7 @@ class Chat:
         self._control = set(control_tokens(tokenizer).values())
         if image_token_id is not None:
             self._control.add(tokenizer.convert_ids_to_tokens(image_token_id))
+        check_template_variables({} if template_variables is None else template_variables)
         self._variables = dict(template_variables or {})
         self._check_variables()
         contents = [_runs(message) for message in _checked(messages)]
@@ -103,8 +104,7 @@ class Chat:
         turns = self._turns[:num_messages]
         if is_marked:
             [*turns, last] = turns
-            text = last["content"] if isinstance(last["content"], str) else last["content"][0]["text"]
-            text = f"{self.begin}{text}{self.end}"
+            text = f"{self.begin}{self.text(num_messages - 1)}{self.end}"
             content = text if isinstance(last["content"], str) else [{"type": "text", "text": text}]
             turns.append({**last, "content": content})
         return render(
@@ -113,6 +113,11 @@ class Chat:
             add_generation_prompt=add_generation_prompt,
             template_variables=self._variables,
         )
+
+    def text(self, number: int) -> str:
+        """What the template gets of the assistant's message of that number, with placeholders."""
+        content = self._turns[number]["content"]
+        return content if isinstance(content, str) else content[0]["text"]
 
     def read(self, written: str, num_messages: int) -> list[list[int] | Any]:
         """Token ids and images of what `write` has written of so many messages.
@@ -151,7 +156,6 @@ class Chat:
         return [list(self._ids[piece]) if isinstance(piece, _Piece) else piece for piece in pieces]
 
     def _check_variables(self) -> None:
-        check_template_variables(self._variables)
         for name, value in self._variables.items():
             spelled = find_tokens(json.dumps(value, ensure_ascii=False), self._control)
             if spelled is not None:

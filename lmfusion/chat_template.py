@@ -93,7 +93,7 @@ def render(
 
 
 def check_deadline() -> None:
-    """Called by templates in every round of a loop and every call of a macro. Raises TemplateError past the deadline."""
+    """Called by templates in every round of a loop and call of a macro. Raises TemplateError past the deadline."""
     if time.monotonic() > _clock.deadline:
         raise TemplateError(f"it takes more than {MAX_SECONDS:g} seconds")
 

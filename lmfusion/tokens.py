@@ -1,4 +1,4 @@
-"""Token ids of texts, one thread at a time, since tokenizers keep settings of a call; and the control tokens in texts."""
+"""Token ids of texts, one thread at a time, since tokenizers keep settings of a call; control tokens in texts."""
 
 import re
 import threading
@@ -19,12 +19,8 @@ def border_tokens(tokenizer: Any) -> set[str]:
 
     Not so where the tokenizer takes white space before a token away, or looks for it in normalised text or whole words.
     """
-    added = tokenizer.added_tokens_decoder.values()
-    return {
-        token.content
-        for token in added
-        if token.special and not (token.lstrip or token.normalized or token.single_word)
-    }
+    added = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return {token.content for token in added if not (token.lstrip or token.normalized or token.single_word)}
 
 
 def find_tokens(text: str, tokens: Collection[str]) -> re.Match[str] | None:

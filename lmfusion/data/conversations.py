@@ -5,7 +5,6 @@
 """
 
 import itertools
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -124,8 +123,8 @@ def _answered(chat: Chat, prompt: str, place: int) -> tuple[str, str] | None:
     """What follows a prompt: the answer, and what the template closes it with."""
     closed = chat.write(place + 1, add_generation_prompt=False)
     before, begins, rest = chat.write(place + 1, add_generation_prompt=False, is_marked=True).partition(chat.begin)
-    answer, ends, closing = rest.partition(chat.end)
-    is_whole = bool(begins and ends)  # templates may cut contents into pieces
+    _, ends, closing = (rest if begins else before).partition(chat.end)  # templates may cut contents into pieces
+    is_whole = bool(begins and ends)
     if closed.startswith(prompt):
         following = closed.removeprefix(prompt)
         opening = before.removeprefix(prompt) if is_whole and before.startswith(prompt) else ""
@@ -134,11 +133,11 @@ def _answered(chat: Chat, prompt: str, place: int) -> tuple[str, str] | None:
         if is_whole and following.endswith(closing):
             return following.removesuffix(closing), closing
         return following, ""
-    if not is_whole:
+    if not ends:
         return None
     # The prompt has words that are not in a closed turn, such as the beginning of thoughts; answers may begin with them
-    opened = prompt.removeprefix(os.path.commonprefix([prompt, closed]))
-    return answer.removeprefix(opened), closing
+    num_common = next((i for i, (ours, theirs) in enumerate(zip(prompt, closed, strict=False)) if ours != theirs), 0)
+    return chat.text(place).removeprefix(prompt[num_common:]), closing
 
 
 def _utterances(items: list[int], is_said: list[bool], ends: set[int], images: _Images) -> Iterator[Utterance]:

@@ -176,11 +176,11 @@ class Engine:
             for request, error in failed:
                 self._finish(request, "error", error)
             for preview in previews:
-                for request, event in preview.events():
-                    if request.id in self._running and event is None:
+                for request, picture in preview.events():
+                    if request.id in self._running and picture is None:
                         self._finish(request, "error", _image_error(request))
-                    elif request.id in self._running:
-                        self._events.append((request.id, event))
+                    elif picture is not None and request.id in self._running:
+                        self._events.append((request.id, picture))
             self._end_images([r for r in drawing if r.id in self._running and r.drawing and r.drawing.is_finished])
         events, self._events = self._events, []
         return events
@@ -305,7 +305,7 @@ class Engine:
             self._finish(request, "error", text_error())
         elif token_id == self._model.boi_token_id:
             self._begin_image(request)
-        elif token_id in self._end_ids:
+        elif token_id in self._end_ids or token_id in request.stop_ids:
             if request.owes_image:
                 self._begin_image(request)
             else:

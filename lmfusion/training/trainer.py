@@ -35,6 +35,7 @@ from lmfusion.training.flops import batch_flops
 from lmfusion.training.json_lines import JsonLines
 from lmfusion.training.optimizer import Optimizer
 from lmfusion.training.profiling import profiled
+from lmfusion.training.run_date import with_date
 from lmfusion.training.run_identity import check_identity, run_identity
 from lmfusion.training.run_log import RunLog
 from lmfusion.training.sampling import draw_grid
@@ -51,8 +52,9 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, world: World | None = None) -> None:
-        self.config = config
         self.world = world or World(0, 1, choose_device(config.train.device, "train.device"))
+        config = with_date(config, self.world)
+        self.config = config
         self.folder = Path(config.output)
         # Before anything slow
         check_shared_evenly(config.rows_per_step, self.world.size)
