@@ -78,7 +78,7 @@ class Request:
         self, model: "LMFusion", request_id: int, prompt: Prompt, options: GenerationOptions, index: int
     ) -> None:
         """Raises ValueError for an image size that codec or patch coder cannot make, steps or a scheduler that do not
-        fit the diffusion, a stop string with a control token behind words, or a prompt that leaves no room for an answer."""
+        fit the diffusion, a stop string with a control token behind words, or a prompt that leaves no room."""
         tokenizer = require_tokenizer(model)
         self.stop_ids = _stop_ids(options.stop_strings, control_tokens(tokenizer))
         """Control tokens that end the answer."""
@@ -265,8 +265,8 @@ def _stop_ids(stop_strings: Sequence[str], control: Mapping[int, str]) -> set[in
         match = find_tokens(stop, ids)
         if match is not None and match.start() > 0:
             raise ValueError(
-                f"stop_strings holds {stop!r}, which has the control token {match[0]!r} behind words; such tokens are no "
-                "text, so give the words or the token alone"
+                f"stop_strings holds {stop!r}, which has the control token {match[0]!r} behind words; such tokens are "
+                "no text, so give the words or the token alone"
             )
         if match is not None:
             found.add(ids[match[0]])

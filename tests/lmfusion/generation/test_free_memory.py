@@ -50,7 +50,7 @@ def system(tmp_path, monkeypatch):
             "0::/a/b\n",
             {"a": (5 * GIB, 2 * GIB, 0), "a/b": (4 * GIB, 0, 0)},
             3 * GIB,
-        ),  # the group above is nearer its end
+        ),
         ("0::/a/b\n", {"a": ("max", 2 * GIB, 0), "a/b": (2 * GIB, GIB, 0)}, GIB),
         ("0::/a/b\n", {"a/b": ("max", 0, 0), "root": (2 * GIB, 0, 0)}, 2 * GIB),
         ("0::/../outside\n", {"root": (2 * GIB, 0, 0)}, 2 * GIB),
