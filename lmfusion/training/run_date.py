@@ -7,13 +7,16 @@ from typing import Any
 
 import yaml
 
+from lmfusion.data.sources import CONVERSING
 from lmfusion.training.config import RunConfig
 from lmfusion.training.distributed import World
 
 
 def with_date(config: RunConfig, world: World) -> RunConfig:
-    """`config` with `data.today`: its own, that of the run's earlier start, which its folder keeps, or today's."""
-    if config.data.today is not None:
+    """`config` with `data.today`: its own, that of the run's earlier start, which its folder keeps, or today's. As it is
+    where no source can hold conversations."""
+    kinds = {source.kind for source in (*config.data.sources, *config.validation.sources)}
+    if config.data.today is not None or not kinds & set(CONVERSING):
         return config
     date = _kept(Path(config.output) / "config.yaml") if world.rank == 0 else None
     days = (date or datetime.date.today()).toordinal() if world.rank == 0 else 0

@@ -47,7 +47,7 @@ def run_identity(config: RunConfig, model: LMFusion, num_samples: int) -> dict[s
         identity["the VLM's config.json"] = {key: getattr(model.vision.config, key, None) for key in VLM_KEYS}
     if model.config.template_variables:
         identity["model.template_variables"] = model.config.template_variables
-    if tells_the_date(model.tokenizer):
+    if config.data.today is not None and tells_the_date(model.tokenizer):
         identity[DATE] = config.data.today
     identity["the LLM's tokenizer"] = tokenizer_sha256(model.tokenizer)
     return identity | {"number of samples": num_samples, "base LLM": base_digest(model)}
