@@ -13,8 +13,10 @@ from lmfusion.training.distributed import World
 
 
 def with_date(config: RunConfig, world: World) -> RunConfig:
-    """`config` with `data.today`: its own, that of the run's earlier start, which its folder keeps, or today's. As it is
-    where no source can hold conversations."""
+    """`config` with `data.today`: its own, that of the run's earlier start, which its folder keeps, or today's.
+
+    It stays as it is where no source can hold conversations.
+    """
     kinds = {source.kind for source in (*config.data.sources, *config.validation.sources)}
     if config.data.today is not None or not kinds & set(CONVERSING):
         return config
