@@ -56,6 +56,8 @@ def check_least(config: Any, section: str, **limits: float) -> None:
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
     """`value` as the type `hint`, or ValueError naming the key."""
+    if hint is Any:
+        return value
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in args:

@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from lmfusion.chat_template import check_template_variables
 from lmfusion.config_values import from_values
 from lmfusion.diffusion import DiffusionConfig
 from lmfusion.image.codec import CodecConfig
@@ -42,7 +43,7 @@ class LMFusionConfig(PreTrainedConfig):
     diffusion may be given as dicts; unknown keys are errors. chat_system_prompt: the system's message of a chat that
     brings none of its own; None leaves that to the chat template. vlm_config: configuration of the vision-language
     model that the LLM is a part of (LLaVA, LLaVA-NeXT), whose text_config it shares and is saved without; None: the
-    base is an LLM.
+    base is an LLM. template_variables: JSON values that the chat template reads by name, where a chat brings no others.
     """
 
     model_type: ClassVar[str] = "lmfusion"
@@ -55,11 +56,12 @@ class LMFusionConfig(PreTrainedConfig):
         diffusion: DiffusionConfig | dict[str, Any] | None = None,
         chat_system_prompt: str | None = None,
         vlm_config: PreTrainedConfig | dict[str, Any] | None = None,
+        template_variables: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         unknown = set(kwargs) - _TRANSFORMERS_KEYS
         if unknown:
-            known = "text_config, image, codec, diffusion, chat_system_prompt, vlm_config"
+            known = "text_config, image, codec, diffusion, chat_system_prompt, vlm_config, template_variables"
             raise ValueError(f"unknown key {min(unknown)} (known: {known})")
         super().__init__(**{"architectures": ["LMFusion"], **kwargs})
         if text_config is None:
@@ -78,6 +80,8 @@ class LMFusionConfig(PreTrainedConfig):
                 f"chat_system_prompt is {chat_system_prompt!r}; give a text, or None for the template's own"
             )
         self.chat_system_prompt = chat_system_prompt
+        check_template_variables(template_variables or {})
+        self.template_variables = dict(template_variables or {})
         self._check_sharing()
 
     def _check_sharing(self) -> None:

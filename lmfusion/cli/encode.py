@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    from lmfusion.chat_template import TODAY
     from lmfusion.data.encode import EncodeOptions, encode_source
     from lmfusion.training.config import load_config
 
@@ -70,6 +71,9 @@ def run(args: argparse.Namespace) -> int:
     )
     device = _device(config.train.device)
     model, codec, tokenizer = read_without_weights(config.model)
+    variables = {**model.template_variables, **config.model.template_variables}
+    if config.data.today is not None:
+        variables[TODAY] = config.data.today
     sources = config.data.sources
     folders = [Path(args.output) / str(i) for i in range(len(sources))] if len(sources) > 1 else [Path(args.output)]
     for source, folder in zip(sources, folders, strict=True):
@@ -87,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
                 device=device,
                 options=options,
                 is_for_vlm=model.vlm_config is not None,
+                template_variables=variables,
                 report=report,
             )
         _tell(folder, manifest)

@@ -19,8 +19,9 @@ was finished.
 """
 
 import argparse
+import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,8 @@ _DRAWING = (
 )
 _WRITING = ("max_new_tokens", "temperature", "top_p", "top_k", "stop_strings")
 _MIXING = ("max_images", "min_images")
-_FLAGS = {"stop_strings": "--stop"}
+_CHATTING = ("template_variables",)
+_FLAGS = {"stop_strings": "--stop", "template_variables": "--template-variable"}
 """Options whose name is not that of the field of GenerationOptions."""
 
 _RECORDED: dict[str, Any] = {"prompt": str, "prompt_images": list, "chat": bool, "index": int, "sampler": str}
@@ -72,6 +74,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asking.add_argument("--text", action="store_true", help="write and do not draw; go on from the prompt, or --chat")
     asking.add_argument(
         "--image", action="append", metavar="FILE", help="an image before the text of each prompt; may be repeated"
+    )
+    asking.add_argument(
+        "--template-variable",
+        action="append",
+        dest="template_variables",
+        metavar="NAME=VALUE",
+        help="what the chat template reads, such as enable_thinking=false, or today=2024-07-26 (values are JSON); may "
+        "be repeated, with --chat",
     )
     asking.add_argument("--count", type=int, metavar="N", help="answers to each prompt (default: 1)")
     asking.add_argument(
@@ -149,7 +159,10 @@ def run(args: argparse.Namespace) -> int:
     from lmfusion.generation.answers import Asked, engine_for
 
     once = {request.prompt: request for request in requests}  # whatever --count
-    read = {prompt: encode_prompt(model, _prompt_of(request), chat=request.chat) for prompt, request in once.items()}
+    read = {
+        prompt: encode_prompt(model, _prompt_of(request), request.chat, request.options.template_variables)
+        for prompt, request in once.items()
+    }
     asked = [Asked(read[request.prompt], request.options, request.index) for request in requests]
     engine = engine_for(model, asked, args.batch_size)
     if args.verbose:
@@ -182,7 +195,7 @@ def _asked(args: argparse.Namespace) -> "list[Request]":
         mode = {"max_images": CHAT_IMAGES}
     else:
         mode = {"draw_first": True, "max_images": 1, "max_new_tokens": 0}
-    options = _options(args, mode, mixes=args.chat and not args.text, sees=args.chat or bool(images))
+    options = _options(args, mode, chats=args.chat, mixes=args.chat and not args.text, sees=args.chat or bool(images))
     if count > 1 and options.max_images == 0 and options.temperature == 0:
         raise ValueError(f"--count is {count}, but without chance all answers are the same; add --temperature")
     prompts = [prompt for prompt in args.prompts for _ in range(count)]
@@ -219,21 +232,26 @@ def _repeated(args: argparse.Namespace) -> "list[Request]":
         raise ValueError(
             f"the settings in {args.settings} cannot be used: index is {index}, prompt_images {images!r:.80}"
         )
-    options = _options(args, recorded, mixes=chat, sees=chat or bool(images))
+    options = _options(args, recorded, chats=chat, mixes=chat, sees=chat or bool(images))
     return [Request(prompt, tuple(images), chat, index, options)]
 
 
-def _options(args: argparse.Namespace, base: Mapping[str, Any], *, mixes: bool, sees: bool) -> "GenerationOptions":
+def _options(
+    args: argparse.Namespace, base: Mapping[str, Any], *, chats: bool, mixes: bool, sees: bool
+) -> "GenerationOptions":
     """The options that are given, over those of `base`.
 
-    mixes: whether an answer may hold text and images. sees: whether there are images before one that is drawn.
+    chats: whether the prompt is a conversation. mixes: whether an answer may hold text and images. sees: whether there
+    are images before one that is drawn.
 
     Raises ValueError for an option that has no effect here.
     """
     from lmfusion.generation import GenerationOptions
 
-    names = (*_DRAWING, *_WRITING, *_MIXING, "seed")
+    names = (*_DRAWING, *_WRITING, *_MIXING, *_CHATTING, "seed")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if "template_variables" in given:
+        given["template_variables"] = _variables(given["template_variables"])
     values = {**base, **given}
     values.pop("output", None)
     options = GenerationOptions(**values)
@@ -244,6 +262,7 @@ def _options(args: argparse.Namespace, base: Mapping[str, Any], *, mixes: bool, 
             options.max_new_tokens > 0 and base.get("max_new_tokens") != 0,
             "is about text; add --text or --chat",
         ),
+        (_CHATTING, chats, "is about conversations; add --chat"),
         (_MIXING, mixes, "is about answers of text and images; add --chat and leave out --text"),
         (("top_p", "top_k"), options.temperature > 0, "chooses among what chance may take; add --temperature"),
         (
@@ -260,6 +279,20 @@ def _options(args: argparse.Namespace, base: Mapping[str, Any], *, mixes: bool, 
     if options.max_images and sys.stderr.isatty() and not options.preview_every:
         options = replace(options, preview_every=max(1, options.num_steps // NUM_BAR_UPDATES))
     return options
+
+
+def _variables(pairs: Sequence[str]) -> dict[str, Any]:
+    """Names and their values; a value that is no JSON is a text."""
+    variables = {}
+    for pair in pairs:
+        name, sign, text = pair.partition("=")
+        if not sign:
+            raise ValueError(f"--template-variable is {pair!r}; it is NAME=VALUE, such as enable_thinking=false")
+        try:
+            variables[name] = json.loads(text)
+        except ValueError:
+            variables[name] = text
+    return variables
 
 
 def _prompt_of(request: "Request") -> "PromptLike":

@@ -1,56 +1,151 @@
-"""What does a conversation teach? The words and images of the assistant, where the chat template puts them.
+"""What a conversation teaches: each answer of the assistant after exactly what generation would read before it.
 
 <|im_start|>user  Draw a cat.<|im_end|>  <|im_start|>assistant  Here is a cat: BOI image EOI I drew a cat.<|im_end|>
                                                                 ^ said, up to the token that ends the turn       ^
 """
 
-from collections.abc import Sequence
-from typing import Any
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from lmfusion.chat import Seen, encode_chat
+from lmfusion.chat import Chat, Seen
 from lmfusion.data.sources import Message, Utterance
 from lmfusion.tokens import control_tokens
 
-_BEGIN, _END = object(), object()  # where the assistant's words lie between those of the template
+MAX_ANSWERS = 256
+"""Answers of one conversation that are looked at; it ends with the last of them. No row is as long as so many."""
 
 
-def transcribe(tokenizer: Any, messages: Sequence[Message], image_token_id: int | None = None) -> tuple[Utterance, ...]:
+def transcribe(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    image_token_id: int | None = None,
+    template_variables: Mapping[str, Any] | None = None,
+) -> tuple[Utterance, ...]:
     """The conversation as one document in token ids, images in their places, each with whether the assistant says it.
 
-    The token that ends the assistant's turn is the last thing it says; what the template writes besides is not said.
-    Ids are those that generation reads and writes: tokens never reach over the border of a turn. image_token_id: as
-    `encode_chat` takes it.
+    The document is what generation reads before the last answer, the answer, and what the template closes it with. An
+    answer is said up to the token that ends its turn. It begins where the prompt ends: white space that the template
+    puts before it is part of it, words of the template that no prompt has (an empty think block) are left out.
+
+    An earlier answer is said, too, where the document begins with what generation would have read and written then.
+    Templates that write it otherwise later on (without its thoughts) leave it as something that is read. So is an
+    answer that comes before any other message, which generation never writes.
+
+    image_token_id, template_variables: as `encode_chat` takes them.
 
     Raises ValueError where the assistant says nothing, and as `lmfusion.chat.encode_chat` does.
     """
-    turns: list[dict[str, Any]] = [{**message, "content": list(message["content"])} for message in messages]
-    for turn in turns:
-        if turn["role"] == "assistant":
-            turn["content"] = [_BEGIN, *turn["content"], _END]
-    control_ids = control_tokens(tokenizer)
-    utterances: list[Utterance] = []
-
-    def add(ids: list[int], is_said: bool) -> None:
-        if ids:
-            utterances.append(Utterance(np.array(ids, np.int32), is_said))
-
-    is_said = has_ended = False
-    for part in encode_chat(tokenizer, turns, add_generation_prompt=False, image_token_id=image_token_id):
-        if part is _BEGIN:
-            is_said = True
-        elif part is _END:
-            has_ended = True
-        elif not isinstance(part, list):
-            utterances.append(Utterance(part.image if isinstance(part, Seen) else part, is_said))
-        elif has_ended:
-            num_said = next((i + 1 for i, token_id in enumerate(part) if token_id in control_ids), 0)
-            add(part[:num_said], True)
-            add(part[num_said:], False)
-            is_said = has_ended = False
-        else:
-            add(part, is_said)
-    if not any(is_said for _, is_said in utterances):
+    places = [i for i, message in enumerate(messages) if message["role"] == "assistant"][:MAX_ANSWERS]
+    if not places and messages:
         raise ValueError("the assistant says nothing in this conversation; there is nothing to learn from it")
-    return tuple(utterances)
+    kept = [{**message, "content": list(message["content"])} for message in messages[: max(places, default=0) + 1]]
+    chat = Chat(tokenizer, kept, image_token_id, template_variables)
+    control_ids = set(control_tokens(tokenizer))
+    images = _Images()
+    answers: list[_Answer] = []
+    refused: ValueError | None = None
+    for i in places:
+        try:
+            answer = _answer(chat, i, control_ids, images) if i else None
+        except ValueError as error:  # some templates take no conversation that ends here
+            refused = refused or error
+        else:
+            answers += [] if answer is None else [answer]
+    if not answers:
+        raise refused or ValueError(
+            "the assistant says nothing in this conversation that generation could write; begin it with a message of "
+            "the user, and see that the chat template takes a conversation up to each answer"
+        )
+    last = answers[-1]
+    is_said = [False] * len(last.items)
+    for answer in answers:
+        if answer.items[: answer.end] == last.items[: answer.end]:
+            is_said[answer.begin : answer.end] = [True] * (answer.end - answer.begin)
+    ends = {answer.end - 1 for answer in answers}
+    return tuple(_utterances(last.items, is_said, ends, images))
+
+
+class _Answer(NamedTuple):
+    """An answer as generation writes it."""
+
+    items: list[int]
+    """Token ids and numbers of images: what is read before it, the answer, and what the template closes it with."""
+    begin: int
+    """Where it begins among them."""
+    end: int
+    """Behind the token that ends the turn."""
+
+
+class _Images(list[Any]):
+    """Images by number, which is below 0. One that comes again, in a later prompt, has the number it had."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[int, int] = {}
+
+    def number(self, parts: Sequence[list[int] | Any]) -> list[int]:
+        """Token ids of `parts` and numbers of the images among them."""
+        items: list[int] = []
+        for part in parts:
+            if isinstance(part, list):
+                items += part
+                continue
+            image = part.image if isinstance(part, Seen) else part
+            if id(image) not in self._numbers:
+                self.append(image)
+                self._numbers[id(image)] = -len(self)
+            items.append(self._numbers[id(image)])
+        return items
+
+
+def _answer(chat: Chat, place: int, control_ids: set[int], images: _Images) -> _Answer | None:
+    """The answer that is message number `place`; None where the template hides what it makes of it."""
+    prompt = chat.write(place, add_generation_prompt=True)
+    answered = _answered(chat, prompt, place)
+    if answered is None:
+        return None
+    text, closing = answered
+    head = images.number(chat.read(prompt, place))
+    items = images.number(chat.read(prompt + text + closing, place + 1))
+    if items[: len(head)] != head:  # where the prompt's last words and the answer's first would be one token
+        items = head + images.number(chat.read_more(text + closing))
+    end = next((i + 1 for i in range(len(head), len(items)) if items[i] in control_ids), None)
+    if end is None:  # words end the turn
+        items = head + images.number(chat.read_more(text))
+        end = len(items)
+        items += images.number(chat.read_more(closing))
+    return _Answer(items, len(head), end)
+
+
+def _answered(chat: Chat, prompt: str, place: int) -> tuple[str, str] | None:
+    """What follows a prompt: the answer, and what the template closes it with."""
+    closed = chat.write(place + 1, add_generation_prompt=False)
+    before, begins, rest = chat.write(place + 1, add_generation_prompt=False, is_marked=True).partition(chat.begin)
+    _, ends, closing = (rest if begins else before).partition(chat.end)  # templates may cut contents into pieces
+    is_whole = bool(begins and ends)
+    if closed.startswith(prompt):
+        following = closed.removeprefix(prompt)
+        opening = before.removeprefix(prompt) if is_whole and before.startswith(prompt) else ""
+        if opening.strip():
+            following = following.removeprefix(opening)
+        if is_whole and following.endswith(closing):
+            return following.removesuffix(closing), closing
+        return following, ""
+    if not ends:
+        return None
+    # The prompt has words that are not in a closed turn, such as the beginning of thoughts; answers may begin with them
+    num_common = next((i for i, (ours, theirs) in enumerate(zip(prompt, closed, strict=False)) if ours != theirs), 0)
+    return chat.text(place).removeprefix(prompt[num_common:]), closing
+
+
+def _utterances(items: list[int], is_said: list[bool], ends: set[int], images: _Images) -> Iterator[Utterance]:
+    """Runs of tokens, and images, that are said or not; what ends an answer is a run of its own."""
+
+    def kind(i: int) -> tuple[bool, bool, int]:
+        return is_said[i], is_said[i] and i in ends, i if items[i] < 0 else -1
+
+    for (said, _, image), run in itertools.groupby(range(len(items)), kind):
+        ids = [items[i] for i in run]
+        yield Utterance(images[-1 - ids[0]] if image >= 0 else np.array(ids, np.int32), said)

@@ -11,7 +11,7 @@ and how noisy the images are, depends on (seed, epoch, sample id) alone.
 Images that a vision-language model sees stand among the words, as rows without markers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -78,10 +78,13 @@ class DocumentPlanner:
         diffusion: DiffusionConfig,
         seed: int,
         image_token_id: int | None = None,
+        template_variables: Mapping[str, Any] | None = None,
     ) -> None:
-        """image_token_id: of a vision-language model; samples then hold a `SeenImage` for every image that it sees."""
+        """image_token_id: of a vision-language model; samples then hold a `SeenImage` for every image that it sees.
+        template_variables: what the chat template reads."""
         self._config = config
         self._image_token_id = image_token_id
+        self._template_variables = template_variables
         self._tokenizer = tokenizer
         self._tokens = tokens
         self._tokens_per_image = tokens_per_image
@@ -194,9 +197,10 @@ class DocumentPlanner:
     def _conversation(self, draw: Draw, sample: Conversation | Transcript, chance: list[float]) -> Plan | Damage:
         if isinstance(sample, Conversation):
             try:
-                sample = Transcript(
-                    sample.sample_id, transcribe(self._tokenizer, sample.messages, self._image_token_id)
+                utterances = transcribe(
+                    self._tokenizer, sample.messages, self._image_token_id, self._template_variables
                 )
+                sample = Transcript(sample.sample_id, utterances)
             except ValueError as error:
                 return Damage(sample.sample_id, str(error))
         document = Document()

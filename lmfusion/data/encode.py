@@ -6,6 +6,7 @@ manifest comes when all have one, and takes the records' place. So a killed proc
 the contents of a shard depend on nothing but the source, codec and tokenizer, the cache becomes the same to the byte.
 """
 
+import datetime
 import fcntl
 import json
 import os
@@ -23,10 +24,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lmfusion.chat_template import TODAY, tells_the_date
 from lmfusion.config_values import to_values
 from lmfusion.data.encoded import (
     FORMAT,
     MANIFEST,
+    VARIABLES,
     DamageRecord,
     ShardRecord,
     check_same,
@@ -38,7 +41,7 @@ from lmfusion.data.encoded import (
     values_sha256,
 )
 from lmfusion.data.shard_encoder import EncodeOptions, ShardEncoder
-from lmfusion.data.sources import Source, SourceConfig, load_source
+from lmfusion.data.sources import CONVERSING, Source, SourceConfig, load_source
 from lmfusion.files import NO_LOCKS, flush, replace_text
 from lmfusion.image.codec import Codec
 
@@ -55,13 +58,15 @@ def encode_source(
     device: torch.device | str = "cpu",
     options: EncodeOptions | None = None,
     is_for_vlm: bool = False,
+    template_variables: Mapping[str, Any] | None = None,
     report: Callable[[int, int], object] = lambda num_done, total: None,
 ) -> dict[str, Any]:
     """Encode the source that `config` names into `folder`, or continue there; answers with the manifest.
 
     Any number of processes may do this at the same time, with the same arguments and from any machine that shares the
     file system; each returns when the cache is complete. is_for_vlm: whether the model is one made of a vision-language
-    model. `report` is told how many more samples are done, by whichever process, and how many there are in all.
+    model. template_variables: what the chat template reads; without `today` it is told the date on which the cache was
+    begun. `report` is told how many more samples are done, by whichever process, and how many there are in all.
 
     Raises ValueError where the folder holds something else or a cache made otherwise, the codec has no posterior whose
     deviation could be kept, a vision-language model sees images of the source, or too many samples are damaged; OSError
@@ -73,13 +78,17 @@ def encode_source(
     if options.keep_std and not codec.has_posterior:
         raise ValueError(f"codec {codec.config.kind!r} has no posterior whose variance could be kept; leave it out")
     source = load_source(config, codec.config.image_size)
-    encoder = ShardEncoder(source, codec.to(device), tokenizer, device, options, is_for_vlm)
     plan = _plan(source, config, codec, tokenizer, options)
+    if config.kind in CONVERSING and template_variables:
+        plan[VARIABLES] = dict(template_variables)
+    tells_date = config.kind in CONVERSING and tells_the_date(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     num_shards = -(-len(source) // options.shard_samples)
     with _Claims(folder) as claims:
         with claims.waiting(0):
-            plan = _agree(folder, plan)
+            plan = _agree(folder, plan, tells_date)
+        variables = plan.get(VARIABLES, {})
+        encoder = ShardEncoder(source, codec.to(device), tokenizer, device, options, is_for_vlm, variables)
         done: set[int] = set()
         while not (folder / MANIFEST).is_file() and len(done) < num_shards:
             if not _pass(folder, claims, encoder, num_shards, done, lambda more: report(more, len(source))):
@@ -178,8 +187,11 @@ def _plan(source: Source, config: SourceConfig, codec: Codec, tokenizer: Any, op
     }
 
 
-def _agree(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
-    """The plan that `folder` follows: its own, where that is the same but for the source's path; else `plan`."""
+def _agree(folder: Path, plan: dict[str, Any], tells_date: bool) -> dict[str, Any]:
+    """The plan that `folder` follows: its own, where that is the same but for the source's path; else `plan`.
+
+    tells_date: whether conversations tell the date. A plan that names none has that on which the cache was begun.
+    """
     file = folder / PLAN
     if (folder / MANIFEST).is_file():
         found = read_manifest(folder).get("plan", {})
@@ -192,9 +204,20 @@ def _agree(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
         others = [entry.name for entry in folder.iterdir() if entry.name != ".lock" and not entry.name.startswith(PLAN)]
         if others:
             raise ValueError(f"{folder} holds other files ({min(others)}); give a new folder to encode into")
+        if tells_date:
+            plan[VARIABLES] = {TODAY: datetime.date.today().isoformat(), **plan.get(VARIABLES, {})}
         _write_json(file, plan)
         return plan
     source = {key: value for key, value in plan["source"].items() if key != "path"}  # files may be moved
+    if VARIABLES in plan or VARIABLES in found:
+        kept = found.get(VARIABLES, {})
+        date = {TODAY: kept[TODAY]} if tells_date and TODAY in kept else {}
+        plan = {**plan, VARIABLES: {**date, **plan.get(VARIABLES, {})}}
+        if plan[VARIABLES] != kept:
+            raise ValueError(
+                f"the latent cache {folder} was begun with the template variables {kept}, not {plan[VARIABLES]}; give "
+                "a new folder, or the settings it was begun with"
+            )
     check_same(folder, {**plan, "source": source}, found, "give a new folder, or the settings it was begun with")
     return found
 

@@ -36,7 +36,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lmfusion.chat_template import TODAY
 from lmfusion.data.sources import (
+    CONVERSING,
     CaptionedImage,
     Edit,
     Interleaved,
@@ -52,6 +54,8 @@ from lmfusion.image.preprocessing import to_tensor
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+VARIABLES = "template_variables"
+"""What conversations were written with, in the plan of a cache that has some."""
 LATENTS = ("mean", "std")
 TEXT, IMAGE, REFUSED, SAID_TEXT, SAID_IMAGE = range(5)
 CAPTIONED, INTERLEAVED, DAMAGED, CONVERSATION, EDIT = range(5)
@@ -161,6 +165,20 @@ class EncodedShards:
     def check_made_with(self, codec: Codec, tokenizer: Any) -> None:
         """Raise ValueError, naming what differs, unless this codec and tokenizer would give the same cache."""
         check_same(self.folder, made_with(codec, tokenizer), self.plan, "make another cache with `lmfusion encode`")
+
+    def check_template_variables(self, template_variables: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming what differs, where conversations were written with other template variables. The
+        date is that of the cache."""
+        if self.plan["source"]["kind"] in CONVERSING:
+            now, was = (
+                {name: value for name, value in values.items() if name != TODAY}
+                for values in (template_variables, self.plan.get(VARIABLES, {}))
+            )
+            if now != was:
+                raise ValueError(
+                    f"the latent cache {self.folder} was made with the template variables {was}, and the model has "
+                    f"{now}; set model.template_variables, or make another cache with `lmfusion encode`"
+                )
 
     def _load(self, index: int, which: int, number: int, image: int) -> Latents:
         """The latents of one image: number `which` of sample `index`, at `image` in shard `number`."""

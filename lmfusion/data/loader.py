@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from copy import deepcopy
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lmfusion.batch import Batch, SpecialTokens, pack
 from lmfusion.data.documents import Damage, Plan
+from lmfusion.data.encoded import EncodedShards
 from lmfusion.data.latents import DamagedImageError, LatentReader
 from lmfusion.data.packing import Row, Window, WindowReader
 from lmfusion.data.randomness import generator
@@ -106,13 +107,16 @@ class RowLoader:
         rank: int = 0,
         world_size: int = 1,
         vision: VisionEncoder | None = None,
+        template_variables: Mapping[str, Any] | None = None,
     ) -> None:
-        """vision: what a vision-language model sees with."""
+        """vision: what a vision-language model sees with. template_variables: what the chat template reads."""
         check_shared_evenly(rows_per_step, world_size)
         sources = [load_source(source, codec.config.image_size) for source in config.sources]
         for source in sources:
             if isinstance(source, EncodedSource):
                 source.check_made_with(codec, tokenizer)
+            if isinstance(source, EncodedShards):
+                source.check_template_variables(template_variables or {})
         self.num_samples = sum(map(len, sources))
         """Of all sources."""
         self._config = config
@@ -125,6 +129,7 @@ class RowLoader:
             diffusion=diffusion,
             seed=seed,
             vlm_config=None if vision is None else vision.config,
+            template_variables=template_variables,
         )
         self._vision = None if vision is None else VisionReader(vision, device, cache_megabytes=config.cache_megabytes)
         self._latents = LatentReader(

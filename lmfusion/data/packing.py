@@ -1,6 +1,6 @@
 """Which documents share a row? Windows of consecutive samples, each packed by itself before any image is read."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -74,6 +74,7 @@ class WindowReader:
         diffusion: DiffusionConfig,
         seed: int,
         vlm_config: PreTrainedConfig | None = None,
+        template_variables: Mapping[str, Any] | None = None,
     ) -> None:
         for source, named in zip(sources, config.sources, strict=True):
             if len(source) == 0:
@@ -91,6 +92,7 @@ class WindowReader:
             diffusion=diffusion,
             seed=seed,
             image_token_id=None if vlm_config is None else vlm_config.image_token_id,
+            template_variables=template_variables,
         )
         self._vlm_config = vlm_config
 

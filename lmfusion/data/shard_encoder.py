@@ -1,7 +1,7 @@
 """What does a shard of a latent cache hold? Samples read and decoded by threads, images encoded, texts in token ids."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -88,6 +88,7 @@ class ShardEncoder:
         device: torch.device | str,
         options: EncodeOptions,
         is_for_vlm: bool = False,
+        template_variables: Mapping[str, Any] | None = None,
     ) -> None:
         self._source = source
         self._codec = codec
@@ -95,6 +96,7 @@ class ShardEncoder:
         self._device = device
         self._options = options
         self._is_for_vlm = is_for_vlm
+        self._template_variables = template_variables
         self._dtype: torch.dtype = getattr(torch, options.dtype)
         self._num_seen = 0
         self._num_damaged = 0
@@ -204,7 +206,11 @@ class ShardEncoder:
         if read.kind != CONVERSATION:
             return read
         try:
-            utterances = transcribe(self._tokenizer, read.messages)  # type: ignore[arg-type]
+            utterances = transcribe(
+                self._tokenizer,
+                read.messages,  # type: ignore[arg-type]
+                template_variables=self._template_variables,
+            )
         except ValueError as error:
             return _unreadable(error)
         parts = [what.tolist() if isinstance(what, np.ndarray) else what for what, _ in utterances]

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from lmfusion.chat_template import check_date
 from lmfusion.data.order import Permutation
 
 Text = str | np.ndarray
@@ -127,6 +128,8 @@ class EncodedSource(Protocol):
         ...
 
 
+CONVERSING = ("digit_conversations", "interleaved")
+"""Kinds that may hold conversations."""
 PACKAGED = ("digits", "digit_conversations", "openmoji", "shapes", "shape_edits")
 """Kinds that are drawn, or come with packages: no path, and a held-out split."""
 KINDS = (*PACKAGED, "folder", "webdataset", "parquet", "interleaved", "encoded")
@@ -211,10 +214,15 @@ class DataConfig:
     """Threads that prepare rows ahead of the step that needs them; 0 prepares them in the training loop."""
     cache_megabytes: int = 1024
     """Encoded images are kept in memory up to this size, so that small sets are decoded and encoded once."""
+    today: str | None = None
+    """The date, as YYYY-MM-DD, that chat templates are told where they ask for it. None: that of the run's first start,
+    which its folder keeps."""
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise ValueError("data.sources is empty; name at least one, as {kind: folder, path: my/images}")
+        if self.today is not None:
+            check_date(self.today, "data.today")
         for name in ("image_first", "caption_drop", "max_damaged"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it is a share, 0 to 1")

@@ -14,9 +14,11 @@ from lm_eval import evaluator
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.task import Task
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from lmfusion.chat_template import TODAY, render
 from lmfusion.evaluation.scoring import (
     BATCH_TOKENS,
     Window,
@@ -27,7 +29,7 @@ from lmfusion.evaluation.scoring import (
 )
 from lmfusion.generation.options import MAX_STOP_STRINGS
 from lmfusion.generation.prompt import require_tokenizer
-from lmfusion.tokens import token_ids
+from lmfusion.tokens import control_tokens, token_ids
 
 if TYPE_CHECKING:
     from lmfusion.modeling import LMFusion
@@ -37,6 +39,33 @@ PACKAGED = Path(__file__).parent / "tasks"
 LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 """Which loader of `datasets` reads a file."""
 _GENERATION_KEYS = {"until", "do_sample", "temperature", "top_p", "top_k", "max_gen_toks"}
+_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "num_return_sequences": (1,),
+    "repetition_penalty": (1,),
+    "encoder_repetition_penalty": (1,),
+    "typical_p": (1,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "diversity_penalty": (0,),
+    "no_repeat_ngram_size": (0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "min_p": (0,),
+    "epsilon_cutoff": (0,),
+    "eta_cutoff": (0,),
+    "penalty_alpha": (0,),
+    "remove_invalid_values": (False,),
+    "renormalize_logits": (False,),
+}
+"""Settings of transformers' `generate` that our answers do not have, and the values with which they change nothing."""
+_IGNORED = {"use_cache", "early_stopping", "length_penalty"}
+"""Settings that change nothing without beams, whatever they are."""
+_TODAY = "2024-07-26"
+"""What chat templates are told: the date that Llama 3's own names without a clock."""
+_HERE = "\ue000\ue001"
+"""Where a last message ends that is gone on from."""
 _MAX_NEW_TOKENS = 256
 """Where a task says nothing else: lm-evaluation-harness's own default."""
 
@@ -81,12 +110,17 @@ class LMFusionLM(TemplateLM):
         return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
+        """The conversation in the model's chat template, with the variables saved with it; `today` is _TODAY unless
+        these name another, so that scores do not depend on the day."""
+        variables = {TODAY: _TODAY, **self.model.config.template_variables}
+        if add_generation_prompt:
+            return render(self.tokenizer, chat_history, add_generation_prompt=True, template_variables=variables)
+        *before, last = chat_history
+        begun = [*before, {**last, "content": last["content"] + _HERE}]
+        written = render(self.tokenizer, begun, add_generation_prompt=False, template_variables=variables)
+        if _HERE not in written:
+            raise ValueError("the chat template does not write the last message as it is, so it cannot be gone on from")
+        return written[: written.rindex(_HERE)]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
@@ -129,22 +163,7 @@ class LMFusionLM(TemplateLM):
 
     def _write(self, contexts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
         """What the LLM writes after each context, up to the first of the texts in settings["until"]."""
-        unknown = sorted(set(settings) - _GENERATION_KEYS)
-        if unknown:
-            raise ValueError(
-                f"a task sets {unknown[0]!r} in generation_kwargs; known: {', '.join(sorted(_GENERATION_KEYS))}"
-            )
-        until = settings.get("until") or []
-        stops = [stop for stop in ([until] if isinstance(until, str) else list(until)) if stop]
-        samples = bool(settings.get("do_sample", False))
-        options: dict[str, Any] = {
-            "max_new_tokens": int(settings.get("max_gen_toks", _MAX_NEW_TOKENS)),
-            "do_sample": samples,
-            "temperature": float(settings.get("temperature", 1.0)) if samples else 0.0,
-            "top_p": float(settings.get("top_p", 1.0)) if samples else 1.0,
-            "top_k": int(settings.get("top_k", 0)) if samples else 0,
-            "stop_strings": stops[:MAX_STOP_STRINGS],
-        }
+        options, stops = self._options(settings)
         room = self.max_length - options["max_new_tokens"]
         if room < 1:
             raise ValueError(
@@ -155,6 +174,35 @@ class LMFusionLM(TemplateLM):
         written = self.model.generate(prompts, batch_size=self._batch_size, max_images=0, **options)
         texts = [answer.text for answer in written]
         return [min((text.split(stop)[0] for stop in stops), key=len, default=text) for text in texts]
+
+    def _options(self, settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Our options, and all texts to stop at, of a task's generation_kwargs as `lm_eval`'s own models read them."""
+        values = dict(normalize_gen_kwargs({k: v for k, v in settings.items() if v is not None}, _MAX_NEW_TOKENS))
+        for name, value in values.items():
+            if name in _GENERATION_KEYS or name in _IGNORED or value in _WITHOUT_EFFECT.get(name, ()):
+                continue
+            known = ", ".join(sorted(_GENERATION_KEYS))
+            if name in _WITHOUT_EFFECT:
+                raise ValueError(
+                    f"a task sets {name} to {value!r} in generation_kwargs, which answers here do not have; it must be "
+                    f"{_WITHOUT_EFFECT[name][0]}, or left out"
+                )
+            raise ValueError(f"a task sets {name!r} in generation_kwargs; known: {known}")
+        until = values.get("until") or []
+        stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+        # Control tokens first: the text is searched for all others afterwards, and they are not in it
+        control = set(control_tokens(self.tokenizer).values())
+        stops.sort(key=lambda stop: stop not in control)
+        temperature = float(values.get("temperature", 1.0))
+        samples = bool(values["do_sample"]) and temperature > 0
+        return {
+            "max_new_tokens": int(values["max_gen_toks"]),
+            "do_sample": samples,
+            "temperature": temperature if samples else 0.0,
+            "top_p": float(values.get("top_p", 1.0)) if samples else 1.0,
+            "top_k": int(values.get("top_k", 0)) if samples else 0,
+            "stop_strings": stops[:MAX_STOP_STRINGS],
+        }, stops
 
     def _cut(self, context: str, room: int) -> str:
         """The end of a context, in up to `room` tokens; an empty one becomes bos."""

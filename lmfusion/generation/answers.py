@@ -52,7 +52,8 @@ def stream_answer(model: "LMFusion", prompt: PromptLike, *, chat: bool = False, 
 
     Raises ValueError for unknown options, numbers out of range, and what `encode_prompt` and `Engine.submit` refuse.
     """
-    asked = Asked(encode_prompt(model, prompt, chat), options_of(options))
+    given = options_of(options)
+    asked = Asked(encode_prompt(model, prompt, chat, given.template_variables), given)
     engine = engine_for(model, [asked], batch_size=1)
     request_id = engine.submit(asked.prompt, asked.options)
 
@@ -79,7 +80,8 @@ def generate_answers(
     """
     asked = options_of(options)
     check_list(prompts, "prompts", batch_size)
-    return _answer(model, [encode_prompt(model, prompt, chat) for prompt in prompts], asked, batch_size)
+    read = [encode_prompt(model, prompt, chat, asked.template_variables) for prompt in prompts]
+    return _answer(model, read, asked, batch_size)
 
 
 def draw_images(
@@ -93,6 +95,7 @@ def draw_images(
     Raises ValueError for an empty list or prompt, and what `generate_answers` raises.
     """
     _refuse(options, ("draw_first", "max_images", "min_images", "max_new_tokens"), "draw makes an image and no text")
+    _refuse(options, ("template_variables",), "draw takes no conversation")
     asked = options_of({"draw_first": True, "max_images": 1, "max_new_tokens": 0, **options})
     check_list(prompts, "prompts", batch_size)
     read = [encode_prompt(model, [prompt] if isinstance(prompt, str) else prompt) for prompt in prompts]
@@ -118,6 +121,7 @@ def caption_images(
     for a file that cannot be opened.
     """
     _refuse(options, ("draw_first", "max_images", "min_images"), "caption makes text and no image")
+    _refuse(options, ("template_variables",), "caption takes no conversation")
     asked = options_of({"max_new_tokens": max_new_tokens, **options})
     check_list(images, "images", batch_size)
     words = [prompt] if prompt.strip() else []

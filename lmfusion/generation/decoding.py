@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+NO_TOKEN = -1
+"""In place of a token that cannot be chosen."""
 _HALF_CHARACTER = "�"
 
 
@@ -31,19 +33,22 @@ class Choice(NamedTuple):
 
 
 def next_tokens(logits: Tensor, choice: Choice, is_greedy: bool) -> Tensor:
-    """Token ids int64 [B] for logits [B, V + 2], BOI's and EOI's last; EOI is never chosen.
+    """Token ids int64 [B] for logits [B, V + 2], BOI's and EOI's last; EOI is never chosen. NO_TOKEN where the logits
+    are not finite: where one is NaN or infinite, or all are minus infinity.
 
     A document with temperature takes the token at its quantile, among the `top_k` likeliest and of those the likeliest
     that together reach probability `top_p`. is_greedy: all temperatures are 0.
     """
-    logits = logits[:, :-1].float().nan_to_num(nan=torch.finfo(torch.float32).min)  # a broken answer ends no other
+    logits = logits[:, :-1].float()
     boi = logits[:, -1:].masked_fill(choice.may_begin[:, None] <= 0, -torch.inf)
     logits = torch.cat([logits[:, :-1], boi], dim=-1)
-    likeliest = logits.argmax(dim=-1)
+    largest = logits.amax(dim=-1, keepdim=True)  # NaN where there is one
+    is_finite = largest.squeeze(-1).isfinite()
+    likeliest = torch.where(is_finite, logits.argmax(dim=-1), NO_TOKEN)
     if is_greedy:
         return likeliest
     is_drawn = choice.temperature > 0
-    scaled = (logits - logits.amax(dim=-1, keepdim=True)) / torch.where(is_drawn, choice.temperature, 1.0)[:, None]
+    scaled = (logits - largest) / torch.where(is_drawn, choice.temperature, 1.0)[:, None]
     probabilities, ids = scaled.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(ids.shape[-1], device=ids.device)
     probabilities = torch.where(rank < choice.top_k[:, None], probabilities, 0.0)
@@ -52,7 +57,7 @@ def next_tokens(logits: Tensor, choice: Choice, is_greedy: bool) -> Tensor:
     reach = torch.where(total - probabilities < limit, probabilities, 0.0).cumsum(dim=-1)
     chosen = (reach <= choice.quantile[:, None] * reach[:, -1:]).sum(dim=-1, keepdim=True)
     drawn = ids.gather(-1, chosen.clamp(max=ids.shape[-1] - 1)).squeeze(-1)
-    return torch.where(is_drawn, drawn, likeliest)
+    return torch.where(is_drawn & is_finite, drawn, likeliest)
 
 
 class TextStream:

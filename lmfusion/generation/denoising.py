@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lmfusion.generation.cache import CachedDocument, KeyValueCache
 from lmfusion.generation.events import ImagePreview
+from lmfusion.generation.finite import are_finite
 from lmfusion.generation.graphs import Recorder, ReplayedStep
 from lmfusion.generation.guidance import MAX_BRANCHES
 from lmfusion.generation.previews import preview_image, preview_map, to_rgb
@@ -39,15 +40,17 @@ class Previews(NamedTuple):
     pixels: HostCopy
     """uint8 [n, h, w, 3]"""
     requests: list[Request]
+    is_finite: HostCopy
+    """bool [n]"""
     frames: list[tuple[int, int, int, int]]
     """(index, step, num_steps, pixels a side) of each"""
 
-    def events(self) -> Iterator[tuple[Request, ImagePreview]]:
-        """One a picture. Waits for the pixels."""
-        for pixels, request, (index, step, num_steps, size) in zip(
-            self.pixels.wait(), self.requests, self.frames, strict=True
-        ):
-            yield request, ImagePreview(index, step, num_steps, preview_image(pixels, size))
+    def events(self) -> Iterator[tuple[Request, ImagePreview | None]]:
+        """One a picture; None for one whose numbers are not finite. Waits for the pixels."""
+        pictures = zip(self.pixels.wait(), self.is_finite.wait().tolist(), self.requests, self.frames, strict=True)
+        for pixels, is_finite, request, (index, step, num_steps, size) in pictures:
+            picture = ImagePreview(index, step, num_steps, preview_image(pixels, size)) if is_finite else None
+            yield request, picture
 
 
 class _Rows(NamedTuple):
@@ -186,8 +189,9 @@ class Denoiser:
                 size = codec.downscale * request.latent_shape[-1]
                 frames.append((request.num_images, drawing.step, len(drawing.run.timesteps), size))
         if shown:
-            rgb = to_rgb(torch.stack([_drawing(request).x0 for request in shown]), preview_map(codec))
-            self._previews.append(Previews(HostCopy(rgb), shown, frames))
+            clean = torch.stack([_drawing(request).x0 for request in shown])
+            rgb = to_rgb(clean, preview_map(codec))
+            self._previews.append(Previews(HostCopy(rgb), shown, HostCopy(are_finite(clean)), frames))
 
 
 def _batches(requests: Sequence[Request]) -> Iterator[list[Request]]:

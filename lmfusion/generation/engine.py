@@ -23,9 +23,10 @@ from torch.distributed.tensor import DTensor
 
 from lmfusion.batch import number_seen
 from lmfusion.generation.cache import KeyValueCache
-from lmfusion.generation.decoding import Choice, next_tokens
+from lmfusion.generation.decoding import NO_TOKEN, Choice, next_tokens
 from lmfusion.generation.denoising import Denoiser, next_power_of_two
 from lmfusion.generation.events import Done, Event, ImageBegin, ImageEnd, TextDelta
+from lmfusion.generation.finite import are_finite, image_error, text_error
 from lmfusion.generation.graphs import ReplayedStep, recorder_for
 from lmfusion.generation.guidance import ContextImage
 from lmfusion.generation.memory import MemoryPlan, plan_memory
@@ -155,8 +156,8 @@ class Engine:
     def step(self) -> list[tuple[int, Event]]:
         """Move every running request on by a token or a denoising step; answers with what happened, by request id.
 
-        A request whose callback or scheduler raises ends with finish_reason "error"; the others go on. Whatever the
-        model itself raises (out of memory) is raised.
+        A request whose callback or scheduler raises, or whose numbers are not finite, ends with finish_reason "error";
+        the others go on. Whatever the model itself raises (out of memory) is raised.
         """
         with torch.no_grad():
             self._admit()
@@ -175,7 +176,11 @@ class Engine:
             for request, error in failed:
                 self._finish(request, "error", error)
             for preview in previews:
-                self._events += [(r.id, event) for r, event in preview.events() if r.id in self._running]
+                for request, picture in preview.events():
+                    if request.id in self._running and picture is None:
+                        self._finish(request, "error", _image_error(request))
+                    elif picture is not None and request.id in self._running:
+                        self._events.append((request.id, picture))
             self._end_images([r for r in drawing if r.id in self._running and r.drawing and r.drawing.is_finished])
         events, self._events = self._events, []
         return events
@@ -296,9 +301,11 @@ class Engine:
     def _accept(self, request: Request, token_id: int) -> None:
         """Go on from the token that was chosen: text, the beginning of an image, or the end."""
         request.token = None
-        if token_id == self._model.boi_token_id:
+        if token_id == NO_TOKEN:
+            self._finish(request, "error", text_error())
+        elif token_id == self._model.boi_token_id:
             self._begin_image(request)
-        elif token_id in self._end_ids:
+        elif token_id in self._end_ids or token_id in request.stop_ids:
             if request.owes_image:
                 self._begin_image(request)
             else:
@@ -332,10 +339,17 @@ class Engine:
         for _, run in itertools.groupby(by_shape, key=lambda request: request.latent_shape):
             finished = list(run)
             images: list[Image.Image] = []
+            is_finite: list[bool] = []
             for start in range(0, len(finished), CODEC_BATCH):
                 latents = [r.drawing.x for r in finished[start : start + CODEC_BATCH] if r.drawing is not None]
-                images += to_pil(self._model.codec.decode(torch.stack(latents)))
-            for request, image in zip(finished, images, strict=True):
+                pixels = self._model.codec.decode(torch.stack(latents))
+                checked = HostCopy(are_finite(latents, pixels))
+                images += to_pil(pixels)
+                is_finite += checked.wait().tolist()  # no wait more: the images have just been waited for
+            for request, image, is_image in zip(finished, images, is_finite, strict=True):
+                if not is_image:
+                    self._finish(request, "error", _image_error(request))
+                    continue
                 self._events.append((request.id, ImageEnd(request.num_images, image, request.settings())))
                 request.end_image()
                 if not request.wants_token:
@@ -351,6 +365,11 @@ class Engine:
         self._tell_text(request, request.stream.finish())
         self._cache.free([document for document in (request.cached, *request.branches) if document is not None])
         self._events.append((request.id, _done(request, reason, error)))
+
+
+def _image_error(request: Request) -> Exception:
+    assert request.drawing is not None
+    return image_error(request.num_images, request.options.sampler, len(request.drawing.run.timesteps))
 
 
 def _done(request: Request, reason: str, error: Exception | None = None) -> Done:

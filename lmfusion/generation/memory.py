@@ -1,11 +1,11 @@
 """How much memory does an engine take? Counted before anything is allocated."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from lmfusion.generation.free_memory import free_bytes
 from lmfusion.generation.prompt import context_limit
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def plan_memory(model: "LMFusion", num_rows: int | None, max_batch: int) -> Memo
     )
     if num_rows is None:
         context = min(context_limit(model) or DEFAULT_CONTEXT, DEFAULT_CONTEXT)
-        affordable = int(CACHE_SHARE * _free_bytes(model.device)) // row_bytes
+        affordable = int(CACHE_SHARE * free_bytes(model.device)) // row_bytes
         num_rows = max(context, min(max_batch * context, affordable))
     return MemoryPlan(
         num_rows=num_rows,
@@ -82,13 +82,6 @@ def plan_memory(model: "LMFusion", num_rows: int | None, max_batch: int) -> Memo
 
 def _bytes(module: torch.nn.Module) -> int:
     return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def _megabytes(num_bytes: int) -> str:

@@ -1,11 +1,12 @@
 """What may be asked of an answer? Settings of text and images, in transformers' and diffusers' words, and limits."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
 
+from lmfusion.chat_template import check_template_variables
 from lmfusion.generation.samplers import SAMPLERS
 
 MAX_STOP_STRINGS = 16
@@ -45,7 +46,10 @@ class GenerationOptions:
     top_k: int = 0
     """Draw among this many of the likeliest tokens; 0: among all."""
     stop_strings: Sequence[str] = ()
-    """Text that ends the answer; it is not part of it."""
+    """Text that ends the answer; it is not part of it. A control token's name, such as "<|im_end|>", is that token."""
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
+    """JSON values that the chat template of a conversation reads by name, such as {"enable_thinking": False}, over
+    those saved with the model. `today` (YYYY-MM-DD) is the date it is told."""
     seed: int = 0
     """The same seed gives the same answer, alone or in a batch, on the same device and versions."""
 
@@ -88,6 +92,7 @@ class GenerationOptions:
             value = getattr(self, name)
             if not isinstance(value, kind) or (isinstance(value, bool) and "True" not in expected):
                 raise ValueError(f"{name} is {value!r:.80}; it is {expected}")
+        check_template_variables(self.template_variables)
         self._check_text()
         self._check_images()
 
@@ -150,7 +155,12 @@ class GenerationOptions:
         values = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "callback_on_step_end"}
         if not isinstance(self.sampler, str):
             values["sampler"] = type(self.sampler).__name__
-        return {**values, "stop_strings": list(self.stop_strings), "guidance_interval": list(self.guidance_interval)}
+        return {
+            **values,
+            "template_variables": dict(self.template_variables),
+            "stop_strings": list(self.stop_strings),
+            "guidance_interval": list(self.guidance_interval),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

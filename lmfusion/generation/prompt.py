@@ -59,20 +59,30 @@ class Prompt:
         return document
 
 
-def encode_prompt(model: "LMFusion", prompt: PromptLike, chat: bool = False) -> Prompt:
+def encode_prompt(
+    model: "LMFusion",
+    prompt: PromptLike,
+    chat: bool = False,
+    template_variables: Mapping[str, Any] | None = None,
+) -> Prompt:
     """`prompt` in the model's tokens and pixels.
 
     A single text is tokenised as the base LLM would. In a list, texts are stripped, as captions are in training, and
     bos comes first; images are cropped to the middle and resized to the codec's size. Messages, and with `chat` a
     single text or list as the user's turn, are written in the tokenizer's chat template, after the model's system
-    prompt if it has one and the conversation has none.
+    prompt if it has one and the conversation has none. template_variables: what the template reads by name, over those
+    saved with the model.
     A vision-language model sees images at their own size with its encoder, all but those of the assistant in messages,
     which are its own drawings.
 
-    Raises ValueError for an empty prompt, a part that is neither text nor image, a damaged or huge image, or a
-    conversation where the tokenizer has no chat template; OSError for a file that cannot be opened.
+    Raises ValueError for an empty prompt, a part that is neither text nor image, a damaged or huge image, a
+    conversation where the tokenizer has no chat template, or template variables without a conversation; OSError for a
+    file that cannot be opened.
     """
     tokenizer = require_tokenizer(model)
+    is_conversation = isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
+    if template_variables and not (is_conversation or chat):
+        raise ValueError("template_variables are for conversations; set chat=True or give messages, or leave them out")
     if isinstance(prompt, str) and not chat:
         [ids] = token_ids(tokenizer, [prompt], control_tokens=True, add_special_tokens=True)
         if not ids or not prompt:
@@ -86,29 +96,29 @@ def encode_prompt(model: "LMFusion", prompt: PromptLike, chat: bool = False) -> 
         raise ValueError(f"a prompt is {prompt!r:.80}; it is a text, a list of texts and images, or a list of messages")
     if len(prompt) == 0:
         raise ValueError("a prompt is empty; write something to go on from")
-    is_conversation = not isinstance(prompt, str) and isinstance(prompt[0], Mapping)
     if is_conversation or chat:
         messages: Sequence[Any] = prompt if is_conversation else [{"role": "user", "content": prompt}]
-        return _conversation(model, messages)
+        return _conversation(model, messages, template_variables or {})
     bos = SpecialTokens.of(tokenizer, model.boi_token_id).bos
     parts = [encode_caption(tokenizer, part) if isinstance(part, str) else _shown(model, part) for part in prompt]
     return Prompt((bos, *parts) if bos else tuple(parts), _words(prompt))
 
 
-def _conversation(model: "LMFusion", messages: Sequence[Any]) -> Prompt:
+def _conversation(model: "LMFusion", messages: Sequence[Any], template_variables: Mapping[str, Any]) -> Prompt:
     tokenizer = require_tokenizer(model)
     system = model.config.chat_system_prompt
     has_system = isinstance(messages[0], Mapping) and messages[0].get("role") == "system"
     if system is not None and not has_system:
         messages = [{"role": "system", "content": system}, *messages]
     image_token_id = None if model.vision is None else model.vision.image_token_id
+    variables = {**model.config.template_variables, **template_variables}
     parts = [
         part
         if isinstance(part, list)
         else _shown(model, part.image)
         if isinstance(part, Seen)
         else _pixels(model, part)
-        for part in encode_chat(tokenizer, messages, image_token_id=image_token_id)
+        for part in encode_chat(tokenizer, messages, image_token_id=image_token_id, template_variables=variables)
     ]
     content = messages[-1]["content"]
     return Prompt(tuple(parts), _words(content if isinstance(content, (list, tuple)) else [content]))

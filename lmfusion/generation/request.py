@@ -2,7 +2,7 @@
 
 import enum
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from lmfusion.generation.options import GenerationOptions
 from lmfusion.generation.prompt import Prompt, context_limit, require_tokenizer
 from lmfusion.generation.samplers import SchedulerRun, StepTable, step_table
 from lmfusion.generation.transfer import upload
-from lmfusion.tokens import control_tokens
+from lmfusion.tokens import control_tokens, find_tokens
 
 if TYPE_CHECKING:
     from lmfusion.modeling import LMFusion
@@ -78,11 +78,10 @@ class Request:
         self, model: "LMFusion", request_id: int, prompt: Prompt, options: GenerationOptions, index: int
     ) -> None:
         """Raises ValueError for an image size that codec or patch coder cannot make, steps or a scheduler that do not
-        fit the diffusion, a stop string that is never text, or a prompt that leaves no room for an answer."""
+        fit the diffusion, a stop string with a control token behind words, or a prompt that leaves no room."""
         tokenizer = require_tokenizer(model)
-        for stop in options.stop_strings:
-            if stop in control_tokens(tokenizer).values():
-                raise ValueError(f"stop_strings holds {stop!r}, a control token, which is never text; leave it out")
+        self.stop_ids = _stop_ids(options.stop_strings, control_tokens(tokenizer))
+        """Control tokens that end the answer."""
         self.id = request_id
         self.options = options
         self.index = index
@@ -256,6 +255,22 @@ class Request:
         if isinstance(options.sampler, str):
             return step_table(model.diffusion, options.sampler, options.num_steps, model.codec.latent_range)
         return SchedulerRun(options.sampler, model.diffusion, options.num_steps, model.codec.latent_range)
+
+
+def _stop_ids(stop_strings: Sequence[str], control: Mapping[int, str]) -> set[int]:
+    """Control tokens that stop strings begin with. They are no text: no stop string is found in what they are."""
+    ids = {token: token_id for token_id, token in control.items()}
+    found = set()
+    for stop in stop_strings:
+        match = find_tokens(stop, ids)
+        if match is not None and match.start() > 0:
+            raise ValueError(
+                f"stop_strings holds {stop!r}, which has the control token {match[0]!r} behind words; such tokens are "
+                "no text, so give the words or the token alone"
+            )
+        if match is not None:
+            found.add(ids[match[0]])
+    return found
 
 
 def latent_shape(model: "LMFusion", image_size: int | None) -> tuple[int, int, int]:

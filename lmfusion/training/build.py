@@ -3,6 +3,7 @@
 import torch
 
 from lmfusion.batch import SpecialTokens
+from lmfusion.chat_template import TODAY
 from lmfusion.conversion import load_base
 from lmfusion.data.loader import RowLoader
 from lmfusion.data.sources import DataConfig
@@ -24,6 +25,7 @@ def build_model(config: RunConfig) -> LMFusion:
         model = from_base(LMFusion, base, image, codec, diffusion, seed=train.seed)
     if model_config.chat_system_prompt is not None:
         model.config.chat_system_prompt = model_config.chat_system_prompt
+    model.config.template_variables = {**model.config.template_variables, **model_config.template_variables}
     model.freeze_text(train.text_learning_rate_ratio == 0)
     model.recompute = train.recompute
     return model
@@ -58,4 +60,5 @@ def _loader(
         rank=world.rank,
         world_size=world.size,
         vision=model.vision,
+        template_variables=model.config.template_variables | ({} if data.today is None else {TODAY: data.today}),
     )

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import yaml
 
+from lmfusion.chat_template import check_template_variables
 from lmfusion.config_values import check_least, field_names, from_values
 from lmfusion.configuration import ImageTowerConfig
 from lmfusion.data.sources import DataConfig, SourceConfig
@@ -41,10 +42,14 @@ class ModelConfig:
     chat_system_prompt: str | None = None
     """The system's message of chats with the model that bring none of their own: give conversations the same to learn
     from. None: that of the adapted model, or of the chat template."""
+    template_variables: dict[str, Any] = field(default_factory=dict)
+    """JSON values that the chat template reads by name, such as {enable_thinking: false}: in training, and in chats
+    with the model that bring no others. They come over those of the adapted model."""
 
     def __post_init__(self) -> None:
         if (self.base is None) == (self.adapted is None):
             raise ValueError("give either model.base (an LLM) or model.adapted (an LMFusion model)")
+        check_template_variables(self.template_variables, "model.template_variables")
         if self.adapted is not None and (self.image, self.codec, self.diffusion) != (
             ImageTowerConfig(),
             CodecConfig(),

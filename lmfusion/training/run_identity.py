@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lmfusion.chat_template import tells_the_date
 from lmfusion.config_values import to_values
 from lmfusion.data.encoded import tokenizer_sha256
 from lmfusion.modeling import LMFusion
@@ -19,6 +20,7 @@ DATA_KEYS = (
     "max_caption_tokens",
     "sample_latents",
 )
+DATE = "data.today"
 
 LLM_KEYS = ("rms_norm_eps", "rope_parameters")
 """What the config.json of an LLM says beside the shapes of its tensors."""
@@ -43,6 +45,10 @@ def run_identity(config: RunConfig, model: LMFusion, num_samples: int) -> dict[s
     identity["the LLM's config.json"] = {key: getattr(llm, key) for key in LLM_KEYS}
     if model.vision is not None:
         identity["the VLM's config.json"] = {key: getattr(model.vision.config, key, None) for key in VLM_KEYS}
+    if model.config.template_variables:
+        identity["model.template_variables"] = model.config.template_variables
+    if config.data.today is not None and tells_the_date(model.tokenizer):
+        identity[DATE] = config.data.today
     identity["the LLM's tokenizer"] = tokenizer_sha256(model.tokenizer)
     return identity | {"number of samples": num_samples, "base LLM": base_digest(model)}
 
@@ -50,6 +56,8 @@ def run_identity(config: RunConfig, model: LMFusion, num_samples: int) -> dict[s
 def check_identity(identity: Mapping[str, Any], saved: Mapping[str, Any], path: Any) -> None:
     """Raises ValueError where `saved`, of the checkpoint at `path`, names another run than `identity`."""
     changed = [key for key in identity.keys() | saved.keys() if saved.get(key) != identity.get(key)]
+    if DATE not in saved:  # of a run that began when dates were not kept
+        changed = [key for key in changed if key != DATE]
     if "train.dtype" in changed:  # which the digests of its tensors follow
         changed = [key for key in changed if key != "base LLM"]
     if changed == ["base LLM"]:

@@ -1,6 +1,7 @@
 """How is the image side trained? One loop, in one process or as many as torchrun starts; it resumes from its folder."""
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -14,6 +15,7 @@ from lmfusion.data.damage import DamageLog
 from lmfusion.data.loader import LoaderState, Step, check_shared_evenly
 from lmfusion.devices import choose_device
 from lmfusion.files import locked, replace_text
+from lmfusion.generation.finite import NotFiniteError
 from lmfusion.training.build import build_model, training_loader, validation_loader
 from lmfusion.training.checkpoint import (
     CheckpointWriter,
@@ -33,6 +35,7 @@ from lmfusion.training.flops import batch_flops
 from lmfusion.training.json_lines import JsonLines
 from lmfusion.training.optimizer import Optimizer
 from lmfusion.training.profiling import profiled
+from lmfusion.training.run_date import with_date
 from lmfusion.training.run_identity import check_identity, run_identity
 from lmfusion.training.run_log import RunLog
 from lmfusion.training.sampling import draw_grid
@@ -49,8 +52,9 @@ class Trainer:
     """
 
     def __init__(self, config: RunConfig, world: World | None = None) -> None:
-        self.config = config
         self.world = world or World(0, 1, choose_device(config.train.device, "train.device"))
+        config = with_date(config, self.world)
+        self.config = config
         self.folder = Path(config.output)
         # Before anything slow
         check_shared_evenly(config.rows_per_step, self.world.size)
@@ -206,7 +210,13 @@ class Trainer:
 
     def _draw_samples(self) -> None:
         with self._averaged():
-            self.log.write_picture(self.step, draw_grid(self.model, self.config.sample))
+            try:
+                picture = draw_grid(self.model, self.config.sample)
+            except NotFiniteError as error:  # of all ranks: they draw the same
+                if self.world.rank == 0:
+                    print(f"lmfusion: no samples at step {self.step}: {error}", file=sys.stderr)
+            else:
+                self.log.write_picture(self.step, picture)
 
     def save_checkpoint(self) -> None:
         """Begin to save what `Trainer` needs to continue from here; `writer` completes it."""

@@ -3,8 +3,12 @@
 import copy
 
 import pytest
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
+from lmfusion import chat
 from lmfusion.chat import encode_chat
+from lmfusion.tokens import token_ids
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}</s>{% endfor %}"
@@ -88,3 +92,52 @@ def test_what_is_no_conversation_is_named(chat_tokenizer, messages, message):
 def test_tokenizers_without_template_are_refused(tokenizer):
     with pytest.raises(ValueError, match="no chat template"):
         encode_chat(tokenizer, user("hi"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ue000" * 100_000,
+        "\ue000a" * 50_000,
+        "\ue0001\ue001" * 30_000,
+        "</s>" * 25_000,
+        "<s>a" * 25_000,
+        "a </s>\n" * 15_000,
+        " " * 100_000,
+        "</" * 50_000,
+    ],
+)
+def test_any_text_takes_few_calls_of_the_tokenizer(chat_tokenizer, monkeypatch, text):
+    calls = []
+
+    def count(tokenizer, texts, **options):
+        calls.append(len(texts))
+        return token_ids(tokenizer, texts, **options)
+
+    monkeypatch.setattr(chat, "token_ids", count)
+    (ids,) = encode_chat(chat_tokenizer, user(text))
+    assert len(calls) <= 2 and sum(calls) <= 8
+    assert chat_tokenizer.decode(ids) == f"<s>[user]{text}</s>[assistant]"
+    assert (ids.count(chat_tokenizer.bos_token_id), ids.count(chat_tokenizer.eos_token_id)) == (1, 1)
+
+
+def test_many_messages_take_one_call_each_for_control_and_for_text(chat_tokenizer, monkeypatch):
+    calls = []
+    monkeypatch.setattr(chat, "token_ids", lambda t, texts, **o: calls.append(len(texts)) or token_ids(t, texts, **o))
+    turns = [message for i in range(500) for message in (*user(f"</s>{i}"), {"role": "assistant", "content": "a"})]
+    (ids,) = encode_chat(chat_tokenizer, turns)
+    assert len(calls) == 2 and ids.count(chat_tokenizer.eos_token_id) == len(turns)
+
+
+def test_text_after_control_tokens_is_tokenised_as_the_tokenizer_does_it():
+    """Tokenizers of Llama's kind write a space at the beginning of a text, and none after a control token."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {"▁": 3} | {c: i for i, c in enumerate("adersuit[]h", 4)}
+    own = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    for prefix in ("first", "always", "never"):
+        own.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=prefix, split=False)
+        fast = PreTrainedTokenizerFast(tokenizer_object=own, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+        fast.add_special_tokens({"additional_special_tokens": [AddedToken("<left>", lstrip=True)]})
+        fast.chat_template = "hi " + TEMPLATE + "  <left> u"
+        turns = [*user(" read"), {"role": "assistant", "content": "dust "}]
+        theirs = fast.apply_chat_template(turns, add_generation_prompt=True, return_dict=True)["input_ids"]
+        assert encode_chat(fast, turns) == [list(theirs)]

@@ -5,7 +5,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from lmfusion.generation.decoding import Choice, TextStream, next_tokens, random_generator
+from lmfusion.generation.decoding import NO_TOKEN, Choice, TextStream, next_tokens, random_generator
 
 
 def choose(logits, temperature=1.0, top_p=1.0, top_k=10**6, may_begin=True, seed=0):
@@ -52,13 +52,18 @@ def test_boi_may_be_chosen_where_an_image_may_come_and_eoi_never():
 
 @pytest.mark.parametrize("temperature", [0, 1e-3, 1.0])
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
-def test_logits_that_are_no_numbers_choose_a_word(temperature, broken):
-    """What a broken answer says is its own affair, but it neither begins an image nor ends a step."""
-    logits = torch.full((3, 4), broken)
-    logits[1, 2] = 1.0
-    ids = choose(logits, temperature, may_begin=False)
-    assert ((ids >= 0) & (ids < 4)).all()
-    assert broken == float("inf") or ids[1] == 2
+def test_logits_that_are_not_finite_choose_no_token(temperature, broken):
+    logits = torch.zeros(4, 4)
+    logits[:3] = broken
+    logits[1:3, 2] = 1.0
+    logits[2, 3] = 0.5
+    logits[3, 1] = 90.0
+    ids = choose(logits, temperature, may_begin=False).tolist()
+    assert ids[0] == NO_TOKEN and ids[3] == 1  # beside broken ones
+    assert ids[1] == (2 if broken == -float("inf") else NO_TOKEN)  # minus infinity says that a token cannot come
+    assert ids[2] in ((2, 3) if broken == -float("inf") else (NO_TOKEN,))
+    begin = choose(logits, temperature).tolist()
+    assert begin[3] in (1, 4) and begin[0] == (4 if broken == -float("inf") else NO_TOKEN)
 
 
 def test_rows_of_unlike_settings_do_not_mix():

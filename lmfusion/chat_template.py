@@ -1,0 +1,186 @@
+"""Chat templates: conversations as text, by the tokenizer's template, on a given day and in bounded time.
+
+Templates come with models, so they are not trusted. They run in transformers' sandbox; loops, macros, powers and
+repeated or joined texts are limited here besides, and whatever goes wrong is a ValueError.
+
+Template variables are JSON values that a template reads by name, such as `enable_thinking`. One of them has a meaning
+of its own: `today` (YYYY-MM-DD) is the date that the template's `strftime_now` tells. Without it, that is the clock's.
+"""
+
+import datetime
+import functools
+import json
+import operator
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import Template, TemplateError, nodes
+from jinja2.sandbox import SandboxedEnvironment
+from jinja2.visitor import NodeTransformer
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+MAX_SECONDS = 10.0
+"""That a template may take for one conversation."""
+MAX_CHARS = 2**26
+"""Of any text that a template makes by repeating or joining others."""
+MAX_BITS = 2**16
+"""Of any whole number that a template makes by multiplication."""
+TODAY = "today"
+RESERVED = ("messages", "add_generation_prompt", "continue_final_message", "strftime_now")
+"""Names that a template is given by others."""
+
+_NAMES = 'template variables are names with JSON values, such as {"enable_thinking": false}'
+
+
+def check_template_variables(values: Any, name: str = "template_variables") -> None:
+    """Raises ValueError, naming the variable, unless `values` maps names to JSON values and `today` is a date."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name} is {values!r:.80}; {_NAMES}")
+    for key, value in values.items():
+        if not isinstance(key, str) or not key.isidentifier() or key.startswith("_"):
+            raise ValueError(f"{name} has the key {key!r:.80}; {_NAMES}")
+        if key in RESERVED:
+            raise ValueError(f"{name} has the key {key!r}, which the conversation itself sets; leave it out")
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{name}.{key} is {type(value).__name__}, not a JSON value: {error}") from None
+    if TODAY in values:
+        _parse_date(values[TODAY], f"{name}.{TODAY}")
+
+
+def check_date(value: str, name: str) -> None:
+    """Raises ValueError unless `value` is a date as YYYY-MM-DD."""
+    _parse_date(value, name)
+
+
+def tells_the_date(tokenizer: Any) -> bool:
+    """Whether conversations in this tokenizer's template may depend on the day."""
+    template = getattr(tokenizer, "chat_template", None)
+    return "strftime_now" in (json.dumps(template) if isinstance(template, Mapping) else template or "")
+
+
+def render(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    add_generation_prompt: bool,
+    template_variables: Mapping[str, Any],
+) -> str:
+    """`messages` as the tokenizer's chat template writes them.
+
+    Raises ValueError where the template refuses them, fails, takes too long, or makes too much text.
+    """
+    context = {
+        "tools": None,
+        "documents": None,
+        **tokenizer.special_tokens_map,
+        "strftime_now": functools.partial(_strftime, template_variables.get(TODAY)),
+        **template_variables,
+        "messages": list(messages),
+        "add_generation_prompt": add_generation_prompt,
+    }
+    _clock.deadline = time.monotonic() + MAX_SECONDS
+    try:
+        return _compiled(tokenizer.get_chat_template()).render(context)
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"the chat template does not take this conversation: {error}") from error
+    except Exception as error:  # a template can raise whatever Python can
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"the chat template does not take this conversation: {reason:.500}") from error
+
+
+def check_deadline() -> None:
+    """Called by templates in every round of a loop and call of a macro. Raises TemplateError past the deadline."""
+    if time.monotonic() > _clock.deadline:
+        raise TemplateError(f"it takes more than {MAX_SECONDS:g} seconds")
+
+
+def checked_text(text: str) -> str:
+    """Called by templates with what `~` joins. Raises TemplateError for more than MAX_CHARS characters."""
+    _check_chars(len(text))
+    return text
+
+
+_clock = threading.local()
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(source: str) -> Template:
+    """The template in transformers' environment, with our limits."""
+    # Of an empty template: compiling computes what is constant in it, which is to happen within our limits
+    environment: SandboxedEnvironment = _compile_jinja_template("").environment.overlay()
+    environment.intercepted_binops = frozenset(("+", "*", "**"))
+    environment.binop_table = {**environment.binop_table, "+": _add, "*": _multiply, "**": _power}
+    names = {name: value for name, value in environment.globals.items() if name != "lipsum"}  # a loop of its own
+    guarded = _Guard().visit(environment.parse(source))
+    return Template.from_code(environment, environment.compile(guarded), names)
+
+
+class _Guard(NodeTransformer):
+    """Puts calls of the limits into a template."""
+
+    def visit_For(self, node: nodes.For) -> nodes.For:  # noqa: N802 (jinja2's name)
+        return self._timed(node)
+
+    def visit_Macro(self, node: nodes.Macro) -> nodes.Macro:  # noqa: N802
+        return self._timed(node)
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Call:  # noqa: N802
+        self.generic_visit(node)
+        return _call("checked_text", [node])
+
+    def _timed(self, node: Any) -> Any:
+        self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(_call("check_deadline", []), lineno=node.lineno))
+        return node
+
+
+def _call(name: str, args: list[nodes.Expr]) -> nodes.Call:
+    """A call of a function of this module, by a name that templates cannot take."""
+    return nodes.Call(nodes.ImportedName(f"{__name__}.{name}"), args, [], None, None)
+
+
+def _add(left: Any, right: Any) -> Any:
+    if isinstance(left, str) and isinstance(right, str):
+        _check_chars(len(left) + len(right))
+    return operator.add(left, right)
+
+
+def _multiply(left: Any, right: Any) -> Any:
+    for several, times in ((left, right), (right, left)):
+        if isinstance(several, (str, list, tuple)) and isinstance(times, int):
+            _check_chars(len(several) * times)
+    if isinstance(left, int) and isinstance(right, int):
+        _check_bits(left.bit_length() + right.bit_length())
+    return operator.mul(left, right)
+
+
+def _power(left: Any, right: Any) -> Any:
+    if isinstance(left, int) and isinstance(right, int):
+        _check_bits(left.bit_length() * abs(right))
+    return operator.pow(left, right)
+
+
+def _check_chars(number: int) -> None:
+    if number > MAX_CHARS:
+        raise TemplateError(f"it makes a text or list of {number} characters or items; the limit is {MAX_CHARS}")
+
+
+def _check_bits(number: int) -> None:
+    if number > MAX_BITS:
+        raise TemplateError(f"it makes a whole number of {number} bits; the limit is {MAX_BITS}")
+
+
+def _strftime(today: str | None, form: str) -> str:
+    moment = datetime.datetime.now() if today is None else datetime.datetime.fromisoformat(today)
+    return moment.strftime(form)
+
+
+def _parse_date(value: Any, name: str) -> datetime.date:
+    try:
+        return datetime.datetime.strptime(value, "%Y-%m-%d").date()
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {value!r:.80}; it is a date as YYYY-MM-DD, such as 2024-07-26") from None

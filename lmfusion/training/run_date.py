@@ -1,0 +1,34 @@
+"""The date of a run: what chat templates are told where they ask for it, the same at every start and on every rank."""
+
+import datetime
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lmfusion.data.sources import CONVERSING
+from lmfusion.training.config import RunConfig
+from lmfusion.training.distributed import World
+
+
+def with_date(config: RunConfig, world: World) -> RunConfig:
+    """`config` with `data.today`: its own, that of the run's earlier start, which its folder keeps, or today's.
+
+    It stays as it is where no source can hold conversations.
+    """
+    kinds = {source.kind for source in (*config.data.sources, *config.validation.sources)}
+    if config.data.today is not None or not kinds & set(CONVERSING):
+        return config
+    date = _kept(Path(config.output) / "config.yaml") if world.rank == 0 else None
+    days = (date or datetime.date.today()).toordinal() if world.rank == 0 else 0
+    [days] = world.sum_integers([days])  # clocks differ
+    return replace(config, data=replace(config.data, today=datetime.date.fromordinal(int(days)).isoformat()))
+
+
+def _kept(path: Path) -> datetime.date | None:
+    try:
+        values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return datetime.date.fromisoformat(values["data"]["today"])
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError):
+        return None  # of a run that has not begun, or that began when dates were not kept
