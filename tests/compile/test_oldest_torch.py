@@ -88,7 +88,9 @@ def test_every_source_compiles(language, tmp_path):
     suffix = {"C++": ".cpp", "CUDA": ".cu"}[language]
     commands = {path: words for path, words in configure(tmp_path, nvcc).items() if path.suffix == suffix}
     assert set(commands) == set((ROOT / "csrc").rglob(f"*{suffix}"))
-    assert all(str(OLDEST / "include") in " ".join(words) for path, words in commands.items() if "host" not in path.parts)
+    assert all(
+        str(OLDEST / "include") in " ".join(words) for path, words in commands.items() if "host" not in path.parts
+    )
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         answers = pool.map(lambda item: compile_only(*item, tmp_path), commands.items())
         failed = {path.name: answer for path, answer in zip(commands, answers, strict=True) if answer}
