@@ -10,7 +10,13 @@ import pytest
 
 from tests.row_ops import needs_native
 
-FILES = ["test_rms_norm.py", "test_rope_reorder.py", "test_swiglu.py", "test_swiglu_extremes.py"]
+FILES = [
+    "test_rms_norm.py",
+    "test_rope_reorder.py",
+    "test_swiglu.py",
+    "test_swiglu_extremes.py",
+    "test_row_extremes.py",
+]
 SELECTED = "equals_reference and mixed or head_sizes or extreme or rounds_to_nearest or not_contiguous"
 ATTENTION = ["test_attention_extremes.py", "test_hybrid_attention.py"]
 SELECTED_ATTENTION = "extremes or equals_reference and not random or test_scale or log_sum_exp or see_nothing"
