@@ -39,10 +39,8 @@ def float32_gates(stride):
 def assert_equals_torch(swiglu, swiglu_backward, gate, ups=UPS, dys=DYS):
     """Forward and both gradients for each pair of up and dy: NaN, infinity and zero where torch has them."""
     for up, dy in itertools.product(ups, dys):
-        largest = torch.finfo(gate.dtype).max
-        u, grad = (
-            torch.tensor(v if math.isinf(v) else min(v, largest)).to(gate.dtype).expand(len(gate)) for v in (up, dy)
-        )
+        values = (v if math.isinf(v) else min(v, torch.finfo(gate.dtype).max) for v in (up, dy))
+        u, grad = (torch.full_like(gate, v) for v in values)
         leaves = [x.float().requires_grad_() for x in (gate, u)]
         product = F.silu(leaves[0]) * leaves[1]
         dgate, dup = torch.autograd.grad(product, leaves, grad.float())
