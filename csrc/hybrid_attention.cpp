@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -81,7 +82,10 @@ struct Setup {
     a.out_row = out_row ? int32_vector(*out_row, a.num_queries, "out_row") : nullptr;
     check_ranges(a);
     if (visible_end) hide(a, int32_vector(*visible_end, a.num_keys, "visible_end"));
-    a.scale = static_cast<float>(scale);
+    const float score_scale = static_cast<float>(scale);
+    const bool is_above_one = std::fabs(score_scale) > 1.0f;
+    a.row_factor = is_above_one ? std::copysign(1.0f, score_scale) : score_scale;
+    a.score_factor = is_above_one ? std::fabs(score_scale) : 1.0f;
     a.padded_dim = (a.head_dim + lmf::kHeadPadding - 1) / lmf::kHeadPadding * lmf::kHeadPadding;
     a.queries_per_tile = std::max<int64_t>(1, rows_per_tile / a.group());
     a.num_query_tiles = (a.num_queries + a.queries_per_tile - 1) / a.queries_per_tile;

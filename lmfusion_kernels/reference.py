@@ -131,14 +131,16 @@ def hybrid_attention(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, scale
     """Equation 9: softmax attention of all rows together under the hybrid mask.
 
     q [N, H, D], k and v [num_keys, H_kv, D] in sequence order; H is a multiple of H_kv. Returns [N, H, D]. scale
-    defaults to D ** -0.5.
+    defaults to D ** -0.5. A query that sees nothing but scores of -inf gets 0, as from torch's own attention.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     wide = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
     k, v = (x.to(wide).repeat_interleave(group, dim=1) for x in (k, v))
     scores = torch.einsum("nhd,mhd->hnm", q.to(wide), k) * scale
-    weights = scores.masked_fill(~hybrid_mask(layout), float("-inf")).softmax(dim=-1)
+    scores = scores.masked_fill(~hybrid_mask(layout), float("-inf"))
+    sees_nothing = (scores == float("-inf")).all(dim=-1, keepdim=True)  # the softmax of such a row would be NaN
+    weights = scores.masked_fill(sees_nothing, 0.0).softmax(dim=-1).masked_fill(sees_nothing, 0.0)
     return torch.einsum("hnm,mhd->nhd", weights, v).to(q.dtype)
 
 

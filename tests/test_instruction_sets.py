@@ -10,18 +10,29 @@ import pytest
 
 from tests.row_ops import needs_native
 
-FILES = ["test_rms_norm.py", "test_rope_reorder.py", "test_swiglu.py"]
-SELECTED = "equals_reference and mixed or head_sizes or extreme_gates or rounds_to_nearest or not_contiguous"
+FILES = [
+    "test_rms_norm.py",
+    "test_rope_reorder.py",
+    "test_swiglu.py",
+    "test_swiglu_extremes.py",
+    "test_row_extremes.py",
+]
+SELECTED = "equals_reference and mixed or head_sizes or extreme or rounds_to_nearest or not_contiguous"
+ATTENTION = ["test_attention_extremes.py", "test_hybrid_attention.py"]
+SELECTED_ATTENTION = "extremes or equals_reference and not random or test_scale or log_sum_exp or see_nothing"
 
 
 @needs_native
 @pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="one instruction set on this architecture")
+@pytest.mark.parametrize(
+    ("files", "selected"), [(FILES, SELECTED), (ATTENTION, SELECTED_ATTENTION)], ids=["rows", "attention"]
+)
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
-def test_row_ops(isa):
+def test_cpu_kernels(isa, files, selected):
     folder = Path(__file__).resolve().parent
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", SELECTED]
-    command += [str(folder / name) for name in FILES]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", selected]
+    command += [str(folder / name) for name in files]
     environment = {**os.environ, "LMFUSION_CPU_ISA": isa}
     result = subprocess.run(command, cwd=folder.parent, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]

@@ -28,7 +28,9 @@ struct Attention {
   const int32_t* visible_end;
   const int32_t* least_visible_end;
   const int32_t* most_visible_end;
-  float scale;
+  // A score is (row_factor q) . k times score_factor. Rows get the scale up to 1 and scores what is above it, so that
+  // neither overflows where q . k times the scale does not.
+  float row_factor, score_factor;
 
   int64_t num_queries, num_keys, num_heads, num_kv_heads, head_dim;
   int64_t padded_dim;  // head_dim rounded up to kHeadPadding
@@ -39,7 +41,7 @@ struct Attention {
   const int32_t* packed_tile;  // [num_packed]: the key tiles that some query sees
   const int32_t* tile_slot;    // [key tiles]: where in packed_tile; meaningless for the others
   int64_t num_packed;
-  float* k_rows;     // [kKeyTile, padded_dim]; backward only
+  float* k_rows;     // [kKeyTile, padded_dim], times row_factor; backward only
   float* k_columns;  // [head_dim, kKeyTile]
   float* v_rows;     // [kKeyTile, padded_dim]; forward only
   float* v_columns;  // [head_dim, kKeyTile]; backward only

@@ -1,23 +1,26 @@
-// Gradients of one query tile, in one pass over the key tiles it sees: its own dq, and its share of dk and dv.
+// Gradients of one query tile, in one pass over the key tiles it sees: its own dq, and its share of dk and dv. Where
+// scores are large, a pass before it finds the sums of their softmax.
 
 #pragma once
 
 #include <sched.h>
 
 #include "hybrid_attention_gemm.h"
-#include "hybrid_attention_tiles.h"
+#include "hybrid_attention_softmax.h"
 
 namespace lmf::LMF_ISA {
 
 // A worker's memory for one task.
 struct BackwardScratch {
-  float* q;        // [rows, padded_dim], scaled
-  float* dout;     // [rows, padded_dim]
-  float* dq;       // [rows, padded_dim]
-  float* weights;  // [rows, kKeyTile]
-  float* dscores;  // [rows, kKeyTile]
-  float* lse;      // [rows]
-  float* delta;    // [rows], the row's sum of dout * out
+  float* q;           // [rows, padded_dim], times row_factor
+  float* dout;        // [rows, padded_dim]
+  float* dq;          // [rows, padded_dim]
+  float* weights;     // [rows, kKeyTile]
+  float* dscores;     // [rows, kKeyTile], of (row_factor q) . k
+  float* shift;       // [rows], shift and log2_total: see softmax_backward_row
+  float* log2_total;  // [rows]
+  float* total;       // [rows, kLanes], see find_totals
+  float* delta;       // [rows], the row's sum of dout * out
   int32_t* row_start;
   int32_t* row_end;
   int64_t size;
@@ -35,7 +38,9 @@ struct BackwardScratch {
     dq = take(rows * a.padded_dim);
     weights = take(rows * kKeyTile);
     dscores = take(rows * kKeyTile);
-    lse = take(rows);
+    shift = take(rows);
+    log2_total = take(rows);
+    total = take(rows * kLanes);
     delta = take(rows);
     row_start = reinterpret_cast<int32_t*>(take(rows));
     row_end = reinterpret_cast<int32_t*>(take(rows));
@@ -43,38 +48,49 @@ struct BackwardScratch {
   }
 };
 
-// Scores become weights, and gradients of weights become gradients of scores, over all columns of the key tile: 0 where
-// the row does not see, so that products over rows need no mask. `ends` and `query`: see softmax_row.
-LMF_INLINE void softmax_backward_row(float* weights, float* dscores, const ColumnRange& columns, int64_t begin,
-                                     int64_t end, const int32_t* ends, int32_t query, float lse, float delta) {
-  for (int64_t c = 0; c < columns.vector_begin; c += kLanes) {
-    store(weights + c, Vec{});
-    store(dscores + c, Vec{});
+// A float32 has 24 bits: of a larger lse, more than 2^-18 of log(total), which is part of it, would be rounded off, and
+// beyond 2^24 all of it.
+constexpr float kLargestLse = 128.0f;
+
+// How scores become weights: by lse, or where that is too large for one of the rows, by the highest score and the sum of
+// exp(score - highest), which are computed again from the scores.
+inline void find_totals(const AttentionBackward& a, const BackwardScratch& s, const QueryTile& tile) {
+  bool is_large = false;
+  for (int64_t row = 0; row < tile.num_rows; ++row) {
+    const float lse = a.lse[tile.lse_offset(a, row)];
+    s.shift[row] = shift_of(lse);
+    s.log2_total[row] = 0.0f;
+    is_large |= __builtin_fabsf(s.shift[row]) > kLargestLse;
   }
-  if (begin > columns.vector_begin || end < columns.vector_end) {
-    for (int64_t c = columns.vector_begin; c < columns.vector_end; c += kLanes) {
-      const IntVec seen = visible(c, begin, end);
-      const Vec weight = select(seen, exp2((load(weights + c) - lse) * kLog2e), Vec{});
-      store(dscores + c, select(seen, weight * (load(dscores + c) - delta), Vec{}));
-      store(weights + c, weight);
-    }
-  } else {
-    for (int64_t c = columns.vector_begin; c < columns.vector_end; c += kLanes) {
-      const Vec weight = exp2((load(weights + c) - lse) * kLog2e);
-      store(dscores + c, weight * (load(dscores + c) - delta));
-      store(weights + c, weight);
+  if (!is_large) return;
+  for (int64_t row = 0; row < tile.num_rows; ++row) s.shift[row] = -kInfinity;
+  for (int64_t i = 0; i < tile.num_rows * kLanes; ++i) s.total[i] = 0.0f;
+  VisibleRows rows;
+  for (int64_t key_tile = tile.first_key_tile; key_tile < tile.end_key_tile; ++key_tile) {
+    const int64_t tile_start = key_tile * kKeyTile;
+    rows.advance(tile, tile_start);
+    const float* k_columns = a.k_columns + packed_slot(a, tile, key_tile) * a.head_dim * kKeyTile;
+    const VisibleRows seeing = rows.without_those_behind(a, tile, key_tile);
+    for (int64_t row = seeing.first, count; row < seeing.end; row += count) {
+      count = seeing.end - row < kBlockRows ? seeing.end - row : kBlockRows;
+      const ColumnRange columns(tile, row, row + count - 1, tile_start);
+      const int32_t* ends = ends_for(a, tile, row + count - 1, key_tile);
+      const int64_t c = columns.vector_begin;
+      multiply<false, Update::kStore>(count, a.head_dim, columns.num_vectors(), s.q + row * a.padded_dim, a.padded_dim,
+                                      k_columns + c, kKeyTile, s.weights + c, kKeyTile);
+      scale_rows(a.score_factor, count, columns, s.weights);
+      for (int64_t r = 0; r < count; ++r) {
+        float rescale;
+        softmax_row(s.weights + r * kKeyTile, columns, tile.row_start[row + r] - tile_start,
+                    tile.row_end[row + r] - tile_start, ends, static_cast<int32_t>(tile.query(a, row + r)),
+                    s.total + (row + r) * kLanes, s.shift + row + r, &rescale);
+      }
     }
   }
-  if (ends != nullptr) {
-    for (int64_t c = columns.vector_begin; c < columns.vector_end; c += kLanes) {
-      const IntVec seen = load(ends + c) > query;
-      store(weights + c, select(seen, load(weights + c), Vec{}));
-      store(dscores + c, select(seen, load(dscores + c), Vec{}));
-    }
-  }
-  for (int64_t c = columns.vector_end; c < kKeyTile; c += kLanes) {
-    store(weights + c, Vec{});
-    store(dscores + c, Vec{});
+  for (int64_t row = 0; row < tile.num_rows; ++row) {
+    const float total = sum_of_lanes(load(s.total + row * kLanes));
+    s.shift[row] = shift_of(s.shift[row]);
+    s.log2_total[row] = total == 0.0f ? 0.0f : static_cast<float>(__builtin_log2(total));
   }
 }
 
@@ -110,22 +126,23 @@ void backward_task(const AttentionBackward& a, int64_t task, int64_t worker) {
   const QueryTile tile(a, task, s.row_start, s.row_end);
   const int64_t dim = a.padded_dim;
   for (int64_t row = 0; row < tile.num_rows; ++row) {
-    load_row(static_cast<const T*>(a.q) + tile.offset(a, row, nullptr), a.head_dim, dim, a.scale, s.q + row * dim);
+    load_row(static_cast<const T*>(a.q) + tile.offset(a, row, nullptr), a.head_dim, dim, a.row_factor,
+             s.q + row * dim);
     const int64_t result = tile.offset(a, row, a.out_row);
     load_row(static_cast<const T*>(a.dout) + result, a.head_dim, dim, 1.0f, s.dout + row * dim);
     load_row(static_cast<const T*>(a.out) + result, a.head_dim, dim, 1.0f, s.dq + row * dim);
     Vec product{};
     for (int64_t d = 0; d < dim; d += kLanes) product += load(s.dout + row * dim + d) * load(s.dq + row * dim + d);
     s.delta[row] = sum_of_lanes(product);
-    s.lse[row] = a.lse[tile.lse_offset(a, row)];
     for (int64_t d = 0; d < dim; d += kLanes) store(s.dq + row * dim + d, Vec{});
   }
+  find_totals(a, s, tile);
 
   VisibleRows rows;
   for (int64_t key_tile = tile.first_key_tile; key_tile < tile.end_key_tile; ++key_tile) {
     const int64_t tile_start = key_tile * kKeyTile;
     rows.advance(tile, tile_start);
-    const int64_t slot = tile.head * a.num_packed + a.tile_slot[key_tile];
+    const int64_t slot = packed_slot(a, tile, key_tile);
     const float* k_rows = a.k_rows + slot * kKeyTile * dim;
     const float* k_columns = a.k_columns + slot * a.head_dim * kKeyTile;
     const float* v_columns = a.v_columns + slot * a.head_dim * kKeyTile;
@@ -139,12 +156,15 @@ void backward_task(const AttentionBackward& a, int64_t task, int64_t worker) {
       const int64_t c = columns.vector_begin;
       multiply<false, Update::kStore>(count, a.head_dim, columns.num_vectors(), s.q + row * dim, dim, k_columns + c,
                                       kKeyTile, weights + c, kKeyTile);
+      scale_rows(a.score_factor, count, columns, weights);
       multiply<false, Update::kStore>(count, a.head_dim, columns.num_vectors(), s.dout + row * dim, dim, v_columns + c,
                                       kKeyTile, dscores + c, kKeyTile);
       for (int64_t r = 0; r < count; ++r)
         softmax_backward_row(weights + r * kKeyTile, dscores + r * kKeyTile, columns,
                              tile.row_start[row + r] - tile_start, tile.row_end[row + r] - tile_start, ends,
-                             static_cast<int32_t>(tile.query(a, row + r)), s.lse[row + r], s.delta[row + r]);
+                             static_cast<int32_t>(tile.query(a, row + r)), s.shift[row + r],
+                             s.log2_total[row + r], s.delta[row + r]);
+      scale_rows(a.score_factor, count, columns, dscores);
       multiply<false, Update::kAdd>(count, columns.end - columns.begin, dim / kLanes, dscores + columns.begin, kKeyTile,
                                     k_rows + columns.begin * dim, dim, s.dq + row * dim, dim);
     }
@@ -157,7 +177,7 @@ void backward_task(const AttentionBackward& a, int64_t task, int64_t worker) {
   }
 
   for (int64_t row = 0; row < tile.num_rows; ++row)
-    store_row(s.dq + row * dim, a.head_dim, a.scale, static_cast<T*>(a.dq) + tile.offset(a, row, nullptr));
+    store_row(s.dq + row * dim, a.head_dim, 1.0f, static_cast<T*>(a.dq) + tile.offset(a, row, nullptr));
 }
 
 template <typename T>

@@ -3,17 +3,17 @@
 #pragma once
 
 #include "hybrid_attention_gemm.h"
-#include "hybrid_attention_tiles.h"
+#include "hybrid_attention_softmax.h"
 
 namespace lmf::LMF_ISA {
 
 // A worker's memory for one task.
 struct ForwardScratch {
-  float* q;        // [rows, padded_dim], scaled
+  float* q;        // [rows, padded_dim], times row_factor
   float* out;      // [rows, padded_dim], sums of weight * value
   float* weights;  // [kBlockRows, kKeyTile]
   float* total;    // [rows, kLanes], lane by lane: sums of weights
-  float* highest;  // [rows], the largest score so far, times log2(e)
+  float* highest;  // [rows], the largest score so far
   float* rescale;  // [kBlockRows]
   int32_t* row_start;
   int32_t* row_end;
@@ -39,38 +39,6 @@ struct ForwardScratch {
   }
 };
 
-constexpr float kInfinity = __builtin_inff();
-
-// Scores of one row over the vectors of `columns` become weights exp(score - highest). [begin, end): what the row sees
-// of them, if `ends` is null; else of these the columns with query < ends[column].
-LMF_INLINE void softmax_row(float* scores, const ColumnRange& columns, int64_t begin, int64_t end, const int32_t* ends,
-                            int32_t query, float* total, float* highest, float* rescale) {
-  if (begin > columns.vector_begin || end < columns.vector_end) {
-    for (int64_t c = columns.vector_begin; c < columns.vector_end; c += kLanes)
-      store(scores + c, select(visible(c, begin, end), load(scores + c), broadcast(-kInfinity)));
-  }
-  if (ends != nullptr) {
-    for (int64_t c = columns.vector_begin; c < columns.vector_end; c += kLanes)
-      store(scores + c, select(load(ends + c) > query, load(scores + c), broadcast(-kInfinity)));
-  }
-  Vec largest = broadcast(-kInfinity);
-  for (int64_t c = columns.vector_begin; c < columns.vector_end; c += kLanes)
-    largest = maximum(load(scores + c), largest);
-  const float before = *highest;
-  const float tile_highest = max_of_lanes(largest) * kLog2e;
-  const float now = tile_highest > before ? tile_highest : before;
-  *highest = now;
-  const Vec shift = broadcast(now == -kInfinity ? 0.0f : now);  // nothing seen yet: all weights become exp(-inf)
-  *rescale = now == before ? 1.0f : exp2(broadcast(before) - shift)[0];
-  Vec sum = load(total) * *rescale;
-  for (int64_t c = columns.vector_begin; c < columns.vector_end; c += kLanes) {
-    const Vec weight = exp2(load(scores + c) * kLog2e - shift);
-    sum += weight;
-    store(scores + c, weight);
-  }
-  store(total, sum);
-}
-
 // How many of the `count` rows from `row` on begin to see keys where it does. Rows of several documents in one block
 // would multiply what lies between those, in other documents or unused rows of a cache, with weights of 0: NaN stays NaN.
 inline int64_t rows_of_one_document(const QueryTile& tile, int64_t row, int64_t count) {
@@ -84,7 +52,8 @@ void forward_task(const AttentionForward& a, int64_t task, int64_t worker) {
   const QueryTile tile(a, task, s.row_start, s.row_end);
   const int64_t dim = a.padded_dim;
   for (int64_t row = 0; row < tile.num_rows; ++row) {
-    load_row(static_cast<const T*>(a.q) + tile.offset(a, row, nullptr), a.head_dim, dim, a.scale, s.q + row * dim);
+    load_row(static_cast<const T*>(a.q) + tile.offset(a, row, nullptr), a.head_dim, dim, a.row_factor,
+             s.q + row * dim);
     s.highest[row] = -kInfinity;
   }
   for (int64_t i = 0; i < tile.num_rows * dim; ++i) s.out[i] = 0.0f;
@@ -94,7 +63,7 @@ void forward_task(const AttentionForward& a, int64_t task, int64_t worker) {
   for (int64_t key_tile = tile.first_key_tile; key_tile < tile.end_key_tile; ++key_tile) {
     const int64_t tile_start = key_tile * kKeyTile;
     rows.advance(tile, tile_start);
-    const int64_t slot = tile.head * a.num_packed + a.tile_slot[key_tile];
+    const int64_t slot = packed_slot(a, tile, key_tile);
     const float* k_columns = a.k_columns + slot * a.head_dim * kKeyTile;
     const float* v_rows = a.v_rows + slot * kKeyTile * dim;
     const VisibleRows seeing = rows.without_those_behind(a, tile, key_tile);
@@ -105,6 +74,7 @@ void forward_task(const AttentionForward& a, int64_t task, int64_t worker) {
       const int64_t c = columns.vector_begin;
       multiply<false, Update::kStore>(count, a.head_dim, columns.num_vectors(), s.q + row * dim, dim, k_columns + c,
                                       kKeyTile, s.weights + c, kKeyTile);
+      scale_rows(a.score_factor, count, columns, s.weights);
       for (int64_t r = 0; r < count; ++r)
         softmax_row(s.weights + r * kKeyTile, columns, tile.row_start[row + r] - tile_start,
                     tile.row_end[row + r] - tile_start, ends, static_cast<int32_t>(tile.query(a, row + r)),
@@ -119,8 +89,8 @@ void forward_task(const AttentionForward& a, int64_t task, int64_t worker) {
     const float total = sum_of_lanes(load(s.total + row * kLanes));
     const float factor = total == 0.0f ? 0.0f : 1.0f / total;  // a query without keys gives 0
     store_row(s.out + row * dim, a.head_dim, factor, static_cast<T*>(a.out) + tile.offset(a, row, a.out_row));
-    const double log2_total = s.highest[row] + __builtin_log2(total);  // double: rounded once, for the backward
-    a.lse[tile.lse_offset(a, row)] = static_cast<float>(log2_total * kLn2);
+    const double lse = s.highest[row] + __builtin_log2(total) * kLn2;  // double: rounded once, for the backward
+    a.lse[tile.lse_offset(a, row)] = static_cast<float>(lse);
   }
 }
 

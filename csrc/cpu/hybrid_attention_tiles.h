@@ -20,12 +20,13 @@ LMF_INLINE void store_row(const float* source, int64_t n, float factor, T* targe
   for (int64_t i = 0; i < n; ++i) target[i] = narrow<T>(factor * source[i]);
 }
 
-// `count` keys of one head into rows [kKeyTile, padded] and/or columns [head_dim, kKeyTile]; zeros after them.
+// `count` keys of one head into rows [kKeyTile, padded], times `factor`, and/or columns [head_dim, kKeyTile]; zeros
+// after them.
 template <typename T>
-void pack_tile(const T* source, int64_t stride, int64_t count, int64_t head_dim, int64_t padded, float* rows,
-               float* columns) {
+void pack_tile(const T* source, int64_t stride, int64_t count, int64_t head_dim, int64_t padded, float factor,
+               float* rows, float* columns) {
   if (rows != nullptr) {
-    for (int64_t j = 0; j < count; ++j) load_row(source + j * stride, head_dim, padded, 1.0f, rows + j * padded);
+    for (int64_t j = 0; j < count; ++j) load_row(source + j * stride, head_dim, padded, factor, rows + j * padded);
     for (int64_t i = count * padded; i < kKeyTile * padded; ++i) rows[i] = 0.0f;
   }
   if (columns != nullptr) {
@@ -49,10 +50,10 @@ void pack_keys_of(const Attention& a, int64_t task) {
   const auto at = [&](float* buffer, int64_t width) {
     return buffer == nullptr ? nullptr : buffer + task * kKeyTile * width;
   };
-  pack_tile(static_cast<const T*>(a.k) + source, stride, count, a.head_dim, a.padded_dim, at(a.k_rows, a.padded_dim),
-            at(a.k_columns, a.head_dim));
-  pack_tile(static_cast<const T*>(a.v) + source, stride, count, a.head_dim, a.padded_dim, at(a.v_rows, a.padded_dim),
-            at(a.v_columns, a.head_dim));
+  pack_tile(static_cast<const T*>(a.k) + source, stride, count, a.head_dim, a.padded_dim, a.row_factor,
+            at(a.k_rows, a.padded_dim), at(a.k_columns, a.head_dim));
+  pack_tile(static_cast<const T*>(a.v) + source, stride, count, a.head_dim, a.padded_dim, 1.0f,
+            at(a.v_rows, a.padded_dim), at(a.v_columns, a.head_dim));
 }
 
 // One task: the rows of a query tile under one key-value head.
@@ -116,6 +117,11 @@ struct VisibleRows {
     return seeing;
   }
 };
+
+// Where a key tile of the query tile's head is among the packed ones.
+inline int64_t packed_slot(const Attention& a, const QueryTile& tile, int64_t key_tile) {
+  return tile.head * a.num_packed + a.tile_slot[key_tile];
+}
 
 // Where the keys of a tile end for queries: null if none ends before `row`, so that ranges of keys say it all.
 inline const int32_t* ends_for(const Attention& a, const QueryTile& tile, int64_t row, int64_t key_tile) {

@@ -74,7 +74,8 @@ constexpr double kLn2 = 0.69314718055994530942;
 
 // 2 ** x for x <= 127, within 1 ulp; exactly 0 below the normal floats; NaN stays NaN.
 LMF_INLINE Vec exp2(Vec x) {
-  const Vec shifter = broadcast(12582912.0f);  // 1.5 * 2 ** 23: adding it leaves round(x) in the low bits
+  // 1.5 * 2 ** 23: adding it leaves round(x) in the low bits. With 127 more, those are the exponent's bits of 2 ** round(x).
+  const Vec shifter = broadcast(12582912.0f + 127.0f);
   const Vec shifted = x + shifter;
   const Vec fraction = x - (shifted - shifter);  // in [-0.5, 0.5]
   Vec power = 1.535920892e-4f * fraction + 1.339262701e-3f;
@@ -83,8 +84,8 @@ LMF_INLINE Vec exp2(Vec x) {
   power = power * fraction + 2.402264476e-1f;
   power = power * fraction + 6.931471825e-1f;
   power = power * fraction + 1.0f;
-  const IntVec exponent = reinterpret_cast<IntVec>(shifted) << 23;
-  return select(x < -126.0f, Vec{}, reinterpret_cast<Vec>(reinterpret_cast<IntVec>(power) + exponent));
+  const IntVec whole = reinterpret_cast<IntVec>(shifted) << 23;
+  return select(x < -126.0f, Vec{}, power * reinterpret_cast<Vec>(whole));
 }
 
 }  // namespace lmf::LMF_ISA

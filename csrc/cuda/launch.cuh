@@ -42,7 +42,7 @@ class Gpu {
         aoti_torch_get_current_cuda_stream != nullptr,
         "a tensor is on a GPU, but this torch has no CUDA; install a torch that was built with it");
     void* handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &handle));
     stream = static_cast<cudaStream_t>(handle);
   }
 

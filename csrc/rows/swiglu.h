@@ -11,9 +11,10 @@
 namespace lmf {
 namespace LMF_ISA {
 
-// exp(x) to about 1 ulp for x in [-87, 88], 0 below and infinity above; NaN stays NaN. Free of branches and calls, so
-// that loops over it vectorise: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial in r (Cephes' expf), and n added to
-// the exponent.
+// exp(x) to about 1 ulp for x >= -87, 0 below; infinity where exp(x) is no finite float32. Of NaN it makes any number:
+// what is computed from that is multiplied by x. Free of branches and calls, so that loops over it vectorise:
+// x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial in r (Cephes' expf), and n added to the exponent. For n = 128 r is
+// not above 0, so that the polynomial is at most 1, and the sum of the exponents at most infinity's.
 LMF_HD float fast_exp(float x) {
   const float round_magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
   const float shifted = x * 1.44269504088896341f + round_magic;
@@ -33,10 +34,15 @@ LMF_HD float fast_exp(float x) {
   bits += shifted_bits << 23;
   memcpy(&p, &bits, sizeof(p));
   p = x < -87.0f ? 0.0f : p;
-  return x > 88.0f ? HUGE_VALF : p;
+  return x > 88.7228317f ? HUGE_VALF : p;
 }
 
 #if defined(__CUDA_ARCH__) || defined(LMF_CUDA_EMULATION)
+#if !defined(__CUDA_ARCH__)
+// What the special function unit makes of a number below 2^-126.
+LMF_HD float flush(float x) { return fabsf(x) < 1.17549435e-38f ? copysignf(0.0f, x) : x; }
+#endif
+
 // 2^x and 1 / x by the special function unit, to about 2 and 1 ulp; results below 2^-126 become 0.
 LMF_HD float exp2_approx(float x) {
 #if defined(__CUDA_ARCH__)
@@ -44,7 +50,7 @@ LMF_HD float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
-  return exp2f(x);
+  return flush(exp2f(x));
 #endif
 }
 
@@ -54,17 +60,19 @@ LMF_HD float reciprocal_approx(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
-  return 1.0f / x;
+  return flush(1.0f / x);
 #endif
 }
 
 // exp(-x) = 2^t with t = -x / ln 2 in two floats: one alone would cost as many bits as t has before the point. Beyond
-// +-128 the result is 1 or 0 already.
+// +-128 the result is 1 or 0 already. Divisor and quotient are 2^-4 and 2^4 times what they should be, as the unit gives
+// 0 for the reciprocal of a number above 2^126.
 LMF_HD float sigmoid(float x) {
   const float y = fminf(fmaxf(-x, -128.0f), 128.0f);
   const float t = y * 1.44269504088896341f;
   const float rest = fmaf(y, 1.925963033500e-8f, fmaf(y, 1.44269504088896341f, -t));
-  return reciprocal_approx(1.0f + exp2_approx(t) * fmaf(rest, 0.693147180559945f, 1.0f));
+  const float exp_16th = exp2_approx(t) * fmaf(rest, 0.693147180559945f / 16.0f, 1.0f / 16.0f);
+  return reciprocal_approx(1.0f / 16.0f + exp_16th) * (1.0f / 16.0f);
 }
 #else
 LMF_HD float sigmoid(float x) { return 1.0f / (1.0f + fast_exp(-x)); }

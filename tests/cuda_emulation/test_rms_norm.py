@@ -5,6 +5,7 @@ import torch
 
 from lmfusion_kernels import reference
 from tests import test_rms_norm as on_cpu
+from tests import test_row_extremes as extremes
 from tests.cuda_emulation.device import make_layout, shifted
 from tests.row_ops import LAYOUTS, assert_as_good_as_reference, random
 
@@ -175,3 +176,9 @@ def test_rows_that_are_not_contiguous(cuda_ops):
     x, weight = random(37, layout.num_tokens).t(), random(74, seed=1)[::2]
     y, _ = ops.rms_norm([x], [], weight, weight, layout.num_text, EPS)
     assert_close(y, reference.routed_rms_norm(x, weight, weight, layout, EPS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("num_copies", "residual"), [(1, False), (9, False), (8, True)])
+def test_rows_of_every_kind(cuda_ops, num_copies, residual, dtype):
+    extremes.check_rms_norm(dtype, num_copies, residual)

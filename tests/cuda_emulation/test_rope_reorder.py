@@ -6,7 +6,8 @@ import torch
 import lmfusion_kernels as lk
 from lmfusion_kernels import reference
 from tests import test_rope_reorder as on_cpu
-from tests.cuda_emulation.device import from_spans, make_layout, shifted
+from tests import test_row_extremes as extremes
+from tests.cuda_emulation.device import from_spans, make_layout, shifted, to_device
 from tests.row_ops import LAYOUTS, assert_as_good_as_reference, random
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -184,3 +185,10 @@ def test_every_tensor_may_start_anywhere(cuda_ops, name):
     for results, expected in zip(run_everything(layout, **moved), run_everything(layout, **tensors), strict=True):
         for a, b in zip(results, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("has_norms", [False, True], ids=["no norms", "norms"])
+@pytest.mark.parametrize("head_dim", [10, 64])
+def test_rows_of_every_kind(cuda_ops, head_dim, has_norms, dtype):
+    extremes.check_rope(to_device(extremes.rope_layout()), dtype, head_dim, has_norms)

@@ -1,10 +1,13 @@
 """Is the CUDA SwiGLU right, forward and backward, for any width, number of rows, address and both towers?"""
 
+import math
+
 import pytest
 import torch
 
 from lmfusion_kernels.swiglu import swiglu
 from tests import test_swiglu as on_cpu
+from tests import test_swiglu_extremes as extremes
 from tests.cuda_emulation.device import make_layout
 from tests.row_ops import LAYOUTS, assert_as_good_as_reference, random
 
@@ -78,6 +81,23 @@ def test_extreme_gates(cuda_ops, dtype):
     gate_up = torch.stack([gate, torch.ones_like(gate)], 1).clone()
     expected = swiglu(gate_up, backend="reference")
     torch.testing.assert_close(ops.swiglu([gate_up])[0], expected, rtol=1e-5, atol=1e-30, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gates_of_every_kind(cuda_ops, dtype):
+    if dtype == torch.float32:
+        gate = extremes.float32_gates(1 << 20)
+    else:
+        gate = extremes.every_16_bit_gate(dtype)[::7]
+        ends = [-89.0, -88.5, -88.0, -87.5, -87.0, math.inf, -math.inf, math.nan]
+        gate = torch.cat([gate, torch.tensor(ends).to(dtype)])
+    extremes.assert_equals_torch(
+        lambda gate_up: ops.swiglu([gate_up])[0],
+        lambda dy, gate_up: ops.swiglu_backward([dy], [gate_up], True),
+        gate,
+        ups=(1.0, -0.0, math.inf, math.nan, extremes.LARGEST),
+        dys=(1.0, math.inf),
+    )
 
 
 def test_results_do_not_depend_on_the_order_of_blocks(cuda_ops):

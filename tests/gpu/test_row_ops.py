@@ -9,6 +9,7 @@ import torch
 import lmfusion_kernels as lk
 from lmfusion_kernels import backends
 from lmfusion_kernels.swiglu import swiglu
+from tests import test_swiglu_extremes as extremes
 from tests.gpu.support import (
     DEVICE,
     DOCUMENTS,
@@ -68,6 +69,15 @@ def test_rms_norm_of_every_layout(dtype, name):
 def test_swiglu(dtype, width):
     tensors = {"gate_up": random(77, 2 * width, dtype=dtype, scale=3.0)}
     assert_as_good_as_plain(lambda b, gate_up: swiglu(gate_up, backend=b), tensors)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_swiglu_at_gates_of_every_kind(dtype):
+    """The special function unit gives 0 where the results of exp2 and reciprocal are small, which must not show."""
+    if dtype == torch.float16 and not ON_GPU:
+        pytest.skip("on a CPU float16 is left to plain PyTorch")
+    every = extremes.float32_gates(1 << 16) if dtype == torch.float32 else extremes.every_16_bit_gate(dtype)
+    extremes.assert_equals_torch(extremes.native, extremes.native_backward, every.to(DEVICE))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
