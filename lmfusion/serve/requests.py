@@ -5,7 +5,7 @@ import binascii
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageOps
 
 from lmfusion.generation.options import GenerationOptions, Limits
-from lmfusion.generation.prompt import Prompt, encode_prompt
+from lmfusion.generation.prompt import Prompt, context_limit, encode_prompt
 from lmfusion.image.preprocessing import FORMATS, decode_image
 from lmfusion.serve.errors import ApiError
 from lmfusion.serve.schema import SAME_NAMES, ChatRequest, ImagePart, Message, TextPart, parse
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_TOKENS = 256
 DEFAULT_MAX_IMAGES = 4
+MAX_CHARS_PER_TOKEN = 16
+"""Of the context. Longer texts are refused before they are tokenized, as they do not fit by far."""
 DATA_URL = re.compile(r"data:image/(?:png|jpeg|jpg|webp);base64,", re.IGNORECASE)
 OPENAI_NAMES = {"max_new_tokens": "max_tokens", "stop_strings": "stop"}
 """What the options of generation are called in a request."""
@@ -63,6 +65,10 @@ class RequestReader:
         self.model_name = model_name
         self.limits = limits
         self._model = model
+        context = context_limit(model)
+        self._max_chars = (
+            min(limits.max_text_chars, MAX_CHARS_PER_TOKEN * context) if context else limits.max_text_chars
+        )
         most = limits.generation
         self._defaults: dict[str, Any] = {
             "max_tokens": min(DEFAULT_MAX_TOKENS, most.max_new_tokens),
@@ -74,9 +80,13 @@ class RequestReader:
         except ApiError as error:
             raise ValueError(f"a request's default cannot be used: {error.message}") from None
 
-    def read(self, body: bytes) -> tuple[ChatRequest, Prompt, GenerationOptions]:
-        """What a JSON body asks for. Raises ApiError where it cannot be answered."""
+    def read(self, body: bytes) -> Generator[None, None, tuple[ChatRequest, Prompt, GenerationOptions]]:
+        """What a JSON body asks for. It yields before each piece of work that takes long, such as an image.
+
+        Raises ApiError where the request cannot be answered.
+        """
         request = parse(body)
+        del body
         if request.model is not None and request.model != self.model_name:
             message = f"the model {request.model!r} is not served here; this is {self.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
@@ -85,10 +95,13 @@ class RequestReader:
         num_chars = len(request.negative_prompt or "") + sum(
             len(part.text) for message in request.messages for part in _parts(message) if isinstance(part, TextPart)
         )
-        if num_chars > self.limits.max_text_chars:
-            message = f"the messages have {num_chars} characters; the limit here is {self.limits.max_text_chars}"
+        if num_chars > self._max_chars:
+            message = f"the messages have {num_chars} characters; the limit here is {self._max_chars}"
             raise ApiError(400, message, param="messages", code="context_length_exceeded")
-        messages = [self._message(message, i) for i, message in enumerate(request.messages)]
+        messages = []
+        for i, given in enumerate(request.messages):
+            messages.append((yield from self._message(given, i)))
+        yield
         try:
             prompt = encode_prompt(self._model, messages)
         except ValueError as error:
@@ -125,12 +138,13 @@ class RequestReader:
             raise from_options(error) from None
         return options
 
-    def _message(self, message: Message, index: int) -> dict[str, Any]:
+    def _message(self, message: Message, index: int) -> Generator[None, None, dict[str, Any]]:
         content: list[Any] = []
         for i, part in enumerate(_parts(message)):
             if isinstance(part, TextPart):
                 content.append(part.text)
             else:
+                yield
                 is_shown = message.role != "assistant"
                 content.append(self._image(part.image_url.url, f"messages[{index}].content[{i}]", is_shown))
         return {"role": "system" if message.role == "developer" else message.role, "content": content}
