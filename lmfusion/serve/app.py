@@ -9,18 +9,19 @@ from collections.abc import Collection
 
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, Request
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from lmfusion import __version__
 from lmfusion.generation.worker import Busy, EngineWorker, Stopped
 from lmfusion.serve.bodies import Bodies, busy
+from lmfusion.serve.document import document
 from lmfusion.serve.errors import ApiError
 from lmfusion.serve.guard import Guard
 from lmfusion.serve.metrics import CONTENT_TYPE, Metrics
 from lmfusion.serve.readers import Readers, while_connected
 from lmfusion.serve.requests import RequestReader, from_options
-from lmfusion.serve.schema import ChatRequest
 from lmfusion.serve.streaming import Listener, Streamed, Whole
 
 CHAT_PATH = "/v1/chat/completions"
@@ -88,6 +89,8 @@ def build_app(
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, object]:
+        if not name:  # /v1/models/
+            return await models()
         if name != reader.model_name:
             message = f"the model {name!r} is not served here; this is {reader.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
@@ -117,7 +120,10 @@ def build_app(
     async def on_failure(_: Request, __: Exception) -> Response:
         return ApiError(500, "the server failed at this request; its log tells why").response()
 
-    _document(app)
+    document(app, has_key=api_key is not None)
+    for route in app.routes:
+        if isinstance(route, APIRoute) and "GET" in route.methods:
+            route.methods.add("HEAD")  # after the description, in which it would be an operation of its own
     return app
 
 
@@ -129,13 +135,3 @@ def _check_content(http: Request) -> None:
     if encoding.strip().lower() != "identity":
         message = f"the content encoding is {encoding!r}; send the request without compression"
         raise ApiError(415, message, code="unsupported_media_type")
-
-
-def _document(app: FastAPI) -> None:
-    """Put the request into /openapi.json; FastAPI does not know it, as the body is parsed in a thread."""
-    schema = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    parts = schema.pop("$defs")
-    document = app.openapi()
-    document["components"]["schemas"] |= {**parts, "ChatRequest": schema}
-    content = {"application/json": {"schema": {"$ref": "#/components/schemas/ChatRequest"}}}
-    document["paths"][CHAT_PATH]["post"]["requestBody"] = {"required": True, "content": content}

@@ -114,7 +114,7 @@ class Connection(H11Protocol):
                 self._request_deadline.set(HEADER_SECONDS)
         super().data_received(data)
         self._look()
-        if self._is_answering() and len(self.conn.trailing_data[0]) <= MAX_PIPELINED_BYTES:
+        if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) <= MAX_PIPELINED_BYTES:
             self.flow.resume_reading()  # uvicorn would notice no end of a connection on which anything is left unread
 
     def on_response_complete(self) -> None:

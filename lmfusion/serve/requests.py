@@ -1,7 +1,6 @@
 """How does a request's body become a prompt and options? Checked against all limits before anything large is made."""
 
 import base64
-import binascii
 import io
 import json
 import re
@@ -9,6 +8,7 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from PIL import Image, ImageOps
 
@@ -26,7 +26,14 @@ DEFAULT_MAX_TOKENS = 256
 DEFAULT_MAX_IMAGES = 4
 MAX_CHARS_PER_TOKEN = 16
 """Of the context. Longer texts are refused before they are tokenized, as they do not fit by far."""
-DATA_URL = re.compile(r"data:image/(?:png|jpeg|jpg|webp);base64,", re.IGNORECASE)
+DATA_URL = re.compile(r"\s*data:([^,;]{0,100})((?:;[^,;]{0,100}){0,10}),", re.IGNORECASE)
+"""Media type, parameters and "base64", as in RFC 2397."""
+MEDIA_TYPES = {
+    *("image/png", "image/x-png", "image/jpeg", "image/jpg", "image/pjpeg", "image/webp", "image/*"),
+    "application/octet-stream",
+}
+"""Which of the formats an image has is read from its bytes."""
+URL_SAFE = str.maketrans("-_", "+/")
 OPENAI_NAMES = {"max_new_tokens": "max_tokens", "stop_strings": "stop"}
 """What the options of generation are called in a request."""
 
@@ -154,15 +161,14 @@ class RequestReader:
 
         is_shown: whether somebody shows it to the model; a vision-language model then sees it.
         """
-        head = DATA_URL.match(url)
-        if head is None:
+        try:
+            data = image_bytes(url)
+        except _NoDataUrl:
             shown = url if len(url) <= 40 else f"{url[:40]}..."
             message = f"{where} has the URL {shown!r}; nothing is fetched here, send the image itself as a data: URL "
             message += "(data:image/png;base64,... with a PNG, JPEG or WEBP)"
-            raise ApiError(400, message, param=where, code="invalid_image_url")
-        try:
-            data = base64.b64decode(url[head.end() :], validate=True)
-        except (binascii.Error, ValueError):
+            raise ApiError(400, message, param=where, code="invalid_image_url") from None
+        except ValueError:
             raise ApiError(400, f"{where} is no valid base64", param=where, code="invalid_image") from None
         self._check_pixels(data, where)
         config = self._model.codec.config
@@ -182,6 +188,23 @@ class RequestReader:
         if size[0] * size[1] > self.limits.max_image_pixels:
             message = f"{where} has {size[0]} x {size[1]} pixels; the limit here is {self.limits.max_image_pixels} "
             raise ApiError(400, f"{message}in all, scale it down", param=where, code="image_too_large")
+
+
+class _NoDataUrl(ValueError):  # noqa: N818
+    pass
+
+
+def image_bytes(url: str) -> bytes:
+    """The bytes in a data: URL, be its base64 broken into lines, without padding, URL-safe or percent-encoded.
+
+    Raises _NoDataUrl where it is none of an image in base64, ValueError for wrong base64.
+    """
+    head = DATA_URL.match(url)
+    if head is None or head[1].strip().lower() not in MEDIA_TYPES or head[2].lower().split(";")[-1].strip() != "base64":
+        raise _NoDataUrl
+    text = url[head.end() :]
+    text = "".join((unquote(text) if "%" in text else text).split()).translate(URL_SAFE).rstrip("=")
+    return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
 
 
 def from_options(error: ValueError) -> ApiError:

@@ -310,6 +310,7 @@ def test_the_limit_of_files_is_raised(monkeypatch):
 @pytest.mark.parametrize("soft", [64, 256, 1024, 4096, 10**6])
 def test_connections_leave_files_for_all_else(monkeypatch, soft):
     monkeypatch.setattr(resource, "getrlimit", lambda kind: (soft, soft))
+    monkeypatch.setattr(resource, "setrlimit", lambda kind, limits: None)
     monkeypatch.setattr(os, "listdir", lambda path: ["x"] * 20)
     num_connections, backlog = raise_file_limit()
     assert 1 <= num_connections <= connections.MAX_CONNECTIONS and 1 <= backlog <= connections.MAX_BACKLOG

@@ -12,7 +12,7 @@ import pytest
 
 from lmfusion.serve import requests as requests_module
 from tests.lmfusion.serve.conftest import data_url, image_part, picture, wait_until
-from tests.lmfusion.serve.test_connections import BODY, GET, HEAD, REQUEST
+from tests.lmfusion.serve.test_connections import GET, HEAD, REQUEST
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -107,7 +107,7 @@ def test_bytes_that_are_no_request_are_answered_with_an_error(serve, request, da
             pass
     status = int(answer.split()[1])
     assert answer.startswith(b"HTTP/1.1 ") and status < 500
-    if 400 <= status:
+    if status >= 400:
         assert b'{"error":{"message":' in answer, answer
     assert server.post(max_tokens=1).status_code == 200
     assert not [line for line in log if "Traceback" in line]

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
+from lmfusion.generation.request import Request
 from lmfusion.serve import streaming
 from lmfusion.serve.guard import host_name, is_loopback
 from lmfusion.serve.metrics import Histogram
@@ -187,6 +188,35 @@ def test_a_failed_answer_is_an_error_whole_or_streamed(serve, monkeypatch):
     assert server.client.get("/healthz").json() == {"status": "ready"}
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_that_fails_by_itself_spoils_no_other(serve, monkeypatch, stream):
+    """Such as one whose numbers are not finite: the engine ends it, and goes on with the others."""
+    server = serve()
+    asked = dict(temperature=1.0, max_tokens=20, min_images=1, max_images=1, num_steps=3)
+    alone = server.answer(seed=3, **asked)["choices"]
+    start = Request.start
+
+    def fail(request, images):
+        if request.options.seed == 666:
+            raise FloatingPointError("the image's numbers are not finite")
+        start(request, images)
+
+    monkeypatch.setattr(Request, "start", fail)
+    with ThreadPoolExecutor(3) as pool:
+        others = [pool.submit(server.answer, seed=3, **asked) for _ in range(2)]
+        if stream:
+            *_, last = server.chunks(seed=666, **asked)
+            error = last["error"]
+        else:
+            response = server.post(seed=666, **asked)
+            assert response.status_code == 500
+            error = response.json()["error"]
+        assert [future.result()["choices"] for future in others] == [alone] * 2
+    assert "not finite" in error["message"]
+    assert (error["type"], error["code"]) == ("server_error", "generation_failed")
+    assert metrics_of(server)['lmfusion_requests_finished_total{reason="error"}'] == 1
+
+
 def test_health_tells_of_a_dead_worker(serve, monkeypatch):
     server = serve()
     assert (server.client.get("/healthz").status_code, metrics_of(server)["lmfusion_engine_up"]) == (200, 1)
@@ -353,8 +383,10 @@ def test_many_clients_at_once_while_one_sends_rubbish(serve):
 
     with ThreadPoolExecutor(12) as pool:
         spoiler = pool.submit(rubbish)
-        answers = list(pool.map(lambda i: server.answer(seed=i, temperature=1.0, max_tokens=20), range(10)))
-        stop.set()
+        try:
+            answers = list(pool.map(lambda i: server.answer(seed=i, temperature=1.0, max_tokens=20), range(10)))
+        finally:
+            stop.set()
         spoiler.result()
     for i in (0, 9):
         assert server.answer(seed=i, temperature=1.0, max_tokens=20)["choices"] == answers[i]["choices"]
