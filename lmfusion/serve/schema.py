@@ -13,6 +13,8 @@ from lmfusion.serve.fields import NO_BIAS, WITH_TEXT, MaxTokens, Only, Seed, Top
 
 MAX_MESSAGES = 1000
 MAX_PARTS = 1000
+MAX_VALUES = 50_000
+"""In a body. Checking takes time and memory for each, and an error for each that is wrong."""
 MAX_STOP_CHARS = 1000
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """Some clients begin a body with it."""
@@ -212,6 +214,9 @@ SAME_NAMES = (
 
 def parse(body: bytes) -> ChatRequest:
     """The request in a JSON body. Raises ApiError (400) that names the field at fault."""
+    if has_many_values(body):
+        message = f"the body has more than {MAX_VALUES} values; send fewer messages, parts or list items"
+        raise ApiError(400, message, code="too_many_values")
     try:
         request = ChatRequest.model_validate_json(body.removeprefix(BYTE_ORDER_MARK))
     except ValidationError as error:
@@ -234,6 +239,14 @@ def parse(body: bytes) -> ChatRequest:
             message = f'{field} are not supported here; leave them out, or send "{choice}": "none"'
             raise ApiError(400, message, param=field, code="unsupported_value")
     return request
+
+
+def has_many_values(body: bytes) -> bool:
+    """Whether JSON text has more than MAX_VALUES values, found without parsing it."""
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # what is left of quotes begins and ends strings
+    if plain.count(b'"') > 4 * MAX_VALUES:  # of a name and a value
+        return True
+    return sum(part.count(b",") for part in plain.split(b'"')[::2]) > MAX_VALUES
 
 
 def _path(location: tuple[int | str, ...]) -> str:

@@ -6,6 +6,8 @@ The fields are those of CompletionCreateParams and the message types in openai 3
 import base64
 import io
 import json
+import re
+import time
 from urllib.parse import quote
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 
 from lmfusion.serve.errors import ApiError
 from lmfusion.serve.requests import RequestReader, image_bytes
-from lmfusion.serve.schema import ChatRequest, Message, TextPart
+from lmfusion.serve.schema import MAX_VALUES, ChatRequest, Message, TextPart, parse
 from tests.lmfusion.serve.conftest import data_url, image_of, image_part, picture
 
 CALL = {"name": "f", "arguments": "{}"}
@@ -194,6 +196,41 @@ def test_a_body_may_begin_with_a_byte_order_mark(reader):
     assert meaning(reader, b"\xef\xbb\xbf" + body) == meaning(reader, body)
 
 
+MANY = {
+    "stop": ("[", "1", "]"),
+    "bad_words": ("[", "0", "]"),
+    "n": ("[", "[]", "]"),
+    "metadata": ('{"a": [', "[]", "]}"),
+    "messages": ("[", '{"role":"user","content":""}', "]"),
+    "tools": ("[", "{}", "]"),
+    "logit_bias": ("{", '"1":1', "}"),
+    "unknown": ("[", '""', "]"),
+}
+
+
+@pytest.mark.parametrize("num", [30_000, 3_000_000])
+@pytest.mark.parametrize("name", MANY)
+def test_many_values_are_refused_in_no_time(name, num):
+    """To collect an error for each of 8 million took minutes and gigabytes."""
+    begin, item, end = MANY[name]
+    items = ",".join([item] * num)
+    body = f'{{"messages": [{{"role": "user", "content": "x"}}], "{name}": {begin}{items}{end}}}'.encode()
+    start = time.process_time()
+    if (name, num) == ("metadata", 30_000):
+        parse(body)
+    else:
+        with pytest.raises(ApiError) as caught:
+            parse(body)
+        assert caught.value.status == 400 and (num < MAX_VALUES or caught.value.code == "too_many_values")
+    assert time.process_time() - start < 5  # and not minutes, on a slow machine
+
+
+@pytest.mark.parametrize("text", [",", '\\"', "\\\\", '\\\\\\"', "[", '\\",'], ids=repr)
+def test_what_is_in_a_text_is_no_value(text):
+    parsed = parse(f'{{"messages": [{{"role": "user", "content": "{text * 60_000}"}}]}}'.encode())
+    assert len(parsed.messages[0].content) == len(json.loads(f'"{text}"')) * 60_000
+
+
 # --- messages ---
 
 HI = [{"role": "user", "content": "hi"}]
@@ -313,7 +350,9 @@ SAME_URLS = {
     "too much padding": f"data:image/png;base64,{ENCODED}==",
     "URL-safe": f"data:image/png;base64,{base64.urlsafe_b64encode(ODD).decode()}",
     "percent": f"data:image/png;base64,{quote(ENCODED, safe='')}",
-    "percent lines": f"data:image/png;base64,{ENCODED[:76]}%0A{ENCODED[76:]}",
+    "percent, lower case": "data:image/png;base64,"
+    + re.sub("%..", lambda code: code[0].lower(), quote(ENCODED, safe="")),
+    "percent lines": f"data:image/png;base64,{ENCODED[:76]}%0D%0a{ENCODED[76:]}%20",
 }
 
 
