@@ -122,8 +122,8 @@ def build_app(
 
     document(app, has_key=api_key is not None)
     for route in app.routes:
-        if isinstance(route, APIRoute) and "GET" in route.methods:
-            route.methods.add("HEAD")  # after the description, in which it would be an operation of its own
+        if isinstance(route, APIRoute) and route.methods == {"GET"}:
+            route.methods = {"GET", "HEAD"}  # after the description, in which it would be an operation of its own
     return app
 
 

@@ -33,10 +33,10 @@ MEDIA_TYPES = {
 }
 """Which of the formats an image has is read from its bytes."""
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
-ESCAPES = {
-    **{b"%2B": b"+", b"%2b": b"+", b"%2F": b"/", b"%2f": b"/", b"%3D": b"=", b"%3d": b"="},
-    **{b"%0A": b"", b"%0a": b"", b"%0D": b"", b"%0d": b"", b"%20": b""},
-}
+ESCAPES = dict(
+    [(b"%2B", b"+"), (b"%2b", b"+"), (b"%2F", b"/"), (b"%2f", b"/"), (b"%3D", b"="), (b"%3d", b"=")]
+    + [(newline, b"") for newline in (b"%0A", b"%0a", b"%0D", b"%0d", b"%20")]
+)
 """All that base64 and its line breaks need to be percent-encoded; decoding everything takes long where all is."""
 OPENAI_NAMES = {"max_new_tokens": "max_tokens", "stop_strings": "stop"}
 """What the options of generation are called in a request."""
