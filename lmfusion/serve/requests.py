@@ -32,13 +32,18 @@ MEDIA_TYPES = {
     "application/octet-stream",
 }
 """Which of the formats an image has is read from its bytes."""
+THINKING = "enable_thinking"
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
 ESCAPES = dict(
     [(b"%2B", b"+"), (b"%2b", b"+"), (b"%2F", b"/"), (b"%2f", b"/"), (b"%3D", b"="), (b"%3d", b"=")]
     + [(newline, b"") for newline in (b"%0A", b"%0a", b"%0D", b"%0d", b"%20")]
 )
 """All that base64 and its line breaks need to be percent-encoded; decoding everything takes long where all is."""
-OPENAI_NAMES = {"max_new_tokens": "max_tokens", "stop_strings": "stop"}
+OPENAI_NAMES = {
+    "max_new_tokens": "max_tokens",
+    "stop_strings": "stop",
+    "template_variables": "chat_template_kwargs",
+}
 """What the options of generation are called in a request."""
 
 
@@ -114,9 +119,9 @@ class RequestReader:
             messages.append((yield from self._message(given, i)))
         yield
         try:
-            prompt = encode_prompt(self._model, messages)
+            prompt = encode_prompt(self._model, messages, template_variables=options.template_variables)
         except ValueError as error:
-            raise ApiError(400, str(error), param="messages", code="invalid_value") from None
+            raise from_options(error, param="messages") from None
         return request, prompt, options
 
     def _set_defaults(self, defaults: Mapping[str, Any]) -> None:
@@ -142,12 +147,25 @@ class RequestReader:
         values.update(
             max_new_tokens=given["max_tokens"], stop_strings=(stop,) if isinstance(stop, str) else tuple(stop)
         )
+        if variables := self._template_variables(request):
+            values["template_variables"] = variables
         try:
             options = GenerationOptions(**values)
             self.limits.generation.check(options, num_prompt_images)
         except ValueError as error:
             raise from_options(error) from None
         return options
+
+    def _template_variables(self, request: ChatRequest) -> dict[str, Any]:
+        given = request.chat_template_kwargs or {}
+        if request.enable_thinking is not None:
+            if given.get(THINKING, request.enable_thinking) != request.enable_thinking:
+                message = (
+                    f"{THINKING} is {request.enable_thinking}, but chat_template_kwargs has {given[THINKING]!r:.80}; "
+                )
+                raise ApiError(400, message + "leave one of them out", param=THINKING, code="invalid_value")
+            given = {**given, THINKING: request.enable_thinking}
+        return {**self._defaults.get("chat_template_kwargs", {}), **given}
 
     def _message(self, message: Message, index: int) -> Generator[None, None, dict[str, Any]]:
         content: list[Any] = []
@@ -213,17 +231,18 @@ def image_bytes(url: str) -> bytes:
     return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
 
 
-def from_options(error: ValueError) -> ApiError:
-    """What the engine says of a request, in the words of the request."""
+def from_options(error: ValueError, param: str | None = None) -> ApiError:
+    """What the engine says of a request, in the words of the request. param: the field, where it names none."""
     message = str(error)
     for ours, theirs in OPENAI_NAMES.items():
         message = re.sub(rf"\b{ours}\b", theirs, message)
     name = re.match(r"(?:unknown )?(\w+)", message)
-    param = name[1] if name is not None and name[1] in ChatRequest.model_fields else None
+    if name is not None and name[1] in ChatRequest.model_fields:
+        param = name[1]
     return ApiError(400, message, param=param, code="invalid_value")
 
 
-_OPTIONS = {*SAME_NAMES, "max_tokens", "stop"}
+_OPTIONS = {*SAME_NAMES, "max_tokens", "stop", "chat_template_kwargs"}
 
 
 def _parts(message: Message) -> Iterator[TextPart | ImagePart]:

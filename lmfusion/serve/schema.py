@@ -133,6 +133,11 @@ class ChatRequest(_Strict):
     image_size: int | None = None
     preview_every: int | None = None
 
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables that the chat template reads, over those of the server and the model. vLLM's and llama.cpp's name."""
+    enable_thinking: bool | None = None
+    """The variable of that name."""
+
     # OpenAI's, at values that change nothing
     n: Annotated[Any, Only(1)] = None
     presence_penalty: Annotated[Any, Only(0)] = None

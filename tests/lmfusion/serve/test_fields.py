@@ -148,6 +148,7 @@ def test_all_fields_are_in_the_tables():
     assert own == {
         *("max_images", "min_images", "draw_first", "num_steps", "sampler", "guidance_scale", "image_guidance_scale"),
         *("guidance_interval", "guidance_rescale", "negative_prompt", "image_size", "preview_every"),
+        *("chat_template_kwargs", "enable_thinking"),
     }
 
 
@@ -229,6 +230,55 @@ def test_many_values_are_refused_in_no_time(name, num):
 def test_what_is_in_a_text_is_no_value(text):
     parsed = parse(f'{{"messages": [{{"role": "user", "content": "{text * 60_000}"}}]}}'.encode())
     assert len(parsed.messages[0].content) == len(json.loads(f'"{text}"')) * 60_000
+
+
+# --- variables of the chat template ---
+
+THINKING_TEMPLATE = (
+    "{% for message in messages %}{{ message['content'] }};{% endfor %}"
+    "{% if enable_thinking is false %}no{% elif enable_thinking %}yes{% endif %}{{ level }}"
+)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text"),
+    [
+        ({}, "hi;"),
+        ({"chat_template_kwargs": None, "enable_thinking": None}, "hi;"),
+        ({"chat_template_kwargs": {}}, "hi;"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "hi;no"),
+        ({"chat_template_kwargs": {"enable_thinking": True, "level": 3, "unused": [1]}}, "hi;yes3"),
+        ({"enable_thinking": False}, "hi;no"),
+        ({"enable_thinking": False, "chat_template_kwargs": {"enable_thinking": False, "level": "x"}}, "hi;nox"),
+    ],
+)
+@pytest.mark.parametrize("default", [None, 7])
+def test_variables_reach_the_chat_template(model, monkeypatch, fields, text, default):
+    monkeypatch.setattr(model.tokenizer, "chat_template", THINKING_TEMPLATE)
+    reader = RequestReader(model, "tiny", defaults=default and {"chat_template_kwargs": {"level": default}})
+    _, prompt, _ = read(reader, **fields)
+    if default is not None and "level" not in (fields.get("chat_template_kwargs") or {}):
+        text += str(default)
+    assert model.tokenizer.decode(prompt.parts[0]) == text
+
+
+@pytest.mark.parametrize(
+    ("fields", "message", "param"),
+    [
+        ({"chat_template_kwargs": [1]}, "chat_template_kwargs", "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs has the key 'messages'", None),
+        ({"chat_template_kwargs": {"a b": 1}}, "chat_template_kwargs has the key 'a b'", None),
+        ({"chat_template_kwargs": {"today": "soon"}}, "chat_template_kwargs.today", None),
+        ({"chat_template_kwargs": {"level": "</s>"}}, "chat_template_kwargs.level holds the control token", None),
+        ({"enable_thinking": "no"}, "enable_thinking", "enable_thinking"),
+        ({"enable_thinking": True, "chat_template_kwargs": {"enable_thinking": False}}, "leave one", "enable_thinking"),
+    ],
+    ids=str,
+)
+def test_variables_that_cannot_be_are_named(reader, fields, message, param):
+    with pytest.raises(ApiError) as caught:
+        read(reader, **fields)
+    assert message in caught.value.message and caught.value.param == (param or "chat_template_kwargs")
 
 
 # --- messages ---
