@@ -282,7 +282,7 @@ def test_after_all_that_the_server_answers_as_before(server):
 @pytest.mark.parametrize(
     ("defaults", "message"),
     [
-        ({"steps": 3}, "no field 'steps' to set; there are draw_first, guidance_interval"),
+        ({"steps": 3}, "no field 'steps' to set; there are chat_template_kwargs, draw_first"),
         ({"stream": True}, "no field 'stream' to set"),
         ({"num_steps": 30}, "num_steps is 30; the limit here is 20"),
         ({"temperature": "hot"}, "temperature: Input should be a valid number"),
