@@ -1,44 +1,32 @@
 """Which URLs are there, and what is behind them? The chat API, the model's name, health and metrics.
 
-Bodies are read only where there is a place in the queue for them, and worked on in a few threads of their own: decoding
-somebody's image never holds up the others' streams.
+Bodies are worked on in a few threads of their own: decoding somebody's image never holds up the others' streams.
 """
 
-import asyncio
 import time
 import uuid
 from collections.abc import Collection
-from dataclasses import dataclass
 
-from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, Request
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from lmfusion import __version__
 from lmfusion.generation.worker import Busy, EngineWorker, Stopped
+from lmfusion.serve.bodies import Bodies, busy
+from lmfusion.serve.document import document
 from lmfusion.serve.errors import ApiError
 from lmfusion.serve.guard import Guard
 from lmfusion.serve.metrics import CONTENT_TYPE, Metrics
+from lmfusion.serve.readers import Readers, while_connected
 from lmfusion.serve.requests import RequestReader, from_options
-from lmfusion.serve.schema import ChatRequest
 from lmfusion.serve.streaming import Listener, Streamed, Whole
 
 CHAT_PATH = "/v1/chat/completions"
-BODY_SECONDS = 60.0
-"""A client that has not sent its request by then is not waited for."""
-RETRY_SECONDS = 2
-"""What a client that finds the queue full is told to wait."""
-NUM_READERS = 4
-"""Bodies worked on at a time; each may hold one decoded image of the largest size allowed."""
-
-
-@dataclass
-class _Reading:
-    """Requests that have been let in and are not submitted yet."""
-
-    num_requests: int = 0
+BODIES_PER_PLACE = 4
+"""Bodies that may be on their way for each place in the queue. They take no place before they are complete."""
 
 
 def build_app(
@@ -48,33 +36,43 @@ def build_app(
     api_key: str | None = None,
     allowed_hosts: Collection[str] = (),
 ) -> FastAPI:
-    """The ASGI application. api_key: what clients must send; None: nothing. allowed_hosts: see `Guard`."""
+    """The ASGI application. api_key: what clients must send; None: nothing. allowed_hosts: see `Guard`.
+
+    `app.state.bodies` and `app.state.readers` are to be closed when the server ends.
+    """
     # Without /docs: that page has browsers load scripts from other hosts
     app = FastAPI(title="lmfusion", version=__version__, docs_url=None, redoc_url=None)
     metrics = Metrics()
-    reading = _Reading()
-    readers = CapacityLimiter(NUM_READERS)
+    max_bytes, max_waiting = reader.limits.max_body_bytes, worker.max_waiting
+    app.state.bodies = bodies = Bodies(max_bytes, BODIES_PER_PLACE * max_waiting, max_bytes * max_waiting)
+    app.state.readers = readers = Readers()
+    num_reading = 0  # complete, and not submitted yet
     model_card = dict(id=reader.model_name, object="model", created=int(time.time()), owned_by="lmfusion")
     app.add_middleware(Guard, allowed_hosts=allowed_hosts, api_key=api_key, on_status=metrics.count_status)
 
+    def check_place() -> None:
+        if worker.stats().num_waiting + num_reading >= max_waiting:
+            raise busy(f"{max_waiting} requests are waiting, and no more may; try again in a few seconds")
+
     @app.post(CHAT_PATH)
     async def chat(http: Request) -> Response:
-        if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            # also what keeps web pages of other sites out: browsers ask before they send JSON there
-            raise ApiError(415, 'the content type must be "application/json"', code="unsupported_media_type")
-        if worker.stats().num_waiting + reading.num_requests >= worker.max_waiting:
-            raise _busy(f"{worker.max_waiting} requests are waiting, and no more may; try again in a few seconds")
+        nonlocal num_reading
+        _check_content(http)
+        check_place()
         listener = Listener(metrics)
-        reading.num_requests += 1
+        body = await bodies.read(http)
+        check_place()
+        num_reading += 1
         try:
-            body = await _read_body(http, reader.limits.max_body_bytes)
-            request, prompt, options = await run_sync(reader.read, body, limiter=readers)
+            work = reader.read(body)
+            del body  # the reader frees it as soon as it is parsed
+            request, prompt, options = await while_connected(http.receive, readers.finish(work))
         finally:
-            reading.num_requests -= 1
+            num_reading -= 1
         try:
             answering = await run_sync(worker.submit, prompt, options, listener)
         except Busy as error:
-            raise _busy(str(error)) from None
+            raise busy(str(error)) from None
         except Stopped as error:
             raise ApiError(503, str(error), code="engine_stopped") from None
         except ValueError as error:
@@ -91,6 +89,8 @@ def build_app(
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, object]:
+        if not name:  # /v1/models/
+            return await models()
         if name != reader.model_name:
             message = f"the model {name!r} is not served here; this is {reader.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
@@ -113,49 +113,25 @@ def build_app(
 
     @app.exception_handler(HTTPException)
     async def on_http_error(http: Request, error: HTTPException) -> Response:
-        message = f"{http.method} {http.url.path}: {error.detail}"
+        message = f"{http.method} {http.scope['path']}: {error.detail}"
         return ApiError(error.status_code, message, headers=error.headers).response()
 
     @app.exception_handler(Exception)
     async def on_failure(_: Request, __: Exception) -> Response:
         return ApiError(500, "the server failed at this request; its log tells why").response()
 
-    _document(app)
+    document(app, has_key=api_key is not None)
+    for route in app.routes:
+        if isinstance(route, APIRoute) and route.methods == {"GET"}:
+            route.methods = {"GET", "HEAD"}  # after the description, in which it would be an operation of its own
     return app
 
 
-def _busy(message: str) -> ApiError:
-    return ApiError(429, message, code="queue_full", headers={"Retry-After": str(RETRY_SECONDS)})
-
-
-async def _read_body(http: Request, max_bytes: int) -> bytes:
-    """The body, given up as soon as it is too large or too slow.
-
-    What a client still sends of it is thrown away, so that it comes to read the answer.
-    """
-    message = f"the request has more than {max_bytes} bytes, which is the limit here"
-    too_large = ApiError(413, message, code="request_too_large")
-    length = http.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > max_bytes:
-        raise too_large
-    body = bytearray()
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for chunk in http.stream():
-                body += chunk
-                if len(body) > max_bytes:
-                    raise too_large
-    except TimeoutError:
-        message = f"the request was not complete after {BODY_SECONDS:.0f} seconds"
-        raise ApiError(408, message, code="timeout", headers={"Connection": "close"}) from None
-    return bytes(body)
-
-
-def _document(app: FastAPI) -> None:
-    """Put the request into /openapi.json; FastAPI does not know it, as the body is parsed in a thread."""
-    schema = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
-    parts = schema.pop("$defs")
-    document = app.openapi()
-    document["components"]["schemas"] |= {**parts, "ChatRequest": schema}
-    content = {"application/json": {"schema": {"$ref": "#/components/schemas/ChatRequest"}}}
-    document["paths"][CHAT_PATH]["post"]["requestBody"] = {"required": True, "content": content}
+def _check_content(http: Request) -> None:
+    if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        # also what keeps web pages of other sites out: browsers ask before they send JSON there
+        raise ApiError(415, 'the content type must be "application/json"', code="unsupported_media_type")
+    encoding = http.headers.get("content-encoding", "identity")
+    if encoding.strip().lower() != "identity":
+        message = f"the content encoding is {encoding!r}; send the request without compression"
+        raise ApiError(415, message, code="unsupported_media_type")

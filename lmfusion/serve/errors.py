@@ -7,6 +7,8 @@ from starlette.responses import JSONResponse
 
 MAX_MESSAGE = 500
 """Characters; an error quotes what was sent, which may be long."""
+MAX_PARAM = 100
+"""Characters of the path of a field, which may be unknown and long."""
 
 TYPES = {
     401: "authentication_error",
@@ -32,8 +34,8 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}..."
-        self.param = param
+        self.message = _cut(message, MAX_MESSAGE)
+        self.param = None if param is None else _cut(param, MAX_PARAM)
         self.code = code
         self.headers = dict(headers or {})
 
@@ -44,3 +46,7 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, self.headers)
+
+
+def _cut(text: str, max_chars: int) -> str:
+    return text if len(text) <= max_chars else f"{text[:max_chars]}..."

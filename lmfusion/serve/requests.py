@@ -1,11 +1,10 @@
 """How does a request's body become a prompt and options? Checked against all limits before anything large is made."""
 
 import base64
-import binascii
 import io
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image, ImageOps
 
 from lmfusion.generation.options import GenerationOptions, Limits
-from lmfusion.generation.prompt import Prompt, encode_prompt
+from lmfusion.generation.prompt import Prompt, context_limit, encode_prompt
 from lmfusion.image.preprocessing import FORMATS, decode_image
 from lmfusion.serve.errors import ApiError
 from lmfusion.serve.schema import SAME_NAMES, ChatRequest, ImagePart, Message, TextPart, parse
@@ -24,8 +23,27 @@ if TYPE_CHECKING:
 
 DEFAULT_MAX_TOKENS = 256
 DEFAULT_MAX_IMAGES = 4
-DATA_URL = re.compile(r"data:image/(?:png|jpeg|jpg|webp);base64,", re.IGNORECASE)
-OPENAI_NAMES = {"max_new_tokens": "max_tokens", "stop_strings": "stop"}
+MAX_CHARS_PER_TOKEN = 16
+"""Of the context. Longer texts are refused before they are tokenized, as they do not fit by far."""
+DATA_URL = re.compile(r"\s*data:([^,;]{0,100})((?:;[^,;]{0,100}){0,10}),", re.IGNORECASE)
+"""Media type, parameters and "base64", as in RFC 2397."""
+MEDIA_TYPES = {
+    *("image/png", "image/x-png", "image/jpeg", "image/jpg", "image/pjpeg", "image/webp", "image/*"),
+    "application/octet-stream",
+}
+"""Which of the formats an image has is read from its bytes."""
+THINKING = "enable_thinking"
+URL_SAFE = bytes.maketrans(b"-_", b"+/")
+ESCAPES = dict(
+    [(b"%2B", b"+"), (b"%2b", b"+"), (b"%2F", b"/"), (b"%2f", b"/"), (b"%3D", b"="), (b"%3d", b"=")]
+    + [(newline, b"") for newline in (b"%0A", b"%0a", b"%0D", b"%0d", b"%20")]
+)
+"""All that base64 and its line breaks need to be percent-encoded; decoding everything takes long where all is."""
+OPENAI_NAMES = {
+    "max_new_tokens": "max_tokens",
+    "stop_strings": "stop",
+    "template_variables": "chat_template_kwargs",
+}
 """What the options of generation are called in a request."""
 
 
@@ -63,6 +81,10 @@ class RequestReader:
         self.model_name = model_name
         self.limits = limits
         self._model = model
+        context = context_limit(model)
+        self._max_chars = (
+            min(limits.max_text_chars, MAX_CHARS_PER_TOKEN * context) if context else limits.max_text_chars
+        )
         most = limits.generation
         self._defaults: dict[str, Any] = {
             "max_tokens": min(DEFAULT_MAX_TOKENS, most.max_new_tokens),
@@ -74,9 +96,13 @@ class RequestReader:
         except ApiError as error:
             raise ValueError(f"a request's default cannot be used: {error.message}") from None
 
-    def read(self, body: bytes) -> tuple[ChatRequest, Prompt, GenerationOptions]:
-        """What a JSON body asks for. Raises ApiError where it cannot be answered."""
+    def read(self, body: bytes) -> Generator[None, None, tuple[ChatRequest, Prompt, GenerationOptions]]:
+        """What a JSON body asks for. It yields before each piece of work that takes long, such as an image.
+
+        Raises ApiError where the request cannot be answered.
+        """
         request = parse(body)
+        del body
         if request.model is not None and request.model != self.model_name:
             message = f"the model {request.model!r} is not served here; this is {self.model_name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
@@ -85,14 +111,17 @@ class RequestReader:
         num_chars = len(request.negative_prompt or "") + sum(
             len(part.text) for message in request.messages for part in _parts(message) if isinstance(part, TextPart)
         )
-        if num_chars > self.limits.max_text_chars:
-            message = f"the messages have {num_chars} characters; the limit here is {self.limits.max_text_chars}"
+        if num_chars > self._max_chars:
+            message = f"the messages have {num_chars} characters; the limit here is {self._max_chars}"
             raise ApiError(400, message, param="messages", code="context_length_exceeded")
-        messages = [self._message(message, i) for i, message in enumerate(request.messages)]
+        messages = []
+        for i, given in enumerate(request.messages):
+            messages.append((yield from self._message(given, i)))
+        yield
         try:
-            prompt = encode_prompt(self._model, messages)
+            prompt = encode_prompt(self._model, messages, template_variables=options.template_variables)
         except ValueError as error:
-            raise ApiError(400, str(error), param="messages", code="invalid_value") from None
+            raise from_options(error, param="messages") from None
         return request, prompt, options
 
     def _set_defaults(self, defaults: Mapping[str, Any]) -> None:
@@ -118,6 +147,8 @@ class RequestReader:
         values.update(
             max_new_tokens=given["max_tokens"], stop_strings=(stop,) if isinstance(stop, str) else tuple(stop)
         )
+        if variables := self._template_variables(request):
+            values["template_variables"] = variables
         try:
             options = GenerationOptions(**values)
             self.limits.generation.check(options, num_prompt_images)
@@ -125,12 +156,24 @@ class RequestReader:
             raise from_options(error) from None
         return options
 
-    def _message(self, message: Message, index: int) -> dict[str, Any]:
+    def _template_variables(self, request: ChatRequest) -> dict[str, Any]:
+        given = request.chat_template_kwargs or {}
+        if request.enable_thinking is not None:
+            if given.get(THINKING, request.enable_thinking) != request.enable_thinking:
+                message = (
+                    f"{THINKING} is {request.enable_thinking}, but chat_template_kwargs has {given[THINKING]!r:.80}; "
+                )
+                raise ApiError(400, message + "leave one of them out", param=THINKING, code="invalid_value")
+            given = {**given, THINKING: request.enable_thinking}
+        return {**self._defaults.get("chat_template_kwargs", {}), **given}
+
+    def _message(self, message: Message, index: int) -> Generator[None, None, dict[str, Any]]:
         content: list[Any] = []
         for i, part in enumerate(_parts(message)):
             if isinstance(part, TextPart):
                 content.append(part.text)
             else:
+                yield
                 is_shown = message.role != "assistant"
                 content.append(self._image(part.image_url.url, f"messages[{index}].content[{i}]", is_shown))
         return {"role": "system" if message.role == "developer" else message.role, "content": content}
@@ -140,15 +183,14 @@ class RequestReader:
 
         is_shown: whether somebody shows it to the model; a vision-language model then sees it.
         """
-        head = DATA_URL.match(url)
-        if head is None:
+        try:
+            data = image_bytes(url)
+        except _NoDataUrl:
             shown = url if len(url) <= 40 else f"{url[:40]}..."
             message = f"{where} has the URL {shown!r}; nothing is fetched here, send the image itself as a data: URL "
             message += "(data:image/png;base64,... with a PNG, JPEG or WEBP)"
-            raise ApiError(400, message, param=where, code="invalid_image_url")
-        try:
-            data = base64.b64decode(url[head.end() :], validate=True)
-        except (binascii.Error, ValueError):
+            raise ApiError(400, message, param=where, code="invalid_image_url") from None
+        except ValueError:
             raise ApiError(400, f"{where} is no valid base64", param=where, code="invalid_image") from None
         self._check_pixels(data, where)
         config = self._model.codec.config
@@ -170,17 +212,37 @@ class RequestReader:
             raise ApiError(400, f"{message}in all, scale it down", param=where, code="image_too_large")
 
 
-def from_options(error: ValueError) -> ApiError:
-    """What the engine says of a request, in the words of the request."""
+class _NoDataUrl(ValueError):  # noqa: N818
+    pass
+
+
+def image_bytes(url: str) -> bytes:
+    """The bytes in a data: URL, be its base64 broken into lines, without padding, URL-safe or percent-encoded.
+
+    Raises _NoDataUrl where it is none of an image in base64, ValueError for wrong base64.
+    """
+    head = DATA_URL.match(url)
+    if head is None or head[1].strip().lower() not in MEDIA_TYPES or head[2].lower().split(";")[-1].strip() != "base64":
+        raise _NoDataUrl
+    text = url[head.end() :].encode("ascii")
+    for escaped, char in ESCAPES.items():
+        text = text.replace(escaped, char)
+    text = text.translate(URL_SAFE, delete=b" \t\r\n").rstrip(b"=")
+    return base64.b64decode(text + b"=" * (-len(text) % 4), validate=True)
+
+
+def from_options(error: ValueError, param: str | None = None) -> ApiError:
+    """What the engine says of a request, in the words of the request. param: the field, where it names none."""
     message = str(error)
     for ours, theirs in OPENAI_NAMES.items():
         message = re.sub(rf"\b{ours}\b", theirs, message)
     name = re.match(r"(?:unknown )?(\w+)", message)
-    param = name[1] if name is not None and name[1] in ChatRequest.model_fields else None
+    if name is not None and name[1] in ChatRequest.model_fields:
+        param = name[1]
     return ApiError(400, message, param=param, code="invalid_value")
 
 
-_OPTIONS = {*SAME_NAMES, "max_tokens", "stop"}
+_OPTIONS = {*SAME_NAMES, "max_tokens", "stop", "chat_template_kwargs"}
 
 
 def _parts(message: Message) -> Iterator[TextPart | ImagePart]:

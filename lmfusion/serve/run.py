@@ -1,20 +1,24 @@
 """How does the server start and end? A socket first, then the model; after a signal answers may go on for a while."""
 
 import asyncio
+import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from starlette.types import ASGIApp
+from fastapi import FastAPI
 
-from lmfusion.generation.worker import EngineWorker
+from lmfusion.serve.connections import IDLE_SECONDS, Connections, raise_file_limit
 from lmfusion.serve.guard import is_loopback
 
-KEEP_ALIVE_SECONDS = 30
-"""How long a connection without a request stays open."""
+if TYPE_CHECKING:
+    from lmfusion.generation.worker import EngineWorker
+
 LAST_SECONDS = 15
 """From the cancelling of the last requests to the cutting of their connections."""
 
@@ -56,8 +60,8 @@ def warn_if_open(host: str, has_key: bool) -> None:
 
 
 def run_server(
-    app: ASGIApp,
-    worker: EngineWorker,
+    app: FastAPI,
+    worker: "EngineWorker",
     listener: socket.socket,
     *,
     shutdown_seconds: float,
@@ -65,20 +69,10 @@ def run_server(
 ) -> None:
     """Serve until SIGTERM or SIGINT; then let answers go on for `shutdown_seconds` and cancel what is left.
 
-    on_ready: called once requests are taken. `worker` is closed when this returns.
+    app: of `build_app`. on_ready: called once requests are taken. `worker` is closed when this returns. Where that
+    does not come to pass in time, as a thread does not end, the process is ended with exit code 1.
     """
-    config = uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        lifespan="off",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        timeout_keep_alive=KEEP_ALIVE_SECONDS,
-        timeout_graceful_shutdown=round(shutdown_seconds) + LAST_SECONDS,
-    )
-    server = _Server(config, worker, shutdown_seconds, on_ready)
+    server = Server(app, worker, shutdown_seconds, on_ready)
 
     def stop(number: int, frame: FrameType | None) -> None:
         server.should_exit = True
@@ -91,27 +85,77 @@ def run_server(
         for number, handler in before.items():
             signal.signal(number, handler)
         worker.close()
+        server.has_ended.set()
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
+    """uvicorn with limits of connections and a shutdown that ends.
+
+    app: of `build_app`. config: further settings of uvicorn.
+    """
+
     def __init__(
-        self, config: uvicorn.Config, worker: EngineWorker, shutdown_seconds: float, on_ready: Callable[[], None]
+        self,
+        app: FastAPI,
+        worker: "EngineWorker",
+        shutdown_seconds: float,
+        on_ready: Callable[[], None] = lambda: None,
+        **config: Any,
     ) -> None:
-        super().__init__(config)
+        max_connections, backlog = raise_file_limit()
+        self._connections = Connections(max_connections)
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=self._connections.protocol,  # type: ignore[arg-type]
+                ws="none",
+                lifespan="off",
+                # Without warnings: uvicorn would write a line for every client that sends something strange
+                log_level="error",
+                access_log=False,
+                server_header=False,
+                backlog=backlog,
+                timeout_keep_alive=round(IDLE_SECONDS),
+                timeout_graceful_shutdown=round(shutdown_seconds) + LAST_SECONDS,
+                **config,
+            )
+        )
+        self.has_ended = threading.Event()
+        """To be set when everything has ended; the process is ended otherwise."""
+        self._app = app
         self._worker = worker
         self._shutdown_seconds = shutdown_seconds
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(self._connections.on_loop_error)
         await super().startup(sockets)
         self._on_ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self.should_exit:
+            threading.Thread(target=self._end_for_sure, name="lmfusion-end", daemon=True).start()
+        super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         closing = asyncio.create_task(self._close_worker())
         await super().shutdown(sockets)
         closing.cancel()
+        self._stop_reading()
 
     async def _close_worker(self) -> None:
         """Cancelled requests still end as answers do, with a finish_reason."""
         await asyncio.sleep(self._shutdown_seconds)
+        self._stop_reading()
         await asyncio.to_thread(self._worker.close)
+
+    def _stop_reading(self) -> None:
+        self._app.state.bodies.close()
+        self._app.state.readers.close()
+
+    def _end_for_sure(self) -> None:
+        """Nothing can end a thread that hangs in a device's driver; but the process can be ended."""
+        if not self.has_ended.wait(self._shutdown_seconds + 2 * LAST_SECONDS):
+            print("lmfusion: error: the server does not end by itself; its process is ended", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(1)

@@ -1,19 +1,23 @@
 """What may a chat request contain? OpenAI's fields that have a meaning here, and ours about images.
 
-Nothing is ignored in silence: an unknown field is an error that names it. What OpenAI's clients send as a matter of
-course and cannot change an answer is taken (see `ChatRequest`); what could change it and is not supported is taken
-only at the value at which it does nothing.
+Nothing is ignored in silence: an unknown field is an error that names it. All of OpenAI's fields are known. Those that
+cannot change an answer are taken; those that could, and are not supported, are taken at values that change nothing.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from lmfusion.serve.errors import ApiError
+from lmfusion.serve.fields import NO_BIAS, WITH_TEXT, MaxTokens, Only, Seed, TopK, Unused
 
 MAX_MESSAGES = 1000
+MAX_PARTS = 1000
+MAX_VALUES = 50_000
+"""In a body. Checking takes time and memory for each, and an error for each that is wrong."""
 MAX_STOP_CHARS = 1000
-MAX_SEED = 2**63 - 1
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""Some clients begin a body with it."""
 
 
 class _Strict(BaseModel):
@@ -23,6 +27,9 @@ class _Strict(BaseModel):
 class TextPart(_Strict):
     type: Literal["text"]
     text: str
+    # About caches that there are not
+    prompt_cache_breakpoint: Unused = None
+    cache_control: Unused = None
 
 
 class ImageUrl(_Strict):
@@ -34,9 +41,12 @@ class ImageUrl(_Strict):
 
 class ImagePart(_Strict):
     type: Literal["image_url"]
-    image_url: ImageUrl
+    image_url: Annotated[ImageUrl, BeforeValidator(lambda url: {"url": url} if isinstance(url, str) else url)]
+    """An object with a url, or the URL alone, as some clients send it."""
     settings: dict[str, Any] | None = None
     """What an answer's image was made with; taken and not used, so that answers can be sent back as they came."""
+    prompt_cache_breakpoint: Unused = None
+    cache_control: Unused = None
 
 
 def _part_tag(part: Any) -> str | None:
@@ -53,7 +63,7 @@ Part = Annotated[
     ),
 ]
 Content = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[list[Part], Tag("<parts>")],
+    Annotated[str, Tag("<string>")] | Annotated[list[Part], Field(max_length=MAX_PARTS), Tag("<parts>")],
     Discriminator(lambda content: "<string>" if isinstance(content, str) else "<parts>"),
 ]
 
@@ -68,16 +78,20 @@ class Message(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     """"developer" is "system"."""
     content: Content | None = None
-    parts: list[Part] | None = None
+    parts: Annotated[list[Part], Field(max_length=MAX_PARTS)] | None = None
     """Of an answer that is sent back: what counts in place of its content, as it has the images, too."""
     name: str | None = None
     """Taken and not used."""
-    # Parts of OpenAI's answers that clients send back
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    cache_control: Unused = None
+    # Parts of answers that clients send back
+    refusal: Annotated[Any, Only("")] = None
+    audio: Annotated[Any, Only()] = None
+    function_call: Annotated[Any, Only()] = None
+    tool_calls: Annotated[Any, Only([])] = None
+    tool_call_id: Annotated[Any, Only("")] = None
+    reasoning_content: Annotated[Any, Only("")] = None
+    reasoning: Annotated[Any, Only("")] = None
+    annotations: Unused = None
 
 
 class StreamOptions(_Strict):
@@ -95,14 +109,14 @@ class ChatRequest(_Strict):
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     model: str | None = None
-    max_tokens: int | None = None
-    max_completion_tokens: int | None = None
+    max_tokens: MaxTokens = None
+    max_completion_tokens: MaxTokens = None
     """OpenAI's newer name of max_tokens."""
     temperature: float | None = None
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: TopK = None
     stop: Stop | None = None
-    seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
+    seed: Seed = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -119,23 +133,67 @@ class ChatRequest(_Strict):
     image_size: int | None = None
     preview_every: int | None = None
 
-    # Only at the value that changes nothing
-    n: Literal[1] | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    logprobs: Literal[False] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
-    response_format: ResponseFormat | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    store: Literal[False] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables that the chat template reads, over those of the server and the model. vLLM's and llama.cpp's name."""
+    enable_thinking: bool | None = None
+    """The variable of that name."""
 
-    # Taken and not used
+    # OpenAI's, at values that change nothing
+    n: Annotated[Any, Only(1)] = None
+    presence_penalty: Annotated[Any, Only(0)] = None
+    frequency_penalty: Annotated[Any, Only(0)] = None
+    logprobs: Annotated[Any, Only(False)] = None
+    top_logprobs: Annotated[Any, Only(0)] = None
+    logit_bias: Annotated[Any, NO_BIAS] = None
+    response_format: ResponseFormat | None = None
+    modalities: Annotated[Any, WITH_TEXT] = None
+    audio: Annotated[Any, Only()] = None
+    reasoning_effort: Annotated[Any, Only("none", "medium")] = None
+    verbosity: Annotated[Any, Only("medium")] = None
+    store: Annotated[Any, Only(False)] = None
+    moderation: Annotated[Any, Only()] = None
+    web_search_options: Annotated[Any, Only()] = None
+    tool_choice: Annotated[Any, Only("none", "auto")] = None
+    function_call: Annotated[Any, Only("none", "auto")] = None
+    tools: list[Any] | None = None
+    """Must be empty where `tool_choice` is not "none"."""
+    functions: list[Any] | None = None
+    """Must be empty where `function_call` is not "none"."""
+
+    # OpenAI's, taken and not used
     user: str | None = None
     metadata: dict[str, Any] | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
     service_tier: str | None = None
     parallel_tool_calls: bool | None = None
+    prediction: dict[str, Any] | None = None
+    """It would make an answer faster, and no other."""
+
+    # vLLM's and llama.cpp's, at values that change nothing
+    min_p: Annotated[Any, Only(0)] = None
+    typical_p: Annotated[Any, Only(1)] = None
+    repetition_penalty: Annotated[Any, Only(1)] = None
+    repeat_penalty: Annotated[Any, Only(1)] = None
+    length_penalty: Annotated[Any, Only(1)] = None
+    mirostat: Annotated[Any, Only(0)] = None
+    best_of: Annotated[Any, Only(1)] = None
+    use_beam_search: Annotated[Any, Only(False)] = None
+    min_tokens: Annotated[Any, Only(0)] = None
+    ignore_eos: Annotated[Any, Only(False)] = None
+    stop_token_ids: Annotated[Any, Only([])] = None
+    bad_words: Annotated[Any, Only([])] = None
+    include_stop_str_in_output: Annotated[Any, Only(False)] = None
+    skip_special_tokens: Annotated[Any, Only(True)] = None
+    spaces_between_special_tokens: Annotated[Any, Only(True)] = None
+    add_special_tokens: Annotated[Any, Only(False)] = None
+    add_generation_prompt: Annotated[Any, Only(True)] = None
+    continue_final_message: Annotated[Any, Only(False)] = None
+    echo: Annotated[Any, Only(False)] = None
+    cache_prompt: bool | None = None
+    """It would change how fast an answer is, and not the answer."""
 
 
 SAME_NAMES = (
@@ -161,8 +219,11 @@ SAME_NAMES = (
 
 def parse(body: bytes) -> ChatRequest:
     """The request in a JSON body. Raises ApiError (400) that names the field at fault."""
+    if has_many_values(body):
+        message = f"the body has more than {MAX_VALUES} values; send fewer messages, parts or list items"
+        raise ApiError(400, message, code="too_many_values")
     try:
-        return ChatRequest.model_validate_json(body)
+        request = ChatRequest.model_validate_json(body.removeprefix(BYTE_ORDER_MARK))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         path = _path(first["loc"])
@@ -173,9 +234,24 @@ def parse(body: bytes) -> ChatRequest:
                 message, code = f"unknown field {path!r}; docs/server.md lists what is supported", "unknown_field"
             case "missing":
                 message, code = f"{path} is missing", "missing_field"
+            case "unsupported_value":
+                message, code = f"{path} {first['msg']}", "unsupported_value"
             case _:
                 message, code = f"{path or 'the body'}: {first['msg']}", "invalid_value"
         raise ApiError(400, message, param=path or None, code=code) from None
+    for field, choice in (("tools", "tool_choice"), ("functions", "function_call")):
+        if getattr(request, field) and getattr(request, choice) != "none":
+            message = f'{field} are not supported here; leave them out, or send "{choice}": "none"'
+            raise ApiError(400, message, param=field, code="unsupported_value")
+    return request
+
+
+def has_many_values(body: bytes) -> bool:
+    """Whether JSON text has more than MAX_VALUES values, found without parsing it."""
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # what is left of quotes begins and ends strings
+    if plain.count(b'"') > 4 * MAX_VALUES:  # of a name and a value
+        return True
+    return sum(part.count(b",") for part in plain.split(b'"')[::2]) > MAX_VALUES
 
 
 def _path(location: tuple[int | str, ...]) -> str:

@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from lmfusion.generation.events import Done, Event, ImageBegin, ImageEnd, ImagePreview, TextDelta
 from lmfusion.serve.errors import ApiError
+from lmfusion.serve.readers import while_connected
 
 if TYPE_CHECKING:
     from lmfusion.generation.worker import Answering
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
 KEEP_ALIVE_SECONDS = 15.0
 """Without an event for so long, a comment is sent: proxies close connections on which nothing happens."""
-SEND_SECONDS = 60.0
-"""A client that takes nothing for so long is as good as gone."""
 
 
 class Listener:
@@ -79,19 +78,11 @@ class _Answer(Response, ABC):
         self._head = {"id": completion_id, "created": int(time.time()), "model": model_name}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        sending = asyncio.create_task(self._send(scope, receive, send))
-        gone = asyncio.create_task(_disconnected(receive))
         try:
-            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            with suppress(ApiError):  # the client has hung up
+                await while_connected(receive, self._send(scope, receive, send))
         finally:
             self._answering.cancel()  # nothing, where it is finished
-            gone.cancel()
-            if not sending.done():
-                sending.cancel()
-            await asyncio.gather(sending, gone, return_exceptions=True)
-        if not sending.cancelled():
-            with suppress(TimeoutError):  # of a client that takes nothing
-                sending.result()
 
     @abstractmethod
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None: ...
@@ -118,8 +109,7 @@ class Whole(_Answer):
         message = {"role": "assistant", "content": text, "parts": parts}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": event.finish_reason}
         body = {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage(event)}
-        async with asyncio.timeout(SEND_SECONDS):
-            await JSONResponse(body)(scope, receive, send)
+        await JSONResponse(body)(scope, receive, send)
 
 
 class Streamed(_Answer):
@@ -138,8 +128,7 @@ class Streamed(_Answer):
         await send({"type": "http.response.start", "status": 200, "headers": raw})
 
         async def write(text: str, more_body: bool = True) -> None:
-            async with asyncio.timeout(SEND_SECONDS):
-                await send({"type": "http.response.body", "body": text.encode(), "more_body": more_body})
+            await send({"type": "http.response.body", "body": text.encode(), "more_body": more_body})
 
         await write(self._chunk({"role": "assistant", "content": ""}))
         while not isinstance(event := await self._next(write), Done):
@@ -155,7 +144,8 @@ class Streamed(_Answer):
     async def _next(self, write: Any) -> Event:
         while True:
             try:
-                return await asyncio.wait_for(self._listener.next(), KEEP_ALIVE_SECONDS)
+                async with asyncio.timeout(KEEP_ALIVE_SECONDS):  # Python 3.11's wait_for may lose a cancellation
+                    return await self._listener.next()
             except TimeoutError:
                 await write(": still at it\n\n")
 
@@ -177,11 +167,6 @@ async def _delta(event: Event) -> dict[str, Any]:
             url = await run_sync(data_url, image)
             return {"image": dict(event="end", index=index, url=url, settings=settings)}
     raise AssertionError(f"{event} is no event of an answer")
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _data(value: dict[str, Any]) -> str:

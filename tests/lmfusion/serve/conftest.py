@@ -4,6 +4,8 @@ import base64
 import contextlib
 import io
 import json
+import logging
+import socket
 import threading
 import time
 
@@ -11,13 +13,13 @@ import httpx
 import numpy as np
 import pytest
 import torch
-import uvicorn
 from PIL import Image
 
 from lmfusion.generation.engine import Engine
 from lmfusion.generation.worker import EngineWorker
 from lmfusion.serve.app import build_app
 from lmfusion.serve.requests import RequestLimits, RequestReader
+from lmfusion.serve.run import Server
 from tests.lmfusion.generation.models import build
 
 CHAT_TEMPLATE = (
@@ -54,6 +56,25 @@ class Gate:
         self._open.set()
 
 
+class Log(logging.Handler):
+    """What a server writes to its log, from the making of this on."""
+
+    NAMES = ("uvicorn.error", "asyncio", "lmfusion")
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+        for name in self.NAMES:
+            logging.getLogger(name).addHandler(self)
+
+    def emit(self, record):
+        self.lines.append(self.format(record))
+
+    def detach(self):
+        for name in self.NAMES:
+            logging.getLogger(name).removeHandler(self)
+
+
 class Served:
     """A running server: its address, and what is behind it."""
 
@@ -63,11 +84,8 @@ class Served:
         self.gate = Gate(self.engine)
         self.worker = EngineWorker(self.engine, max_waiting=max_waiting)
         reader = RequestReader(model, "tiny", limits, defaults)
-        app = build_app(self.worker, reader, **options)
-        config = uvicorn.Config(
-            app, port=0, http="h11", ws="none", lifespan="off", log_level="critical", timeout_graceful_shutdown=5
-        )
-        self.server = uvicorn.Server(config)
+        self.app = build_app(self.worker, reader, **options)
+        self.server = Server(self.app, self.worker, shutdown_seconds=0, port=0)
         self._thread = threading.Thread(target=self.server.run)
         self._thread.start()
         wait_until(lambda: self.server.started)
@@ -82,6 +100,12 @@ class Served:
         self.server.should_exit = True
         self._thread.join(20)
         assert not self._thread.is_alive()
+
+    def connect(self, data=b""):
+        """A raw connection to it on which `data` was sent."""
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
+        connection.sendall(data)
+        return connection
 
     def post(self, body=None, **fields):
         body = {"messages": [{"role": "user", "content": "hi"}], **fields} if body is None else body
@@ -113,6 +137,14 @@ def serve(model):
             return served
 
         yield start
+
+
+@pytest.fixture
+def log():
+    """Lines that servers log; make it after the server, which sets up logging when it starts."""
+    handler = Log()
+    yield handler.lines
+    handler.detach()
 
 
 @pytest.fixture(scope="module")

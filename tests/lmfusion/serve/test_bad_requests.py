@@ -3,6 +3,7 @@
 import base64
 import http.client
 import io
+import json
 import socket
 
 import httpx
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from lmfusion.generation.options import Limits
+from lmfusion.serve.errors import ApiError
 from lmfusion.serve.requests import RequestLimits, RequestReader
 from tests.lmfusion.serve.conftest import Served, data_url, image_part, picture
 
@@ -69,12 +71,12 @@ def check(response, status, message, param=None, code=None):
         ({"stop": ["x"] * 17}, "stop is", "stop"),
         ({"stop": [""]}, "none is empty", "stop"),
         ({"stop": "x" * 2000}, "at most 1000 characters", "stop"),
-        ({"seed": -1}, "seed: Input should be greater than or equal to 0", "seed"),
+        ({"seed": -(2**63) - 1}, "seed: Input should be greater than or equal to -9223372036854775808", "seed"),
         ({"seed": 2**63}, "seed: Input should be less than", "seed"),
-        ({"n": 2}, "n: Input should be 1", "n"),
-        ({"logprobs": True}, "logprobs: Input should be", "logprobs"),
-        ({"tools": [{"type": "function"}]}, "tools: List should have at most 0 items", "tools"),
-        ({"presence_penalty": 0.5}, "presence_penalty", "presence_penalty"),
+        ({"n": 2}, "n is 2; only 1 is supported here, leave the field out", "n"),
+        ({"logprobs": True}, "logprobs is true; only false is supported here", "logprobs"),
+        ({"tools": [{"type": "function"}]}, 'leave them out, or send "tool_choice": "none"', "tools"),
+        ({"presence_penalty": 0.5}, "presence_penalty is 0.5; only 0 is supported here", "presence_penalty"),
         ({"response_format": {"type": "json_object"}}, "response_format.type", "response_format.type"),
         ({"stream": "yes"}, "stream: Input should be a valid boolean", "stream"),
         ({"max_images": 3}, "max_images is 3; the limit here is 2", "max_images"),
@@ -96,6 +98,35 @@ def check(response, status, message, param=None, code=None):
 )
 def test_a_wrong_field_is_named(server, fields, message, param):
     check(server.post(**fields), 400, message, param)
+
+
+@pytest.mark.parametrize("char", ["x", "\ue000", "\U0001f600", " "])
+@pytest.mark.parametrize("field", ["content", "parts", "negative_prompt"])
+def test_texts_that_are_far_too_long_are_refused_before_they_are_tokenized(model, monkeypatch, char, field):
+    """At 16 characters for each token of the context."""
+    monkeypatch.setattr("lmfusion.serve.requests.encode_prompt", lambda *_: (_ for _ in ()).throw(AssertionError))
+    reader = RequestReader(model, "tiny")
+    text = char * (16 * 256 + 1)
+    if field == "negative_prompt":
+        body = {"messages": [{"role": "user", "content": "x"}], "negative_prompt": text}
+    elif field == "content":
+        body = {"messages": [{"role": "user", "content": text}]}
+    else:
+        body = user({"type": "text", "text": text[:2000]}, {"type": "text", "text": text[2000:]})
+    with pytest.raises(ApiError, match=r"409[78] characters; the limit here is 4096") as caught:
+        list(reader.read(json.dumps(body).encode()))
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_a_slow_image_is_an_error_of_the_client(server, monkeypatch):
+    """Whatever the decoder refuses, such as too many scans, is said of the image."""
+
+    def refuse(data, name):
+        raise ValueError(f"{name} has 200 scans; the limit is 100, save it again")
+
+    monkeypatch.setattr("lmfusion.serve.requests.decode_image", refuse)
+    response = server.post(user(image_part(data_url(picture()))))
+    check(response, 400, "has 200 scans; the limit is 100", "messages[0].content[0]", "invalid_image")
 
 
 @pytest.mark.parametrize(
@@ -251,7 +282,7 @@ def test_after_all_that_the_server_answers_as_before(server):
 @pytest.mark.parametrize(
     ("defaults", "message"),
     [
-        ({"steps": 3}, "no field 'steps' to set; there are draw_first, guidance_interval"),
+        ({"steps": 3}, "no field 'steps' to set; there are chat_template_kwargs, draw_first"),
         ({"stream": True}, "no field 'stream' to set"),
         ({"num_steps": 30}, "num_steps is 30; the limit here is 20"),
         ({"temperature": "hot"}, "temperature: Input should be a valid number"),

@@ -1,0 +1,124 @@
+"""The description of the API in /openapi.json: requests, answers and errors, each with its media types."""
+
+from typing import Any
+
+from fastapi import FastAPI
+
+from lmfusion.serve.errors import TYPES
+from lmfusion.serve.metrics import CONTENT_TYPE
+from lmfusion.serve.schema import ChatRequest
+
+ANYWHERE = (400, 401, 500)
+"""Errors of every URL: the host is not allowed, the API key is wrong, the server failed."""
+ERRORS = {
+    "/v1/chat/completions": (404, 408, 413, 415, 429, 503),
+    "/v1/models": (),
+    "/v1/models/{name}": (404,),
+    "/healthz": (),
+    "/metrics": (),
+}
+REASONS = {
+    400: "A field is wrong, or the host is not allowed",
+    401: "The API key is missing or wrong",
+    404: "Another model than the one that is served",
+    408: "The request was not sent in time",
+    413: "The request is too large",
+    415: "The request is not JSON",
+    429: "Too many requests are waiting or being sent",
+    500: "The answer or the server failed",
+    503: "The engine has stopped, or all connections are in use",
+}
+
+
+def _object(required: dict[str, Any], **optional: Any) -> dict[str, Any]:
+    return {"type": "object", "required": list(required), "properties": {**required, **optional}}
+
+
+_TEXT, _NUMBER = {"type": "string"}, {"type": "integer"}
+_MAYBE_TEXT = {"type": ["string", "null"]}
+_ERROR_TYPES = sorted({*TYPES.values(), "invalid_request_error"})
+_MESSAGE = _object(
+    {
+        "role": {"const": "assistant"},
+        "content": _TEXT,
+        "parts": {
+            "type": "array",
+            "items": {"anyOf": [{"$ref": f"#/components/schemas/{part}"} for part in ("TextPart", "ImagePart")]},
+        },
+    }
+)
+_CHOICE = _object(
+    {
+        "index": _NUMBER,
+        "message": _MESSAGE,
+        "logprobs": {"type": "null"},
+        "finish_reason": {"enum": ["stop", "length", "cancelled"]},
+    }
+)
+_USAGE = _object(dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens", "images"), _NUMBER))
+_SCHEMAS = {
+    "Error": _object(
+        {
+            "error": _object(
+                {"message": _TEXT, "type": {"enum": _ERROR_TYPES}, "param": _MAYBE_TEXT, "code": _MAYBE_TEXT}
+            )
+        }
+    ),
+    "ChatCompletion": _object(
+        {
+            "id": _TEXT,
+            "object": {"const": "chat.completion"},
+            "created": _NUMBER,
+            "model": _TEXT,
+            "choices": {"type": "array", "items": _CHOICE},
+            "usage": _USAGE,
+        }
+    ),
+    "Model": _object({"id": _TEXT, "object": {"const": "model"}, "created": _NUMBER, "owned_by": _TEXT}),
+    "ModelList": _object(
+        {"object": {"const": "list"}, "data": {"type": "array", "items": {"$ref": "#/components/schemas/Model"}}}
+    ),
+    "Health": _object({"status": {"enum": ["ready", "unready"]}}, reason=_TEXT),
+}
+
+
+def _content(schema: str, media_type: str = "application/json") -> dict[str, Any]:
+    return {media_type: {"schema": {"$ref": f"#/components/schemas/{schema}"}}}
+
+
+_ANSWERS: dict[str, dict[int, tuple[str, dict[str, Any]]]] = {
+    "/v1/chat/completions": {
+        200: (
+            "The answer: one object, or, with `stream`, server-sent events with `chat.completion.chunk` objects",
+            _content("ChatCompletion") | {"text/event-stream": {"schema": _TEXT}},
+        )
+    },
+    "/v1/models": {200: ("The model that is served", _content("ModelList"))},
+    "/v1/models/{name}": {200: ("The model that is served", _content("Model"))},
+    "/healthz": {
+        200: ("Requests can be answered", _content("Health")),
+        503: ("Nothing can be answered any more", _content("Health")),
+    },
+    "/metrics": {200: ("Counts and times for Prometheus", {CONTENT_TYPE: {"schema": _TEXT}})},
+}
+
+
+def document(app: FastAPI, has_key: bool) -> None:
+    """Complete what FastAPI knows of `app`, which is neither the request, parsed in a thread, nor any error."""
+    schema = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    described = app.openapi()
+    described["components"] = {"schemas": {**schema.pop("$defs"), "ChatRequest": schema, **_SCHEMAS}}
+    for path, methods in described["paths"].items():
+        [operation] = methods.values()
+        answers = {status: (REASONS[status], _content("Error")) for status in (*ANYWHERE, *ERRORS[path])}
+        answers |= _ANSWERS[path]
+        operation["responses"] = {
+            str(status): {"description": reason, "content": content}
+            for status, (reason, content) in sorted(answers.items())
+        }
+    body = {"required": True, "content": _content("ChatRequest")}
+    described["paths"]["/v1/chat/completions"]["post"]["requestBody"] = body
+    if has_key:
+        described["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        described["security"] = [{"key": []}]
+        described["paths"]["/healthz"]["get"]["security"] = []
