@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lmfusion.data.documents import Damage
+from lmfusion.data.remote import on_one_line
 from lmfusion.training.json_lines import JsonLines
 
 LEAST_SEEN = 1000
@@ -41,10 +42,11 @@ class DamageLog:
             self._lines.append({"step": step, "sample_id": sample_id, "reason": reason})
             if sample_id not in self._printed:
                 self._printed.add(sample_id)
-                print(f"left out, damaged: {sample_id}: {reason}", file=sys.stderr)
+                print(on_one_line(f"left out, damaged: {sample_id}: {reason}"), file=sys.stderr)
         self._last.extend(damaged)
         if self.num_damaged > self._max_damaged * max(self.num_seen, LEAST_SEEN):
-            named = "; ".join(f"{sample_id}: {reason}" for sample_id, reason in self._last) or "found by another rank"
+            last = (on_one_line(f"{sample_id}: {reason}") for sample_id, reason in self._last)
+            named = "; ".join(last) or "found by another rank"
             raise ValueError(
                 f"{self.num_damaged} of {self.num_seen} samples are damaged, more than data.max_damaged, "
                 f"{self._max_damaged:g}, allows. The last of them: {named}. Those of earlier steps are in "

@@ -16,10 +16,12 @@ from PIL import Image
 from lmfusion.chat import ROLES
 from lmfusion.data.captions import MAX_LINE_BYTES, checked_text, parse_json
 from lmfusion.data.remote import (
+    StorageError,
     StoredFile,
     find_files,
     is_inside,
     join,
+    load_image_file,
     map_threads,
     names_of,
     parent,
@@ -27,7 +29,7 @@ from lmfusion.data.remote import (
     stored_file,
 )
 from lmfusion.data.sources import Conversation, Edit, Interleaved, LoadImage, Message
-from lmfusion.image.preprocessing import check_file_size, decode_image, load_image
+from lmfusion.image.preprocessing import check_file_size, decode_image
 
 EDIT_KEYS = ("source", "instruction", "target")
 NUM_INDEXERS = 8
@@ -79,6 +81,8 @@ class InterleavedFiles:
             if isinstance(entry.get("content"), list):  # which may have a "source" of another kind
                 return Interleaved(sample_id, self._parts(entry["content"], file))
             return self._edit(sample_id, entry, file)
+        except StorageError:
+            raise
         except (ValueError, OSError) as error:
             raise ValueError(f"{where}: {error}") from error
 
@@ -136,7 +140,7 @@ def _parse(line: bytes, number: str) -> tuple[str, dict[str, Any]]:
 
 def _load_image(address: str, is_local: bool) -> Image.Image:
     if is_local:
-        return load_image(address)
+        return load_image_file(address)
     file = stored_file(address)
     check_file_size(file.size, address)
     return decode_image(file.read(0, file.size), address)

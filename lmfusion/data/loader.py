@@ -22,6 +22,7 @@ from lmfusion.data.packing import Row, Window, WindowReader
 from lmfusion.data.randomness import generator
 from lmfusion.data.seen import VisionReader
 from lmfusion.data.sources import DataConfig, EncodedSource, load_source
+from lmfusion.data.unused import report_unused
 from lmfusion.diffusion import DiffusionConfig
 from lmfusion.image.codec import Codec
 from lmfusion.vision import VisionEncoder
@@ -113,6 +114,9 @@ class RowLoader:
         for source in sources:
             if isinstance(source, EncodedSource):
                 source.check_made_with(codec, tokenizer)
+        if rank == 0:
+            for source, of in zip(sources, config.sources, strict=True):
+                report_unused(source, of.name)
         self.num_samples = sum(map(len, sources))
         """Of all sources."""
         self._config = config
