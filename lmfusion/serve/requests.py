@@ -2,7 +2,6 @@
 
 import base64
 import binascii
-import io
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -14,7 +13,7 @@ from PIL import Image, ImageOps
 
 from lmfusion.generation.options import GenerationOptions, Limits
 from lmfusion.generation.prompt import Prompt, encode_prompt
-from lmfusion.image.preprocessing import FORMATS, decode_image
+from lmfusion.image.preprocessing import decode_image, read_image_size
 from lmfusion.serve.errors import ApiError
 from lmfusion.serve.schema import SAME_NAMES, ChatRequest, ImagePart, Message, TextPart, parse
 from lmfusion.vision import VisionInput
@@ -163,8 +162,8 @@ class RequestReader:
 
     def _check_pixels(self, data: bytes, where: str) -> None:
         size = (0, 0)
-        with suppress(Exception), Image.open(io.BytesIO(data), formats=FORMATS) as image:  # decode_image names faults
-            size = image.size
+        with suppress(ValueError):  # decode_image names faults
+            size = read_image_size(data, where)
         if size[0] * size[1] > self.limits.max_image_pixels:
             message = f"{where} has {size[0]} x {size[1]} pixels; the limit here is {self.limits.max_image_pixels} "
             raise ApiError(400, f"{message}in all, scale it down", param=where, code="image_too_large")
