@@ -119,8 +119,8 @@ def _show(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["S
 
 def _check(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["SourceConfig"]) -> int:
     from lmfusion.data.inspect import by_reason, name_damage, read_all
-    from lmfusion.data.remote import on_one_line
     from lmfusion.files import replace_text
+    from lmfusion.printing import on_one_line
 
     damaged = []
     for config, source in zip(configs, _load(recipe, configs), strict=True):

@@ -36,8 +36,6 @@ RETRY_SECONDS = 0.5
 """Before the second try; each further one waits four times as long."""
 NUM_STATS = 16
 """Files looked at together when a source is opened: they wait for the network or the disk, not for the processor."""
-MAX_SHOWN = 2000
-"""Characters of a reason that are printed."""
 MAX_FILES = 1_000_000
 """Of one pattern: a typing error in a brace should not fill the memory."""
 
@@ -229,15 +227,6 @@ def is_inside(name: str) -> bool:
 def printable(text: str) -> str:
     """`text` with everything escaped that could move a terminal's cursor or break a line of a log."""
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
-
-
-def on_one_line(text: str) -> str:
-    """`text` for a terminal or a log: on one line, without anything that moves the cursor, and not endless.
-
-    What came from a file may hold anything, names of other files included.
-    """
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[:MAX_SHOWN])
-    return shown if len(text) <= MAX_SHOWN else f"{shown}... ({len(text)} characters)"
 
 
 def cache_folder() -> Path:

@@ -30,10 +30,11 @@ from lmfusion.data.encoded import (
     DamageRecord,
     checksum,
 )
-from lmfusion.data.remote import StorageError, on_one_line
+from lmfusion.data.remote import StorageError
 from lmfusion.data.sources import CaptionedImage, Conversation, Edit, LoadImage, Source, Transcript, parts_of
 from lmfusion.image.codec import Codec
 from lmfusion.image.preprocessing import to_tensor
+from lmfusion.printing import on_one_line
 
 
 @dataclass(frozen=True)
