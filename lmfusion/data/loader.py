@@ -114,12 +114,10 @@ class RowLoader:
         for source in sources:
             if isinstance(source, EncodedSource):
                 source.check_made_with(codec, tokenizer)
-        if rank == 0:
-            for source, of in zip(sources, config.sources, strict=True):
-                report_unused(source, of.name)
         self.num_samples = sum(map(len, sources))
         """Of all sources."""
         self._config = config
+        self._sources = sources
         self._windows = WindowReader(
             config,
             sources,
@@ -140,6 +138,11 @@ class RowLoader:
         self._is_pinned = torch.device(device).type == "cuda"
         self._rank = rank
         self._world_size = world_size
+
+    def report_unused(self) -> None:
+        """Print which files of the sources look like images or captions and are in no sample."""
+        for source, config in zip(self._sources, self._config.sources, strict=True):
+            report_unused(source, config.name)
 
     def steps(self, state: LoaderState, num_steps: int) -> Iterator[Step]:
         """The next `num_steps` steps from `state` on, prepared ahead by `num_workers` threads.

@@ -14,7 +14,6 @@ from lmfusion.data import SourceConfig, load_source
 from lmfusion.data.tar_samples import IMAGE_SUFFIXES
 from lmfusion.data.unused import describe_unused
 from lmfusion.data.webdataset import WebDataset
-from tests.lmfusion.data.rows import row_loader
 from tests.lmfusion.data.stored import encoded, equal, pairs, picture, problems, tar_bytes
 
 
@@ -286,8 +285,9 @@ def test_every_command_names_what_is_not_used(recipe, tmp_path, capsys, command)
     assert "captions without an image of the same name: b\\x1b[31m\\n.txt\n" in said and "\x1b[31m" not in said
 
 
-def test_one_rank_alone_names_them(recipe, tmp_path, tokenizer, monkeypatch, capsys):
-    source = open_folder(tmp_path / "set")
-    for rank in range(2):
-        row_loader(tokenizer, sources=[source], monkeypatch=monkeypatch, rank=rank, world_size=2)
-        assert ("b.gif" in capsys.readouterr().err) == (rank == 0)
+def test_training_names_them_once_for_each_place(recipe, tmp_path, capsys):
+    values = yaml.safe_load(recipe.read_text())
+    values["validation"] = {"sources": values["data"]["sources"], "num_samples": 8, "every": 1}
+    recipe.write_text(yaml.safe_dump(values))
+    assert main(["train", str(recipe)]) == 0
+    assert capsys.readouterr().err.count("b.gif") == 2  # of data.sources and of validation.sources
