@@ -13,6 +13,10 @@ from PIL import Image
 
 MAX_SCANS = 100
 """Of a JPEG. Encoders write some ten; each costs a pass over all pixels, however few bytes it has."""
+MAX_SCANNED_PIXELS = MAX_SCANS * 16 * 1024 * 1024
+"""Scans times pixels."""
+LEAST_SCANS = 25
+"""Allowed whatever the size: that of the largest pictures that are read. Larger ones are refused for their pixels."""
 MAX_PARTS = 2**16
 """Of a file: segments or chunks."""
 MAX_METADATA_BYTES = 1024 * 1024
@@ -42,6 +46,8 @@ _PNG_XMP_KEY = b"XML:com.adobe.xmp"
 _PNG_EXIF_KEY = b"Raw profile type exif"
 _JPEG_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd8\xff]")
 """That begins a segment: neither data of a scan (FF 00), nor filling (FF FF), nor a marker that stands alone."""
+_SOF = (*range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC), *range(0xCD, 0xD0))
+"""That tell height and width."""
 _SOS, _EOI, _COM, _APP0, _APP1, _APP14, _APP15 = 0xDA, 0xD9, 0xFE, 0xE0, 0xE1, 0xEE, 0xEF
 
 
@@ -122,14 +128,18 @@ def _reduce_jpeg(data: bytes) -> ImageFile:
     """Raises ValueError where there is no scan, CostlyImageError where there are too many."""
     kept, exif, xmp = [data[:2]], b"", None
     num_scans = end_of_kept = 0
+    most_scans = MAX_SCANS
     for kind, begin, end in _jpeg_segments(data):
         if num_scans:
             kept.append(data[end_of_kept:begin])  # of a scan; before it only filling stands between segments
         content = data[begin + 4 : end]
         if kind == _SOS:
             num_scans += 1
-            if num_scans > MAX_SCANS:
-                raise CostlyImageError(f"more than {MAX_SCANS} scans")
+            if num_scans > most_scans:
+                raise CostlyImageError(f"more than {most_scans} scans")
+        elif kind in _SOF:
+            num_pixels = int.from_bytes(content[1:3], "big") * int.from_bytes(content[3:5], "big")
+            most_scans = min(most_scans, max(LEAST_SCANS, MAX_SCANNED_PIXELS // max(1, num_pixels)))
         if not (_APP0 <= kind <= _APP15 or kind == _COM) or _tells_colours(kind, content):
             kept.append(data[begin:end])
         elif kind == _APP1 and content.startswith(_EXIF_HEAD):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
-from lmfusion.image.containers import MAX_SCANS, TURNS, orientation, reduce_to_pixels
+from lmfusion.image.containers import MAX_SCANS, TURNS, CostlyImageError, orientation, reduce_to_pixels
 from lmfusion.image.preprocessing import decode_image, load_image, read_image_size
 from tests.lmfusion.data.stored import encoded, picture
 
@@ -427,6 +427,24 @@ def test_jpegs_of_many_scans_are_refused_before_they_are_decoded():
         with pytest.raises(ValueError, match=r"x takes too long to decode: more than 100 scans; save it again"):
             decode_image(data, "x")
         assert time.monotonic() - start < 1
+
+
+def test_large_jpegs_may_have_fewer_scans():
+    for side, most in ((4096, 100), (4097, 99), (8192, 25)):
+        data = progressive(most)
+        at_size = data.index(b"\xff\xc2") + 5
+        claimed = data[:at_size] + struct.pack(">HH", side, side) + data[at_size + 4 :]
+        assert reduce_to_pixels(claimed).data == claimed
+        scan = claimed[claimed.rindex(b"\xff\xda") : -2]
+        with pytest.raises(CostlyImageError, match=f"more than {most} scans"):
+            reduce_to_pixels(claimed[:-2] + scan + claimed[-2:])
+
+
+def test_a_huge_jpeg_is_too_large_however_few_scans_it_has():
+    data = encoded("JPEG")
+    at = data.index(b"\xff\xc0") + 5
+    with pytest.raises(ValueError, match=r"x is too large to read safely \(65000 x 65000 pixels\)"):
+        decode_image(data[:at] + struct.pack(">HH", 65000, 65000) + data[at + 4 :], "x")
 
 
 def test_scans_are_counted_where_the_decoder_finds_them():
