@@ -62,9 +62,9 @@ def decode_image(data: bytes, name: str) -> Image.Image:
 def read_image_size(data: bytes, name: str) -> tuple[int, int]:
     """Width and height of the image in the bytes of a file, before it is turned upright; no pixel is decoded.
 
-    Raises ValueError as `decode_image` does, but for damage to the pixels.
+    Raises ValueError as `decode_image` does, but not for too many pixels, nor for damage to them.
     """
-    with _named(name), _open(reduce_to_pixels(data).data) as image:
+    with _named(name), Image.open(io.BytesIO(reduce_to_pixels(data).data), formats=FORMATS) as image:
         return image.size
 
 

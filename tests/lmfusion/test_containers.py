@@ -161,7 +161,6 @@ def test_ordinary_files_of_all_kinds_are_what_pillow_reads():
     for options in ({"progressive": True}, {"subsampling": 0}, {"restart_marker_blocks": 1}, {"keep_rgb": True}):
         data = encoded("JPEG", **options)
         assert np.array_equal(pixels(data), by_pillow(data))
-    assert read_image_size(encoded("WEBP"), "x") == (24, 20)
 
 
 @pytest.mark.parametrize("kind", [b"IHDR", b"IDAT", b"PLTE", b"tRNS", b"IEND", b"FOOT", b"foot", b"\0\0\0\0", b"tRNs"])
@@ -306,6 +305,16 @@ def test_a_huge_jpeg_is_too_large_however_few_scans_it_has():
     at = data.index(b"\xff\xc0") + 5
     with pytest.raises(ValueError, match=r"x is too large to read safely \(9000 x 9000 pixels\)"):
         decode_image(data[:at] + struct.pack(">HH", 9000, 9000) + data[at + 4 :], "x")
+
+
+def test_sizes_are_read_whatever_else_is_in_a_file():
+    for data in (*HARMLESS_PNG.values(), *HARMLESS_JPEG.values(), *HARMLESS_WEBP.values()):
+        assert read_image_size(data, "x") == (24, 20)
+    data = encoded("JPEG")
+    at = data.index(b"\xff\xc0") + 5
+    assert read_image_size(data[:at] + struct.pack(">HH", 9000, 9001) + data[at + 4 :], "x") == (9001, 9000)
+    with pytest.raises(ValueError, match="x is not an image"):
+        read_image_size(b"none", "x")
 
 
 def test_scans_are_counted_where_the_decoder_finds_them():
