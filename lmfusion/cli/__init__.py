@@ -9,6 +9,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from lmfusion.printing import on_its_lines
+
 COMMANDS = (
     "adapt",
     "data",
@@ -62,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except (ValueError, OSError) as error:
-        print(f"lmfusion: error: {error}", file=sys.stderr)
+        print(f"lmfusion: error: {on_its_lines(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("lmfusion: interrupted", file=sys.stderr)

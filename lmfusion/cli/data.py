@@ -94,8 +94,11 @@ def _show(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["S
     from PIL import Image
 
     from lmfusion.data.inspect import contact_sheet
+    from lmfusion.data.unused import report_unused
 
     sources = _load(recipe, configs)
+    for config, source in zip(configs, sources, strict=True):
+        report_unused(source, config.name)
     options: dict[str, Any] = {}
     if recipe is not None and any(config.kind == "encoded" for config in configs):
         _, codec, tokenizer = _read_model(recipe, sources)
@@ -117,12 +120,14 @@ def _show(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["S
 def _check(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["SourceConfig"]) -> int:
     from lmfusion.data.inspect import by_reason, name_damage, read_all
     from lmfusion.files import replace_text
+    from lmfusion.printing import on_one_line
 
     damaged = []
     for config, source in zip(configs, _load(recipe, configs), strict=True):
         with _progress(config.name, len(source)) as report:
             contents = read_all(source, config.name, load_images=True, num_workers=args.workers, report=report)
         print(_contents_line(config, contents))
+        _print_unused(config, source)
         damaged += contents.damaged
     if args.output is not None:
         lines = (json.dumps({"sample_id": d.sample_id, "reason": d.reason}, ensure_ascii=False) for d in damaged)
@@ -130,9 +135,9 @@ def _check(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["
     if damaged:
         print("\n damaged  reason")
     for kind, of_kind in by_reason(damaged):
-        print(f"{len(of_kind):8d}  {kind}")
+        print(f"{len(of_kind):8d}  {on_one_line(kind)}")
         for damage in of_kind[:NUM_NAMED]:
-            print(f"          - {name_damage(damage)}")
+            print(f"          - {on_one_line(name_damage(damage))}")
         if len(of_kind) > NUM_NAMED:
             print(f"          - and {len(of_kind) - NUM_NAMED} more")
     return 1 if damaged else 0
@@ -149,6 +154,7 @@ def _count(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["
             with _progress(config.name, len(source)) as report:
                 contents = read_all(source, config.name, load_images=False, num_workers=args.workers, report=report)
             print(_contents_line(config, contents))
+            _print_unused(config, source)
     if recipe is None:
         print("tokens and packing need a recipe: its LLM has the tokenizer")
         return 0
@@ -186,6 +192,13 @@ def _contents_line(config: "SourceConfig", contents: "Contents") -> str:
     if contents.num_characters:
         line += f" of {contents.num_characters / contents.num_texts:.1f} characters"
     return f"{line}, {len(contents.damaged):,} damaged"
+
+
+def _print_unused(config: "SourceConfig", source: "Source") -> None:
+    from lmfusion.data.unused import describe_unused
+
+    for line in describe_unused(source, config.name):
+        print(line)
 
 
 def _load(recipe: "RunConfig | None", configs: list["SourceConfig"]) -> list["Source"]:

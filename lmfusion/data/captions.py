@@ -1,8 +1,8 @@
 """Which captions does a text file, a JSON object or a cell of a table hold?"""
 
 import json
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO
 
 MAX_TEXT_BYTES = 1024 * 1024
 """Of the text or JSON that belongs to one sample: hundreds of pages. More is damage, and is not read."""
@@ -77,6 +77,18 @@ def parse_json(data: bytes) -> Any:
         raise ValueError("the JSON is nested too deeply") from None
     except ValueError as error:
         raise ValueError(f"the JSON is damaged: {error}") from None
+
+
+def read_lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[bytes, int]]:
+    """Every line of a file, and its length in bytes, its newline included.
+
+    Of a line that is longer than `max_bytes` only its first bytes are given, and no more is held in memory.
+    """
+    while line := file.readline(max_bytes + 1):
+        length, last = len(line), line
+        while not last.endswith(b"\n") and (last := file.readline(max_bytes + 1)):
+            length += len(last)
+        yield line, length
 
 
 def _short(value: Any) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lmfusion.data.documents import Damage
+from lmfusion.printing import on_one_line
 from lmfusion.training.json_lines import JsonLines
 
 LEAST_SEEN = 1000
@@ -33,7 +34,7 @@ class DamageLog:
         """Count one step: `num_seen` samples of all ranks, `damaged` found by this one, `num_damaged` by all.
 
         None for num_damaged: this rank is the only one. Raises ValueError, on all ranks in the same step, when more
-        than the share `max_damaged` of the samples seen (1,000 at least) was damaged.
+        than the share `max_damaged` of the samples seen (1,000 at least) was damaged, or all of 1,000 or more.
         """
         self.num_seen += num_seen
         self.num_damaged += len(damaged) if num_damaged is None else num_damaged
@@ -41,15 +42,28 @@ class DamageLog:
             self._lines.append({"step": step, "sample_id": sample_id, "reason": reason})
             if sample_id not in self._printed:
                 self._printed.add(sample_id)
-                print(f"left out, damaged: {sample_id}: {reason}", file=sys.stderr)
+                print(on_one_line(f"left out, damaged: {sample_id}: {reason}"), file=sys.stderr)
         self._last.extend(damaged)
         if self.num_damaged > self._max_damaged * max(self.num_seen, LEAST_SEEN):
-            named = "; ".join(f"{sample_id}: {reason}" for sample_id, reason in self._last) or "found by another rank"
             raise ValueError(
                 f"{self.num_damaged} of {self.num_seen} samples are damaged, more than data.max_damaged, "
-                f"{self._max_damaged:g}, allows. The last of them: {named}. Those of earlier steps are in "
+                f"{self._max_damaged:g}, allows. The last of them: {self._named()}. Those of earlier steps are in "
                 f"{self._lines.path}; mend them, or raise data.max_damaged"
             )
+        if self.num_seen >= LEAST_SEEN:
+            self.check_any_good()
+
+    def check_any_good(self) -> None:
+        """Raises ValueError where every sample so far was damaged, whatever share is allowed: nothing was learned."""
+        if self.num_damaged == self.num_seen > 0:
+            raise ValueError(
+                f"all {self.num_seen} samples read so far are damaged, and nothing was learned. The last of them: "
+                f"{self._named()}. `lmfusion data check` tells what is wrong with them"
+            )
+
+    def _named(self) -> str:
+        last = (on_one_line(f"{sample_id}: {reason}") for sample_id, reason in self._last)
+        return "; ".join(last) or "found by another rank, or before this start"
 
     def state(self) -> dict[str, int]:
         """What a checkpoint keeps. The lines so far are on the disk when this returns."""

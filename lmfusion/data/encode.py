@@ -42,6 +42,7 @@ from lmfusion.data.encoded import (
 )
 from lmfusion.data.shard_encoder import EncodeOptions, ShardEncoder
 from lmfusion.data.sources import CONVERSING, Source, SourceConfig, load_source
+from lmfusion.data.unused import report_unused
 from lmfusion.files import NO_LOCKS, flush, replace_text
 from lmfusion.image.codec import Codec
 
@@ -78,6 +79,7 @@ def encode_source(
     if options.keep_std and not codec.has_posterior:
         raise ValueError(f"codec {codec.config.kind!r} has no posterior whose variance could be kept; leave it out")
     source = load_source(config, codec.config.image_size)
+    report_unused(source, config.name)
     plan = _plan(source, config, codec, tokenizer, options)
     if config.kind in CONVERSING and template_variables:
         plan[VARIABLES] = dict(template_variables)

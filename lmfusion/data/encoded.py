@@ -37,6 +37,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lmfusion.chat_template import TODAY
+from lmfusion.data.remote import StorageError, try_often
 from lmfusion.data.sources import (
     CONVERSING,
     CaptionedImage,
@@ -196,9 +197,11 @@ class EncodedShards:
         """Tensors of a shard by name, lying on the mapped file. Raises ValueError where they are not as written."""
         file, record = self.folder / shard_name(number), self.shards[number]
         try:
-            with safe_open(file, framework="pt") as opened:
+            with try_often(lambda: safe_open(file, framework="pt"), str(file)) as opened:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
             digest = tables_sha256(tensors)
+        except StorageError:
+            raise
         except (SafetensorError, OSError, RuntimeError, TypeError, UnicodeDecodeError) as error:
             raise _damaged(file, str(error)) from error
         dtype, shape = getattr(torch, self.plan["dtype"]), (record.num_images, *self.plan["latent_shape"])

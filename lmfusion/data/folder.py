@@ -1,17 +1,31 @@
 """A folder of your own images, with captions in .txt files beside them or in one metadata.jsonl."""
 
 import os
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from lmfusion.data.captions import MAX_TEXT_BYTES, captions_of_text, captions_of_value, parse_json
-from lmfusion.data.remote import is_inside, printable
-from lmfusion.data.sources import CaptionedImage
-from lmfusion.image.preprocessing import load_image
+from PIL import Image
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+from lmfusion.data.captions import MAX_TEXT_BYTES, captions_of_text, captions_of_value, parse_json, read_lines
+from lmfusion.data.remote import StorageError, is_inside, load_image_file, printable, read_file, try_often
+from lmfusion.data.sources import CaptionedImage
+from lmfusion.data.unused import (
+    NO_IMAGE,
+    READ_SUFFIXES,
+    SECOND_CAPTION,
+    Unused,
+    UnusedFiles,
+    looks_like_caption,
+    looks_like_image,
+    suffix_of,
+    unread_kind,
+)
+from lmfusion.data.walk import FoundFile, find_all
+
 METADATA = "metadata.jsonl"
+NOT_LISTED = f"images that {METADATA} does not name"
 
 
 class ImageFolder:
@@ -22,18 +36,25 @@ class ImageFolder:
     suffix .txt, with one caption a line.
 
     An image without caption or a line that is no such object is a damaged sample. Raises ValueError where there is no
-    such folder, or no image in it.
+    such folder, no image in it, or no image that has a caption; StorageError where the folder cannot be read.
     """
 
     def __init__(self, path: str | Path) -> None:
         self._folder = Path(path)
         if not self._folder.is_dir():
             raise ValueError(f"no folder of images at {path}; images elsewhere are read from tars or parquet files")
+        files = find_all(self._folder)
         metadata = self._folder / METADATA
-        entries = _read_metadata(metadata) if metadata.is_file() else _find_images(self._folder)
+        if metadata.is_file():
+            entries = try_often(partial(_read_metadata, metadata), os.fspath(metadata))
+            self.unused = _not_listed(files, {entry.name for entry in entries})
+        else:
+            entries, self.unused = _pair(files)
         if not entries:
-            raise ValueError(f"no images in {path}; it needs some of {', '.join(SUFFIXES)}, with captions")
+            raise ValueError(f"no images in {path}; it needs some of .{', .'.join(READ_SUFFIXES)}, with captions")
         self._entries = sorted(entries, key=lambda entry: (entry.name, entry.line))
+        if all(entry.reason is not None for entry in entries):
+            raise ValueError(f"none of the {len(entries)} images in {path} has a caption: {self._reason(entries[0])}")
 
     @property
     def blocks(self) -> list[int]:
@@ -43,25 +64,33 @@ class ImageFolder:
         return len(self._entries)
 
     def __getitem__(self, index: int) -> CaptionedImage:
-        name, captions, line, reason = self._entries[index]
-        if reason is not None:
-            raise ValueError(f"{METADATA}, line {line}: {reason}")
-        if captions is None:
-            captions = self._read_captions(name)
-        return CaptionedImage(printable(name), partial(load_image, self._folder / name), captions)
+        entry = self._entries[index]
+        if entry.reason is not None:
+            raise ValueError(self._reason(entry))
+        captions = self._read_captions(entry) if entry.captions is None else entry.captions
+        return CaptionedImage(printable(entry.name), partial(self._load, entry), captions)
 
-    def _read_captions(self, name: str) -> tuple[str, ...]:
-        path = (self._folder / name).with_suffix(".txt")
+    def _reason(self, entry: "_Entry") -> str:
+        where = f"{METADATA}, line {entry.line}" if entry.line else printable(entry.name)
+        return f"{where}: {printable(entry.reason or '')}"
+
+    def _read_captions(self, entry: "_Entry") -> tuple[str, ...]:
+        path = self._folder / entry.caption_file
         try:
-            if not path.is_file():
-                raise ValueError(f"no caption; write a .txt file of its name beside it, or use a {METADATA}")
-            with open(path, "rb") as file:
-                data = file.read(MAX_TEXT_BYTES + 1)
-            if len(data) > MAX_TEXT_BYTES:
-                raise ValueError(f"{path.name} has more than {MAX_TEXT_BYTES} bytes")
-            return captions_of_text(data)
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{printable(name)}: {error}") from error
+            return captions_of_text(read_file(path, partial(_check_text, path.name)))
+        except FileNotFoundError as error:
+            raise StorageError(f"{printable(str(path))} is gone; it was there when the folder was opened") from error
+        except ValueError as error:
+            raise ValueError(f"{printable(entry.name)}: {printable(str(error))}") from error
+
+    def _load(self, entry: "_Entry") -> Image.Image:
+        path = self._folder / entry.name
+        try:
+            return load_image_file(path)
+        except FileNotFoundError as error:
+            if not entry.was_there:
+                raise
+            raise StorageError(f"{printable(str(path))} is gone; it was there when the folder was opened") from error
 
 
 class _Entry(NamedTuple):
@@ -72,25 +101,64 @@ class _Entry(NamedTuple):
     captions: tuple[str, ...] | None = None
     """None: in its .txt file."""
     line: int = 0
-    """Of metadata.jsonl."""
+    """Of metadata.jsonl; 0 without it."""
     reason: str | None = None
-    """What is wrong with the line."""
+    """What is wrong with the line, or with the captions."""
+    caption_file: str = ""
+    """Path of the .txt file in the folder."""
+    was_there: bool = False
+    """Whether the image was seen when the folder was opened."""
 
 
-def _find_images(folder: Path) -> list[_Entry]:
-    found = []
-    for place, _, files in os.walk(folder):
-        found += [Path(place, file) for file in files if file.lower().endswith(SUFFIXES) and not file.startswith(".")]
-    return [_Entry(path.relative_to(folder).as_posix()) for path in found]
+def _pair(files: Iterable[FoundFile]) -> tuple[list[_Entry], list[Unused]]:
+    """The images with their .txt files, and what is not used."""
+    unused = UnusedFiles()
+    texts: dict[str, str] = {}
+    for name, _ in files:
+        if suffix_of(name) == "txt":
+            stem = name[: -len(".txt")]
+            if stem in texts:  # a.TXT and a.txt, of which the last counts: small letters
+                unused.add(SECOND_CAPTION, printable(texts[stem]))
+            texts[stem] = name
+    entries, with_image = [], set()
+    for name, is_there in files:
+        if suffix_of(name) in READ_SUFFIXES:
+            stem = name.rpartition(".")[0]
+            with_image.add(stem)
+            text = texts.get(stem, "")
+            reason = None if text else f"no caption; write a .txt file of its name beside it, or use a {METADATA}"
+            entries.append(_Entry(name, reason=reason, caption_file=text, was_there=is_there))
+        elif looks_like_image(name):
+            unused.add(unread_kind(name), printable(name))
+        elif suffix_of(name) != "txt" and looks_like_caption(name):
+            unused.add(f".{suffix_of(name)} files; captions are read from .txt files", printable(name))
+    for stem, name in texts.items():
+        if stem not in with_image:
+            unused.add(NO_IMAGE, printable(name))
+    return entries, unused.list()
+
+
+def _not_listed(files: Iterable[FoundFile], listed: set[str]) -> list[Unused]:
+    """Images that the metadata do not name."""
+    unused = UnusedFiles()
+    for name, _ in files:
+        if name not in listed and looks_like_image(name):
+            unused.add(NOT_LISTED if suffix_of(name) in READ_SUFFIXES else unread_kind(name), printable(name))
+    return unused.list()
+
+
+def _check_text(name: str, num_bytes: int) -> None:
+    if num_bytes > MAX_TEXT_BYTES:
+        raise ValueError(f"{name} has more than {MAX_TEXT_BYTES} bytes")
 
 
 def _read_metadata(path: Path) -> list[_Entry]:
     entries = []
     seen: set[str] = set()
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                entry = _parse(line, number)
+        for number, (line, length) in enumerate(read_lines(file, MAX_TEXT_BYTES), start=1):
+            if line.strip() or length > MAX_TEXT_BYTES:
+                entry = _parse(line, length, number)
                 if entry.name in seen:
                     reason = f"{entry.name} is listed twice; give its captions as one list"
                     entry = _Entry("", line=number, reason=reason)
@@ -99,10 +167,10 @@ def _read_metadata(path: Path) -> list[_Entry]:
     return entries
 
 
-def _parse(line: bytes, number: int) -> _Entry:
+def _parse(line: bytes, length: int, number: int) -> _Entry:
     try:
-        if len(line) > MAX_TEXT_BYTES:
-            raise ValueError(f"the line has {len(line)} bytes; the limit is {MAX_TEXT_BYTES}")
+        if length > MAX_TEXT_BYTES:
+            raise ValueError(f"the line has {length} bytes; the limit is {MAX_TEXT_BYTES}")
         value = parse_json(line)
         if not isinstance(value, dict) or not isinstance(value.get("file_name"), str) or "text" not in value:
             raise ValueError('not an object like {"file_name": "cat.png", "text": "a cat"}')

@@ -22,10 +22,12 @@ from lmfusion.data import conversation_formats
 from lmfusion.data.captions import MAX_LINE_BYTES, checked_text, parse_json
 from lmfusion.data.conversation_formats import Part, read_content, read_conversation
 from lmfusion.data.remote import (
+    StorageError,
     StoredFile,
     find_files,
     is_inside,
     join,
+    load_image_file,
     map_threads,
     names_of,
     parent,
@@ -33,7 +35,7 @@ from lmfusion.data.remote import (
     stored_file,
 )
 from lmfusion.data.sources import Conversation, Edit, Interleaved, LoadImage, Message
-from lmfusion.image.preprocessing import check_file_size, decode_image, load_image
+from lmfusion.image.preprocessing import check_file_size, decode_image
 
 EDIT_KEYS = ("source", "instruction", "target")
 NUM_INDEXERS = 8
@@ -87,6 +89,8 @@ class InterleavedFiles:
             if isinstance(entry.get("content"), list):  # which may have a "source" of another kind
                 return Interleaved(sample_id, self._parts(read_content(entry["content"]), file))
             return self._edit(sample_id, entry, file)
+        except StorageError:
+            raise
         except (ValueError, OSError) as error:
             raise ValueError(f"{where}: {error}") from error
 
@@ -145,7 +149,7 @@ def _parse(line: bytes, number: str) -> tuple[str, dict[str, Any]]:
 
 def _load_image(address: str, is_local: bool) -> Image.Image:
     if is_local:
-        return load_image(address)
+        return load_image_file(address)
     file = stored_file(address)
     check_file_size(file.size, address)
     return decode_image(file.read(0, file.size), address)

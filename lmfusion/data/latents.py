@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lmfusion.data.remote import StorageError
 from lmfusion.data.sources import Latents, LoadImage
 from lmfusion.image.codec import Codec
 from lmfusion.image.preprocessing import to_tensor
@@ -66,7 +67,8 @@ class LatentReader:
     def read(self, key: tuple[int, ...], load_image: LoadImage, draw: Callable[[], np.random.Generator]) -> Tensor:
         """Latents float32 [C, h, w] of the image that `key` identifies: the mean, or a draw with `draw()`.
 
-        Raises DamagedImageError where the image cannot be loaded, ValueError for latents that do not fit the codec.
+        Raises DamagedImageError where the image cannot be loaded, StorageError where its file cannot be read,
+        ValueError for latents that do not fit the codec.
         """
         mean, std = self._latents(key, load_image)
         if not self._sample:
@@ -86,6 +88,8 @@ class LatentReader:
         try:
             image = load_image()
             pixels = to_tensor(image, config.image_size, config.channels) if isinstance(image, Image.Image) else None
+        except StorageError:
+            raise
         except (ValueError, OSError) as error:
             raise DamagedImageError(str(error)) from error
         if pixels is None:  # a latent cache, which is quick to read

@@ -23,6 +23,7 @@ from lmfusion.data.packing import Row, Window, WindowReader
 from lmfusion.data.randomness import generator
 from lmfusion.data.seen import VisionReader
 from lmfusion.data.sources import DataConfig, EncodedSource, load_source
+from lmfusion.data.unused import report_unused
 from lmfusion.diffusion import DiffusionConfig
 from lmfusion.image.codec import Codec
 from lmfusion.vision import VisionEncoder
@@ -120,6 +121,7 @@ class RowLoader:
         self.num_samples = sum(map(len, sources))
         """Of all sources."""
         self._config = config
+        self._sources = sources
         self._windows = WindowReader(
             config,
             sources,
@@ -141,6 +143,11 @@ class RowLoader:
         self._is_pinned = torch.device(device).type == "cuda"
         self._rank = rank
         self._world_size = world_size
+
+    def report_unused(self) -> None:
+        """Print which files of the sources look like images or captions and are in no sample."""
+        for source, config in zip(self._sources, self._config.sources, strict=True):
+            report_unused(source, config.name)
 
     def steps(self, state: LoaderState, num_steps: int) -> Iterator[Step]:
         """The next `num_steps` steps from `state` on, prepared ahead by `num_workers` threads.

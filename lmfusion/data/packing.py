@@ -12,6 +12,7 @@ from lmfusion.batch import SpecialTokens
 from lmfusion.data.documents import Damage, DocumentPlanner, Plan
 from lmfusion.data.mixture import Draw, Mixture
 from lmfusion.data.order import Permutation, SourceOrder
+from lmfusion.data.remote import StorageError
 from lmfusion.data.seen import with_seen_images
 from lmfusion.data.sources import DataConfig, Sample, Source
 from lmfusion.diffusion import DiffusionConfig
@@ -97,7 +98,10 @@ class WindowReader:
         self._vlm_config = vlm_config
 
     def read(self, number: int, map_: Callable[..., Any] = map) -> Window:
-        """The window of that number. `map_` reads its samples: `map`, or that of a pool of threads."""
+        """The window of that number. `map_` reads its samples: `map`, or that of a pool of threads.
+
+        Raises StorageError where a text cannot be read: without it the window would be packed otherwise.
+        """
         size = self._config.pack_window
         draws = self._mixture.draw(range(number * size, (number + 1) * size))
         parts = [draws[i : i + READ_TOGETHER] for i in range(0, size, READ_TOGETHER)]
@@ -120,6 +124,8 @@ class WindowReader:
                 if self._vlm_config is not None:
                     sample = with_seen_images(sample, self._vlm_config)
                 samples.append((draw, sample))
+            except StorageError:
+                raise
             except (ValueError, OSError) as error:
                 name = self._config.sources[draw.source].name
                 samples.append((draw, Damage(f"{name}, sample {draw.index}", str(error))))

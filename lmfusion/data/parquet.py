@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from lmfusion.data.captions import captions_of_value
-from lmfusion.data.remote import StoredFile, find_files, map_threads, names_of, printable
+from lmfusion.data.remote import StorageError, StoredFile, find_files, map_threads, names_of, printable
 from lmfusion.data.sources import CaptionedImage
 from lmfusion.image.preprocessing import check_file_size, decode_image
 
@@ -97,6 +97,8 @@ class ParquetFiles:
             if value is None:
                 raise ValueError(f"no caption in column {group.caption}")
             captions = captions_of_value(value, group.caption)
+        except StorageError:
+            raise
         except (ValueError, OSError) as error:
             raise ValueError(f"{sample_id}: {error}") from error
         return CaptionedImage(sample_id, partial(self._load_image, group, row, sample_id), captions)
@@ -117,7 +119,7 @@ class ParquetFiles:
             with file.open() as opened:
                 parquet = self._parquet.ParquetFile(opened)
                 return _File(file, parquet.metadata, parquet.schema_arrow)
-        except FileNotFoundError:
+        except (FileNotFoundError, StorageError):
             raise
         except Exception as error:  # pyarrow raises its own and others on damaged files
             return f"the file is no parquet file, or is damaged: {_one_line(error)}"
@@ -151,6 +153,8 @@ class ParquetFiles:
                     if num_bytes > MAX_GROUP_BYTES:
                         return None, 0
                     chunks.append(values)
+        except StorageError:
+            raise
         except Exception as error:
             raise ValueError(f"row group {group.number} of {group.name} cannot be read: {_one_line(error)}") from error
         if sum(map(len, chunks)) != group.num_rows:

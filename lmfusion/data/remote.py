@@ -6,6 +6,7 @@ Local files are read by the operating system alone. Addresses with a protocol ne
 of the protocol (s3fs, gcsfs, ...).
 """
 
+import errno
 import glob
 import hashlib
 import io
@@ -18,14 +19,19 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+
+from PIL import Image
+
+from lmfusion.image.preprocessing import check_file_size, decode_image
 
 T = TypeVar("T")
 U = TypeVar("U")
 
 NUM_TRIES = 3
-"""Of one read from a remote address: a network that stumbles is no damage."""
+"""Of one read, local or remote: storage that fails for a moment is no damage."""
 RETRY_SECONDS = 0.5
 """Before the second try; each further one waits four times as long."""
 NUM_STATS = 16
@@ -33,10 +39,19 @@ NUM_STATS = 16
 MAX_FILES = 1_000_000
 """Of one pattern: a typing error in a brace should not fill the memory."""
 
+_NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
+"""What a local file system answers to a name that leads to no file. It would answer the same at every try."""
 _BRACE = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _VERSIONS = ("etag", "ETag", "md5Hash", "generation", "mtime", "LastModified", "last_modified", "updated", "created")
 """What storages call that which changes with a file; the first that a storage tells counts."""
+
+
+class StorageError(OSError):
+    """A file that is there but could not be read, however often it was tried.
+
+    This is no damage: the next try may succeed, and then a run would see other samples. Whoever reads data stops.
+    """
 
 
 @dataclass(frozen=True)
@@ -57,17 +72,23 @@ class StoredFile:
         return self._filesystem is None
 
     def read(self, start: int, length: int) -> bytes:
-        """Exactly the bytes [start, start + length). Raises OSError where that fails, ValueError where the file is
-        shorter."""
+        """Exactly the bytes [start, start + length), which are tried for NUM_TRIES times.
+
+        Raises StorageError where that fails, and where the file is gone or shorter than it was; ValueError where it
+        never was that long.
+        """
         if start + length > self.size:
             raise ValueError(f"{self.address} ends at byte {self.size}, before what should be read of it does")
-        if self._filesystem is None:
-            with open(self.address, "rb", buffering=0) as file:
-                data = os.pread(file.fileno(), length, start)
-        else:
-            data = _try_often(lambda: self._filesystem.cat_file(self._path, start=start, end=start + length), self)
+        try:
+            if self._filesystem is None:
+                data = try_often(lambda: _read_local(self.address, start, length), self.address)
+            else:
+                cat = self._filesystem.cat_file
+                data = try_often(lambda: cat(self._path, start=start, end=start + length), self.address)
+        except FileNotFoundError as error:
+            raise StorageError(f"{self.address} is gone; it was there when it was opened") from error
         if len(data) != length:
-            raise ValueError(f"{self.address} is shorter than it was when it was indexed; index it again")
+            raise StorageError(f"{self.address} is shorter than it was when it was opened; run the same command again")
         return data
 
     def open(self) -> io.RawIOBase:
@@ -146,6 +167,43 @@ def stored_file(address: str) -> StoredFile:
     if found is None:
         raise FileNotFoundError(f"there is no file {address}")
     return found
+
+
+def read_file(path: str | os.PathLike[str], check_size: Callable[[int], None]) -> bytes:
+    """A local file as a whole, tried for NUM_TRIES times. check_size: raises ValueError for a size that is too large.
+
+    Raises ValueError where it is no regular file, FileNotFoundError and its like where there is none, StorageError
+    where it cannot be read.
+    """
+    return try_often(lambda: _read_regular(path, check_size), os.fspath(path))
+
+
+def load_image_file(path: str | os.PathLike[str]) -> Image.Image:
+    """The image in a local file of a data set, as `decode_image` gives it. Raises as `read_file` and `decode_image`."""
+    name = printable(os.fspath(path))
+    return decode_image(read_file(path, partial(check_file_size, name=name)), name)
+
+
+def try_often(read: Callable[[], T], address: str) -> T:
+    """What `read` gives, tried again where storage fails.
+
+    Raises StorageError, naming the address, where it fails to the end, or where reading is not permitted. Errors that
+    are about the file itself (there is none, or it holds something wrong) are raised as they are.
+    """
+    failures = Exception if "://" in address else OSError  # packages of storages have exceptions of their own
+    wait = RETRY_SECONDS
+    for number in range(1, NUM_TRIES + 1):
+        try:
+            return read()
+        except failures as error:
+            if isinstance(error, FileNotFoundError) or getattr(error, "errno", None) in _NO_SUCH_FILE:
+                raise
+            if number == NUM_TRIES or isinstance(error, PermissionError):
+                what = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+                raise StorageError(f"cannot read {printable(address)}: {printable(what)}") from error
+        time.sleep(wait)
+        wait *= 4
+    raise AssertionError("the last try returns or raises")
 
 
 def names_of(files: Iterable[StoredFile]) -> list[str]:
@@ -265,17 +323,34 @@ def _stat(where: _Address) -> StoredFile | None:
         if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{address} is a folder or no regular file; name the files, such as {address}/*")
         return StoredFile(address, status.st_size, str(status.st_mtime_ns))
-    with _storage_errors(address):
-        try:
-            info = filesystem.info(path)
-        except FileNotFoundError:
-            return None
+    try:
+        info = try_often(lambda: filesystem.info(path), address)
+    except FileNotFoundError:
+        return None
     if info.get("type") == "directory":
         raise ValueError(f"{address} is a folder; name the files, such as {address}/*")
     if info.get("size") is None:
         raise ValueError(f"{address}: the storage does not tell its size; it cannot be read by ranges")
     version = next((str(info[key]) for key in _VERSIONS if info.get(key) is not None), "")
     return StoredFile(address, int(info["size"]), version, filesystem, path)
+
+
+def _read_local(path: str, start: int, length: int) -> bytes:
+    """Up to `length` bytes of a local file: fewer only where it ends."""
+    with open(path, "rb", buffering=0) as file:
+        parts = []
+        while length > 0 and (part := os.pread(file.fileno(), length, start)):  # one call may give less than is there
+            parts.append(part)
+            start, length = start + len(part), length - len(part)
+    return b"".join(parts)
+
+
+def _read_regular(path: str | os.PathLike[str], check_size: Callable[[int], None]) -> bytes:
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+        raise ValueError(f"{printable(os.fspath(path))} is no regular file; leave it out")
+    check_size(status.st_size)
+    return _read_local(os.fspath(path), 0, status.st_size)
 
 
 @contextmanager
@@ -287,17 +362,3 @@ def _storage_errors(address: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise OSError(f"cannot read {address}: {type(error).__name__}: {error}") from error
-
-
-def _try_often(read: Callable[[], T], file: StoredFile) -> T:
-    wait = RETRY_SECONDS
-    for _ in range(NUM_TRIES - 1):
-        try:
-            return read()
-        except FileNotFoundError:
-            raise
-        except Exception:  # packages of storages have exceptions of their own
-            time.sleep(wait)
-            wait *= 4
-    with _storage_errors(file.address):
-        return read()

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from lmfusion.data.latents import DamagedImageError, EncodedImages
+from lmfusion.data.remote import StorageError
 from lmfusion.data.sources import Conversation, Edit, Latents, LoadImage, Message, Sample, Transcript, Utterance
 from lmfusion.image.preprocessing import load_image
 from lmfusion.vision import VisionEncoder, num_vision_rows
@@ -83,6 +84,8 @@ class VisionReader:
             return kept
         try:
             prepared = self._vision.prepare(_picture(image))
+        except StorageError:
+            raise
         except (ValueError, OSError) as error:
             raise DamagedImageError(str(error)) from error
         if prepared.num_rows != image.num_rows:

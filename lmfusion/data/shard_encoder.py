@@ -30,9 +30,11 @@ from lmfusion.data.encoded import (
     DamageRecord,
     checksum,
 )
+from lmfusion.data.remote import StorageError
 from lmfusion.data.sources import CaptionedImage, Conversation, Edit, LoadImage, Source, Transcript, parts_of
 from lmfusion.image.codec import Codec
 from lmfusion.image.preprocessing import to_tensor
+from lmfusion.printing import on_one_line
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,10 @@ class ShardEncoder:
     def encode(
         self, number: int, report: Callable[[int], object]
     ) -> tuple[dict[str, Tensor], tuple[DamageRecord, ...]]:
-        """Tensors of a shard, and what of it could not be read. Raises ValueError where that is too much."""
+        """Tensors of a shard, and what of it is damaged.
+
+        Raises ValueError where that is too much, StorageError where a file cannot be read.
+        """
         indices = self.indices(number)
         latents = _LatentBuffer(self._codec, self._device, self._dtype, self._options)
         damaged: list[DamageRecord] = []
@@ -162,7 +167,7 @@ class ShardEncoder:
         self._num_damaged += bool(damaged) and damaged[-1].index == index
         limit = self._options.max_damaged
         if self._num_damaged > limit * max(self._num_seen, LEAST_SEEN):
-            last = "; ".join(f"sample {record.index}: {record.reason}" for record in damaged[-3:])
+            last = "; ".join(on_one_line(f"sample {record.index}: {record.reason}") for record in damaged[-3:])
             raise ValueError(
                 f"{self._num_damaged} of {self._num_seen} samples are damaged, more than data.max_damaged, {limit}; "
                 f"raise it if that is to be expected. The last: {last}"
@@ -186,6 +191,8 @@ class ShardEncoder:
     def _read(self, index: int) -> _Read:
         try:
             sample = self._source[index]
+        except StorageError:
+            raise
         except (ValueError, OSError) as error:
             return _unreadable(error)
         assert not isinstance(sample, Transcript), "a source of texts gave tokens"
@@ -225,6 +232,8 @@ class ShardEncoder:
             image = load_image()
             assert isinstance(image, Image.Image), "a source of images gave latents"
             return to_tensor(image, config.image_size, config.channels)
+        except StorageError:
+            raise
         except (ValueError, OSError) as error:
             return _Failure(str(error))
 

@@ -26,7 +26,10 @@ class Latents(NamedTuple):
 
 
 LoadImage = Callable[[], Image.Image | Latents]
-"""Decodes one image, in any mode and size, or reads its latents. Raises ValueError or OSError where that fails."""
+"""Decodes one image, in any mode and size, or reads its latents.
+
+Raises ValueError or OSError where it is damaged or missing, and StorageError (an OSError) where storage fails, which is
+no damage: whoever calls it stops."""
 
 
 class CaptionedImage(NamedTuple):
@@ -115,7 +118,7 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Sample:
         """Texts are read here, images when they are loaded. Raises ValueError or OSError, naming the sample, where
-        that one sample is damaged."""
+        that one sample is damaged, and StorageError (an OSError) where storage fails, which is no damage."""
         ...
 
 

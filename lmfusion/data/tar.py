@@ -17,6 +17,7 @@ LOCAL_WINDOW = 4096
 REMOTE_WINDOW = 8 * 1024 * 1024
 """a remote one read from end to end: so many requests for single headers would take longer."""
 
+_FOLDER = b"5"
 _REGULAR = (b"0", b"\0", b"7")
 _WITHOUT_DATA = (b"1", b"2", b"3", b"4", b"5", b"6")
 """Links, devices, folders and pipes: nothing follows their header, whatever size it tells."""
@@ -44,6 +45,8 @@ class TarReader:
         self._window_size = LOCAL_WINDOW if file.is_local else REMOTE_WINDOW
         self._window = b""
         self._start = 0
+        self.passed_over: list[str] = []
+        """Names of members that are no regular files and no folders: links, and files with holes."""
 
     def read(self, offset: int, size: int) -> bytes:
         """Bytes of the tar: cheap near those read before. Raises OSError; DamagedTarError beyond the tar's end."""
@@ -87,10 +90,12 @@ class TarReader:
                 continue
             if data + size > self._file.size:
                 raise DamagedTarError(f"ends at byte {self._file.size}, inside a member; it is cut off")
-            if kind in _REGULAR:
-                name = pax.get("path") or long_name or _ustar_name(header)
-                if not name.endswith(b"/"):  # folders of the oldest tars
-                    yield Member(name.decode("utf-8", "replace"), data, size)
+            name = (pax.get("path") or long_name or _ustar_name(header)).decode("utf-8", "replace")
+            if kind in _REGULAR and "GNU.sparse.major" not in pax:
+                if not name.endswith("/"):  # folders of the oldest tars
+                    yield Member(name, data, size)
+            elif kind != _FOLDER:
+                self.passed_over.append(pax.get("GNU.sparse.name", name.encode()).decode("utf-8", "replace"))
             long_name, pax = None, {}
 
 

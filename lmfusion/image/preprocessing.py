@@ -3,14 +3,15 @@
 import io
 import os
 import stat
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
+
+from lmfusion.image.containers import TURNS, CostlyImageError, ImageFile, orientation, reduce_to_pixels
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 """A JPEG, PNG or WEBP file, a Pillow image, or an array [H, W] or [H, W, 1 | 3 | 4]: uint8, or floating in [0, 1]."""
@@ -34,7 +35,7 @@ def load_image(source: ImageSource) -> Image.Image:
         return _flatten(_from_array(source))
     if isinstance(source, Image.Image):
         with _named("the given image"):
-            return _flatten(ImageOps.exif_transpose(source))
+            return _upright(_flatten(source), source)
     name = os.fspath(source)
     status = os.stat(source)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
@@ -49,14 +50,30 @@ def decode_image(data: bytes, name: str) -> Image.Image:
 
     name: what errors call it. Raises ValueError where the bytes are no image, damaged, truncated, or too large.
     """
-    with _named(name), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        num_pixels = image.width * image.height
-        if num_pixels > MAX_PIXELS:
-            raise _TooLargeError(f"{image.width} x {image.height} pixels")
-        if image.format == "PNG":
-            _check_png(data)
-        image.load()
-        return _flatten(ImageOps.exif_transpose(image))
+    with _named(name):
+        file = reduce_to_pixels(data)
+        with _open(file.data) as image:
+            image.load()
+            picture = _flatten(image) if file.transparent is None else _without_colour(image, file)
+        turn = orientation(file.exif, file.xmp)
+        return picture if turn is None else picture.transpose(turn)
+
+
+def read_image_size(data: bytes, name: str) -> tuple[int, int]:
+    """Width and height of the image in the bytes of a file, before it is turned upright; no pixel is decoded.
+
+    Raises ValueError as `decode_image` does, but not for too many pixels, nor for damage to them.
+    """
+    with _named(name), Image.open(io.BytesIO(reduce_to_pixels(data).data), formats=FORMATS) as image:
+        return image.size
+
+
+def _open(data: bytes) -> Image.Image:
+    """Raises _TooLargeError for more pixels than MAX_PIXELS, and what Pillow does."""
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise _TooLargeError(f"{image.width} x {image.height} pixels")
+    return image
 
 
 def check_file_size(num_bytes: int, name: str) -> None:
@@ -85,6 +102,15 @@ def to_pil(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array) for array in arrays]
 
 
+def _upright(picture: Image.Image, source: Image.Image) -> Image.Image:
+    """`picture` turned as the EXIF of `source` tells; as it is where that cannot be read."""
+    try:
+        turn = TURNS.get(source.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # anything may be in there, and Pillow raises almost anything
+        turn = None
+    return picture if turn is None else picture.transpose(turn)
+
+
 class _TooLargeError(ValueError):
     pass
 
@@ -98,27 +124,12 @@ def _named(name: str) -> Iterator[None]:
         raise ValueError(
             f"{name} is too large to read safely ({error}); the limit is {MAX_PIXELS} pixels, scale it down"
         ) from error
+    except CostlyImageError as error:
+        raise ValueError(f"{name} takes too long to decode: {error}; save it again as an ordinary file") from error
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"{name} is not an image of a known format; {', '.join(FORMATS)} are read") from error
     except Exception as error:  # decoders raise almost anything on damaged data
         raise ValueError(f"{name} is damaged or truncated: {error}; replace it or leave it out") from error
-
-
-def _check_png(data: bytes) -> None:
-    """Raises ValueError where a PNG's end is missing or a checksum is wrong.
-
-    Pillow stops reading once all lines are filled, be it with the zeros of an unfinished download, and skips the
-    checksums of the pixels.
-    """
-    kind, start = b"", 8
-    while kind != b"IEND":
-        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
-        if end > len(data):
-            raise ValueError("its end is missing")
-        kind = data[start + 4 : start + 8]
-        if zlib.crc32(memoryview(data)[start + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
-            raise ValueError(f"its part at byte {start} has another checksum than it should")
-        start = end
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -139,13 +150,48 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 def _flatten(image: Image.Image) -> Image.Image:
     """Any mode to "RGB" or "L"."""
-    if image.mode in ("1", "L"):
-        return image.convert("L") if "transparency" not in image.info else _on_white(image)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int | tuple) and image.mode in ("1", "L", "RGB", "I;16"):
+        samples = np.asarray(image)
+        key = bool(transparent) if image.mode == "1" else transparent
+        return _whitened(_to_grey_or_rgb(image), samples == np.array(key))
+    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or transparent is not None:
+        return _on_white(image)
+    return _to_grey_or_rgb(image)
+
+
+def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to "RGB" or "L", whatever is transparent."""
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it at 255
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        return _on_white(image)
-    return image.convert("RGB")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def _without_colour(image: Image.Image, file: ImageFile) -> Image.Image:
+    """The picture of a PNG one colour of which is transparent, with white in its place.
+
+    The colour is compared in the file's own bits. Pillow compares it with what the samples became: 2 and 4 bits are
+    stretched to 8, and of the 16 bits of a coloured sample 8 are left.
+    """
+    assert file.transparent is not None
+    samples = np.asarray(image).astype(np.uint16)
+    if file.bit_depth < 8:
+        samples //= np.uint16(1 if image.mode == "1" else 255 // (2**file.bit_depth - 1))
+    elif file.bit_depth == 16 and image.mode == "RGB":
+        with _open(file.data) as low:
+            # Read as little endian, what is taken for the upper half of each sample is its lower one
+            low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]  # type: ignore[attr-defined]
+            samples = samples << 8 | np.asarray(low)
+    key = np.array(file.transparent if image.mode == "RGB" else file.transparent[0], np.uint16)
+    return _whitened(_to_grey_or_rgb(image), samples == key)
+
+
+def _whitened(image: Image.Image, is_equal: np.ndarray) -> Image.Image:
+    """`image` with white where all samples of a pixel are equal to a key. is_equal: bool [H, W] or [H, W, 3]"""
+    is_transparent = is_equal.all(axis=-1) if is_equal.ndim == 3 else is_equal
+    pixels = np.array(image)
+    pixels[is_transparent] = 255
+    return Image.fromarray(pixels)
 
 
 def _on_white(image: Image.Image) -> Image.Image:

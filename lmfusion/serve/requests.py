@@ -1,7 +1,6 @@
 """How does a request's body become a prompt and options? Checked against all limits before anything large is made."""
 
 import base64
-import io
 import json
 import re
 from collections.abc import Generator, Iterator, Mapping
@@ -13,7 +12,7 @@ from PIL import Image, ImageOps
 
 from lmfusion.generation.options import GenerationOptions, Limits
 from lmfusion.generation.prompt import Prompt, context_limit, encode_prompt
-from lmfusion.image.preprocessing import FORMATS, decode_image
+from lmfusion.image.preprocessing import decode_image, read_image_size
 from lmfusion.serve.errors import ApiError
 from lmfusion.serve.schema import SAME_NAMES, ChatRequest, ImagePart, Message, TextPart, parse
 from lmfusion.vision import VisionInput
@@ -205,8 +204,8 @@ class RequestReader:
 
     def _check_pixels(self, data: bytes, where: str) -> None:
         size = (0, 0)
-        with suppress(Exception), Image.open(io.BytesIO(data), formats=FORMATS) as image:  # decode_image names faults
-            size = image.size
+        with suppress(ValueError):  # decode_image names faults
+            size = read_image_size(data, where)
         if size[0] * size[1] > self.limits.max_image_pixels:
             message = f"{where} has {size[0]} x {size[1]} pixels; the limit here is {self.limits.max_image_pixels} "
             raise ApiError(400, f"{message}in all, scale it down", param=where, code="image_too_large")

@@ -33,7 +33,10 @@ def build_model(config: RunConfig) -> LMFusion:
 
 def training_loader(config: RunConfig, model: LMFusion, world: World) -> RowLoader:
     """The loader of what is trained on, with this rank's rows of every step."""
-    return _loader(config.data, config, model, world, config.rows_per_step, frozen_text=model.frozen_text)
+    loader = _loader(config.data, config, model, world, config.rows_per_step, frozen_text=model.frozen_text)
+    if world.rank == 0:
+        loader.report_unused()
+    return loader
 
 
 def validation_loader(data: DataConfig, config: RunConfig, model: LMFusion, world: World) -> RowLoader:

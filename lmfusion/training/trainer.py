@@ -115,6 +115,7 @@ class Trainer:
             self.writer.finish()
         if self.step < last:
             return False
+        self.damage.check_any_good()
         self._export()
         return True
 

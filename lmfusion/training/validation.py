@@ -53,6 +53,8 @@ class Validation:
         data = replace(data, cache_megabytes=0)  # the rows themselves are kept
         caption_first, image_first = replace(data, image_first=0.0), replace(data, image_first=1.0)
         num_samples = config.validation.num_samples
+        if world.rank == 0:
+            make_loader(data).report_unused()
         self._caption_first = _Rows(caption_first, num_samples, make_loader, world)
         self._image_first = _Rows(image_first, num_samples, make_loader, world)
 

@@ -15,12 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from lmfusion.data.documents import Damage
-from lmfusion.data.folder import SUFFIXES
 from lmfusion.data.mixture import Draw, Mixture
 from lmfusion.data.order import SourceOrder
 from lmfusion.data.randomness import generator
+from lmfusion.data.remote import StorageError, load_image_file, printable
 from lmfusion.data.sources import CaptionedImage, LoadImage, Sample, Source, SourceConfig, load_source, parts_of
-from lmfusion.image.preprocessing import load_image, to_tensor
+from lmfusion.data.unused import READ_SUFFIXES, UNREAD_SUFFIXES, UnusedFiles, report_unused, suffix_of, unread_kind
+from lmfusion.data.walk import find_all
+from lmfusion.image.preprocessing import to_tensor
 from lmfusion.vae.config import AutoencoderConfig, ImageDataConfig
 
 
@@ -47,6 +49,7 @@ class ImageLoader:
         for source, of in zip(self._sources, data.sources, strict=True):
             if len(source) == 0:
                 raise ValueError(f"the data source {of.name} has no samples")
+            report_unused(source, of.name)
         self._names = [source.name for source in data.sources]
         orders = [SourceOrder(s.blocks, data.shuffle_blocks, seed, f"source {i}") for i, s in enumerate(self._sources)]
         self._mixture = Mixture(orders, [source.weight for source in data.sources], seed)
@@ -85,6 +88,8 @@ class ImageLoader:
                 sample = self._sources[draw.source][draw.index]
                 name = sample.sample_id
                 images.append(self._pixels(draw, sample))
+            except StorageError:
+                raise
             except (ValueError, OSError) as error:
                 damaged.append(Damage(name, str(error)))
                 continue
@@ -129,7 +134,13 @@ class FolderOfImages:
         if not folder.is_dir():
             raise ValueError(f"no folder of images at {path}")
         self._folder = folder
-        self._files = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        files = [Path(name) for name, _ in find_all(folder)]
+        self._files = sorted(file for file in files if suffix_of(file.name) in READ_SUFFIXES)
+        unused = UnusedFiles()
+        for file in files:
+            if suffix_of(file.name) in UNREAD_SUFFIXES:
+                unused.add(unread_kind(file.name), printable(file.as_posix()))
+        self.unused = unused.list()
 
     @property
     def blocks(self) -> Sequence[int]:
@@ -140,7 +151,7 @@ class FolderOfImages:
 
     def __getitem__(self, index: int) -> CaptionedImage:
         file = self._files[index]
-        return CaptionedImage(file.as_posix(), partial(load_image, self._folder / file), ())
+        return CaptionedImage(file.as_posix(), partial(load_image_file, self._folder / file), ())
 
 
 def _load(config: SourceConfig, image_size: int) -> Source:

@@ -1,7 +1,9 @@
 """What the tests of files share: images as bytes, tars, and what is wrong with the samples of a source."""
 
 import io
+import struct
 import tarfile
+import zlib
 
 import numpy as np
 from PIL import Image
@@ -22,6 +24,12 @@ def encoded(kind="JPEG", image=None, **options):
     buffer = io.BytesIO()
     (picture() if image is None else image).save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def chunk(kind, data, checksum=None):
+    """A chunk of a PNG, with its own checksum or another one."""
+    checksum = zlib.crc32(kind + data) if checksum is None else checksum
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
 
 
 def tar_bytes(members, kind=tarfile.GNU_FORMAT):

@@ -229,3 +229,33 @@ def test_an_action_is_needed(capsys):
     with pytest.raises(SystemExit):
         main(["data"])
     assert "ACTION" in capsys.readouterr().err
+
+
+EVIL = "evil\x1b[2J\x1b]0;title\x07\n 1  nothing is wrong"
+
+
+def test_names_in_the_data_cannot_write_on_the_terminal(tmp_path, capsys):
+    members = [
+        (f"{EVIL}.jpg", b"none"),
+        (f"{EVIL}.txt", b"x"),
+        (f"b{EVIL}.txt", b"x"),
+        (f"{EVIL}.gif", b""),
+        *pairs(0, 1),
+    ]
+    (tmp_path / "a.tar").write_bytes(tar_bytes(members))
+    (tmp_path / "set").mkdir()
+    for name in (f"{EVIL}.png", "a.png"):
+        (tmp_path / "set" / name).write_bytes(b"none")
+        (tmp_path / "set" / name).with_suffix(".txt").write_text("x")
+    (tmp_path / "set" / f"c{EVIL}.png").write_bytes(b"none")
+    line = json.dumps({"id": EVIL, "content": ["x", {"image": f"{EVIL}.png"}]})
+    (tmp_path / "a.jsonl").write_text(line + "\n" + json.dumps({"content": ["x", {"image": f"../{EVIL}"}]}))
+    sources = [f"webdataset={tmp_path}/a.tar", f"folder={tmp_path}/set", f"interleaved={tmp_path}/a.jsonl"]
+    for action in (["check"], ["count"], ["show", "--output", str(tmp_path / "s.png")]):
+        main(["data", *action[:1], *sources, *action[1:]])
+        captured = capsys.readouterr()
+        for said in (captured.out, captured.err):
+            assert all(line.isprintable() for line in said.replace("\r", "\n").split("\n")), said
+            assert not any(line.startswith(" 1  nothing is wrong") for line in said.splitlines())
+    assert main(["data", "check", f"webdataset={tmp_path}/{EVIL}.tar"]) == 2
+    assert "\x1b" not in capsys.readouterr().err

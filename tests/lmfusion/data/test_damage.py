@@ -101,3 +101,27 @@ def test_a_run_that_begins_anew_forgets_all(path):
     again = DamageLog(path, 0.01)
     again.resume(0, {})
     assert lines(path) == [] and again.state() == {"num_seen": 0, "num_damaged": 0}
+
+
+def test_a_run_that_saw_nothing_stops_whatever_share_is_allowed(path):
+    log = DamageLog(path, 1.0)
+    log.add(1, 999, [], num_damaged=999)
+    with pytest.raises(ValueError, match="all 999 samples read so far are damaged, and nothing was learned"):
+        log.check_any_good()
+    with pytest.raises(ValueError, match=r"all 1000 samples .* The last of them: a: torn. `lmfusion data check` tells"):
+        log.add(2, 1, [Damage("a", "torn")])
+    other = DamageLog(path, 1.0)
+    other.check_any_good()
+    other.add(1, 2000, [], num_damaged=1999)
+    other.check_any_good()
+
+
+def test_names_cannot_move_the_cursor_or_break_a_line(path, capsys):
+    log = DamageLog(path, 0.0)
+    evil = Damage("a\x1b[2J\nfine: b", "no\r\x1b]0;title\x07 " + "x" * 5000)
+    with pytest.raises(ValueError, match=r"more than data\.max_damaged") as caught:
+        log.add(1, 5, [evil])
+    for shown in (capsys.readouterr().err, f"{caught.value}\n"):
+        assert shown.count("\n") == 1 and shown[:-1].isprintable() and len(shown) < 3000
+        assert "a\\x1b[2J\\nfine: b: no\\r\\x1b]0;title\\x07 xxx" in shown
+    assert lines(path)[0]["sample_id"] == evil.sample_id  # the file has it as it is

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 
 import pytest
 from PIL import Image
@@ -113,7 +114,7 @@ def test_hidden_files_pipes_and_circles_of_links(folder):
     (folder / "sub" / "circle").symlink_to(folder)
     source = load(folder)
     assert len(source) == 3
-    assert problems(source) == {1: f"{folder / 'pipe.png'} is no regular file; give a JPEG, PNG or WEBP file"}
+    assert problems(source) == {1: f"{folder / 'pipe.png'} is no regular file; leave it out"}
 
 
 def test_no_folder_or_no_images(tmp_path):
@@ -125,3 +126,20 @@ def test_no_folder_or_no_images(tmp_path):
     (tmp_path / "metadata.jsonl").write_text("\n \n")
     with pytest.raises(ValueError, match="no images in"):
         load(tmp_path)
+
+
+def test_long_lines_of_metadata_are_not_held_in_memory(folder):
+    good = json.dumps({"file_name": "a.png", "text": "good"})
+    with open(folder / "metadata.jsonl", "wb") as file:
+        file.write(b"[" * 3_000_000 + b"\n" + good.encode() + b"\n")
+        file.seek(300_000_000, os.SEEK_CUR)  # a hole, without a newline
+        file.write(b"x")
+    tracemalloc.start()
+    found = problems(load(folder))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert list(found.values()) == [
+        "metadata.jsonl, line 1: the line has 3000001 bytes; the limit is 1048576",
+        "metadata.jsonl, line 3: the line has 300000001 bytes; the limit is 1048576",
+    ]
+    assert peak < 10_000_000

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from lmfusion.data import SourceConfig, load_source
+from lmfusion.data import SourceConfig, load_source, tar_samples
 from lmfusion.data import webdataset as webdataset_module
 from lmfusion.data.remote import StoredFile, expand_braces, find_files, is_inside, names_of
 from lmfusion.data.tar import TarReader
@@ -155,7 +155,7 @@ def test_names_that_lead_out_are_labels_and_nothing_is_extracted(tmp_path):
 
 
 def test_incomplete_and_doubled_samples_are_one_damaged_sample_each(tmp_path, monkeypatch):
-    monkeypatch.setattr(webdataset_module, "MAX_TEXT_BYTES", 5000)
+    monkeypatch.setattr(tar_samples, "MAX_TEXT_BYTES", 5000)
     image = encoded()
     members = [
         ("a.jpg", image),
@@ -318,7 +318,7 @@ def test_the_index_is_kept_beside_the_tar_and_made_again_when_that_changes(tmp_p
     assert len(WebDataset(path)) == 3
     (index,) = tmp_path.glob("a.tar.*.index")
     with monkeypatch.context() as patched:
-        patched.setattr(webdataset_module, "_index_tar", None)
+        patched.setattr(webdataset_module, "index_tar", None)
         assert WebDataset(path)[2].captions == ("picture 2",)
     write(tmp_path / "a.tar", tar_bytes(pairs(5, 7)))
     assert [WebDataset(path)[i].captions for i in range(2)] == [("picture 5",), ("picture 6",)]
@@ -333,13 +333,15 @@ def test_the_index_is_kept_beside_the_tar_and_made_again_when_that_changes(tmp_p
 
 def test_without_a_place_beside_the_tar_the_index_lies_in_the_cache_or_in_memory(tmp_path, monkeypatch, cache):
     path = write(tmp_path / "a.tar", tar_bytes(pairs(0, 3)))
-    save = webdataset_module._save
-    monkeypatch.setattr(webdataset_module, "_save", lambda place, *rest: cache in place.parents and save(place, *rest))
+    save = webdataset_module.save_index
+    monkeypatch.setattr(
+        webdataset_module, "save_index", lambda place, *rest: cache in place.parents and save(place, *rest)
+    )
     assert WebDataset(path)[2].captions == ("picture 2",)
     assert len(list(cache.glob("*.index"))) == 1 and not list(tmp_path.glob("*.index"))
     for file in cache.glob("*.index"):
         file.unlink()
-    monkeypatch.setattr(webdataset_module, "_save", lambda *arguments: False)
+    monkeypatch.setattr(webdataset_module, "save_index", lambda *arguments: False)
     source = WebDataset(path)
     assert source[2].captions == ("picture 2",) and not problems(source)
 

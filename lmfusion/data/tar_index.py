@@ -1,0 +1,132 @@
+"""The index of a tar: its samples as they lie in a file, with a checksum of all of it.
+
+    sha256 of the header (32 bytes), its length (8), the header (JSON), and then the arrays, one after another:
+    image     int64 [samples, 2]: where the image lies in the tar, and its size, in bytes
+    text_end  int64 [samples]: where the text of each sample ends
+    text      uint8: of each sample its name, captions, and what is wrong with it, as JSON
+
+The header holds what the index was made of, the numbers of samples, the files that are not used, and the sha256 of the
+arrays. The arrays stay in the file, and what is asked for is read from there. An index with anything wrong is no index:
+the tar is gone through again.
+"""
+
+import hashlib
+import json
+import mmap
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lmfusion.data.tar_samples import Record
+from lmfusion.data.unused import Unused
+
+FORMAT = 2
+MAX_HEADER_BYTES = 1024 * 1024
+_DIGEST_BYTES = hashlib.sha256().digest_size
+_START = _DIGEST_BYTES + 8
+_RECORD_BYTES = 3 * 8
+
+
+class Summary(NamedTuple):
+    """What a data set wants to know of a tar when it is opened."""
+
+    num_samples: int
+    """The damaged ones included."""
+    num_good: int
+    unused: list[Unused]
+
+
+class Records:
+    """The samples of one tar."""
+
+    def __init__(self, arrays: Any, num_samples: int) -> None:
+        """arrays: a buffer that holds the three of them."""
+        self._image = np.frombuffer(arrays, "<i8", 2 * num_samples).reshape(num_samples, 2)
+        self._text_end = np.frombuffer(arrays, "<i8", num_samples, 16 * num_samples)
+        self._text = np.frombuffer(arrays, np.uint8, -1, _RECORD_BYTES * num_samples) if num_samples else b""
+
+    def __getitem__(self, index: int) -> Record:
+        first = int(self._text_end[index - 1]) if index else 0
+        key, captions, reason = json.loads(bytes(self._text[first : int(self._text_end[index])]))
+        offset, size = self._image[index].tolist()
+        return Record(key, tuple(captions), reason, offset, size)
+
+
+def to_arrays(records: list[Record]) -> bytes:
+    """The arrays of an index, as `Records` takes them."""
+    texts = [json.dumps([record.key, record.captions, record.reason]).encode() for record in records]
+    image = np.array([(record.offset, record.size) for record in records], "<i8")
+    text_end = np.cumsum([len(text) for text in texts], dtype="<i8")
+    return image.tobytes() + text_end.tobytes() + b"".join(texts)
+
+
+def save_index(path: Path, made_of: Mapping[str, Any], summary: Summary, arrays: bytes) -> bool:
+    """Write an index whole, or not at all where the folder cannot be written. made_of: what the tar is known by."""
+    header = {
+        **_expected(made_of),
+        "num_samples": summary.num_samples,
+        "num_good": summary.num_good,
+        "unused": [asdict(unused) for unused in summary.unused],
+        "sha256": hashlib.sha256(arrays).hexdigest(),
+    }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # arrays lie at multiples of their items' size
+    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(hashlib.sha256(text).digest() + len(text).to_bytes(8, "little") + text + arrays)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        return False
+    return True
+
+
+def read_summary(path: Path, made_of: Mapping[str, Any]) -> Summary | None:
+    """What the header of an index tells. None where there is no index, or it is damaged, or made of another tar."""
+    read = _read_header(path, made_of)
+    if read is None:
+        return None
+    header, _ = read
+    return Summary(header["num_samples"], header["num_good"], [Unused(**unused) for unused in header["unused"]])
+
+
+def open_records(path: Path, made_of: Mapping[str, Any]) -> Records | None:
+    """The samples that an index holds. None as in `read_summary`, and where an array has another checksum."""
+    read = _read_header(path, made_of)
+    if read is None:
+        return None
+    header, start = read
+    try:
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError):  # gone, or empty by now
+        return None
+    arrays = memoryview(mapped)[start:]
+    if hashlib.sha256(arrays).hexdigest() != header["sha256"]:
+        return None
+    return Records(arrays, header["num_samples"])
+
+
+def _expected(made_of: Mapping[str, Any]) -> dict[str, Any]:
+    return {"format": FORMAT, **made_of}
+
+
+def _read_header(path: Path, made_of: Mapping[str, Any]) -> tuple[dict[str, Any], int] | None:
+    """The header of an index, and where it ends. With the right checksum it is what `save_index` wrote."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(_START)
+            length = int.from_bytes(start[_DIGEST_BYTES:], "little")
+            text = file.read(length) if length <= MAX_HEADER_BYTES else b""
+    except OSError:
+        return None
+    if not text or hashlib.sha256(text).digest() != start[:_DIGEST_BYTES]:
+        return None
+    header: dict[str, Any] = json.loads(text)
+    return (header, _START + length) if _expected(made_of).items() <= header.items() else None

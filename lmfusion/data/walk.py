@@ -1,0 +1,86 @@
+"""Which files lie in a folder and its subfolders? Links to folders are followed, each folder is read once."""
+
+import os
+import stat
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from lmfusion.data.remote import StorageError, try_often
+
+
+class FoundFile(NamedTuple):
+    """A file, or something else that is no folder."""
+
+    name: str
+    """Path in the folder, with slashes."""
+    is_there: bool
+    """False for a link that leads nowhere."""
+
+
+class _Link(NamedTuple):
+    name: str
+    identity: tuple[int, int]
+
+
+def find_all(folder: Path) -> list[FoundFile]:
+    """All files in a folder and its subfolders, but for hidden ones and those in `__MACOSX`, in order of path.
+
+    A link to a folder is followed unless it leads to a folder that is read anyway: one inside `folder`, or one that
+    holds it, which would be a circle. Raises StorageError where a folder cannot be read: its files would be missing
+    without a word.
+    """
+    seen = {_identity(os.stat(place)) for place in (folder.resolve(), *folder.resolve().parents)}
+    found, links = _walk(folder, "", seen)
+    while links:
+        links.sort(reverse=True)
+        link = links.pop()
+        if link.identity not in seen:
+            seen.add(link.identity)
+            more, further = _walk(folder, link.name, seen)
+            found += more
+            links += further
+    return sorted(found)
+
+
+def _walk(folder: Path, start: str, seen: set[tuple[int, int]]) -> tuple[list[FoundFile], list[_Link]]:
+    """Files below `start`, and the links to folders there. The folders are added to `seen`."""
+    found: list[FoundFile] = []
+    links: list[_Link] = []
+    places = [start]
+    while places:
+        place = places.pop()
+        for entry in try_often(partial(_entries, folder / place), os.fspath(folder / place)):
+            name = f"{place}/{entry.name}" if place else entry.name
+            is_link = entry.is_symlink()
+            status = _status(entry) if is_link or entry.is_dir() else None
+            if status is None or not stat.S_ISDIR(status.st_mode):
+                if not entry.name.startswith("."):
+                    found.append(FoundFile(name, status is not None or not is_link))
+            elif entry.name == "__MACOSX":
+                continue
+            elif is_link:
+                links.append(_Link(name, _identity(status)))
+            elif _identity(status) not in seen:
+                seen.add(_identity(status))
+                places.append(name)
+    return found, links
+
+
+def _entries(place: Path) -> list[os.DirEntry[str]]:
+    with os.scandir(place) as entries:
+        return list(entries)
+
+
+def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """What a folder or the target of a link is. None where a link leads nowhere, or in a circle."""
+    try:
+        return try_often(lambda: os.stat(entry.path), entry.path)
+    except StorageError:
+        raise
+    except OSError:
+        return None
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
