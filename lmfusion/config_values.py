@@ -2,13 +2,46 @@
 
 import dataclasses
 import difflib
+import json
 import math
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, 120, 120, 120
+
+
+def shown(value: Any) -> str:
+    """`repr(value)` for an error, cut where it is long: a file's value may be as large as the file, or larger."""
+    return _REPR.repr(value)
+
+
+def read_json_object(content: str | bytes) -> dict[str, Any]:
+    """The object in a JSON file. Raises ValueError for anything else, a key that is given twice, NaN, or an infinity."""
+    try:
+        value = json.loads(content, object_pairs_hook=_without_doubles, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("it holds no JSON object")
+    return value
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        double = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {shown(double)} is given twice")
+    return values
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"it holds {name}, which is no number")
 
 
 def from_values(cls: type[T], value: Any, name: str = "") -> T:
@@ -22,15 +55,15 @@ def from_values(cls: type[T], value: Any, name: str = "") -> T:
     if value is None:
         value = {}
     if not isinstance(value, Mapping):
-        raise ValueError(f"{name} is {value!r}; it has keys of its own: {field_names(cls)}")
+        raise ValueError(f"{name} is {shown(value)}; it has keys of its own: {field_names(cls)}")
     prefix = f"{name}." if name else ""
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in value:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
+            near = difflib.get_close_matches(_cut(key), known, n=1)
             meant = f"; did you mean {prefix}{near[0]}?" if near else ""
-            raise ValueError(f"unknown key {prefix}{key}{meant} (known: {', '.join(known)})")
+            raise ValueError(f"unknown key {prefix}{_cut(key)}{meant} (known: {', '.join(known)})")
     for key, f in known.items():
         if key not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ValueError(f"{prefix}{key} is missing")
@@ -67,11 +100,11 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if origin in (list, tuple):
         length = len(args) if origin is tuple and args[-1] is not Ellipsis else None
         if not isinstance(value, (list, tuple)) or length not in (None, len(value)):
-            raise ValueError(f"{name} is {value!r}; it is a list" + (f" of {length}" if length else ""))
+            raise ValueError(f"{name} is {shown(value)}; it is a list" + (f" of {length}" if length else ""))
         return origin(_convert(item, args[0], f"{name}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise ValueError(f"{name} is {value!r}; it maps names to values")
+            raise ValueError(f"{name} is {shown(value)}; it maps names to values")
         return {key: _convert(item, args[1], f"{name}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
@@ -86,8 +119,13 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             pass
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, hint.__name__)
-        raise ValueError(f"{name} is {value!r}; it must be {kind}")
+        raise ValueError(f"{name} is {shown(value)}; it must be {kind}")
     return value
+
+
+def _cut(key: Any) -> str:
+    text = str(key) if isinstance(key, (str, int, float)) else shown(key)
+    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def _plain(value: Any) -> Any:

@@ -3,23 +3,23 @@
 A saved model is a folder:
 
     config.json          configuration of the base (an LLM, or a VLM around one), image tower, codec and diffusion
-    base.json            which parts are saved; where the base was, its dtype, and the sha256 of each of its tensors
+    base.json            which parts are saved; where the base was, its dtype, and the sha256 of each of its tensors; the
+                         sha256 of the tokenizer's files
     training.json        what the image tower was trained with, if that is known
     model.safetensors    tensors under `image.`, and under `text.` and a VLM's `vision.` if all parts are saved (in
                          shards above 4 GB)
     README.md            a model card, see `lmfusion.model_card`
-    codec/               if all parts are saved: the autoencoder, if there is one
+    codec/               the autoencoder, if there is one and all parts are saved, or it was in the folder before
     tokenizer files      as transformers writes them, and the configuration of a VLM's image processor
 """
 
 import copy
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,14 +29,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
-from lmfusion.config_values import from_values
+from lmfusion.config_values import from_values, read_json_object, shown
 from lmfusion.configuration import ImageTowerConfig, LMFusionConfig
 from lmfusion.conversion import EMBEDDING_NAME, BaseModel, load_base, names
 from lmfusion.conversion.huggingface import read_safetensors, read_tokenizer
-from lmfusion.conversion.vlm import read_image_processor
+from lmfusion.conversion.vlm import PROCESSOR_FILES, read_image_processor
 from lmfusion.diffusion import DiffusionConfig
-from lmfusion.files import flush
-from lmfusion.image.codec import WEIGHTS_NAME, CodecConfig, load_codec
+from lmfusion.files import file_sha256, full_path, naming
+from lmfusion.folders import current_folder, replace_folder
+from lmfusion.image.codec import WEIGHTS_NAME, Codec, CodecConfig, load_codec
 from lmfusion.image.patch_coder import build_patch_coder
 from lmfusion.model_card import CARD_NAME, TrainingRecord, model_card
 from lmfusion_kernels.lora import is_adapted
@@ -49,7 +50,21 @@ BASE_NAME = "base.json"
 CODEC_NAME = "codec"
 TRAINING_NAME = "training.json"
 PARTS = ("image", "all")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 MAX_SHARD_BYTES = 4 * 10**9
+HASHED_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
+"""What the token ids of a text depend on. Chat templates lie in other files, and may be edited."""
+OWN_FILES = (
+    CONFIG_NAME,
+    BASE_NAME,
+    TRAINING_NAME,
+    *HASHED_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    *PROCESSOR_FILES,
+)
+"""Files that belong to a saved model, beside its tensors: those of an older model do not outlive it."""
 
 
 @dataclass
@@ -64,6 +79,10 @@ class BaseRecord:
     """Of each frozen tensor: text by the name a Llama checkpoint gives it, a VLM's others by file name."""
     may_differ: bool = False
     """Whether the text tower has been trainable since, so that its tensors may no longer be the base's."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"base.dtype is {shown(self.dtype)}; it is one of {', '.join(DTYPES)}")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -117,7 +136,7 @@ def from_base(
     """See `LMFusion.from_llm` and `from_vlm`. Empties `base.tensors`."""
     config = LMFusionConfig(base.config, image, codec, diffusion, vlm_config=base.vlm_config)
     if config.codec.path is not None:
-        config.codec = replace(config.codec, path=str(Path(config.codec.path).resolve()))
+        config.codec = replace(config.codec, path=str(full_path(config.codec.path)))
     sha256 = digests(base.tensors)
     model = _assemble(cls, config, base.name, base.tensors, base.read_tokenizer(), seed=seed)
     _set_image_processor(model, base.read_image_processor())
@@ -155,9 +174,7 @@ def _assemble(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         codec = load_codec(config.codec)
-        with torch.device("meta"), no_init_weights():
-            model = cls(config, codec)
-        expected = names.split(model.state_dict(), config.text_config)
+        model, expected = _build(cls, config, codec, name)
         names.check_tensors(frozen, _under("text.", expected) | _under("vision.", expected), name)
         dtype = frozen[EMBEDDING_NAME].dtype
         model.load_state_dict(names.stack(frozen), strict=False, assign=True)
@@ -177,49 +194,113 @@ def _assemble(
     return model.eval()
 
 
+def _build(
+    cls: type["LMFusion"], config: LMFusionConfig, codec: Codec, name: str
+) -> tuple["LMFusion", dict[str, Tensor]]:
+    """A model without memory for its tensors, and these tensors by file name."""
+    try:
+        with torch.device("meta"), no_init_weights():
+            model = cls(config, codec)
+        return model, names.split(model.state_dict(), config.text_config)
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever torch and transformers raise on sizes that do not go together
+        raise ValueError(f"no model can be built as {name} describes it: {error or type(error).__name__}") from error
+
+
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def read_config(path: Path) -> tuple[Path, LMFusionConfig]:
+def read_config(path: Path, codec_path: str | Path | None = None) -> tuple[Path, LMFusionConfig]:
     """Where the model saved at `path` lies, and its configuration. Raises what `LMFusion.from_pretrained` raises."""
-    folder = path if path.exists() else _previous(path)
-    if not (folder / CONFIG_NAME).is_file():
+    path = full_path(path)
+    folder = current_folder(path)
+    file = folder / CONFIG_NAME
+    if not file.is_file():
         raise FileNotFoundError(f"no saved model at {path}: it holds no {CONFIG_NAME}; `lmfusion adapt` makes one")
-    settings = _read_json(folder / CONFIG_NAME)
+    settings = _read_json(file)
     if settings.get("model_type") != LMFusionConfig.model_type:
         raise ValueError(
-            f"{path} holds a model of type {settings.get('model_type')!r}, not 'lmfusion'; make a model of an LLM with "
-            "LMFusion.from_llm or `lmfusion adapt`"
+            f"{path} holds a model of type {shown(settings.get('model_type'))}, not 'lmfusion'; make a model of an LLM "
+            "with LMFusion.from_llm or `lmfusion adapt`"
         )
-    config = LMFusionConfig(**{key: value for key, value in settings.items() if key != "model_type"})
-    if config.codec.path is not None:  # relative: saved along with the model
-        config.codec.path = str(folder / config.codec.path)
+    try:
+        config = LMFusionConfig(**{key: value for key, value in settings.items() if key != "model_type"})
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever transformers raises on values of the wrong type
+        raise ValueError(f"{file} is no configuration of a model: {error or type(error).__name__}") from error
+    if codec_path is not None:
+        if config.codec.path is None:
+            raise ValueError(
+                f"codec_path is {codec_path}, but the model at {path} draws pixels, without an autoencoder; leave it out"
+            )
+        config.codec.path = str(full_path(codec_path))
+    elif config.codec.path is not None:  # relative: saved along with the model
+        config.codec.path = str(folder / Path(config.codec.path).expanduser())
     return folder, config
 
 
+@dataclass
+class Origin:
+    """What base.json says."""
+
+    parts: str
+    """"image" or "all"."""
+    base: BaseRecord | None = None
+    files: dict[str, str] = field(default_factory=dict)
+    """sha256 of each of HASHED_FILES that was saved; empty: it was not recorded."""
+
+    def __post_init__(self) -> None:
+        if self.parts not in PARTS or (self.parts == "image" and self.base is None):
+            raise ValueError("it tells neither base LLM nor parts")
+
+    @classmethod
+    def read(cls, folder: Path) -> "Origin":
+        """That of the model in `folder`. Raises FileNotFoundError and ValueError as `LMFusion.from_pretrained` does."""
+        file = folder / BASE_NAME
+        try:
+            return from_values(cls, _read_json(file))
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged: {error}; copy it again from its source") from error
+
+
+def saved_parts(path: str | Path) -> str:
+    """Which parts the model saved at `path` holds, "image" or "all". Raises what `LMFusion.from_pretrained` raises."""
+    folder, _ = read_config(Path(path))
+    return Origin.read(folder).parts
+
+
 def load(
-    cls: type["LMFusion"], path: Path, base: str | Path | None = None, dtype: torch.dtype | None = None
+    cls: type["LMFusion"],
+    path: Path,
+    base: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    codec_path: str | Path | None = None,
 ) -> "LMFusion":
     """See `LMFusion.from_pretrained`."""
-    folder, config = read_config(path)
-    saved = _read_json(folder / BASE_NAME)
-    parts, base_fields = saved.get("parts"), saved.get("base")
-    if parts not in PARTS or (parts == "image" and base_fields is None):
-        raise ValueError(f"{folder / BASE_NAME} is damaged: it tells neither base LLM nor parts; copy it again")
-    record = None if base_fields is None else from_values(BaseRecord, base_fields, "base")
+    folder, config = read_config(path, codec_path)
+    origin = Origin.read(folder)
+    _check_files(folder, origin.files)
     tensors = read_safetensors(folder)
+    _check_values(folder, tensors)
     frozen = _under("text.", tensors) | _under("vision.", tensors)
     image = {name: tensor for name, tensor in tensors.items() if name not in frozen}
-    if parts == "image":
-        assert record is not None
-        frozen |= _load_recorded_base(record, base)
+    record = origin.base
+    if record is not None and (origin.parts == "image" or base is not None):
+        found = _load_recorded_base(record, base)
+        if base is not None:
+            record.name = found.name
+        if origin.parts == "image":
+            frozen |= found.tensors
+        del found
     model = _assemble(cls, config, str(folder), frozen, read_tokenizer(folder), image)
     _set_image_processor(model, read_image_processor(folder))
-    model.name_or_path = model.config.name_or_path = str(path)
+    model.name_or_path = model.config.name_or_path = str(full_path(path))
     model.base = record
     if (folder / TRAINING_NAME).exists():
-        model.trained = from_values(TrainingRecord, _read_json(folder / TRAINING_NAME), TRAINING_NAME)
+        model.trained = _read_training(folder / TRAINING_NAME)
     if dtype is not None:
         for part in (model.text, model.image, model.vision):
             if part is not None:
@@ -227,8 +308,38 @@ def load(
     return model
 
 
-def _load_recorded_base(record: BaseRecord, base: str | Path | None) -> dict[str, Tensor]:
-    """The tensors of the base, after comparing every digest."""
+def _check_files(folder: Path, sha256: Mapping[str, str]) -> None:
+    for name, expected in sha256.items():
+        if name not in HASHED_FILES:
+            raise ValueError(f"{folder / BASE_NAME} is damaged: it tells of a file {shown(name)}; copy it again")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing; copy the whole folder of the model again")
+        if file_sha256(folder / name) != expected:
+            raise ValueError(
+                f"{folder / name} is not the file that was saved with this model, so that texts may have other token "
+                f"ids; copy it again from its source, or take it out of `files` in {BASE_NAME} if you changed it"
+            )
+
+
+def _check_values(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in DTYPES:
+            raise ValueError(f"{folder}: {name!r} holds {dtype}; weights are {', '.join(DTYPES)}")
+        # The sum is finite where all are, and costs less than looking at each
+        if not bool(tensor.sum(dtype=torch.float64).isfinite()):
+            raise ValueError(f"{folder}: {name!r} holds values that are not finite; take the model of an earlier step")
+
+
+def _read_training(file: Path) -> TrainingRecord:
+    try:
+        return from_values(TrainingRecord, _read_json(file))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: {error}; copy it again from its source, or delete it") from error
+
+
+def _load_recorded_base(record: BaseRecord, base: str | Path | None) -> BaseModel:
+    """The base, after comparing every digest."""
     path = record.name if base is None else base
     try:
         found = load_base(path, record.torch_dtype)
@@ -243,7 +354,7 @@ def _load_recorded_base(record: BaseRecord, base: str | Path | None) -> dict[str
             f"the base LLM at {path} is not the one this model was made from: {len(changed)} of {len(record.sha256)} "
             f"tensors differ, first {changed[0]!r}; give the place of the original with base="
         )
-    return found.tensors
+    return found
 
 
 def differing(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
@@ -255,12 +366,10 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; copy the whole folder of the model again")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with naming(path):
+            return read_json_object(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; copy it again from its source") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object; copy it again from its source")
-    return value
 
 
 def save(model: "LMFusion", path: Path, parts: str = "image") -> None:
@@ -274,19 +383,27 @@ def save(model: "LMFusion", path: Path, parts: str = "image") -> None:
             )
         if model.base.may_differ:
             raise ValueError("the text tower has been trainable, so it is no longer the base LLM; use parts='all'")
+        if not is_base_there(model):
+            raise ValueError(
+                f"the base LLM is not at {model.base.name} any more, and the image part cannot be loaded without it; "
+                "load the model with base= and the place where it is now, or use parts='all'"
+            )
     _check_not_adapted(model)
-    path = path.resolve()
-    _check_replaceable(path)
-    card = path / CARD_NAME
+    path = full_path(path)
+    there = current_folder(path)
+    _check_replaceable(there)
+    card = there / CARD_NAME
     # What is no UTF-8, and how lines end, is somebody's matter too
     previous = card.read_bytes().decode("utf-8", errors="surrogateescape") if card.is_file() else None
-    _replace(path, lambda folder: _write(model, folder, parts, previous))
+    codec = model.config.codec.path
+    with_codec = codec is not None and (parts == "all" or Path(codec).is_relative_to(there))
+    _replace(path, lambda folder: _write(model, folder, parts, with_codec, previous))
 
 
 def save_text(model: "LMFusion", path: Path) -> None:
     """See `LMFusion.save_text`."""
     _check_not_adapted(model)
-    path = path.resolve()
+    path = full_path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} exists; give the path of a new or an empty folder")
     _replace(path, lambda folder: _write_text(model, folder))
@@ -301,26 +418,30 @@ def _check_not_adapted(model: "LMFusion") -> None:
         )
 
 
+def is_base_there(model: "LMFusion") -> bool:
+    """Whether the base LLM is where the model was made from. Names on the hub are taken for granted."""
+    return model.base is not None and (not Path(model.base.name).is_absolute() or Path(model.base.name).exists())
+
+
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a new folder, flush it to the disk, and only then put it in the place of `path`."""
+    """Let `write` fill a new folder, and only when that is complete and on the disk, put it in the place of `path`."""
+
+    def write_all(folder: Path) -> None:
+        write(folder)
+        mode = (folder / CONFIG_NAME).stat().st_mode
+        for file in folder.glob("*.safetensors"):
+            file.chmod(mode)  # safetensors makes them private
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(f".{path.name}.saving-{os.getpid()}")
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        try:
-            write(new)
-            mode = (new / CONFIG_NAME).stat().st_mode
-            for file in new.glob("*.safetensors"):
-                file.chmod(mode)  # safetensors makes them private
-            for file in (*new.rglob("*"), new):
-                flush(file)
-            _swap(new, path)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
+        replace_folder(path, write_all, is_stale=_is_own)
     except (OSError, SafetensorError) as error:
         kept = "; what was saved there before is untouched" if path.exists() else ""
         raise OSError(f"could not save the model to {path}: {error}{kept}") from error
+
+
+def _is_own(name: str) -> bool:
+    """Whether a file in a model's folder is one of the model."""
+    return name in OWN_FILES or (name.startswith("model") and ".safetensors" in name)
 
 
 def _check_replaceable(path: Path) -> None:
@@ -331,28 +452,37 @@ def _check_replaceable(path: Path) -> None:
         raise ValueError(f"{path} exists and holds no lmfusion model; give the path of a new or an empty folder")
 
 
-def _write(model: "LMFusion", folder: Path, parts: str, previous_card: str | None) -> None:
+def _write(model: "LMFusion", folder: Path, parts: str, with_codec: bool, previous_card: str | None) -> None:
     """Everything into the empty `folder`."""
     config = copy.deepcopy(model.config)
-    if parts == "all" and config.codec.path is not None:
-        for name in ("config.json", WEIGHTS_NAME):
-            (folder / CODEC_NAME).mkdir(exist_ok=True)
-            shutil.copyfile(Path(config.codec.path) / name, folder / CODEC_NAME / name)
+    if with_codec:
+        _copy_codec(config.codec, folder / CODEC_NAME)
         config.codec.path = CODEC_NAME
     (folder / CONFIG_NAME).write_text(config.to_json_string(), encoding="utf-8")
-    origin = {"parts": parts, "base": None if model.base is None else asdict(model.base)}
-    (folder / BASE_NAME).write_text(json.dumps(origin, indent=1), encoding="utf-8")
     if model.trained is not None:
         (folder / TRAINING_NAME).write_text(json.dumps(asdict(model.trained), indent=1), encoding="utf-8")
     card = model_card(model, parts, previous_card)
     if card is not None:
         (folder / CARD_NAME).write_bytes(card.encode("utf-8", errors="surrogateescape"))
     _write_tokenizer(model, folder)
+    files = {name: file_sha256(folder / name) for name in HASHED_FILES if (folder / name).is_file()}
+    origin = Origin(parts, model.base, files)
+    (folder / BASE_NAME).write_text(json.dumps(asdict(origin), indent=1), encoding="utf-8")
     _write_image_processor(model, folder)
     tensors = _file_tensors(model, "image.")
     if parts == "all":
         tensors |= base_tensors(model)
     _write_tensors(tensors, folder)
+
+
+def _copy_codec(codec: CodecConfig, folder: Path) -> None:
+    """The files of the autoencoder into the new `folder`, as they were when the model was loaded."""
+    assert codec.path is not None
+    folder.mkdir()
+    for name in ("config.json", WEIGHTS_NAME):
+        shutil.copyfile(Path(codec.path) / name, folder / name)
+    if file_sha256(folder / WEIGHTS_NAME) != codec.sha256:
+        raise OSError(f"the autoencoder in {codec.path} has changed since the model was loaded; put it back")
 
 
 def _write_text(model: "LMFusion", folder: Path) -> None:
@@ -401,31 +531,3 @@ def _write_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
         weight_map.update(dict.fromkeys(shard, file_name))
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
-
-
-def _previous(path: Path) -> Path:
-    """Where the old model lies between the two renames of `_swap`; it stays there if the process dies just then."""
-    return path.with_name(f".{path.name}.previous")
-
-
-def _swap(new: Path, path: Path) -> None:
-    """Put the complete folder `new` in the place of `path`, and keep files there that are none of a model's."""
-    previous = _previous(path)
-    if not path.exists():
-        os.rename(new, path)
-        flush(path.parent)
-    else:
-        shutil.rmtree(previous, ignore_errors=True)
-        os.rename(path, previous)
-        try:
-            os.rename(new, path)
-        except OSError:
-            os.rename(previous, path)
-            raise
-        flush(path.parent)
-    if previous.exists():
-        for file in previous.iterdir():
-            is_stale = file.name == TRAINING_NAME or (file.name.startswith("model") and ".safetensors" in file.name)
-            if not is_stale and not (path / file.name).exists():
-                os.rename(file, path / file.name)
-        shutil.rmtree(previous)

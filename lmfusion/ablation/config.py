@@ -122,6 +122,7 @@ class AblationConfig:
     """Of the plot and the table."""
 
     def __post_init__(self) -> None:
+        self.output = str(Path(self.output).expanduser())
         if not self.variants:
             raise ValueError("variants is empty; name at least one, as {deep: {model.image.separation: deep}}")
         for name in self.variants:

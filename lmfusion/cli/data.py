@@ -94,6 +94,7 @@ def _show(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["S
     from PIL import Image
 
     from lmfusion.data.inspect import contact_sheet
+    from lmfusion.files import replacing
 
     sources = _load(recipe, configs)
     options: dict[str, Any] = {}
@@ -107,9 +108,8 @@ def _show(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["S
         whole.paste(sheet, (0, top))
         top += sheet.height
     path = Path(args.output)
-    partial = path.with_name(f"{path.name}.partial")
-    whole.save(partial, format="PNG")
-    partial.replace(path)
+    with replacing(path) as file:
+        whole.save(file, format="PNG")
     print(path)
     return 0
 

@@ -94,7 +94,7 @@ def open_base(path: str | Path) -> OpenedBase:
     Path, name and errors are those of `load_base`.
     """
     location = Path(path).expanduser()
-    name = str(location.resolve()) if location.exists() else str(path)
+    name = str(_without_links(location)) if location.exists() else str(path)
     if not location.exists():
         location = _from_hub(str(path))
     if location.is_dir() and vlm.is_vlm(location):
@@ -116,6 +116,11 @@ def open_base(path: str | Path) -> OpenedBase:
         raise ValueError(f"{location} is neither a Hugging Face folder nor a .gguf file")
     check_supported(config, str(location))
     return OpenedBase(name, config, None, read_tensors, read_tokenizer)
+
+
+def _without_links(path: Path) -> Path:
+    """`path` from the root. A file keeps its own name, for the target of a link may be named without .gguf."""
+    return path.parent.resolve() / path.name if path.is_file() else path.resolve()
 
 
 def _from_hub(name: str) -> Path:

@@ -26,6 +26,7 @@ from lmfusion.data.captions import MAX_TEXT_BYTES, captions_of_json, captions_of
 from lmfusion.data.remote import StoredFile, cached_name, find_files, map_threads, names_of, printable
 from lmfusion.data.sources import CaptionedImage
 from lmfusion.data.tar import DamagedTarError, Member, TarReader
+from lmfusion.files import replacing
 from lmfusion.image.preprocessing import check_file_size, decode_image
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
@@ -264,12 +265,10 @@ def _load_image(file: StoredFile, offset: int, size: int, name: str) -> Image.Im
 
 def _save(path: Path, arrays: dict[str, np.ndarray], metadata: dict[str, str]) -> bool:
     """Write an index whole, or not at all where the folder cannot be written."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(save(arrays, metadata))
-        os.replace(partial, path)
+        with replacing(path, writer=f"{os.getpid()}-{threading.get_ident()}") as file:
+            file.write(save(arrays, metadata))
     except OSError:
-        partial.unlink(missing_ok=True)
         return False
     return True

@@ -1,6 +1,7 @@
 """What is evaluated? One model and the suites that a recipe names, read as YAML with `key.sub=value` overrides."""
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from lmfusion.evaluation.captions import CaptionsConfig
@@ -24,6 +25,8 @@ class EvalConfig:
     """Folder of a trained model."""
     base: str | None = None
     """Where its base LLM is now, if it has moved since the model was saved."""
+    codec_path: str | None = None
+    """The same of the folder of its autoencoder."""
     device: str = "auto"
     """"auto" (a GPU where there is one), "cpu" or "cuda"."""
     dtype: str | None = None
@@ -43,6 +46,7 @@ class EvalConfig:
     """Drawings in GenEval's layout, for its own judge."""
 
     def __post_init__(self) -> None:
+        self.output = str(Path(self.output).expanduser())
         if self.device not in DEVICES:
             raise ValueError(f"device is {self.device!r}; it is one of {', '.join(DEVICES)}")
         if self.dtype is not None and self.dtype not in DTYPES:

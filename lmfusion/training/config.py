@@ -31,10 +31,13 @@ class ModelConfig:
 
     base: str | None = None
     """Folder or GGUF file of a Llama-type LLM, or folder of a LLaVA-type vision-language model around one.
-    `package:name/file` is a file inside an installed Python package."""
+    `package:name/file` is a file inside an installed Python package. With adapted: where the LLM of that model is now,
+    if it has moved."""
     adapted: str | None = None
-    """Instead of base: folder of an LMFusion model (of `lmfusion adapt`, or of an earlier run) to start from. It brings
-    its own image, codec and diffusion."""
+    """Folder of an LMFusion model (of `lmfusion adapt`, or of an earlier run) to start from. It brings its own image,
+    codec and diffusion."""
+    codec_path: str | None = None
+    """With adapted: where the folder of that model's autoencoder is now, if it has moved."""
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -43,8 +46,10 @@ class ModelConfig:
     from. None: that of the adapted model, or of the chat template."""
 
     def __post_init__(self) -> None:
-        if (self.base is None) == (self.adapted is None):
-            raise ValueError("give either model.base (an LLM) or model.adapted (an LMFusion model)")
+        if self.base is None and self.adapted is None:
+            raise ValueError("give model.base (an LLM) or model.adapted (an LMFusion model)")
+        if self.adapted is None and self.codec_path is not None:
+            raise ValueError("model.codec_path belongs to model.adapted; give the path of a new model as codec.path")
         if self.adapted is not None and (self.image, self.codec, self.diffusion) != (
             ImageTowerConfig(),
             CodecConfig(),
@@ -198,6 +203,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
+        self.output = str(Path(self.output).expanduser())
         if self.train.batch_tokens % self.data.row_tokens:
             raise ValueError(
                 f"train.batch_tokens is {self.train.batch_tokens}, which is no multiple of data.row_tokens, "

@@ -71,7 +71,7 @@ def model_config(model: ModelConfig, llm: str | None = None) -> LMFusionConfig:
     ValueError for configurations that cannot be read, are not supported or do not go together.
     """
     if model.adapted is not None:
-        return read_config(Path(resolve_path(model.adapted)).expanduser())[1]
+        return read_config(Path(resolve_path(model.adapted)), model.codec_path)[1]
     assert model.base is not None
     llm_config, vlm_config = _base_configs(model.base, llm)
     return LMFusionConfig(llm_config, model.image, model.codec, model.diffusion, vlm_config=vlm_config)

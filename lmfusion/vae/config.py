@@ -177,6 +177,7 @@ class VAEConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
+        self.output = str(Path(self.output).expanduser())
         size, loss = self.autoencoder.image_size, self.loss
         needed = {
             "LPIPS": lpips.SMALLEST_IMAGE if loss.lpips_weight else 1,

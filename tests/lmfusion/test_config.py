@@ -95,8 +95,8 @@ def test_resolved_config_reads_back(recipe):
         ("sample.sampler=euler", "sample.sampler is 'euler'"),
         ("checkpoint.keep_last=0", "checkpoint.keep_last is 0"),
         ("model.diffusion.image_first_max_timestep=1000", "image_first_max_timestep is 1000"),
-        ("model.base=null", "give either model.base"),
-        ("model.adapted=x", "give either model.base"),
+        ("model.base=null", "give model.base"),
+        ("model.codec_path=x", "model.codec_path belongs to model.adapted"),
     ],
 )
 def test_bad_values_are_named(recipe, override, message):
