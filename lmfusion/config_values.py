@@ -21,7 +21,7 @@ def shown(value: Any) -> str:
 
 
 def read_json_object(content: str | bytes) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError for anything else, a key that is given twice, NaN, or an infinity."""
+    """The object in a JSON file. Raises ValueError for anything else, a key given twice, NaN and infinities."""
     try:
         value = json.loads(content, object_pairs_hook=_without_doubles, parse_constant=_no_number)
     except RecursionError:

@@ -11,7 +11,7 @@ import glob
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lmfusion.files import flush, new_folder
@@ -84,10 +84,8 @@ def _held(folder: Path) -> Iterator[None]:
     """Hold a folder while it is being written, so that no other process takes it for abandoned."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        try:
+        with suppress(OSError):  # some file systems cannot; there abandoned folders are not found either
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:  # some file systems cannot; there abandoned folders are not found either
-            pass
         yield
     finally:
         os.close(descriptor)
@@ -101,9 +99,8 @@ def _delete_abandoned(path: Path) -> None:
         except OSError:  # no folder
             continue
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
-        except OSError:  # held, or a file system without such locks
-            pass
+            with suppress(OSError):  # held, or a file system without such locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
         finally:
             os.close(descriptor)

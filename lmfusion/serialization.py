@@ -3,8 +3,8 @@
 A saved model is a folder:
 
     config.json          configuration of the base (an LLM, or a VLM around one), image tower, codec and diffusion
-    base.json            which parts are saved; where the base was, its dtype, and the sha256 of each of its tensors; the
-                         sha256 of the tokenizer's files
+    base.json            which parts are saved; where the base was, its dtype, and the sha256 of each of its tensors;
+                         the sha256 of the tokenizer's files
     training.json        what the image tower was trained with, if that is known
     model.safetensors    tensors under `image.`, and under `text.` and a VLM's `vision.` if all parts are saved (in
                          shards above 4 GB)
@@ -234,7 +234,8 @@ def read_config(path: Path, codec_path: str | Path | None = None) -> tuple[Path,
     if codec_path is not None:
         if config.codec.path is None:
             raise ValueError(
-                f"codec_path is {codec_path}, but the model at {path} draws pixels, without an autoencoder; leave it out"
+                f"codec_path is {codec_path}, but the model at {path} draws pixels, without an autoencoder; leave it "
+                "out"
             )
         config.codec.path = str(full_path(codec_path))
     elif config.codec.path is not None:  # relative: saved along with the model

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from lmfusion.files import replacing
 from lmfusion.training.config import SampleConfig
 
 if TYPE_CHECKING:
