@@ -138,8 +138,16 @@ LIMITS = {"num_hidden_layers": 1000, "image_size": 65_536}
 """What is larger is a mistake or an attack: it would take for ever to build."""
 MAX_SIZE = 2**24
 """Of any other side of a weight."""
-SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-SIZES += ("vocab_size", "max_position_embeddings")
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+"""What the configuration of an LLM gives as whole numbers."""
 
 
 def check_size(name: str, value: Any, most: int = MAX_SIZE) -> None:

@@ -34,7 +34,7 @@ def add_places(parser: "argparse._ActionsContainer") -> None:
     """--base and --codec-path."""
     parser.add_argument(
         "--base",
-        help="the base LLM, if it has moved since the model was saved: Hugging Face folder, GGUF file, or name on the hub",
+        help="the base LLM, if it has moved since the model was saved: folder, GGUF file, or name on the hub",
     )
     parser.add_argument(
         "--codec-path", metavar="FOLDER", help="folder of the autoencoder, if it has moved since the model was saved"

@@ -31,8 +31,8 @@ def save_model(config: RunConfig, checkpoint: Path, out: Path) -> None:
     restore(weights, parts[part])
     model.trained = _record(config, state)
     # A whole model may start a run where its base LLM is not; then the new one must be whole too
-    parts = "image" if is_text_the_bases(model) and is_base_there(model) else "all"
-    model.eval().save_pretrained(out, parts)
+    can_be_part = is_text_the_bases(model) and is_base_there(model)
+    model.eval().save_pretrained(out, parts="image" if can_be_part else "all")
 
 
 def _record(config: RunConfig, state: dict[str, Any]) -> TrainingRecord:
