@@ -17,7 +17,14 @@ _REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, 120, 120, 12
 
 def shown(value: Any) -> str:
     """`repr(value)` for an error, cut where it is long: a file's value may be as large as the file, or larger."""
+    if isinstance(value, int) and value.bit_length() > 400:
+        return f"{hex(value)[:40]}..."  # Python refuses to write very long ones in decimal
     return _REPR.repr(value)
+
+
+def cut(text: str, length: int = 500) -> str:
+    """`text` for an error, without the end of one that is long."""
+    return text if len(text) <= length else f"{text[:length]}..."
 
 
 def read_json_object(content: str | bytes) -> dict[str, Any]:
@@ -61,9 +68,9 @@ def from_values(cls: type[T], value: Any, name: str = "") -> T:
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in value:
         if key not in known:
-            near = difflib.get_close_matches(_cut(key), known, n=1)
+            near = difflib.get_close_matches(cut(str(key), 120), known, n=1)
             meant = f"; did you mean {prefix}{near[0]}?" if near else ""
-            raise ValueError(f"unknown key {prefix}{_cut(key)}{meant} (known: {', '.join(known)})")
+            raise ValueError(f"unknown key {prefix}{cut(str(key), 120)}{meant} (known: {', '.join(known)})")
     for key, f in known.items():
         if key not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ValueError(f"{prefix}{key} is missing")
@@ -83,7 +90,7 @@ def check_least(config: Any, section: str, **limits: float) -> None:
     """Raises ValueError, naming section.key, for a field of `config` below its limit or not finite; None may stay."""
     for name, least in limits.items():
         value = getattr(config, name)
-        if value is not None and not (math.isfinite(value) and value >= least):
+        if value is not None and not least <= value < math.inf:
             raise ValueError(f"{section}.{name} is {value}; it must be at least {least}")
 
 
@@ -109,7 +116,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML reads 1e-4 as text
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if hint is int and isinstance(value, (float, str)):
         try:
@@ -120,12 +127,9 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, hint.__name__)
         raise ValueError(f"{name} is {shown(value)}; it must be {kind}")
+    if isinstance(value, int) and value.bit_length() > 63:
+        raise ValueError(f"{name} is {shown(value)}; it must be less than 2**63")
     return value
-
-
-def _cut(key: Any) -> str:
-    text = str(key) if isinstance(key, (str, int, float)) else shown(key)
-    return text if len(text) <= 120 else f"{text[:117]}..."
 
 
 def _plain(value: Any) -> Any:

@@ -8,7 +8,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
@@ -105,6 +105,11 @@ def new_folder(path: Path) -> None:
     check_no_link(path)
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir()
+
+
+def locked_if_there(folder: Path, rank: int = 0) -> AbstractContextManager[None]:
+    """As `locked`, for one who reads what another run may be writing; a folder that is not there needs no lock."""
+    return locked(folder, rank) if folder.is_dir() else nullcontext()
 
 
 @contextmanager

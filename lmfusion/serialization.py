@@ -17,8 +17,9 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
-from lmfusion.config_values import from_values, read_json_object, shown
+from lmfusion.config_values import cut, from_values, read_json_object, shown
 from lmfusion.configuration import ImageTowerConfig, LMFusionConfig
 from lmfusion.conversion import EMBEDDING_NAME, BaseModel, load_base, names
 from lmfusion.conversion.huggingface import read_safetensors, read_tokenizer
@@ -186,7 +187,7 @@ def _assemble(
             tower.patch_coder.to(dtype)
             tower.initialize(model.text)
         else:
-            names.check_tensors(image, _under("image.", expected), "the saved model")
+            names.check_tensors(image, _under("image.", expected), name)
             model.load_state_dict(names.stack(image), strict=False, assign=True)
     assert not any(parameter.is_meta for parameter in model.parameters())
     model.tokenizer = tokenizer
@@ -198,14 +199,22 @@ def _build(
     cls: type["LMFusion"], config: LMFusionConfig, codec: Codec, name: str
 ) -> tuple["LMFusion", dict[str, Tensor]]:
     """A model without memory for its tensors, and these tensors by file name."""
-    try:
-        with torch.device("meta"), no_init_weights():
-            model = cls(config, codec)
+    with _blaming(name), torch.device("meta"), no_init_weights():
+        model = cls(config, codec)
         return model, names.split(model.state_dict(), config.text_config)
-    except MemoryError:
+
+
+@contextmanager
+def _blaming(name: str) -> Iterator[None]:
+    """Make one ValueError that names a file of whatever torch and transformers raise on values that it holds."""
+    try:
+        yield
+    except (MemoryError, OSError):
         raise
-    except Exception as error:  # whatever torch and transformers raise on sizes that do not go together
-        raise ValueError(f"no model can be built as {name} describes it: {error or type(error).__name__}") from error
+    except Exception as error:
+        raise ValueError(
+            f"no model can be made of what {name} says: {cut(str(error) or type(error).__name__)}"
+        ) from error
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -225,12 +234,8 @@ def read_config(path: Path, codec_path: str | Path | None = None) -> tuple[Path,
             f"{path} holds a model of type {shown(settings.get('model_type'))}, not 'lmfusion'; make a model of an LLM "
             "with LMFusion.from_llm or `lmfusion adapt`"
         )
-    try:
+    with _blaming(str(file)):
         config = LMFusionConfig(**{key: value for key, value in settings.items() if key != "model_type"})
-    except MemoryError:
-        raise
-    except Exception as error:  # whatever transformers raises on values of the wrong type
-        raise ValueError(f"{file} is no configuration of a model: {error or type(error).__name__}") from error
     if codec_path is not None:
         if config.codec.path is None:
             raise ValueError(
@@ -298,6 +303,8 @@ def load(
         del found
     model = _assemble(cls, config, str(folder), frozen, read_tokenizer(folder), image)
     _set_image_processor(model, read_image_processor(folder))
+    with _blaming(str(folder / CONFIG_NAME)):
+        _check_image_fits(model)
     model.name_or_path = model.config.name_or_path = str(full_path(path))
     model.base = record
     if (folder / TRAINING_NAME).exists():
@@ -344,10 +351,10 @@ def _load_recorded_base(record: BaseRecord, base: str | Path | None) -> BaseMode
     path = record.name if base is None else base
     try:
         found = load_base(path, record.torch_dtype)
-    except FileNotFoundError as error:
+    except OSError as error:
         raise FileNotFoundError(
-            f"the model was saved without its base LLM, which is not at {str(path)!r} any more; give its place with "
-            f"base= ({error})"
+            f"the base LLM of this model is not at {shown(str(path))} any more; give its place with base= "
+            f"({cut(str(error))})"
         ) from error
     changed = differing(record.sha256, digests(found.tensors))
     if changed:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from lmfusion.config_values import shown
 from lmfusion.evaluation.captions import CaptionsConfig
 from lmfusion.evaluation.edits import EditsConfig
 from lmfusion.evaluation.geneval import GenEvalConfig
@@ -48,9 +49,11 @@ class EvalConfig:
     def __post_init__(self) -> None:
         self.output = str(Path(self.output).expanduser())
         if self.device not in DEVICES:
-            raise ValueError(f"device is {self.device!r}; it is one of {', '.join(DEVICES)}")
+            raise ValueError(f"device is {shown(self.device)}; it is one of {', '.join(DEVICES)}")
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}; it is one of {', '.join(DTYPES)}, or null for that of the file")
+            raise ValueError(
+                f"dtype is {shown(self.dtype)}; it is one of {', '.join(DTYPES)}, or null for that of the file"
+            )
         if not self.suites:
             raise ValueError(f"the recipe names no suite; give one of {', '.join(suite_names())}, as `language: {{}}`")
 

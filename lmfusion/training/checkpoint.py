@@ -84,6 +84,18 @@ class CheckpointWriter:
         self.keep_last = keep_last
         self.world = world
         self._writing: _Writing | None = None
+        self._known_step: int | None = None
+
+    def find(self) -> Path | None:
+        """The newest checkpoint, on every rank; None where there is none, or where this writer has read or begun it.
+
+        Call it while the run's folder is locked: another process may have gone on with the run until then.
+        """
+        step = latest_step(self.folder, self.world)
+        if step is None or step == self._known_step:
+            return None
+        self._known_step = step
+        return checkpoint_path(self.folder, step)
 
     def save(self, step: int, parts: Parts, state: Mapping[str, Any]) -> None:
         """Begin the checkpoint of `step`: copy this rank's rows of `parts` to the CPU, and write them in a thread.
@@ -92,6 +104,7 @@ class CheckpointWriter:
         what `finish` does. A checkpoint of `step` that is there is left as it is.
         """
         self.finish()
+        self._known_step = step
         exists = False
         if self.world.rank == 0:
             for leftover in self.folder.glob("*.tmp"):  # of killed runs

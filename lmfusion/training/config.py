@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
-from lmfusion.config_values import check_least, field_names, from_values
+from lmfusion.config_values import check_least, field_names, from_values, shown
 from lmfusion.configuration import ImageTowerConfig
 from lmfusion.data.sources import DataConfig, SourceConfig
 from lmfusion.devices import has_fast_bfloat16
 from lmfusion.diffusion import DiffusionConfig
+from lmfusion.files import naming
 from lmfusion.generation.samplers import SAMPLERS
 from lmfusion.image.codec import CodecConfig
+from lmfusion.yaml_files import read_yaml
 from lmfusion_kernels.block import RECOMPUTE
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -239,9 +239,12 @@ def read_recipe(cls: type[T], recipe: str | Path, overrides: Iterable[str] = ())
     if not path.is_file():
         raise ValueError(f"no recipe at {path}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        with naming(path):
+            values = read_yaml(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no keys; a recipe has {field_names(cls)}")
     for override in overrides:
@@ -271,18 +274,18 @@ def _override(values: dict[str, Any], override: str) -> None:
     """Change one key of nested `values`, by "key.sub=value". Raises ValueError for what is no such thing."""
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ValueError(f"{override!r} is no override; write key.sub=value")
+        raise ValueError(f"{shown(override)} is no override; write key.sub=value")
     *parents, last = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise ValueError(f"{key}: {parent} is a value and has nothing below it")
     try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{override!r}: the value is not YAML: {error}") from error
+        values[last] = read_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{shown(override)}: {error}") from error
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it is one of {', '.join(choices)}")
+        raise ValueError(f"{name} is {shown(value)}; it is one of {', '.join(choices)}")
