@@ -25,7 +25,7 @@ from lmfusion.image.patch_coder import Skip
 from lmfusion.image.preprocessing import ImageSource
 from lmfusion.model_card import TrainingRecord
 from lmfusion.pretrained import LoadingOptions, PretrainedHabits
-from lmfusion.serialization import BaseRecord
+from lmfusion.saved_files import BaseRecord
 from lmfusion.towers import ImageTower, TextTower
 from lmfusion.vision import VisionEncoder
 

@@ -17,10 +17,9 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,31 +29,39 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
-from lmfusion.config_values import cut, from_values, read_json_object, shown
+from lmfusion.config_values import cut, shown
 from lmfusion.configuration import ImageTowerConfig, LMFusionConfig
 from lmfusion.conversion import EMBEDDING_NAME, BaseModel, load_base, names
 from lmfusion.conversion.huggingface import read_safetensors, read_tokenizer
 from lmfusion.conversion.vlm import PROCESSOR_FILES, read_image_processor
 from lmfusion.diffusion import DiffusionConfig
-from lmfusion.files import file_sha256, full_path, naming
+from lmfusion.files import file_sha256, full_path
 from lmfusion.folders import current_folder, replace_folder
 from lmfusion.image.codec import WEIGHTS_NAME, Codec, CodecConfig, load_codec
 from lmfusion.image.patch_coder import build_patch_coder
-from lmfusion.model_card import CARD_NAME, TrainingRecord, model_card
+from lmfusion.model_card import CARD_NAME, model_card
+from lmfusion.saved_files import (
+    BASE_NAME,
+    CODEC_NAME,
+    CONFIG_NAME,
+    HASHED_FILES,
+    PARTS,
+    TRAINING_NAME,
+    BaseRecord,
+    Origin,
+    blaming,
+    check_files,
+    check_values,
+    read_config,
+    read_json,
+    read_training,
+)
 from lmfusion_kernels.lora import is_adapted
 
 if TYPE_CHECKING:
     from lmfusion.modeling import LMFusion
 
-CONFIG_NAME = "config.json"
-BASE_NAME = "base.json"
-CODEC_NAME = "codec"
-TRAINING_NAME = "training.json"
-PARTS = ("image", "all")
-DTYPES = ("float32", "float64", "bfloat16", "float16")
 MAX_SHARD_BYTES = 4 * 10**9
-HASHED_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json")
-"""What the token ids of a text depend on. Chat templates lie in other files, and may be edited."""
 OWN_FILES = (
     CONFIG_NAME,
     BASE_NAME,
@@ -66,38 +73,6 @@ OWN_FILES = (
     *PROCESSOR_FILES,
 )
 """Files that belong to a saved model, beside its tensors: those of an older model do not outlive it."""
-
-
-@dataclass
-class BaseRecord:
-    """The base LLM or VLM a model was made from."""
-
-    name: str
-    """Absolute path, or name on the hub."""
-    dtype: str
-    """In which its tensors were hashed, such as "float32"."""
-    sha256: dict[str, str]
-    """Of each frozen tensor: text by the name a Llama checkpoint gives it, a VLM's others by file name."""
-    may_differ: bool = False
-    """Whether the text tower has been trainable since, so that its tensors may no longer be the base's."""
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"base.dtype is {shown(self.dtype)}; it is one of {', '.join(DTYPES)}")
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
-
-    @property
-    def digest(self) -> str:
-        """One sha256 for all tensors."""
-        return digest_of(self.sha256)
-
-
-def digest_of(sha256: Mapping[str, str]) -> str:
-    """One sha256 for the tensors that have these."""
-    return hashlib.sha256(json.dumps(sha256, sort_keys=True).encode()).hexdigest()
 
 
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -199,83 +174,13 @@ def _build(
     cls: type["LMFusion"], config: LMFusionConfig, codec: Codec, name: str
 ) -> tuple["LMFusion", dict[str, Tensor]]:
     """A model without memory for its tensors, and these tensors by file name."""
-    with _blaming(name), torch.device("meta"), no_init_weights():
+    with blaming(name), torch.device("meta"), no_init_weights():
         model = cls(config, codec)
         return model, names.split(model.state_dict(), config.text_config)
 
 
-@contextmanager
-def _blaming(name: str) -> Iterator[None]:
-    """Make one ValueError that names a file of whatever torch and transformers raise on values that it holds."""
-    try:
-        yield
-    except (MemoryError, OSError):
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"no model can be made of what {name} says: {cut(str(error) or type(error).__name__)}"
-        ) from error
-
-
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def read_config(path: Path, codec_path: str | Path | None = None) -> tuple[Path, LMFusionConfig]:
-    """Where the model saved at `path` lies, and its configuration. Raises what `LMFusion.from_pretrained` raises."""
-    path = full_path(path)
-    folder = current_folder(path)
-    file = folder / CONFIG_NAME
-    if not file.is_file():
-        raise FileNotFoundError(f"no saved model at {path}: it holds no {CONFIG_NAME}; `lmfusion adapt` makes one")
-    settings = _read_json(file)
-    if settings.get("model_type") != LMFusionConfig.model_type:
-        raise ValueError(
-            f"{path} holds a model of type {shown(settings.get('model_type'))}, not 'lmfusion'; make a model of an LLM "
-            "with LMFusion.from_llm or `lmfusion adapt`"
-        )
-    with _blaming(str(file)):
-        config = LMFusionConfig(**{key: value for key, value in settings.items() if key != "model_type"})
-    if codec_path is not None:
-        if config.codec.path is None:
-            raise ValueError(
-                f"codec_path is {codec_path}, but the model at {path} draws pixels, without an autoencoder; leave it "
-                "out"
-            )
-        config.codec.path = str(full_path(codec_path))
-    elif config.codec.path is not None:  # relative: saved along with the model
-        config.codec.path = str(folder / Path(config.codec.path).expanduser())
-    return folder, config
-
-
-@dataclass
-class Origin:
-    """What base.json says."""
-
-    parts: str
-    """"image" or "all"."""
-    base: BaseRecord | None = None
-    files: dict[str, str] = field(default_factory=dict)
-    """sha256 of each of HASHED_FILES that was saved; empty: it was not recorded."""
-
-    def __post_init__(self) -> None:
-        if self.parts not in PARTS or (self.parts == "image" and self.base is None):
-            raise ValueError("it tells neither base LLM nor parts")
-
-    @classmethod
-    def read(cls, folder: Path) -> "Origin":
-        """That of the model in `folder`. Raises FileNotFoundError and ValueError as `LMFusion.from_pretrained` does."""
-        file = folder / BASE_NAME
-        try:
-            return from_values(cls, _read_json(file))
-        except ValueError as error:
-            raise ValueError(f"{file} is damaged: {error}; copy it again from its source") from error
-
-
-def saved_parts(path: str | Path) -> str:
-    """Which parts the model saved at `path` holds, "image" or "all". Raises what `LMFusion.from_pretrained` raises."""
-    folder, _ = read_config(Path(path))
-    return Origin.read(folder).parts
 
 
 def load(
@@ -288,9 +193,9 @@ def load(
     """See `LMFusion.from_pretrained`."""
     folder, config = read_config(path, codec_path)
     origin = Origin.read(folder)
-    _check_files(folder, origin.files)
+    check_files(folder, origin.files)
     tensors = read_safetensors(folder)
-    _check_values(folder, tensors)
+    check_values(folder, tensors)
     frozen = _under("text.", tensors) | _under("vision.", tensors)
     image = {name: tensor for name, tensor in tensors.items() if name not in frozen}
     record = origin.base
@@ -303,47 +208,17 @@ def load(
         del found
     model = _assemble(cls, config, str(folder), frozen, read_tokenizer(folder), image)
     _set_image_processor(model, read_image_processor(folder))
-    with _blaming(str(folder / CONFIG_NAME)):
+    with blaming(str(folder / CONFIG_NAME)):
         _check_image_fits(model)
     model.name_or_path = model.config.name_or_path = str(full_path(path))
     model.base = record
     if (folder / TRAINING_NAME).exists():
-        model.trained = _read_training(folder / TRAINING_NAME)
+        model.trained = read_training(folder / TRAINING_NAME)
     if dtype is not None:
         for part in (model.text, model.image, model.vision):
             if part is not None:
                 part.to(dtype)
     return model
-
-
-def _check_files(folder: Path, sha256: Mapping[str, str]) -> None:
-    for name, expected in sha256.items():
-        if name not in HASHED_FILES:
-            raise ValueError(f"{folder / BASE_NAME} is damaged: it tells of a file {shown(name)}; copy it again")
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing; copy the whole folder of the model again")
-        if file_sha256(folder / name) != expected:
-            raise ValueError(
-                f"{folder / name} is not the file that was saved with this model, so that texts may have other token "
-                f"ids; copy it again from its source, or take it out of `files` in {BASE_NAME} if you changed it"
-            )
-
-
-def _check_values(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    for name, tensor in tensors.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in DTYPES:
-            raise ValueError(f"{folder}: {name!r} holds {dtype}; weights are {', '.join(DTYPES)}")
-        # The sum is finite where all are, and costs less than looking at each
-        if not bool(tensor.sum(dtype=torch.float64).isfinite()):
-            raise ValueError(f"{folder}: {name!r} holds values that are not finite; take the model of an earlier step")
-
-
-def _read_training(file: Path) -> TrainingRecord:
-    try:
-        return from_values(TrainingRecord, _read_json(file))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: {error}; copy it again from its source, or delete it") from error
 
 
 def _load_recorded_base(record: BaseRecord, base: str | Path | None) -> BaseModel:
@@ -368,16 +243,6 @@ def _load_recorded_base(record: BaseRecord, base: str | Path | None) -> BaseMode
 def differing(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
     """Names whose digests differ or that only one side has, in order."""
     return [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; copy the whole folder of the model again")
-    try:
-        with naming(path):
-            return read_json_object(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; copy it again from its source") from error
 
 
 def save(model: "LMFusion", path: Path, parts: str = "image") -> None:
@@ -456,7 +321,7 @@ def _check_replaceable(path: Path) -> None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     config = path / CONFIG_NAME
-    if not config.is_file() or _read_json(config).get("model_type") != LMFusionConfig.model_type:
+    if not config.is_file() or read_json(config).get("model_type") != LMFusionConfig.model_type:
         raise ValueError(f"{path} exists and holds no lmfusion model; give the path of a new or an empty folder")
 
 

@@ -15,7 +15,8 @@ from transformers.initialization import no_init_weights
 
 from lmfusion.conversion import EMBEDDING_NAME, BaseModel, load_base, names, vlm
 from lmfusion.modeling import LMFusion
-from lmfusion.serialization import base_tensors, differing, digests, from_base, saved_parts
+from lmfusion.saved_files import saved_parts
+from lmfusion.serialization import base_tensors, differing, digests, from_base
 
 PROMPTS = (
     "The capital of France is",

@@ -196,7 +196,7 @@ def _load(recipe: "RunConfig | None", configs: list["SourceConfig"]) -> list["So
 
 
 def _image_size(recipe: "RunConfig") -> int:
-    from lmfusion.serialization import read_config
+    from lmfusion.saved_files import read_config
     from lmfusion.training.config import resolve_path
 
     model = recipe.model

@@ -83,7 +83,7 @@ def read_without_weights(model: "ModelConfig") -> tuple["LMFusionConfig", "Codec
     from lmfusion.conversion import open_base
     from lmfusion.conversion.huggingface import read_tokenizer
     from lmfusion.image.codec import load_codec
-    from lmfusion.serialization import read_config
+    from lmfusion.saved_files import read_config
     from lmfusion.training.config import resolve_path
 
     if model.adapted is not None:

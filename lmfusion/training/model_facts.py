@@ -13,7 +13,7 @@ from lmfusion.configuration import LMFusionConfig
 from lmfusion.conversion import gguf, huggingface, vlm
 from lmfusion.conversion.architectures import check_supported
 from lmfusion.image.codec import CodecConfig
-from lmfusion.serialization import read_config
+from lmfusion.saved_files import read_config
 from lmfusion.training.config import ModelConfig, resolve_path
 from lmfusion.training.flops import products_of
 from lmfusion.vision import VisionEncoder

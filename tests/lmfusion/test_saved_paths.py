@@ -12,13 +12,13 @@ import torch
 from diffusers import AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
-from lmfusion import serialization
 from lmfusion.cli import main
 from lmfusion.config_values import from_values
 from lmfusion.conversion import open_base
 from lmfusion.evaluation import run as evaluation
 from lmfusion.evaluation.config import EvalConfig
 from lmfusion.modeling import LMFusion
+from lmfusion.saved_files import saved_parts
 from lmfusion.training.config import RunConfig
 from lmfusion.training.trainer import Trainer
 from lmfusion.verification import verify
@@ -303,4 +303,4 @@ def test_an_autoencoder_that_changed_since_it_was_loaded_is_not_saved(place):
 
 
 def test_saved_parts(place):
-    assert serialization.saved_parts("models/part") == "image" and serialization.saved_parts("models/whole") == "all"
+    assert saved_parts("models/part") == "image" and saved_parts("models/whole") == "all"
