@@ -207,8 +207,9 @@ def load(
             frozen |= found.tensors
         del found
     model = _assemble(cls, config, str(folder), frozen, read_tokenizer(folder), image)
-    _set_image_processor(model, read_image_processor(folder))
+    image_processor = read_image_processor(folder)
     with blaming(str(folder / CONFIG_NAME)):
+        _set_image_processor(model, image_processor)
         _check_image_fits(model)
     model.name_or_path = model.config.name_or_path = str(full_path(path))
     model.base = record

@@ -250,7 +250,8 @@ def load_checkpoint(
         for file, digest in pool.map(lambda file: (file, _sha256(file)), sorted(needed)):
             if digest != entries[file.name]["sha256"]:
                 raise _damaged(file, path)
-    state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    with naming(path / STATE):
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
     if path.name.startswith("step-") and path.name != checkpoint_path(path, state["step"]).name:
         raise ValueError(f"{path} holds step {state['step']}; give it that step's name again, or delete it")
     return parts, state
