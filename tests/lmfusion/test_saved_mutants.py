@@ -208,13 +208,13 @@ def test_a_model_saved_before_files_were_hashed_and_one_with_an_edited_template(
     LMFusion.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_weights_that_are_not_finite(saved, tmp_path, value, dtype):
     folder = shutil.copytree(saved / "image", tmp_path / "m")
     tensors = load_file(folder / "model.safetensors")
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    tensors["image.norm.weight"].fill_(3e38)  # finite, though not its sum in float32
+    tensors["image.norm.weight"].fill_(3e38)  # finite, though their sum is not
     save_file(tensors, folder / "model.safetensors")
     LMFusion.from_pretrained(folder)
     tensors["image.layers.1.mlp.up_proj.weight"][3, 2] = value
