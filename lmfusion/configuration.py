@@ -1,12 +1,13 @@
 """What is a model made of? The configuration of its base, and one dataclass each for image tower, codec, diffusion."""
 
+import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from lmfusion.chat_template import check_template_variables
-from lmfusion.config_values import from_values
+from lmfusion.config_values import from_values, shown
 from lmfusion.diffusion import DiffusionConfig
 from lmfusion.image.codec import CodecConfig
 from lmfusion.image.patch_coder import PatchCoderConfig
@@ -29,11 +30,11 @@ class ImageTowerConfig:
     def __post_init__(self) -> None:
         self.patch_coder = from_values(PatchCoderConfig, self.patch_coder, "image.patch_coder")
         if self.separation not in SEPARATIONS:
-            raise ValueError(f"image.separation is {self.separation!r}; it is one of {', '.join(SEPARATIONS)}")
+            raise ValueError(f"image.separation is {shown(self.separation)}; it is one of {', '.join(SEPARATIONS)}")
         for name in ("hidden_size", "intermediate_size"):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value <= 0):
-                raise ValueError(f"image.{name} is {value!r}; give a positive integer, or None for the text tower's")
+            if value is not None:
+                check_size(f"image.{name}", value)
 
 
 class LMFusionConfig(PreTrainedConfig):
@@ -66,6 +67,9 @@ class LMFusionConfig(PreTrainedConfig):
         super().__init__(**{"architectures": ["LMFusion"], **kwargs})
         if text_config is None:
             text_config = {"model_type": "llama"}
+        for section, values in (("text_config", text_config), ("vlm_config", vlm_config)):
+            if isinstance(values, dict):
+                check_limits(values, section)  # transformers makes lists of such lengths
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
         if isinstance(vlm_config, dict):
@@ -77,7 +81,7 @@ class LMFusionConfig(PreTrainedConfig):
         self.diffusion: DiffusionConfig = from_values(DiffusionConfig, diffusion, "diffusion")
         if chat_system_prompt is not None and not (isinstance(chat_system_prompt, str) and chat_system_prompt.strip()):
             raise ValueError(
-                f"chat_system_prompt is {chat_system_prompt!r}; give a text, or None for the template's own"
+                f"chat_system_prompt is {shown(chat_system_prompt)}; give a text, or None for the template's own"
             )
         self.chat_system_prompt = chat_system_prompt
         check_template_variables(template_variables or {})
@@ -132,6 +136,75 @@ _TRANSFORMERS_KEYS = {f.name for f in fields(PreTrainedConfig)} | {
     "num_labels",
     "output_attentions",
 }
+
+
+LIMITS = {"num_hidden_layers": 1000, "image_size": 65_536}
+"""What is larger is a mistake or an attack: it would take for ever to build."""
+MAX_SIZE = 2**24
+"""Of any other side of a weight."""
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+"""What the configuration of an LLM gives as whole numbers."""
+
+
+def check_size(name: str, value: Any, most: int = MAX_SIZE) -> None:
+    """Raise ValueError unless `value` is an integer from 1 to `most`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"{name} is {shown(value)}; it must be an integer from 1 to {most:,}")
+
+
+def check_limits(values: Any, name: str) -> None:
+    """Raise ValueError, naming it, for a size in nested `values` that is too large to build a model of."""
+    for key, value in values.items() if isinstance(values, dict) else ():
+        if isinstance(value, dict):
+            check_limits(value, f"{name}.{key}")
+        elif isinstance(value, (int, float)):
+            most = LIMITS.get(str(key), math.inf)
+            if str(key).endswith(("_size", "_heads", "_layers", "_dim")):
+                most = min(most, MAX_SIZE)
+            if not value <= most:
+                raise ValueError(f"{name}.{key} is {shown(value)}; it must be at most {most:,}")
+
+
+def check_numbers(config: PreTrainedConfig) -> None:
+    """Raise ValueError, naming it, for a number in the configuration of an LLM that cannot be right."""
+    for name in SIZES:
+        most = 2**62 if name == "max_position_embeddings" else LIMITS.get(name, MAX_SIZE)
+        if hasattr(config, name):
+            check_size(f"text_config.{name}", getattr(config, name), most)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    if heads % kv_heads:
+        raise ValueError(
+            f"text_config.num_attention_heads is {heads}, no multiple of num_key_value_heads, {kv_heads}; each of "
+            "these serves equally many"
+        )
+    head_dim = getattr(config, "head_dim", None)
+    if head_dim is None and config.hidden_size % heads:
+        raise ValueError(
+            f"text_config.hidden_size is {config.hidden_size}, no multiple of num_attention_heads, {heads}; give "
+            "head_dim, or a multiple"
+        )
+    head_dim = config.hidden_size // heads if head_dim is None else head_dim
+    check_size("text_config.head_dim", head_dim)
+    if head_dim % 2:
+        raise ValueError(f"text_config.head_dim is {head_dim}; it must be even, for RoPE rotates pairs")
+    _check_positive("text_config.rms_norm_eps", config.rms_norm_eps)
+    for name, value in (config.rope_parameters or {}).items():
+        # llama3 and yarn have more, all of them factors
+        if value is not None and not isinstance(value, (str, bool)):
+            _check_positive(f"text_config.rope_parameters.{name}", value)
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name} is {shown(value)}; it must be a positive number")
 
 
 def head_dim_of(config: PreTrainedConfig) -> int:

@@ -8,6 +8,9 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
+from lmfusion.config_values import shown
+
+MAX_TIMESTEPS = 100_000
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 
 # beta_start and beta_end are those of Ho et al. (linear) and of Stable Diffusion (scaled_linear); cosine has none
@@ -37,11 +40,16 @@ class DiffusionConfig:
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"unknown prediction_type {self.prediction_type!r}; known: {', '.join(PREDICTION_TYPES)}")
+            raise ValueError(
+                f"unknown prediction_type {shown(self.prediction_type)}; known: {', '.join(PREDICTION_TYPES)}"
+            )
         if self.schedule not in _SCHEDULES:
-            raise ValueError(f"unknown noise schedule {self.schedule!r}; known: {', '.join(_SCHEDULES)}")
-        if self.num_train_timesteps < 2:
-            raise ValueError(f"num_train_timesteps is {self.num_train_timesteps}; it must be at least 2")
+            raise ValueError(f"unknown noise schedule {shown(self.schedule)}; known: {', '.join(_SCHEDULES)}")
+        if not 2 <= self.num_train_timesteps <= MAX_TIMESTEPS:
+            raise ValueError(
+                f"num_train_timesteps is {self.num_train_timesteps}; it must be at least 2, and at most "
+                f"{MAX_TIMESTEPS:,}"
+            )
         if not (math.isfinite(self.loss_weight) and self.loss_weight >= 0):
             raise ValueError(f"loss_weight is {self.loss_weight}; it must be a finite number, 0 or more")
         if not 0 <= self.image_first_max_timestep < self.num_train_timesteps:

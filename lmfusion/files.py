@@ -1,34 +1,115 @@
-"""How are files written so that a crash, a full disk or a second process does no harm?"""
+"""How are files written so that a crash, a full disk, a symbolic link or a second process does no harm?"""
 
 import errno
 import fcntl
+import hashlib
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import BinaryIO
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 """What file systems that know no locks answer."""
+
+
+def full_path(path: str | Path) -> Path:
+    """`path` from the root, so that it means the same in every working directory. `~` is the home folder."""
+    return Path(path).expanduser().resolve()
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give system errors that name no file the name of `path`: a full disk, or a disk that fails while it is read."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def flush(path: Path) -> None:
     """Force a file, or the entries of a folder, onto the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
+def file_sha256(path: Path) -> str:
+    """Digest of the bytes of a file."""
+    with naming(path), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def replacing(path: Path, overwrite: bool = True, writer: str | None = None) -> Iterator[BinaryIO]:
+    """An open file whose content becomes that of `path` when the block ends without an error, also if the power fails.
+
+    Until then it lies in NAME.partial, which is always made anew: what somebody else put there, a symbolic link say, is
+    never written through. overwrite: whether `path`, and the NAME.partial of a killed process, may be replaced. writer:
+    a name of this thread's own, for files that several may write at the same time.
+
+    Raises FileExistsError where `overwrite` is False and either is there; other OSErrors with the name of a file.
+    """
+    partial = path.with_name(f"{path.name}.partial" if writer is None else f"{path.name}.{writer}.partial")
+    if overwrite:
+        partial.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with naming(path), open(os.open(partial, flags, 0o666), "wb") as file:
+        try:
+            # Who holds the partial file alone may look whether the name is free: nobody else can take it meanwhile
+            if not overwrite and path.exists():
+                raise FileExistsError(f"{path} is there already")
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            if not _is_named(file, partial):
+                raise OSError(f"{path} is being written by another process too; start one at a time")
+            os.replace(partial, path)
+        except BaseException:
+            if _is_named(file, partial):
+                partial.unlink(missing_ok=True)
+            raise
+    flush(path.parent)
+
+
+def _is_named(file: BinaryIO, path: Path) -> bool:
+    """Whether `path` is the open file, and no other that has taken its name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
 def replace_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all, also where the power fails."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    flush(partial)
-    os.replace(partial, path)
-    flush(path.parent)
+    with replacing(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def check_no_link(folder: Path) -> None:
+    """Raise OSError where `folder`, which is to be written or deleted, is a symbolic link into some other folder."""
+    if folder.is_symlink():
+        raise OSError(f"{folder} is a symbolic link, and nothing is written through it; delete the link")
+
+
+def new_folder(path: Path) -> None:
+    """Make an empty folder; one that a killed process left there is deleted. Raises OSError for a symbolic link."""
+    check_no_link(path)
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+
+
+def locked_if_there(folder: Path, rank: int = 0) -> AbstractContextManager[None]:
+    """As `locked`, for one who reads what another run may be writing; a folder that is not there needs no lock."""
+    return locked(folder, rank) if folder.is_dir() else nullcontext()
 
 
 @contextmanager
@@ -41,20 +122,23 @@ def locked(folder: Path, rank: int = 0) -> Iterator[None]:
     if rank:
         yield
         return
-    with open(folder / ".lock", "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "unknown"
-            raise OSError(
-                f"another process is at work in {folder} ({holder}); wait for it, or set output elsewhere"
-            ) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            print(f"{folder} cannot be locked ({error.strerror}): see to it that one run uses it", file=sys.stderr)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+    path = folder / ".lock"
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(path, flags, 0o666), "a+", encoding="utf-8") as file:
+        with naming(path):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "unknown"
+                raise OSError(
+                    f"another process is at work in {folder} ({holder}); wait for it, or set output elsewhere"
+                ) from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                print(f"{folder} cannot be locked ({error.strerror}): see to it that one run uses it", file=sys.stderr)
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
         yield

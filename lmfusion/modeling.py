@@ -15,7 +15,7 @@ from transformers.utils import ModelOutput
 import lmfusion_kernels as lk
 from lmfusion import generation, serialization
 from lmfusion.batch import IGNORED, Batch
-from lmfusion.configuration import ImageTowerConfig, LMFusionConfig
+from lmfusion.configuration import ImageTowerConfig, LMFusionConfig, check_numbers
 from lmfusion.conversion import load_base
 from lmfusion.conversion.architectures import check_supported, sliding_window
 from lmfusion.diffusion import Diffusion, DiffusionConfig
@@ -25,7 +25,7 @@ from lmfusion.image.patch_coder import Skip
 from lmfusion.image.preprocessing import ImageSource
 from lmfusion.model_card import TrainingRecord
 from lmfusion.pretrained import LoadingOptions, PretrainedHabits
-from lmfusion.serialization import BaseRecord
+from lmfusion.saved_files import BaseRecord
 from lmfusion.towers import ImageTower, TextTower
 from lmfusion.vision import VisionEncoder
 
@@ -73,6 +73,7 @@ class LMFusion(PretrainedHabits):
         """A model with random weights. codec: one that is already loaded; None loads the one `config` names."""
         super().__init__(config)
         check_supported(config.text_config, "text_config")
+        check_numbers(config.text_config)
         with torch.device("cpu"):  # also while the towers are being built on the meta device
             self.codec = load_codec(config.codec) if codec is None else codec
             self.diffusion = Diffusion(config.diffusion)
@@ -135,19 +136,25 @@ class LMFusion(PretrainedHabits):
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
-        cls, path: str | Path, base: str | Path | None = None, dtype: torch.dtype | str | None = None, **kwargs: Any
+        cls,
+        path: str | Path,
+        base: str | Path | None = None,
+        dtype: torch.dtype | str | None = None,
+        codec_path: str | Path | None = None,
+        **kwargs: Any,
     ) -> "LMFusion":
         """The model saved in the folder `path`.
 
-        base: where its base LLM is now, if it was saved without the text tower and the LLM is not where it was. It
-        must be the same LLM: every tensor's sha256 is compared. dtype: of the weights; None keeps them as they were
-        saved. kwargs: those of transformers that apply here, see `lmfusion.pretrained.LoadingOptions`; device_map names
-        the one device that the model is put on.
+        base: where its base LLM is now, if it is not where it was. It must be the same LLM: every tensor's sha256 is
+        compared. codec_path: where the folder of its autoencoder is now, if it has moved; the sha256 of its weights is
+        compared. Both places are kept when the model is saved again. dtype: of the weights; None keeps them as they
+        were saved. kwargs: those of transformers that apply here, see `lmfusion.pretrained.LoadingOptions`; device_map
+        names the one device that the model is put on.
 
         Raises FileNotFoundError when a file or the base is missing, ValueError when one is damaged or differs.
         """
         options = LoadingOptions.of(dtype, kwargs)
-        model = serialization.load(cls, Path(path), base, options.dtype)
+        model = serialization.load(cls, Path(path), base, options.dtype, codec_path)
         if options.adapter is not None:
             model.load_adapter(options.adapter)
         return model if options.device is None else model.to(options.device)  # type: ignore[arg-type]
@@ -155,11 +162,12 @@ class LMFusion(PretrainedHabits):
     def save_pretrained(self, path: str | Path, parts: str = "image") -> None:  # type: ignore[override]
         """Save into the folder `path`: config.json, base.json, safetensors, tokenizer and a model card.
 
-        parts: "image" (all that was trained; the base LLM is loaded from where it is, and checked) or "all".
+        parts: "image" (all that was trained; the base LLM and an autoencoder are loaded from where they are, and
+        checked) or "all". An autoencoder that lies in `path` itself stays there.
 
         A model already saved there is kept until the new one is complete, and what was changed in its model card
         stays. Raises ValueError for a folder that holds something else, for a model with peft's adapters on it, or for
-        parts="image" after training the text tower; OSError when writing fails.
+        parts="image" after training the text tower or where the base LLM is gone; OSError when writing fails.
         """
         serialization.save(self, Path(path), parts)
 

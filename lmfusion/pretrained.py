@@ -114,7 +114,8 @@ class LoadingOptions:
         unknown = [name for name, value in others.items() if value and name not in known]
         if unknown:
             raise ValueError(
-                f"unknown argument {unknown[0]!r}; LMFusion.from_pretrained takes path, base, dtype and device_map"
+                f"unknown argument {unknown[0]!r}; LMFusion.from_pretrained takes path, base, dtype, codec_path and "
+                "device_map"
             )
         dtype = others.get("torch_dtype") if dtype is None else dtype
         if isinstance(dtype, str):

@@ -3,23 +3,23 @@
 A saved model is a folder:
 
     config.json          configuration of the base (an LLM, or a VLM around one), image tower, codec and diffusion
-    base.json            which parts are saved; where the base was, its dtype, and the sha256 of each of its tensors
+    base.json            which parts are saved; where the base was, its dtype, and the sha256 of each of its tensors;
+                         the sha256 of the tokenizer's files
     training.json        what the image tower was trained with, if that is known
     model.safetensors    tensors under `image.`, and under `text.` and a VLM's `vision.` if all parts are saved (in
                          shards above 4 GB)
     README.md            a model card, see `lmfusion.model_card`
-    codec/               if all parts are saved: the autoencoder, if there is one
+    codec/               the autoencoder, if there is one and all parts are saved, or it was in the folder before
     tokenizer files      as transformers writes them, and the configuration of a VLM's image processor
 """
 
 import copy
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,57 +29,52 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
-from lmfusion.config_values import from_values
+from lmfusion.config_values import cut, shown
 from lmfusion.configuration import ImageTowerConfig, LMFusionConfig
 from lmfusion.conversion import EMBEDDING_NAME, BaseModel, load_base, names
-from lmfusion.conversion.huggingface import read_safetensors, without_code
+from lmfusion.conversion.huggingface import read_safetensors
 from lmfusion.conversion.tokenizer import check_tokenizer, read_tokenizer
-from lmfusion.conversion.vlm import read_image_processor
+from lmfusion.conversion.vlm import PROCESSOR_FILES, read_image_processor
 from lmfusion.diffusion import DiffusionConfig
-from lmfusion.files import flush
-from lmfusion.image.codec import WEIGHTS_NAME, CodecConfig, load_codec
+from lmfusion.files import file_sha256, full_path
+from lmfusion.folders import current_folder, replace_folder
+from lmfusion.image.codec import WEIGHTS_NAME, Codec, CodecConfig, load_codec
 from lmfusion.image.patch_coder import build_patch_coder
-from lmfusion.model_card import CARD_NAME, TrainingRecord, model_card
+from lmfusion.model_card import CARD_NAME, model_card
+from lmfusion.saved_files import (
+    BASE_NAME,
+    CODEC_NAME,
+    CONFIG_NAME,
+    HASHED_FILES,
+    PARTS,
+    TRAINING_NAME,
+    BaseRecord,
+    Origin,
+    blaming,
+    check_files,
+    check_values,
+    read_config,
+    read_json,
+    read_training,
+)
 from lmfusion.vision import VisionEncoder
 from lmfusion_kernels.lora import is_adapted
 
 if TYPE_CHECKING:
     from lmfusion.modeling import LMFusion
 
-CONFIG_NAME = "config.json"
-BASE_NAME = "base.json"
-CODEC_NAME = "codec"
-TRAINING_NAME = "training.json"
-PARTS = ("image", "all")
 MAX_SHARD_BYTES = 4 * 10**9
-
-
-@dataclass
-class BaseRecord:
-    """The base LLM or VLM a model was made from."""
-
-    name: str
-    """Absolute path, or name on the hub."""
-    dtype: str
-    """In which its tensors were hashed, such as "float32"."""
-    sha256: dict[str, str]
-    """Of each frozen tensor: text by the name a Llama checkpoint gives it, a VLM's others by file name."""
-    may_differ: bool = False
-    """Whether the text tower has been trainable since, so that its tensors may no longer be the base's."""
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return getattr(torch, self.dtype)
-
-    @property
-    def digest(self) -> str:
-        """One sha256 for all tensors."""
-        return digest_of(self.sha256)
-
-
-def digest_of(sha256: Mapping[str, str]) -> str:
-    """One sha256 for the tensors that have these."""
-    return hashlib.sha256(json.dumps(sha256, sort_keys=True).encode()).hexdigest()
+OWN_FILES = (
+    CONFIG_NAME,
+    BASE_NAME,
+    TRAINING_NAME,
+    *HASHED_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    *PROCESSOR_FILES,
+)
+"""Files that belong to a saved model, beside its tensors: those of an older model do not outlive it."""
 
 
 def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -119,7 +114,7 @@ def from_base(
     """See `LMFusion.from_llm` and `from_vlm`. Empties `base.tensors`."""
     config = LMFusionConfig(base.config, image, codec, diffusion, vlm_config=base.vlm_config)
     if config.codec.path is not None:
-        config.codec = replace(config.codec, path=str(Path(config.codec.path).resolve()))
+        config.codec = replace(config.codec, path=str(full_path(config.codec.path)))
     sha256 = digests(base.tensors)
     model = _assemble(cls, config, base.name, base.tensors, base.read_tokenizer(), seed=seed)
     _set_image_processor(model, base.read_image_processor())
@@ -160,9 +155,7 @@ def _assemble(
             seeing = VisionEncoder(config.vlm_config, "meta").state_dict(prefix="vision.")
             names.check_tensors(_under("vision.", frozen), seeing, name)
         codec = load_codec(config.codec)
-        with torch.device("meta"), no_init_weights():
-            model = cls(config, codec)
-        expected = names.split(model.state_dict(), config.text_config)
+        model, expected = _build(cls, config, codec, name)
         names.check_tensors(frozen, _under("text.", expected) | _under("vision.", expected), name)
         dtype = frozen[EMBEDDING_NAME].dtype
         model.load_state_dict(names.stack(frozen), strict=False, assign=True)
@@ -174,7 +167,7 @@ def _assemble(
             tower.patch_coder.to(dtype)
             tower.initialize(model.text)
         else:
-            names.check_tensors(image, _under("image.", expected), "the saved model")
+            names.check_tensors(image, _under("image.", expected), name)
             model.load_state_dict(names.stack(image), strict=False, assign=True)
     assert not any(parameter.is_meta for parameter in model.parameters())
     if tokenizer is not None:
@@ -184,50 +177,51 @@ def _assemble(
     return model.eval()
 
 
+def _build(
+    cls: type["LMFusion"], config: LMFusionConfig, codec: Codec, name: str
+) -> tuple["LMFusion", dict[str, Tensor]]:
+    """A model without memory for its tensors, and these tensors by file name."""
+    with blaming(name), torch.device("meta"), no_init_weights():
+        model = cls(config, codec)
+        return model, names.split(model.state_dict(), config.text_config)
+
+
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def read_config(path: Path) -> tuple[Path, LMFusionConfig]:
-    """Where the model saved at `path` lies, and its configuration. Raises what `LMFusion.from_pretrained` raises."""
-    folder = path if path.exists() else _previous(path)
-    if not (folder / CONFIG_NAME).is_file():
-        raise FileNotFoundError(f"no saved model at {path}: it holds no {CONFIG_NAME}; `lmfusion adapt` makes one")
-    settings = _read_json(folder / CONFIG_NAME)
-    if settings.get("model_type") != LMFusionConfig.model_type:
-        raise ValueError(
-            f"{path} holds a model of type {settings.get('model_type')!r}, not 'lmfusion'; make a model of an LLM with "
-            "LMFusion.from_llm or `lmfusion adapt`"
-        )
-    settings = without_code(settings)
-    config = LMFusionConfig(**{key: value for key, value in settings.items() if key != "model_type"})
-    if config.codec.path is not None:  # relative: saved along with the model
-        config.codec.path = str(folder / config.codec.path)
-    return folder, config
-
-
 def load(
-    cls: type["LMFusion"], path: Path, base: str | Path | None = None, dtype: torch.dtype | None = None
+    cls: type["LMFusion"],
+    path: Path,
+    base: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    codec_path: str | Path | None = None,
 ) -> "LMFusion":
     """See `LMFusion.from_pretrained`."""
-    folder, config = read_config(path)
-    saved = _read_json(folder / BASE_NAME)
-    parts, base_fields = saved.get("parts"), saved.get("base")
-    if parts not in PARTS or (parts == "image" and base_fields is None):
-        raise ValueError(f"{folder / BASE_NAME} is damaged: it tells neither base LLM nor parts; copy it again")
-    record = None if base_fields is None else from_values(BaseRecord, base_fields, "base")
+    folder, config = read_config(path, codec_path)
+    origin = Origin.read(folder)
+    check_files(folder, origin.files)
     tensors = read_safetensors(folder)
+    check_values(folder, tensors)
     frozen = _under("text.", tensors) | _under("vision.", tensors)
     image = {name: tensor for name, tensor in tensors.items() if name not in frozen}
-    if parts == "image":
-        assert record is not None
-        frozen |= _load_recorded_base(record, base)
+    record = origin.base
+    if record is not None and (origin.parts == "image" or base is not None):
+        found = _load_recorded_base(record, base)
+        if base is not None:
+            record.name = found.name
+        if origin.parts == "image":
+            frozen |= found.tensors
+        del found
     model = _assemble(cls, config, str(folder), frozen, read_tokenizer(folder), image)
-    _set_image_processor(model, read_image_processor(folder))
-    model.name_or_path = model.config.name_or_path = str(path)
+    image_processor = read_image_processor(folder)
+    with blaming(str(folder / CONFIG_NAME)):
+        _set_image_processor(model, image_processor)
+        _check_image_fits(model)
+    model.name_or_path = model.config.name_or_path = str(full_path(path))
     model.base = record
     if (folder / TRAINING_NAME).exists():
-        model.trained = from_values(TrainingRecord, _read_json(folder / TRAINING_NAME), TRAINING_NAME)
+        model.trained = read_training(folder / TRAINING_NAME)
     if dtype is not None:
         for part in (model.text, model.image, model.vision):
             if part is not None:
@@ -235,15 +229,15 @@ def load(
     return model
 
 
-def _load_recorded_base(record: BaseRecord, base: str | Path | None) -> dict[str, Tensor]:
-    """The tensors of the base, after comparing every digest."""
+def _load_recorded_base(record: BaseRecord, base: str | Path | None) -> BaseModel:
+    """The base, after comparing every digest."""
     path = record.name if base is None else base
     try:
         found = load_base(path, record.torch_dtype)
-    except FileNotFoundError as error:
+    except OSError as error:
         raise FileNotFoundError(
-            f"the model was saved without its base LLM, which is not at {str(path)!r} any more; give its place with "
-            f"base= ({error})"
+            f"the base LLM of this model is not at {shown(str(path))} any more; give its place with base= "
+            f"({cut(str(error))})"
         ) from error
     changed = differing(record.sha256, digests(found.tensors))
     if changed:
@@ -251,24 +245,12 @@ def _load_recorded_base(record: BaseRecord, base: str | Path | None) -> dict[str
             f"the base LLM at {path} is not the one this model was made from: {len(changed)} of {len(record.sha256)} "
             f"tensors differ, first {changed[0]!r}; give the place of the original with base="
         )
-    return found.tensors
+    return found
 
 
 def differing(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
     """Names whose digests differ or that only one side has, in order."""
     return [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; copy the whole folder of the model again")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; copy it again from its source") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object; copy it again from its source")
-    return value
 
 
 def save(model: "LMFusion", path: Path, parts: str = "image") -> None:
@@ -282,19 +264,27 @@ def save(model: "LMFusion", path: Path, parts: str = "image") -> None:
             )
         if model.base.may_differ:
             raise ValueError("the text tower has been trainable, so it is no longer the base LLM; use parts='all'")
+        if not is_base_there(model):
+            raise ValueError(
+                f"the base LLM is not at {model.base.name} any more, and the image part cannot be loaded without it; "
+                "load the model with base= and the place where it is now, or use parts='all'"
+            )
     _check_not_adapted(model)
-    path = path.resolve()
-    _check_replaceable(path)
-    card = path / CARD_NAME
+    path = full_path(path)
+    there = current_folder(path)
+    _check_replaceable(there)
+    card = there / CARD_NAME
     # What is no UTF-8, and how lines end, is somebody's matter too
     previous = card.read_bytes().decode("utf-8", errors="surrogateescape") if card.is_file() else None
-    _replace(path, lambda folder: _write(model, folder, parts, previous))
+    codec = model.config.codec.path
+    with_codec = codec is not None and (parts == "all" or Path(codec).is_relative_to(there))
+    _replace(path, lambda folder: _write(model, folder, parts, with_codec, previous))
 
 
 def save_text(model: "LMFusion", path: Path) -> None:
     """See `LMFusion.save_text`."""
     _check_not_adapted(model)
-    path = path.resolve()
+    path = full_path(path)
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(f"{path} exists; give the path of a new or an empty folder")
     _replace(path, lambda folder: _write_text(model, folder))
@@ -309,58 +299,71 @@ def _check_not_adapted(model: "LMFusion") -> None:
         )
 
 
+def is_base_there(model: "LMFusion") -> bool:
+    """Whether the base LLM is where the model was made from. Names on the hub are taken for granted."""
+    return model.base is not None and (not Path(model.base.name).is_absolute() or Path(model.base.name).exists())
+
+
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a new folder, flush it to the disk, and only then put it in the place of `path`."""
+    """Let `write` fill a new folder, and only when that is complete and on the disk, put it in the place of `path`."""
+
+    def write_all(folder: Path) -> None:
+        write(folder)
+        mode = (folder / CONFIG_NAME).stat().st_mode
+        for file in folder.glob("*.safetensors"):
+            file.chmod(mode)  # safetensors makes them private
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        new = path.with_name(f".{path.name}.saving-{os.getpid()}")
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir()
-        try:
-            write(new)
-            mode = (new / CONFIG_NAME).stat().st_mode
-            for file in new.glob("*.safetensors"):
-                file.chmod(mode)  # safetensors makes them private
-            for file in (*new.rglob("*"), new):
-                flush(file)
-            _swap(new, path)
-        finally:
-            shutil.rmtree(new, ignore_errors=True)
+        replace_folder(path, write_all, is_stale=_is_own)
     except (OSError, SafetensorError) as error:
         kept = "; what was saved there before is untouched" if path.exists() else ""
         raise OSError(f"could not save the model to {path}: {error}{kept}") from error
+
+
+def _is_own(name: str) -> bool:
+    """Whether a file in a model's folder is one of the model."""
+    return name in OWN_FILES or (name.startswith("model") and ".safetensors" in name)
 
 
 def _check_replaceable(path: Path) -> None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     config = path / CONFIG_NAME
-    if not config.is_file() or _read_json(config).get("model_type") != LMFusionConfig.model_type:
+    if not config.is_file() or read_json(config).get("model_type") != LMFusionConfig.model_type:
         raise ValueError(f"{path} exists and holds no lmfusion model; give the path of a new or an empty folder")
 
 
-def _write(model: "LMFusion", folder: Path, parts: str, previous_card: str | None) -> None:
+def _write(model: "LMFusion", folder: Path, parts: str, with_codec: bool, previous_card: str | None) -> None:
     """Everything into the empty `folder`."""
     config = copy.deepcopy(model.config)
-    if parts == "all" and config.codec.path is not None:
-        for name in ("config.json", WEIGHTS_NAME):
-            (folder / CODEC_NAME).mkdir(exist_ok=True)
-            shutil.copyfile(Path(config.codec.path) / name, folder / CODEC_NAME / name)
+    if with_codec:
+        _copy_codec(config.codec, folder / CODEC_NAME)
         config.codec.path = CODEC_NAME
     (folder / CONFIG_NAME).write_text(config.to_json_string(), encoding="utf-8")
-    origin = {"parts": parts, "base": None if model.base is None else asdict(model.base)}
-    (folder / BASE_NAME).write_text(json.dumps(origin, indent=1), encoding="utf-8")
     if model.trained is not None:
         (folder / TRAINING_NAME).write_text(json.dumps(asdict(model.trained), indent=1), encoding="utf-8")
     card = model_card(model, parts, previous_card)
     if card is not None:
         (folder / CARD_NAME).write_bytes(card.encode("utf-8", errors="surrogateescape"))
     _write_tokenizer(model, folder)
+    files = {name: file_sha256(folder / name) for name in HASHED_FILES if (folder / name).is_file()}
+    origin = Origin(parts, model.base, files)
+    (folder / BASE_NAME).write_text(json.dumps(asdict(origin), indent=1), encoding="utf-8")
     _write_image_processor(model, folder)
     tensors = _file_tensors(model, "image.")
     if parts == "all":
         tensors |= base_tensors(model)
     _write_tensors(tensors, folder)
+
+
+def _copy_codec(codec: CodecConfig, folder: Path) -> None:
+    """The files of the autoencoder into the new `folder`, as they were when the model was loaded."""
+    assert codec.path is not None
+    folder.mkdir()
+    for name in ("config.json", WEIGHTS_NAME):
+        shutil.copyfile(Path(codec.path) / name, folder / name)
+    if file_sha256(folder / WEIGHTS_NAME) != codec.sha256:
+        raise OSError(f"the autoencoder in {codec.path} has changed since the model was loaded; put it back")
 
 
 def _write_text(model: "LMFusion", folder: Path) -> None:
@@ -409,31 +412,3 @@ def _write_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
         weight_map.update(dict.fromkeys(shard, file_name))
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
-
-
-def _previous(path: Path) -> Path:
-    """Where the old model lies between the two renames of `_swap`; it stays there if the process dies just then."""
-    return path.with_name(f".{path.name}.previous")
-
-
-def _swap(new: Path, path: Path) -> None:
-    """Put the complete folder `new` in the place of `path`, and keep files there that are none of a model's."""
-    previous = _previous(path)
-    if not path.exists():
-        os.rename(new, path)
-        flush(path.parent)
-    else:
-        shutil.rmtree(previous, ignore_errors=True)
-        os.rename(path, previous)
-        try:
-            os.rename(new, path)
-        except OSError:
-            os.rename(previous, path)
-            raise
-        flush(path.parent)
-    if previous.exists():
-        for file in previous.iterdir():
-            is_stale = file.name == TRAINING_NAME or (file.name.startswith("model") and ".safetensors" in file.name)
-            if not is_stale and not (path / file.name).exists():
-                os.rename(file, path / file.name)
-        shutil.rmtree(previous)

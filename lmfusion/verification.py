@@ -20,6 +20,7 @@ from transformers.utils import logging
 from lmfusion.conversion import EMBEDDING_NAME, BaseModel, load_base, names
 from lmfusion.conversion.huggingface import CONFIG_NAME, build_config, read_settings
 from lmfusion.modeling import LMFusion
+from lmfusion.saved_files import saved_parts
 from lmfusion.serialization import base_tensors, differing, digests, from_base
 
 PROMPTS = (
@@ -88,13 +89,17 @@ class Verification:
         return "\n".join(lines)
 
 
-def verify(model: LMFusion | str | Path, base: str | Path | None = None) -> Verification:
+def verify(
+    model: LMFusion | str | Path, base: str | Path | None = None, codec_path: str | Path | None = None
+) -> Verification:
     """Compare what is frozen of `model` (or of the model saved at that path) with its base, an LLM or a VLM.
 
-    base: where the base is; None: where the model was made from. Raises FileNotFoundError when it is not there.
+    base: where the base is; None: where the model was made from. codec_path: where the autoencoder of a saved model is
+    now, if it has moved. Raises FileNotFoundError when one is not there.
     """
     if not isinstance(model, LMFusion):
-        model = LMFusion.from_pretrained(model, base=base)
+        needs_base = saved_parts(model) == "image"  # a whole model is compared with any base
+        model = LMFusion.from_pretrained(model, base=base if needs_base else None, codec_path=codec_path)
     if model.base is None:
         raise ValueError("this model was made without a base LLM, so there is nothing to compare it with")
     found = load_base(model.base.name if base is None else base, model.base.torch_dtype)

@@ -164,9 +164,9 @@ BREAKAGES = (
     Breakage(
         "9 nothing is overwritten before its successor is complete: the old model is deleted first",
         "tests/lmfusion/test_serialization.py::test_a_full_disk_keeps_the_old_model",
-        "lmfusion/serialization.py",
-        "        new.mkdir()\n",
-        "        shutil.rmtree(path, ignore_errors=True)\n        new.mkdir()\n",
+        "lmfusion/folders.py",
+        "    new_folder(new)\n",
+        "    shutil.rmtree(path, ignore_errors=True)\n    new_folder(new)\n",
     ),
 )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lmfusion.config_values import check_least, from_values
+from lmfusion.config_values import check_least, from_values, shown
 from lmfusion.data.shapes import NUM_SAMPLES
 from lmfusion.evaluation.drawing import image_options
 from lmfusion.training.config import RunConfig
@@ -83,9 +83,9 @@ class OrderingConfig:
     """Variants whose value is worse than before their first step."""
 
     def __post_init__(self) -> None:
-        name = f"the ordering {self.claim!r}"
+        name = f"the ordering {shown(self.claim)}"
         if self.metric not in METRICS:
-            raise ValueError(f"{name} has the metric {self.metric!r}; it is one of {', '.join(METRICS)}")
+            raise ValueError(f"{name} has the metric {shown(self.metric)}; it is one of {', '.join(METRICS)}")
         given = [key for key in ("order", "keeps", "loses") if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(f"{name} gives {' and '.join(given) or 'nothing'}; give one of order, keeps and loses")
@@ -122,11 +122,12 @@ class AblationConfig:
     """Of the plot and the table."""
 
     def __post_init__(self) -> None:
+        self.output = str(Path(self.output).expanduser())
         if not self.variants:
             raise ValueError("variants is empty; name at least one, as {deep: {model.image.separation: deep}}")
         for name in self.variants:
             if not isinstance(name, str) or not name or Path(name).name != name or name.startswith("."):
-                raise ValueError(f"variants has the name {name!r}, which is to be the name of a folder")
+                raise ValueError(f"variants has the name {shown(name)}, which is to be the name of a folder")
         runs = self.runs()
         for ordering in self.orderings:
             missing = [name for name in ordering.variants if name not in self.variants]

@@ -80,15 +80,16 @@ class MeasuredTrainer(Trainer):
             render(Scene(()), self.model.codec.config.image_size)  # complain of too small images now, not at the end
 
     def run(self, max_steps: int | None = None) -> bool:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lines.resume(self.step if self.step else -1)
         try:
-            if not self.step:
-                self.model.eval()
-                self._write(self._measurer.text(self.model, self.folder))
             return super().run(max_steps)
         finally:
             self._lines.close()
+
+    def _before_steps(self) -> None:
+        self._lines.resume(self.step if self.step else -1)
+        if not self.step:
+            self.model.eval()
+            self._write(self._measurer.text(self.model, self.folder))
 
     def _validate(self, validation: Validation) -> None:
         super()._validate(validation)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from lmfusion.ablation.config import AblationConfig
 from lmfusion.ablation.curves import read_curve
@@ -23,6 +22,7 @@ from lmfusion.config_values import to_values
 from lmfusion.evaluation.identity import commit, versions
 from lmfusion.files import locked, replace_text
 from lmfusion.training.config import RunConfig
+from lmfusion.yaml_files import read_yaml
 
 RESULT = "result.json"
 """In the folder of a finished variant."""
@@ -152,7 +152,7 @@ def check_unchanged(name: str, run: RunConfig) -> None:
     """Raises ValueError where a variant was begun with other settings."""
     path = Path(run.output) / "config.yaml"  # which a run writes as it begins
     if path.is_file():
-        saved = yaml.safe_load(path.read_text(encoding="utf-8"))
+        saved = read_yaml(path.read_text(encoding="utf-8"))
         _raise_changes(f"variants.{name}", saved, to_values(run), path.parent)
 
 

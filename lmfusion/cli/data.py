@@ -95,6 +95,7 @@ def _show(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["S
 
     from lmfusion.data.inspect import contact_sheet
     from lmfusion.data.unused import report_unused
+    from lmfusion.files import replacing
 
     sources = _load(recipe, configs)
     for config, source in zip(configs, sources, strict=True):
@@ -110,9 +111,8 @@ def _show(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["S
         whole.paste(sheet, (0, top))
         top += sheet.height
     path = Path(args.output)
-    partial = path.with_name(f"{path.name}.partial")
-    whole.save(partial, format="PNG")
-    partial.replace(path)
+    with replacing(path) as file:
+        whole.save(file, format="PNG")
     print(path)
     return 0
 
@@ -209,7 +209,7 @@ def _load(recipe: "RunConfig | None", configs: list["SourceConfig"]) -> list["So
 
 
 def _image_size(recipe: "RunConfig") -> int:
-    from lmfusion.serialization import read_config
+    from lmfusion.saved_files import read_config
     from lmfusion.training.config import resolve_path
 
     model = recipe.model

@@ -16,7 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lmfusion.cli.loading import DTYPES, load_model
+from lmfusion.cli.loading import add_loading_options, load_model
 
 MAX_BATCH = 8
 """Answers made at a time on the page: it decides how large the key-value cache is."""
@@ -44,11 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="name by which browsers may call the page, besides localhost and IP addresses; may be repeated",
     )
-    page.add_argument("--base", help="where the base LLM is now, if it has moved since the model was saved")
-    page.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one"
-    )
-    page.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as they were saved")
+    add_loading_options(page)
 
     chain = parser.add_argument_group("the demo's own model")
     chain.add_argument("--output", default="runs/demo", metavar="DIR", help="where it is (default: runs/demo)")

@@ -14,19 +14,35 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_loading_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL, --base, --device and --dtype."""
+    """MODEL, --base, --codec-path, --device and --dtype."""
     parser.add_argument(
         "model", metavar="MODEL", help="folder of a model saved by `lmfusion adapt` or `lmfusion train`"
     )
-    parser.add_argument("--base", help="where the base LLM is now, if it has moved since the model was saved")
+    add_loading_options(parser)
+
+
+def add_loading_options(parser: "argparse._ActionsContainer") -> None:
+    """--base, --codec-path, --device and --dtype."""
+    add_places(parser)
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one"
     )
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as they were saved")
 
 
+def add_places(parser: "argparse._ActionsContainer") -> None:
+    """--base and --codec-path."""
+    parser.add_argument(
+        "--base",
+        help="the base LLM, if it has moved since the model was saved: folder, GGUF file, or name on the hub",
+    )
+    parser.add_argument(
+        "--codec-path", metavar="FOLDER", help="folder of the autoencoder, if it has moved since the model was saved"
+    )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """MODEL, --base, --device, --dtype, --batch-size and --seed."""
+    """MODEL, --base, --codec-path, --device, --dtype, --batch-size and --seed."""
     add_loading_arguments(parser)
     parser.add_argument(
         "--batch-size", type=int, default=8, help="how many at a time; changes speed and memory only (default: 8)"
@@ -54,7 +70,7 @@ def load_model(args: argparse.Namespace) -> "LMFusion":
     from lmfusion.modeling import LMFusion
 
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
-    model = LMFusion.from_pretrained(args.model, base=args.base, dtype=dtype)
+    model = LMFusion.from_pretrained(args.model, base=args.base, dtype=dtype, codec_path=args.codec_path)
     return model.to(device)  # type: ignore[arg-type]
 
 
@@ -67,11 +83,11 @@ def read_without_weights(model: "ModelConfig") -> tuple["LMFusionConfig", "Codec
     from lmfusion.conversion import open_base
     from lmfusion.conversion.tokenizer import checked, read_tokenizer
     from lmfusion.image.codec import load_codec
-    from lmfusion.serialization import read_config
+    from lmfusion.saved_files import read_config
     from lmfusion.training.config import resolve_path
 
     if model.adapted is not None:
-        folder, config = read_config(Path(resolve_path(model.adapted)))
+        folder, config = read_config(Path(resolve_path(model.adapted)), model.codec_path)
         tokenizer = checked(lambda: read_tokenizer(folder), config.text_config.vocab_size, str(folder))()
     else:
         assert model.base is not None

@@ -7,20 +7,19 @@ model cannot be put together: without its text tower it is not loaded onto anoth
 
 import argparse
 
+from lmfusion.cli.loading import add_places
+
 HELP = "check that the text side of a model is still its base LLM, bit for bit"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="folder of a saved model")
-    parser.add_argument(
-        "--base",
-        help="the base LLM: Hugging Face folder, GGUF file, or name on the hub; default: the one it was made from",
-    )
+    add_places(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from lmfusion.verification import verify
 
-    verification = verify(args.path, args.base)
+    verification = verify(args.path, args.base, args.codec_path)
     print(verification.table())
     return 0 if verification.text_identical else 1

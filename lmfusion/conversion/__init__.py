@@ -100,7 +100,7 @@ def open_base(path: str | Path) -> OpenedBase:
     Path, name and errors are those of `load_base`.
     """
     location = Path(path).expanduser()
-    name = str(location.resolve()) if location.exists() else str(path)
+    name = str(_without_links(location)) if location.exists() else str(path)
     if not location.exists():
         location = download(str(path))
     vlm_config = None
@@ -123,3 +123,8 @@ def open_base(path: str | Path) -> OpenedBase:
         lambda: None if vlm_config is None else vlm.read_image_processor(location),
         location,
     )
+
+
+def _without_links(path: Path) -> Path:
+    """`path` from the root. A file keeps its own name, for the target of a link may be named without .gguf."""
+    return path.parent.resolve() / path.name if path.is_file() else path.resolve()

@@ -251,6 +251,7 @@ def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor], damaged:
     path = folder / shard_name(number)
     partial = path.with_suffix(".partial")
     try:
+        partial.unlink(missing_ok=True)  # it may be a symbolic link, which some versions of safetensors write through
         save_file(tensors, partial)
         partial.chmod((folder / ".lock").stat().st_mode)  # safetensors makes files private
         flush(partial)

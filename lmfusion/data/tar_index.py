@@ -24,6 +24,7 @@ import numpy as np
 
 from lmfusion.data.tar_samples import Record
 from lmfusion.data.unused import Unused
+from lmfusion.files import replacing
 
 FORMAT = 2
 MAX_HEADER_BYTES = 1024 * 1024
@@ -76,13 +77,12 @@ def save_index(path: Path, made_of: Mapping[str, Any], summary: Summary, arrays:
     }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # arrays lie at multiples of their items' size
-    partial = path.with_name(f"{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    data = hashlib.sha256(text).digest() + len(text).to_bytes(8, "little") + text + arrays
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(hashlib.sha256(text).digest() + len(text).to_bytes(8, "little") + text + arrays)
-        os.replace(partial, path)
+        with replacing(path, writer=f"{os.getpid()}-{threading.get_ident()}") as file:
+            file.write(data)
     except OSError:
-        partial.unlink(missing_ok=True)
         return False
     return True
 

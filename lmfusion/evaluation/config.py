@@ -1,8 +1,10 @@
 """What is evaluated? One model and the suites that a recipe names, read as YAML with `key.sub=value` overrides."""
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
+from lmfusion.config_values import shown
 from lmfusion.evaluation.captions import CaptionsConfig
 from lmfusion.evaluation.edits import EditsConfig
 from lmfusion.evaluation.geneval import GenEvalConfig
@@ -24,6 +26,8 @@ class EvalConfig:
     """Folder of a trained model."""
     base: str | None = None
     """Where its base LLM is now, if it has moved since the model was saved."""
+    codec_path: str | None = None
+    """The same of the folder of its autoencoder."""
     device: str = "auto"
     """"auto" (a GPU where there is one), "cpu" or "cuda"."""
     dtype: str | None = None
@@ -43,10 +47,13 @@ class EvalConfig:
     """Drawings in GenEval's layout, for its own judge."""
 
     def __post_init__(self) -> None:
+        self.output = str(Path(self.output).expanduser())
         if self.device not in DEVICES:
-            raise ValueError(f"device is {self.device!r}; it is one of {', '.join(DEVICES)}")
+            raise ValueError(f"device is {shown(self.device)}; it is one of {', '.join(DEVICES)}")
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}; it is one of {', '.join(DTYPES)}, or null for that of the file")
+            raise ValueError(
+                f"dtype is {shown(self.dtype)}; it is one of {', '.join(DTYPES)}, or null for that of the file"
+            )
         if not self.suites:
             raise ValueError(f"the recipe names no suite; give one of {', '.join(suite_names())}, as `language: {{}}`")
 

@@ -22,7 +22,8 @@ from lmfusion.evaluation.config import EvalConfig
 from lmfusion.evaluation.identity import commit, model_digest, values_digest, versions
 from lmfusion.evaluation.page import render_page
 from lmfusion.evaluation.results import SuiteResult
-from lmfusion.files import locked, replace_text
+from lmfusion.files import full_path, locked, replace_text
+from lmfusion.folders import current_folder
 from lmfusion.modeling import LMFusion
 
 RESULTS, PAGE = "eval.json", "index.html"
@@ -92,14 +93,12 @@ def _module(name: str) -> Any:
 
 def _load(config: EvalConfig, device: torch.device) -> LMFusion:
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
-    if not Path(config.model).is_dir():
+    if not current_folder(full_path(config.model)).is_dir():
         raise ValueError(
             f"model is {config.model}, and there is no such folder; train one, or give the folder of one (model=PATH)"
         )
-    model = LMFusion.from_pretrained(config.model, base=config.base, dtype=dtype).to(device)  # type: ignore[arg-type]
-    if config.base is not None and model.base is not None:
-        model.base = replace(model.base, name=str(config.base))  # where suites that read the base again find it
-    return model.eval()
+    model = LMFusion.from_pretrained(config.model, base=config.base, dtype=dtype, codec_path=config.codec_path)
+    return model.to(device).eval()  # type: ignore[arg-type]
 
 
 def _head(config: EvalConfig, model: LMFusion, digest: str, command: str) -> dict[str, Any]:

@@ -10,9 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lmfusion.config_values import shown
+from lmfusion.files import file_sha256
+
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 KINDS = ("pixels", "autoencoder_kl", "autoencoder_tiny")
+MAX_IMAGE_SIZE = 65_536
 
 
 @dataclass
@@ -36,17 +40,17 @@ class CodecConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"unknown codec kind {self.kind!r}; known: {', '.join(KINDS)}")
+            raise ValueError(f"unknown codec kind {shown(self.kind)}; known: {', '.join(KINDS)}")
         if self.kind != "pixels" and self.path is None:
             raise ValueError(f"codec {self.kind!r} needs a path: the local folder of a diffusers autoencoder")
         if self.kind == "pixels" and self.path is not None:
             raise ValueError(
-                f"codec 'pixels' has no weights, but path is {self.path!r}; name an autoencoder kind or drop it"
+                f"codec 'pixels' has no weights, but path is {shown(self.path)}; name an autoencoder kind or drop it"
             )
         if self.channels not in (1, 3):
             raise ValueError(f"images have 1 (grey) or 3 (RGB) channels, not {self.channels}")
-        if self.image_size < 1:
-            raise ValueError(f"image_size is {self.image_size}; it is a positive number of pixels")
+        if not 1 <= self.image_size <= MAX_IMAGE_SIZE:
+            raise ValueError(f"image_size is {self.image_size}; it is a number of pixels from 1 to {MAX_IMAGE_SIZE:,}")
 
 
 class Codec(nn.Module, ABC):
@@ -196,6 +200,8 @@ def _like(x: Tensor | float, other: Tensor) -> Tensor | float:
 def load_codec(config: CodecConfig) -> Codec:
     """The codec that `config` describes, in float32 on the CPU. Fills in `config.sha256` where it is None.
 
+    A path that is not absolute is one from the working directory; `~` is the home folder.
+
     Raises FileNotFoundError where the folder or its safetensors file is missing, ValueError where the file is damaged,
     is not the one whose digest the config holds, or does not fit the configured image.
     """
@@ -207,38 +213,32 @@ def load_codec(config: CodecConfig) -> Codec:
 
     assert config.path is not None
     kind = {"autoencoder_kl": diffusers.AutoencoderKL, "autoencoder_tiny": diffusers.AutoencoderTiny}[config.kind]
-    weights = Path(config.path) / WEIGHTS_NAME
+    folder = Path(config.path).expanduser()
+    weights = folder / WEIGHTS_NAME
     if not weights.is_file():
+        moved = "" if config.sha256 is None else "; where a saved model's has moved, give its place with codec_path="
         raise FileNotFoundError(
             f"no autoencoder at {config.path}: {WEIGHTS_NAME} is missing; path is a local folder written by diffusers' "
-            "save_pretrained"
+            f"save_pretrained{moved}"
         )
-    settings = Path(config.path) / "config.json"
+    settings = folder / "config.json"
     try:
         written = json.loads(settings.read_text(encoding="utf-8")).get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"cannot load the autoencoder in {config.path}: {settings.name}: {error}") from error
     if written != kind.__name__:
         raise ValueError(f"{config.path} holds a {written}, but codec kind {config.kind!r} is an {kind.__name__}")
-    refuse_code(Path(config.path), (settings.name,))
-    digest = _sha256(weights)
+    refuse_code(folder, (settings.name,))
+    digest = file_sha256(weights)
     if config.sha256 not in (None, digest):
         raise ValueError(
             f"{weights} has sha256 {digest}, but this model was made with {config.sha256}; "
-            "point the codec's path to the original"
+            "give the place of the original with codec_path="
         )
     try:
-        autoencoder = kind.from_pretrained(config.path, local_files_only=True, use_safetensors=True)
+        autoencoder = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True)
     except Exception as error:  # whatever diffusers and safetensors raise on a damaged or foreign folder
         raise ValueError(f"cannot load the autoencoder in {config.path}: {error}") from error
     codec = AutoencoderCodec(config, autoencoder)
     config.sha256 = digest
     return codec
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -15,8 +15,13 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from lmfusion.config_values import shown
+
 KINDS = ("unet", "linear")
 LINEAR_TIME_CHANNELS = 256
+MAX_PATCH_SIZE = 1024
+MAX_CHANNELS = 2**16
+MAX_BLOCKS = 100
 
 Skip = tuple[Tensor, ...]
 """Feature maps that `encode` hands to `decode` of the same images; images are their first dimension."""
@@ -39,16 +44,19 @@ class PatchCoderConfig:
     def __post_init__(self) -> None:
         self.channels = tuple(self.channels)
         if self.kind not in KINDS:
-            raise ValueError(f"unknown patch coder {self.kind!r}; known: {', '.join(KINDS)}")
-        if self.patch_size < 1:
-            raise ValueError(f"patch_size is {self.patch_size}; it is a positive number of latent pixels")
+            raise ValueError(f"unknown patch coder {shown(self.kind)}; known: {', '.join(KINDS)}")
+        if not 1 <= self.patch_size <= MAX_PATCH_SIZE:
+            raise ValueError(
+                f"patch_size is {self.patch_size}; it is a number of latent pixels from 1 to {MAX_PATCH_SIZE:,}"
+            )
         if self.kind == "unet":
-            if not self.channels or min(self.channels) < 2 or self.num_blocks < 1:
+            has_blocks = 1 <= self.num_blocks <= MAX_BLOCKS
+            if not self.channels or min(self.channels) < 2 or max(self.channels) > MAX_CHANNELS or not has_blocks:
                 raise ValueError(
-                    "a unet has channels of at least 2 and at least one block a level, "
-                    f"not channels {self.channels} and num_blocks {self.num_blocks}"
+                    f"a unet has channels from 2 to {MAX_CHANNELS:,} and from one to {MAX_BLOCKS} blocks a level, "
+                    f"not channels {shown(self.channels)} and num_blocks {self.num_blocks}"
                 )
-            if self.patch_size != 2 ** (len(self.channels) - 1):
+            if len(self.channels) > MAX_PATCH_SIZE.bit_length() or self.patch_size != 2 ** (len(self.channels) - 1):
                 raise ValueError(
                     f"a unet of {len(self.channels)} levels makes patches of {2 ** (len(self.channels) - 1)}, "
                     f"not {self.patch_size}; change patch_size or the number of channels"

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lmfusion.files import flush
+from lmfusion.files import replacing
 
 SETTINGS_KEY = "lmfusion"
 MAX_SETTINGS_BYTES = 1024 * 1024
@@ -41,19 +41,11 @@ def save_png(
     text = PngInfo()
     text.add_text(SETTINGS_KEY, _to_json(settings))
     text.add_text("parameters", _for_viewers(settings, image))
-    partial = path.with_name(f"{path.name}.partial")
-    # Who holds the partial file alone may look whether the name is free: nobody else can take it meanwhile
-    file = open(partial, "wb" if overwrite else "xb")  # noqa: SIM115
     try:
-        with file:
-            if not overwrite and path.exists():
-                raise FileExistsError(f"{path} is there already")
+        with replacing(path, overwrite) as file:
             image.save(file, format="PNG", pnginfo=text)
-        flush(partial)
-        os.replace(partial, path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, FileExistsError) or not isinstance(error, OSError):
+    except OSError as error:
+        if isinstance(error, FileExistsError):
             raise
         raise OSError(f"cannot write {path}: {error}; free some space or choose another place") from error
 

@@ -17,7 +17,9 @@ def build_model(config: RunConfig) -> LMFusion:
     """The model of a run, on the CPU and as it was loaded, the text tower frozen or not."""
     model_config, train = config.model, config.train
     if model_config.adapted is not None:
-        model = LMFusion.from_pretrained(resolve_path(model_config.adapted))  # its image side in the dtype it has
+        moved = None if model_config.base is None else resolve_path(model_config.base)
+        # Its image side keeps the dtype it has
+        model = LMFusion.from_pretrained(resolve_path(model_config.adapted), moved, codec_path=model_config.codec_path)
     else:
         assert model_config.base is not None
         base = load_base(resolve_path(model_config.base), getattr(torch, train.dtype))

@@ -24,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lmfusion.files import flush
+from lmfusion.files import check_no_link, flush, naming
 from lmfusion.training.distributed import World, local_part, part_range
 
 MANIFEST = "manifest.json"
@@ -84,6 +84,18 @@ class CheckpointWriter:
         self.keep_last = keep_last
         self.world = world
         self._writing: _Writing | None = None
+        self._known_step: int | None = None
+
+    def find(self) -> Path | None:
+        """The newest checkpoint, on every rank; None where there is none, or where this writer has read or begun it.
+
+        Call it while the run's folder is locked: another process may have gone on with the run until then.
+        """
+        step = latest_step(self.folder, self.world)
+        if step is None or step == self._known_step:
+            return None
+        self._known_step = step
+        return checkpoint_path(self.folder, step)
 
     def save(self, step: int, parts: Parts, state: Mapping[str, Any]) -> None:
         """Begin the checkpoint of `step`: copy this rank's rows of `parts` to the CPU, and write them in a thread.
@@ -92,6 +104,7 @@ class CheckpointWriter:
         what `finish` does. A checkpoint of `step` that is there is left as it is.
         """
         self.finish()
+        self._known_step = step
         exists = False
         if self.world.rank == 0:
             for leftover in self.folder.glob("*.tmp"):  # of killed runs
@@ -188,7 +201,8 @@ class _Writing(threading.Thread):
 
     def _write(self) -> None:
         rank, size = self._world.rank, self._world.size
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)  # by whichever rank comes first
+        check_no_link(self.folder)
         files: dict[str, Any] = {}
         for part, slices in self._parts.items():
             if slices:
@@ -213,8 +227,9 @@ def load_checkpoint(
     the manifest at once: the size of all, the sha256 of those with wanted rows. Tensors are read when they are asked
     for, so that no more need be in memory than the caller keeps.
 
-    Raises ValueError, naming it, for a file that is missing, damaged or of another format, and for a tensor that is
-    not there or has another number of rows.
+    Raises ValueError, naming it, for a file that is missing, damaged or of another format, for a folder with the name
+    of another step, and for a tensor that is not there or has another number of rows; OSError, naming it, for a file
+    that the disk does not give.
     """
     entries = _read_manifest(path)["files"]
     _check_sizes(path, entries)
@@ -235,7 +250,11 @@ def load_checkpoint(
         for file, digest in pool.map(lambda file: (file, _sha256(file)), sorted(needed)):
             if digest != entries[file.name]["sha256"]:
                 raise _damaged(file, path)
-    return parts, json.loads((path / STATE).read_text(encoding="utf-8"))
+    with naming(path / STATE):
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+    if path.name.startswith("step-") and path.name != checkpoint_path(path, state["step"]).name:
+        raise ValueError(f"{path} holds step {state['step']}; give it that step's name again, or delete it")
+    return parts, state
 
 
 class _Piece(NamedTuple):
@@ -360,7 +379,7 @@ def _write_text(path: Path, text: str) -> dict[str, Any]:
 def _write(path: Path, contents: Iterable[Any]) -> dict[str, Any]:
     """Write bytes, force them onto the disk, and answer with their size and sha256."""
     digest = hashlib.sha256()
-    with open(path, "wb") as file:
+    with naming(path), open(path, "wb") as file:
         for content in contents:
             view = memoryview(content)
             for start in range(0, len(view), BLOCK_BYTES):
@@ -375,7 +394,7 @@ def _write(path: Path, contents: Iterable[Any]) -> dict[str, Any]:
 
 def _sha256(path: Path, from_disk: bool = False) -> str:
     """Of a file's bytes. from_disk: read what the disk has, not what the system still remembers of it."""
-    with open(path, "rb") as file:
+    with naming(path), open(path, "rb") as file:
         if from_disk:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -388,7 +407,8 @@ def _digest(manifest: Mapping[str, Any]) -> str:
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
+        with naming(file):
+            manifest = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, FileNotFoundError, IsADirectoryError):
         raise _damaged(file, path) from None
     if not isinstance(manifest, dict):

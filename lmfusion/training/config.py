@@ -7,16 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from lmfusion.chat_template import check_template_variables
-from lmfusion.config_values import check_least, field_names, from_values
+from lmfusion.config_values import check_least, field_names, from_values, shown
 from lmfusion.configuration import ImageTowerConfig
 from lmfusion.data.sources import DataConfig, SourceConfig
 from lmfusion.devices import has_fast_bfloat16
 from lmfusion.diffusion import DiffusionConfig
+from lmfusion.files import naming
 from lmfusion.generation.samplers import SAMPLERS
 from lmfusion.image.codec import CodecConfig
+from lmfusion.yaml_files import read_yaml
 from lmfusion_kernels.block import RECOMPUTE
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -32,10 +32,13 @@ class ModelConfig:
 
     base: str | None = None
     """Folder or GGUF file of a Llama-type LLM, or folder of a LLaVA-type vision-language model around one.
-    `package:name/file` is a file inside an installed Python package."""
+    `package:name/file` is a file inside an installed Python package. With adapted: where the LLM of that model is now,
+    if it has moved."""
     adapted: str | None = None
-    """Instead of base: folder of an LMFusion model (of `lmfusion adapt`, or of an earlier run) to start from. It brings
-    its own image, codec and diffusion."""
+    """Folder of an LMFusion model (of `lmfusion adapt`, or of an earlier run) to start from. It brings its own image,
+    codec and diffusion."""
+    codec_path: str | None = None
+    """With adapted: where the folder of that model's autoencoder is now, if it has moved."""
     image: ImageTowerConfig = field(default_factory=ImageTowerConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
@@ -47,8 +50,10 @@ class ModelConfig:
     with the model that bring no others. They come over those of the adapted model."""
 
     def __post_init__(self) -> None:
-        if (self.base is None) == (self.adapted is None):
-            raise ValueError("give either model.base (an LLM) or model.adapted (an LMFusion model)")
+        if self.base is None and self.adapted is None:
+            raise ValueError("give model.base (an LLM) or model.adapted (an LMFusion model)")
+        if self.adapted is None and self.codec_path is not None:
+            raise ValueError("model.codec_path belongs to model.adapted; give the path of a new model as codec.path")
         check_template_variables(self.template_variables, "model.template_variables")
         if self.adapted is not None and (self.image, self.codec, self.diffusion) != (
             ImageTowerConfig(),
@@ -203,6 +208,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
+        self.output = str(Path(self.output).expanduser())
         if self.train.batch_tokens % self.data.row_tokens:
             raise ValueError(
                 f"train.batch_tokens is {self.train.batch_tokens}, which is no multiple of data.row_tokens, "
@@ -238,9 +244,12 @@ def read_recipe(cls: type[T], recipe: str | Path, overrides: Iterable[str] = ())
     if not path.is_file():
         raise ValueError(f"no recipe at {path}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        with naming(path):
+            values = read_yaml(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds no keys; a recipe has {field_names(cls)}")
     for override in overrides:
@@ -270,18 +279,18 @@ def _override(values: dict[str, Any], override: str) -> None:
     """Change one key of nested `values`, by "key.sub=value". Raises ValueError for what is no such thing."""
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ValueError(f"{override!r} is no override; write key.sub=value")
+        raise ValueError(f"{shown(override)} is no override; write key.sub=value")
     *parents, last = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
         if not isinstance(values, dict):
             raise ValueError(f"{key}: {parent} is a value and has nothing below it")
     try:
-        values[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{override!r}: the value is not YAML: {error}") from error
+        values[last] = read_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{shown(override)}: {error}") from error
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} is {value!r}; it is one of {', '.join(choices)}")
+        raise ValueError(f"{name} is {shown(value)}; it is one of {', '.join(choices)}")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from lmfusion.model_card import TrainingRecord
+from lmfusion.serialization import is_base_there
 from lmfusion.training.build import build_model
 from lmfusion.training.checkpoint import load_checkpoint, ranges, restore
 from lmfusion.training.config import RunConfig
@@ -29,7 +30,9 @@ def save_model(config: RunConfig, checkpoint: Path, out: Path) -> None:
     parts, state = load_checkpoint(checkpoint, ranges({part: weights}))
     restore(weights, parts[part])
     model.trained = _record(config, state)
-    model.eval().save_pretrained(out, parts="image" if is_text_the_bases(model) else "all")
+    # A whole model may start a run where its base LLM is not; then the new one must be whole too
+    can_be_part = is_text_the_bases(model) and is_base_there(model)
+    model.eval().save_pretrained(out, parts="image" if can_be_part else "all")
 
 
 def _record(config: RunConfig, state: dict[str, Any]) -> TrainingRecord:

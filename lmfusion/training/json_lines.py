@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lmfusion.files import replace_text
+from lmfusion.files import naming, replace_text
 
 
 class JsonLines:
@@ -28,7 +28,8 @@ class JsonLines:
         self.close()
         if not self.path.is_file():
             return
-        lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        with naming(self.path):
+            lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
         steps = [_step_of(line) for line in lines]
         num_kept = next((i for i, found in enumerate(steps) if found is None or found > step), len(lines))
         if any(found is not None and found <= step for found in steps[num_kept:]):
@@ -40,20 +41,23 @@ class JsonLines:
 
     def append(self, values: Mapping[str, Any]) -> None:
         """Write one line, which a reader sees at once."""
-        if self._file is None:
-            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
-        self._file.write(json.dumps(dict(values)) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            if self._file is None:
+                self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
+            self._file.write(json.dumps(dict(values)) + "\n")
+            self._file.flush()
 
     def sync(self) -> None:
         """Force the lines onto the disk, as is done before a checkpoint that counts on them."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with naming(self.path):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            with naming(self.path):
+                file.close()  # it writes what a full disk has not taken yet
 
 
 def _step_of(line: str) -> int | None:

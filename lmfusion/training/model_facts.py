@@ -13,7 +13,7 @@ from lmfusion.configuration import LMFusionConfig
 from lmfusion.conversion import gguf, huggingface, vlm
 from lmfusion.conversion.architectures import check_supported
 from lmfusion.image.codec import CodecConfig
-from lmfusion.serialization import read_config
+from lmfusion.saved_files import read_config
 from lmfusion.training.config import ModelConfig, resolve_path
 from lmfusion.training.flops import products_of
 from lmfusion.vision import VisionEncoder
@@ -71,7 +71,7 @@ def model_config(model: ModelConfig, llm: str | None = None) -> LMFusionConfig:
     ValueError for configurations that cannot be read, are not supported or do not go together.
     """
     if model.adapted is not None:
-        return read_config(Path(resolve_path(model.adapted)).expanduser())[1]
+        return read_config(Path(resolve_path(model.adapted)), model.codec_path)[1]
     assert model.base is not None
     llm_config, vlm_config = _base_configs(model.base, llm)
     return LMFusionConfig(llm_config, model.image, model.codec, model.diffusion, vlm_config=vlm_config)

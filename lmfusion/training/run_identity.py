@@ -7,7 +7,8 @@ from lmfusion.chat_template import tells_the_date
 from lmfusion.config_values import to_values
 from lmfusion.data.encoded import tokenizer_sha256
 from lmfusion.modeling import LMFusion
-from lmfusion.serialization import base_tensors, digest_of, digests
+from lmfusion.saved_files import digest_of
+from lmfusion.serialization import base_tensors, digests
 from lmfusion.training.config import RunConfig
 
 TRAIN_KEYS = ("seed", "batch_tokens", "text_learning_rate_ratio", "optimizer", "dtype")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from lmfusion.files import replacing
 from lmfusion.training.config import SampleConfig
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ def draw_grid(model: "LMFusion", config: SampleConfig) -> Image.Image:
 
 def save_grid(grid: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    grid.save(path, format="PNG")
+    with replacing(path) as file:
+        grid.save(file, format="PNG")
 
 
 def make_grid(images: list[Image.Image], num_columns: int, gap: int = 2) -> Image.Image:

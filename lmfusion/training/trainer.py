@@ -14,14 +14,13 @@ from lmfusion.config_values import to_values
 from lmfusion.data.damage import DamageLog
 from lmfusion.data.loader import LoaderState, Step, check_shared_evenly
 from lmfusion.devices import choose_device
-from lmfusion.files import locked, replace_text
+from lmfusion.files import locked, locked_if_there, replace_text
 from lmfusion.generation.finite import NotFiniteError
 from lmfusion.training.build import build_model, training_loader, validation_loader
 from lmfusion.training.checkpoint import (
     CheckpointWriter,
     Parts,
     checkpoint_path,
-    latest_step,
     load_checkpoint,
     ranges,
     restore,
@@ -79,7 +78,8 @@ class Trainer:
         if config.validation.sources:
             make_loader = partial(validation_loader, config=config, model=self.model, world=self.world)
             self._validation = Validation(config, self.world, make_loader)
-        self._resume()
+        with locked_if_there(self.folder, self.world.rank):
+            self._resume()
 
     @property
     def step(self) -> int:
@@ -113,11 +113,11 @@ class Trainer:
                     break
             self.save_checkpoint()
             self.writer.finish()
-        if self.step < last:
-            return False
-        self.damage.check_any_good()
-        self._export()
-        return True
+            if self.step < last:
+                return False
+            self.damage.check_any_good()
+            self._export()
+            return True
 
     def _steps(self, last: int) -> Iterator[tuple[Step, Totals]]:
         steps = self.loader.steps(self.progress.loader, max(0, last - self.step))
@@ -168,6 +168,7 @@ class Trainer:
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder, self.world.rank), stop_signals() as stop:
             self.world.barrier()  # none touches what another run may be writing
+            self._resume()  # again where another run has gone on with it since
             if self.world.rank == 0:
                 resolved = yaml.safe_dump(to_values(self.config), sort_keys=False, allow_unicode=True)
                 replace_text(self.folder / "config.yaml", resolved)
@@ -175,6 +176,7 @@ class Trainer:
                     if not any(path == self._damage_path(rank) for rank in range(self.world.size)):
                         JsonLines(path).resume(self.step)
             self._go_back(self.progress)
+            self._before_steps()
             self.model.train()
             try:
                 self.log.open(self.step, last)
@@ -190,6 +192,9 @@ class Trainer:
             finally:
                 self.log.close()
                 self.damage.close()
+
+    def _before_steps(self) -> None:
+        """What is done once the folder is this run's alone, before the first step."""
 
     def _export(self) -> None:
         if self.world.rank == 0:
@@ -232,10 +237,9 @@ class Trainer:
             self.writer.save(self.step, self._parts(), state)
 
     def _resume(self) -> None:
-        step = latest_step(self.writer.folder, self.world)
-        if step is None:
+        path = self.writer.find()
+        if path is None:
             return
-        path = checkpoint_path(self.writer.folder, step)
         _, state = load_checkpoint(path, {})
         check_identity(self._identity, state["run"], path)
         parts, _ = load_checkpoint(path, ranges(self._parts()))

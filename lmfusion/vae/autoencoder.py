@@ -1,6 +1,5 @@
 """How is an autoencoder made, and how does it become a folder that a codec loads? On diffusers' AutoencoderKL."""
 
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmfusion.files import flush
+from lmfusion.folders import replace_folder
 from lmfusion.vae.config import AutoencoderConfig, LossConfig
 from lmfusion.vae.discriminator import PatchDiscriminator
 from lmfusion.vae.losses import Posterior
@@ -97,13 +96,4 @@ def export(autoencoder: Autoencoder, folder: Path, mean: float, std: float) -> N
     """
     kl = autoencoder.kl
     kl.register_to_config(scaling_factor=1 / std, shift_factor=mean)
-    unfinished = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    kl.save_pretrained(unfinished, safe_serialization=True)
-    for file in unfinished.iterdir():
-        flush(file)
-    flush(unfinished)
-    if folder.exists():
-        shutil.rmtree(folder)
-    unfinished.rename(folder)
-    flush(folder.parent)
+    replace_folder(folder, lambda new: kl.save_pretrained(new, safe_serialization=True), is_stale=lambda name: True)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lmfusion.config_values import check_least
+from lmfusion.config_values import check_least, shown
 from lmfusion.data.sources import SourceConfig
 from lmfusion.training.config import DEVICES, DTYPES, CheckpointConfig, ValidationConfig, read_recipe
 from lmfusion.vae import discriminator, lpips
@@ -104,7 +104,7 @@ class LossConfig:
         check_least(self, "loss", discriminator_channels=1, discriminator_layers=1)
         if (self.lpips_weight > 0) != (self.vgg16 is not None):
             raise ValueError(
-                f"loss.lpips_weight is {self.lpips_weight} and loss.vgg16 is {self.vgg16!r}; "
+                f"loss.lpips_weight is {self.lpips_weight} and loss.vgg16 is {shown(self.vgg16)}; "
                 "LPIPS needs a weight above 0 and the file of a VGG-16, or neither"
             )
         width = self.discriminator_channels
@@ -159,7 +159,7 @@ class VAETrainConfig:
                 raise ValueError(f"train.{name} is {getattr(self, name)}, more than train.{of}, {limit}")
         for name, choices in (("dtype", DTYPES), ("device", DEVICES)):
             if getattr(self, name) not in choices:
-                raise ValueError(f"train.{name} is {getattr(self, name)!r}; it is one of {', '.join(choices)}")
+                raise ValueError(f"train.{name} is {shown(getattr(self, name))}; it is one of {', '.join(choices)}")
 
 
 @dataclass
@@ -177,6 +177,7 @@ class VAEConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
+        self.output = str(Path(self.output).expanduser())
         size, loss = self.autoencoder.image_size, self.loss
         needed = {
             "LPIPS": lpips.SMALLEST_IMAGE if loss.lpips_weight else 1,

@@ -5,7 +5,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from lmfusion.config_values import to_values
 from lmfusion.data.damage import DamageLog
 from lmfusion.devices import choose_device
-from lmfusion.files import locked, replace_text
+from lmfusion.files import locked, locked_if_there, replace_text
 from lmfusion.image.preprocessing import to_pil
 from lmfusion.training import checkpoint
 from lmfusion.training.config import TrainConfig, resolve_path
@@ -80,7 +80,8 @@ class VAETrainer:
         self.step = 0
         """Updates made so far."""
         self._damage_before: dict[str, int] = {}
-        self._resume()
+        with locked_if_there(self.folder):
+            self._resume()
 
     def run(self, max_steps: int | None = None) -> bool:
         """Train up to `num_steps` updates in all, or up to `max_steps` if that is less, and export the autoencoder.
@@ -90,9 +91,17 @@ class VAETrainer:
         train = self.config.train
         last = train.num_steps if max_steps is None else min(max_steps, train.num_steps)
         self.folder.mkdir(parents=True, exist_ok=True)
-        progress = tqdm(total=last, initial=self.step, unit="step", mininterval=1 if sys.stderr.isatty() else 30)
-        batches = self.loader.batches(self.step * train.batch_size, last * train.batch_size, train.batch_size)
-        with locked(self.folder), stop_signals() as stop, progress, closing(batches), self._saving_on_error():
+        with ExitStack() as stack:
+            stack.enter_context(locked(self.folder))
+            self._resume()  # again where another run has gone on with it since
+            stop = stack.enter_context(stop_signals())
+            bar = tqdm(total=last, initial=self.step, unit="step", mininterval=1 if sys.stderr.isatty() else 30)
+            progress = stack.enter_context(bar)
+            start, end = self.step * train.batch_size, last * train.batch_size
+            batches = stack.enter_context(closing(self.loader.batches(start, end, train.batch_size)))
+            stack.callback(self.damage.close)
+            stack.callback(self.log.close)
+            stack.enter_context(self._saving_on_error())
             resolved = yaml.safe_dump(to_values(self.config), sort_keys=False, allow_unicode=True)
             replace_text(self.folder / "config.yaml", resolved)
             self.log.resume(self.step)
@@ -116,12 +125,10 @@ class VAETrainer:
                     self.save_checkpoint()
             self.save_checkpoint()
             self.writer.finish()
-        self.log.close()
-        self.damage.close()
-        if self.step < last:
-            return False
-        self.export()
-        return True
+            if self.step < last:
+                return False
+            self.export()
+            return True
 
     def _write_line(self, progress: "tqdm[Any]") -> None:
         line = summarise(self.step, self.epoch, self.gathered, *self.clock.take())
@@ -270,10 +277,9 @@ class VAETrainer:
         return parts
 
     def _resume(self) -> None:
-        steps = checkpoint.list_steps(self.writer.folder)
-        if not steps:
+        path = self.writer.find()
+        if path is None:
             return
-        path = checkpoint.checkpoint_path(self.writer.folder, steps[-1])
         parts, state = checkpoint.load_checkpoint(path)
         check_identity(self._identity(), state["run"], path)
         with torch.no_grad():

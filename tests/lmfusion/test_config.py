@@ -1,5 +1,6 @@
 """Recipes, overrides, and what is refused in them."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -72,7 +73,7 @@ def test_resolved_config_reads_back(recipe):
         ("train.betas=[0.9]", r"train.betas is \[0.9\]; it is a list of 2"),
         ("train=5", "train is 5; it has keys of its own: num_steps"),
         ("output.x=5", r"output.x: output is a value and has nothing below it"),
-        ("train.num_steps=[", "the value is not YAML"),
+        ("train.num_steps=[", "no YAML"),
         ("train.num_steps", "is no override; write key.sub=value"),
         ("train.num_steps=0", "train.num_steps is 0; it must be at least 1"),
         ("train.batch_tokens=-4", "train.batch_tokens is -4"),
@@ -95,8 +96,8 @@ def test_resolved_config_reads_back(recipe):
         ("sample.sampler=euler", "sample.sampler is 'euler'"),
         ("checkpoint.keep_last=0", "checkpoint.keep_last is 0"),
         ("model.diffusion.image_first_max_timestep=1000", "image_first_max_timestep is 1000"),
-        ("model.base=null", "give either model.base"),
-        ("model.adapted=x", "give either model.base"),
+        ("model.base=null", "give model.base"),
+        ("model.codec_path=x", "model.codec_path belongs to model.adapted"),
     ],
 )
 def test_bad_values_are_named(recipe, override, message):
@@ -113,8 +114,13 @@ def test_adapted_model_brings_its_own_configuration(recipe):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [", "is not YAML"),
+        ("a: [", "no YAML"),
         ("", "holds no keys"),
+        ("output: a\ntrain: {seed: 1}\nmodel: {base: x}\ntrain: {}", "'train' is given twice, in line 2 and in line 4"),
+        ("output: a\noutput: b", "'output' is given twice, in line 1 and in line 2"),
+        ("train:\n  seed: 1\n  'seed': 2", "'seed' is given twice, in line 2 and in line 3"),
+        ("a: &a [*a]", "line 1: the value holds itself"),
+        ("[" * 5000, "nested too deeply"),
         ("model: {base: x}\ndata: {sources: [{kind: digits}]}", "output is missing"),
     ],
 )
@@ -124,6 +130,59 @@ def test_bad_recipes(tmp_path, text, message):
         load_config(tmp_path / "r.yaml")
     with pytest.raises(ValueError, match="no recipe at"):
         load_config(tmp_path / "none.yaml")
+
+
+BOMB = "a: &a0 [x]\n" + "".join(f"k{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
+"""300 bytes that stand for 10^9 values."""
+
+
+@pytest.mark.parametrize("where", ["recipe", "override", "with merge keys"])
+def test_bombs_of_aliases_are_refused_at_once(tmp_path, recipe, where):
+    overrides = []
+    if where == "override":
+        overrides = ["train.seed={" + ", ".join(BOMB.splitlines()) + "}"]
+    else:
+        recipe = tmp_path / "r.yaml"
+        recipe.write_text(BOMB + ("output: *a9\n" if where == "recipe" else "output: {<<: {a: *a9}}\n"))
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="more than 100,000 values") as error:
+        load_config(recipe, overrides)
+    assert len(str(error.value)) < 1000 and time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"output": ["x" * 1000] * 1000},
+        {"output": {"x" * 1000: {"y": [["z" * 1000] * 100] * 100}}},
+        {"k" * 100_000: 1},
+        {"train": {"seed": "x" * 100_000}},
+        {"train": {"dtype": "x" * 100_000}},
+        {"train": {"seed": 10**4000}},
+        {"model": {"base": "x", "codec": {"kind": "x" * 100_000}}},
+        {"model": {"base": "x", "image": {"hidden_size": 10**4000}}},
+        {"sample": {"sampler": "x" * 100_000}},
+    ],
+)
+def test_errors_do_not_repeat_long_values(tmp_path, values):
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({**VALUES, **values}))
+    with pytest.raises(ValueError, match=r"\.\.\.") as error:
+        load_config(tmp_path / "r.yaml")
+    assert len(str(error.value)) < 1000
+
+
+def test_an_override_of_what_aliases_share_changes_one_of_them(tmp_path):
+    text = (
+        yaml.safe_dump(VALUES).replace("- kind: digits", "- &one {kind: digits}\n  - *one")
+        + "validation: {sources: [*one]}"
+    )
+    (tmp_path / "r.yaml").write_text(text)
+    config = load_config(tmp_path / "r.yaml", [])
+    assert [source.kind for source in (*config.data.sources, *config.validation.sources)] == ["digits"] * 3
+    text = yaml.safe_dump(VALUES) + "sample: &s {every: 7}\ncheckpoint: *s\n"
+    (tmp_path / "r.yaml").write_text(text)
+    config = load_config(tmp_path / "r.yaml", ["sample.every=9"])
+    assert (config.sample.every, config.checkpoint.every) == (9, 7)
 
 
 def test_files_inside_packages_are_found_without_importing_them(tmp_path, monkeypatch):

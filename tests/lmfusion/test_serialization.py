@@ -172,12 +172,12 @@ def no_space(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("failing", ["save_file", "os.fsync", "os.rename"])
+@pytest.mark.parametrize("failing", ["lmfusion.serialization.save_file", "os.fsync", "os.rename"])
 def test_a_full_disk_keeps_the_old_model(model, tmp_path, monkeypatch, failing):
     model.save_pretrained(tmp_path / "m")
     old = {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()}
     model.image.marker_embedding.data.normal_()
-    monkeypatch.setattr(f"lmfusion.serialization.{failing}", no_space)
+    monkeypatch.setattr(failing, no_space)
     with pytest.raises(OSError, match=r"could not save the model to .*No space left.*is untouched"):
         model.save_pretrained(tmp_path / "m")
     monkeypatch.undo()
@@ -207,7 +207,7 @@ def test_a_failed_last_rename_puts_the_old_model_back(model, tmp_path, monkeypat
             no_space()
         rename(*names)
 
-    monkeypatch.setattr("lmfusion.serialization.os.rename", fail_second)
+    monkeypatch.setattr("os.rename", fail_second)
     with pytest.raises(OSError, match="No space left"):
         model.save_pretrained(tmp_path / "m")
     monkeypatch.undo()

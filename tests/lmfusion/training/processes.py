@@ -68,7 +68,7 @@ def train(arguments, kill=None, environment=(), digests=None):
 
 
 def inject(kill):
-    from lmfusion import serialization
+    from lmfusion import folders
     from lmfusion.training import checkpoint
 
     owner, name = {
@@ -77,7 +77,7 @@ def inject(kill):
         "rename": (os, "rename"),
         "replace": (os, "replace"),
         "rmtree": (shutil, "rmtree"),
-        "export": (serialization, "_swap"),
+        "export": (folders, "_swap"),
     }[kill.operation]
     real = getattr(owner, name)
     counts, lock = [0], threading.Lock()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from lmfusion import LMFusion
 from lmfusion.config_values import from_values, to_values
@@ -223,6 +224,28 @@ def test_two_runs_do_not_share_a_folder(config):
             with locked(first.folder, rank=1):
                 pass  # rank 0 holds it for all
     assert second.run()
+
+
+def test_a_run_that_another_has_continued_since_it_was_read(config, unbroken):
+    run = config()
+    Trainer(run).run(max_steps=4)
+    late, longer = Trainer(config(train__learning_rate=5e-3)), Trainer(config(train__num_steps=14))
+    assert late.step == longer.step == 4
+    assert Trainer(run).run()
+    assert late.run() and late.step == 12  # nothing is left to do
+    assert_same_run(run, unbroken)
+    exported = load_file(Path(run.output) / "model" / "model.safetensors")
+    expected = load_file(Path(unbroken.output) / "model" / "model.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in exported.items())
+    assert longer.run() and longer.step == 14
+    assert read_metrics(run)[:12] == read_metrics(unbroken) and len(read_metrics(run)) == 14
+
+
+def test_a_run_is_not_read_while_another_writes_it(config):
+    run = config()
+    Trainer(run).run(max_steps=4)
+    with locked(Path(run.output)), pytest.raises(OSError, match="another process is at work"):
+        Trainer(run)
 
 
 def test_a_file_system_without_locks_is_told_of_once(tmp_path, monkeypatch, capsys):

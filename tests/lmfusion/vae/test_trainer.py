@@ -14,6 +14,7 @@ from PIL import Image
 from lmfusion import LMFusion, cli
 from lmfusion.config_values import from_values
 from lmfusion.configuration import ImageTowerConfig
+from lmfusion.files import locked
 from lmfusion.image.codec import CodecConfig, load_codec
 from lmfusion.training import checkpoint
 from lmfusion.vae import losses
@@ -44,6 +45,19 @@ def trained(tmp_path_factory):
     trainer = VAETrainer(from_values(VAEConfig, values))
     assert trainer.run()
     return trainer
+
+
+def test_a_run_that_another_has_continued_since_it_was_read(train, tmp_path):
+    train("unbroken")
+    train("run", max_steps=4)
+    values = values_of_a_run(tmp_path / "run")
+    late = VAETrainer(from_values(VAEConfig, values_of_a_run(tmp_path / "run", train__learning_rate=1e-2)))
+    assert late.step == 4
+    assert VAETrainer(from_values(VAEConfig, values)).run()
+    assert late.run() and late.step == 12
+    assert_same_run(tmp_path / "run", tmp_path / "unbroken")
+    with locked(tmp_path / "run"), pytest.raises(OSError, match="another process is at work"):
+        VAETrainer(from_values(VAEConfig, values))
 
 
 def adversarial(vgg16):

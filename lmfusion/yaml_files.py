@@ -1,0 +1,75 @@
+"""How is YAML read that somebody wrote? Without code, without a key that is given twice, without bombs of aliases."""
+
+from typing import Any
+
+import yaml
+
+from lmfusion.config_values import cut, shown
+
+MAX_NODES = 100_000
+"""Keys and values of a file, those that aliases repeat counted each time."""
+
+
+def read_yaml(text: str) -> Any:
+    """The value that a YAML text describes.
+
+    Raises ValueError, with the line, for what is no YAML, for a key that is given twice in a mapping, and for more than
+    MAX_NODES values, which a few lines of aliases can stand for.
+    """
+    try:
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _count(node, {})
+            return _copied(loader.construct_document(node))
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        raise ValueError(f"no YAML: {cut(str(error))}") from error
+    except RecursionError:
+        raise ValueError("no YAML that can be read: it is nested too deeply") from None
+
+
+def _copied(value: Any) -> Any:
+    """The same, without parts that aliases share: a change to one of them must not be one to the others."""
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    return [_copied(item) for item in value] if isinstance(value, list) else value
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values that `node` stands for, itself included; looks at each node once, however many aliases it has."""
+    if id(node) in known:
+        if known[id(node)] == 0:
+            raise ValueError(f"line {_line(node)}: the value holds itself, by an alias")
+        return known[id(node)]
+    known[id(node)] = 0  # being counted
+    children: list[yaml.Node] = []
+    if isinstance(node, yaml.MappingNode):
+        _check_keys(node)
+        children = [part for pair in node.value for part in pair]
+    elif isinstance(node, yaml.SequenceNode):
+        children = node.value
+    total = 1 + sum(_count(child, known) for child in children)
+    if total > MAX_NODES:
+        raise ValueError(f"line {_line(node)}: the value holds more than {MAX_NODES:,} values; write fewer aliases")
+    known[id(node)] = total
+    return total
+
+
+def _check_keys(node: yaml.MappingNode) -> None:
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if key.value in lines and key.tag != "tag:yaml.org,2002:merge":
+                raise ValueError(
+                    f"{shown(key.value)} is given twice, in line {lines[key.value]} and in line {_line(key)}; write it "
+                    "once"
+                )
+            lines[key.value] = _line(key)
+
+
+def _line(node: yaml.Node) -> int:
+    return node.start_mark.line + 1
