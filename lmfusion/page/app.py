@@ -101,13 +101,12 @@ def serve_page(
             worker, model, Path(folder), name=name, examples=examples, way=way, allowed_hosts=allowed_hosts
         )
 
-        import uvicorn
-
+        from lmfusion.serve.connections import LimitedServer
         from lmfusion.serve.run import url_of
 
-        # An open tab is a connection that never ends by itself
-        config = uvicorn.Config(app, ws="none", log_level="warning", server_header=False, timeout_graceful_shutdown=1)
-        server = uvicorn.Server(config)
+        server = LimitedServer(
+            app, timeout_graceful_shutdown=1
+        )  # an open tab is a connection that never ends by itself
 
         def stop(number: int, frame: FrameType | None) -> None:
             server.should_exit = True

@@ -5,6 +5,7 @@ file that is uploaded. The middleware here answers only the routes in ROUTES, on
 browsers load nothing from elsewhere. Uploads have their own checks in lmfusion.page.uploads.
 """
 
+import asyncio
 import json
 import re
 from collections.abc import Collection
@@ -19,6 +20,8 @@ from lmfusion.serve.guard import host_name
 
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 """Of a request that is no upload."""
+BODY_SECONDS = 60.0
+"""In which such a request must be there."""
 MAX_JSON_DEPTH = 64
 """Levels of nesting; the page's own requests have fewer than ten."""
 ROUTES = {
@@ -109,7 +112,12 @@ class PageGuard:
         return authority == headers.get("host", "").lower() or host_name(authority) in self._allowed_hosts
 
     async def _pass_json(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = await _read(receive)
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                body = await _read(receive)
+        except TimeoutError:
+            await refuse(send, 408, f"the request did not come within {BODY_SECONDS:g} seconds")
+            return
         if body is None:
             await refuse(send, 413, f"the limit of a request is {MAX_REQUEST_BYTES} bytes")
             return

@@ -9,11 +9,14 @@ import contextlib
 import logging
 import os
 import resource
+import socket
 import time
 from typing import Any
 
 import h11
+import uvicorn
 from starlette.responses import JSONResponse
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from lmfusion.serve.errors import ApiError
@@ -201,6 +204,32 @@ def _unavailable() -> tuple[bytes, bytes]:
     )
     response: JSONResponse = error.response()
     return bytes(response.body), b"".join(b"%s: %s\r\n" % header for header in response.raw_headers)
+
+
+class LimitedServer(uvicorn.Server):
+    """uvicorn's server of `app` with these limits. config: further settings of uvicorn."""
+
+    def __init__(self, app: ASGIApp, **config: Any) -> None:
+        max_connections, backlog = raise_file_limit()
+        self._connections = Connections(max_connections)
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=self._connections.protocol,  # type: ignore[arg-type]
+                ws="none",
+                # Without warnings: uvicorn would write a line for every client that sends something strange
+                log_level="error",
+                access_log=False,
+                server_header=False,
+                backlog=backlog,
+                timeout_keep_alive=round(IDLE_SECONDS),
+                **config,
+            )
+        )
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(self._connections.on_loop_error)
+        await super().startup(sockets)
 
 
 def raise_file_limit() -> tuple[int, int]:

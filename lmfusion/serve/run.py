@@ -10,10 +10,9 @@ from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import uvicorn
 from fastapi import FastAPI
 
-from lmfusion.serve.connections import IDLE_SECONDS, Connections, raise_file_limit
+from lmfusion.serve.connections import LimitedServer
 from lmfusion.serve.guard import is_loopback
 
 if TYPE_CHECKING:
@@ -88,8 +87,8 @@ def run_server(
         server.has_ended.set()
 
 
-class Server(uvicorn.Server):
-    """uvicorn with limits of connections and a shutdown that ends.
+class Server(LimitedServer):
+    """The server of an engine: limits of connections, and a shutdown that ends.
 
     app: of `build_app`. config: further settings of uvicorn.
     """
@@ -102,23 +101,8 @@ class Server(uvicorn.Server):
         on_ready: Callable[[], None] = lambda: None,
         **config: Any,
     ) -> None:
-        max_connections, backlog = raise_file_limit()
-        self._connections = Connections(max_connections)
         super().__init__(
-            uvicorn.Config(
-                app,
-                http=self._connections.protocol,  # type: ignore[arg-type]
-                ws="none",
-                lifespan="off",
-                # Without warnings: uvicorn would write a line for every client that sends something strange
-                log_level="error",
-                access_log=False,
-                server_header=False,
-                backlog=backlog,
-                timeout_keep_alive=round(IDLE_SECONDS),
-                timeout_graceful_shutdown=round(shutdown_seconds) + LAST_SECONDS,
-                **config,
-            )
+            app, lifespan="off", timeout_graceful_shutdown=round(shutdown_seconds) + LAST_SECONDS, **config
         )
         self.has_ended = threading.Event()
         """To be set when everything has ended; the process is ended otherwise."""
@@ -128,7 +112,6 @@ class Server(uvicorn.Server):
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().set_exception_handler(self._connections.on_loop_error)
         await super().startup(sockets)
         self._on_ready()
 

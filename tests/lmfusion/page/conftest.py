@@ -29,9 +29,8 @@ class Page:
 
     def __init__(self, model, folder, *, name="tiny", seconds_per_step=0.0, **options):
         """seconds_per_step: what a step of the engine takes at least, for answers that one can watch."""
-        import uvicorn
-
         from lmfusion.page import create_app
+        from lmfusion.serve.connections import LimitedServer
 
         self.seconds_per_step = seconds_per_step
         self.engine = Engine(model)
@@ -40,8 +39,7 @@ class Page:
         self.worker = EngineWorker(self.engine)
         self.folder = folder
         app = create_app(self.worker, model, folder, name=name, **options)
-        config = uvicorn.Config(app, port=0, ws="none", log_level="critical", timeout_graceful_shutdown=1)
-        self._server = uvicorn.Server(config)
+        self._server = LimitedServer(app, port=0, timeout_graceful_shutdown=1)
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
         self.wait(lambda: self._server.started)

@@ -1,6 +1,8 @@
 """What does the page's server give out, and what does it refuse?"""
 
+import contextlib
 import json
+import socket
 import time
 from http.client import HTTPConnection
 
@@ -37,7 +39,7 @@ def client(model, tmp_path_factory):
     (page.folder / "pictures" / "one.png").write_bytes(b"one")
     (page.folder / "secret.txt").write_text("nobody sees this")
     with httpx.Client(base_url=page.url) as client:
-        client.folder = page.folder
+        client.folder, client.server = page.folder, page._server
         yield client
     page.close()
 
@@ -142,6 +144,25 @@ def test_the_page_itself_may_ask(named_client, host):
     assert named_client.get("/config", headers=behind_proxy).status_code == 200
     link = {"Host": host, "Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
     assert named_client.get("/", headers=link).status_code == 200
+
+
+def test_silent_connections_keep_nobody_out(client, monkeypatch):
+    monkeypatch.setattr(client.server._connections, "max_connections", 20)
+    with contextlib.ExitStack() as stack:
+        for _ in range(60):
+            stack.enter_context(socket.create_connection((client.base_url.host, client.base_url.port), timeout=10))
+        with httpx.Client(base_url=client.base_url, timeout=10) as newcomer:
+            assert newcomer.get("/config").status_code == 200
+
+
+def test_a_body_that_does_not_end_is_given_up(client, monkeypatch):
+    monkeypatch.setattr("lmfusion.page.guard.BODY_SECONDS", 0.2)
+    connection = HTTPConnection(client.base_url.host, client.base_url.port, timeout=20)
+    connection.putrequest("POST", "/gradio_api/queue/join")
+    connection.putheader("Content-Length", "100")
+    connection.endheaders(b"{")
+    assert connection.getresponse().status == 408
+    connection.close()
 
 
 @pytest.mark.parametrize("depth", [100, 100_000])
