@@ -77,7 +77,8 @@ def routed_block(
     _check(x_text, x_image, layout, text, image, rope, kv_cache)
     device_type = "cpu" if x_text.is_meta else x_text.device.type  # there is no autocast for meta tensors
     with torch.autocast(device_type, enabled=False):
-        if choose(backend, x_text, x_image) == "reference":
+        tensors = (*rope, *_weights_of(text, image))
+        if choose(backend, x_text, x_image, others=tensors) == "reference":
             return reference.routed_block(x, layout, text, image, rope, "tower", kv_cache)
         needs_grad = _needs_grad(x_text, x_image, text, image)
         call = block_forward.Call(
@@ -102,8 +103,12 @@ def _below_autograd() -> AbstractContextManager[Any]:
 
 
 def _needs_grad(x_text: Tensor, x_image: Tensor, text: BlockWeights, image: BlockWeights) -> bool:
-    tensors = (x_text, x_image, *(getattr(tower, name) for tower in (text, image) for name in _WEIGHT_NAMES))
+    tensors = (x_text, x_image, *_weights_of(text, image))
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _weights_of(text: BlockWeights, image: BlockWeights) -> list[Tensor | None]:
+    return [getattr(tower, name) for tower in (text, image) for name in _WEIGHT_NAMES]
 
 
 def _attention_kernel(

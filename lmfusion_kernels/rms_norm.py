@@ -38,7 +38,7 @@ def routed_rms_norm(
     added = [] if residual is None else check_rows(residual, layout, "residual")
     if added:
         check_like(added, rows, "residual")
-    if choose(backend, rows[0]) == "reference":
+    if choose(backend, rows[0], others=(*rows, *added, text_weight, image_weight)) == "reference":
         return reference.routed_rms_norm(x, text_weight, image_weight, layout, eps, residual)
     out = _ops.rms_norm(rows, added, text_weight, image_weight, layout.num_text, eps)
     if isinstance(x, Tensor):
