@@ -8,6 +8,7 @@ the weights behind them need, are recomputed by these kernels on their way. Rows
 [live | image].
 """
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -71,18 +72,24 @@ class _RoutedBlock(torch.autograd.Function):
             call = _call(weights, (cos, sin), ctx.kinds)
             if call.recompute != "none":
                 saved = complete(call, saved)
-            grads = _backward(call, saved, dy, ctx.needs_input_grad)
+            needs = ctx.needs_input_grad
+            grads = (*backward(call, saved, dy, needs[:3], needs[3 : 3 + 2 * _COUNT]), *[None] * 8)
         if not torch.is_grad_enabled():
             return grads
         return NoSecondDerivative.apply("routed_block", len(grads), *grads, *dy, *weights, tensors[-1])
 
 
-def _backward(
-    call: Call, saved: Activations, dy: tuple[Tensor, ...], needs: tuple[bool, ...]
+def backward(
+    call: Call,
+    saved: Activations,
+    dy: tuple[Tensor, Tensor | None],
+    needs_rows: Sequence[bool],
+    needs_weights: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
+    """The gradients of x, x_text and x_image, then those of the weights of both towers; None where not needed."""
     layout, text, image = call.layout, call.text, call.image
     num_constant, num_live = layout.num_constant, layout.num_live
-    wants = [dict(zip(WEIGHT_NAMES, part, strict=True)) for part in (needs[3 : 3 + _COUNT], needs[3 + _COUNT : -8])]
+    wants = [dict(zip(WEIGHT_NAMES, part, strict=True)) for part in (needs_weights[:_COUNT], needs_weights[_COUNT:])]
     grads: list[dict[str, Tensor]] = [{}, {}]
     dy_text, dy_image = dy[0].tensor_split([layout.num_text]) if dy[1] is None else dy
     dys = [dy_text[num_constant:].contiguous(), dy_image.contiguous()]
@@ -155,10 +162,10 @@ def _backward(
     if want_qkv:
         weight_grads("qkv_proj", dqkv, normed)
     weight_results = (grad.get(name) for grad in grads for name in WEIGHT_NAMES)
-    return (*_input_grads(dx, needs, num_constant), *weight_results, *[None] * 8)
+    return (*_input_grads(dx, needs_rows, num_constant), *weight_results)
 
 
-def _input_grads(dx: list[Tensor], needs: tuple[bool, ...], num_constant: int) -> tuple[Tensor | None, ...]:
+def _input_grads(dx: list[Tensor], needs: Sequence[bool], num_constant: int) -> tuple[Tensor | None, ...]:
     """Gradients of x, x_text and x_image from those of the live and the image rows; constant rows get zeros."""
     dx_live, dx_image = dx
     zeros = [dx_live.new_zeros(num_constant, dx_live.shape[1])] if num_constant and (needs[0] or needs[1]) else []

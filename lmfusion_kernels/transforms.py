@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import _get_dispatch_mode_pre_dispatch
 from torch.autograd import forward_ad
 
 from lmfusion_kernels.device import constant_result
@@ -19,6 +20,14 @@ _FORWARD_MODE = (
     "the native backend has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, torch.autograd.forward_ad); "
     "pass backend='reference', which has, or take the derivative in reverse mode"
 )
+
+
+def is_tracing() -> bool:
+    """Whether ops are recorded in a graph, by torch.compile, torch.export or make_fx."""
+    if torch.compiler.is_compiling():
+        return True
+    key = torch._C._TorchDispatchModeKey.PROXY
+    return torch._C._get_dispatch_mode(key) is not None or _get_dispatch_mode_pre_dispatch(key) is not None
 
 
 def is_transformed(tensors: Iterable[Tensor | None]) -> bool:
@@ -57,7 +66,9 @@ def _carries_tangent(tensor: Tensor | None) -> bool:
     if not _is_wrapped(tensor):
         return forward_ad.unpack_dual(tensor).tangent is not None
     functorch = torch._C._functorch
-    *outer, innermost = (level.key() == functorch.TransformType.Jvp for level in functorch.get_interpreter_stack() or [])
+    *outer, innermost = (
+        level.key() == functorch.TransformType.Jvp for level in functorch.get_interpreter_stack() or []
+    )
     if innermost and forward_ad.unpack_dual(tensor).tangent is not None:
         return True
     inside = functorch.get_unwrapped(tensor)

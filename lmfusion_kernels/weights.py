@@ -99,7 +99,10 @@ def rope_tables(position: Tensor, inv_freq: Tensor, attention_scaling: float = 1
 
 
 register_tree(
-    RopeTables, "lmfusion_kernels.RopeTables", lambda rope: {"cos": rope.cos, "sin": rope.sin}, lambda x: RopeTables(**x)
+    RopeTables,
+    "lmfusion_kernels.RopeTables",
+    lambda rope: {"cos": rope.cos, "sin": rope.sin},
+    lambda x: RopeTables(**x),
 )
 
 
