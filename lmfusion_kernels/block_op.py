@@ -8,12 +8,14 @@ attention are chosen when the op runs. What it computes is that of `block_forwar
 Beside what the block keeps without tracing, the op keeps its rows, the constant ones included.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lmfusion_kernels import block_backward, block_forward
+from lmfusion_kernels._library import refuse_second_derivative
 from lmfusion_kernels.block_forward import Activations, Call
 from lmfusion_kernels.checks import check_rope
 from lmfusion_kernels.ffn import choose_ffn
@@ -23,8 +25,9 @@ from lmfusion_kernels.weights import BlockWeights, Rope, Rows, split_towers
 
 _NAMES = block_backward.WEIGHT_NAMES
 
-_KEPT = ("k", "v", "q", "out", "lse", "rstd_in", "middle_live", "middle_image", "rstd_middle")
-_KEPT_BY_MODE = {"none": (*_KEPT, "gate_up_live", "gate_up_image"), "ffn": _KEPT, "layer": ("k", "v")}
+_NORM_PLACES = tuple(_NAMES.index(name) for name in ("q_norm", "k_norm"))
+_LEAST = 2
+_FLOAT32 = ("lse", "rstd_in", "rstd_middle")
 
 
 class Traced(NamedTuple):
@@ -110,7 +113,8 @@ def _run(x: list[Tensor], weights: list[Tensor], traced: Traced, keep: bool) -> 
         if traced.order == "sequence":
             results = [layout.to_sequence_order(results[0])]
         if saved is not None:
-            results += _kept_tensors(call, saved)
+            kept = [getattr(saved, name) for name in _kept_shapes(x, weights, traced, 0, 0, 0)]
+            results += [_flat(tensor, results[0]) for tensor in kept]
     return [result.contiguous() for result in results]
 
 
@@ -135,17 +139,43 @@ def _call(x: Rows, layout: TokenLayout, weights: list[Tensor], traced: Traced, k
     return Call(layout, text, image, rope, kernel, ffn, traced.recompute)
 
 
-def _kept_names(traced_recompute: str, has_qk_norm: bool) -> tuple[str, ...]:
-    names = _KEPT_BY_MODE[traced_recompute]
-    return (*names, "qkv_live", "qkv_image") if has_qk_norm and traced_recompute != "layer" else names
+def _flat(tensor: Tensor | None, like: Tensor) -> Tensor:
+    """What is kept, as the op hands it over: with one dimension, and of two elements at least, since a graph is tied to
+    sizes that are 0 or 1."""
+    if tensor is None:
+        return like.new_empty(_LEAST)
+    flat = tensor.reshape(-1)
+    missing = _LEAST - flat.numel()
+    return torch.nn.functional.pad(flat, (0, missing)) if missing > 0 else flat
 
 
-def _kept_tensors(call: Call, saved: Activations) -> list[Tensor]:
-    names = _kept_names(call.recompute, call.has_qk_norm)
-    if call.recompute == "layer" and saved.k is None:  # no constant rows
-        shape = (0, call.num_kv_heads, 2 * call.rope[0].shape[-1])
-        return [saved.x_image.new_empty(shape) for _ in names]
-    return [block_forward.present(getattr(saved, name)) for name in names]
+def _kept_shapes(
+    x: list[Tensor], weights: list[Tensor], traced: Traced, num_rows: int, num_text: int, num_live: int
+) -> dict[str, tuple[int, ...]]:
+    """The fields of `Activations` that are kept, in order, and their shapes."""
+    here = dict(zip(traced.present, weights, strict=True))
+    qkv_width, gate_up_width, image_gate_up_width = (
+        here[first + _NAMES.index(name)].shape[0]
+        for first, name in ((0, "qkv_proj"), (0, "gate_up_proj"), (len(_NAMES), "gate_up_proj"))
+    )
+    head_dim = 2 * traced.cos.shape[1]
+    num_heads = here[_NAMES.index("o_proj")].shape[1] // head_dim
+    num_kv_heads = (qkv_width // head_dim - num_heads) // 2
+    num_image, num_constant = num_rows - num_text, num_text - num_live
+    num_active = num_rows - num_constant
+    keys = (num_constant if traced.recompute == "layer" else num_rows, num_kv_heads, head_dim)
+    queries = (num_active, num_heads, head_dim)
+    shapes: dict[str, tuple[int, ...]] = {"k": keys, "v": keys}
+    if traced.recompute == "layer":
+        return shapes
+    shapes |= {"q": queries, "out": queries, "lse": (num_heads, num_active)}
+    shapes |= {"rstd_in": (num_rows,), "rstd_middle": (num_rows,)}
+    shapes |= {"middle_live": (num_live, x[0].shape[1]), "middle_image": (num_image, x[-1].shape[1])}
+    if traced.recompute == "none":
+        shapes |= {"gate_up_live": (num_live, gate_up_width), "gate_up_image": (num_image, image_gate_up_width)}
+    if any(place % len(_NAMES) in _NORM_PLACES for place in traced.present):
+        shapes |= {"qkv_live": (num_live, qkv_width), "qkv_image": (num_image, qkv_width)}
+    return shapes
 
 
 def _backward(
@@ -157,8 +187,11 @@ def _backward(
         rows = _in_tower_order(x, layout, traced)
         call = _call(rows, layout, weights, traced, keep=True)
         x_text, x_image = split_towers(rows, layout)
-        names = _kept_names(call.recompute, call.has_qk_norm)
-        saved = Activations(x_text[layout.num_constant :], x_image, **dict(zip(names, kept, strict=True)))
+        shapes = _kept_shapes(x, weights, traced, layout.num_tokens, layout.num_text, layout.num_live)
+        fields = {
+            name: flat[: math.prod(shape)].view(shape) for (name, shape), flat in zip(shapes.items(), kept, strict=True)
+        }
+        saved = Activations(x_text[layout.num_constant :], x_image, **fields)
         if call.recompute != "none":
             saved = block_forward.complete(call, saved)
         is_needed = dict(zip(traced.present, needs[len(x) :], strict=True))
@@ -188,37 +221,11 @@ def _fake_forward(x: list[Tensor], weights: list[Tensor], *arguments: Any) -> li
 
 def _fake_forward_kept(x: list[Tensor], weights: list[Tensor], *arguments: Any) -> list[Tensor]:
     traced = Traced(*arguments)
-    by_name = {i: weight for i, weight in zip(traced.present, weights, strict=True) if i < len(_NAMES)}
-    qkv_proj, o_proj, gate_up = (by_name[_NAMES.index(name)] for name in ("qkv_proj", "o_proj", "gate_up_proj"))
-    image_gate_up = weights[traced.present.index(len(_NAMES) + _NAMES.index("gate_up_proj"))]
-    norms = {_NAMES.index(name) + first for name in ("q_norm", "k_norm") for first in (0, len(_NAMES))}
     num_rows = sum(rows.shape[0] for rows in x)
-    num_live, num_image = traced.num_live, num_rows - traced.num_text
-    num_constant = traced.num_text - num_live
-    num_active = num_rows - num_constant
-    head_dim = 2 * traced.cos.shape[1]
-    num_heads = o_proj.shape[1] // head_dim
-    num_kv_heads = (qkv_proj.shape[0] // head_dim - num_heads) // 2
-    num_keys = num_constant if traced.recompute == "layer" else num_rows
-    shapes = {
-        "k": (num_keys, num_kv_heads, head_dim),
-        "v": (num_keys, num_kv_heads, head_dim),
-        "q": (num_active, num_heads, head_dim),
-        "out": (num_active, num_heads, head_dim),
-        "lse": (num_heads, num_active),
-        "rstd_in": (num_rows,),
-        "middle_live": (num_live, x[0].shape[1]),
-        "middle_image": (num_image, x[-1].shape[1]),
-        "rstd_middle": (num_rows,),
-        "gate_up_live": (num_live, gate_up.shape[0]),
-        "gate_up_image": (num_image, image_gate_up.shape[0]),
-        "qkv_live": (num_live, qkv_proj.shape[0]),
-        "qkv_image": (num_image, qkv_proj.shape[0]),
-    }
-    names = _kept_names(traced.recompute, bool(norms & set(traced.present)))
-    floats = ("lse", "rstd_in", "rstd_middle")
+    shapes = _kept_shapes(x, weights, traced, num_rows, traced.num_text, traced.num_live)
     return [rows.new_empty(rows.shape) for rows in x] + [
-        x[0].new_empty(shapes[name], dtype=torch.float32 if name in floats else x[0].dtype) for name in names
+        x[0].new_empty(torch.sym_max(math.prod(shape), _LEAST), dtype=torch.float32 if name in _FLOAT32 else x[0].dtype)
+        for name, shape in shapes.items()
     ]
 
 
@@ -273,3 +280,5 @@ for _name, _function, _fake in (
     _library.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lmfusion::{_name}", _fake, lib=_library)
 _library.impl("routed_block", _autograd, "Autograd")
+for _name in ("routed_block_kept", "routed_block_backward"):  # a graph of make_fx with a gradient calls them itself
+    refuse_second_derivative(_name)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+import torch
 from torch.utils import _pytree as pytree
 
 T = TypeVar("T")
@@ -27,6 +28,8 @@ def register_tree(
     def unflatten(parts: Iterable[Any], names: pytree.Context) -> T:
         return from_dict(dict(zip(names, parts, strict=True)))
 
+    # torch.export.load reads the example inputs of a program, which hold such objects, without unsafe unpickling.
+    torch.serialization.add_safe_globals([cls])
     pytree.register_pytree_node(
         cls,
         flatten,
