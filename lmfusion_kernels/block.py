@@ -145,7 +145,7 @@ def _check_counts(
 ) -> None:
     """Raise ValueError unless the tables have a row a token, text weights are frozen beside constant rows, and there is
     a cache for a layout with one."""
-    check_rope(*rope, layout, x)
+    check_rope(rope[0], rope[1], layout, x)
     _check_is_cached(layout, kv_cache)
     trained = [n for n in _WEIGHT_NAMES if (w := getattr(text, n)) is not None and w.requires_grad]
     if trained and torch.is_grad_enabled():

@@ -82,7 +82,7 @@ class _RoutedBlock(torch.autograd.Function):
 def backward(
     call: Call,
     saved: Activations,
-    dy: tuple[Tensor, Tensor | None],
+    dy: Sequence[Tensor | None],
     needs_rows: Sequence[bool],
     needs_weights: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
@@ -91,7 +91,8 @@ def backward(
     num_constant, num_live = layout.num_constant, layout.num_live
     wants = [dict(zip(WEIGHT_NAMES, part, strict=True)) for part in (needs_weights[:_COUNT], needs_weights[_COUNT:])]
     grads: list[dict[str, Tensor]] = [{}, {}]
-    dy_text, dy_image = dy[0].tensor_split([layout.num_text]) if dy[1] is None else dy
+    first, second = present(dy[0]), dy[1]
+    dy_text, dy_image = first.tensor_split([layout.num_text]) if second is None else (first, second)
     dys = [dy_text[num_constant:].contiguous(), dy_image.contiguous()]
 
     def weight_grads(name: str, dout: list[Tensor], rows: list[Tensor]) -> None:

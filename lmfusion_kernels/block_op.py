@@ -26,6 +26,8 @@ from lmfusion_kernels.weights import BlockWeights, Rope, Rows, split_towers
 _NAMES = block_backward.WEIGHT_NAMES
 
 _NORM_PLACES = tuple(_NAMES.index(name) for name in ("q_norm", "k_norm"))
+_TENSORS = ("buffer", "numbers", "cos", "sin")
+_UNKNOWN = -1
 _LEAST = 2
 _FLOAT32 = ("lse", "rstd_in", "rstd_middle")
 
@@ -36,7 +38,7 @@ class Traced(NamedTuple):
     buffer: Tensor
     numbers: Tensor
     num_text: int
-    """Like num_live, for the shapes of what is kept; 0 where nothing is."""
+    """Like num_live, for the shapes of what is kept; _UNKNOWN where nothing is. AOTInductor takes no counts that vary."""
     num_live: int
     present: list[int]
     """Which of the weights are there: their places among those of the text tower, then those of the image tower."""
@@ -69,7 +71,7 @@ def apply(
             weights.append(weight)
             present.append(i)
     trained = [name for name in _NAMES if (weight := getattr(text, name)) is not None and weight.requires_grad]
-    counts = (layout.num_text, layout.num_live) if needs_grad or torch.compiler.is_exporting() else (0, 0)
+    counts = (layout.num_text, layout.num_live) if needs_grad else (_UNKNOWN, _UNKNOWN)
     cos, sin = rope
     traced = Traced(
         *layout.as_two_tensors(), *counts, present, cos, sin, text.eps, order, backend or "", recompute,
@@ -221,6 +223,11 @@ def _fake_forward(x: list[Tensor], weights: list[Tensor], *arguments: Any) -> li
 
 def _fake_forward_kept(x: list[Tensor], weights: list[Tensor], *arguments: Any) -> list[Tensor]:
     traced = Traced(*arguments)
+    if isinstance(traced.num_text, int) and traced.num_text == _UNKNOWN:
+        raise RuntimeError(
+            "this graph of a block was made without gradients and cannot be traced again with them; make it with "
+            "gradients on (no torch.no_grad(), and rows or weights that require one)"
+        )
     num_rows = sum(rows.shape[0] for rows in x)
     shapes = _kept_shapes(x, weights, traced, num_rows, traced.num_text, traced.num_live)
     return [rows.new_empty(rows.shape) for rows in x] + [
@@ -244,18 +251,18 @@ class _RoutedBlockOp(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             results = torch.ops.lmfusion.routed_block_kept(x, weights, *traced)
         kept = results[num_rows:]
-        ctx.sizes = (num_rows, len(weights), len(kept))
-        ctx.numbers = traced._replace(buffer=None, numbers=None, cos=None, sin=None)
+        ctx.sizes = num_rows, len(weights)
+        ctx.traced = traced._asdict() | dict.fromkeys(_TENSORS)
         ctx.save_for_backward(*tensors, *kept, traced.buffer, traced.numbers, traced.cos, traced.sin)
         return tuple(results[:num_rows])
 
     @staticmethod
     def backward(ctx: Any, *dy: Tensor) -> Any:
         tensors = list(ctx.saved_tensors)
-        num_rows, num_weights, _ = ctx.sizes
+        num_rows, num_weights = ctx.sizes
         *kept, buffer, numbers, cos, sin = tensors[num_rows + num_weights :]
         x, weights = tensors[:num_rows], tensors[num_rows : num_rows + num_weights]
-        traced = ctx.numbers._replace(buffer=buffer, numbers=numbers, cos=cos, sin=sin)
+        traced = Traced(**ctx.traced | dict(zip(_TENSORS, (buffer, numbers, cos, sin), strict=True)))
         needs = list(ctx.needs_input_grad[2:])
         with torch.no_grad():
             found = iter(torch.ops.lmfusion.routed_block_backward(list(dy), x, weights, kept, needs, *traced))

@@ -57,7 +57,13 @@ class Op(nn.Module):
     def __init__(self, name):
         super().__init__()
         generator = torch.Generator().manual_seed(2)
-        shapes = {"norm": (WIDTH,), "square": (WIDTH, WIDTH), "bias": (WIDTH,), "gate_up": (48, WIDTH), "down": (WIDTH, 24)}
+        shapes = {
+            "norm": (WIDTH,),
+            "square": (WIDTH, WIDTH),
+            "bias": (WIDTH,),
+            "gate_up": (48, WIDTH),
+            "down": (WIDTH, 24),
+        }
         shapes |= {"qkv": (32, WIDTH), "head": (8,)}
         self.weights = nn.ParameterDict({n: torch.randn(*s, generator=generator) for n, s in shapes.items()})
         self.name = name
@@ -164,7 +170,7 @@ def test_another_layout_is_refused_where_sizes_are_fixed():
         program = torch.export.export(module, make_inputs(DOCUMENTS, frozen_text=False)).module()
         inputs = make_inputs(moved, frozen_text=False)
         assert_same(program(*inputs), module(*inputs))
-        with pytest.raises((AssertionError, RuntimeError), match="num_text|Expected input"):
+        with pytest.raises((AssertionError, RuntimeError), match=r"num_text|Expected input"):
             program(*make_inputs(other, frozen_text=False))
 
 
@@ -183,6 +189,18 @@ def test_exported_block_trains():
         assert grad is None or torch.equal(grad, grads[1][name]), name
 
 
+def test_a_graph_made_without_gradients_does_not_guess_what_to_keep():
+    block, inputs = Block(frozen_text=True), make_inputs(DOCUMENTS)
+    with torch.no_grad():
+        program = torch.export.export(block, inputs).module()
+    grads = [
+        torch.autograd.grad(m(*inputs).sum(), [p for p in m.parameters() if p.requires_grad]) for m in (block, program)
+    ]
+    assert_same(*grads)
+    with pytest.raises(RuntimeError, match="made without gradients and cannot be traced again"):
+        torch.compile(program, backend="aot_eager")(*inputs)
+
+
 def test_what_depends_on_counts_is_checked_by_the_graph():
     block, (x, layout, rope) = Block(), make_inputs(DOCUMENTS, frozen_text=True)
     with pytest.raises(ValueError, match="frozen_text=False"):
@@ -199,8 +217,8 @@ import sys
 import torch
 import lmfusion_kernels
 data = torch.load(sys.argv[2])
-load = torch._inductor.aoti_load_package if sys.argv[1].endswith("aoti.pt2") else lambda p: torch.export.load(p).module()
-program = load(sys.argv[1])
+is_package = sys.argv[1].endswith("aoti.pt2")
+program = torch._inductor.aoti_load_package(sys.argv[1]) if is_package else torch.export.load(sys.argv[1]).module()
 with torch.no_grad():
     results = torch.utils._pytree.tree_leaves(program(*data["inputs"]))
 assert len(results) == len(data["expected"])
