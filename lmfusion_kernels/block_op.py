@@ -38,7 +38,8 @@ class Traced(NamedTuple):
     buffer: Tensor
     numbers: Tensor
     num_text: int
-    """Like num_live, for the shapes of what is kept; _UNKNOWN where nothing is. AOTInductor takes no counts that vary."""
+    """Like num_live, for the shapes of what is kept. _UNKNOWN where nothing is: AOTInductor takes no numbers that
+    vary."""
     num_live: int
     present: list[int]
     """Which of the weights are there: their places among those of the text tower, then those of the image tower."""

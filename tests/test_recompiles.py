@@ -74,8 +74,7 @@ def count_graphs(model, stream, trained, paired=False):
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "inference"])
-@pytest.mark.parametrize("order", ["tower", "sequence"])
-@pytest.mark.parametrize("num_blocks", [1, 2])
+@pytest.mark.parametrize(("num_blocks", "order"), [(1, "tower"), (2, "sequence")])
 @pytest.mark.parametrize("name", STREAMS)
 def test_graphs_for_a_stream(name, num_blocks, order, trained):
     """One for the first sizes, and as they turn out to vary a few for more than one row, none, and one."""
@@ -83,19 +82,18 @@ def test_graphs_for_a_stream(name, num_blocks, order, trained):
     assert count_graphs(model, STREAMS[name], trained) <= 6
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_graphs_in_any_order(seed):
     stream = [documents for stream in STREAMS.values() for documents in stream]
     random.Random(seed).shuffle(stream)
-    assert count_graphs(stacked([make_block()], "sequence"), stream[:40], trained=True) <= 6
+    assert count_graphs(stacked([make_block()], "sequence"), stream[:30], trained=True) <= 6
 
 
-@pytest.mark.parametrize("recompute", ["ffn", "layer"])
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize(("recompute", "qk_norm"), [("ffn", True), ("layer", False)])
 def test_graphs_for_recomputing_and_norms(recompute, qk_norm):
     block = make_block(qk_norm=qk_norm, qkv_bias=True)
     model = lambda x, layout, rope: block(x, layout, rope, recompute=recompute)  # noqa: E731
-    assert count_graphs(model, STREAMS["every class"][::3], trained=True) <= 6
+    assert count_graphs(model, STREAMS["every class"][::6], trained=True) <= 6
 
 
 def test_graphs_for_pairs_of_towers():
