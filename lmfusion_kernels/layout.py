@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lmfusion_kernels import _host
 from lmfusion_kernels.cache_place import CachePlace
-from lmfusion_kernels.layout_buffer import buffer_of, copy_together, pack, padded, unpack
+from lmfusion_kernels.layout_buffer import buffer_of, copy_together, pack, pack_arrays, padded, unpack
 from lmfusion_kernels.reorder_rows import reorder_rows
 from lmfusion_kernels.spans import FULL, HIDDEN, IMAGE, MARKER, SPANS_EXPECTED, TEXT, Document, Spans
 from lmfusion_kernels.tree import register_tree
@@ -292,8 +292,7 @@ class TokenLayout:
             place = cache.lengths, cache.starts, cache.num_rows
             vectors, counts = _host.build_layout(*arguments, *place, segments=spans.segments, modes=spans.modes)
         num_tokens = counts["num_tokens"]
-        tensors = {name: torch.from_numpy(vectors[name]) for name in VECTORS}
-        tensors = unpack(pack(tensors), tensors)
+        tensors = pack_arrays({name: vectors[name] for name in VECTORS})
         layout = cls(
             num_tokens=num_tokens,
             num_text=counts["num_text"],

@@ -1,5 +1,6 @@
 """Vectors as parts of one buffer: they move in one transfer, and a traced op takes them as one argument."""
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +38,19 @@ def _padded_sizes(vectors: dict[str, Tensor]) -> list[int]:
 def padded(size: int) -> int:
     """The entries of the buffer that a vector of this size takes."""
     return -(-size // 16) * 16
+
+
+def pack_arrays(vectors: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """Parts of one buffer with the contents of int32 arrays, as `unpack` makes them."""
+    offsets = np.cumsum([0, *(padded(vector.size) for vector in vectors.values())]).tolist()
+    buffer = np.zeros(offsets[-1], np.int32)
+    for offset, vector in zip(offsets, vectors.values(), strict=False):
+        buffer[offset : offset + vector.size] = vector
+    whole = torch.from_numpy(buffer)
+    return {
+        name: whole[offset : offset + vector.size]
+        for offset, (name, vector) in zip(offsets, vectors.items(), strict=False)
+    }
 
 
 def buffer_of(vectors: dict[str, Tensor]) -> Tensor | None:
