@@ -74,8 +74,13 @@ def add_image_tower(llama: LlamaForCausalLM) -> None:
 def routing(llama: LlamaForCausalLM, documents: list[list[tuple[str, int]]]) -> dict[str, object]:
     """The two arguments that every two-tower layer needs beside the hidden states."""
     layout = lk.TokenLayout.from_spans(documents, frozen_text=True, device=llama.device)
-    rotary = llama.model.rotary_emb
+    rotary = exact_rotary(llama)
     return {"layout": layout, "rope": lk.rope_tables(layout.position, rotary.inv_freq, rotary.attention_scaling)}
+
+
+def exact_rotary(llama: LlamaForCausalLM) -> nn.Module:
+    """The model's rotary embedding with frequencies in float32, whatever `llama.to(dtype)` has made of its buffer."""
+    return type(llama.model.rotary_emb)(llama.config).to(llama.device)
 
 
 def text_logits(llama: LlamaForCausalLM, input_ids: Tensor) -> Tensor:
@@ -111,6 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     dtype = getattr(torch, options.dtype)
     llama = small_llama() if options.model is None else AutoModelForCausalLM.from_pretrained(options.model)
     llama = llama.to(options.device, dtype).eval()
+    llama.model.rotary_emb = exact_rotary(llama)
     generator = torch.Generator().manual_seed(1)
     input_ids = torch.randint(0, llama.config.vocab_size, (2, 48), generator=generator).to(options.device)
 

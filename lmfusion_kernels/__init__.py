@@ -15,10 +15,11 @@ from lmfusion_kernels.packing import pack_documents
 from lmfusion_kernels.rms_norm import routed_rms_norm
 from lmfusion_kernels.rope_reorder import rope_reorder
 from lmfusion_kernels.swiglu import routed_swiglu
-from lmfusion_kernels.weights import BlockWeights, rope_tables
+from lmfusion_kernels.weights import BlockWeights, RopeTables, rope_tables
 
 __all__ = [
     "BlockWeights",
+    "RopeTables",
     "RoutedBlock",
     "TokenLayout",
     "TowerLayer",

@@ -5,6 +5,7 @@ wherever it can run. The name of an attention kernel (lmfusion_kernels.attention
 """
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lmfusion_kernels import _host, _library
 from lmfusion_kernels.device import capability, constant_result, runs_on
+from lmfusion_kernels.transforms import INSIDE_TRANSFORM, is_transformed, refuse_forward_mode
 
 ATTENTION_KERNELS = ("triton", "flash", "flash-attn-2", "flash-attn-3", "flash-attn-4", "flex")
 BACKENDS = ("native", "reference", *ATTENTION_KERNELS)
@@ -36,17 +38,22 @@ def asked_for(backend: str | None) -> str | None:
     return asked
 
 
-def choose(backend: str | None, *tensors: Tensor | None) -> str:
+def choose(backend: str | None, *tensors: Tensor | None, others: Iterable[Tensor | None] = ()) -> str:
     """The backend that an op without attention on `tensors` runs with: "native" or "reference".
 
-    Raises ValueError for an unknown backend, and where native ops are asked for and cannot run.
+    others: its other arguments, whose dtype and device are checked elsewhere. Raises ValueError for an unknown backend,
+    and where native ops are asked for and cannot run; RuntimeError for a forward-mode derivative of native ops.
     """
     asked = asked_for(backend)
     if asked == "reference":
         return "reference"
     reason = why_not_native(*tensors)
     if not reason:
-        return "native"
+        everything = (*tensors, *others)
+        refuse_forward_mode(everything)
+        if not is_transformed(everything):
+            return "native"
+        reason = INSIDE_TRANSFORM
     if asked is not None:
         raise ValueError(f"the native backend was asked for, but {reason}; {REFERENCE_RUNS}")
     return "reference"

@@ -26,11 +26,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfusion_kernels import attention, block_backward, block_forward, reference
+from lmfusion_kernels import block_backward, block_forward, block_op, reference
 from lmfusion_kernels.backends import choose
 from lmfusion_kernels.checks import check_rope, check_weight
 from lmfusion_kernels.ffn import choose_ffn
 from lmfusion_kernels.layout import TokenLayout
+from lmfusion_kernels.transforms import is_tracing
 from lmfusion_kernels.weights import BlockWeights, Rope, Rows, split_towers
 
 RECOMPUTE = ("none", "ffn", "layer")
@@ -67,21 +68,30 @@ def routed_block(
         raise ValueError(f"order is {order!r}; it is 'tower' or 'sequence'")
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute is {recompute!r}; it is one of {', '.join(RECOMPUTE)}")
-    if order == "sequence":
-        if not isinstance(x, Tensor):
-            raise ValueError("order='sequence' takes one tensor; rows of two widths have no common sequence order")
-        y = routed_block(layout.to_tower_order(x), layout, text, image, rope, "tower", backend, kv_cache, recompute)
-        assert isinstance(y, Tensor)
-        return layout.to_sequence_order(y)
+    if order == "sequence" and not isinstance(x, Tensor):
+        raise ValueError("order='sequence' takes one tensor; rows of two widths have no common sequence order")
+    if kv_cache is None and is_tracing():
+        y = _traced(x, layout, text, image, rope, order, backend, recompute)
+        if y is not None:
+            return y
+    if isinstance(x, Tensor) and order == "sequence":
+        rows = layout.to_tower_order(x)
+        moved = routed_block(rows, layout, text, image, rope, "tower", backend, kv_cache, recompute)
+        assert isinstance(moved, Tensor)
+        return layout.to_sequence_order(moved)
     x_text, x_image = split_towers(x, layout)
-    _check(x_text, x_image, layout, text, image, rope, kv_cache)
+    _check_counts(x_text, layout, text, rope, kv_cache)
+    _check_weights(x_text, x_image, text, image, rope)
+    needs_grad = _needs_grad(x_text, x_image, text, image)
+    if kv_cache is not None:
+        _check_cache(kv_cache, layout, x_text, text, rope, needs_grad)
     device_type = "cpu" if x_text.is_meta else x_text.device.type  # there is no autocast for meta tensors
     with torch.autocast(device_type, enabled=False):
-        if choose(backend, x_text, x_image) == "reference":
+        if choose(backend, x_text, x_image, others=(*rope, *_weights_of(text, image))) == "reference":
             return reference.routed_block(x, layout, text, image, rope, "tower", kv_cache)
-        needs_grad = _needs_grad(x_text, x_image, text, image)
         call = block_forward.Call(
-            layout, text, image, rope, _attention_kernel(backend, x_text, layout, text, rope, needs_grad),
+            layout, text, image, rope,
+            block_forward.choose_attention(backend, x_text, layout, text, rope, needs_grad),
             choose_ffn(
                 (x_text, x_image), (text.gate_up_proj, image.gate_up_proj), needs_grad and recompute == "none"
             ),
@@ -93,6 +103,26 @@ def routed_block(
             return block_forward.forward(call, x, kv_cache, keep=False)[0]
 
 
+def _traced(
+    x: Rows,
+    layout: TokenLayout,
+    text: BlockWeights,
+    image: BlockWeights,
+    rope: Rope,
+    order: str,
+    backend: str | None,
+    recompute: str,
+) -> Rows | None:
+    """The block as one op, for a graph; None where the reference is to run. Looks at no count of the layout."""
+    rows = [x] if isinstance(x, Tensor) else list(x)
+    _check_weights(rows[0], rows[-1], text, image, rope)
+    _check_is_cached(layout, None)
+    if choose(backend, *rows, others=(*rope, *_weights_of(text, image))) == "reference":
+        return None
+    needs_grad = _needs_grad(rows[0], rows[-1], text, image)
+    return block_op.apply(x, layout, text, image, rope, order, backend, recompute, needs_grad)
+
+
 def _below_autograd() -> AbstractContextManager[Any]:
     """Ops in here are called as if they had no gradients: their formulas are Python, which costs more than a small op.
 
@@ -102,30 +132,33 @@ def _below_autograd() -> AbstractContextManager[Any]:
 
 
 def _needs_grad(x_text: Tensor, x_image: Tensor, text: BlockWeights, image: BlockWeights) -> bool:
-    tensors = (x_text, x_image, *(getattr(tower, name) for tower in (text, image) for name in _WEIGHT_NAMES))
+    tensors = (x_text, x_image, *_weights_of(text, image))
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _attention_kernel(
-    backend: str | None, x: Tensor, layout: TokenLayout, weights: BlockWeights, rope: Rope, needs_grad: bool
-) -> str:
-    head_dim, num_heads = 2 * rope[0].shape[-1], weights.num_heads(rope)
-    return attention.choose(
-        backend, layout, device=x.device, dtype=x.dtype, num_heads=num_heads,
-        num_kv_heads=(weights.qkv_proj.shape[0] // head_dim - num_heads) // 2, head_dim=head_dim, needs_grad=needs_grad,
-    )  # fmt: skip
+def _weights_of(text: BlockWeights, image: BlockWeights) -> list[Tensor | None]:
+    return [getattr(tower, name) for tower in (text, image) for name in _WEIGHT_NAMES]
 
 
-def _check(
-    x_text: Tensor,
-    x_image: Tensor,
-    layout: TokenLayout,
-    text: BlockWeights,
-    image: BlockWeights,
-    rope: Rope,
-    kv_cache: tuple[Tensor, Tensor] | None,
+def _check_counts(
+    x: Tensor, layout: TokenLayout, text: BlockWeights, rope: Rope, kv_cache: tuple[Tensor, Tensor] | None
 ) -> None:
-    check_rope(*rope, layout, x_text)
+    """Raise ValueError unless the tables have a row a token, text weights are frozen beside constant rows, and there is
+    a cache for a layout with one."""
+    check_rope(rope[0], rope[1], layout, x)
+    _check_is_cached(layout, kv_cache)
+    trained = [n for n in _WEIGHT_NAMES if (w := getattr(text, n)) is not None and w.requires_grad]
+    if trained and torch.is_grad_enabled():
+        block_op.check_frozen(layout, trained[0])
+
+
+def _check_is_cached(layout: TokenLayout, kv_cache: tuple[Tensor, Tensor] | None) -> None:
+    if layout.is_cached != (kv_cache is not None):
+        raise ValueError("a layout with cached_lengths needs kv_cache, and kv_cache needs such a layout")
+
+
+def _check_weights(x_text: Tensor, x_image: Tensor, text: BlockWeights, image: BlockWeights, rope: Rope) -> None:
+    """Raise ValueError unless the weights fit each other, the width of the rows and the size of a head."""
     head_dim = 2 * rope[0].shape[-1]
     qkv_width, out_width = text.qkv_proj.shape[0], text.o_proj.shape[-1]
     num_kv_rows = qkv_width - out_width
@@ -160,20 +193,14 @@ def _check(
         }
         for weight_name, shape in shapes.items():
             check_weight(getattr(weights, weight_name), shape, x, f"{name}.{weight_name}")
-    if layout.is_cached != (kv_cache is not None):
-        raise ValueError("a layout with cached_lengths needs kv_cache, and kv_cache needs such a layout")
-    if kv_cache is not None:
-        shape = (layout.num_keys, num_kv_rows // (2 * head_dim), head_dim)
-        for name, cache in zip(("keys", "values"), kv_cache, strict=True):
-            check_weight(cache, shape, x_text, f"kv_cache {name}")
-        if _needs_grad(x_text, x_image, text, image):
-            raise ValueError(
-                "a block with kv_cache has no backward, and an input requires a gradient; use torch.no_grad()"
-            )
-    if layout.num_constant and torch.is_grad_enabled():
-        trainable = [n for n in _WEIGHT_NAMES if (w := getattr(text, n)) is not None and w.requires_grad]
-        if trainable:
-            raise ValueError(
-                f"text.{trainable[0]} requires a gradient, but the layout takes the text tower for frozen; build it "
-                "with frozen_text=False, or call requires_grad_(False) on the text weights"
-            )
+
+
+def _check_cache(
+    kv_cache: tuple[Tensor, Tensor], layout: TokenLayout, x: Tensor, text: BlockWeights, rope: Rope, needs_grad: bool
+) -> None:
+    head_dim = 2 * rope[0].shape[-1]
+    num_kv_heads = (text.qkv_proj.shape[0] - text.o_proj.shape[-1]) // (2 * head_dim)
+    for name, cache in zip(("keys", "values"), kv_cache, strict=True):
+        check_weight(cache, (layout.num_keys, num_kv_heads, head_dim), x, f"kv_cache {name}")
+    if needs_grad:
+        raise ValueError("a block with kv_cache has no backward, and an input requires a gradient; use torch.no_grad()")

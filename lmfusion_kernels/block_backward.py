@@ -8,16 +8,17 @@ the weights behind them need, are recomputed by these kernels on their way. Rows
 [live | image].
 """
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lmfusion_kernels import attention
 from lmfusion_kernels.block_forward import Activations, Call, complete, forward, present
 from lmfusion_kernels.layout import TokenLayout
+from lmfusion_kernels.transforms import Link, NoSecondDerivative
 from lmfusion_kernels.weights import BlockWeights, Rope, Rows
 
 WEIGHT_NAMES = tuple(field.name for field in fields(BlockWeights) if field.name != "eps")
@@ -28,10 +29,11 @@ _ops: Any = torch.ops.lmfusion
 
 def apply(call: Call, x: Rows) -> Rows:
     """The block on rows `x`, with a backward."""
-    weights = (getattr(tower, name) for tower in call.towers for name in WEIGHT_NAMES)
+    weights = [getattr(tower, name) for tower in call.towers for name in WEIGHT_NAMES]
     rows = (x, None, None) if isinstance(x, Tensor) else (None, *x)
+    link = Link.apply(*(part for part in rows if part is not None))  # see NoSecondDerivative; not all rows are kept
     kinds = (call.layout, call.text.eps, call.attention, call.ffn, call.recompute)
-    y_text, y_image = _RoutedBlock.apply(*rows, *weights, *call.rope, *kinds)
+    y_text, y_image = _RoutedBlock.apply(*rows, *weights, *call.rope, link, *kinds)
     return y_text if isinstance(x, Tensor) else (y_text, y_image)
 
 
@@ -47,41 +49,50 @@ class _RoutedBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor | None, x_text: Tensor | None, x_image: Tensor | None, *args: Any) -> Any:
-        weights, (cos, sin), kinds = args[: 2 * _COUNT], args[2 * _COUNT : 2 * _COUNT + 2], args[2 * _COUNT + 2 :]
+        weights, (cos, sin, link, *kinds) = args[: 2 * _COUNT], args[2 * _COUNT :]
         rows: Rows
         if x is None:
             assert x_text is not None and x_image is not None
             rows = (x_text, x_image)
         else:
             rows = x
-        y, saved = forward(_call(weights, (cos, sin), kinds), rows, None, keep=True)
+        y, saved = forward(_call(weights, (cos, sin), tuple(kinds)), rows, None, keep=True)
         assert saved is not None
-        ctx.save_for_backward(*weights, cos, sin, *saved)
-        ctx.kinds = kinds
+        ctx.save_for_backward(*weights, cos, sin, *saved, link)
+        ctx.kinds = tuple(kinds)
         return (y, None) if isinstance(y, Tensor) else y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *dy: Tensor) -> Any:
         device_type = ctx.kinds[0].device.type
-        with torch.autocast("cpu" if device_type == "meta" else device_type, enabled=False):
-            tensors = ctx.saved_tensors  # once: hooks unpack all of them with every look
-            weights, (cos, sin) = tensors[: 2 * _COUNT], tensors[2 * _COUNT : 2 * _COUNT + 2]
-            saved = Activations(*tensors[2 * _COUNT + 2 :])
+        tensors = ctx.saved_tensors  # once: hooks unpack all of them with every look
+        weights, (cos, sin) = tensors[: 2 * _COUNT], tensors[2 * _COUNT : 2 * _COUNT + 2]
+        with torch.autocast("cpu" if device_type == "meta" else device_type, enabled=False), torch.no_grad():
+            saved = Activations(*tensors[2 * _COUNT + 2 : -1])
             call = _call(weights, (cos, sin), ctx.kinds)
             if call.recompute != "none":
                 saved = complete(call, saved)
-            return _backward(call, saved, dy, ctx.needs_input_grad)
+            needs = ctx.needs_input_grad
+            grads = (*backward(call, saved, dy, needs[:3], needs[3 : 3 + 2 * _COUNT]), *[None] * 8)
+        if not torch.is_grad_enabled():
+            return grads
+        return NoSecondDerivative.apply("routed_block", len(grads), *grads, *dy, *weights, tensors[-1])
 
 
-def _backward(
-    call: Call, saved: Activations, dy: tuple[Tensor, ...], needs: tuple[bool, ...]
+def backward(
+    call: Call,
+    saved: Activations,
+    dy: Sequence[Tensor | None],
+    needs_rows: Sequence[bool],
+    needs_weights: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
+    """The gradients of x, x_text and x_image, then those of the weights of both towers; None where not needed."""
     layout, text, image = call.layout, call.text, call.image
     num_constant, num_live = layout.num_constant, layout.num_live
-    wants = [dict(zip(WEIGHT_NAMES, part, strict=True)) for part in (needs[3 : 3 + _COUNT], needs[3 + _COUNT : -7])]
+    wants = [dict(zip(WEIGHT_NAMES, part, strict=True)) for part in (needs_weights[:_COUNT], needs_weights[_COUNT:])]
     grads: list[dict[str, Tensor]] = [{}, {}]
-    dy_text, dy_image = dy[0].tensor_split([layout.num_text]) if dy[1] is None else dy
+    first, second = present(dy[0]), dy[1]
+    dy_text, dy_image = first.tensor_split([layout.num_text]) if second is None else (first, second)
     dys = [dy_text[num_constant:].contiguous(), dy_image.contiguous()]
 
     def weight_grads(name: str, dout: list[Tensor], rows: list[Tensor]) -> None:
@@ -152,10 +163,10 @@ def _backward(
     if want_qkv:
         weight_grads("qkv_proj", dqkv, normed)
     weight_results = (grad.get(name) for grad in grads for name in WEIGHT_NAMES)
-    return (*_input_grads(dx, needs, num_constant), *weight_results, *[None] * 7)
+    return (*_input_grads(dx, needs_rows, num_constant), *weight_results)
 
 
-def _input_grads(dx: list[Tensor], needs: tuple[bool, ...], num_constant: int) -> tuple[Tensor | None, ...]:
+def _input_grads(dx: list[Tensor], needs: Sequence[bool], num_constant: int) -> tuple[Tensor | None, ...]:
     """Gradients of x, x_text and x_image from those of the live and the image rows; constant rows get zeros."""
     dx_live, dx_image = dx
     zeros = [dx_live.new_zeros(num_constant, dx_live.shape[1])] if num_constant and (needs[0] or needs[1]) else []

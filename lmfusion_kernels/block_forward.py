@@ -47,6 +47,10 @@ class Call:
         return self.text.num_heads(self.rope)
 
     @property
+    def num_kv_heads(self) -> int:
+        return (self.text.qkv_proj.shape[0] // (2 * self.rope[0].shape[-1]) - self.num_heads) // 2
+
+    @property
     def scale(self) -> float:
         return (2 * self.rope[0].shape[-1]) ** -0.5
 
@@ -57,6 +61,17 @@ class Call:
     @property
     def qk_norms(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         return self.text.q_norm, self.text.k_norm, self.image.q_norm, self.image.k_norm
+
+
+def choose_attention(
+    backend: str | None, x: Tensor, layout: TokenLayout, weights: BlockWeights, rope: Rope, needs_grad: bool
+) -> str:
+    """The name of the attention kernel for rows like `x`; see `attention.choose`."""
+    head_dim, num_heads = 2 * rope[0].shape[-1], weights.num_heads(rope)
+    return attention.choose(
+        backend, layout, device=x.device, dtype=x.dtype, num_heads=num_heads,
+        num_kv_heads=(weights.qkv_proj.shape[0] // head_dim - num_heads) // 2, head_dim=head_dim, needs_grad=needs_grad,
+    )  # fmt: skip
 
 
 class Activations(NamedTuple):
@@ -83,18 +98,25 @@ class Activations(NamedTuple):
     qkv_image: Tensor | None = None
 
 
-def forward(call: Call, x: Rows, kv_cache: tuple[Tensor, Tensor] | None, keep: bool) -> tuple[Rows, Activations | None]:
-    """The output in the form of `x`, and with `keep` what the backward reads."""
+def forward(
+    call: Call, x: Rows, kv_cache: tuple[Tensor, Tensor] | None, keep: bool, keep_rows: bool = True
+) -> tuple[Rows, Activations | None]:
+    """The output in the form of `x`, and with `keep` what the backward reads.
+
+    keep_rows: whether active rows are copied, so that the constant ones beside them can be freed.
+    """
     layout = call.layout
     num_constant = layout.num_constant
     rows = [x] if isinstance(x, Tensor) else list(x)
     is_joined = len(rows) == 1
-    has_copies = keep and num_constant > 0
+    has_copies = keep and keep_rows and num_constant > 0
     normed, _, kept, rstd_in = _norm(
         call, "input_layernorm", rows, [], layout.num_text, num_constant, has_copies, has_copies and is_joined
     )
     x_text, x_image = split_towers(x, layout)
-    x_live, x_image = [*kept, x_image][:2] if has_copies else (x_text, x_image)
+    x_live, x_image = (
+        [*kept, x_image][:2] if has_copies else (x_text[num_constant:] if num_constant else x_text, x_image)
+    )
     attended, saved = _attend(call, normed, kv_cache, keep)
     update = [r.new_empty(r.shape) for r in rows]
     for target, part, w in zip(_split(update, layout.num_text), attended, call.towers, strict=True):

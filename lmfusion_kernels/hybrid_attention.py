@@ -9,7 +9,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from lmfusion_kernels import _library, attention, reference
 from lmfusion_kernels.attention.case import ranges_by_key
+from lmfusion_kernels.backends import REFERENCE_RUNS, asked_for
 from lmfusion_kernels.layout import TokenLayout
+from lmfusion_kernels.transforms import INSIDE_TRANSFORM, is_transformed, refuse_forward_mode
 
 _ops = torch.ops.lmfusion
 
@@ -46,6 +48,12 @@ def hybrid_attention(
         head_dim=q.shape[2],
         needs_grad=needs_grad,
     )
+    if kernel != "reference":
+        refuse_forward_mode((q, k, v))
+        if is_transformed((q, k, v)):
+            if asked_for(backend) is not None:
+                raise ValueError(f"{kernel} attention was asked for, but {INSIDE_TRANSFORM}; {REFERENCE_RUNS}")
+            kernel = "reference"
     if kernel == "reference":
         return reference.hybrid_attention(q, k, v, layout, scale)
     if needs_grad and not attention.KERNELS[kernel].is_differentiable:

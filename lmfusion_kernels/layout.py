@@ -7,18 +7,20 @@ Two orders of the same rows (docs/design.md, section 2):
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lmfusion_kernels import _host
+from lmfusion_kernels.cache_place import CachePlace
+from lmfusion_kernels.layout_buffer import buffer_of, copy_together, pack, pack_arrays, padded
+from lmfusion_kernels.layout_buffer import unpack as unpack  # for those who import it from here
 from lmfusion_kernels.reorder_rows import reorder_rows
 from lmfusion_kernels.spans import FULL, HIDDEN, IMAGE, MARKER, SPANS_EXPECTED, TEXT, Document, Spans
-
-_MAX_ROWS = 2**31 - 1  # that int32 can count
+from lmfusion_kernels.tree import register_tree
 
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What ops compute with; which of it the kernels take is the backend's matter, the reference takes all."""
@@ -142,6 +144,23 @@ class TokenLayout:
     constant_part_num_keys: Tensor
     """[P] how many of a part's keys its constant queries need: the first ones."""
 
+    _buffer: ClassVar[Tensor | None] = None
+    _numbers: ClassVar[Tensor | None] = None
+
+    def __post_init__(self) -> None:
+        if not torch.compiler.is_compiling():
+            object.__setattr__(self, "_buffer", buffer_of(self.vectors))
+            object.__setattr__(self, "_numbers", numbers_of(self))
+
+    def as_two_tensors(self) -> tuple[Tensor, Tensor]:
+        """All vectors in one buffer, and `numbers_of` the layout: what an op takes that stands for a whole block.
+
+        So a graph depends on no count and on the size of no vector, of which those that are 0 or 1 would each need a
+        graph of their own.
+        """
+        buffer = pack(self.vectors) if self._buffer is None else self._buffer
+        return buffer, numbers_of(self) if self._numbers is None else self._numbers
+
     @property
     def num_image(self) -> int:
         return self.num_tokens - self.num_text
@@ -200,7 +219,7 @@ class TokenLayout:
             raise ValueError(f"{error}; {SPANS_EXPECTED}") from error
         spans = Spans.of(batch)
         num_documents = len(batch)
-        cache = _Cache.checked(spans, num_documents, cached_lengths, cache_starts, cache_rows)
+        cache = CachePlace.checked(spans, num_documents, cached_lengths, cache_starts, cache_rows)
         return cls._build(spans, num_documents, frozen_text, device, cache)
 
     @classmethod
@@ -263,7 +282,7 @@ class TokenLayout:
         num_documents: int,
         frozen_text: bool,
         device: torch.device | str | None,
-        cache: "_Cache | None" = None,
+        cache: CachePlace | None = None,
     ) -> "TokenLayout":
         totals = spans.totals(num_documents)  # tokens of each document
         arguments = spans.kinds, spans.lengths, spans.documents, frozen_text
@@ -274,7 +293,7 @@ class TokenLayout:
             place = cache.lengths, cache.starts, cache.num_rows
             vectors, counts = _host.build_layout(*arguments, *place, segments=spans.segments, modes=spans.modes)
         num_tokens = counts["num_tokens"]
-        tensors = {name: torch.from_numpy(vector) for name, vector in vectors.items()}
+        tensors = pack_arrays({name: vectors[name] for name in VECTORS})
         layout = cls(
             num_tokens=num_tokens,
             num_text=counts["num_text"],
@@ -298,12 +317,12 @@ class TokenLayout:
     @property
     def vectors(self) -> dict[str, Tensor]:
         """The vectors by name. The other fields, all of them counts, are `counts`."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return {name: getattr(self, name) for name in VECTORS}
 
     @property
     def counts(self) -> dict[str, int]:
         """The counts by name."""
-        return {name: value for name, value in vars(self).items() if not isinstance(value, Tensor)}
+        return {name: getattr(self, name) for name in COUNTS}
 
     def with_vectors(self, vectors: dict[str, Tensor]) -> "TokenLayout":
         """The same layout with these vectors, by name, in the place of its own."""
@@ -345,101 +364,55 @@ class TokenLayout:
             )
 
 
-@dataclass(frozen=True, eq=False)
-class _Cache:
-    """Where documents lie in a key-value cache. int32 [num_documents] each."""
-
-    lengths: np.ndarray
-    starts: np.ndarray
-    num_rows: int
-
-    @classmethod
-    def checked(
-        cls,
-        spans: Spans,
-        num_documents: int,
-        cached_lengths: Sequence[int] | None,
-        cache_starts: Sequence[int] | None,
-        cache_rows: int | None,
-    ) -> "_Cache | None":
-        """The arguments of `from_spans`, or None without a cache. Raises ValueError where they do not fit."""
-        if cached_lengths is None and cache_starts is None and cache_rows is None:
-            return None
-        if cached_lengths is None or cache_starts is None or cache_rows is None:
-            raise ValueError("give cached_lengths, cache_starts and cache_rows together, or none of them")
-        if spans.modes is not None and (spans.modes & HIDDEN).any():
-            raise ValueError(
-                f"document {spans.documents[np.flatnonzero(spans.modes & HIDDEN)[0]]} has a hidden span, and the "
-                "layout a key-value cache, in which all that comes later would see it; leave 'hidden' away and write "
-                "the next tokens over the span's rows, or leave the cache away"
-            )
-        cached, starts = np.asarray(cached_lengths, np.int64), np.asarray(cache_starts, np.int64)
-        for name, vector in (("cached_lengths", cached), ("cache_starts", starts)):
-            if vector.shape != (num_documents,):
-                raise ValueError(f"{name} has {vector.size} entries for {num_documents} documents")
-        if not 0 <= cache_rows <= _MAX_ROWS:
-            raise ValueError(f"cache_rows is {cache_rows}; a cache has at most {_MAX_ROWS} rows")
-        if cached.min(initial=0) < 0:
-            raise ValueError(f"document {int(cached.argmin())} has a cached length of {cached.min()}")
-        ends = np.append(starts[1:], cache_rows)
-        falls = np.flatnonzero(np.diff(starts, prepend=0) < 0)
-        if falls.size:
-            raise ValueError(
-                f"document {falls[0]} begins at row {starts[falls[0]]} of the cache; starts ascend from 0, so sort the "
-                "documents by them"
-            )
-        totals = cached + spans.totals(num_documents)
-        is_shared = starts == ends
-        is_shared[-1:] = False
-        too_long = np.flatnonzero((starts + totals > ends) & ~is_shared)
-        if too_long.size:
-            d = int(too_long[0])
-            raise ValueError(
-                f"document {d} would hold {totals[d]} tokens, but it has {max(ends[d] - starts[d], 0)} rows of the "
-                f"cache, from {starts[d]} to {ends[d]}; give it more"
-            )
-        for d in np.flatnonzero(is_shared).tolist():
-            pair = [np.flatnonzero(spans.documents == document) for document in (d, d + 1)]
-            is_single = all(
-                here.size == 1 and (spans.kinds[here[0]] == IMAGE or spans.lengths[here[0]] == 1) for here in pair
-            )
-            if not is_single or cached[d] != cached[d + 1] or totals[d] != totals[d + 1]:
-                raise ValueError(
-                    f"documents {d} and {d + 1} both begin at row {starts[d]} of the cache; only documents of one "
-                    "token or one image may, with equal lengths in the cache and in the batch"
-                )
-        return cls(cached.astype(np.int32), starts.astype(np.int32), int(cache_rows))
-
-
-def copy_together(vectors: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
-    """Copies on `device` of vectors of one dtype, as parts of one buffer, which takes one transfer."""
-    first = next(iter(vectors.values()))
-    is_upload = first.device.type == "cpu" and torch.device(device).type == "cuda"
-    return unpack(pack(vectors, pin_memory=is_upload).to(device, non_blocking=True), vectors)
-
-
-def pack(vectors: dict[str, Tensor], pin_memory: bool = False) -> Tensor:
-    """Copies of vectors of one dtype, one behind the other in one buffer. pin_memory: of page-locked memory, from which
-    a copy to a GPU waits for nothing.
-
-    Each begins at a multiple of 64 bytes, as if it had memory of its own: kernels may be compiled for aligned pointers.
-    """
-    first, sizes = next(iter(vectors.values())), _padded_sizes(vectors)
-    buffer = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device, pin_memory=pin_memory)
-    for part, vector in zip(buffer.split(sizes), vectors.values(), strict=True):
-        part[: vector.numel()] = vector
-    return buffer
-
-
-def unpack(buffer: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The parts of a buffer that `pack` made of vectors of these names and sizes."""
-    parts = buffer.split(_padded_sizes(like))
-    return {name: part[: vector.numel()] for (name, vector), part in zip(like.items(), parts, strict=True)}
-
-
-def _padded_sizes(vectors: dict[str, Tensor]) -> list[int]:
-    return [-(-vector.numel() // 16) * 16 for vector in vectors.values()]
-
-
 def _ids(ids: Any) -> np.ndarray:
     return np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids).astype(np.int64).reshape(-1)
+
+
+VECTORS = tuple(field.name for field in fields(TokenLayout) if field.type is Tensor)
+COUNTS = tuple(field.name for field in fields(TokenLayout) if field.type is not Tensor)
+
+
+def numbers_of(layout: TokenLayout) -> Tensor:
+    """The counts of a layout and the sizes of its vectors, int32 on the host."""
+    sizes = [vector.shape[0] for vector in layout.vectors.values()]
+    return torch.tensor([*layout.counts.values(), *sizes], dtype=torch.int32, device="cpu")
+
+
+class BufferedLayout(TokenLayout):
+    """The layout that `TokenLayout.as_two_tensors` took apart. Its vectors are cut out of the buffer when asked for."""
+
+    def __init__(self, buffer: Tensor, numbers: Tensor) -> None:
+        values = numbers.tolist()
+        counts = dict(zip(COUNTS, values, strict=False))
+        parts, offset = {}, 0
+        for name, size in zip(VECTORS, values[len(COUNTS) :], strict=True):
+            parts[name] = (offset, size)
+            offset += padded(size)
+        vars(self).update(counts, is_cached=bool(counts["is_cached"]), _buffer=buffer, _numbers=numbers, _parts=parts)
+
+    def __getattr__(self, name: str) -> Tensor:
+        parts = vars(self)["_parts"]
+        if name not in parts:
+            raise AttributeError(name)
+        offset, size = parts[name]
+        vector: Tensor = vars(self)["_buffer"][offset : offset + size]
+        vars(self)[name] = vector
+        return vector
+
+
+def _to_dict(layout: TokenLayout) -> dict[str, Any]:
+    buffer, numbers = layout.as_two_tensors()
+    return {**layout.counts, **layout.vectors, "_buffer": buffer, "_numbers": numbers}
+
+
+def _from_dict(values: dict[str, Any]) -> TokenLayout:
+    """The values may be anything: tensors that are traced, or what some function made of each."""
+    layout = object.__new__(TokenLayout)
+    vars(layout).update(values)
+    numbers = values["_numbers"]
+    if isinstance(numbers, Tensor) and numbers.device.type != "cpu":  # moved with the vectors
+        vars(layout)["_numbers"] = numbers_of(layout)
+    return layout
+
+
+register_tree(TokenLayout, "lmfusion_kernels.TokenLayout", _to_dict, _from_dict)

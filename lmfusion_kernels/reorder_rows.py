@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lmfusion_kernels import _library
 from lmfusion_kernels.backends import choose
+from lmfusion_kernels.transforms import has_tangent, is_transformed
 
 _ops = torch.ops.lmfusion
 
@@ -19,9 +20,9 @@ def reorder_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     """Row i of the result is row index[i] of x [N, ...].
 
     index: int32 [N], a permutation on the device of x; inverse: int32 [N], the opposite permutation. Any dtype. In
-    plain PyTorch where the native op cannot run.
+    plain PyTorch where the native op cannot run, as with torch.func's transforms and derivatives of the forward mode.
     """
-    if choose(None, index) == "reference":
+    if choose(None, index) == "reference" or has_tangent((x,)) or is_transformed((x,)):
         return x.index_select(0, index)
     return _ops.reorder_rows(x, index, inverse)
 

@@ -38,12 +38,13 @@ def routed_rms_norm(
     added = [] if residual is None else check_rows(residual, layout, "residual")
     if added:
         check_like(added, rows, "residual")
-    if choose(backend, rows[0]) == "reference":
+    if choose(backend, rows[0], others=(*rows, *added, text_weight, image_weight)) == "reference":
         return reference.routed_rms_norm(x, text_weight, image_weight, layout, eps, residual)
+    if residual is None:
+        out = _ops.rms_norm_alone(rows, text_weight, image_weight, layout.num_text, eps)
+        return out[0] if isinstance(x, Tensor) else (out[0], out[1])
     out = _ops.rms_norm(rows, added, text_weight, image_weight, layout.num_text, eps)
-    if isinstance(x, Tensor):
-        return out[0] if residual is None else (out[0], out[1])
-    return (out[0], out[1]) if residual is None else ((out[0], out[1]), (out[2], out[3]))
+    return (out[0], out[1]) if isinstance(x, Tensor) else ((out[0], out[1]), (out[2], out[3]))
 
 
 def _fake(
@@ -94,24 +95,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    dx, *weight_grads = _gradients(ctx, grads, *ctx.needs_input_grad[2:4])
+    # Arguments left at their defaults are not passed on and take no gradient.
+    rest = [None] * (len(ctx.needs_input_grad) - 4)
+    return dx, dx if ctx.has_residual else [], *weight_grads, *rest
+
+
+def _gradients(
+    ctx: Any, grads: list[Tensor | None], want_text: bool, want_image: bool
+) -> tuple[list[Tensor] | list[None], Tensor | None, Tensor | None]:
+    """Those of what was normalised, of the text weight and of the image weight."""
     *x, rstd, text_weight, image_weight = ctx.saved_tensors
     dy = _filled(grads[: len(x)], x)
     dsum = _filled(grads[len(x) : 2 * len(x)], x) if ctx.has_residual else []
-    want_text, want_image = ctx.needs_input_grad[2:4]
-    dx: list[Tensor] | list[None]
-    if dy:
-        dx = _ops.rms_norm_backward(
-            dy, x, rstd, text_weight, image_weight, ctx.num_text, dsum, want_text, want_image, False
-        )
-    else:
-        dx = dsum or [None] * len(x)
-    dx, weight_grads = dx[: len(x)], list(dx[len(x) :])
-    dtext_weight, dimage_weight = (
-        weight_grads.pop(0) if want and weight_grads else None for want in (want_text, want_image)
+    if not dy:
+        return dsum or [None] * len(x), None, None
+    results = _ops.rms_norm_backward(
+        dy, x, rstd, text_weight, image_weight, ctx.num_text, dsum, want_text, want_image, False
     )
-    # Arguments left at their defaults are not passed on and take no gradient.
-    rest = [None] * (len(ctx.needs_input_grad) - 4)
-    return dx, dx if ctx.has_residual else [], dtext_weight, dimage_weight, *rest
+    weight_grads = list(results[len(x) :])
+    dtext_weight, dimage_weight = (weight_grads.pop(0) if want else None for want in (want_text, want_image))
+    return results[: len(x)], dtext_weight, dimage_weight
 
 
 def _filled(grads: list[Tensor | None], x: list[Tensor]) -> list[Tensor]:
@@ -120,6 +124,36 @@ def _filled(grads: list[Tensor | None], x: list[Tensor]) -> list[Tensor]:
         return []
     return [torch.zeros_like(rows) if grad is None else grad for grad, rows in zip(grads, x, strict=True)]
 
+
+# Without a residual: an op of its own, since AOTInductor makes None of the empty list that stands for no residual.
+
+
+def _alone(x: list[Tensor], text_weight: Tensor, image_weight: Tensor, num_text: int, eps: float) -> list[Tensor]:
+    return _ops.rms_norm(x, [], text_weight, image_weight, num_text, eps)
+
+
+def _fake_alone(x: list[Tensor], text_weight: Tensor, image_weight: Tensor, num_text: int, eps: float) -> list[Tensor]:
+    return _fake(x, [], text_weight, image_weight, num_text, eps)
+
+
+def _setup_context_alone(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, *rest = inputs
+    _setup_context(ctx, (x, [], *rest), output)
+
+
+def _backward_alone(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    return *_gradients(ctx, grads, *ctx.needs_input_grad[1:3]), None, None
+
+
+_alone_library = torch.library.Library("lmfusion", "FRAGMENT")
+_alone_library.define(
+    "rms_norm_alone(Tensor[] x, Tensor text_weight, Tensor image_weight, SymInt num_text, float eps) -> Tensor[]"
+)
+_alone_library.impl("rms_norm_alone", _alone, "CompositeExplicitAutograd")
+torch.library.register_fake("lmfusion::rms_norm_alone", _fake_alone, lib=_alone_library)
+torch.library.register_autograd(
+    "lmfusion::rms_norm_alone", _backward_alone, setup_context=_setup_context_alone, lib=_alone_library
+)
 
 if _library.native:
     torch.library.register_fake("lmfusion::rms_norm", _fake)

@@ -39,7 +39,7 @@ def rope_reorder(
     cos, sin = rope
     norms = (text_q_norm, text_k_norm, image_q_norm, image_k_norm)
     _check(rows, layout, cos, sin, num_heads, norms)
-    if choose(backend, rows[0]) == "reference":
+    if choose(backend, rows[0], others=(*rows, cos, sin, *norms)) == "reference":
         return reference.rope_reorder(qkv, layout, rope, num_heads, *norms, eps)
     order = layout.tower_to_sequence
     _, q, k, v = _ops.rope_reorder(rows, cos, sin, order, order, layout.num_text, 0, num_heads, *norms, eps)

@@ -57,7 +57,7 @@ def routed_swiglu(
                 f"{name}_gate_up has {gate_up.shape[0]} rows and {name}_down {down.shape[1]} columns; "
                 "gate_up needs two rows (gate and up) for every column of down"
             )
-    if choose(backend, rows[0]) == "reference":
+    if choose(backend, rows[0], others=(*rows, text_gate_up, text_down, image_gate_up, image_down)) == "reference":
         return reference.routed_swiglu(x, text_gate_up, text_down, image_gate_up, image_down, layout)
     is_joined = isinstance(x, Tensor)
     # Between the two projections the towers may be of different width, so their rows stay in one tensor only if not.

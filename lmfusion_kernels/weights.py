@@ -1,18 +1,50 @@
 """What does one layer of a tower consist of, and how are the rows of two towers held?"""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lmfusion_kernels.layout import TokenLayout
+from lmfusion_kernels.tree import register_tree
 
 Rows = Tensor | tuple[Tensor, Tensor]
 """Rows in tower order: one [N, d] tensor, or one a tower ([num_text, d_text], [num_image, d_image]) where the image
 tower is narrower. Functions answer in the form they were given."""
 
-Rope = tuple[Tensor, Tensor]
-"""(cos, sin), float32 [N, D/2] in sequence order; see `rope_tables`."""
+
+class RopeTables:
+    """cos and sin, float32 [N, D/2] in sequence order, as `rope_tables` makes them. Unpacks like a pair.
+
+    FSDP2 and DDP with mixed precision cast every floating-point tensor that they find in a module's arguments: in
+    tuples, lists, dicts and dataclasses. They leave objects of other classes alone, so this class is none of these, and
+    the tables stay in float32.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self.cos = cos
+        self.sin = sin
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.cos, self.sin)[index]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.cos, self.sin))
+
+    def __repr__(self) -> str:
+        return f"RopeTables(cos={self.cos}, sin={self.sin})"
+
+    def to(self, device: torch.device | str) -> "RopeTables":
+        """The same tables on `device`."""
+        return RopeTables(self.cos.to(device), self.sin.to(device))
+
+
+Rope = RopeTables | tuple[Tensor, Tensor]
+"""The tables of `rope_tables`, or a pair (cos, sin), float32 [N, D/2] in sequence order."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +80,30 @@ class BlockWeights:
         return self.o_proj.shape[1] // (2 * rope[0].shape[-1])
 
 
-def rope_tables(position: Tensor, inv_freq: Tensor, attention_scaling: float = 1.0) -> Rope:
+def rope_tables(position: Tensor, inv_freq: Tensor, attention_scaling: float = 1.0) -> RopeTables:
     """cos and sin of every token's rotation angles, float32 [N, D/2], once per batch for all layers.
 
-    position: integer [N] in sequence order. inv_freq: [D/2] angular frequencies. attention_scaling multiplies both
-    tables (YaRN-type context extensions).
+    position: integer [N] in sequence order. inv_freq: [D/2] angular frequencies in float32 or float64.
+    attention_scaling multiplies both tables (YaRN-type context extensions). Raises ValueError for positions or
+    frequencies in bfloat16 or float16, whose angles would be wrong.
     """
+    for name, tensor in (("inv_freq", inv_freq), ("position", position)):
+        if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name} is {tensor.dtype}, too coarse for angles; it must be float32 or float64 (position: or an "
+                "integer). module.to(dtype) and module.half() cast buffers too: compute inv_freq again in float32, or "
+                "load the model in its dtype, as from_pretrained(..., dtype=...) does, and move it with .to(device)"
+            )
     angles = position.to(torch.float32)[:, None] * inv_freq.to(torch.float32)
-    return angles.cos() * attention_scaling, angles.sin() * attention_scaling
+    return RopeTables(angles.cos() * attention_scaling, angles.sin() * attention_scaling)
+
+
+register_tree(
+    RopeTables,
+    "lmfusion_kernels.RopeTables",
+    lambda rope: {"cos": rope.cos, "sin": rope.sin},
+    lambda x: RopeTables(**x),
+)
 
 
 def split_towers(x: Rows, layout: TokenLayout) -> tuple[Tensor, Tensor]:

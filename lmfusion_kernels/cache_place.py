@@ -1,0 +1,76 @@
+"""Where do the documents of a layout lie in a key-value cache? The arguments of `TokenLayout.from_spans`, checked."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lmfusion_kernels.spans import HIDDEN, IMAGE, Spans
+
+MAX_ROWS = 2**31 - 1  # that int32 can count
+
+
+@dataclass(frozen=True, eq=False)
+class CachePlace:
+    """Where documents lie in a key-value cache. int32 [num_documents] each."""
+
+    lengths: np.ndarray
+    starts: np.ndarray
+    num_rows: int
+
+    @classmethod
+    def checked(
+        cls,
+        spans: Spans,
+        num_documents: int,
+        cached_lengths: Sequence[int] | None,
+        cache_starts: Sequence[int] | None,
+        cache_rows: int | None,
+    ) -> "CachePlace | None":
+        """The arguments of `from_spans`, or None without a cache. Raises ValueError where they do not fit."""
+        if cached_lengths is None and cache_starts is None and cache_rows is None:
+            return None
+        if cached_lengths is None or cache_starts is None or cache_rows is None:
+            raise ValueError("give cached_lengths, cache_starts and cache_rows together, or none of them")
+        if spans.modes is not None and (spans.modes & HIDDEN).any():
+            raise ValueError(
+                f"document {spans.documents[np.flatnonzero(spans.modes & HIDDEN)[0]]} has a hidden span, and the "
+                "layout a key-value cache, in which all that comes later would see it; leave 'hidden' away and write "
+                "the next tokens over the span's rows, or leave the cache away"
+            )
+        cached, starts = np.asarray(cached_lengths, np.int64), np.asarray(cache_starts, np.int64)
+        for name, vector in (("cached_lengths", cached), ("cache_starts", starts)):
+            if vector.shape != (num_documents,):
+                raise ValueError(f"{name} has {vector.size} entries for {num_documents} documents")
+        if not 0 <= cache_rows <= MAX_ROWS:
+            raise ValueError(f"cache_rows is {cache_rows}; a cache has at most {MAX_ROWS} rows")
+        if cached.min(initial=0) < 0:
+            raise ValueError(f"document {int(cached.argmin())} has a cached length of {cached.min()}")
+        ends = np.append(starts[1:], cache_rows)
+        falls = np.flatnonzero(np.diff(starts, prepend=0) < 0)
+        if falls.size:
+            raise ValueError(
+                f"document {falls[0]} begins at row {starts[falls[0]]} of the cache; starts ascend from 0, so sort the "
+                "documents by them"
+            )
+        totals = cached + spans.totals(num_documents)
+        is_shared = starts == ends
+        is_shared[-1:] = False
+        too_long = np.flatnonzero((starts + totals > ends) & ~is_shared)
+        if too_long.size:
+            d = int(too_long[0])
+            raise ValueError(
+                f"document {d} would hold {totals[d]} tokens, but it has {max(ends[d] - starts[d], 0)} rows of the "
+                f"cache, from {starts[d]} to {ends[d]}; give it more"
+            )
+        for d in np.flatnonzero(is_shared).tolist():
+            pair = [np.flatnonzero(spans.documents == document) for document in (d, d + 1)]
+            is_single = all(
+                here.size == 1 and (spans.kinds[here[0]] == IMAGE or spans.lengths[here[0]] == 1) for here in pair
+            )
+            if not is_single or cached[d] != cached[d + 1] or totals[d] != totals[d + 1]:
+                raise ValueError(
+                    f"documents {d} and {d + 1} both begin at row {starts[d]} of the cache; only documents of one "
+                    "token or one image may, with equal lengths in the cache and in the batch"
+                )
+        return cls(cached.astype(np.int32), starts.astype(np.int32), int(cache_rows))
