@@ -61,19 +61,19 @@ _FLOAT32 = {
 _HOPPER = {
     64: Configurations(
         forward=Tile(128, 128, 64, 8, 3, descriptors=True),
-        split=Tile(64, 64, 64, 4, 3),
+        split=Tile(64, 64, 64, 4, 3, descriptors=True),
         queries=Tile(128, 64, 64, 8, 3, descriptors=True),
         keys=Tile(128, 64, 64, 8, 3, descriptors=True),
     ),
     128: Configurations(
         forward=Tile(128, 128, 64, 8, 2, descriptors=True),
-        split=Tile(64, 64, 64, 4, 3),
+        split=Tile(64, 64, 64, 4, 3, descriptors=True),
         queries=Tile(128, 64, 64, 8, 2, descriptors=True),
         keys=Tile(128, 32, 32, 8, 3, descriptors=True),  # 64 queries at a time make it spill some registers
     ),
     256: Configurations(
         forward=Tile(128, 64, 16, 8, 2, descriptors=True),
-        split=Tile(64, 32, 32, 8, 2),
+        split=Tile(64, 32, 32, 8, 2, descriptors=True),
         queries=Tile(64, 32, 16, 8, 2, descriptors=True),
         keys=Tile(64, 32, 32, 8, 2, descriptors=True),
     ),
