@@ -20,7 +20,6 @@ from lmfusion_kernels.triton.hybrid_attention_tiles import (
     tile_and_head,
 )
 
-
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _LARGE = tl.constexpr(2.0**28)
@@ -241,7 +240,8 @@ def attention_forward(
             row_end = tl.minimum(tl.load(key_end + row), run_end)  # a tile may reach into the next run
             acc, row_sum, row_max = add_border(
                 acc, row_sum, row_max, q_tile, k, v, k_border, v_border, k_row_stride, v_row_stride, k_column, v_column,
-                run_start, run_end, interior_start, skipped, row_start, row_end, exp2_scale, HEAD_DIM, PADDED_DIM, BORDER_N,
+                run_start, run_end, interior_start, skipped, row_start, row_end, exp2_scale, HEAD_DIM, PADDED_DIM,
+                BORDER_N,
             )  # fmt: skip
             done = run_end
     else:
