@@ -32,7 +32,7 @@ FEW_QUERIES = 128
 tile of the other kernel, which then has one program a head, and often each is of another document."""
 
 _MAX_SPLITS = 64
-ROWS_OF_A_WARP_GROUP = 64
+_ROWS_OF_A_WARP_GROUP = 64  # fewer are no wgmma, which alone needs tiles by TMA
 _BACKWARD_ROWS = 32  # of a program of attention_backward_rows
 _INTERPRETED_DEVICE = (8, 2**20)  # processors and bytes of L2 cache that the interpreter pretends to have
 
@@ -138,7 +138,7 @@ def _forward_split(
     parts = torch.empty((num_splits, *q.shape), dtype=torch.float32, device=q.device)
     sums, largest = torch.empty((2, num_splits, num_heads, num_queries), dtype=torch.float32, device=q.device)
     descriptors = (None, None)
-    if tile.descriptors and queries * padded_group >= ROWS_OF_A_WARP_GROUP:
+    if tile.descriptors and queries * padded_group >= _ROWS_OF_A_WARP_GROUP:
         descriptors = (_tiles_of(k, tile.step), _tiles_of(v, tile.step))
     attention_forward_split[(num_splits, num_kv_heads, num_tiles)](
         q,
@@ -213,8 +213,8 @@ def backward(
     """Gradients of `forward`: dq of every query, dk and dv of the keys that grad_key lists (int32, ascending).
 
     Key r of the list is seen by the queries [query_start[r], query_end[r]) (int32, non-decreasing, but for query_end if
-    visible_end is given). dout and out
-    [Nq, H, D] are read at out_row[i]; lse is the forward's. Uses no atomics: equal inputs give equal bits.
+    visible_end is given). dout and out [Nq, H, D] are read at out_row[i]; lse is the forward's. All rows of k and v are
+    finite: tiles are read whole. Uses no atomics: equal inputs give equal bits.
 
     Returns dq [Nq, H, D], dk and dv [len(grad_key), H_kv, D] of q's dtype. Raises ValueError as `forward` does.
     """

@@ -1,8 +1,9 @@
 """Which tiles, warps and pipeline stages do the attention kernels use on which device? A table; nothing is tuned at run
 time.
 
-Chosen from what the compiler reports: the largest tiles that spill no register and fit into shared memory. Untested on
-a GPU: `python -m benchmarks.tune_attention` measures these and others there.
+Chosen from what the compiler reports: the largest tiles that spill no register (with Triton 3.6 the forward for heads
+of 256 spills four) and fit into shared memory. Untested on a GPU: `python -m benchmarks.tune_attention` measures these
+and others there.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ class Tile:
     num_warps: int
     num_stages: int
     descriptors: bool = False
-    """Whether tiles without a mask come by TMA (compute capability 9.0 and later)."""
+    """Whether tiles come by TMA (compute capability 9.0 and later)."""
 
 
 @dataclass(frozen=True)
