@@ -2,7 +2,7 @@
 time.
 
 Chosen from what the compiler reports: the largest tiles that spill no register (with Triton 3.6 the forward for heads
-of 256 spills four) and fit into shared memory. Untested on a GPU: `python -m benchmarks.tune_attention` measures these
+of 256 spills a few) and fit into shared memory. Untested on a GPU: `python -m benchmarks.tune_attention` measures these
 and others there.
 """
 

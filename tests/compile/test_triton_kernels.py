@@ -25,9 +25,12 @@ LARGEST_SHARED = {80: 163 * 1024, 90: 227 * 1024}  # of a block, in bytes
 LARGEST_REGISTERS = 255
 LARGEST_SPILL_FLOAT32 = 32
 """Bytes a thread. ptxas aims at 128 registers for one of the float32 kernels, and six values do not fit."""
-LARGEST_SPILL_HIDDEN = 64
-"""The same on sm_80 where spans are hidden: a few values do not fit into its 255 registers."""
-LARGEST_SPILL = {("oldest", "attention_forward", 256): 16}
+LARGEST_SPILL_HIDDEN = {("sm_80", 128): 64, ("sm_90a", 256): 32}
+"""The same where spans are hidden, by architecture and head size: a few values do not fit into 255 registers."""
+LARGEST_SPILL = {
+    ("oldest", "attention_forward", 256): 16,
+    ("installed", "attention_forward_split", 256): 8,  # ptxas aims at 168 registers on sm_80
+}
 """The same of other kernels by Triton, name and head size; 0 for those that are not here."""
 OLDEST = Path(sys.prefix) / "oldest" / "triton"
 """Where `make test` puts the oldest Triton."""
@@ -96,9 +99,10 @@ def largest_spill_of(triton, kernel, case):
     arguments = case["arguments"]
     if arguments["dtype"] == "float32":
         return LARGEST_SPILL_FLOAT32
-    if arguments.get("hidden") and case["capability"] == 80:
-        return LARGEST_SPILL_HIDDEN
-    return LARGEST_SPILL.get((triton, kernel, arguments.get("head_dim")), 0)
+    head_dim = arguments.get("head_dim")
+    if arguments.get("hidden"):
+        return LARGEST_SPILL_HIDDEN.get((kernel.architecture, head_dim), 0)
+    return LARGEST_SPILL.get((triton, kernel.name, head_dim), 0)
 
 
 def digest(triton, case):
@@ -165,7 +169,7 @@ CASES = [
 def test_kernels(triton, case):
     head_dim = case["arguments"].get("head_dim")
     for kernel, report in kernels(triton, case):
-        largest_spill = largest_spill_of(triton, kernel.name, case)
+        largest_spill = largest_spill_of(triton, kernel, case)
         assert kernel.stack <= largest_spill, f"{kernel.name} spills {kernel.stack} bytes"
         assert largest_spill or kernel.local_accesses == 0, f"{kernel.name} uses local memory"
         if (kernel.name, head_dim) not in SERIALIZED:
@@ -177,7 +181,8 @@ def test_kernels(triton, case):
             is_large = case["capability"] == 90 and case["arguments"].get("num_queries") != 4
             assert kernel.count("HGMMA" if is_large else "HMMA") > 0, f"{kernel.name} multiplies without tensor cores"
         wide = kernel.count("LDG", "128") + kernel.count("LDGSTS", "128") + kernel.count("UTMALDG")
-        assert wide > 0, f"{kernel.name} loads less than 16 bytes at a time"
+        has_few_parts = kernel.name == "join_splits" and case["arguments"].get("num_queries") == 128
+        assert wide > 0 or has_few_parts, f"{kernel.name} loads less than 16 bytes at a time"
         unfenced = [pair for pair in report["unfenced"] if not pair["write"].startswith(("st.", "stmatrix"))]
         if (kernel.name, head_dim) not in SCRATCH:
             unfenced = report["unfenced"]
