@@ -32,8 +32,10 @@ def dense_attention(
     if visible_end is not None:
         visible &= torch.arange(q.shape[0], device=q.device)[:, None] < visible_end
     scores = (torch.einsum("nhd,mhd->hnm", q.to(wide), k) * scale).masked_fill(~visible, float("-inf"))
-    lse = scores.logsumexp(dim=-1)
-    return torch.einsum("hnm,mhd->nhd", (scores - lse[..., None]).exp(), v).to(q.dtype), lse
+    # Not exp(scores - lse): at huge scores lse has lost the logarithm of the sum
+    sees_nothing = (scores == float("-inf")).all(dim=-1, keepdim=True)  # the softmax of such a row would be NaN
+    weights = scores.masked_fill(sees_nothing, 0.0).softmax(dim=-1).masked_fill(sees_nothing, 0.0)
+    return torch.einsum("hnm,mhd->nhd", weights, v).to(q.dtype), scores.logsumexp(dim=-1)
 
 
 def store_rows(out: Tensor, out_row: Tensor | None) -> Tensor:

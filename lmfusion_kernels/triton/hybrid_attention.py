@@ -20,7 +20,7 @@ from lmfusion_kernels.triton.hybrid_attention_backward import (
     attention_backward_queries,
     attention_backward_rows,
 )
-from lmfusion_kernels.triton.hybrid_attention_configurations import Configurations, configurations
+from lmfusion_kernels.triton.hybrid_attention_configurations import Configurations, Tile, configurations
 from lmfusion_kernels.triton.hybrid_attention_decode import attention_forward_split, join_splits
 from lmfusion_kernels.triton.hybrid_attention_forward import attention_forward
 
@@ -31,8 +31,8 @@ FEW_QUERIES = 128
 """Up to so many queries, a kernel whose programs share the keys of a query rather than the queries. They would be one
 tile of the other kernel, which then has one program a head, and often each is of another document."""
 
-_LOG2_E = 1.4426950408889634
 _MAX_SPLITS = 64
+_ROWS_OF_A_WARP_GROUP = 64  # fewer are no wgmma, which alone needs tiles by TMA
 _BACKWARD_ROWS = 32  # of a program of attention_backward_rows
 _INTERPRETED_DEVICE = (8, 2**20)  # processors and bytes of L2 cache that the interpreter pretends to have
 
@@ -72,6 +72,8 @@ def forward(
         return out.zero_(), lse.fill_(float("-inf"))
     if scale < 0:  # the kernels take the largest score for the largest scaled score
         q, scale = -q, -scale
+    elif scale == 0:  # and -inf, which stands for a masked score, stays so when it is scaled
+        q, scale = q * 0, 1.0
     q, k, v = (_aligned(x) for x in (q, k, v))
     tiles = tiles or _configurations(q)
     group = num_heads // num_kv_heads
@@ -81,14 +83,11 @@ def forward(
             return out, lse
         tile = tiles.forward
         num_tiles = triton.cdiv(num_queries, tile.block)
-        descriptors = (None, None)
-        if tile.descriptors:
-            descriptors = (_tiles_of(k, tile.step), _tiles_of(v, tile.step))
         attention_forward[(num_tiles * num_heads,)](
             q,
             k,
             v,
-            *descriptors,
+            *_tiles_of_keys(k, v, tile),
             key_start,
             key_end,
             visible_end,
@@ -96,7 +95,7 @@ def forward(
             out_row,
             out,
             lse,
-            scale * _LOG2_E,
+            scale,
             num_queries,
             num_tiles,
             _heads_together(k, group),
@@ -137,16 +136,21 @@ def _forward_split(
     num_tiles = triton.cdiv(num_queries, queries)
     num_splits = num_splits_of(num_tiles * num_kv_heads, num_keys, tile.step, _device(q.device)[0])
     parts = torch.empty((num_splits, *q.shape), dtype=torch.float32, device=q.device)
-    parts_lse = torch.empty((num_splits, num_heads, num_queries), dtype=torch.float32, device=q.device)
+    sums, largest = torch.empty((2, num_splits, num_heads, num_queries), dtype=torch.float32, device=q.device)
+    descriptors = (None, None)
+    if tile.descriptors and queries * padded_group >= _ROWS_OF_A_WARP_GROUP:
+        descriptors = (_tiles_of(k, tile.step), _tiles_of(v, tile.step))
     attention_forward_split[(num_splits, num_kv_heads, num_tiles)](
         q,
         k,
         v,
+        *descriptors,
         key_start,
         key_end,
         parts,
-        parts_lse,
-        scale * _LOG2_E,
+        sums,
+        largest,
+        scale,
         num_queries,
         num_splits,
         *q.stride()[:2],
@@ -164,10 +168,12 @@ def _forward_split(
     )
     join_splits[(num_queries, num_heads)](
         parts,
-        parts_lse,
+        sums,
+        largest,
         out_row,
         out,
         lse,
+        scale,
         num_queries,
         num_splits,
         NUM_HEADS=num_heads,
@@ -207,8 +213,8 @@ def backward(
     """Gradients of `forward`: dq of every query, dk and dv of the keys that grad_key lists (int32, ascending).
 
     Key r of the list is seen by the queries [query_start[r], query_end[r]) (int32, non-decreasing, but for query_end if
-    visible_end is given). dout and out
-    [Nq, H, D] are read at out_row[i]; lse is the forward's. Uses no atomics: equal inputs give equal bits.
+    visible_end is given). dout and out [Nq, H, D] are read at out_row[i]; lse is the forward's. All rows of k and v are
+    finite: tiles are read whole. Uses no atomics: equal inputs give equal bits.
 
     Returns dq [Nq, H, D], dk and dv [len(grad_key), H_kv, D] of q's dtype. Raises ValueError as `forward` does.
     """
@@ -285,15 +291,12 @@ def _backward_queries(
     (num_queries, num_heads, head_dim), group = q.shape, q.shape[1] // k.shape[1]
     tile = tiles.queries
     num_tiles = triton.cdiv(num_queries, tile.block)
-    descriptors = (None, None)
-    if tile.descriptors:
-        descriptors = (_tiles_of(k, tile.step), _tiles_of(v, tile.step))
     attention_backward_queries[(num_tiles * num_heads,)](
         dout,
         q,
         k,
         v,
-        *descriptors,
+        *_tiles_of_keys(k, v, tile),
         statistics,
         statistics.stride(1),
         key_start,
@@ -388,6 +391,13 @@ def num_head_parts(num_programs: int, group: int, num_processors: int) -> int:
     group, that give three programs to two processors: the first keys of a long document are twice the average work."""
     divisors = [n for n in range(1, group + 1) if group % n == 0]
     return next((n for n in divisors if 2 * num_programs * n >= 3 * num_processors), group)
+
+
+def _tiles_of_keys(k: Tensor, v: Tensor, tile: Tile) -> tuple[TensorDescriptor | None, ...]:
+    """Descriptors of k and v for tiles without a mask, and of both for border tiles."""
+    if not tile.descriptors:
+        return (None,) * 4
+    return tuple(_tiles_of(x, rows) for rows in (tile.step, tile.border) for x in (k, v))
 
 
 def _tiles_of(x: Tensor, rows: int) -> TensorDescriptor:

@@ -2,7 +2,7 @@
 
 Each gradient is summed by the one program that owns it, in a fixed order, and no atomics are used: the same inputs give
 the same bits. The price is that scores and weight gradients are computed twice (7 products of tiles rather than 5).
-Weights come again from q, k and the log-sum-exp of the forward: exp2(score - lse), both in base 2.
+Weights come again from q, k and the log-sum-exp of the forward, which is one float32 a row.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -20,6 +20,22 @@ from lmfusion_kernels.triton.hybrid_attention_tiles import (
     tile_and_head,
 )
 
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def softmax_weights(scores, scale, log_sum, IS_FLOAT32: tl.constexpr):
+    """exp(scale * score - log_sum), of which the rounding of log_sum remains: a relative error of 6e-8 |log_sum|.
+
+    float32 rounds the scaled score as the forward has rounded the largest one, so that a weight of 1 is 1 however
+    large the scores are. 16-bit operands, whose scores are not that precise, save two operations an element: there
+    log_sum is in base 2, and the scaled score is exact.
+    """
+    if IS_FLOAT32:
+        # Not a plain product, which would be fused with the subtraction.
+        return tl.math.exp2((tl.fma(scores, scale, 0.0) - log_sum) * _LOG2_E)
+    return tl.math.exp2(tl.fma(scores, scale * _LOG2_E, -log_sum))
+
 
 @triton.jit(do_not_specialize=["num_queries", "statistics_pitch"])
 def attention_backward_rows(
@@ -28,7 +44,7 @@ def attention_backward_rows(
     lse,
     out_row,
     sorted_dout,  # [Nq, H, D] or None
-    statistics,  # float32 [2, H, pitch]: lse in base 2 (inf for a query that saw nothing: weights 0); -dout . out
+    statistics,  # float32 [2, H, pitch]: log_sum of softmax_weights (inf for a query that saw nothing); -dout . out
     statistics_pitch,
     num_queries,
     dout_row_stride,
@@ -52,7 +68,9 @@ def attention_backward_rows(
     out_tile = gather_rows(out + head * HEAD_DIM, out_row_stride, row, HEAD_DIM, PADDED_DIM)
     minus_delta = -tl.sum(dout_tile.to(tl.float32) * out_tile.to(tl.float32), axis=1)
     log_sum = tl.load(lse + head.to(tl.int64) * num_queries + query)
-    log_sum = tl.where(log_sum == float("-inf"), float("inf"), log_sum * 1.4426950408889634)
+    if dout.dtype.element_ty != tl.float32:
+        log_sum = log_sum * _LOG2_E
+    log_sum = tl.where(log_sum == float("-inf"), float("inf"), log_sum)
     is_statistic = statistic < statistics_pitch
     tl.store(statistics + head.to(tl.int64) * statistics_pitch + statistic, log_sum, mask=is_statistic)
     deltas = statistics + (NUM_HEADS + head).to(tl.int64) * statistics_pitch
@@ -80,7 +98,7 @@ def add_interior(
     interior_start,
     interior_end,
     high,
-    exp2_scale,
+    scale,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -96,7 +114,7 @@ def add_interior(
             v_tile = load_rows(v, v_row_stride, start, high, BLOCK_N, HEAD_DIM, PADDED_DIM, False)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
-        weights = tl.math.exp2(scores * exp2_scale - log_sum[:, None])
+        weights = softmax_weights(scores, scale, log_sum[:, None], q_tile.dtype == tl.float32)
         dscores = weights * (dweights + minus_delta[:, None])
         acc = tl.dot(dscores.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
     return acc
@@ -111,15 +129,19 @@ def add_border(
     minus_delta,
     k,
     v,
+    k_border,
+    v_border,
     k_row_stride,
     v_row_stride,
+    k_column,
+    v_column,
     run_start,
     run_end,
     interior_start,
     skipped,  # keys of the interior, which are left out
     row_start,  # None: not behind run_start
     row_end,
-    exp2_scale,
+    scale,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     BORDER_N: tl.constexpr,
@@ -128,8 +150,12 @@ def add_border(
     for i in tl.range(0, tl.cdiv(run_end - run_start - skipped, BORDER_N)):
         start = run_start + i * BORDER_N
         start += tl.where(start >= interior_start, skipped, 0)
-        k_tile = load_rows(k, k_row_stride, start, run_end, BORDER_N, HEAD_DIM, PADDED_DIM, True)
-        v_tile = load_rows(v, v_row_stride, start, run_end, BORDER_N, HEAD_DIM, PADDED_DIM, True)
+        if k_border is not None:  # rows behind the run are other documents'
+            k_tile = k_border.load([start, k_column])
+            v_tile = v_border.load([start, v_column])
+        else:
+            k_tile = load_rows(k, k_row_stride, start, run_end, BORDER_N, HEAD_DIM, PADDED_DIM, True)
+            v_tile = load_rows(v, v_row_stride, start, run_end, BORDER_N, HEAD_DIM, PADDED_DIM, True)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         dweights = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
         key = start + tl.arange(0, BORDER_N)
@@ -137,7 +163,7 @@ def add_border(
             visible = key[None, :] < row_end[:, None]
         else:
             visible = (key[None, :] >= row_start[:, None]) & (key[None, :] < row_end[:, None])
-        weights = tl.math.exp2(scores * exp2_scale - log_sum[:, None])
+        weights = softmax_weights(scores, scale, log_sum[:, None], q_tile.dtype == tl.float32)
         dscores = tl.where(visible, weights * (dweights + minus_delta[:, None]), 0.0)
         acc = tl.dot(dscores.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
     return acc
@@ -149,8 +175,10 @@ def attention_backward_queries(
     q,
     k,
     v,
-    k_tiles,  # tensor descriptors of the same memory as [Nk, all heads], or None: interior tiles come by TMA
+    k_tiles,  # tensor descriptors of k and v as [Nk, all heads], with tiles of BLOCK_N rows; None: loads by pointers
     v_tiles,
+    k_border,  # the same with tiles of BORDER_N rows
+    v_border,
     statistics,
     statistics_pitch,
     key_start,
@@ -197,7 +225,6 @@ def attention_backward_queries(
     dout_tile = gather_rows(dout, dout_row_stride, row, HEAD_DIM, PADDED_DIM)
     log_sum = tl.load(statistics + head.to(tl.int64) * statistics_pitch + row)
     minus_delta = tl.load(statistics + (NUM_HEADS + head).to(tl.int64) * statistics_pitch + row)
-    exp2_scale = scale * 1.4426950408889634
     acc = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
 
     k_column, v_column = (head // group) * k_head_stride, (head // group) * v_head_stride
@@ -207,7 +234,7 @@ def attention_backward_queries(
         interior_start, interior_end = interior(low, shared_low, shared_high, BLOCK_N)
         acc = add_interior(
             acc, q_tile, dout_tile, log_sum, minus_delta, k, v, k_tiles, v_tiles, k_row_stride, v_row_stride, k_column,
-            v_column, interior_start, interior_end, high, exp2_scale, HEAD_DIM, PADDED_DIM, BLOCK_N,
+            v_column, interior_start, interior_end, high, scale, HEAD_DIM, PADDED_DIM, BLOCK_N,
         )  # fmt: skip
         while done < high:
             run_start, run_end = next_run(key_start, key_end, row, last_row, done)
@@ -215,8 +242,9 @@ def attention_backward_queries(
             row_start = tl.load(key_start + row)
             row_end = tl.minimum(tl.load(key_end + row), run_end)  # a tile may reach into the next run
             acc = add_border(
-                acc, q_tile, dout_tile, log_sum, minus_delta, k, v, k_row_stride, v_row_stride, run_start, run_end,
-                interior_start, skipped, row_start, row_end, exp2_scale, HEAD_DIM, PADDED_DIM, BORDER_N,
+                acc, q_tile, dout_tile, log_sum, minus_delta, k, v, k_border, v_border, k_row_stride, v_row_stride,
+                k_column, v_column, run_start, run_end, interior_start, skipped, row_start, row_end, scale,
+                HEAD_DIM, PADDED_DIM, BORDER_N,
             )  # fmt: skip
             done = run_end
     else:
@@ -226,12 +254,13 @@ def attention_backward_queries(
             interior_start, interior_end = interior(done, done, shared_high, BLOCK_N)
             acc = add_interior(
                 acc, q_tile, dout_tile, log_sum, minus_delta, k, v, k_tiles, v_tiles, k_row_stride, v_row_stride,
-                k_column, v_column, interior_start, interior_end, high, exp2_scale, HEAD_DIM, PADDED_DIM, BLOCK_N,
+                k_column, v_column, interior_start, interior_end, high, scale, HEAD_DIM, PADDED_DIM, BLOCK_N,
             )  # fmt: skip
             row_end = tl.where(row < seen_before, tl.minimum(tl.load(key_end + row), run_end), done)
             acc = add_border(
-                acc, q_tile, dout_tile, log_sum, minus_delta, k, v, k_row_stride, v_row_stride, interior_end, run_end,
-                done, 0, None, row_end, exp2_scale, HEAD_DIM, PADDED_DIM, BORDER_N,
+                acc, q_tile, dout_tile, log_sum, minus_delta, k, v, k_border, v_border, k_row_stride, v_row_stride,
+                k_column, v_column, interior_end, run_end, done, 0, None, row_end, scale, HEAD_DIM, PADDED_DIM,
+                BORDER_N,
             )  # fmt: skip
             done = end
 
@@ -300,7 +329,6 @@ def attention_backward_keys(
     v_tile = gather_rows(v, v_row_stride, key, HEAD_DIM, PADDED_DIM)
     first_query = tl.load(query_start + rank)
     end_query = tl.load(query_end + rank)
-    exp2_scale = scale * 1.4426950408889634
     dk_acc = tl.zeros([BLOCK_N, PADDED_DIM], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, PADDED_DIM], tl.float32)
 
@@ -325,7 +353,7 @@ def attention_backward_keys(
             log_sum = tl.load(log_sums + query, mask=query < high, other=float("inf"))
             minus_delta = tl.load(deltas + query, mask=query < high, other=0.0)
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")
-        weights = tl.math.exp2(scores * exp2_scale - log_sum[None, :])
+        weights = softmax_weights(scores, scale, log_sum[None, :], q_tile.dtype == tl.float32)
         if (start < shared_low) | (start + BLOCK_M > shared_high):
             visible = (query[None, :] >= first_query[:, None]) & (query[None, :] < end_query[:, None])
             weights = tl.where(visible, weights, 0.0)

@@ -1,8 +1,9 @@
 """Which tiles, warps and pipeline stages do the attention kernels use on which device? A table; nothing is tuned at run
 time.
 
-Chosen from what the compiler reports: the largest tiles that spill no register and fit into shared memory. Untested on
-a GPU: `python -m benchmarks.tune_attention` measures these and others there.
+Chosen from what the compiler reports: the largest tiles that spill no register (with Triton 3.6 the forward for heads
+of 256 spills a few) and fit into shared memory. Untested on a GPU: `python -m benchmarks.tune_attention` measures these
+and others there.
 """
 
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ class Tile:
     num_warps: int
     num_stages: int
     descriptors: bool = False
-    """Whether tiles without a mask come by TMA (compute capability 9.0 and later)."""
+    """Whether tiles come by TMA (compute capability 9.0 and later)."""
 
 
 @dataclass(frozen=True)
@@ -61,19 +62,19 @@ _FLOAT32 = {
 _HOPPER = {
     64: Configurations(
         forward=Tile(128, 128, 64, 8, 3, descriptors=True),
-        split=Tile(64, 64, 64, 4, 3),
+        split=Tile(64, 64, 64, 4, 3, descriptors=True),
         queries=Tile(128, 64, 64, 8, 3, descriptors=True),
         keys=Tile(128, 64, 64, 8, 3, descriptors=True),
     ),
     128: Configurations(
         forward=Tile(128, 128, 64, 8, 2, descriptors=True),
-        split=Tile(64, 64, 64, 4, 3),
+        split=Tile(64, 64, 64, 4, 3, descriptors=True),
         queries=Tile(128, 64, 64, 8, 2, descriptors=True),
         keys=Tile(128, 32, 32, 8, 3, descriptors=True),  # 64 queries at a time make it spill some registers
     ),
     256: Configurations(
         forward=Tile(128, 64, 16, 8, 2, descriptors=True),
-        split=Tile(64, 32, 32, 8, 2),
+        split=Tile(64, 32, 32, 8, 2, descriptors=True),
         queries=Tile(64, 32, 16, 8, 2, descriptors=True),
         keys=Tile(64, 32, 32, 8, 2, descriptors=True),
     ),

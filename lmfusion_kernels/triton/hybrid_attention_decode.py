@@ -10,8 +10,10 @@ program needs to know the lengths of the others. A second kernel joins the parts
 import triton
 import triton.language as tl
 
-from lmfusion_kernels.triton.hybrid_attention_forward import add_masked, normalise
+from lmfusion_kernels.triton.hybrid_attention_forward import add_masked, exponents, normalisers
 from lmfusion_kernels.triton.hybrid_attention_tiles import load_rows, next_run
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_splits"])
@@ -19,11 +21,14 @@ def attention_forward_split(
     q,
     k,
     v,
+    k_tiles,  # tensor descriptors of k and v as [Nk, all heads], with tiles of BLOCK_N rows; None: loads by pointers
+    v_tiles,
     key_start,
     key_end,
-    out,  # float32 [num_splits, Nq, H, D]: the result of each part
-    lse,  # float32 [num_splits, H, Nq], in base 2
-    scale,  # times log2(e), not negative
+    parts,  # float32 [num_splits, Nq, H, D]: weighted sums of values
+    parts_sum,  # float32 [num_splits, H, Nq]: sums of weights
+    parts_max,  # float32 [num_splits, H, Nq]: the largest scores
+    scale,  # above 0
     num_queries,
     num_splits,
     q_row_stride,
@@ -55,6 +60,7 @@ def attention_forward_split(
     row_start = tl.load(key_start + query)
     row_end = tl.load(key_end + query)
 
+    exp2_scale = scale * _LOG2_E
     column = tl.arange(0, PADDED_DIM)
     is_value = is_row[:, None] & (column < HEAD_DIM)[None, :]
     q_row = query.to(tl.int64) * q_row_stride + head * q_head_stride
@@ -72,28 +78,38 @@ def attention_forward_split(
         part_end = tl.minimum(part_start + part, run_end)
         for i in tl.range(0, tl.cdiv(part_end - part_start, BLOCK_N)):
             start = part_start + i * BLOCK_N
-            k_tile = load_rows(k, k_row_stride, start, part_end, BLOCK_N, HEAD_DIM, PADDED_DIM, True)
+            if k_tiles is not None:
+                k_tile = k_tiles.load([start, kv_head * k_head_stride])
+            else:
+                k_tile = load_rows(k, k_row_stride, start, part_end, BLOCK_N, HEAD_DIM, PADDED_DIM, True)
             scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-            v_tile = load_rows(v, v_row_stride, start, part_end, BLOCK_N, HEAD_DIM, PADDED_DIM, True)
+            if v_tiles is not None:
+                # Rows behind the part hold anything: their keys are masked, but zero times NaN would be NaN.
+                is_part = tl.arange(0, BLOCK_N) < part_end - start
+                v_tile = tl.where(is_part[:, None], v_tiles.load([start, kv_head * v_head_stride]), 0.0)
+            else:
+                v_tile = load_rows(v, v_row_stride, start, part_end, BLOCK_N, HEAD_DIM, PADDED_DIM, True)
             key = start + tl.arange(0, BLOCK_N)
             visible = (key[None, :] >= row_start[:, None]) & (key[None, :] < tl.minimum(row_end, part_end)[:, None])
-            acc, row_sum, row_max = add_masked(acc, row_sum, row_max, scores, scale, v_tile, visible)
+            acc, row_sum, row_max = add_masked(acc, row_sum, row_max, scores, exp2_scale, v_tile, visible)
         done = run_end
 
-    result, log_sum = normalise(acc, row_sum, row_max)
-    lse_row = (split.to(tl.int64) * NUM_HEADS + head) * num_queries + query
-    tl.store(lse + lse_row, log_sum, mask=is_row)
+    sum_row = (split.to(tl.int64) * NUM_HEADS + head) * num_queries + query
+    tl.store(parts_sum + sum_row, row_sum, mask=is_row)
+    tl.store(parts_max + sum_row, row_max, mask=is_row)
     value_row = ((split.to(tl.int64) * num_queries + query) * NUM_HEADS + head) * HEAD_DIM
-    tl.store(out + value_row[:, None] + column[None, :], result, mask=is_value)
+    tl.store(parts + value_row[:, None] + column[None, :], acc, mask=is_value)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_splits"])
 def join_splits(
     parts,
-    parts_lse,
+    parts_sum,
+    parts_max,
     out_row,
     out,
     lse,
+    scale,
     num_queries,
     num_splits,
     NUM_HEADS: tl.constexpr,
@@ -101,30 +117,28 @@ def join_splits(
     PADDED_DIM: tl.constexpr,
     PADDED_SPLITS: tl.constexpr,
 ):
-    """One program for each query and head: the parts, weighted by the sums of their weights."""
+    """One program for each query and head: the sums of all parts, each with the weight of its largest score."""
     query = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     split = tl.arange(0, PADDED_SPLITS)
     column = tl.arange(0, PADDED_DIM)
-    log_sums = tl.load(
-        parts_lse + (split.to(tl.int64) * NUM_HEADS + head) * num_queries + query,
-        mask=split < num_splits,
-        other=float("-inf"),
-    )
-    largest = tl.max(log_sums, axis=0)
-    weights = tl.math.exp2(log_sums - tl.where(largest == float("-inf"), 0.0, largest))
-    total = tl.sum(weights, axis=0)
-    is_seen = total > 0.0
-    safe_total = tl.where(is_seen, total, 1.0)
+    is_part = split < num_splits
+    sum_row = (split.to(tl.int64) * NUM_HEADS + head) * num_queries + query
+    sums = tl.load(parts_sum + sum_row, mask=is_part, other=0.0)
+    largest = tl.load(parts_max + sum_row, mask=is_part, other=float("-inf"))
+    row_max = tl.max(largest, axis=0)
+    _, references = exponents(largest, scale * _LOG2_E)
+    _, reference = exponents(tl.where(row_max == float("-inf"), 0.0, row_max), scale * _LOG2_E)
+    weights = tl.math.exp2(references - reference)
     part_row = ((split.to(tl.int64) * num_queries + query) * NUM_HEADS + head) * HEAD_DIM
-    is_value = (split < num_splits)[:, None] & (column < HEAD_DIM)[None, :]
+    is_value = is_part[:, None] & (column < HEAD_DIM)[None, :]
     values = tl.load(parts + part_row[:, None] + column[None, :], mask=is_value, other=0.0)
-    result = tl.sum(values * weights[:, None], axis=0) / safe_total
+    acc = tl.sum(values * weights[:, None], axis=0)
 
-    log_sum = tl.where(is_seen, largest + tl.math.log2(safe_total), float("-inf"))
-    tl.store(lse + head.to(tl.int64) * num_queries + query, log_sum * 0.6931471805599453)
+    inverse_sum, log_sum = normalisers(tl.sum(sums * weights, axis=0), row_max, scale)
+    tl.store(lse + head.to(tl.int64) * num_queries + query, log_sum)
     row = query
     if out_row is not None:
         row = tl.load(out_row + query).to(tl.int64)
     out_pointers = out + (row * NUM_HEADS + head) * HEAD_DIM + column
-    tl.store(out_pointers, result.to(out.dtype.element_ty), mask=column < HEAD_DIM)
+    tl.store(out_pointers, (acc * inverse_sum).to(out.dtype.element_ty), mask=column < HEAD_DIM)

@@ -1,7 +1,8 @@
 """How does a tile of queries attend to its keys? The forward kernel, one program for each query tile and head.
 
 Keys come in tiles. Those that every row of the query tile sees come first, without masks; the others with one. The
-softmax is kept as a running maximum and sum per row (in base 2: exp2 is one instruction), so order is free.
+softmax is kept as a running maximum and sum per row, so order is free. Weights are powers of two: exp2 is one
+instruction.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -19,37 +20,67 @@ from lmfusion_kernels.triton.hybrid_attention_tiles import (
     tile_and_head,
 )
 
-
-@triton.jit
-def add_unmasked(acc, row_sum, row_max, scores, scale, v):
-    """One key tile into the running softmax; scale >= 0, so the largest score is the largest scaled score."""
-    new_max = tl.maximum(row_max, tl.max(scores, axis=1) * scale)
-    weights = tl.math.exp2(scores * scale - new_max[:, None])
-    correction = tl.math.exp2(row_max - new_max)
-    row_sum = row_sum * correction + tl.sum(weights, axis=1)
-    acc = tl.dot(weights.to(v.dtype), v, acc * correction[:, None], input_precision="ieee")
-    return acc, row_sum, new_max
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+_LARGE = tl.constexpr(2.0**28)
 
 
 @triton.jit
-def add_masked(acc, row_sum, row_max, scores, scale, v, visible):
-    """The same for a tile of which some rows may see nothing, in it or so far."""
-    scores = tl.where(visible, scores * scale, float("-inf"))
+def exponents(row_max, exp2_scale):
+    """(multiplier, reference) of rows whose largest scores are row_max: weights are exp2(score * multiplier -
+    reference), a fused multiply-add.
+
+    The multiplier is exp2_scale, the reference the largest scaled score. It is rounded, and all weights of a row have
+    two to the power of its error as a factor. The factor cancels when the row is divided by its sum, but it leaves the
+    range of float32 when scaled scores are beyond 2^31. From 2^28 on, float32 scores that differ at all differ by 16 or
+    more in the exponent: the largest has all the weight, with any multiplier that is not smaller. So it becomes a power
+    of two there, and the reference is exact.
+    """
+    # The next power of two: a float32 with another mantissa than zero carries into its exponent.
+    bits = tl.cast(exp2_scale, tl.int32, bitcast=True)
+    power = tl.cast((bits + 0x7FFFFF) & 0x7F800000, tl.float32, bitcast=True)
+    multiplier = tl.where(tl.abs(row_max * exp2_scale) < _LARGE, exp2_scale, power)
+    # A plain product could be fused with the subtraction of another reference, and would not be rounded then.
+    return multiplier, tl.fma(row_max, multiplier, 0.0)
+
+
+@triton.jit
+def add_unmasked(acc, row_sum, row_max, scores, exp2_scale, v):
+    """One key tile into the running softmax. row_max is the largest score so far; exp2_scale > 0."""
+    _, old_reference = exponents(row_max, exp2_scale)
     new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-    finite_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = tl.math.exp2(scores - finite_max[:, None])
-    correction = tl.math.exp2(row_max - finite_max)
+    multiplier, reference = exponents(new_max, exp2_scale)
+    weights = tl.math.exp2(tl.fma(scores, multiplier[:, None], -reference[:, None]))
+    correction = tl.math.exp2(old_reference - reference)
     row_sum = row_sum * correction + tl.sum(weights, axis=1)
     acc = tl.dot(weights.to(v.dtype), v, acc * correction[:, None], input_precision="ieee")
     return acc, row_sum, new_max
 
 
 @triton.jit
-def normalise(acc, row_sum, row_max):
-    """The result, and the log of the sum of exp(score) in base 2: 0 and -inf for a row that saw nothing."""
-    seen = row_sum > 0.0
+def add_masked(acc, row_sum, row_max, scores, exp2_scale, v, visible):
+    """The same for a tile of which some rows may see nothing, in it or so far."""
+    _, old_reference = exponents(row_max, exp2_scale)
+    scores = tl.where(visible, scores, float("-inf"))
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+    multiplier, reference = exponents(tl.where(new_max == float("-inf"), 0.0, new_max), exp2_scale)
+    weights = tl.math.exp2(tl.fma(scores, multiplier[:, None], -reference[:, None]))
+    correction = tl.math.exp2(old_reference - reference)
+    row_sum = row_sum * correction + tl.sum(weights, axis=1)
+    acc = tl.dot(weights.to(v.dtype), v, acc * correction[:, None], input_precision="ieee")
+    return acc, row_sum, new_max
+
+
+@triton.jit
+def normalisers(row_sum, row_max, scale):
+    """What sums of weighted values are multiplied by, and the log of the sum of exp(scale * score), which is -inf for a
+    row that saw nothing."""
+    seen = row_sum != 0.0  # a sum that is NaN stays so
     safe_sum = tl.where(seen, row_sum, 1.0)
-    return acc * (1.0 / safe_sum)[:, None], tl.where(seen, row_max + tl.math.log2(safe_sum), float("-inf"))
+    multiplier, reference = exponents(row_max, scale * _LOG2_E)
+    rounding = tl.fma(row_max, multiplier, -reference)  # row_sum has two to the power of it as a factor
+    log_sum = row_max * scale + (tl.math.log2(safe_sum) - rounding) * _LN_2
+    return 1.0 / safe_sum, tl.where(seen, log_sum, float("-inf"))
 
 
 @triton.jit
@@ -69,7 +100,7 @@ def add_interior(
     interior_start,
     interior_end,
     high,
-    scale,
+    exp2_scale,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -86,7 +117,7 @@ def add_interior(
             v_tile = v_tiles.load([start, v_column])
         else:
             v_tile = load_rows(v, v_row_stride, start, high, BLOCK_N, HEAD_DIM, PADDED_DIM, False)
-        acc, row_sum, row_max = add_unmasked(acc, row_sum, row_max, scores, scale, v_tile)
+        acc, row_sum, row_max = add_unmasked(acc, row_sum, row_max, scores, exp2_scale, v_tile)
     return acc, row_sum, row_max
 
 
@@ -98,15 +129,19 @@ def add_border(
     q_tile,
     k,
     v,
+    k_border,
+    v_border,
     k_row_stride,
     v_row_stride,
+    k_column,
+    v_column,
     run_start,
     run_end,
     interior_start,
     skipped,  # keys of the interior, which are left out
     row_start,  # None: not behind run_start
     row_end,
-    scale,
+    exp2_scale,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     BORDER_N: tl.constexpr,
@@ -115,15 +150,23 @@ def add_border(
     for i in tl.range(0, tl.cdiv(run_end - run_start - skipped, BORDER_N)):
         start = run_start + i * BORDER_N
         start += tl.where(start >= interior_start, skipped, 0)
-        k_tile = load_rows(k, k_row_stride, start, run_end, BORDER_N, HEAD_DIM, PADDED_DIM, True)
-        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        v_tile = load_rows(v, v_row_stride, start, run_end, BORDER_N, HEAD_DIM, PADDED_DIM, True)
         key = start + tl.arange(0, BORDER_N)
+        if k_border is not None:
+            k_tile = k_border.load([start, k_column])
+        else:
+            k_tile = load_rows(k, k_row_stride, start, run_end, BORDER_N, HEAD_DIM, PADDED_DIM, True)
+        scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
+        if v_border is not None:
+            # Rows behind the run hold anything: their keys are masked, but zero times NaN would be NaN.
+            is_run = tl.arange(0, BORDER_N) < run_end - start
+            v_tile = tl.where(is_run[:, None], v_border.load([start, v_column]), 0.0)
+        else:
+            v_tile = load_rows(v, v_row_stride, start, run_end, BORDER_N, HEAD_DIM, PADDED_DIM, True)
         if row_start is None:
             visible = key[None, :] < row_end[:, None]
         else:
             visible = (key[None, :] >= row_start[:, None]) & (key[None, :] < row_end[:, None])
-        acc, row_sum, row_max = add_masked(acc, row_sum, row_max, scores, scale, v_tile, visible)
+        acc, row_sum, row_max = add_masked(acc, row_sum, row_max, scores, exp2_scale, v_tile, visible)
     return acc, row_sum, row_max
 
 
@@ -132,8 +175,10 @@ def attention_forward(
     q,
     k,
     v,
-    k_tiles,  # tensor descriptors of the same memory as [Nk, all heads], or None: interior tiles come by TMA
+    k_tiles,  # tensor descriptors of k and v as [Nk, all heads], with tiles of BLOCK_N rows; None: loads by pointers
     v_tiles,
+    k_border,  # the same with tiles of BORDER_N rows
+    v_border,
     key_start,
     key_end,
     visible_end,  # [Nk], or None if no key is hidden, and then so is the next
@@ -141,7 +186,7 @@ def attention_forward(
     out_row,
     out,
     lse,
-    scale,  # times log2(e), not negative
+    scale,  # above 0
     num_queries,
     num_tiles,
     heads_together,
@@ -172,6 +217,7 @@ def attention_forward(
     low = tl.load(key_start + first_row)
     high = tl.load(key_end + last_row)
 
+    exp2_scale = scale * _LOG2_E
     q_tile = gather_rows(q, q_row_stride, row, HEAD_DIM, PADDED_DIM)
     acc = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -184,7 +230,7 @@ def attention_forward(
         interior_start, interior_end = interior(low, shared_low, shared_high, BLOCK_N)
         acc, row_sum, row_max = add_interior(
             acc, row_sum, row_max, q_tile, k, v, k_tiles, v_tiles, k_row_stride, v_row_stride, k_column, v_column,
-            interior_start, interior_end, high, scale, HEAD_DIM, PADDED_DIM, BLOCK_N,
+            interior_start, interior_end, high, exp2_scale, HEAD_DIM, PADDED_DIM, BLOCK_N,
         )  # fmt: skip
         while done < high:
             run_start, run_end = next_run(key_start, key_end, row, last_row, done)
@@ -193,8 +239,9 @@ def attention_forward(
             row_start = tl.load(key_start + row)
             row_end = tl.minimum(tl.load(key_end + row), run_end)  # a tile may reach into the next run
             acc, row_sum, row_max = add_border(
-                acc, row_sum, row_max, q_tile, k, v, k_row_stride, v_row_stride, run_start, run_end, interior_start,
-                skipped, row_start, row_end, scale, HEAD_DIM, PADDED_DIM, BORDER_N,
+                acc, row_sum, row_max, q_tile, k, v, k_border, v_border, k_row_stride, v_row_stride, k_column, v_column,
+                run_start, run_end, interior_start, skipped, row_start, row_end, exp2_scale, HEAD_DIM, PADDED_DIM,
+                BORDER_N,
             )  # fmt: skip
             done = run_end
     else:
@@ -204,17 +251,17 @@ def attention_forward(
             interior_start, interior_end = interior(done, done, shared_high, BLOCK_N)
             acc, row_sum, row_max = add_interior(
                 acc, row_sum, row_max, q_tile, k, v, k_tiles, v_tiles, k_row_stride, v_row_stride, k_column, v_column,
-                interior_start, interior_end, high, scale, HEAD_DIM, PADDED_DIM, BLOCK_N,
+                interior_start, interior_end, high, exp2_scale, HEAD_DIM, PADDED_DIM, BLOCK_N,
             )  # fmt: skip
             row_end = tl.where(row < seen_before, tl.minimum(tl.load(key_end + row), run_end), done)
             acc, row_sum, row_max = add_border(
-                acc, row_sum, row_max, q_tile, k, v, k_row_stride, v_row_stride, interior_end, run_end, done, 0,
-                None, row_end, scale, HEAD_DIM, PADDED_DIM, BORDER_N,
+                acc, row_sum, row_max, q_tile, k, v, k_border, v_border, k_row_stride, v_row_stride, k_column, v_column,
+                interior_end, run_end, done, 0, None, row_end, exp2_scale, HEAD_DIM, PADDED_DIM, BORDER_N,
             )  # fmt: skip
             done = end
 
-    result, log_sum = normalise(acc, row_sum, row_max)
-    tl.store(lse + head.to(tl.int64) * num_queries + row, log_sum * 0.6931471805599453, mask=is_row)
+    inverse_sum, log_sum = normalisers(row_sum, row_max, scale)
+    tl.store(lse + head.to(tl.int64) * num_queries + row, log_sum, mask=is_row)
     if out_row is not None:
         row = tl.load(out_row + row)
-    store_rows(out + head * HEAD_DIM, out_row_stride, row, is_row, result, HEAD_DIM, PADDED_DIM)
+    store_rows(out + head * HEAD_DIM, out_row_stride, row, is_row, acc * inverse_sum[:, None], HEAD_DIM, PADDED_DIM)

@@ -1,6 +1,6 @@
 """How are Triton kernels compiled without a GPU exactly as they would be launched on one? The project's own launching
 code runs on tensors that have shapes and a device but no memory; what it launches is compiled for one architecture and
-not run. As a program: an architecture (80, 90) and a JSON list of cases in, a JSON list of reports out.
+not run. As a program: an architecture (80, 90) and a JSON list of cases in; triton's version and a list of reports out.
 
 A process of its own: triton may have been imported for its interpreter in the one that runs the tests.
 """
@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.compile import cuobjdump  # noqa: E402
+from tests.compile import cuobjdump, proxy_fences  # noqa: E402
 
 PROPERTIES = {
     80: SimpleNamespace(major=8, minor=0, multi_processor_count=108, L2_cache_size=40 << 20),
@@ -51,6 +51,8 @@ class Report:
     """Matrix products in the kernel before it is lowered."""
     is_serialized: bool
     """Whether ptxas lets every wgmma wait for the one before it, which costs half the rate."""
+    unfenced: list[dict[str, str]] = field(default_factory=list)
+    """Reads and writes of shared memory between which a fence is missing, see proxy_fences."""
     instructions: dict[str, int] = field(default_factory=dict)
 
 
@@ -105,6 +107,7 @@ def report(kernel: Any) -> Report:
         shared=max(kernel.metadata.shared, found.shared),
         num_dots=kernel.asm["ttir"].count("tt.dot "),
         is_serialized="wgmma" in kernel.asm["ptx"] and "wgmma.mma_async instructions are serialized" in advice(kernel),
+        unfenced=[asdict(pair) for pair in proxy_fences.unfenced_reads(kernel.asm["ptx"])],
         instructions=dict(found.instructions),
     )
 
@@ -175,7 +178,7 @@ def main() -> None:
         with compile_only(capability) as compiled:
             CASES[case["launch"]](**arguments)
         reports.append([asdict(report(kernel)) for kernel in compiled])
-    print(json.dumps(reports))
+    print(json.dumps([triton.__version__, reports]))
 
 
 if __name__ == "__main__":

@@ -127,3 +127,20 @@ def test_in_the_block(paired, frozen_text, recompute):
     ours, expected = interpreter.call(__name__, "run_block", recompute, frozen_text, paired)
     for name, target in expected.items():
         torch.testing.assert_close(ours[name], target, rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_extreme_gates_are_those_of_silu(sign):
+    """Gates from the smallest number to infinity beside ups of every kind. Infinities and NaNs are PyTorch's too."""
+    powers = torch.arange(-126, 128, 3).double().exp2().float()
+    others = [0.0, 1.0, 16.0, 87.0, 88.0, 88.8, 89.0, 103.0, 104.0, 127.0, 1e30, 3.4e38, float("inf"), float("nan")]
+    gates = sign * torch.cat([powers, torch.tensor(others)])
+    x, no_rows = torch.zeros(1, 16), torch.zeros(0, 16)
+    x[0, 0] = 1.0
+    for up in (1.0, -1.0, 0.0, 3e38, -3e38, 1e-38, float("inf"), float("-inf"), float("nan")):
+        weights = torch.zeros(2 * 112, 16)
+        weights[: gates.numel(), 0], weights[112:, 0] = gates, up
+        (hidden, _), _ = interpreter.call(__name__, "forward", [x, no_rows], [weights, weights], 0, False)
+        gate, value = (x @ weights.t()).split(112, dim=1)
+        expected = torch.nn.functional.silu(gate) * value
+        torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=0.0, equal_nan=True)

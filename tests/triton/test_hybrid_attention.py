@@ -21,7 +21,8 @@ MIXED = [[("text", 70), ("image", 90), ("text", 30)], [("image", 5), ("text", 1)
 def tiles(block: int, step: int, border: int, descriptors: bool) -> Configurations:
     """Warps and stages mean nothing to the interpreter; few large tiles are quick."""
     tile = Tile(block, step, border, 4, 2, descriptors)
-    return Configurations(tile, Tile(32, step, step, 4, 2), tile, tile)
+    split = Tile(64, step, step, 4, 2, descriptors)
+    return Configurations(tile, split, tile, tile)
 
 
 LARGE, SMALL, BY_POINTER = tiles(128, 64, 32, True), tiles(32, 32, 16, True), tiles(32, 64, 32, False)
