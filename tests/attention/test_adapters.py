@@ -385,3 +385,13 @@ def test_an_absent_package_says_how_to_get_it(monkeypatch, name, command):
     kind = dict(dtype=torch.bfloat16, num_heads=4, num_kv_heads=2, head_dim=64, needs_grad=True)
     with pytest.raises(ValueError, match=f"{name} attention was asked for, but .* is not installed; `{command}"):
         attention.choose(name, layout, device=torch.device("cpu"), **kind)
+
+
+@pytest.mark.parametrize("keys", [[5e9, 4.5e9], [5e9, 5e9], [-3e12, -3e12], [float("-inf"), float("-inf")]])
+def test_plain_attention_at_huge_scores(keys):
+    q = torch.ones(1, 1, 1)
+    k, v = torch.tensor(keys)[:, None, None], torch.tensor([1.0, 2.0])[:, None, None]
+    start, end = torch.tensor([0], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
+    out, _ = dense_attention(q, k, v, start, end, 1.0)
+    expected = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q, k, v)), scale=1.0)
+    torch.testing.assert_close(out, expected.transpose(0, 1))
