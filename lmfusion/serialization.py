@@ -152,7 +152,8 @@ def _assemble(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         if config.vlm_config is not None:  # before memory is taken for what the configuration asks for
-            seeing = VisionEncoder(config.vlm_config, "meta").state_dict(prefix="vision.")
+            with blaming(name):
+                seeing = VisionEncoder(config.vlm_config, "meta").state_dict(prefix="vision.")
             names.check_tensors(_under("vision.", frozen), seeing, name)
         codec = load_codec(config.codec)
         model, expected = _build(cls, config, codec, name)

@@ -246,6 +246,9 @@ def test_a_saved_models_tokenizer_is_checked_too(base, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
     tokenizer.add_tokens(["<new>"])
     tokenizer.save_pretrained(tmp_path / "saved")
+    record = json.loads((tmp_path / "saved" / "base.json").read_text())
+    del record["files"]  # as models were saved before the tokenizer had a digest
+    (tmp_path / "saved" / "base.json").write_text(json.dumps(record))
     with pytest.raises(ValueError, match=r"ids up to 259 \('<new>'\)"):
         LMFusion.from_pretrained(tmp_path / "saved")
 

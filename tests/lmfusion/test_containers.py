@@ -349,10 +349,10 @@ def test_scans_are_counted_where_the_decoder_finds_them():
     ids=["stuffing", "restarts", "filling", "segments", "comments", "pixel chunks", "text chunks", "zeros", "chunks"],
 )
 def test_files_made_to_take_long_are_refused_soon(data):
-    start = time.monotonic()
+    start = time.process_time()  # whatever else the machine is doing
     with pytest.raises(ValueError, match="x "):
         decode_image(data, "x")
-    assert time.monotonic() - start < 3
+    assert time.process_time() - start < 3
 
 
 def test_animations_of_many_pictures_take_the_time_of_one():
@@ -360,9 +360,9 @@ def test_animations_of_many_pictures_take_the_time_of_one():
     others = [picture(i % 3, (256, 256)) for i in range(60)]
     for kind, options in (("PNG", {}), ("WEBP", {"lossless": True})):
         data = encoded(kind, image, save_all=True, append_images=others, **options)
-        start = time.monotonic()
+        start = time.process_time()
         assert np.array_equal(pixels(data), np.asarray(image))
-        assert time.monotonic() - start < 1
+        assert time.process_time() - start < 1
 
 
 def test_what_is_handed_to_the_decoder_is_small_and_itself_stays_as_it_is():

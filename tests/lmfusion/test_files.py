@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from lmfusion.cli import main
-from lmfusion.data.webdataset import _save
+from lmfusion.data.tar_index import Summary, save_index
 from lmfusion.files import file_sha256, flush, locked, naming, new_folder, replace_text, replacing
 from lmfusion.folders import replace_folder
 from lmfusion.image.png import save_png
@@ -68,7 +68,7 @@ def test_an_exclusive_write_does_not_touch_a_link(tmp_path, victim):
 def test_an_index_is_not_written_through_a_link(tmp_path, victim, monkeypatch):
     monkeypatch.setattr("threading.get_ident", lambda: 1)
     os.symlink(victim, tmp_path / f"i.index.{os.getpid()}-1.partial")
-    assert _save(tmp_path / "i.index", {}, {"a": "b"})
+    assert save_index(tmp_path / "i.index", {"a": "b"}, Summary(0, 0, []), b"")
     assert victim.read_text() == "precious" and (tmp_path / "i.index").is_file()
 
 

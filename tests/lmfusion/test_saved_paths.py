@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -288,7 +289,7 @@ def test_a_file_that_is_a_link_keeps_its_name(tmp_path, monkeypatch):
     """As in the hub's cache, where a name ending in .gguf is a link to one without."""
     (tmp_path / "blob").write_bytes(b"no GGUF")
     os.symlink("blob", tmp_path / "model.gguf")
-    monkeypatch.setattr("lmfusion.conversion.gguf.open_file", lambda path: (object(), None, None))
+    monkeypatch.setattr("lmfusion.conversion.gguf.open_file", lambda path: (SimpleNamespace(vocab_size=1), None, None))
     monkeypatch.setattr("lmfusion.conversion.check_supported", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     assert open_base("model.gguf").name == str(tmp_path / "model.gguf")

@@ -112,7 +112,7 @@ class TestHarness:
         assert cut == ours[0].split(stop)[0]
 
     def test_what_a_task_may_not_ask_for(self, models):
-        with pytest.raises(ValueError, match="'num_beams' in generation_kwargs"):
+        with pytest.raises(ValueError, match="a task sets num_beams to 4 in generation_kwargs"):
             models[0].generate_until(self.requests("generate_until", [("a", {"num_beams": 4})]))
         with pytest.raises(ValueError, match="256 in all"):
             models[0].generate_until(self.requests("generate_until", [("a", {"max_gen_toks": 256})]))

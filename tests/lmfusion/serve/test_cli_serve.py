@@ -198,7 +198,8 @@ def test_a_model_that_cannot_chat_needs_a_template(tiny_llama, tmp_path, capsys,
 
 
 def test_what_is_missing_is_told_with_the_way_to_get_it(folder, capsys, monkeypatch):
-    monkeypatch.delitem(sys.modules, "lmfusion.serve.run")
+    for module in ("lmfusion.serve.run", "lmfusion.serve.connections"):
+        monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert run(folder) == 2
     assert 'uvicorn is not installed); pip install -e ".[serve]"' in capsys.readouterr().err

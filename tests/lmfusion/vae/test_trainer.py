@@ -290,6 +290,6 @@ def test_killed_run_equals_an_unbroken_one(tmp_path, train, monkeypatch):
             time.sleep(0.001)
         if num_lines:
             process.kill()
-        process.join(60)
+        process.join(100)
         assert process.exitcode == (-signal.SIGKILL if num_lines else 0)
     assert_same_run(whole.folder, tmp_path / "run")
