@@ -46,7 +46,7 @@ def encode_chat(
     and bos comes first even where the template writes none: ids are those of transformers' processor.
     template_variables: what the template reads besides, see `lmfusion.chat_template`.
 
-    Raises ValueError for messages or variables that are no such, an empty conversation, a tokenizer without chat
+    Raises ValueError for invalid messages or variables, an empty conversation, a tokenizer without chat
     template, or a template that does not take the conversation.
     """
     chat = Chat(tokenizer, messages, image_token_id, template_variables)
@@ -80,7 +80,8 @@ class Chat:
         self._variables = dict(template_variables or {})
         self._check_variables()
         contents = [_runs(message) for message in _checked(messages)]
-        # What no message can contain, for it depends on all of them. Not chance: the same text in every process
+        # No message can contain the marker, because it is a hash of all messages. It is not random, so that every
+        # process writes the same text.
         digest = hashlib.blake2b(digest_size=8)
         for run in itertools.chain.from_iterable(contents):
             digest.update(run.encode("utf-8", "surrogatepass") if isinstance(run, str) else b"\0")
@@ -242,8 +243,8 @@ class Chat:
         return [text[begin:end] for begin, end in itertools.pairwise(cuts) if begin < end]
 
     def _runs_of(self, ids: list[int]) -> list[list[int]]:
-        """Image tokens apart from the others. Among the ids, not in the text: how tokenizers treat the words after a
-        control token is their own affair."""
+        """Runs of image tokens, apart from the others. The ids are split and not the text, since some tokenizers treat
+        the text after a control token differently."""
         if self._image_token_id not in ids:
             return [ids] if ids else []
         return [list(run) for _, run in itertools.groupby(ids, key=lambda i: i == self._image_token_id)]
@@ -272,7 +273,7 @@ def _checked(messages: Any) -> Sequence[Message]:
         raise ValueError(f"messages are {messages!r:.80}; give a list of at least one {_MESSAGE_EXPECTED}")
     for message in messages:
         if not isinstance(message, Mapping) or message.get("role") not in ROLES or "content" not in message:
-            raise ValueError(f"a message is {message!r:.80}; it is a {_MESSAGE_EXPECTED}")
+            raise ValueError(f"a message is {message!r:.80}; it must be a {_MESSAGE_EXPECTED}")
     return messages
 
 

@@ -29,7 +29,7 @@ MAX_BITS = 2**16
 """Of any whole number that a template makes by multiplication."""
 TODAY = "today"
 RESERVED = ("messages", "add_generation_prompt", "continue_final_message", "strftime_now")
-"""Names that a template is given by others."""
+"""Names that `render` gives to templates by itself."""
 
 _NAMES = 'template variables are names with JSON values, such as {"enable_thinking": false}'
 
@@ -48,12 +48,15 @@ def check_template_variables(values: Any, name: str = "template_variables") -> N
         except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{name}.{key} is {type(value).__name__}, not a JSON value: {error}") from None
     if TODAY in values:
-        _parse_date(values[TODAY], f"{name}.{TODAY}")
+        check_date(values[TODAY], f"{name}.{TODAY}")
 
 
-def check_date(value: str, name: str) -> None:
+def check_date(value: Any, name: str) -> None:
     """Raises ValueError unless `value` is a date as YYYY-MM-DD."""
-    _parse_date(value, name)
+    try:
+        datetime.datetime.strptime(value, "%Y-%m-%d")
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} is {value!r:.80}; it must be a date as YYYY-MM-DD, such as 2024-07-26") from None
 
 
 def tells_the_date(tokenizer: Any) -> bool:
@@ -110,7 +113,8 @@ _clock = threading.local()
 @functools.lru_cache(maxsize=16)
 def _compiled(source: str) -> Template:
     """The template in transformers' environment, with our limits."""
-    # Of an empty template: compiling computes what is constant in it, which is to happen within our limits
+    # The environment comes from an empty template: compiling a template computes its constants, which must happen
+    # within our limits.
     environment: SandboxedEnvironment = _compile_jinja_template("").environment.overlay()
     environment.intercepted_binops = frozenset(("+", "*", "**"))
     environment.binop_table = {**environment.binop_table, "+": _add, "*": _multiply, "**": _power}
@@ -139,7 +143,7 @@ class _Guard(NodeTransformer):
 
 
 def _call(name: str, args: list[nodes.Expr]) -> nodes.Call:
-    """A call of a function of this module, by a name that templates cannot take."""
+    """A call of a function of this module, by a name that templates cannot use."""
     return nodes.Call(nodes.ImportedName(f"{__name__}.{name}"), args, [], None, None)
 
 
@@ -177,10 +181,3 @@ def _check_bits(number: int) -> None:
 def _strftime(today: str | None, form: str) -> str:
     moment = datetime.datetime.now() if today is None else datetime.datetime.fromisoformat(today)
     return moment.strftime(form)
-
-
-def _parse_date(value: Any, name: str) -> datetime.date:
-    try:
-        return datetime.datetime.strptime(value, "%Y-%m-%d").date()
-    except (TypeError, ValueError):
-        raise ValueError(f"{name} is {value!r:.80}; it is a date as YYYY-MM-DD, such as 2024-07-26") from None

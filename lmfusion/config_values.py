@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import hashlib
 import json
 import math
 import reprlib
@@ -27,6 +28,11 @@ def cut(text: str, length: int = 500) -> str:
     return text if len(text) <= length else f"{text[:length]}..."
 
 
+def values_sha256(values: Mapping[str, Any]) -> str:
+    """sha256 of JSON values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def read_json_object(content: str | bytes) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError for anything else, a key given twice, NaN and infinities."""
     try:
@@ -34,7 +40,7 @@ def read_json_object(content: str | bytes) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(value, dict):
-        raise ValueError("it holds no JSON object")
+        raise ValueError("it must hold a JSON object")
     return value
 
 
@@ -48,7 +54,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_number(name: str) -> Any:
-    raise ValueError(f"it holds {name}, which is no number")
+    raise ValueError(f"it holds {name}; numbers must be finite")
 
 
 def from_values(cls: type[T], value: Any, name: str = "") -> T:
@@ -62,7 +68,7 @@ def from_values(cls: type[T], value: Any, name: str = "") -> T:
     if value is None:
         value = {}
     if not isinstance(value, Mapping):
-        raise ValueError(f"{name} is {shown(value)}; it has keys of its own: {field_names(cls)}")
+        raise ValueError(f"{name} is {shown(value)}; it must be a mapping with the keys {field_names(cls)}")
     prefix = f"{name}." if name else ""
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -109,11 +115,11 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if origin in (list, tuple):
         length = len(args) if origin is tuple and args[-1] is not Ellipsis else None
         if not isinstance(value, (list, tuple)) or length not in (None, len(value)):
-            raise ValueError(f"{name} is {shown(value)}; it is a list" + (f" of {length}" if length else ""))
+            raise ValueError(f"{name} is {shown(value)}; it must be a list" + (f" of {length}" if length else ""))
         return origin(_convert(item, args[0], f"{name}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise ValueError(f"{name} is {shown(value)}; it maps names to values")
+            raise ValueError(f"{name} is {shown(value)}; it must map names to values")
         return {key: _convert(item, args[1], f"{name}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:

@@ -30,7 +30,9 @@ class ImageTowerConfig:
     def __post_init__(self) -> None:
         self.patch_coder = from_values(PatchCoderConfig, self.patch_coder, "image.patch_coder")
         if self.separation not in SEPARATIONS:
-            raise ValueError(f"image.separation is {shown(self.separation)}; it is one of {', '.join(SEPARATIONS)}")
+            raise ValueError(
+                f"image.separation is {shown(self.separation)}; it must be one of {', '.join(SEPARATIONS)}"
+            )
         for name in ("hidden_size", "intermediate_size"):
             value = getattr(self, name)
             if value is not None:
@@ -139,7 +141,7 @@ _TRANSFORMERS_KEYS = {f.name for f in fields(PreTrainedConfig)} | {
 
 
 LIMITS = {"num_hidden_layers": 1000, "image_size": 65_536}
-"""What is larger is a mistake or an attack: it would take for ever to build."""
+"""Larger values are mistakes or attacks: building such a model would take forever."""
 MAX_SIZE = 2**24
 """Of any other side of a weight."""
 SIZES = (
@@ -182,19 +184,19 @@ def check_numbers(config: PreTrainedConfig) -> None:
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     if heads % kv_heads:
         raise ValueError(
-            f"text_config.num_attention_heads is {heads}, no multiple of num_key_value_heads, {kv_heads}; each of "
-            "these serves equally many"
+            f"text_config.num_attention_heads is {heads}; it must be a multiple of num_key_value_heads, which is "
+            f"{kv_heads}"
         )
     head_dim = getattr(config, "head_dim", None)
     if head_dim is None and config.hidden_size % heads:
         raise ValueError(
-            f"text_config.hidden_size is {config.hidden_size}, no multiple of num_attention_heads, {heads}; give "
-            "head_dim, or a multiple"
+            f"text_config.hidden_size is {config.hidden_size}; without head_dim it must be a multiple of "
+            f"num_attention_heads, which is {heads}"
         )
     head_dim = config.hidden_size // heads if head_dim is None else head_dim
     check_size("text_config.head_dim", head_dim)
     if head_dim % 2:
-        raise ValueError(f"text_config.head_dim is {head_dim}; it must be even, for RoPE rotates pairs")
+        raise ValueError(f"text_config.head_dim is {head_dim}; it must be even, because RoPE rotates pairs")
     _check_positive("text_config.rms_norm_eps", config.rms_norm_eps)
     for name, value in (config.rope_parameters or {}).items():
         # llama3 and yarn have more, all of them factors

@@ -1,4 +1,4 @@
-"""How are files written so that a crash, a full disk, a symbolic link or a second process does no harm?"""
+"""Writes files so that a crash, a full disk, a symbolic link or a second process does no harm."""
 
 import errno
 import fcntl
@@ -64,7 +64,7 @@ def replacing(path: Path, overwrite: bool = True, writer: str | None = None) -> 
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with naming(path), open(os.open(partial, flags, 0o666), "wb") as file:
         try:
-            # Who holds the partial file alone may look whether the name is free: nobody else can take it meanwhile
+            # Only the process that made the partial file checks if the name is free, so nobody can take it meanwhile
             if not overwrite and path.exists():
                 raise FileExistsError(f"{path} is there already")
             yield file
@@ -108,7 +108,7 @@ def new_folder(path: Path) -> None:
 
 
 def locked_if_there(folder: Path, rank: int = 0) -> AbstractContextManager[None]:
-    """As `locked`, for one who reads what another run may be writing; a folder that is not there needs no lock."""
+    """Like `locked`, for reading what another run may be writing. Does nothing where the folder does not exist."""
     return locked(folder, rank) if folder.is_dir() else nullcontext()
 
 
@@ -137,7 +137,8 @@ def locked(folder: Path, rank: int = 0) -> Iterator[None]:
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
-                print(f"{folder} cannot be locked ({error.strerror}): see to it that one run uses it", file=sys.stderr)
+                warning = f"{folder} cannot be locked ({error.strerror}): make sure that only one run uses it"
+                print(warning, file=sys.stderr)
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             file.flush()

@@ -1,4 +1,4 @@
-"""How is a folder replaced whole? Its successor is written beside it, forced onto the disk, and takes its name last.
+"""Replaces a folder as a whole: the new one is written beside it, flushed to the disk, and renamed last.
 
 A kill leaves one of these states, and each is repaired by the next `replace_folder` of the same path:
 

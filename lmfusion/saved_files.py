@@ -1,7 +1,5 @@
-"""What do the JSON files of a saved model say, and can it be right? `lmfusion.serialization` lists the files."""
+"""Reads and checks the JSON files of a saved model. `lmfusion.serialization` lists the files."""
 
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfusion.config_values import cut, from_values, read_json_object, shown
+from lmfusion.config_values import cut, from_values, read_json_object, shown, values_sha256
 from lmfusion.configuration import LMFusionConfig
 from lmfusion.conversion.huggingface import without_code
 from lmfusion.files import file_sha256, full_path, naming
@@ -43,7 +41,7 @@ class BaseRecord:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise ValueError(f"base.dtype is {shown(self.dtype)}; it is one of {', '.join(DTYPES)}")
+            raise ValueError(f"base.dtype is {shown(self.dtype)}; it must be one of {', '.join(DTYPES)}")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -52,25 +50,18 @@ class BaseRecord:
     @property
     def digest(self) -> str:
         """One sha256 for all tensors."""
-        return digest_of(self.sha256)
-
-
-def digest_of(sha256: Mapping[str, str]) -> str:
-    """One sha256 for the tensors that have these."""
-    return hashlib.sha256(json.dumps(sha256, sort_keys=True).encode()).hexdigest()
+        return values_sha256(self.sha256)
 
 
 @contextmanager
 def blaming(name: str) -> Iterator[None]:
-    """Make one ValueError that names a file of whatever torch and transformers raise on values that it holds."""
+    """Turn whatever torch and transformers raise on the values of a file into a ValueError with the file's name."""
     try:
         yield
     except (MemoryError, OSError):
         raise
     except Exception as error:
-        raise ValueError(
-            f"no model can be made of what {name} says: {cut(str(error) or type(error).__name__)}"
-        ) from error
+        raise ValueError(f"cannot build a model from {name}: {cut(str(error) or type(error).__name__)}") from error
 
 
 def read_config(path: Path, codec_path: str | Path | None = None) -> tuple[Path, LMFusionConfig]:
@@ -112,7 +103,7 @@ class Origin:
 
     def __post_init__(self) -> None:
         if self.parts not in PARTS or (self.parts == "image" and self.base is None):
-            raise ValueError("it tells neither base LLM nor parts")
+            raise ValueError('parts must be "all", or "image" with a base LLM')
 
     @classmethod
     def read(cls, folder: Path) -> "Origin":
@@ -133,13 +124,13 @@ def saved_parts(path: str | Path) -> str:
 def check_files(folder: Path, sha256: Mapping[str, str]) -> None:
     for name, expected in sha256.items():
         if name not in HASHED_FILES:
-            raise ValueError(f"{folder / BASE_NAME} is damaged: it tells of a file {shown(name)}; copy it again")
+            raise ValueError(f"{folder / BASE_NAME} is damaged: it lists the unknown file {shown(name)}; copy it again")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing; copy the whole folder of the model again")
         if file_sha256(folder / name) != expected:
             raise ValueError(
-                f"{folder / name} is not the file that was saved with this model, so that texts may have other token "
-                f"ids; copy it again from its source, or take it out of `files` in {BASE_NAME} if you changed it"
+                f"{folder / name} is not the file that was saved with this model, so texts may get other token ids; "
+                f"copy it again from its source, or remove it from `files` in {BASE_NAME} if you changed it on purpose"
             )
 
 

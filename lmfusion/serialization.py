@@ -257,7 +257,7 @@ def differing(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str
 def save(model: "LMFusion", path: Path, parts: str = "image") -> None:
     """See `LMFusion.save_pretrained`."""
     if parts not in PARTS:
-        raise ValueError(f"parts is {parts!r}; it is one of {', '.join(PARTS)}")
+        raise ValueError(f"parts is {parts!r}; it must be one of {', '.join(PARTS)}")
     if parts == "image":
         if model.base is None:
             raise ValueError(

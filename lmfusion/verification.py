@@ -177,7 +177,7 @@ def _reference_model(base: BaseModel, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _without_progress() -> Iterator[None]:
-    """Without transformers' bars of progress."""
+    """Hides transformers' progress bars."""
     was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -1,4 +1,4 @@
-"""How is YAML read that somebody wrote? Without code, without a key that is given twice, without bombs of aliases."""
+"""Reads YAML from users: runs no code, and refuses duplicate keys and alias bombs."""
 
 from typing import Any
 
@@ -13,8 +13,8 @@ MAX_NODES = 100_000
 def read_yaml(text: str) -> Any:
     """The value that a YAML text describes.
 
-    Raises ValueError, with the line, for what is no YAML, for a key that is given twice in a mapping, and for more than
-    MAX_NODES values, which a few lines of aliases can stand for.
+    Raises ValueError, with the line, for text that is not YAML, for a key that a mapping has twice, and for more than
+    MAX_NODES values, which a few lines of aliases are enough to write.
     """
     try:
         loader = yaml.SafeLoader(text)
@@ -27,13 +27,13 @@ def read_yaml(text: str) -> Any:
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
-        raise ValueError(f"no YAML: {cut(str(error))}") from error
+        raise ValueError(f"not valid YAML: {cut(str(error))}") from error
     except RecursionError:
-        raise ValueError("no YAML that can be read: it is nested too deeply") from None
+        raise ValueError("the YAML is nested too deeply; write it with fewer levels") from None
 
 
 def _copied(value: Any) -> Any:
-    """The same, without parts that aliases share: a change to one of them must not be one to the others."""
+    """A copy in which aliases share nothing, so that changing one of them does not change the others."""
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}
     return [_copied(item) for item in value] if isinstance(value, list) else value

@@ -67,7 +67,7 @@ def routed_block(
     if order not in ("tower", "sequence"):
         raise ValueError(f"order is {order!r}; it is 'tower' or 'sequence'")
     if recompute not in RECOMPUTE:
-        raise ValueError(f"recompute is {recompute!r}; it is one of {', '.join(RECOMPUTE)}")
+        raise ValueError(f"recompute is {recompute!r}; it must be one of {', '.join(RECOMPUTE)}")
     if order == "sequence" and not isinstance(x, Tensor):
         raise ValueError("order='sequence' takes one tensor; rows of two widths have no common sequence order")
     if kv_cache is None and is_tracing():

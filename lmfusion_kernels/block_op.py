@@ -2,10 +2,10 @@
 
 A graph with the kernels in it would depend on the counts of every batch: torch.compile makes another graph for each
 count that is 0 or 1. This op hides them in two tensors (`TokenLayout.as_two_tensors`). A graph depends on the number
-of rows alone, and where gradients are recorded on two counts more, which give what is kept its shape. The kernels of
-attention are chosen when the op runs. What it computes is that of `block_forward` and `block_backward`, to the bit.
+of rows only, and, where gradients are recorded, on two more counts that give the shapes of what is kept. The attention
+kernels are chosen when the op runs. It computes the same bits as `block_forward` and `block_backward`.
 
-Beside what the block keeps without tracing, the op keeps its rows, the constant ones included.
+In addition to what an untraced block keeps, the op keeps its rows, the constant ones included.
 """
 
 import math
@@ -33,13 +33,13 @@ _FLOAT32 = ("lse", "rstd_in", "rstd_middle")
 
 
 class Traced(NamedTuple):
-    """What the op gets but its rows and weights. Every field is an argument of the op, under the same name."""
+    """The op's arguments apart from rows and weights, under their names in the op's schema."""
 
     buffer: Tensor
     numbers: Tensor
     num_text: int
-    """Like num_live, for the shapes of what is kept. _UNKNOWN where nothing is: AOTInductor takes no numbers that
-    vary."""
+    """Like num_live, for the shapes of what is kept. _UNKNOWN where nothing is kept, since AOTInductor accepts no
+    numbers that vary."""
     num_live: int
     present: list[int]
     """Which of the weights are there: their places among those of the text tower, then those of the image tower."""
@@ -65,7 +65,7 @@ def apply(
     recompute: str,
     needs_grad: bool,
 ) -> Rows:
-    """`routed_block` as one op. The arguments have been checked but for what depends on counts."""
+    """`routed_block` as one op. The arguments have been checked, except for what depends on counts."""
     weights, present = [], []
     for i, weight in enumerate(getattr(tower, name) for tower in (text, image) for name in _NAMES):
         if weight is not None:

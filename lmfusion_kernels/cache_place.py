@@ -1,4 +1,4 @@
-"""Where do the documents of a layout lie in a key-value cache? The arguments of `TokenLayout.from_spans`, checked."""
+"""Checks the arguments of `TokenLayout.from_spans` that place documents in a key-value cache."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,18 +34,18 @@ class CachePlace:
             raise ValueError("give cached_lengths, cache_starts and cache_rows together, or none of them")
         if spans.modes is not None and (spans.modes & HIDDEN).any():
             raise ValueError(
-                f"document {spans.documents[np.flatnonzero(spans.modes & HIDDEN)[0]]} has a hidden span, and the "
-                "layout a key-value cache, in which all that comes later would see it; leave 'hidden' away and write "
-                "the next tokens over the span's rows, or leave the cache away"
+                f"document {spans.documents[np.flatnonzero(spans.modes & HIDDEN)[0]]} has a hidden span, which later "
+                "tokens would see in a key-value cache; leave out 'hidden' and write the next tokens over the span's "
+                "rows, or leave out the cache"
             )
         cached, starts = np.asarray(cached_lengths, np.int64), np.asarray(cache_starts, np.int64)
         for name, vector in (("cached_lengths", cached), ("cache_starts", starts)):
             if vector.shape != (num_documents,):
-                raise ValueError(f"{name} has {vector.size} entries for {num_documents} documents")
+                raise ValueError(f"{name} must have one entry for each of {num_documents} documents, got {vector.size}")
         if not 0 <= cache_rows <= MAX_ROWS:
-            raise ValueError(f"cache_rows is {cache_rows}; a cache has at most {MAX_ROWS} rows")
+            raise ValueError(f"cache_rows is {cache_rows}; it must be from 0 to {MAX_ROWS}")
         if cached.min(initial=0) < 0:
-            raise ValueError(f"document {int(cached.argmin())} has a cached length of {cached.min()}")
+            raise ValueError(f"document {int(cached.argmin())} has cached length {cached.min()}; it must be 0 or more")
         ends = np.append(starts[1:], cache_rows)
         falls = np.flatnonzero(np.diff(starts, prepend=0) < 0)
         if falls.size:

@@ -1,8 +1,8 @@
-"""Which derivatives and transforms do the native ops know? Reverse mode; the rest is refused or goes to the reference.
+"""Derivatives and transforms of the native ops: reverse mode works, the rest raises or runs the reference.
 
-The compiled ops have a backward and nothing else. Under torch.func's transforms of the reverse mode and vmap the
-reference runs in their place. A forward-mode derivative of an op without a formula for it would be zero without a
-word, so it raises.
+The compiled ops have a backward and nothing else. Inside torch.func's reverse-mode transforms and vmap, the reference
+runs in their place. An op without a forward-mode formula would silently return a derivative of zero, so forward mode
+raises.
 """
 
 from collections.abc import Iterable

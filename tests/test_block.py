@@ -285,7 +285,7 @@ def test_bad_input_is_named():
     layout = lk.TokenLayout.from_spans(DOCUMENTS)
     x, rope = make_inputs(layout, torch.float32)
     text, image = block.text.weights(torch.float32), block.image.weights(torch.float32)
-    with pytest.raises(ValueError, match="recompute is 'all'; it is one of none, ffn, layer"):
+    with pytest.raises(ValueError, match="recompute is 'all'; it must be one of none, ffn, layer"):
         lk.routed_block(x, layout, text, image, rope, recompute="all")
     with pytest.raises(ValueError, match="order is 'towers'"):
         lk.routed_block(x, layout, text, image, rope, order="towers")

@@ -85,7 +85,7 @@ class OrderingConfig:
     def __post_init__(self) -> None:
         name = f"the ordering {shown(self.claim)}"
         if self.metric not in METRICS:
-            raise ValueError(f"{name} has the metric {shown(self.metric)}; it is one of {', '.join(METRICS)}")
+            raise ValueError(f"{name} has the metric {shown(self.metric)}; it must be one of {', '.join(METRICS)}")
         given = [key for key in ("order", "keeps", "loses") if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(f"{name} gives {' and '.join(given) or 'nothing'}; give one of order, keeps and loses")

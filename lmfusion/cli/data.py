@@ -249,14 +249,12 @@ def _window_reader(recipe: "RunConfig", sources: list["Source"]) -> Any:
         diffusion=config.diffusion,
         seed=recipe.train.seed,
         vlm_config=config.vlm_config,
-        template_variables={**config.template_variables, **recipe.model.template_variables, **_date(recipe)},
+        template_variables={
+            **config.template_variables,
+            **recipe.model.template_variables,
+            **recipe.data.date_variables,
+        },
     )
-
-
-def _date(recipe: "RunConfig") -> dict[str, str]:
-    from lmfusion.chat_template import TODAY
-
-    return {} if recipe.data.today is None else {TODAY: recipe.data.today}
 
 
 def _decode(codec: "Codec", latents: Any) -> Any:

@@ -56,7 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from lmfusion.chat_template import TODAY
     from lmfusion.data.encode import EncodeOptions, encode_source
     from lmfusion.training.config import load_config
 
@@ -71,9 +70,7 @@ def run(args: argparse.Namespace) -> int:
     )
     device = _device(config.train.device)
     model, codec, tokenizer = read_without_weights(config.model)
-    variables = {**model.template_variables, **config.model.template_variables}
-    if config.data.today is not None:
-        variables[TODAY] = config.data.today
+    variables = {**model.template_variables, **config.model.template_variables, **config.data.date_variables}
     sources = config.data.sources
     folders = [Path(args.output) / str(i) for i in range(len(sources))] if len(sources) > 1 else [Path(args.output)]
     for source, folder in zip(sources, folders, strict=True):

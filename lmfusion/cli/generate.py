@@ -19,15 +19,15 @@ was finished.
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmfusion.cli.answering import INTERRUPTED, run_to_the_end
 from lmfusion.cli.loading import add_model_arguments, check_batch_size, load_model
+from lmfusion.cli.pairs import json_pairs
 
 if TYPE_CHECKING:
     from lmfusion.cli.screen import Request
@@ -251,7 +251,10 @@ def _options(
     names = (*_DRAWING, *_WRITING, *_MIXING, *_CHATTING, "seed")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if "template_variables" in given:
-        given["template_variables"] = _variables(given["template_variables"])
+        pairs = given["template_variables"]
+        given["template_variables"] = json_pairs(
+            pairs, "--template-variable", "NAME=VALUE, such as enable_thinking=false"
+        )
     values = {**base, **given}
     values.pop("output", None)
     options = GenerationOptions(**values)
@@ -279,20 +282,6 @@ def _options(
     if options.max_images and sys.stderr.isatty() and not options.preview_every:
         options = replace(options, preview_every=max(1, options.num_steps // NUM_BAR_UPDATES))
     return options
-
-
-def _variables(pairs: Sequence[str]) -> dict[str, Any]:
-    """Names and their values; a value that is no JSON is a text."""
-    variables = {}
-    for pair in pairs:
-        name, sign, text = pair.partition("=")
-        if not sign:
-            raise ValueError(f"--template-variable is {pair!r}; it is NAME=VALUE, such as enable_thinking=false")
-        try:
-            variables[name] = json.loads(text)
-        except ValueError:
-            variables[name] = text
-    return variables
 
 
 def _prompt_of(request: "Request") -> "PromptLike":

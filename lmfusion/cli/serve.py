@@ -11,14 +11,13 @@ from the environment variable LMFUSION_API_KEY or from --api-key-file. Ctrl-C or
 """
 
 import argparse
-import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lmfusion.cli.loading import add_loading_arguments, load_model
+from lmfusion.cli.pairs import json_pairs
 
 if TYPE_CHECKING:
     from lmfusion.generation.options import Limits
@@ -107,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         max_image_pixels=round(args.max_prompt_megapixels * MEBI),
         generation=_limits(args),
     )
-    defaults = _defaults(args.default)
+    defaults = json_pairs(args.default, "--default", "FIELD=VALUE, such as num_steps=20")
     api_key = _api_key(args.api_key_file)
     template = None if args.chat_template is None else Path(args.chat_template).read_text(encoding="utf-8")
     with bind(args.host, args.port) as listener:
@@ -147,20 +146,6 @@ def _limits(args: argparse.Namespace) -> "Limits":
             option = "--max-tokens" if name == "max_new_tokens" else f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} is {value}; it must be 0 or more")
     return Limits(**given)
-
-
-def _defaults(pairs: Sequence[str]) -> dict[str, Any]:
-    """Fields and their values; a value that is no JSON is a text."""
-    defaults = {}
-    for pair in pairs:
-        name, sign, text = pair.partition("=")
-        if not sign:
-            raise ValueError(f"--default is {pair!r}; it is FIELD=VALUE, such as num_steps=20")
-        try:
-            defaults[name] = json.loads(text)
-        except json.JSONDecodeError:
-            defaults[name] = text
-    return defaults
 
 
 def _api_key(path: str | None) -> str | None:

@@ -30,7 +30,7 @@ def check_sizes(settings: Mapping[str, Any], where: str) -> None:
     """Raise ValueError naming a size in `settings` that no model has.
 
     settings: of a config.json, before anything is built from it; its text_config and vision_config are checked too.
-    What is no number is left to transformers to complain of, and None stands for its default.
+    Values that are not numbers are left for transformers to reject, and None stands for its default.
     """
     for name, limit in SIZE_LIMITS.items():
         value = settings.get(name)
@@ -71,7 +71,7 @@ def check_supported(config: PreTrainedConfig, where: str) -> None:
 
 
 def _check_values(config: PreTrainedConfig, where: str) -> None:
-    """Raise ValueError naming a number in `config` with which no LLM computes anything sensible."""
+    """Raise ValueError naming a value in `config` with which no LLM can work."""
     sizes = {name: getattr(config, name, None) for name in SIZE_LIMITS}
     check_sizes(sizes, where)
     num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads

@@ -71,7 +71,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_beta_fast": (32,),
     "rope.scaling.yarn_beta_slow": (1,),
 }
-"""Keys that change nothing with these values, and the model with others."""
+"""Keys, and the values with which they change nothing. Other values change what the model computes."""
 
 
 def open_file(
@@ -189,7 +189,7 @@ def _read_config(file: GGUFFile, architecture: str) -> PreTrainedConfig:
 
 
 def _rope_parameters(file: GGUFFile, get: Callable[..., Any], head_dim: int) -> dict[str, Any]:
-    """Of the keys that llama.cpp reads, which scales linearly where a factor comes without a type."""
+    """From the keys that llama.cpp reads. Like llama.cpp, scales linearly if there is a factor without a type."""
     where = str(file.path)
 
     def number(key: str, default: float) -> float:
@@ -213,7 +213,7 @@ def _rope_parameters(file: GGUFFile, get: Callable[..., Any], head_dim: int) -> 
         if attention_factor != 1.0:
             rope["attention_factor"] = attention_factor * (0.1 * math.log(max(factor, 1.0)) + 1.0)
     elif attention_factor != 1.0:
-        raise ValueError(unsupported(where, f"rope.scaling.attn_factor with rope scaling {kind!r}", "it with 'yarn'"))
+        raise ValueError(unsupported(where, f"rope.scaling.attn_factor with rope scaling {kind!r}", "that with yarn"))
     elif kind == "linear" and factor != 1.0:
         rope |= {"rope_type": "linear", "factor": factor}
     if _ROPE_TABLE in file.tensors:
@@ -222,7 +222,7 @@ def _rope_parameters(file: GGUFFile, get: Callable[..., Any], head_dim: int) -> 
             raise ValueError(f"{where}: {_ROPE_TABLE} must hold {head_dim // 2} values, got {divisors.shape}")
         if np.any(divisors != 1.0):
             if rope["rope_type"] != "default":
-                raise ValueError(unsupported(where, f"{_ROPE_TABLE} with rope scaling {kind!r}", "one of both"))
+                raise ValueError(unsupported(where, f"{_ROPE_TABLE} with rope scaling {kind!r}", "one of the two"))
             rope |= _llama3_rope(where, divisors, rope["rope_theta"], head_dim)
     return rope
 
@@ -268,5 +268,5 @@ def _unpermute(tensor: Tensor, num_heads: int, name: str, path: Path) -> Tensor:
     """Undo llama.cpp's order of q and k rows: it interleaves the two halves that RoPE pairs, Llama keeps them apart."""
     rows = tensor.shape[0]
     if rows % (2 * num_heads):
-        raise ValueError(f"{path}: {name!r} has {rows} rows, which {num_heads} heads cannot share")
+        raise ValueError(f"{path}: {name!r} must have a multiple of {2 * num_heads} rows, got {rows}")
     return tensor.unflatten(0, (num_heads, rows // num_heads // 2, 2)).transpose(1, 2).reshape(tensor.shape)

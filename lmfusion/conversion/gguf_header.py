@@ -68,7 +68,7 @@ def read_header(path: Path) -> GGUFFile:
 
 
 class _DamagedError(ValueError):
-    """What the header says cannot be."""
+    """The header contradicts itself, or the length of the file."""
 
 
 class _Reader:
@@ -115,7 +115,7 @@ class _Reader:
         if num_values == 0:
             raise _DamagedError(f"the tensor {name!r:.80} is empty")
         if shape[-1] % block_values:
-            raise _DamagedError(f"rows of the tensor {name!r:.80} are no whole number of blocks of {known.name}")
+            raise _DamagedError(f"rows of the tensor {name!r:.80} must be whole blocks of {known.name}")
         num_bytes = num_values // block_values * block_bytes
         if offset + num_bytes > len(self._data):
             raise _DamagedError(f"the tensor {name!r:.80} ends after the file")

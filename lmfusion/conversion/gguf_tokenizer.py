@@ -121,7 +121,7 @@ def read_tokenizer(path: Path, metadata: Mapping[str, Any]) -> Any:
 
 
 class _UnsupportedError(ValueError):
-    """A whole tokenizer of a kind that is not supported."""
+    """A tokenizer that is intact, but of a kind that is not supported."""
 
 
 def _tokens(metadata: Mapping[str, Any]) -> list[str]:

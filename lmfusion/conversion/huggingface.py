@@ -61,9 +61,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no valid JSON object: {error}") from error
+        raise ValueError(f"{path} is not a valid JSON object: {error}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"{path} is no valid JSON object: it holds {type(settings).__name__}")
+        raise ValueError(f"{path} is not a valid JSON object: it holds {type(settings).__name__}")
     return settings
 
 
@@ -104,7 +104,7 @@ def keep_own_head(config: PreTrainedConfig, folder: Path, rename: Callable[[str]
     """Set `tie_word_embeddings` of the LLM's `config` false where the folder's files hold an LM head of its own.
 
     As in transformers, which ties head and embedding only where the files hold one of them, or the same twice.
-    rename: file name of the tensor that a checkpoint calls so. Files that are missing are no matter here.
+    rename: turns a checkpoint's name of a tensor into ours. Missing files are ignored; `weight_files` refuses them.
     """
     if not config.tie_word_embeddings:
         return
@@ -173,7 +173,7 @@ def shard_names(index: Path) -> list[str]:
         raise ValueError(f"{index} is damaged: {error!r}; copy it again from its source") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-            raise ValueError(f"{index} is damaged: {name!r:.80} is no name of a safetensors file beside it")
+            raise ValueError(f"{index} is damaged: {name!r:.80} is not the name of a safetensors file beside it")
     return names
 
 

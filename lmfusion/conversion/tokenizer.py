@@ -78,7 +78,7 @@ def check_tokenizer(tokenizer: Any, vocab_size: int, where: str) -> None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`; an empty one where there is none, which is for transformers to complain of."""
+    """The object in `path`; an empty one if the file is missing or damaged, which transformers reports."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

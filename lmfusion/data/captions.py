@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
+from lmfusion.config_values import shown
+
 MAX_TEXT_BYTES = 1024 * 1024
 """Of the text or JSON that belongs to one sample: hundreds of pages. More is damage, and is not read."""
 MAX_LINE_BYTES = 16 * 1024 * 1024
@@ -40,7 +42,7 @@ def captions_of_value(value: Any, name: str) -> tuple[str, ...]:
     """
     captions = [caption for caption in value if caption is not None] if isinstance(value, list) else [value]
     if not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f"{name} is {_short(value)}; a caption is a text, or a list of texts")
+        raise ValueError(f"{name} is {shown(value)}; a caption must be a text, or a list of texts")
     return checked_captions(captions)
 
 
@@ -89,8 +91,3 @@ def read_lines(file: BinaryIO, max_bytes: int) -> Iterator[tuple[bytes, int]]:
         while not last.endswith(b"\n") and (last := file.readline(max_bytes + 1)):
             length += len(last)
         yield line, length
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

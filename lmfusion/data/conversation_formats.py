@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from lmfusion.chat import ROLES
+from lmfusion.config_values import shown
 
 KEYS = ("messages", "conversations")
 """Where a line has its list of messages."""
@@ -75,11 +76,11 @@ def _images_of(entry: dict[str, Any]) -> list[ImageReference] | None:
 def _message(item: Any, images: Iterator[ImageReference] | None) -> tuple[str, list[Part]]:
     role = item.get("role", item.get("from")) if isinstance(item, dict) else None
     if not isinstance(role, str) or role not in _ROLES:
-        raise ValueError(f"every message must have a role, one of {', '.join(_ROLES)}; got {_short(item)}")
+        raise ValueError(f"every message must have a role, one of {', '.join(_ROLES)}; got {shown(item)}")
     if item.get("tool_calls") or item.get("function_call"):
         raise ValueError("a message has tool calls, which cannot be learned; leave the line out")
     if item.get("weight", 1) != 1:
-        raise ValueError(f"a message has weight {_short(item['weight'])}; the weight must be 1, or be left out")
+        raise ValueError(f"a message has weight {shown(item['weight'])}; the weight must be 1, or be left out")
     content = item.get("content", item.get("value"))
     if not isinstance(content, str | list):
         raise ValueError(f"the content of the {role}'s message must be a text, or a list of texts and images")
@@ -107,7 +108,7 @@ def _parts(item: Any, images: Iterator[ImageReference] | None) -> list[Part]:
             return [_next(images)]
     raise ValueError(
         'content must hold texts, {"image": "path"}, {"type": "text", "text": ...} and {"type": "image_url", '
-        f'"image_url": {{"url": ...}}}}; got {_short(item)}'
+        f'"image_url": {{"url": ...}}}}; got {shown(item)}'
     )
 
 
@@ -134,8 +135,3 @@ def _reference(value: Any, name: str) -> ImageReference:
     if not isinstance(value, str):
         raise ValueError(f"{name} must name an image by a path or a data URL")
     return ImageReference(value)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,4 +1,4 @@
-"""What a conversation teaches: each answer of the assistant after exactly what generation would read before it.
+"""Splits conversations into what is read and what is learned: each answer follows the prompt generation would write.
 
 <|im_start|>user  Draw a cat.<|im_end|>  <|im_start|>assistant  Here is a cat: BOI image EOI I drew a cat.<|im_end|>
                                                                 ^ said, up to the token that ends the turn       ^
@@ -15,7 +15,7 @@ from lmfusion.data.sources import Message, Utterance
 from lmfusion.tokens import control_tokens
 
 MAX_ANSWERS = 256
-"""Answers of one conversation that are looked at; it ends with the last of them. No row is as long as so many."""
+"""Answers of one conversation that are used; the rest of it is dropped. No row is long enough for more."""
 
 
 def transcribe(
@@ -56,8 +56,8 @@ def transcribe(
             answers += [] if answer is None else [answer]
     if not answers:
         raise refused or ValueError(
-            "the assistant says nothing in this conversation that generation could write; begin it with a message of "
-            "the user, and see that the chat template takes a conversation up to each answer"
+            "this conversation has no answer that generation could write; begin it with a user message, and make sure "
+            "that the chat template accepts it up to each answer"
         )
     last = answers[-1]
     is_said = [False] * len(last.items)

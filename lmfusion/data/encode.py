@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lmfusion.chat_template import TODAY, tells_the_date
-from lmfusion.config_values import to_values
+from lmfusion.config_values import to_values, values_sha256
 from lmfusion.data.encoded import (
     FORMAT,
     MANIFEST,
@@ -33,17 +33,15 @@ from lmfusion.data.encoded import (
     DamageRecord,
     ShardRecord,
     check_same,
-    file_sha256,
     made_with,
     read_manifest,
     shard_name,
     tables_sha256,
-    values_sha256,
 )
 from lmfusion.data.shard_encoder import EncodeOptions, ShardEncoder
 from lmfusion.data.sources import CONVERSING, Source, SourceConfig, load_source
 from lmfusion.data.unused import report_unused
-from lmfusion.files import NO_LOCKS, flush, replace_text
+from lmfusion.files import NO_LOCKS, file_sha256, flush, replace_text
 from lmfusion.image.codec import Codec
 
 PLAN = "plan.json"

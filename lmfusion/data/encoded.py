@@ -37,6 +37,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lmfusion.chat_template import TODAY
+from lmfusion.config_values import shown, values_sha256
 from lmfusion.data.remote import StorageError, try_often
 from lmfusion.data.sources import (
     CONVERSING,
@@ -246,7 +247,7 @@ def check_same(folder: Path, expected: Mapping[str, Any], found: Mapping[str, An
     """Raise ValueError, naming keys and values, unless `found` in a cache holds what is `expected` of it."""
     was, now = _flatten(found), _flatten(expected)
     differing = [
-        f"{key} was {_short(was.get(key))}, is {_short(value)}" for key, value in now.items() if was.get(key) != value
+        f"{key} was {shown(was.get(key))}, is {shown(value)}" for key, value in now.items() if was.get(key) != value
     ]
     if differing:
         raise ValueError(f"the latent cache {folder} was made otherwise: {', '.join(differing)}; {way_out}")
@@ -290,15 +291,6 @@ def checksum(latents: list[Tensor]) -> int:
     return value
 
 
-def values_sha256(values: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def shard_name(number: int) -> str:
     return f"shard-{number:08d}.safetensors"
 
@@ -306,11 +298,6 @@ def shard_name(number: int) -> str:
 def _span(first: Tensor, i: int) -> tuple[int, int]:
     begin, end = first[i : i + 2].tolist()
     return begin, end
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

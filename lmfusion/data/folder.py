@@ -9,7 +9,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from lmfusion.data.captions import MAX_TEXT_BYTES, captions_of_text, captions_of_value, parse_json, read_lines
-from lmfusion.data.remote import StorageError, is_inside, load_image_file, printable, read_file, try_often
+from lmfusion.data.remote import StorageError, is_inside, load_image_file, read_file, try_often
 from lmfusion.data.sources import CaptionedImage
 from lmfusion.data.unused import (
     NO_IMAGE,
@@ -23,6 +23,7 @@ from lmfusion.data.unused import (
     unread_kind,
 )
 from lmfusion.data.walk import FoundFile, find_all
+from lmfusion.printing import printable
 
 METADATA = "metadata.jsonl"
 NOT_LISTED = f"images that {METADATA} does not name"

@@ -31,11 +31,11 @@ from lmfusion.data.remote import (
     map_threads,
     names_of,
     parent,
-    printable,
     stored_file,
 )
 from lmfusion.data.sources import Conversation, Edit, Interleaved, LoadImage, Message
 from lmfusion.image.preprocessing import check_file_size, decode_image
+from lmfusion.printing import printable
 
 EDIT_KEYS = ("source", "instruction", "target")
 NUM_INDEXERS = 8

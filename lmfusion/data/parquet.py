@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from lmfusion.data.captions import captions_of_value
-from lmfusion.data.remote import StorageError, StoredFile, find_files, map_threads, names_of, printable
+from lmfusion.data.remote import StorageError, StoredFile, find_files, map_threads, names_of
 from lmfusion.data.sources import CaptionedImage
 from lmfusion.image.preprocessing import check_file_size, decode_image
+from lmfusion.printing import printable
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "img")
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt")

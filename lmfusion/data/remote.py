@@ -26,12 +26,13 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from lmfusion.image.preprocessing import check_file_size, decode_image
+from lmfusion.printing import printable
 
 T = TypeVar("T")
 U = TypeVar("U")
 
 NUM_TRIES = 3
-"""Of one read, local or remote: storage that fails for a moment is no damage."""
+"""Of one read, local or remote: storage that fails for a moment is not damage."""
 RETRY_SECONDS = 0.5
 """Before the second try; each further one waits four times as long."""
 NUM_STATS = 16
@@ -40,7 +41,7 @@ MAX_FILES = 1_000_000
 """Of one pattern: a typing error in a brace should not fill the memory."""
 
 _NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
-"""What a local file system answers to a name that leads to no file. It would answer the same at every try."""
+"""Errors of a local file system for a name that leads to no file. Trying again would not help."""
 _BRACE = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _VERSIONS = ("etag", "ETag", "md5Hash", "generation", "mtime", "LastModified", "last_modified", "updated", "created")
@@ -50,7 +51,7 @@ _VERSIONS = ("etag", "ETag", "md5Hash", "generation", "mtime", "LastModified", "
 class StorageError(OSError):
     """A file that is there but could not be read, however often it was tried.
 
-    This is no damage: the next try may succeed, and then a run would see other samples. Whoever reads data stops.
+    This is not damage: the next try may succeed, and then a run would see other samples. So the run must stop.
     """
 
 
@@ -72,7 +73,7 @@ class StoredFile:
         return self._filesystem is None
 
     def read(self, start: int, length: int) -> bytes:
-        """Exactly the bytes [start, start + length), which are tried for NUM_TRIES times.
+        """Exactly the bytes [start, start + length), with up to NUM_TRIES tries.
 
         Raises StorageError where that fails, and where the file is gone or shorter than it was; ValueError where it
         never was that long.
@@ -170,7 +171,7 @@ def stored_file(address: str) -> StoredFile:
 
 
 def read_file(path: str | os.PathLike[str], check_size: Callable[[int], None]) -> bytes:
-    """A local file as a whole, tried for NUM_TRIES times. check_size: raises ValueError for a size that is too large.
+    """A local file as a whole, with up to NUM_TRIES tries. check_size: raises ValueError for a size that is too large.
 
     Raises ValueError where it is no regular file, FileNotFoundError and its like where there is none, StorageError
     where it cannot be read.
@@ -190,7 +191,7 @@ def try_often(read: Callable[[], T], address: str) -> T:
     Raises StorageError, naming the address, where it fails to the end, or where reading is not permitted. Errors that
     are about the file itself (there is none, or it holds something wrong) are raised as they are.
     """
-    failures = Exception if "://" in address else OSError  # packages of storages have exceptions of their own
+    failures = Exception if "://" in address else OSError  # storage packages raise exceptions of their own
     wait = RETRY_SECONDS
     for number in range(1, NUM_TRIES + 1):
         try:
@@ -222,11 +223,6 @@ def is_inside(name: str) -> bool:
     """Whether a relative path written in a data set stays in its folder. What leads out is never opened."""
     parts = re.split(r"[/\\]", name)
     return bool(name) and "\0" not in name and "://" not in name and parts[0] != "" and ".." not in parts
-
-
-def printable(text: str) -> str:
-    """`text` with everything escaped that could move a terminal's cursor or break a line of a log."""
-    return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
 def cache_folder() -> Path:
@@ -347,7 +343,7 @@ def _read_local(path: str, start: int, length: int) -> bytes:
 
 def _read_regular(path: str | os.PathLike[str], check_size: Callable[[int], None]) -> bytes:
     status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
         raise ValueError(f"{printable(os.fspath(path))} is no regular file; leave it out")
     check_size(status.st_size)
     return _read_local(os.fspath(path), 0, status.st_size)

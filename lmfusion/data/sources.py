@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from lmfusion.chat_template import check_date
+from lmfusion.chat_template import TODAY, check_date
 from lmfusion.data.order import Permutation
 
 Text = str | np.ndarray
@@ -234,6 +234,11 @@ class DataConfig:
             value = getattr(self, name)
             if value is not None and value < limit:
                 raise ValueError(f"data.{name} is {value}; it is {limit} or more")
+
+    @property
+    def date_variables(self) -> dict[str, str]:
+        """The date as a variable of chat templates; empty where `today` is None."""
+        return {} if self.today is None else {TODAY: self.today}
 
 
 def load_source(config: SourceConfig, image_size: int) -> Source:

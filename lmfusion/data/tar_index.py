@@ -6,8 +6,8 @@
     text      uint8: of each sample its name, captions, and what is wrong with it, as JSON
 
 The header holds what the index was made of, the numbers of samples, the files that are not used, and the sha256 of the
-arrays. The arrays stay in the file, and what is asked for is read from there. An index with anything wrong is no index:
-the tar is gone through again.
+arrays. The arrays stay in the file and are read from there when they are needed. A damaged index is ignored, and made
+again from the tar.
 """
 
 import hashlib

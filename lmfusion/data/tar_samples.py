@@ -1,14 +1,14 @@
-"""Which members of a tar are one sample? The rules, and the walk through the tar that reads captions by the way.
+"""Groups the members of a tar into samples, and reads their captions.
 
 1. Members belong together that have the same name up to its first dot, as webdataset has it: `0001.jpg`, `0001.txt` and
    `0001.seg.png`. Capitals in suffixes do not matter.
 2. Where a name has several dots, and an image and a caption have the same name up to their suffixes, these two are a
    sample of their own: `v1.2_cat.png` and `v1.2_cat.txt`. `v1.2_cat.seg.png` belongs to it.
-3. A name of several dots that no rule joins to an image or caption is a sample by its last suffix, and damaged, since
-   half of it is missing.
+3. An image or a caption with several dots in its name that neither rule pairs with its other half becomes a sample
+   named up to the last suffix. It is damaged, because half of it is missing.
 
-Nothing that looks like an image or a caption is left out in silence: it is part of a sample, or of a damaged one that
-names it, or it is counted as not used. Hidden files (`._cat.jpg`) and what lies in `__MACOSX` are no such files.
+Every file that looks like an image or a caption is accounted for: it belongs to a sample or to a damaged sample, or it
+is counted as unused. Hidden files (`._cat.jpg`) and files in `__MACOSX` are ignored.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import re
 from typing import NamedTuple
 
 from lmfusion.data.captions import MAX_TEXT_BYTES, captions_of_json, captions_of_text
-from lmfusion.data.remote import StoredFile, printable
+from lmfusion.data.remote import StoredFile
 from lmfusion.data.tar import DamagedTarError, Member, TarReader
 from lmfusion.data.unused import (
     NO_IMAGE,
@@ -30,6 +30,7 @@ from lmfusion.data.unused import (
     suffix_of,
     unread_kind,
 )
+from lmfusion.printing import printable
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTION_SUFFIXES = ("txt", "json")

@@ -1,4 +1,4 @@
-"""Which files of a data set look like images or captions and belong to no sample? They are counted and named."""
+"""Counts and names the files of a data set that look like images or captions and belong to no sample."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -25,7 +25,7 @@ class Unused:
     """Files of one kind that are not used."""
 
     kind: str
-    """What they are, as a line of a list tells it."""
+    """What they are, in words for the user."""
     count: int
     names: list[str]
     """The first NUM_NAMED of them."""

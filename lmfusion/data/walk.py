@@ -1,4 +1,4 @@
-"""Which files lie in a folder and its subfolders? Links to folders are followed, each folder is read once."""
+"""Lists the files in a folder and its subfolders. Follows links to folders, and reads each folder once."""
 
 import os
 import stat
@@ -26,9 +26,8 @@ class _Link(NamedTuple):
 def find_all(folder: Path) -> list[FoundFile]:
     """All files in a folder and its subfolders, but for hidden ones and those in `__MACOSX`, in order of path.
 
-    A link to a folder is followed unless it leads to a folder that is read anyway: one inside `folder`, or one that
-    holds it, which would be a circle. Raises StorageError where a folder cannot be read: its files would be missing
-    without a word.
+    A link to a folder is followed unless that folder lies inside `folder`, and so is read anyway, or contains it, which
+    would be a circle. Raises StorageError where a folder cannot be read, since its files would silently be missing.
     """
     seen = {_identity(os.stat(place)) for place in (folder.resolve(), *folder.resolve().parents)}
     found, links = _walk(folder, "", seen)

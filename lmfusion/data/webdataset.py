@@ -14,12 +14,13 @@ from typing import Any
 
 from PIL import Image
 
-from lmfusion.data.remote import StorageError, StoredFile, cached_name, find_files, map_threads, names_of, printable
+from lmfusion.data.remote import StorageError, StoredFile, cached_name, find_files, map_threads, names_of
 from lmfusion.data.sources import CaptionedImage
 from lmfusion.data.tar_index import Records, Summary, open_records, read_summary, save_index, to_arrays
 from lmfusion.data.tar_samples import Choice, index_tar
 from lmfusion.data.unused import Unused, UnusedFiles
 from lmfusion.image.preprocessing import check_file_size, decode_image
+from lmfusion.printing import printable
 
 NUM_INDEXERS = 8
 """Tars indexed at the same time: most of the work is waiting for the disk or the network."""
@@ -115,7 +116,7 @@ class WebDataset:
         return [Path(file.address + suffix), cached] if file.is_local else [cached]
 
     def _made_of(self, tar: int) -> dict[str, Any]:
-        """What an index has to have been made of to be that of a tar."""
+        """What identifies the tar, and the settings that its index must have been made with."""
         file = self._files[tar]
         choice = [list(self._choice.images), list(self._choice.captions), self._choice.key]
         return {"size": file.size, "version": file.version, "choice": choice}

@@ -49,10 +49,10 @@ class EvalConfig:
     def __post_init__(self) -> None:
         self.output = str(Path(self.output).expanduser())
         if self.device not in DEVICES:
-            raise ValueError(f"device is {shown(self.device)}; it is one of {', '.join(DEVICES)}")
+            raise ValueError(f"device is {shown(self.device)}; it must be one of {', '.join(DEVICES)}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(
-                f"dtype is {shown(self.dtype)}; it is one of {', '.join(DTYPES)}, or null for that of the file"
+                f"dtype is {shown(self.dtype)}; it must be one of {', '.join(DTYPES)}, or null for that of the file"
             )
         if not self.suites:
             raise ValueError(f"the recipe names no suite; give one of {', '.join(suite_names())}, as `language: {{}}`")

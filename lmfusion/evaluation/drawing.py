@@ -22,7 +22,7 @@ def image_options(config: Any, section: str, **changes: Any) -> GenerationOption
     """
     values = drawing_values(config) | changes
     if values["sampler"] not in SAMPLERS:
-        raise ValueError(f"{section}.sampler is {shown(values['sampler'])}; it is one of {', '.join(SAMPLERS)}")
+        raise ValueError(f"{section}.sampler is {shown(values['sampler'])}; it must be one of {', '.join(SAMPLERS)}")
     try:
         options = GenerationOptions(draw_first=True, max_images=1, max_new_tokens=0, **values)
         Limits().check(options)

@@ -49,7 +49,7 @@ class ExtractorConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"extractor.kind is {shown(self.kind)}; it is one of {', '.join(KINDS)}")
+            raise ValueError(f"extractor.kind is {shown(self.kind)}; it must be one of {', '.join(KINDS)}")
         if self.batch_size < 1:
             raise ValueError(f"extractor.batch_size is {self.batch_size}; it must be at least 1")
         if self.kind == "efficientnet-lite0" and self.path is not None:

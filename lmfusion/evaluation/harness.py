@@ -65,7 +65,7 @@ _IGNORED = {"use_cache", "early_stopping", "length_penalty"}
 _TODAY = "2024-07-26"
 """What chat templates are told: the date that Llama 3's own names without a clock."""
 _HERE = "\ue000\ue001"
-"""Where a last message ends that is gone on from."""
+"""Marks the end of a last message that the model is to continue."""
 _MAX_NEW_TOKENS = 256
 """Where a task says nothing else: lm-evaluation-harness's own default."""
 
@@ -119,7 +119,7 @@ class LMFusionLM(TemplateLM):
         begun = [*before, {**last, "content": last["content"] + _HERE}]
         written = render(self.tokenizer, begun, add_generation_prompt=False, template_variables=variables)
         if _HERE not in written:
-            raise ValueError("the chat template does not write the last message as it is, so it cannot be gone on from")
+            raise ValueError("the chat template changes the last message, so the model cannot continue it")
         return written[: written.rindex(_HERE)]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -184,7 +184,7 @@ class LMFusionLM(TemplateLM):
             known = ", ".join(sorted(_GENERATION_KEYS))
             if name in _WITHOUT_EFFECT:
                 raise ValueError(
-                    f"a task sets {name} to {value!r} in generation_kwargs, which answers here do not have; it must be "
+                    f"a task sets {name} to {value!r} in generation_kwargs, which is not supported here; it must be "
                     f"{_WITHOUT_EFFECT[name][0]}, or left out"
                 )
             raise ValueError(f"a task sets {name!r} in generation_kwargs; known: {known}")

@@ -345,7 +345,7 @@ class Engine:
                 pixels = self._model.codec.decode(torch.stack(latents))
                 checked = HostCopy(are_finite(latents, pixels))
                 images += to_pil(pixels)
-                is_finite += checked.wait().tolist()  # no wait more: the images have just been waited for
+                is_finite += checked.wait().tolist()  # no extra wait: the images were just waited for
             for request, image, is_image in zip(finished, images, is_finite, strict=True):
                 if not is_image:
                     self._finish(request, "error", _image_error(request))

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: how a request ends whose text or image has come to them."""
+"""Finds NaN and infinity in logits and images, and makes the errors that end such requests."""
 
 from collections.abc import Sequence
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 class NotFiniteError(ValueError):
-    """A request has come to NaN or infinity. It ends; others go on."""
+    """The logits or the image of a request contain NaN or infinity. It ends; other requests continue."""
 
 
 def text_error() -> NotFiniteError:
     return NotFiniteError(
-        "the next token cannot be chosen, since its logits are not finite; the model's weights, or an image before it, "
-        "hold NaN or infinity, or the model's dtype is too narrow for it: try float32"
+        "the next token cannot be chosen, because its logits are not finite: the model's weights or an earlier image "
+        "contain NaN or infinity, or the model's dtype is too narrow; try float32"
     )
 
 
@@ -26,6 +26,6 @@ def image_error(index: int, sampler: object, num_steps: int) -> NotFiniteError:
 
 
 def are_finite(*tensors: Sequence[Tensor] | Tensor) -> Tensor:
-    """bool [n] on the device, of n things that each of `tensors` holds: whether all of their numbers are finite."""
+    """bool [n] on the device: whether entry i of every one of `tensors`, which have n entries each, is all finite."""
     flags = [torch.stack([x.isfinite().all() for x in tensor]) for tensor in tensors]
     return torch.stack(flags).all(dim=0)

@@ -1,4 +1,4 @@
-"""Memory that may still be taken: that of the device, or of the machine within the limits of its control groups."""
+"""Free memory of a GPU, or of the machine within the limits of this process's control groups."""
 
 from pathlib import Path
 
@@ -40,8 +40,8 @@ def _left_in_groups() -> list[int]:
 
 
 def _with_parents(root: Path, path: str) -> list[Path]:
-    """The group's folder and those above it, whose limits hold, too. In a container, where the mounted root is the
-    group itself, a path from outside is not there, and the root alone is."""
+    """The group's folder and those above it, whose limits apply too. In a container the mounted root is the group
+    itself: the path, which is the host's, does not exist there, and only the root is read."""
     folder = root / path.strip("/")
     return [folder, *folder.parents[: len(folder.relative_to(root).parts)]]
 

@@ -78,7 +78,7 @@ class Request:
         self, model: "LMFusion", request_id: int, prompt: Prompt, options: GenerationOptions, index: int
     ) -> None:
         """Raises ValueError for an image size that codec or patch coder cannot make, steps or a scheduler that do not
-        fit the diffusion, a stop string with a control token behind words, or a prompt that leaves no room."""
+        fit the diffusion, a stop string with text before a control token, or a prompt that leaves no room."""
         tokenizer = require_tokenizer(model)
         self.stop_ids = _stop_ids(options.stop_strings, control_tokens(tokenizer))
         """Control tokens that end the answer."""
@@ -258,15 +258,15 @@ class Request:
 
 
 def _stop_ids(stop_strings: Sequence[str], control: Mapping[int, str]) -> set[int]:
-    """Control tokens that stop strings begin with. They are no text: no stop string is found in what they are."""
+    """Control tokens that stop strings begin with. They never show up in the text that is searched for stop strings."""
     ids = {token: token_id for token_id, token in control.items()}
     found = set()
     for stop in stop_strings:
         match = find_tokens(stop, ids)
         if match is not None and match.start() > 0:
             raise ValueError(
-                f"stop_strings holds {stop!r}, which has the control token {match[0]!r} behind words; such tokens are "
-                "no text, so give the words or the token alone"
+                f"stop_strings holds {stop!r}, which has text before the control token {match[0]!r}; give the text or "
+                "the token alone"
             )
         if match is not None:
             found.add(ids[match[0]])

@@ -49,8 +49,8 @@ def predict_step(
 
     The layout holds the images' rows alone, a document a branch; None for `branching`: a document an image.
     """
-    # Attention multiplies what other documents hold with weights of 0, and 0 times NaN is NaN. An image that is not
-    # finite stays so without this: its samplers go on from x itself.
+    # Attention gives the tokens of other documents a weight of 0, but 0 times NaN is NaN. So the model sees zeros in
+    # place of an image that is not finite. The image itself stays as it is: its sampler continues from x.
     is_finite = x.isfinite().flatten(1).all(dim=1)
     x = torch.where(is_finite[:, None, None, None], x, 0.0)
     rows, skip = model.encode_images(x, timesteps)

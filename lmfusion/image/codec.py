@@ -50,7 +50,7 @@ class CodecConfig:
         if self.channels not in (1, 3):
             raise ValueError(f"images have 1 (grey) or 3 (RGB) channels, not {self.channels}")
         if not 1 <= self.image_size <= MAX_IMAGE_SIZE:
-            raise ValueError(f"image_size is {self.image_size}; it is a number of pixels from 1 to {MAX_IMAGE_SIZE:,}")
+            raise ValueError(f"image_size is {self.image_size}; it must be from 1 to {MAX_IMAGE_SIZE:,} pixels")
 
 
 class Codec(nn.Module, ABC):
@@ -200,7 +200,7 @@ def _like(x: Tensor | float, other: Tensor) -> Tensor | float:
 def load_codec(config: CodecConfig) -> Codec:
     """The codec that `config` describes, in float32 on the CPU. Fills in `config.sha256` where it is None.
 
-    A path that is not absolute is one from the working directory; `~` is the home folder.
+    A relative path starts at the working directory; `~` is the home folder.
 
     Raises FileNotFoundError where the folder or its safetensors file is missing, ValueError where the file is damaged,
     is not the one whose digest the config holds, or does not fit the configured image.
@@ -216,7 +216,7 @@ def load_codec(config: CodecConfig) -> Codec:
     folder = Path(config.path).expanduser()
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
-        moved = "" if config.sha256 is None else "; where a saved model's has moved, give its place with codec_path="
+        moved = "" if config.sha256 is None else "; if it has moved since the model was saved, pass codec_path="
         raise FileNotFoundError(
             f"no autoencoder at {config.path}: {WEIGHTS_NAME} is missing; path is a local folder written by diffusers' "
             f"save_pretrained{moved}"

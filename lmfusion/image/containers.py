@@ -1,7 +1,7 @@
-"""Which parts of an image file hold its pixels? All others are cut out before a decoder sees the file.
+"""Cuts out of an image file everything but the parts that hold its pixels, before a decoder sees the file.
 
-So texts, colour profiles, EXIF and XMP cannot spoil a picture, and take neither time nor memory. Damage in the parts
-that are needed is an error. What turns a picture upright is kept aside for `orientation`.
+So damaged or huge texts, colour profiles, EXIF and XMP cannot spoil a picture, and cost neither time nor memory. Damage
+in the parts that are kept is an error. EXIF and XMP are returned apart from the pixels, for `orientation`.
 """
 
 import re
@@ -12,11 +12,11 @@ from typing import Literal, NamedTuple
 from PIL import Image
 
 MAX_SCANS = 100
-"""Of a JPEG. Encoders write some ten; each costs a pass over all pixels, however few bytes it has."""
+"""Of a JPEG. Encoders write about ten. Each scan costs a pass over all pixels, however few bytes it has."""
 MAX_SCANNED_PIXELS = MAX_SCANS * 16 * 1024 * 1024
 """Scans times pixels."""
 LEAST_SCANS = 25
-"""Allowed whatever the size: that of the largest pictures that are read. Larger ones are refused for their pixels."""
+"""Allowed at any size. It is what MAX_SCANNED_PIXELS allows at the most pixels that are read."""
 MAX_PARTS = 2**16
 """Of a file: segments or chunks."""
 MAX_METADATA_BYTES = 1024 * 1024

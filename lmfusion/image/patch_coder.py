@@ -46,9 +46,7 @@ class PatchCoderConfig:
         if self.kind not in KINDS:
             raise ValueError(f"unknown patch coder {shown(self.kind)}; known: {', '.join(KINDS)}")
         if not 1 <= self.patch_size <= MAX_PATCH_SIZE:
-            raise ValueError(
-                f"patch_size is {self.patch_size}; it is a number of latent pixels from 1 to {MAX_PATCH_SIZE:,}"
-            )
+            raise ValueError(f"patch_size is {self.patch_size}; it must be from 1 to {MAX_PATCH_SIZE:,} latent pixels")
         if self.kind == "unet":
             has_blocks = 1 <= self.num_blocks <= MAX_BLOCKS
             if not self.channels or min(self.channels) < 2 or max(self.channels) > MAX_CHANNELS or not has_blocks:

@@ -91,7 +91,7 @@ class Actions:
                     raise ValueError(f"{file.name} has {size} bytes; the limit is {MAX_UPLOAD_BYTES}, scale it down")
                 data = file.read_bytes()
             except FileNotFoundError:  # it made room for newer uploads
-                raise ValueError(f"{file.name} is not kept any more; add it again") from None
+                raise ValueError(f"{file.name} is no longer kept; add it again") from None
             image = decode_image(data, file.name)
             if self._model.vision is None:
                 [image] = to_pil(to_tensor(image, codec.image_size, codec.channels)[None])

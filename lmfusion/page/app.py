@@ -104,9 +104,8 @@ def serve_page(
         from lmfusion.serve.connections import LimitedServer
         from lmfusion.serve.run import url_of
 
-        server = LimitedServer(
-            app, timeout_graceful_shutdown=1
-        )  # an open tab is a connection that never ends by itself
+        # An open tab is a connection that never ends by itself, so shutdown does not wait for it
+        server = LimitedServer(app, timeout_graceful_shutdown=1)
 
         def stop(number: int, frame: FrameType | None) -> None:
             server.should_exit = True

@@ -1,4 +1,4 @@
-"""Which requests the page's server lets through to gradio: those that the page itself makes, of bounded size.
+"""Middleware that passes on to gradio only the requests that the page itself makes, and limits their size.
 
 gradio has many more routes than the page uses: it relays files of other machines, converts recordings, and keeps any
 file that is uploaded. The middleware here answers only the routes in ROUTES, only for the page's own origin, and lets

@@ -13,7 +13,7 @@ GRACE_SECONDS = 10.0
 MIN_BYTES_PER_SECOND = 8 * 1024
 """A body must come at least at this rate, after the seconds of grace."""
 RETRY_SECONDS = 2
-"""What a client that finds the server full is told to wait."""
+"""Seconds after which a client that finds the server full is told to try again."""
 
 
 @dataclass(eq=False)
@@ -30,8 +30,8 @@ class _Body:
 class Bodies:
     """Reads bodies for an app. Used in the event loop's thread alone.
 
-    max_bytes: of one body. max_number, max_total_bytes: on their way at a time; where there are more, the oldest is
-    given up, as clients that send nothing would otherwise keep everybody else out.
+    max_bytes: of one body. max_number, max_total_bytes: of all bodies that are being received. Beyond them the oldest
+    is given up; otherwise clients that send nothing would keep everybody else out.
     """
 
     def __init__(self, max_bytes: int, max_number: int, max_total_bytes: int) -> None:
@@ -115,10 +115,10 @@ def busy(message: str) -> ApiError:
 
 
 def hung_up() -> ApiError:
-    """For the metrics; nobody reads it. The status is the one that nginx uses for this."""
+    """Counted in the metrics; the client does not get it. nginx has the same status for this."""
     return ApiError(499, "the client has hung up", code="client_disconnected")
 
 
 def stopping() -> ApiError:
-    """For requests that come to nothing because the server ends."""
-    return ApiError(503, "the server is ending", code="engine_stopped", headers={"Connection": "close"})
+    """For requests that cannot be answered because the server is shutting down."""
+    return ApiError(503, "the server is shutting down", code="engine_stopped", headers={"Connection": "close"})

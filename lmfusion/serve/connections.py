@@ -30,7 +30,7 @@ HEADER_SECONDS = 10.0
 STALL_SECONDS = 60.0
 """A client that takes nothing of its answer for so long is disconnected."""
 MAX_DISCARDED_BYTES = 64 * 2**20
-"""What a client may still send of a body after it was refused. It comes to read the refusal when it has sent all."""
+"""Of a refused body, read and thrown away. Many clients read an answer only after they have sent everything."""
 MAX_PIPELINED_BYTES = 64 * 1024
 """Sent ahead of an answer at most before reading stops. While it goes on, a client that hangs up is noticed."""
 MAX_BACKLOG = 128
@@ -46,8 +46,8 @@ logger = logging.getLogger(__name__)
 class Connections:
     """All connections of a server. `protocol` is what uvicorn calls for each new one.
 
-    max_connections: open at a time. For one more, the oldest that has not sent a whole request yet is closed: a client
-    that means it needs milliseconds for that. Where all have, the new one is answered with 503.
+    max_connections: open at a time. One more closes the oldest connection that has not sent a whole request yet, since
+    an honest client needs only milliseconds for that. If there is none, the new one is answered with 503.
     """
 
     def __init__(self, max_connections: int = MAX_CONNECTIONS) -> None:
@@ -74,7 +74,7 @@ class Connections:
         """Log `message`, if nothing was logged in the last minute."""
         if time.monotonic() - self._logged_at >= LOG_SECONDS:
             self._logged_at = time.monotonic()
-            logger.warning("lmfusion: warning: %s (told once a minute)", message)
+            logger.warning("lmfusion: warning: %s (logged at most once a minute)", message)
 
     def on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """An exception handler of the event loop. asyncio reports every connection that it has no file for."""
@@ -235,7 +235,7 @@ class LimitedServer(uvicorn.Server):
 def raise_file_limit() -> tuple[int, int]:
     """Let the process open as many files as `MAX_CONNECTIONS` need, if it may.
 
-    Answers with the number of connections that may be open, and of those to be taken at once, so that files are left
+    Returns the number of connections that may be open, and of new ones to take at once, so that enough files are left
     for everything else.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -104,7 +104,7 @@ _ANSWERS: dict[str, dict[int, tuple[str, dict[str, Any]]]] = {
 
 
 def document(app: FastAPI, has_key: bool) -> None:
-    """Complete what FastAPI knows of `app`, which is neither the request, parsed in a thread, nor any error."""
+    """Add the request, the answers and the errors to FastAPI's description of `app`, which does not know them."""
     schema = ChatRequest.model_json_schema(ref_template="#/components/schemas/{model}")
     described = app.openapi()
     described["components"] = {"schemas": {**schema.pop("$defs"), "ChatRequest": schema, **_SCHEMAS}}

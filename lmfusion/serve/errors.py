@@ -5,6 +5,8 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
+from lmfusion.config_values import cut
+
 MAX_MESSAGE = 500
 """Characters; an error quotes what was sent, which may be long."""
 MAX_PARAM = 100
@@ -34,8 +36,8 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = _cut(message, MAX_MESSAGE)
-        self.param = None if param is None else _cut(param, MAX_PARAM)
+        self.message = cut(message, MAX_MESSAGE)
+        self.param = None if param is None else cut(param, MAX_PARAM)
         self.code = code
         self.headers = dict(headers or {})
 
@@ -46,7 +48,3 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, self.headers)
-
-
-def _cut(text: str, max_chars: int) -> str:
-    return text if len(text) <= max_chars else f"{text[:max_chars]}..."

@@ -15,6 +15,8 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from lmfusion.config_values import cut
+
 MAX_SEED = 2**63 - 1
 
 
@@ -38,7 +40,7 @@ class Checked:
             raise PydanticCustomError(
                 "unsupported_value",
                 "is {given}; only {allowed} is supported here, leave the field out",
-                {"given": given if len(given) <= 80 else f"{given[:80]}...", "allowed": self._allowed},
+                {"given": cut(given, 80), "allowed": self._allowed},
             )
         return value
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageOps
 
+from lmfusion.config_values import cut
 from lmfusion.generation.options import GenerationOptions, Limits
 from lmfusion.generation.prompt import Prompt, context_limit, encode_prompt
 from lmfusion.image.preprocessing import decode_image, read_image_size
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 DEFAULT_MAX_TOKENS = 256
 DEFAULT_MAX_IMAGES = 4
 MAX_CHARS_PER_TOKEN = 16
-"""Of the context. Longer texts are refused before they are tokenized, as they do not fit by far."""
+"""For each token of the context. Longer texts are refused before tokenization: they cannot fit by far."""
 DATA_URL = re.compile(r"\s*data:([^,;]{0,100})((?:;[^,;]{0,100}){0,10}),", re.IGNORECASE)
 """Media type, parameters and "base64", as in RFC 2397."""
 MEDIA_TYPES = {
@@ -37,7 +38,7 @@ ESCAPES = dict(
     [(b"%2B", b"+"), (b"%2b", b"+"), (b"%2F", b"/"), (b"%2f", b"/"), (b"%3D", b"="), (b"%3d", b"=")]
     + [(newline, b"") for newline in (b"%0A", b"%0a", b"%0D", b"%0d", b"%20")]
 )
-"""All that base64 and its line breaks need to be percent-encoded; decoding everything takes long where all is."""
+"""The escapes that base64 and its line breaks need. Decoding all possible escapes would be slow in long texts."""
 OPENAI_NAMES = {
     "max_new_tokens": "max_tokens",
     "stop_strings": "stop",
@@ -159,10 +160,9 @@ class RequestReader:
         given = request.chat_template_kwargs or {}
         if request.enable_thinking is not None:
             if given.get(THINKING, request.enable_thinking) != request.enable_thinking:
-                message = (
-                    f"{THINKING} is {request.enable_thinking}, but chat_template_kwargs has {given[THINKING]!r:.80}; "
-                )
-                raise ApiError(400, message + "leave one of them out", param=THINKING, code="invalid_value")
+                message = f"{THINKING} is {request.enable_thinking}, but chat_template_kwargs has "
+                message += f"{given[THINKING]!r:.80}; leave one of them out"
+                raise ApiError(400, message, param=THINKING, code="invalid_value")
             given = {**given, THINKING: request.enable_thinking}
         return {**self._defaults.get("chat_template_kwargs", {}), **given}
 
@@ -185,8 +185,9 @@ class RequestReader:
         try:
             data = image_bytes(url)
         except _NoDataUrl:
-            shown = url if len(url) <= 40 else f"{url[:40]}..."
-            message = f"{where} has the URL {shown!r}; nothing is fetched here, send the image itself as a data: URL "
+            message = (
+                f"{where} has the URL {cut(url, 40)!r}; nothing is fetched here, send the image itself as a data: URL "
+            )
             message += "(data:image/png;base64,... with a PNG, JPEG or WEBP)"
             raise ApiError(400, message, param=where, code="invalid_image_url") from None
         except ValueError:
@@ -204,7 +205,7 @@ class RequestReader:
 
     def _check_pixels(self, data: bytes, where: str) -> None:
         size = (0, 0)
-        with suppress(ValueError):  # decode_image names faults
+        with suppress(ValueError):  # decode_image reports the damage
             size = read_image_size(data, where)
         if size[0] * size[1] > self.limits.max_image_pixels:
             message = f"{where} has {size[0]} x {size[1]} pixels; the limit here is {self.limits.max_image_pixels} "
@@ -216,9 +217,9 @@ class _NoDataUrl(ValueError):  # noqa: N818
 
 
 def image_bytes(url: str) -> bytes:
-    """The bytes in a data: URL, be its base64 broken into lines, without padding, URL-safe or percent-encoded.
+    """The bytes in a data: URL. Its base64 may have line breaks, no padding, the URL-safe alphabet or percent-encoding.
 
-    Raises _NoDataUrl where it is none of an image in base64, ValueError for wrong base64.
+    Raises _NoDataUrl if `url` is not a data: URL of an image in base64, ValueError for invalid base64.
     """
     head = DATA_URL.match(url)
     if head is None or head[1].strip().lower() not in MEDIA_TYPES or head[2].lower().split(";")[-1].strip() != "base64":

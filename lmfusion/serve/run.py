@@ -68,8 +68,8 @@ def run_server(
 ) -> None:
     """Serve until SIGTERM or SIGINT; then let answers go on for `shutdown_seconds` and cancel what is left.
 
-    app: of `build_app`. on_ready: called once requests are taken. `worker` is closed when this returns. Where that
-    does not come to pass in time, as a thread does not end, the process is ended with exit code 1.
+    app: of `build_app`. on_ready: called once requests are taken. `worker` is closed when this returns. If a
+    thread does not end in time, the process exits with code 1.
     """
     server = Server(app, worker, shutdown_seconds, on_ready)
 
@@ -137,8 +137,8 @@ class Server(LimitedServer):
         self._app.state.readers.close()
 
     def _end_for_sure(self) -> None:
-        """Nothing can end a thread that hangs in a device's driver; but the process can be ended."""
+        """End the process if shutdown hangs: a thread that hangs in a device's driver cannot be ended by itself."""
         if not self.has_ended.wait(self._shutdown_seconds + 2 * LAST_SECONDS):
-            print("lmfusion: error: the server does not end by itself; its process is ended", file=sys.stderr)
+            print("lmfusion: error: the server did not shut down in time; its process ends now", file=sys.stderr)
             sys.stderr.flush()
             os._exit(1)

@@ -27,7 +27,7 @@ class _Strict(BaseModel):
 class TextPart(_Strict):
     type: Literal["text"]
     text: str
-    # About caches that there are not
+    # Prompt caching, which this server does not have
     prompt_cache_breakpoint: Unused = None
     cache_control: Unused = None
 
@@ -170,7 +170,7 @@ class ChatRequest(_Strict):
     service_tier: str | None = None
     parallel_tool_calls: bool | None = None
     prediction: dict[str, Any] | None = None
-    """It would make an answer faster, and no other."""
+    """It could only make the answer faster."""
 
     # vLLM's and llama.cpp's, at values that change nothing
     min_p: Annotated[Any, Only(0)] = None
@@ -193,7 +193,7 @@ class ChatRequest(_Strict):
     continue_final_message: Annotated[Any, Only(False)] = None
     echo: Annotated[Any, Only(False)] = None
     cache_prompt: bool | None = None
-    """It would change how fast an answer is, and not the answer."""
+    """It could only make the answer faster."""
 
 
 SAME_NAMES = (

@@ -3,7 +3,6 @@
 import torch
 
 from lmfusion.batch import SpecialTokens
-from lmfusion.chat_template import TODAY
 from lmfusion.conversion import load_base
 from lmfusion.data.loader import RowLoader
 from lmfusion.data.sources import DataConfig
@@ -65,5 +64,5 @@ def _loader(
         rank=world.rank,
         world_size=world.size,
         vision=model.vision,
-        template_variables=model.config.template_variables | ({} if data.today is None else {TODAY: data.today}),
+        template_variables={**model.config.template_variables, **data.date_variables},
     )

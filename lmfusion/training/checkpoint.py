@@ -24,6 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lmfusion.config_values import values_sha256
 from lmfusion.files import check_no_link, flush, naming
 from lmfusion.training.distributed import World, local_part, part_range
 
@@ -165,7 +166,7 @@ class CheckpointWriter:
             files |= json.loads(record.read_text(encoding="utf-8"))
             record.unlink()
         manifest = {"format": FORMAT, "files": files}
-        _write_text(writing.folder / MANIFEST, json.dumps({**manifest, "sha256": _digest(manifest)}))
+        _write_text(writing.folder / MANIFEST, json.dumps({**manifest, "sha256": values_sha256(manifest)}))
         flush(writing.folder)
         writing.folder.rename(writing.target)
         flush(self.folder)
@@ -400,10 +401,6 @@ def _sha256(path: Path, from_disk: bool = False) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     try:
@@ -415,7 +412,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise _damaged(file, path)
     if manifest.get("format") != FORMAT:
         raise ValueError(f"{path} has format {manifest.get('format')!r}; this version of lmfusion reads {FORMAT}")
-    if manifest.pop("sha256", None) != _digest(manifest):
+    if manifest.pop("sha256", None) != values_sha256(manifest):
         raise _damaged(file, path)
     return manifest
 

@@ -279,7 +279,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     """Change one key of nested `values`, by "key.sub=value". Raises ValueError for what is no such thing."""
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ValueError(f"{shown(override)} is no override; write key.sub=value")
+        raise ValueError(f"{shown(override)} is not an override; write key.sub=value")
     *parents, last = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
@@ -293,4 +293,4 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} is {shown(value)}; it is one of {', '.join(choices)}")
+        raise ValueError(f"{name} is {shown(value)}; it must be one of {', '.join(choices)}")

@@ -4,10 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lmfusion.chat_template import tells_the_date
-from lmfusion.config_values import to_values
+from lmfusion.config_values import to_values, values_sha256
 from lmfusion.data.encoded import tokenizer_sha256
 from lmfusion.modeling import LMFusion
-from lmfusion.saved_files import digest_of
 from lmfusion.serialization import base_tensors, digests
 from lmfusion.training.config import RunConfig
 
@@ -82,4 +81,4 @@ def base_digest(model: LMFusion) -> str:
         sha256 = model.base.sha256
     else:
         sha256 = digests(base_tensors(model))
-    return digest_of(sha256)
+    return values_sha256(sha256)

@@ -194,7 +194,7 @@ class Trainer:
                 self.damage.close()
 
     def _before_steps(self) -> None:
-        """What is done once the folder is this run's alone, before the first step."""
+        """A hook: runs once the folder is locked, before the first step."""
 
     def _export(self) -> None:
         if self.world.rank == 0:

@@ -159,7 +159,8 @@ class VAETrainConfig:
                 raise ValueError(f"train.{name} is {getattr(self, name)}, more than train.{of}, {limit}")
         for name, choices in (("dtype", DTYPES), ("device", DEVICES)):
             if getattr(self, name) not in choices:
-                raise ValueError(f"train.{name} is {shown(getattr(self, name))}; it is one of {', '.join(choices)}")
+                given = shown(getattr(self, name))
+                raise ValueError(f"train.{name} is {given}; it must be one of {', '.join(choices)}")
 
 
 @dataclass

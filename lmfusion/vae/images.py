@@ -18,11 +18,12 @@ from lmfusion.data.documents import Damage
 from lmfusion.data.mixture import Draw, Mixture
 from lmfusion.data.order import SourceOrder
 from lmfusion.data.randomness import generator
-from lmfusion.data.remote import StorageError, load_image_file, printable
+from lmfusion.data.remote import StorageError, load_image_file
 from lmfusion.data.sources import CaptionedImage, LoadImage, Sample, Source, SourceConfig, load_source, parts_of
 from lmfusion.data.unused import READ_SUFFIXES, UNREAD_SUFFIXES, UnusedFiles, report_unused, suffix_of, unread_kind
 from lmfusion.data.walk import find_all
 from lmfusion.image.preprocessing import to_tensor
+from lmfusion.printing import printable
 from lmfusion.vae.config import AutoencoderConfig, ImageDataConfig
 
 

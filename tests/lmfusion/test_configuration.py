@@ -58,8 +58,8 @@ def test_head_dim_is_explicit_or_derived():
         ({"codec": {"vae": 3}}, "unknown key codec.vae"),
         ({"diffusion": {"steps": 3}}, "unknown key diffusion.steps"),
         ({"codec": {"image_size": "big"}}, "codec.image_size is 'big'; it must be a whole number"),
-        ({"diffusion": 3}, "diffusion is 3; it has keys of its own: prediction_type"),
-        ({"image": {"separation": "wide"}}, "image.separation is 'wide'; it is one of deep"),
+        ({"diffusion": 3}, "diffusion is 3; it must be a mapping with the keys prediction_type"),
+        ({"image": {"separation": "wide"}}, "image.separation is 'wide'; it must be one of deep"),
         ({"image": {"hidden_size": 0}}, "image.hidden_size is 0"),
         ({"image": {"hidden_size": 6.5}}, "image.hidden_size is 6.5"),
         (

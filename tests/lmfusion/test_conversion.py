@@ -113,7 +113,7 @@ def test_unsupported_architectures_are_named(tmp_path, changes, message):
             "index.json is damaged",
         ),
         (lambda f: (f / "config.json").unlink(), "holds no config.json"),
-        (lambda f: (f / "config.json").write_text("{"), "config.json is no valid JSON"),
+        (lambda f: (f / "config.json").write_text("{"), "config.json is not a valid JSON"),
         (
             lambda f: (f / "config.json").write_text('{"model_type": "llama", "num_attention_heads": "x"}'),
             "config.json is no configuration that transformers can read",

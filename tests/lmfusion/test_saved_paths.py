@@ -182,7 +182,7 @@ def test_files_of_the_model_before_do_not_become_those_of_the_next(place):
 def test_an_autoencoder_that_has_moved(place, monkeypatch, capsys):
     Path("vae").rename("vae2")
     make_autoencoder("other", seed=1)
-    with pytest.raises(FileNotFoundError, match=r"no autoencoder at .*give its place with codec_path="):
+    with pytest.raises(FileNotFoundError, match=r"no autoencoder at .*pass codec_path="):
         LMFusion.from_pretrained("models/part")
     with pytest.raises(ValueError, match=r"was made with .*give the place of the original with codec_path="):
         LMFusion.from_pretrained("models/part", codec_path="other")

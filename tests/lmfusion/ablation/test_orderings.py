@@ -80,7 +80,7 @@ def test_the_report_says_what_was_found_and_the_numbers():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"metric": "loss", "order": ["a", "b"]}, "the metric 'loss'; it is one of diffusion_loss"),
+        ({"metric": "loss", "order": ["a", "b"]}, "the metric 'loss'; it must be one of diffusion_loss"),
         ({"metric": "text_loss"}, "gives nothing; give one of"),
         ({"metric": "text_loss", "order": ["a", "b"], "keeps": ["a"]}, "order and keeps; give one of"),
         ({"metric": "text_loss", "order": ["a"]}, "names 1 variants in order"),

@@ -102,7 +102,7 @@ def test_what_generation_would_never_write_is_not_learned():
     tokenizer = tokenizer_with(SHAPES["ChatML"])
     greeting = [{"role": "assistant", "content": "Hello."}, *turns("Hi.", "Bye.")]
     assert [said for _, said in learned(tokenizer, greeting)] == ["Bye.<|im_end|>"]
-    with pytest.raises(ValueError, match="begin it with a message of the user"):
+    with pytest.raises(ValueError, match="begin it with a user message"):
         learned(tokenizer, greeting[:1])
     strict = "{% if messages[-1]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + SHAPES["ChatML"]
     begun = [{"role": "system", "content": "Be brief."}, *greeting]

@@ -58,7 +58,7 @@ def test_captions_are_split_at_newlines_alone(folder):
         ('{"file_name": "/etc/passwd", "text": "x"}', "leads out of the folder"),
         ('{"file_name": "", "text": "x"}', "leads out of the folder"),
         ('{"file_name": "a.png"}', "not an object like"),
-        ('{"file_name": "a.png", "text": 3}', "text is 3; a caption is a text"),
+        ('{"file_name": "a.png", "text": 3}', "text is 3; a caption must be a text"),
         ('{"file_name": "a.png", "text": "\\ud800"}', "no Unicode"),
         ("[1]", "not an object like"),
         ("{", "the JSON is damaged"),

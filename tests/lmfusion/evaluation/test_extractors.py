@@ -152,7 +152,7 @@ def test_packages_that_are_missing(monkeypatch, kind, module, package):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"kind": "resnet"}, "it is one of efficientnet-lite0, inception, clip"),
+        ({"kind": "resnet"}, "it must be one of efficientnet-lite0, inception, clip"),
         ({"kind": "inception"}, "a file of weights"),
         ({"kind": "clip"}, "a folder"),
         ({"path": "x"}, "leave path out"),

@@ -49,7 +49,7 @@ def test_settings_are_read_as_its_own_models_read_them(lm, settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_beams": 10}, "sets num_beams to 10 in generation_kwargs, which answers here do not have; it must be 1"),
+        ({"num_beams": 10}, "sets num_beams to 10 in generation_kwargs, which is not supported here; it must be 1"),
         ({"repetition_penalty": 1.2}, "it must be 1, or left out"),
         ({"presence_penalty": 0.5}, "it must be 0, or left out"),
         ({"nonsense": 1}, "a task sets 'nonsense' in generation_kwargs; known: do_sample"),

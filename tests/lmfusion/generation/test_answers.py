@@ -288,7 +288,7 @@ def test_wrong_drawing_settings_are_named(model, settings, message):
         ({"seed": -1}, "seed is -1"),
         ({"stop_strings": "end"}, "stop_strings is 'end'; give a list"),
         ({"stop_strings": 5}, "stop_strings is 5; give a list"),
-        ({"stop_strings": ["so</s>"]}, "holds 'so</s>', which has the control token '</s>' behind words"),
+        ({"stop_strings": ["so</s>"]}, "holds 'so</s>', which has text before the control token '</s>'"),
         ({"stop_strings": [""]}, "none is empty"),
         ({"stop_strings": ["x"] * 17}, "at most 16"),
     ],

@@ -75,8 +75,8 @@ def test_they_are_saved_with_the_model_and_given_on_the_command_line(model, tmp_
     capsys.readouterr()
     for arguments, message in (
         (["x", "--template-variable", "a=1"], "--template-variable is about conversations; add --chat"),
-        (["x", "--chat", "--template-variable", "a"], "--template-variable is 'a'; it is NAME=VALUE"),
-        (["x", "--chat", "--template-variable", "today=x"], "template_variables.today is 'x'; it is a date"),
+        (["x", "--chat", "--template-variable", "a"], "--template-variable is 'a'; it must be NAME=VALUE"),
+        (["x", "--chat", "--template-variable", "today=x"], "template_variables.today is 'x'; it must be a date"),
     ):
         assert main(["generate", "model", *arguments]) == 2
         assert message in capsys.readouterr().err

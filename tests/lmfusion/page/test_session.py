@@ -248,7 +248,7 @@ def test_uploads_are_limited(actions, tmp_path, monkeypatch):
 
 
 def test_an_upload_that_made_room_for_others(actions, tmp_path):
-    with pytest.raises(ValueError, match=r"gone\.png is not kept any more; add it again"):
+    with pytest.raises(ValueError, match=r"gone\.png is no longer kept; add it again"):
         ask(actions, actions.sessions.of("tab"), "x", [str(tmp_path / "gone.png")])
 
 

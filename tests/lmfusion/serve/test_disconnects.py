@@ -229,6 +229,6 @@ def test_sigterm_ends_the_process_whatever_its_threads_do(kind, code):
             process.kill()
     assert process.returncode == code, errors
     assert time.monotonic() - start < 10
-    assert ("its process is ended" in errors) == (code == 1)
+    assert ("its process ends now" in errors) == (code == 1)
     for connection in connections:
         connection.close()

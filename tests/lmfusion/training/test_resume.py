@@ -255,7 +255,7 @@ def test_a_file_system_without_locks_is_told_of_once(tmp_path, monkeypatch, caps
     monkeypatch.setattr("fcntl.flock", flock)
     with locked(tmp_path):
         pass
-    assert "cannot be locked (No locks available): see to it that one run uses it" in capsys.readouterr().err
+    assert "cannot be locked (No locks available): make sure that only one run uses it" in capsys.readouterr().err
     monkeypatch.setattr("fcntl.flock", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "broken")))
     with pytest.raises(OSError, match="broken"), locked(tmp_path):
         pass

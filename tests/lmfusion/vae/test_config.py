@@ -37,7 +37,7 @@ RECIPE = Path(__file__).resolve().parents[3] / "recipes" / "vae.yaml"
         ({"train__betas": [0.5, 1]}, "train.betas is"),
         ({"train__warmup_steps": 13}, "train.warmup_steps is 13, more than train.num_steps, 12"),
         ({"train__min_learning_rate": 1}, "train.min_learning_rate is 1.0, more than train.learning_rate, 0.003"),
-        ({"train__dtype": "float16"}, "train.dtype is 'float16'; it is one of float32, bfloat16"),
+        ({"train__dtype": "float16"}, "train.dtype is 'float16'; it must be one of float32, bfloat16"),
         ({"train__device": "tpu"}, "train.device is 'tpu'"),
         ({"validation__every": 0}, "validation.every is 0"),
     ],
