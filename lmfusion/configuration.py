@@ -140,7 +140,7 @@ _TRANSFORMERS_KEYS = {f.name for f in fields(PreTrainedConfig)} | {
 }
 
 
-LIMITS = {"num_hidden_layers": 1000, "image_size": 65_536}
+LIMITS = {"num_hidden_layers": 1000, "image_size": 65_536, "num_labels": 1_000_000}
 """Larger values are mistakes or attacks: building such a model would take forever."""
 MAX_SIZE = 2**24
 """Of any other side of a weight."""

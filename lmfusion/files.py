@@ -59,6 +59,8 @@ def replacing(path: Path, overwrite: bool = True, writer: str | None = None) -> 
     Raises FileExistsError where `overwrite` is False and either is there; other OSErrors with the name of a file.
     """
     partial = path.with_name(f"{path.name}.partial" if writer is None else f"{path.name}.{writer}.partial")
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file; give another name for the output")
     if overwrite:
         partial.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

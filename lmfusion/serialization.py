@@ -271,6 +271,8 @@ def save(model: "LMFusion", path: Path, parts: str = "image") -> None:
                 "load the model with base= and the place where it is now, or use parts='all'"
             )
     _check_not_adapted(model)
+    if model.tokenizer is not None:
+        check_tokenizer(model.tokenizer, model.config.text_config.vocab_size, "the model's tokenizer")
     path = full_path(path)
     there = current_folder(path)
     _check_replaceable(there)
@@ -279,7 +281,7 @@ def save(model: "LMFusion", path: Path, parts: str = "image") -> None:
     previous = card.read_bytes().decode("utf-8", errors="surrogateescape") if card.is_file() else None
     codec = model.config.codec.path
     with_codec = codec is not None and (parts == "all" or Path(codec).is_relative_to(there))
-    _replace(path, lambda folder: _write(model, folder, parts, with_codec, previous))
+    _replace(path, lambda folder: _write(model, path, folder, parts, with_codec, previous))
 
 
 def save_text(model: "LMFusion", path: Path) -> None:
@@ -334,8 +336,10 @@ def _check_replaceable(path: Path) -> None:
         raise ValueError(f"{path} exists and holds no lmfusion model; give the path of a new or an empty folder")
 
 
-def _write(model: "LMFusion", folder: Path, parts: str, with_codec: bool, previous_card: str | None) -> None:
-    """Everything into the empty `folder`."""
+def _write(
+    model: "LMFusion", path: Path, folder: Path, parts: str, with_codec: bool, previous_card: str | None
+) -> None:
+    """Everything of the model that is to be at `path` into the empty `folder`."""
     config = copy.deepcopy(model.config)
     if with_codec:
         _copy_codec(config.codec, folder / CODEC_NAME)
@@ -354,6 +358,7 @@ def _write(model: "LMFusion", folder: Path, parts: str, with_codec: bool, previo
     tensors = _file_tensors(model, "image.")
     if parts == "all":
         tensors |= base_tensors(model)
+    check_values(path, tensors)
     _write_tensors(tensors, folder)
 
 

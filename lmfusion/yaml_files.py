@@ -10,6 +10,16 @@ MAX_NODES = 100_000
 """Keys and values of a file, those that aliases repeat counted each time."""
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML's plain types without dates: 2031-01-01 is a text, as it is in JSON and in quotes."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
 def read_yaml(text: str) -> Any:
     """The value that a YAML text describes.
 
@@ -17,7 +27,7 @@ def read_yaml(text: str) -> Any:
     MAX_NODES values, which a few lines of aliases are enough to write.
     """
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _Loader(text)
         try:
             node = loader.get_single_node()
             if node is None:

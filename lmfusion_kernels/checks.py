@@ -65,8 +65,8 @@ def check_rope(cos: Tensor, sin: Tensor, layout: TokenLayout, x: Tensor) -> None
     for name, table in (("cos", cos), ("sin", sin)):
         if table.dtype != torch.float32 and not (table.dtype == x.dtype == torch.float64):
             raise ValueError(
-                f"rope's {name} is {table.dtype}; angles need float32. Make the tables in float32, and pass on what "
-                "rope_tables returns: FSDP2 and DDP with mixed precision cast a plain pair of tensors"
+                f"rope's {name} is {table.dtype}; angles need float32. Make the tables in float32, and pass "
+                "lk.RopeTables(cos, sin), as rope_tables returns: FSDP2 and DDP with mixed precision cast a plain pair"
             )
         if table.device != x.device:
             raise ValueError(f"rope's {name} is on {table.device}, the rows on {x.device}; move one to the other")

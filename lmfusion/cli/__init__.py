@@ -66,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"lmfusion: error: {on_its_lines(str(error))}", file=sys.stderr)
         return 2
+    except MemoryError as error:
+        print(f"lmfusion: error: out of memory: {on_its_lines(str(error))}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("lmfusion: interrupted", file=sys.stderr)
         return 130

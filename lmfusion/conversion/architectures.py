@@ -21,6 +21,7 @@ SIZE_LIMITS = {
     "image_size": 10_000,
     "patch_size": 10_000,
     "num_channels": 1_000,
+    "num_labels": 1_000_000,
 }
 """What a configuration may ask for at most. Far above any real model; building what exceeds it may take hours."""
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -64,7 +64,7 @@ def read_conversation(entry: dict[str, Any]) -> list[tuple[str, list[Part]]]:
 
 def _images_of(entry: dict[str, Any]) -> list[ImageReference] | None:
     """The images that a line names beside its messages; None where it names none."""
-    keys = [key for key in ("image", "images") if entry.get(key) is not None]
+    keys = [key for key in ("image", "images") if entry.get(key) not in (None, "")]
     if not keys:
         return None
     if len(keys) > 1:
@@ -74,6 +74,8 @@ def _images_of(entry: dict[str, Any]) -> list[ImageReference] | None:
 
 
 def _message(item: Any, images: Iterator[ImageReference] | None) -> tuple[str, list[Part]]:
+    if isinstance(item, dict):
+        item = {key: value for key, value in item.items() if value is not None}
     role = item.get("role", item.get("from")) if isinstance(item, dict) else None
     if not isinstance(role, str) or role not in _ROLES:
         raise ValueError(f"every message must have a role, one of {', '.join(_ROLES)}; got {shown(item)}")

@@ -115,6 +115,7 @@ def _pair(files: Iterable[FoundFile]) -> tuple[list[_Entry], list[Unused]]:
     """The images with their .txt files, and what is not used."""
     unused = UnusedFiles()
     texts: dict[str, str] = {}
+    missing = {name for name, is_there in files if not is_there}
     for name, _ in files:
         if suffix_of(name) == "txt":
             stem = name[: -len(".txt")]
@@ -128,6 +129,8 @@ def _pair(files: Iterable[FoundFile]) -> tuple[list[_Entry], list[Unused]]:
             with_image.add(stem)
             text = texts.get(stem, "")
             reason = None if text else f"no caption; write a .txt file of its name beside it, or use a {METADATA}"
+            if text in missing:
+                reason = f"its caption file {text} is a link to nothing"
             entries.append(_Entry(name, reason=reason, caption_file=text, was_there=is_there))
         elif looks_like_image(name):
             unused.add(unread_kind(name), printable(name))

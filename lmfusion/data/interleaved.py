@@ -133,6 +133,8 @@ class InterleavedFiles:
 def _parse(line: bytes, number: str) -> tuple[str, dict[str, Any]]:
     """The id of a line, and the object with its content or messages, a list, or with an edit."""
     entry = parse_json(line)
+    if isinstance(entry, dict):  # tables that are written as JSON have every column in every line
+        entry = {key: value for key, value in entry.items() if value is not None}
     keys = ("content", *conversation_formats.KEYS)
     lists = [key for key in keys if isinstance(entry, dict) and isinstance(entry.get(key), list)]
     if not lists and not (isinstance(entry, dict) and any(key in entry for key in EDIT_KEYS)):
@@ -167,18 +169,24 @@ def _load_data_url(url: str) -> Image.Image:
 
 
 def _find_lines(file: StoredFile) -> np.ndarray:
-    """int64 [lines, 3]: number from 1, first byte and length of every line that is not empty."""
+    """int64 [lines, 3]: number from 1, first byte and length of every line that is not blank."""
     if _ARRAY.match(file.read(0, min(64, file.size))):
         raise ValueError(
             f"{file.address} is a JSON array; write one object on each line, as `jq -c '.[]' in.json > out.jsonl` does"
         )
-    ends = [np.array([-1])]
+    ends, num_written = [np.array([-1])], [np.array([0])]  # of the letters up to each end, those that are not blank
+    total = 0
     for start in range(0, file.size, READ_BYTES):
         data = np.frombuffer(file.read(start, min(READ_BYTES, file.size - start)), np.uint8)
-        ends.append(np.flatnonzero(data == ord("\n")) + start)
+        found = np.flatnonzero(data == ord("\n"))
+        written = np.cumsum(~np.isin(data, np.frombuffer(b" \t\r\n", np.uint8)), dtype=np.int64) + total
+        ends.append(found + start)
+        num_written.append(written[found])
+        total = int(written[-1])
     if ends[-1].size == 0 or ends[-1][-1] != file.size - 1:
         ends.append(np.array([file.size]))
+        num_written.append(np.array([total]))
     all_ends = np.concatenate(ends)
     starts, lengths = all_ends[:-1] + 1, np.diff(all_ends) - 1
     lines = np.stack([np.arange(1, len(starts) + 1), starts, lengths], axis=1)
-    return lines[lengths > 0]
+    return lines[np.diff(np.concatenate(num_written)) > 0]

@@ -73,7 +73,7 @@ class ParquetFiles:
                 first = 0
                 for number in range(file.metadata.num_row_groups):
                     num_rows = file.metadata.row_group(number).num_rows
-                    if num_rows:
+                    if num_rows > 0:
                         self._groups.append(_Group(name, file, number, first, num_rows, *columns))
                     first += num_rows
         self.blocks = [1 if isinstance(group, str) else group.num_rows for group in self._groups]
@@ -147,9 +147,10 @@ class ParquetFiles:
                     opened, metadata=group.file.metadata, page_checksum_verification=True
                 )
                 for batch in parquet.iter_batches(num_rows, [group.number], [column], use_threads=False):
-                    values = batch.column(0)
+                    values = batch.column(batch.schema.get_field_index(column))
                     if column == group.image and group.is_struct:
                         values = self._struct_field(values, "bytes")
+                    values.validate(full=group.is_dictionary(column))  # a damaged file may refer to no value
                     num_bytes += values.nbytes
                     if num_bytes > MAX_GROUP_BYTES:
                         return None, 0
@@ -245,6 +246,9 @@ def _columns(name: str, schema: Any, image: str | None, caption: str | None) -> 
                 f"{name} has no column {chosen or ' or '.join(usual)}; it has {', '.join(there)}: name one as {option}"
             )
         found.append(column)
+    for column in found:
+        if there.count(column) > 1:
+            raise ValueError(f"{name} has {there.count(column)} columns named {column}; name another column")
     kinds = [schema.field(column).type for column in found]
     images, captions = kinds
     is_struct = types.is_struct(images)

@@ -92,8 +92,18 @@ def read_summary(path: Path, made_of: Mapping[str, Any]) -> Summary | None:
     read = _read_header(path, made_of)
     if read is None:
         return None
-    header, _ = read
-    return Summary(header["num_samples"], header["num_good"], [Unused(**unused) for unused in header["unused"]])
+    header, start = read
+    try:
+        unused = [
+            Unused(str(item["kind"]), int(item["count"]), list(map(str, item["names"]))) for item in header["unused"]
+        ]
+        num_samples, num_good = int(header["num_samples"]), int(header["num_good"])
+        num_bytes = path.stat().st_size - start
+    except (KeyError, TypeError, ValueError, OSError):
+        return None
+    if not 0 <= num_good <= num_samples <= num_bytes // _RECORD_BYTES:
+        return None
+    return Summary(num_samples, num_good, unused)
 
 
 def open_records(path: Path, made_of: Mapping[str, Any]) -> Records | None:
@@ -108,9 +118,9 @@ def open_records(path: Path, made_of: Mapping[str, Any]) -> Records | None:
     except (OSError, ValueError):  # gone, or empty by now
         return None
     arrays = memoryview(mapped)[start:]
-    if hashlib.sha256(arrays).hexdigest() != header["sha256"]:
+    if hashlib.sha256(arrays).hexdigest() != header.get("sha256") or read_summary(path, made_of) is None:
         return None
-    return Records(arrays, header["num_samples"])
+    return Records(arrays, int(header["num_samples"]))
 
 
 def _expected(made_of: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,6 +130,8 @@ def _expected(made_of: Mapping[str, Any]) -> dict[str, Any]:
 def _read_header(path: Path, made_of: Mapping[str, Any]) -> tuple[dict[str, Any], int] | None:
     """The header of an index, and where it ends. With the right checksum it is what `save_index` wrote."""
     try:
+        if not path.is_file():  # opening a pipe would wait for its other end
+            return None
         with open(path, "rb") as file:
             start = file.read(_START)
             length = int.from_bytes(start[_DIGEST_BYTES:], "little")
@@ -128,5 +140,10 @@ def _read_header(path: Path, made_of: Mapping[str, Any]) -> tuple[dict[str, Any]
         return None
     if not text or hashlib.sha256(text).digest() != start[:_DIGEST_BYTES]:
         return None
-    header: dict[str, Any] = json.loads(text)
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(header, dict):
+        return None
     return (header, _START + length) if _expected(made_of).items() <= header.items() else None

@@ -245,9 +245,10 @@ def _call_back(request: Request) -> None:
     if answer is None:
         return
     latents = answer.get("latents", drawing.x)
-    if latents.shape != drawing.x.shape:
+    shape = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
+    if shape != tuple(drawing.x.shape):
         raise ValueError(
-            f"callback_on_step_end gave latents of shape {tuple(latents.shape)}; they stay {tuple(drawing.x.shape)}"
+            f"latents of callback_on_step_end must be a tensor of the shape {tuple(drawing.x.shape)}, got {shape}"
         )
     drawing.x = latents.to(drawing.x)
 

@@ -14,7 +14,9 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     lines = (PROC / "meminfo").read_text().splitlines()
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    names = ("MemAvailable:", "MemFree:")  # the first is missing from old kernels
+    values = {line.split()[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(names)}
+    available = next(values[name] for name in names if name in values)
     return max(0, min([available, *_left_in_groups()]))
 
 
@@ -26,7 +28,7 @@ def _left_in_groups() -> list[int]:
         return []
     left = []
     for line in lines:  # hierarchy:controllers:path
-        _, controllers, path = line.split(":", 2)
+        _, controllers, path = (*line.split(":", 2), "", "")[:3]
         if controllers == "":
             names = ("memory.max", "memory.current", "inactive_file")
             folders = _with_parents(CGROUPS, path)
@@ -53,7 +55,14 @@ def _left(folder: Path, limit_name: str, usage_name: str, reclaimable_name: str)
         if limit == "max":
             return None
         usage = int((folder / usage_name).read_text())
-        values = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return int(limit) - max(0, usage - int(values.get(reclaimable_name, 0)))
+        return int(limit) - max(0, usage - _reclaimable(folder, reclaimable_name))
     except (OSError, ValueError):  # the root group has no limit, and groups from outside are not mounted
         return None
+
+
+def _reclaimable(folder: Path, name: str) -> int:
+    try:
+        values = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return int(values[name])
+    except (OSError, ValueError, KeyError):
+        return 0

@@ -108,8 +108,13 @@ class PageGuard:
         origin = headers.get("origin")
         if origin is None:
             return True
-        authority = origin.partition("://")[2].lower()
-        return authority == headers.get("host", "").lower() or host_name(authority) in self._allowed_hosts
+        scheme, _, authority = origin.lower().partition("://")
+        host = headers.get("host", "").lower()
+        if scheme not in ("http", "https") or not host_name(authority):
+            return False
+        if host_name(authority) == host_name(host):  # another port is another program
+            return authority == host
+        return host_name(authority) in self._allowed_hosts
 
     async def _pass_json(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:

@@ -38,7 +38,8 @@ class Uploads:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         length = headers.get("content-length", "")
-        if not length.isdecimal():  # the server ends the body there, so the length need not be counted again
+        # The server ends a body at the length that was announced, unless the body is chunked
+        if not length.isdecimal() or "transfer-encoding" in headers:
             await refuse(send, 411, "an upload must announce its length")
             return
         if int(length) > MAX_UPLOAD_REQUEST_BYTES:

@@ -7,6 +7,7 @@ are no CORS headers, so a browser keeps answers from pages of other sites.
 
 import hmac
 import ipaddress
+import re
 from collections.abc import Callable, Collection
 
 from starlette.datastructures import Headers
@@ -16,6 +17,9 @@ from lmfusion.serve.errors import ApiError
 
 OPEN_PATHS = ("/healthz",)
 """For which no key is needed."""
+
+
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:@/\s]+))(?::\d*)?")
 
 
 class Guard:
@@ -69,11 +73,9 @@ class Guard:
 
 
 def host_name(header: str) -> str:
-    """The name or address in a Host header, without port, brackets and final dot."""
-    header = header.strip().lower()
-    if header.startswith("["):
-        return header[1:].partition("]")[0]
-    return header.partition(":")[0].rstrip(".")
+    """The name or address in a Host header, without port, brackets and final dot; "" for a malformed one."""
+    match = _HOST.fullmatch(header.strip().lower())
+    return "" if match is None else (match[1] or match[2]).rstrip(".")
 
 
 def is_loopback(host: str) -> bool:

@@ -206,3 +206,13 @@ def test_a_checkpoint_that_the_disk_does_not_give(saved_step, monkeypatch, name)
 def test_digest_of_a_file(tmp_path):
     (tmp_path / "file").write_bytes(b"abc")
     assert file_sha256(tmp_path / "file") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_what_is_no_regular_file_is_not_replaced(tmp_path, kind):
+    path = tmp_path / "device.png"
+    os.mkfifo(path) if kind == "pipe" else path.mkdir()
+    with pytest.raises(OSError, match=r"device\.png is not a regular file; give another name for the output"):
+        save_png(path, PICTURE, {})
+    assert path.is_fifo() if kind == "pipe" else path.is_dir()
+    assert [item.name for item in tmp_path.iterdir()] == ["device.png"]

@@ -116,6 +116,18 @@ def test_openai_conversations(folder):
     assert read(folder, line) == [("system", ["Be kind."]), ("user", ["Draw <image>"]), ("assistant", ["Here:", 1])]
 
 
+def test_nulls_and_empty_images_are_as_if_absent(folder):
+    line = {
+        "image": "",
+        "content": None,
+        "conversations": [
+            {"from": "human", "value": "Hi", "role": None, "weight": None, "content": None},
+            {"from": "gpt", "value": "Hello", "tool_calls": None},
+        ],
+    }
+    assert read(folder, line) == [("user", ["Hi"]), ("assistant", ["Hello"])]
+
+
 def human(text, **line):
     return line | {"conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "No."}]}
 

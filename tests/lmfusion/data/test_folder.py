@@ -9,7 +9,7 @@ from PIL import Image
 
 from lmfusion.data import SourceConfig, load_source
 from lmfusion.data import folder as folder_module
-from tests.lmfusion.data.stored import problems
+from tests.lmfusion.data.stored import encoded, problems
 
 
 @pytest.fixture
@@ -143,3 +143,14 @@ def test_long_lines_of_metadata_are_not_held_in_memory(folder):
         "metadata.jsonl, line 3: the line has 300000001 bytes; the limit is 1048576",
     ]
     assert peak < 10_000_000
+
+
+def test_a_caption_file_that_is_a_link_to_nothing_is_damage(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.png").write_bytes(encoded("PNG"))
+    (tmp_path / "a.txt").write_text("a cat")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "nowhere.txt")
+    source = load_source(SourceConfig("folder", str(tmp_path)), 8)
+    assert source[0].captions == ("a cat",)
+    with pytest.raises(ValueError, match=r"b\.png: its caption file b\.txt is a link to nothing"):
+        source[1]

@@ -137,3 +137,20 @@ def test_nothing_to_read(folder):
         InterleavedFiles(write(folder, ending=""))
     with pytest.raises(ValueError, match="is a folder"):
         InterleavedFiles(str(folder))
+
+
+@pytest.mark.parametrize("read_bytes", [3, 8 * 2**20])
+def test_blank_lines_are_no_documents(folder, monkeypatch, read_bytes):
+    monkeypatch.setattr(interleaved_module, "READ_BYTES", read_bytes)
+    (folder / "a.jsonl").write_bytes(b'\r\n{"content": ["a"]}\r\n\r\n \t \n{"content": ["b"]}\r\n  \r\n\t')
+    source = InterleavedFiles(str(folder / "a.jsonl"))
+    assert [source[i].sample_id for i in range(len(source))] == ["a.jsonl/2", "a.jsonl/5"]
+    (folder / "b.jsonl").write_bytes(b"\r\n\r\n")
+    with pytest.raises(ValueError, match="there is no line in"):
+        InterleavedFiles(str(folder / "b.jsonl"))
+
+
+@pytest.mark.parametrize("keys", ["id", "messages", "conversations", "source", "image"])
+def test_a_key_of_null_is_a_key_that_is_not_there(folder, keys):
+    source = InterleavedFiles(write(folder, {"content": ["a"], keys: None}))
+    assert source[0].parts == ("a",) and source[0].sample_id == "a.jsonl/1"

@@ -286,6 +286,41 @@ def test_captions_of_every_type(tmp_path, kind):
             assert source[i].captions == expected
 
 
+def test_columns_of_one_name(tmp_path):
+    table = pa.Table.from_arrays(
+        [pa.array(images(0, 1)), pa.array(["a"]), pa.array(["b"])], ["image", "caption", "caption"]
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet has 2 columns named caption"):
+        ParquetFiles(str(tmp_path / "a.parquet"))
+
+
+def test_a_column_whose_name_has_a_dot(tmp_path):
+    columns = {"a": [{"b": 1}], "a.b": images(0, 1), "caption": ["x"]}
+    source = ParquetFiles(write(tmp_path / "a.parquet", columns), image="a.b")
+    assert equal(source[0].load_image(), columns["a.b"][0])
+
+
+def test_references_to_no_value_are_damage(tmp_path):
+    """Every byte of the pages is changed: each sample is read, or damaged with a reason."""
+    columns = {
+        "image": pa.array([encoded(image=picture(0, (4, 4)))] * 6).dictionary_encode(),
+        "caption": pa.array(["a cat"] * 6).dictionary_encode(),
+    }
+    path = write(tmp_path / "a.parquet", columns, compression="none")
+    data = (tmp_path / "a.parquet").read_bytes()
+    first = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
+    for position in range(4, first):
+        changed = bytearray(data)
+        changed[position] ^= 0x23
+        (tmp_path / "a.parquet").write_bytes(changed)
+        try:
+            source = ParquetFiles(path)
+        except ValueError:
+            continue
+        assert all(reason.startswith(("a.parquet", "row group", "column")) for reason in problems(source).values())
+
+
 def test_a_list_of_nulls_is_no_caption(tmp_path):
     captions = pa.array([[None, None], ["a"]], pa.list_(pa.string()))
     found = problems(ParquetFiles(write(tmp_path / "a.parquet", {"image": images(0, 2), "caption": captions})))

@@ -1,5 +1,8 @@
 """The index of a tar: a damaged one is made again, and never gives another sample, an error or a traceback."""
 
+import hashlib
+import json
+import os
 import shutil
 
 import numpy as np
@@ -106,3 +109,44 @@ def test_check_of_a_tar_with_a_damaged_index_prints_no_traceback(tar, capsys):
     index.write_bytes(index.read_bytes()[::-1])
     assert main(["data", "check", f"webdataset={path}"]) == 1
     assert "4 samples, 3 images" in capsys.readouterr().out
+
+
+def with_header(index, **changes):
+    """The index with other values in its header, and the checksums of a careful forger."""
+    data = index.read_bytes()
+    length = int.from_bytes(data[32:40], "little")
+    header = json.loads(data[40 : 40 + length]) | changes
+    text = json.dumps({key: value for key, value in header.items() if value != "gone"}).encode()
+    text += b" " * (-len(text) % 8)
+    return hashlib.sha256(text).digest() + len(text).to_bytes(8, "little") + text + data[40 + length :]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_samples": 10**12},
+        {"num_samples": -1},
+        {"num_samples": "many"},
+        {"num_samples": None},
+        {"num_samples": "gone"},
+        {"num_good": -1},
+        {"num_good": 10**12},
+        {"unused": 3},
+        {"unused": [{"x": 1}]},
+        {"unused": "gone"},
+        {"sha256": "gone"},
+    ],
+)
+def test_a_forged_header_is_not_believed(tar, changes):
+    path, index = tar
+    expected = contents(path)
+    index.write_bytes(with_header(index, **changes))
+    assert contents(path) == expected
+
+
+def test_a_pipe_in_the_place_of_the_index(tar):
+    path, index = tar
+    expected = contents(path)
+    index.unlink()
+    os.mkfifo(index)
+    assert contents(path) == expected

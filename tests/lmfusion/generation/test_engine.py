@@ -336,7 +336,7 @@ def test_a_failing_callback_ends_its_request_alone(model):
     assert engine.num_rows_used == 0
     with pytest.raises(RuntimeError, match="no more"):
         model.draw(["a seven"], num_steps=3, callback_on_step_end=fail)
-    with pytest.raises(ValueError, match=r"shape \(2,\); they stay \(1, 8, 8\)"):
+    with pytest.raises(ValueError, match=r"of the shape \(1, 8, 8\), got \(2,\)"):
         model.draw(["a seven"], num_steps=3, callback_on_step_end=lambda *_: {"latents": torch.zeros(2)})
 
 

@@ -112,6 +112,9 @@ def test_what_the_page_does_not_use_is_not_there(client, method, path):
         {"Origin": "http://localhost:3000"},
         {"Origin": "null"},
         {"Origin": "http://{host}.evil.example"},
+        {"Origin": "http://{host}1"},
+        {"Origin": "chrome-extension://{host}"},
+        {"Origin": "http://evil.example@{host}"},
         {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"},
         {"Sec-Fetch-Site": "same-site", "Sec-Fetch-Mode": "no-cors"},
         {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "cors"},
@@ -185,14 +188,16 @@ def stored(client):
 
 def test_uploads_are_limited(client):
     assert upload(client, ("x.png", b"x" * (33 * 1024 * 1024))).status_code == 413
-    for header, value, status in (
-        ("Content-Length", str(MAX_UPLOAD_REQUEST_BYTES + 1), 413),
-        ("Transfer-Encoding", "chunked", 411),
+    for headers, status in (
+        ({"Content-Length": str(MAX_UPLOAD_REQUEST_BYTES + 1)}, 413),
+        ({"Transfer-Encoding": "chunked"}, 411),
+        ({"Content-Length": "5", "Transfer-Encoding": "chunked"}, 411),
     ):
         connection = HTTPConnection(client.base_url.host, client.base_url.port, timeout=20)
         connection.putrequest("POST", "/gradio_api/upload")
         connection.putheader("Content-Type", "multipart/form-data; boundary=x")
-        connection.putheader(header, value)
+        for header, value in headers.items():
+            connection.putheader(header, value)
         connection.endheaders()  # no byte of the body is sent
         assert connection.getresponse().status == status
         connection.close()

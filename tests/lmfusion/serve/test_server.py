@@ -287,7 +287,17 @@ def test_a_key_is_demanded_everywhere_but_for_health(serve):
 
 @pytest.mark.parametrize(
     ("header", "name"),
-    [("Example.COM:80", "example.com"), ("[2001:db8::1]:80", "2001:db8::1"), ("a.b.", "a.b"), ("", "")],
+    [
+        ("Example.COM:80", "example.com"),
+        ("[2001:db8::1]:80", "2001:db8::1"),
+        ("a.b.", "a.b"),
+        ("", ""),
+        ("[::1].evil.com", ""),
+        ("127.0.0.1:evil.com", ""),
+        ("localhost:80@evil.com", ""),
+        ("[127.0.0.1]evil.com", ""),
+        ("[::1", ""),
+    ],
 )
 def test_host_names(header, name):
     assert host_name(header) == name
