@@ -17,7 +17,6 @@ from torch import Tensor
 from lmfusion_kernels import _host
 from lmfusion_kernels.cache_place import CachePlace
 from lmfusion_kernels.layout_buffer import buffer_of, copy_together, pack, pack_arrays, padded
-from lmfusion_kernels.layout_buffer import unpack as unpack  # for those who import it from here
 from lmfusion_kernels.reorder_rows import reorder_rows
 from lmfusion_kernels.spans import FULL, HIDDEN, IMAGE, MARKER, SPANS_EXPECTED, TEXT, Document, Spans
 from lmfusion_kernels.tree import register_tree

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmfusion_kernels import TokenLayout, _host, reference
-from lmfusion_kernels.layout import copy_together, pack, unpack
+from lmfusion_kernels.layout_buffer import copy_together, pack, unpack
 
 MODALITIES = ("text", "image", "marker")
 needs_native = pytest.mark.skipif(_host._host_native is None, reason="_host_native was not compiled")

@@ -207,9 +207,9 @@ def name_damage(damage: Damage) -> str:
 
 def _kind(damage: Damage) -> str:
     sample_id, reason = damage
-    reason = re.sub(r"\S*" + re.escape(sample_id), "the sample", reason)
+    reason = re.sub(rf"'\S*{re.escape(sample_id)}'|\S*{re.escape(sample_id)}", "the sample", reason)
     reason = _NAME.sub("", reason)
-    reason = re.sub(r"\S*/\S+|\S+\.(txt|jsonl?|jpe?g|png|webp|tar|parquet)\b", "a file", reason)
+    reason = re.sub(r"\S*/\S+|(?!metadata\.jsonl)\b\S+\.(txt|jsonl?|jpe?g|png|webp|tar|parquet)\b", "a file", reason)
     return re.sub(r"(?<![\w\\-])\d+", "N", reason)  # not those of UTF-8
 
 

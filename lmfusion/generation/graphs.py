@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from lmfusion.generation.transfer import upload
-from lmfusion_kernels.layout import TokenLayout, pack, unpack
+from lmfusion_kernels.layout import TokenLayout
+from lmfusion_kernels.layout_buffer import pack, unpack
 
 
 class Recorder(Protocol):

@@ -119,10 +119,14 @@ def test_reasons_are_told_apart_by_what_they_say():
         Damage("webdataset x, sample 9", "s-2.tar/6: no caption (txt, json) in the tar, only jpg"),
         Damage("webdataset x, sample 11", "s-2.tar/9: no caption (txt, json) in the tar, only jpg"),
         Damage("c.png", "/data/c.png is no regular file; give a JPEG, PNG or WEBP file"),
+        Damage("d.png", "[Errno 2] No such file or directory: '/data/d.png'"),
+        Damage("e.png", "e.png: no caption; write a .txt file of its name beside it, or use a metadata.jsonl"),
     ]
     assert [(len(of_kind), kind) for kind, of_kind in by_reason(damaged)] == [
         (3, "no caption (txt, json) in the tar, only jpg"),
         (2, "the sample is damaged or truncated: image file is truncated (N bytes left)"),
+        (1, "[Errno N] No such file or directory: the sample"),
+        (1, "no caption; write a .txt file of its name beside it, or use a metadata.jsonl"),
         (1, "the sample is no regular file; give a JPEG, PNG or WEBP file"),
     ]
 
