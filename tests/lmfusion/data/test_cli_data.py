@@ -127,7 +127,7 @@ def test_reasons_are_told_apart_by_what_they_say():
         (2, "the sample is damaged or truncated: image file is truncated (N bytes left)"),
         (1, "[Errno N] No such file or directory: the sample"),
         (1, "the sample is no regular file; give a JPEG, PNG or WEBP file"),
-        (1, "no caption; write a .txt file of its name beside it, or use a metadata.jsonl"),
+        (1, "the sample: no caption; write a .txt file of its name beside it, or use a metadata.jsonl"),
     ]
 
 
