@@ -97,7 +97,7 @@ def test_fsdp_that_casts_the_output(one_rank, x):
 def test_fsdp_casts_a_plain_pair_and_the_error_says_so(one_rank, x):
     model = Model()
     fully_shard(model, mesh=one_rank, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match=r"cos is torch\.bfloat16; angles need float32.*what rope_tables returns"):
+    with pytest.raises(ValueError, match=r"cos is torch\.bfloat16; angles need float32.*as rope_tables returns"):
         model(x, LAYOUT, tuple(lk.rope_tables(LAYOUT.position, INV_FREQ)))
 
 
