@@ -16,7 +16,7 @@ OLDEST := $(VENV)/.oldest-$(OLDEST_TORCH)-$(OLDEST_TRITON)
 
 help:
 	@echo "make demo      the whole chain on real data: adapt, train, draw, caption; report in runs/demo"
-	@echo "make test      lint, types, compile checks, tests    (PYTEST_ARGS='tests/test_layout.py -k spans' for some)"
+	@echo "make test      lint, types, compile checks, tests    (PYTEST_ARGS='tests/kernels/layout/test_token_layout.py -k spans' for some)"
 	@echo "make lint      ruff and mypy"
 	@echo "make bench     benchmarks on this machine's CPU"
 	@echo "make gpu       all that needs a GPU, with the python and torch that are there (PYTHON=..., OUTPUT=folder)"
@@ -24,7 +24,7 @@ help:
 	@echo "make clean     remove .venv and everything compiled"
 
 demo: $(VENV)/.built
-	$(BIN)/python -m lmfusion.demo --no-page
+	$(BIN)/python -m lmfusion.experiments.demo --no-page
 	@echo "$(BIN)/lmfusion demo opens a page to talk to the model"
 	@echo "$(BIN)/lmfusion eval recipes/eval/digits.yaml scores it"
 

@@ -29,7 +29,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "lmfusion_kernels"
 MINIMUM_TORCH = (2, 10)
-LIBRARIES = {"_C": "_C.so", "_host_native": "_host_native" + sysconfig.get_config_var("EXT_SUFFIX")}
+LIBRARIES = {"_C": "_C.so", "_layout_native": "_layout_native" + sysconfig.get_config_var("EXT_SUFFIX")}
 
 
 class BuildError(Exception):

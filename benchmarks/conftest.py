@@ -17,9 +17,9 @@ import torch
 
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # first calls show what compiling takes
 
-from benchmarks import machine, shapes
-from benchmarks.compare import compare, why_not
-from benchmarks.output import table, write_results
+from benchmarks.harness import machine, shapes
+from benchmarks.harness.compare import compare, why_not
+from benchmarks.harness.output import table, write_results
 
 # A GPU machine may have no more than torch and what the kernels need
 NEEDED = ("transformers", "diffusers", "gguf", "safetensors")

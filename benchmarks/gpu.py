@@ -7,7 +7,7 @@ downloaded. Every step has a time limit, whatever fails stops nothing else, and 
 at the end. Without a GPU it goes through the steps that can run, and names the others.
 
 Written into the output folder: summary.json (every command: passed, failed, timed out or skipped, and why),
-results.json (the benchmarks' rows, and the counts of the tests), what benchmarks/gpu_report.py makes of it, logs.txt
+results.json (the benchmarks' rows, and the counts of the tests), what benchmarks/harness/gpu_report.py makes of it, logs.txt
 (all output). The exit status is 1 if anything that ran failed, or if on a GPU tests or benchmarks did not run, else 0.
 """
 
@@ -326,7 +326,7 @@ def make_plan(python: str, found: dict[str, Any], output: Path) -> list[Step]:
         options += ["--timeout", "150", "--timeout-method", "thread"]
     environment = {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     tests = []
-    for path in sorted((ROOT / "tests" / "gpu").glob("test_*.py")):
+    for path in sorted((ROOT / "tests" / "kernels" / "gpu").glob("test_*.py")):
         junit = output / f"{path.stem}.xml"
         tests.append(Command(path.name, [*pytest, *options, f"--junitxml={junit}", str(path)], environment, junit))
     sanitizer = find_sanitizer()
@@ -338,8 +338,8 @@ def make_plan(python: str, found: dict[str, Any], output: Path) -> list[Step]:
     if has_gpu:
         steps.append(Step("tests", 200, tests, reserve=60, jobs=max(1, cores // 2), missing=no_pytest))
     else:
-        collect = Command("collection", [*pytest, "--collect-only", "tests/gpu"])
-        steps.append(Step("collection of tests/gpu", 60, [collect], missing=no_pytest))
+        collect = Command("collection", [*pytest, "--collect-only", "tests/kernels/gpu"])
+        steps.append(Step("collection of tests/kernels/gpu", 60, [collect], missing=no_pytest))
         steps.append(Step("tests", 0, missing=no_gpu))
 
     environment = {"LMFUSION_BENCHMARK_OUTPUT": str(output)}
@@ -348,7 +348,7 @@ def make_plan(python: str, found: dict[str, Any], output: Path) -> list[Step]:
         benchmarks = Command("benchmarks", arguments, environment, seconds_in="LMFUSION_BENCHMARK_SECONDS")
         steps.append(Step("benchmarks", 300, [benchmarks], reserve=130, missing=no_benchmark))
     else:
-        short = Command("swiglu", [*pytest, "benchmarks/test_swiglu.py", "--benchmark-only"], environment)
+        short = Command("swiglu", [*pytest, "benchmarks/cases/test_swiglu.py", "--benchmark-only"], environment)
         steps.append(Step("one benchmark on the CPU", 120, [short], missing=no_benchmark))
         steps.append(Step("benchmarks", 0, missing=f"{no_gpu}; `make bench` runs them on the CPU"))
     tuning = Command("tune_attention.py", [python, "-m", "benchmarks.tune_attention", "--budget", "30"])
@@ -359,7 +359,7 @@ def make_plan(python: str, found: dict[str, Any], output: Path) -> list[Step]:
 
 def sanitize(python: str, sanitizer: str) -> list[Command]:
     """Every kernel once under the memory checker, those of csrc/cuda also under the checker of races."""
-    checked = [python, "tests/gpu/sanitize.py"]
+    checked = [python, "tests/kernels/gpu/sanitize.py"]
     # Memory from the caching allocator has neighbours that an access out of bounds would hit unseen.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     # A failed call of CUDA's API raises in torch, Triton or csrc/cuda; those that only ask (for a function of another
@@ -378,7 +378,7 @@ def make_report_plan(python: str, found: dict[str, Any], output: Path) -> list[S
     """What turns results.json into pages; it exists by now, or there is nothing to show."""
     results = output / "results.json"
     missing = "" if results.exists() and found["torch"] else "the benchmarks wrote no results.json"
-    report = Command("report", [python, "-m", "benchmarks.gpu_report", str(results)])
+    report = Command("report", [python, "-m", "benchmarks.harness.gpu_report", str(results)])
     return [Step("report", REPORT_SECONDS, [report], missing=missing)]
 
 

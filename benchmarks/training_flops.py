@@ -5,7 +5,7 @@
 
 Every matrix product, convolution and attention that a real forward and backward calls is counted as it passes torch's
 dispatcher, by the formulas of torch.utils.flop_counter. On the meta device the same code runs without numbers, so that
-a model of 8 billion parameters can be counted here; tests/test_training_flops.py compares both.
+a model of 8 billion parameters can be counted here; tests/benchmarks/test_training_flops.py compares both.
 """
 
 import argparse
@@ -21,11 +21,11 @@ from torch.utils.flop_counter import flop_registry
 from transformers import LlamaConfig
 
 from benchmarks.baselines.freeze_und import freeze_und_block
-from lmfusion.batch import Batch, Document, SpecialTokens, caption_first_document, image_first_document, pack
-from lmfusion.configuration import ImageTowerConfig, LMFusionConfig
-from lmfusion.image.codec import CodecConfig, load_codec
-from lmfusion.modeling import LMFusion
-from lmfusion_kernels.layout import TokenLayout
+from lmfusion.model.batch import Batch, Document, SpecialTokens, caption_first_document, image_first_document, pack
+from lmfusion.model.codec import CodecConfig, load_codec
+from lmfusion.model.configuration import ImageTowerConfig, LMFusionConfig
+from lmfusion.model.modeling import LMFusion
+from lmfusion_kernels.layout.token_layout import TokenLayout
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "flops.md"
 BEGIN, END = "<!-- made by python -m benchmarks.training_flops --keep -->\n", "<!-- end -->\n"

@@ -11,15 +11,15 @@ from lmfusion._auto import register_with_transformers
 __version__ = "0.1.0"
 
 _HOME = {
-    "LMFusion": "lmfusion.modeling",
-    "LMFusionOutput": "lmfusion.modeling",
-    "LMFusionConfig": "lmfusion.configuration",
-    "ImageTowerConfig": "lmfusion.configuration",
-    "CodecConfig": "lmfusion.image.codec",
-    "PatchCoderConfig": "lmfusion.image.patch_coder",
-    "DiffusionConfig": "lmfusion.diffusion",
-    "Batch": "lmfusion.batch",
-    "verify": "lmfusion.verification",
+    "LMFusion": "lmfusion.model.modeling",
+    "LMFusionOutput": "lmfusion.model.modeling",
+    "LMFusionConfig": "lmfusion.model.configuration",
+    "ImageTowerConfig": "lmfusion.model.configuration",
+    "CodecConfig": "lmfusion.model.codec",
+    "PatchCoderConfig": "lmfusion.model.patch_coder",
+    "DiffusionConfig": "lmfusion.model.diffusion",
+    "Batch": "lmfusion.model.batch",
+    "verify": "lmfusion.model.verification",
 }
 
 __all__ = [*_HOME, "__version__"]

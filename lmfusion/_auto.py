@@ -1,6 +1,6 @@
 """How does transformers' AutoModel learn of this package, without `import lmfusion` having to import transformers?
 
-`lmfusion.modeling` registers with AutoConfig and AutoModel. It is imported here once transformers has loaded AutoModel.
+`lmfusion.model.modeling` registers with AutoConfig and AutoModel. It is imported here once transformers has loaded AutoModel.
 """
 
 import importlib
@@ -17,7 +17,7 @@ AUTO_MODULE = "transformers.models.auto.modeling_auto"
 def register_with_transformers() -> None:
     """Register now if AutoModel is loaded, else right after it has been."""
     if AUTO_MODULE in sys.modules:
-        importlib.import_module("lmfusion.modeling")
+        importlib.import_module("lmfusion.model.modeling")
     else:
         sys.meta_path.insert(0, _AutoModelFinder())
 
@@ -48,4 +48,4 @@ class _RegisteringLoader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        importlib.import_module("lmfusion.modeling")
+        importlib.import_module("lmfusion.model.modeling")

@@ -5,17 +5,17 @@ specification in plain PyTorch, `backends()` tells what runs here.
 """
 
 from lmfusion_kernels import reference
-from lmfusion_kernels.backends import backends
-from lmfusion_kernels.block import routed_block
-from lmfusion_kernels.hybrid_attention import hybrid_attention
-from lmfusion_kernels.layout import TokenLayout
-from lmfusion_kernels.linear import routed_linear
-from lmfusion_kernels.module import RoutedBlock, TowerLayer
-from lmfusion_kernels.packing import pack_documents
-from lmfusion_kernels.rms_norm import routed_rms_norm
-from lmfusion_kernels.rope_reorder import rope_reorder
-from lmfusion_kernels.swiglu import routed_swiglu
-from lmfusion_kernels.weights import BlockWeights, RopeTables, rope_tables
+from lmfusion_kernels.block.modules import RoutedBlock, TowerLayer
+from lmfusion_kernels.block.routed_block import routed_block
+from lmfusion_kernels.block.weights import BlockWeights, RopeTables, rope_tables
+from lmfusion_kernels.layout.packing import pack_documents
+from lmfusion_kernels.layout.token_layout import TokenLayout
+from lmfusion_kernels.ops.hybrid_attention import hybrid_attention
+from lmfusion_kernels.ops.linear import routed_linear
+from lmfusion_kernels.ops.rms_norm import routed_rms_norm
+from lmfusion_kernels.ops.rope_reorder import rope_reorder
+from lmfusion_kernels.ops.swiglu import routed_swiglu
+from lmfusion_kernels.runtime.backends import backends
 
 __all__ = [
     "BlockWeights",

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmfusion_kernels.layout import TokenLayout
-from lmfusion_kernels.weights import BlockWeights, Rope, Rows, join_towers, split_towers
+from lmfusion_kernels.block.weights import BlockWeights, Rope, Rows, join_towers, split_towers
+from lmfusion_kernels.layout.token_layout import TokenLayout
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

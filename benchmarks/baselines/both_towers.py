@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lmfusion_kernels as lk
 from benchmarks.baselines.slabs import rms_norm, rotate, swiglu
-from benchmarks.layer import Layer, LayerCase
+from benchmarks.harness.layer import Layer, LayerCase
 
 
 def both_towers(case: LayerCase) -> Layer:

@@ -6,8 +6,8 @@ It knows one document, text first and then one image, and always has QK norms. N
 import torch
 from torch import Tensor, nn
 
-from benchmarks.compare import UnavailableError
-from benchmarks.layer import Layer, LayerCase
+from benchmarks.harness.compare import UnavailableError
+from benchmarks.harness.layer import Layer, LayerCase
 
 
 def cosmos3(case: LayerCase) -> Layer:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import lmfusion_kernels as lk
-from benchmarks.compare import UnavailableError, difference
-from benchmarks.layer import Layer, LayerCase
+from benchmarks.harness.compare import UnavailableError, difference
+from benchmarks.harness.layer import Layer, LayerCase
 
 
 def dense_llama(case: LayerCase) -> Layer:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lmfusion_kernels as lk
 from benchmarks.baselines.slabs import rms_norm, rotate, swiglu
-from lmfusion_kernels.weights import Rope, Rows
+from lmfusion_kernels.block.weights import Rope, Rows
 
 
 def freeze_und_block(

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lmfusion_kernels as lk
-from benchmarks.layer import Layer, LayerCase
+from benchmarks.harness.layer import Layer, LayerCase
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -16,8 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 import lmfusion_kernels as lk
-from benchmarks.compare import UnavailableError
-from benchmarks.shapes import Documents
+from benchmarks.harness.compare import UnavailableError
+from benchmarks.harness.shapes import Documents
 
 BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lmfusion_kernels as lk
-from benchmarks.layer import Layer, LayerCase
+from benchmarks.harness.layer import Layer, LayerCase
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 

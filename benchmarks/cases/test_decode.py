@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import shapes
 from benchmarks.baselines.slabs import slabs
-from benchmarks.compare import Row, graphed
-from benchmarks.layer import cache_of, frozen, make_case
-from benchmarks.test_denoise_step import cached_block, inference
+from benchmarks.cases.test_denoise_step import cached_block, inference
+from benchmarks.harness import shapes
+from benchmarks.harness.compare import Row, graphed
+from benchmarks.harness.layer import cache_of, frozen, make_case
 
 SHAPES = [shapes.LMFUSION_8B, shapes.SMOLLM2] if shapes.HAS_GPU else [shapes.SMOLLM2]
 CASES = [(1, 1024), (8, 1024), (8, 8192), (16, 1024), (64, 1024)] if shapes.HAS_GPU else [(1, 512), (4, 512), (4, 2048)]

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 import lmfusion_kernels as lk
-from benchmarks import shapes
 from benchmarks.baselines.slabs import slabs
-from benchmarks.compare import Contestant, Row, graphed
-from benchmarks.layer import cache_of, frozen, layer_flops, make_case
+from benchmarks.harness import shapes
+from benchmarks.harness.compare import Contestant, Row, graphed
+from benchmarks.harness.layer import cache_of, frozen, layer_flops, make_case
 
 SHAPE = shapes.BAGEL_7B if shapes.HAS_GPU else shapes.SMOLLM2
 CASES = [(image, context, branches) for image in (1024, 4096) for context in (40, 2048) for branches in (1, 2, 3)]

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 import lmfusion_kernels as lk
-from benchmarks import shapes
 from benchmarks.baselines.slabs import pointwise
-from benchmarks.compare import Contestant, Row, absent_if_refused
+from benchmarks.harness import shapes
+from benchmarks.harness.compare import Contestant, Row, absent_if_refused
 
 SHAPE, TOKENS = shapes.MAIN, shapes.NUM_TOKENS
 

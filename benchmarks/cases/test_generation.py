@@ -14,14 +14,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import lmfusion_kernels as lk
-from benchmarks import shapes
-from benchmarks.compare import Contestant, Row
-from lmfusion.batch import SpecialTokens, draw_prompt, encode_caption
-from lmfusion.configuration import LMFusionConfig
+from benchmarks.harness import shapes
+from benchmarks.harness.compare import Contestant, Row
 from lmfusion.generation import Engine, GenerationOptions, ImageEnd, encode_prompt
 from lmfusion.generation.decoding import random_generator
 from lmfusion.generation.samplers import advance, step_table
-from lmfusion.modeling import LMFusion
+from lmfusion.model.batch import SpecialTokens, draw_prompt, encode_caption
+from lmfusion.model.configuration import LMFusionConfig
+from lmfusion.model.modeling import LMFusion
 
 NUM_STEPS, SCALE = 20, 2.0
 DRAWING = {"num_steps": NUM_STEPS, "guidance_scale": SCALE, "sampler": "dpm-solver"}

@@ -12,14 +12,14 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from benchmarks import shapes
-from benchmarks.compare import Contestant, Row
-from lmfusion.configuration import LMFusionConfig
+from benchmarks.harness import shapes
+from benchmarks.harness.compare import Contestant, Row
 from lmfusion.generation.cache import CachedDocument, KeyValueCache
 from lmfusion.generation.decoding import Choice
+from lmfusion.generation.device_steps import Branching, decode_step, denoise_step
 from lmfusion.generation.graphs import ReplayedStep, recorder_for
-from lmfusion.generation.steps import Branching, decode_step, denoise_step
-from lmfusion.modeling import LMFusion
+from lmfusion.model.configuration import LMFusionConfig
+from lmfusion.model.modeling import LMFusion
 
 NUM_LAYERS = {shapes.SMOLLM2: 30, shapes.LMFUSION_8B: 4}
 VOCABULARY = {shapes.SMOLLM2: 49_152, shapes.LMFUSION_8B: 128_256}

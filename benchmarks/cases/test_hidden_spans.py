@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import lmfusion_kernels as lk
-from benchmarks import shapes
 from benchmarks.baselines.sdpa import expanded, folded, sdpa
-from benchmarks.compare import Contestant, Row, absent_if_refused
+from benchmarks.harness import shapes
+from benchmarks.harness.compare import Contestant, Row, absent_if_refused
 
 SHAPE = shapes.MAIN
 TOKENS = 8192 if shapes.HAS_GPU else 1024

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 
 import lmfusion_kernels as lk
-from benchmarks import shapes
-from benchmarks.compare import Contestant, Row, UnavailableError
+from benchmarks.harness import shapes
+from benchmarks.harness.compare import Contestant, Row, UnavailableError
 
 SHAPE = shapes.MAIN
 PROJECTIONS = {

@@ -10,9 +10,9 @@ import functools
 
 import pytest
 
-from benchmarks import shapes
-from benchmarks.compare import Row
-from benchmarks.layer import contestant, frozen, layer_flops, make_case, routed_block
+from benchmarks.harness import shapes
+from benchmarks.harness.compare import Row
+from benchmarks.harness.layer import contestant, frozen, layer_flops, make_case, routed_block
 from benchmarks.peers.automodel import automodel
 from benchmarks.peers.bagel import bagel
 from benchmarks.peers.loading import block_mask

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import lmfusion_kernels as lk
-from benchmarks import shapes
-from benchmarks.compare import Contestant, Row
+from benchmarks.harness import shapes
+from benchmarks.harness.compare import Contestant, Row
 
 ROWS, WIDTH = shapes.ROW_OP_TOKENS, shapes.MAIN.hidden_size
 

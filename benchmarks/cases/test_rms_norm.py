@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import lmfusion_kernels as lk
-from benchmarks import shapes
 from benchmarks.baselines.slabs import pointwise
-from benchmarks.compare import Contestant, Row
+from benchmarks.harness import shapes
+from benchmarks.harness.compare import Contestant, Row
 
 WIDTH, ROWS, EPS = shapes.MAIN.hidden_size, shapes.ROW_OP_TOKENS, 1e-6
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import lmfusion_kernels as lk
-from benchmarks import shapes
 from benchmarks.baselines.slabs import pointwise
-from benchmarks.compare import Contestant, Row
+from benchmarks.harness import shapes
+from benchmarks.harness.compare import Contestant, Row
 
 ROWS, SHAPE, EPS = shapes.ROW_OP_TOKENS, shapes.MAIN, 1e-6
 

@@ -7,14 +7,14 @@ import functools
 
 import pytest
 
-from benchmarks import shapes
 from benchmarks.baselines.both_towers import both_towers
 from benchmarks.baselines.cosmos3 import cosmos3
 from benchmarks.baselines.dense_llama import dense_llama
 from benchmarks.baselines.gather_scatter import gather_scatter
 from benchmarks.baselines.slabs import slabs
-from benchmarks.compare import Contestant, Row
-from benchmarks.layer import LayerCase, contestant, frozen, layer_flops, make_case, routed_block
+from benchmarks.harness import shapes
+from benchmarks.harness.compare import Contestant, Row
+from benchmarks.harness.layer import LayerCase, contestant, frozen, layer_flops, make_case, routed_block
 
 MODES = {
     "all trained": (shapes.half_caption, False),

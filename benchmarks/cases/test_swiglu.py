@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import shapes
 from benchmarks.baselines.slabs import pointwise
-from benchmarks.compare import Contestant, Row
-from lmfusion_kernels.swiglu import swiglu
+from benchmarks.harness import shapes
+from benchmarks.harness.compare import Contestant, Row
+from lmfusion_kernels.ops.swiglu import swiglu
 
 ROWS, FFN = shapes.ROW_OP_TOKENS, shapes.MAIN.intermediate_size
 

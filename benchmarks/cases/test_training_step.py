@@ -1,7 +1,7 @@
 """What does a whole training step cost: forward, backward, clipping and optimizer, of layers of a real size?
 
-The rate counts what the model needs (lmfusion/training/flops.py), not what is computed again; its share of the measured
-ceiling is the MFU. On a GPU there are as many layers as its memory is calculated to hold (lmfusion/training/memory.py).
+The rate counts what the model needs (lmfusion/model/flops.py), not what is computed again; its share of the measured
+ceiling is the MFU. On a GPU there are as many layers as its memory is calculated to hold (lmfusion/planning/memory.py).
 """
 
 import functools
@@ -11,15 +11,15 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from benchmarks import shapes
-from benchmarks.compare import Contestant, Row
-from lmfusion.batch import Batch, SpecialTokens, caption_first_document, image_first_document, pack
-from lmfusion.configuration import LMFusionConfig
-from lmfusion.modeling import LMFusion
+from benchmarks.harness import shapes
+from benchmarks.harness.compare import Contestant, Row
+from lmfusion.model.batch import Batch, SpecialTokens, caption_first_document, image_first_document, pack
+from lmfusion.model.configuration import LMFusionConfig
+from lmfusion.model.flops import RowCounts, batch_flops
+from lmfusion.model.modeling import LMFusion
+from lmfusion.planning.memory import Setup, memory_by_part, parameters
 from lmfusion.training.config import TrainConfig
 from lmfusion.training.distributed import World, place
-from lmfusion.training.flops import RowCounts, batch_flops
-from lmfusion.training.memory import Setup, memory_by_part, parameters
 from lmfusion.training.optimizer import Optimizer, clip_gradients
 
 SHAPES = [shapes.LMFUSION_8B, shapes.SMOLLM2] if shapes.HAS_GPU else [shapes.SMOLLM2]

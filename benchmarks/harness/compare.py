@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import machine
-from benchmarks.counting import count
+from benchmarks.harness import machine
+from benchmarks.harness.counting import count
 
 CACHE_FACTOR = 3  # buffer sets together exceed the L2 this many times
 MOST_SETS = 12

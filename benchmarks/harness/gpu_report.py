@@ -1,6 +1,6 @@
 """What does a run of benchmarks/gpu.py say, for a reader? Files beside its results.json.
 
-    python -m benchmarks.gpu_report runs/gpu/results.json
+    python -m benchmarks.harness.gpu_report runs/gpu/results.json
 
 results.md: the tests' results and the benchmarks' page. plots.svg: all plots of that page in one picture. After a run
 on a GPU also attention_table.json, a proposal for lmfusion_kernels/attention/table.json: look at it, then put it there.
@@ -13,9 +13,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks import shapes
-from benchmarks.output import read_results
-from benchmarks.report import page
+from benchmarks.harness import shapes
+from benchmarks.harness.output import read_results
+from benchmarks.harness.report import page
 from lmfusion_kernels.attention import KERNELS, propose, table
 
 HEAD_DIMS = {shape.name: shape.head_dim for shape in vars(shapes).values() if isinstance(shape, shapes.LayerShape)}

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 import lmfusion_kernels as lk
-from benchmarks.compare import Contestant
-from benchmarks.shapes import Documents, LayerShape
-from lmfusion_kernels.weights import Rope
+from benchmarks.harness.compare import Contestant
+from benchmarks.harness.shapes import Documents, LayerShape
+from lmfusion_kernels.block.weights import Rope
 
 
 @dataclass(frozen=True)

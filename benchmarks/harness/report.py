@@ -1,8 +1,8 @@
 """How do results become pages?
 
-    python -m benchmarks.report                          docs/performance.md from benchmarks/results/*.json
-    python -m benchmarks.report --keep runs/x/results.json    take a run into benchmarks/results first, for its device
-    python -m benchmarks.report runs/x/results.json      results.md and plots beside that file
+    python -m benchmarks.harness.report                          docs/performance.md from benchmarks/results/*.json
+    python -m benchmarks.harness.report --keep runs/x/results.json    take a run into benchmarks/results first, for its device
+    python -m benchmarks.harness.report runs/x/results.json      results.md and plots beside that file
 
 The page holds what the results hold: a device that was never measured has no section, a baseline that was faster is
 listed under "Where we lose".
@@ -15,10 +15,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chart import Bar, Group, svg
-from benchmarks.output import file_name, launches_of, read_results, speed_of, verdict
+from benchmarks.harness.chart import Bar, Group, svg
+from benchmarks.harness.output import file_name, launches_of, read_results, speed_of, verdict
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "performance.md"
 IMAGES = ROOT / "docs" / "images"
@@ -46,7 +46,7 @@ TITLES = {
 INTRODUCTION = """\
 # Performance
 
-Made by `python -m benchmarks.report` from [benchmarks/results](../benchmarks/results); edits here are lost. What a row
+Made by `python -m benchmarks.harness.report` from [benchmarks/results](../benchmarks/results); edits here are lost. What a row
 means and how the comparison is kept fair: [benchmarks/README.md](../benchmarks/README.md).
 
 A ratio is our median time over that of the baseline, in one run, in turns: below 1 we are faster. Rates count useful

@@ -5,7 +5,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from benchmarks.layer import Layer, LayerCase
+from benchmarks.harness.layer import Layer, LayerCase
 from benchmarks.peers.loading import attention_for, fill, import_from, set_trained
 
 

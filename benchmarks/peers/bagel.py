@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_mask
 
-from benchmarks.layer import Layer, LayerCase
+from benchmarks.harness.layer import Layer, LayerCase
 from benchmarks.peers.loading import attention_for, fill, import_from, set_trained
 
 VARIABLE, URL = "LMFUSION_PEER_BAGEL", "https://github.com/ByteDance-Seed/Bagel"

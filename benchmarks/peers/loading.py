@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 import lmfusion_kernels as lk
-from benchmarks.compare import UnavailableError
-from benchmarks.layer import LayerCase
+from benchmarks.harness.compare import UnavailableError
+from benchmarks.harness.layer import LayerCase
 
 
 def import_from(variable: str, url: str, packages: Sequence[str], module: str) -> ModuleType:

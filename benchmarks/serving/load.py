@@ -1,8 +1,8 @@
 """Does `lmfusion serve` stand a crowd? Many clients at once, for minutes, some of them rude; everything is checked.
 
-    python -m benchmarks.serve_load                                  50 clients for 120 s on a tiny random model
-    python -m benchmarks.serve_load --clients 8 --seconds 10
-    python -m benchmarks.serve_load --model runs/demo/run/model --output runs/serve_load.json
+    python -m benchmarks.serving.load                                  50 clients for 120 s on a tiny random model
+    python -m benchmarks.serving.load --clients 8 --seconds 10
+    python -m benchmarks.serving.load --model runs/demo/run/model --output runs/serve_load.json
 
 Starts the server as a process of its own on the loopback device, and ends it. Clients draw from a pool of requests:
 text, text with forced images, questions about and edits of an uploaded image, whole or streamed with previews. Some
@@ -39,9 +39,9 @@ from typing import Any
 import httpx
 import numpy as np
 
-from benchmarks.serve_clients import Asked, Log, Part, build_pool, read_whole, run_client
+from benchmarks.serving.clients import Asked, Log, Part, build_pool, read_whole, run_client
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MAX_CLIENTS, MAX_SECONDS = 200, 1800
 MAX_BATCH, MAX_WAITING = 24, 16
 """Of the server: together fewer than 50, so that a crowd meets a full queue now and then."""
@@ -228,7 +228,7 @@ def build_model(folder: Path) -> Path:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
     from tests.lmfusion.conftest import build_tokenizer
 
     tokenizer = build_tokenizer()
@@ -276,7 +276,7 @@ def main() -> int:
         found = run(model, args.clients, args.seconds, args.image_size)
     print(table(found))
     if args.output is not None:
-        from benchmarks.machine import benchmark_device, describe
+        from benchmarks.harness.machine import benchmark_device, describe
 
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps({**describe(benchmark_device()), **found}, indent=1) + "\n")

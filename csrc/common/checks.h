@@ -16,7 +16,7 @@
 #include <string>
 #include <vector>
 
-#include "rows/scalar.h"
+#include "../elementwise/scalar.h"
 
 namespace lmf {
 

@@ -1,4 +1,4 @@
-// What do the op (csrc/hybrid_attention.cpp) and its CPU kernels tell each other? The problem, the buffers, the tasks.
+// What do the op (csrc/cpu/hybrid_attention_op.cpp) and its CPU kernels tell each other? The problem, the buffers, the tasks.
 //
 // Work is cut into tasks of one key-value head and one tile of consecutive queries. A tile's rows are the queries times
 // the H / H_kv heads that share the key-value head, in memory order: row r is query r / group, so rows that sit

@@ -12,7 +12,7 @@
 #include <tuple>
 #include <vector>
 
-#include "cpu/hybrid_attention.h"
+#include "hybrid_attention.h"
 
 namespace {
 

@@ -4,7 +4,7 @@
 
 #include "hybrid_attention.h"
 #include "hybrid_attention_vector.h"
-#include "rows/scalar.h"
+#include "../elementwise/scalar.h"
 
 namespace lmf::LMF_ISA {
 

@@ -2,8 +2,8 @@
 // one namespace each, and the best one that the processor has is called at run time.
 //
 //   csrc/cpu/swiglu.h      LMF_DECLARE_KERNEL(void, swiglu_rows, (const float* gate_up, float* y, int64_t num_rows))
-//   csrc/cpu/swiglu.cpp    namespace lmf::LMF_ISA { void swiglu_rows(...) { ... } }        compiled with -DLMF_ISA=<name>
-//   csrc/swiglu.cpp        LMF_CALL_KERNEL(swiglu_rows, gate_up, y, num_rows);             overloads are fine
+//   csrc/cpu/swiglu_kernel.cpp    namespace lmf::LMF_ISA { void swiglu_rows(...) { ... } }        compiled with -DLMF_ISA=<name>
+//   csrc/cpu/swiglu_op.cpp        LMF_CALL_KERNEL(swiglu_rows, gate_up, y, num_rows);             overloads are fine
 //
 // Everything in a header that a kernel includes (csrc/rows/) belongs into namespace lmf::LMF_ISA too: an inline function
 // or template outside of it would exist once per instruction set under one name, and the linker keeps only one of them,

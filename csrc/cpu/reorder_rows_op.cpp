@@ -1,7 +1,7 @@
 // Rows of any dtype in another order, on the CPU.
 
-#include "allocate.h"
-#include "arguments.h"
+#include "../common/allocate.h"
+#include "../common/arguments.h"
 
 namespace lmf {
 namespace {

@@ -2,7 +2,7 @@
 
 #include "rms_norm.h"
 
-#include "../rows/rms_norm.h"
+#include "../elementwise/rms_norm.h"
 
 namespace lmf {
 namespace LMF_ISA {

@@ -1,9 +1,9 @@
-// RMSNorm of rows of two towers on the CPU: checks, results, threads. The arithmetic is in cpu/rms_norm.cpp.
+// RMSNorm of rows of two towers on the CPU: checks, results, threads. The arithmetic is in cpu/rms_norm_kernel.cpp.
 
-#include "cpu/rms_norm.h"
+#include "rms_norm.h"
 
-#include "allocate.h"
-#include "arguments.h"
+#include "../common/allocate.h"
+#include "../common/arguments.h"
 
 namespace lmf {
 namespace {

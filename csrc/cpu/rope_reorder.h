@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "../rows/scalar.h"
+#include "../elementwise/scalar.h"
 #include "isa.h"
 
 namespace lmf {

@@ -3,8 +3,8 @@
 
 #include "rope_reorder.h"
 
-#include "../rows/rms_norm.h"
-#include "../rows/rope.h"
+#include "../elementwise/rms_norm.h"
+#include "../elementwise/rope.h"
 
 namespace lmf {
 namespace LMF_ISA {

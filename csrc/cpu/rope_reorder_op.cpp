@@ -1,10 +1,10 @@
-// RoPE with reorder on the CPU: checks, results, threads. The arithmetic is in cpu/rope_reorder.cpp.
+// RoPE with reorder on the CPU: checks, results, threads. The arithmetic is in cpu/rope_reorder_kernel.cpp.
 
-#include "cpu/rope_reorder.h"
+#include "rope_reorder.h"
 
-#include "allocate.h"
-#include "arguments.h"
-#include "cpu/rms_norm.h"
+#include "../common/allocate.h"
+#include "../common/arguments.h"
+#include "rms_norm.h"
 
 namespace lmf {
 namespace {

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "../rows/scalar.h"
+#include "../elementwise/scalar.h"
 #include "isa.h"
 
 LMF_DECLARE_KERNEL(void, swiglu_rows, (const float* gate_up, float* y, int64_t num_rows, int64_t width))

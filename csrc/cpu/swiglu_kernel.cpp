@@ -2,7 +2,7 @@
 
 #include "swiglu.h"
 
-#include "../rows/swiglu.h"
+#include "../elementwise/swiglu.h"
 
 namespace lmf {
 namespace LMF_ISA {

@@ -1,9 +1,9 @@
-// SwiGLU on the CPU: checks, results, threads. The arithmetic is in cpu/swiglu.cpp.
+// SwiGLU on the CPU: checks, results, threads. The arithmetic is in cpu/swiglu_kernel.cpp.
 
-#include "cpu/swiglu.h"
+#include "swiglu.h"
 
-#include "allocate.h"
-#include "arguments.h"
+#include "../common/allocate.h"
+#include "../common/arguments.h"
 
 namespace lmf {
 namespace {

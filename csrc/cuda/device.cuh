@@ -1,13 +1,13 @@
 // What do the kernels of csrc/cuda share on the device? 16-byte accesses, sums over the threads of a row, fast exp.
 //
 // Kernels keep to threadIdx, blockIdx, blockDim, gridDim, static __shared__ arrays, __syncthreads() and shuffles of
-// full warps, so that tests/cuda_emulation can run the same source on the CPU.
+// full warps, so that tests/kernels/cuda_emulation can run the same source on the CPU.
 
 #pragma once
 
 #include <type_traits>
 
-#include "../rows/scalar.h"
+#include "../elementwise/scalar.h"
 
 namespace lmf {
 namespace LMF_ISA {

@@ -1,13 +1,13 @@
 // How do the ops of csrc/cuda reach the GPU? Device, stream, memory, launches, registration. Nothing here waits for the
 // device, and all memory comes from torch's allocator, so every op can be captured into a CUDA graph.
 //
-// tests/cuda_emulation compiles the same sources for the CPU: its cuda_emulation.h then has LMF_LAUNCH and class Gpu.
+// tests/kernels/cuda_emulation compiles the same sources for the CPU: its cuda_emulation.h then has LMF_LAUNCH and class Gpu.
 
 #pragma once
 
 #include <initializer_list>
 
-#include "../arguments.h"
+#include "../common/arguments.h"
 #include "device.cuh"
 
 // Registers CUDA implementations: LMF_CUDA_LIBRARY_IMPL(m) { m.impl("swiglu", TORCH_BOX(&swiglu)); }

@@ -8,7 +8,7 @@
 // and the partial sums of their gradients (4 bytes a column and resident row of threads) stay in the L2. The floor is
 // those bytes over the copy bandwidth.
 
-#include "../rows/rms_norm.h"
+#include "../elementwise/rms_norm.h"
 #include "launch.cuh"
 #include "partials.cuh"
 

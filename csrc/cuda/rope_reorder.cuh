@@ -6,8 +6,8 @@
 
 #pragma once
 
-#include "../rows/rms_norm.h"
-#include "../rows/rope.h"
+#include "../elementwise/rms_norm.h"
+#include "../elementwise/rope.h"
 #include "launch.cuh"
 
 namespace lmf {

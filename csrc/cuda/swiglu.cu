@@ -4,7 +4,7 @@
 // row; backward 5 e I (reads dy, gate, up, writes dgate, dup) and e I where y is recomputed. The floor is those bytes
 // over the copy bandwidth; about 15 instructions an element leave the arithmetic below it.
 
-#include "../rows/swiglu.h"
+#include "../elementwise/swiglu.h"
 #include "launch.cuh"
 
 namespace lmf {

@@ -1,5 +1,5 @@
-// The python module lmfusion_kernels._host_native: numpy in, numpy out. No torch, so that data workers load it fast.
-// lmfusion_kernels/_host.py holds the same functions in numpy, and their documentation.
+// The python module lmfusion_kernels._layout_native: numpy in, numpy out. No torch, so that data workers load it fast.
+// lmfusion_kernels/layout/build.py holds the same functions in numpy, and their documentation.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>

@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from lmfusion.printing import on_its_lines
+from lmfusion.utils.printing import on_its_lines
 
 COMMANDS = (
     "adapt",

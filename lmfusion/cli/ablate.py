@@ -27,12 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from lmfusion.ablation.config import AblationConfig
+    from lmfusion.experiments.ablation.config import AblationConfig
     from lmfusion.training.config import read_recipe
 
     config = read_recipe(AblationConfig, args.recipe, args.overrides)
 
-    from lmfusion.ablation.run import run_ablation
+    from lmfusion.experiments.ablation.run import run_ablation
 
     if run_ablation(config) is None:
         print("interrupted; the same command continues")

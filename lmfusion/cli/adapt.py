@@ -57,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from lmfusion.conversion import load_base
-    from lmfusion.modeling import LMFusion
-    from lmfusion.serialization import from_base
+    from lmfusion.model.modeling import LMFusion
+    from lmfusion.model.saving import from_base
 
     patch_coder = _given(kind=args.patch_coder, patch_size=args.patch_size)
     image = _given(hidden_size=args.image_width, intermediate_size=args.image_ffn_width, separation=args.separation)

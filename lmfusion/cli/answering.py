@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lmfusion.generation import Engine, Event
-    from lmfusion.generation.answers import Asked
+    from lmfusion.generation.api import Asked
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
@@ -16,7 +16,7 @@ def run_to_the_end(engine: "Engine", requests: "Sequence[Asked]", show: Callable
 
     What a step has finished is shown before Ctrl-C takes effect, unless it is pressed once more.
     """
-    from lmfusion.training.signals import stop_signals
+    from lmfusion.utils.signals import stop_signals
 
     numbers = {
         engine.submit(request.prompt, request.options, index=request.index): i for i, request in enumerate(requests)

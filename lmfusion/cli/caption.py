@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     check_batch_size(args)
 
     from lmfusion.generation import GenerationOptions, encode_prompt
-    from lmfusion.generation.answers import Asked, engine_for
+    from lmfusion.generation.api import Asked, engine_for
 
     options = GenerationOptions(
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed

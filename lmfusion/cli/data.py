@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lmfusion.configuration import LMFusionConfig
     from lmfusion.data.inspect import Contents, Epoch
-    from lmfusion.data.sources import Source, SourceConfig
-    from lmfusion.image.codec import Codec
+    from lmfusion.data.samples import Source, SourceConfig
+    from lmfusion.model.codec import Codec
+    from lmfusion.model.configuration import LMFusionConfig
     from lmfusion.training.config import RunConfig
 
 HELP = "show, check or count a data set"
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _read_arguments(args: argparse.Namespace) -> tuple["RunConfig | None", list["SourceConfig"]]:
     """The recipe, if one was given, and the sources."""
-    from lmfusion.data.sources import KINDS, SourceConfig
+    from lmfusion.data.samples import KINDS, SourceConfig
 
     kind, _, _ = args.data.partition("=")
     if kind in KINDS:
@@ -94,8 +94,8 @@ def _show(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["S
     from PIL import Image
 
     from lmfusion.data.inspect import contact_sheet
-    from lmfusion.data.unused import report_unused
-    from lmfusion.files import replacing
+    from lmfusion.data.sources.unused_files import report_unused
+    from lmfusion.utils.files import replacing
 
     sources = _load(recipe, configs)
     for config, source in zip(configs, sources, strict=True):
@@ -119,8 +119,8 @@ def _show(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["S
 
 def _check(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["SourceConfig"]) -> int:
     from lmfusion.data.inspect import by_reason, name_damage, read_all
-    from lmfusion.files import replace_text
-    from lmfusion.printing import on_one_line
+    from lmfusion.utils.files import replace_text
+    from lmfusion.utils.printing import on_one_line
 
     damaged = []
     for config, source in zip(configs, _load(recipe, configs), strict=True):
@@ -195,21 +195,21 @@ def _contents_line(config: "SourceConfig", contents: "Contents") -> str:
 
 
 def _print_unused(config: "SourceConfig", source: "Source") -> None:
-    from lmfusion.data.unused import describe_unused
+    from lmfusion.data.sources.unused_files import describe_unused
 
     for line in describe_unused(source, config.name):
         print(line)
 
 
 def _load(recipe: "RunConfig | None", configs: list["SourceConfig"]) -> list["Source"]:
-    from lmfusion.data.sources import load_source
+    from lmfusion.data.samples import load_source
 
     size = DEFAULT_IMAGE_SIZE if recipe is None else _image_size(recipe)
     return [load_source(config, size) for config in configs]
 
 
 def _image_size(recipe: "RunConfig") -> int:
-    from lmfusion.saved_files import read_config
+    from lmfusion.model.saved_files import read_config
     from lmfusion.training.config import resolve_path
 
     model = recipe.model
@@ -220,7 +220,7 @@ def _image_size(recipe: "RunConfig") -> int:
 def _read_model(recipe: "RunConfig", sources: list["Source"]) -> tuple["LMFusionConfig", "Codec", Any]:
     """Configuration, codec and tokenizer of the recipe's model. Raises ValueError for a cache made with others."""
     from lmfusion.cli.loading import read_without_weights
-    from lmfusion.data.sources import EncodedSource
+    from lmfusion.data.samples import EncodedSource
 
     config, codec, tokenizer = read_without_weights(recipe.model)
     for source in sources:
@@ -233,9 +233,9 @@ def _window_reader(recipe: "RunConfig", sources: list["Source"]) -> Any:
     """What plans the rows of a run, as its loader has it."""
     import torch
 
-    from lmfusion.batch import SpecialTokens
-    from lmfusion.data.packing import WindowReader
-    from lmfusion.image.patch_coder import build_patch_coder
+    from lmfusion.data.pipeline.packing import WindowReader
+    from lmfusion.model.batch import SpecialTokens
+    from lmfusion.model.patch_coder import build_patch_coder
 
     config, codec, tokenizer = _read_model(recipe, sources)
     with torch.device("meta"):
@@ -258,7 +258,7 @@ def _window_reader(recipe: "RunConfig", sources: list["Source"]) -> Any:
 
 
 def _decode(codec: "Codec", latents: Any) -> Any:
-    from lmfusion.image.preprocessing import to_pil
+    from lmfusion.images.preprocessing import to_pil
 
     return to_pil(codec.decode(latents.mean[None].float()))[0]
 

@@ -61,11 +61,11 @@ def run(args: argparse.Namespace) -> int:
     if args.no_page:
         return _make(args)
 
-    from lmfusion.page.app import require_gradio
+    from lmfusion.serving.page.app import require_gradio
 
     require_gradio()
-    from lmfusion.serve.guard import is_loopback
-    from lmfusion.serve.run import bind
+    from lmfusion.serving.guard import is_loopback
+    from lmfusion.serving.lifecycle import bind
 
     with bind(args.host, args.port) as listener:  # a port that is taken is told before minutes of training
         name, examples, way = "lmfusion demo", EXAMPLES, "message"  # it was taught single questions
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
         from lmfusion.generation.engine import Engine
         from lmfusion.generation.worker import EngineWorker
-        from lmfusion.page.app import serve_page
+        from lmfusion.serving.page.app import serve_page
 
         if not is_loopback(args.host):
             warning = f"{args.host} is more than this machine: everybody who reaches it can use the page, unencrypted"
@@ -105,6 +105,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _make(args: argparse.Namespace) -> int:
-    from lmfusion.demo.run import run_demo
+    from lmfusion.experiments.demo.run import run_demo
 
     return 0 if run_demo(args.output, args.overrides)["text_identical"] else 1

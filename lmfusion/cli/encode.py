@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
-    from lmfusion.data.encode import EncodeOptions, encode_source
+    from lmfusion.data.latent_cache.encode import EncodeOptions, encode_source
     from lmfusion.training.config import load_config
 
     config = load_config(args.recipe, args.overrides)
@@ -117,7 +117,7 @@ def _device(name: str) -> "torch.device":
 
     import torch
 
-    from lmfusion.devices import choose_device
+    from lmfusion.utils.devices import choose_device
 
     device = choose_device(name, "train.device")
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:

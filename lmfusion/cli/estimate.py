@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lmfusion.training.estimate import Estimate
+    from lmfusion.planning.estimate import Estimate
 
 HELP = "memory, time and money that a recipe takes"
 
@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from lmfusion.planning.estimate import Assumptions, estimate
     from lmfusion.training.config import load_config
-    from lmfusion.training.estimate import Assumptions, estimate
 
     given = Assumptions(
         num_gpus=args.gpus,

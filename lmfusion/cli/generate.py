@@ -30,7 +30,7 @@ from lmfusion.cli.loading import add_model_arguments, check_batch_size, load_mod
 from lmfusion.cli.pairs import json_pairs
 
 if TYPE_CHECKING:
-    from lmfusion.cli.screen import Request
+    from lmfusion.cli.progress import Request
     from lmfusion.generation import GenerationOptions, PromptLike
 
 HELP = "answer prompts with images, text, or both"
@@ -154,9 +154,9 @@ def run(args: argparse.Namespace) -> int:
 
     model = load_model(args)
 
-    from lmfusion.cli.screen import Screen
+    from lmfusion.cli.progress import Screen
     from lmfusion.generation import encode_prompt
-    from lmfusion.generation.answers import Asked, engine_for
+    from lmfusion.generation.api import Asked, engine_for
 
     once = {request.prompt: request for request in requests}  # whatever --count
     read = {
@@ -181,7 +181,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _asked(args: argparse.Namespace) -> "list[Request]":
     """What PROMPT, --chat, --text, --image and --count ask for."""
-    from lmfusion.cli.screen import Request
+    from lmfusion.cli.progress import Request
 
     if not args.prompts:
         raise ValueError("there is no PROMPT; say what to draw or to answer, or give --settings")
@@ -204,9 +204,9 @@ def _asked(args: argparse.Namespace) -> "list[Request]":
 
 def _repeated(args: argparse.Namespace) -> "list[Request]":
     """What the image of --settings was made with. Its file may come from anywhere: nothing in it is taken on trust."""
-    from lmfusion.cli.screen import Request
+    from lmfusion.cli.progress import Request
     from lmfusion.generation import GenerationOptions
-    from lmfusion.image.png import read_settings
+    from lmfusion.images.png import read_settings
 
     brought = {"PROMPT": args.prompts, "--chat": args.chat, "--text": args.text, "--image": args.image}
     for flag, value in brought.items():

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lmfusion.configuration import LMFusionConfig
-    from lmfusion.image.codec import Codec
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.codec import Codec
+    from lmfusion.model.configuration import LMFusionConfig
+    from lmfusion.model.modeling import LMFusion
     from lmfusion.training.config import ModelConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -63,11 +63,11 @@ def load_model(args: argparse.Namespace) -> "LMFusion":
     """
     import torch
 
-    from lmfusion.devices import choose_device
+    from lmfusion.utils.devices import choose_device
 
     device = choose_device(args.device, "--device")  # before anything slow
 
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
     dtype = None if args.dtype is None else getattr(torch, args.dtype)
     model = LMFusion.from_pretrained(args.model, base=args.base, dtype=dtype, codec_path=args.codec_path)
@@ -79,11 +79,11 @@ def read_without_weights(model: "ModelConfig") -> tuple["LMFusionConfig", "Codec
 
     Raises ValueError where the LLM has no tokenizer, and whatever `LMFusion.from_llm` or `from_pretrained` raises.
     """
-    from lmfusion.configuration import LMFusionConfig
     from lmfusion.conversion import open_base
     from lmfusion.conversion.tokenizer import checked, read_tokenizer
-    from lmfusion.image.codec import load_codec
-    from lmfusion.saved_files import read_config
+    from lmfusion.model.codec import load_codec
+    from lmfusion.model.configuration import LMFusionConfig
+    from lmfusion.model.saved_files import read_config
     from lmfusion.training.config import resolve_path
 
     if model.adapted is not None:

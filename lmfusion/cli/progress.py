@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from lmfusion.generation.events import Done, Event, ImageBegin, ImageEnd, ImagePreview, TextDelta
-from lmfusion.image.png import save_png
+from lmfusion.images.png import save_png
 
 if TYPE_CHECKING:
     from lmfusion.generation.options import GenerationOptions

@@ -21,7 +21,7 @@ from lmfusion.cli.pairs import json_pairs
 
 if TYPE_CHECKING:
     from lmfusion.generation.options import Limits
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
 HELP = "answer chats over HTTP, as OpenAI's API does"
 KEY_VARIABLE = "LMFUSION_API_KEY"
@@ -88,9 +88,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        from lmfusion.serve.app import build_app
-        from lmfusion.serve.requests import RequestLimits, RequestReader
-        from lmfusion.serve.run import bind, run_server, url_of, warn_if_open
+        from lmfusion.serving.http.app import build_app
+        from lmfusion.serving.http.requests import RequestLimits, RequestReader
+        from lmfusion.serving.lifecycle import bind, run_server, url_of, warn_if_open
     except ImportError as error:
         missing = f"`lmfusion serve` needs fastapi and uvicorn ({error.name} is not installed)"
         raise ValueError(f'{missing}; pip install -e ".[serve]"') from None

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from lmfusion.verification import verify
+    from lmfusion.model.verification import verify
 
     verification = verify(args.path, args.base, args.codec_path)
     print(verification.table())

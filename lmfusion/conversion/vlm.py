@@ -26,7 +26,7 @@ from lmfusion.conversion.huggingface import (
     read_tensors,
 )
 from lmfusion.conversion.tokenizer import read_tokenizer, refuse_code
-from lmfusion.vision import VLM_TYPES, check_vlm
+from lmfusion.model.vision import VLM_TYPES, check_vlm
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 VISION_PREFIX = "vision.model."

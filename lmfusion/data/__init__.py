@@ -1,6 +1,6 @@
 """Captioned images, interleaved documents, conversations and edits, and the rows made of them."""
 
-from lmfusion.data.sources import (
+from lmfusion.data.samples import (
     CaptionedImage,
     Conversation,
     DataConfig,

@@ -8,11 +8,11 @@ from functools import partial
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from lmfusion.data.documents import Damage
-from lmfusion.data.order import Permutation
-from lmfusion.data.packing import WindowReader
-from lmfusion.data.remote import map_threads
-from lmfusion.data.sources import CaptionedImage, Latents, LoadImage, Sample, Source, Text, parts_of
+from lmfusion.data.pipeline.documents import Damage
+from lmfusion.data.pipeline.order import Permutation
+from lmfusion.data.pipeline.packing import WindowReader
+from lmfusion.data.samples import CaptionedImage, Latents, LoadImage, Sample, Source, Text, parts_of
+from lmfusion.data.storage.files import map_threads
 
 TAKEN_TOGETHER = 32
 """Samples one thread goes through before the next takes over."""

@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from lmfusion.chat_template import TODAY, check_date
-from lmfusion.data.order import Permutation
+from lmfusion.data.pipeline.order import Permutation
+from lmfusion.text.chat_template import TODAY, check_date
 
 Text = str | np.ndarray
 """A text, or its token ids without bos and eos (int32 [n]) where a latent cache holds them."""
@@ -247,39 +247,39 @@ def load_source(config: SourceConfig, image_size: int) -> Source:
     Raises ValueError where a package is missing, or there is nothing at the path.
     """
     if config.kind == "digits":
-        from lmfusion.data.digits import Digits
+        from lmfusion.synthetic.digits import Digits
 
         return Digits(config.split)
     if config.kind == "digit_conversations":
-        from lmfusion.data.digits import DigitConversations
+        from lmfusion.synthetic.digits import DigitConversations
 
         return DigitConversations(config.split)
     if config.kind == "openmoji":
-        from lmfusion.data.emoji import OpenMoji
+        from lmfusion.synthetic.openmoji import OpenMoji
 
         return OpenMoji(image_size, config.split)
     if config.kind in ("shapes", "shape_edits"):
-        from lmfusion.data.shapes import ShapeEdits, Shapes
+        from lmfusion.synthetic.shapes import ShapeEdits, Shapes
 
         return (Shapes if config.kind == "shapes" else ShapeEdits)(image_size, config.split)
     assert config.path is not None
     if config.kind == "folder":
-        from lmfusion.data.folder import ImageFolder
+        from lmfusion.data.sources.folder import ImageFolder
 
         return ImageFolder(config.path)
     if config.kind == "webdataset":
-        from lmfusion.data.webdataset import WebDataset
+        from lmfusion.data.sources.webdataset import WebDataset
 
         return WebDataset(config.path, image=config.image, caption=config.caption)
     if config.kind == "parquet":
-        from lmfusion.data.parquet import ParquetFiles
+        from lmfusion.data.sources.parquet import ParquetFiles
 
         return ParquetFiles(config.path, image=config.image, caption=config.caption)
     if config.kind == "interleaved":
-        from lmfusion.data.interleaved import InterleavedFiles
+        from lmfusion.data.sources.interleaved import InterleavedFiles
 
         return InterleavedFiles(config.path)
-    from lmfusion.data.encoded import EncodedShards
+    from lmfusion.data.latent_cache.reader import EncodedShards
 
     return EncodedShards(config.path)
 

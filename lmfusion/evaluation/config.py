@@ -4,13 +4,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lmfusion.config_values import shown
-from lmfusion.evaluation.captions import CaptionsConfig
-from lmfusion.evaluation.edits import EditsConfig
-from lmfusion.evaluation.geneval import GenEvalConfig
-from lmfusion.evaluation.images import ImagesConfig
-from lmfusion.evaluation.language import LanguageConfig
-from lmfusion.evaluation.shapes import ShapesConfig
+from lmfusion.evaluation.suites.captions import CaptionsConfig
+from lmfusion.evaluation.suites.edits import EditsConfig
+from lmfusion.evaluation.suites.geneval import GenEvalConfig
+from lmfusion.evaluation.suites.images import ImagesConfig
+from lmfusion.evaluation.suites.language import LanguageConfig
+from lmfusion.evaluation.suites.shapes import ShapesConfig
+from lmfusion.utils.config_values import shown
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16")

@@ -12,10 +12,10 @@ from typing import Any
 
 from PIL import Image
 
-from lmfusion.data.order import Permutation
-from lmfusion.data.randomness import generator
-from lmfusion.data.sources import CaptionedImage, SourceConfig, load_source
-from lmfusion.image.preprocessing import load_image
+from lmfusion.data.pipeline.order import Permutation
+from lmfusion.data.samples import CaptionedImage, SourceConfig, load_source
+from lmfusion.images.preprocessing import load_image
+from lmfusion.utils.randomness import generator
 
 COCO_DOWNLOADS = (
     "captions_val2014.json is in annotations_trainval2014.zip and the images are val2014.zip, both at "

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 
 from lmfusion import __version__
-from lmfusion.config_values import to_values
-from lmfusion.devices import choose_device, device_name
 from lmfusion.evaluation.config import EvalConfig
 from lmfusion.evaluation.identity import commit, model_digest, values_digest, versions
-from lmfusion.evaluation.page import render_page
+from lmfusion.evaluation.report import render_page
 from lmfusion.evaluation.results import SuiteResult
-from lmfusion.files import full_path, locked, replace_text
-from lmfusion.folders import current_folder
-from lmfusion.modeling import LMFusion
+from lmfusion.model.modeling import LMFusion
+from lmfusion.utils.config_values import to_values
+from lmfusion.utils.devices import choose_device, device_name
+from lmfusion.utils.files import full_path, locked, replace_text
+from lmfusion.utils.folders import current_folder
 
 RESULTS, PAGE = "eval.json", "index.html"
 SCHEMA = 1
@@ -88,7 +88,7 @@ def _run(name: str, model: LMFusion, settings: Any, folder: Path) -> SuiteResult
 
 
 def _module(name: str) -> Any:
-    return importlib.import_module(f"lmfusion.evaluation.{name}")
+    return importlib.import_module(f"lmfusion.evaluation.suites.{name}")
 
 
 def _load(config: EvalConfig, device: torch.device) -> LMFusion:

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 import lmfusion_kernels as lk
-from lmfusion.generation.answers import evaluating
+from lmfusion.generation.api import evaluating
 from lmfusion.generation.prompt import context_limit, require_tokenizer
-from lmfusion.tokens import token_ids
+from lmfusion.text.tokenization import token_ids
 
 if TYPE_CHECKING:
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
 BATCH_TOKENS = 2048
 """Rows of one forward, unless a single text is longer."""

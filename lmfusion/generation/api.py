@@ -14,10 +14,10 @@ from lmfusion.generation.events import Done, Event, ImageEnd, TextDelta
 from lmfusion.generation.options import GenerationOptions, Limits
 from lmfusion.generation.prompt import Prompt, PromptLike, encode_prompt
 from lmfusion.generation.request import Request
-from lmfusion.image.preprocessing import ImageSource
+from lmfusion.images.preprocessing import ImageSource
 
 if TYPE_CHECKING:
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lmfusion_kernels import layout as layouts
-from lmfusion_kernels.layout import TokenLayout
+from lmfusion_kernels.layout import token_layout as layouts
+from lmfusion_kernels.layout.token_layout import TokenLayout
 
 if TYPE_CHECKING:
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
 ALIGNMENT = 64
 """Ranges begin at multiples of it, where attention on a CPU begins a tile of keys: it adds up a document's numbers in

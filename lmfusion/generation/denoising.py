@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from lmfusion.generation.async_copy import HostCopy, upload
 from lmfusion.generation.cache import CachedDocument, KeyValueCache
+from lmfusion.generation.device_steps import Branching, denoise_step, predict_step
 from lmfusion.generation.events import ImagePreview
-from lmfusion.generation.finite import are_finite
 from lmfusion.generation.graphs import Recorder, ReplayedStep
 from lmfusion.generation.guidance import MAX_BRANCHES
 from lmfusion.generation.previews import preview_image, preview_map, to_rgb
 from lmfusion.generation.prompt import context_limit
 from lmfusion.generation.request import Drawing, Request
 from lmfusion.generation.samplers import SchedulerRun
-from lmfusion.generation.steps import Branching, denoise_step, predict_step
-from lmfusion.generation.transfer import HostCopy, upload
-from lmfusion_kernels.layout import TokenLayout
+from lmfusion.utils.finite import are_finite
+from lmfusion_kernels.layout.token_layout import TokenLayout
 
 if TYPE_CHECKING:
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
 NUM_KEPT = 8
 """Layouts that are kept: a batch alternates between a few, with and without guidance."""

@@ -9,10 +9,10 @@ from lmfusion.generation.cache import KeyValueCache
 from lmfusion.generation.decoding import Choice, next_tokens
 from lmfusion.generation.guidance import guide
 from lmfusion.generation.samplers import advance
-from lmfusion_kernels.layout import TokenLayout
+from lmfusion_kernels.layout.token_layout import TokenLayout
 
 if TYPE_CHECKING:
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
 
 class Branching(NamedTuple):

@@ -21,12 +21,12 @@ from PIL import Image
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lmfusion.batch import number_seen
+from lmfusion.generation.async_copy import HostCopy, upload
 from lmfusion.generation.cache import KeyValueCache
 from lmfusion.generation.decoding import NO_TOKEN, Choice, next_tokens
 from lmfusion.generation.denoising import Denoiser, next_power_of_two
+from lmfusion.generation.device_steps import decode_step
 from lmfusion.generation.events import Done, Event, ImageBegin, ImageEnd, TextDelta
-from lmfusion.generation.finite import are_finite, image_error, text_error
 from lmfusion.generation.graphs import ReplayedStep, recorder_for
 from lmfusion.generation.guidance import ContextImage
 from lmfusion.generation.memory import MemoryPlan, plan_memory
@@ -34,13 +34,13 @@ from lmfusion.generation.options import GenerationOptions, Limits
 from lmfusion.generation.previews import preview_map
 from lmfusion.generation.prompt import Prompt, context_limit, end_token_ids
 from lmfusion.generation.request import Phase, Reading, Request
-from lmfusion.generation.steps import decode_step
-from lmfusion.generation.transfer import HostCopy, upload
-from lmfusion.image.preprocessing import to_pil
-from lmfusion.vision import VisionInput
+from lmfusion.images.preprocessing import to_pil
+from lmfusion.model.batch import number_seen
+from lmfusion.model.vision import VisionInput
+from lmfusion.utils.finite import are_finite, image_error, text_error
 
 if TYPE_CHECKING:
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
 CODEC_BATCH = 8
 """Images that the autoencoder codes at a time: its working memory is that of a network on full-size images."""

@@ -14,9 +14,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lmfusion.generation.transfer import upload
-from lmfusion_kernels.layout import TokenLayout
-from lmfusion_kernels.layout_buffer import pack, unpack
+from lmfusion.generation.async_copy import upload
+from lmfusion_kernels.layout.buffer import pack, unpack
+from lmfusion_kernels.layout.token_layout import TokenLayout
 
 
 class Recorder(Protocol):

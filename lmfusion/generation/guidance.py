@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lmfusion.batch import Document, SpecialTokens
 from lmfusion.generation.options import GenerationOptions
+from lmfusion.model.batch import Document, SpecialTokens
 
 MAX_BRANCHES = 3
 

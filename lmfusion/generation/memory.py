@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lmfusion.generation.free_memory import free_bytes
 from lmfusion.generation.prompt import context_limit
+from lmfusion.utils.free_memory import free_bytes
 
 if TYPE_CHECKING:
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
 DEFAULT_CONTEXT = 4096
 """Tokens a request is taken to need where the LLM names no limit, or a longer one."""

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lmfusion.chat_template import check_template_variables
 from lmfusion.generation.samplers import SAMPLERS
+from lmfusion.text.chat_template import check_template_variables
 
 MAX_STOP_STRINGS = 16
 MAX_GUIDANCE = 1000

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from lmfusion.image.codec import Codec, PixelCodec
+from lmfusion.model.codec import Codec, PixelCodec
 
 NUM_IMAGES = 48
 """Synthetic images that a map is fitted to."""

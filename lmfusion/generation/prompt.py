@@ -9,19 +9,19 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from lmfusion.batch import Document, SpecialTokens, encode_caption
-from lmfusion.chat import Message, Seen, encode_chat
 from lmfusion.conversion.architectures import sliding_window
-from lmfusion.image.preprocessing import to_tensor
-from lmfusion.tokens import token_ids
-from lmfusion.vision import VisionInput
+from lmfusion.images.preprocessing import to_tensor
+from lmfusion.model.batch import Document, SpecialTokens, encode_caption
+from lmfusion.model.vision import VisionInput
+from lmfusion.text.chat import Message, Seen, encode_chat
+from lmfusion.text.tokenization import token_ids
 
 if TYPE_CHECKING:
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
 Part = str | Path | Image.Image | np.ndarray | VisionInput
 PromptLike = str | Sequence[Part] | Sequence[Message]
-"""A text; a list of texts and images (a path is an image, a str never is); or messages, as `lmfusion.chat` has them."""
+"""A text; a list of texts and images (a path is an image, a str never is); or messages, as `lmfusion.text.chat` has them."""
 
 
 @dataclass(frozen=True, eq=False)

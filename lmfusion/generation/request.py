@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lmfusion.batch import Document, SpecialTokens, encode_caption
+from lmfusion.generation.async_copy import upload
 from lmfusion.generation.cache import ALIGNMENT, CachedDocument
 from lmfusion.generation.decoding import TextStream, random_generator
 from lmfusion.generation.guidance import Branch, ContextImage, guidance_of
 from lmfusion.generation.options import GenerationOptions
 from lmfusion.generation.prompt import Prompt, context_limit, require_tokenizer
 from lmfusion.generation.samplers import SchedulerRun, StepTable, step_table
-from lmfusion.generation.transfer import upload
-from lmfusion.tokens import control_tokens, find_tokens
+from lmfusion.model.batch import Document, SpecialTokens, encode_caption
+from lmfusion.text.tokenization import control_tokens, find_tokens
 
 if TYPE_CHECKING:
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
 
 class Phase(enum.Enum):

@@ -15,7 +15,7 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from lmfusion.diffusion import Diffusion
+from lmfusion.model.diffusion import Diffusion
 
 SAMPLERS = ("ddpm", "ddim", "dpm-solver")
 NUM_COEFFICIENTS = 6
@@ -180,7 +180,7 @@ def _check_scheduler(scheduler: Any, diffusion: Diffusion, clip: float) -> None:
         )
     given: Any = scheduler
     name, config, settings = _name(given), diffusion.config, given.config
-    remedy = f"build it with {name}.from_config(lmfusion.diffusion.scheduler_config(model.config.diffusion))"
+    remedy = f"build it with {name}.from_config(lmfusion.model.diffusion.scheduler_config(model.config.diffusion))"
     theirs = getattr(given, "alphas_cumprod", None)
     if theirs is None or not _takes_plain_steps(given):
         raise ValueError(

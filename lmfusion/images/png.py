@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lmfusion.files import replacing
+from lmfusion.utils.files import replacing
 
 SETTINGS_KEY = "lmfusion"
 MAX_SETTINGS_BYTES = 1024 * 1024

@@ -11,7 +11,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from lmfusion.image.containers import TURNS, CostlyImageError, ImageFile, orientation, reduce_to_pixels
+from lmfusion.images.containers import TURNS, CostlyImageError, ImageFile, orientation, reduce_to_pixels
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 """A JPEG, PNG or WEBP file, a Pillow image, or an array [H, W] or [H, W, 1 | 3 | 4]: uint8, or floating in [0, 1]."""

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmfusion.tokens import token_ids
-from lmfusion_kernels.layout import TokenLayout
+from lmfusion.text.tokenization import token_ids
+from lmfusion_kernels.layout.token_layout import TokenLayout
 
 IGNORED = -100
 """Label of a row whose next token is not scored."""

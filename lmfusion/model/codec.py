@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmfusion.config_values import shown
-from lmfusion.files import file_sha256
+from lmfusion.utils.config_values import shown
+from lmfusion.utils.files import file_sha256
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 

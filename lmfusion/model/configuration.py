@@ -6,12 +6,12 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from lmfusion.chat_template import check_template_variables
-from lmfusion.config_values import from_values, shown
-from lmfusion.diffusion import DiffusionConfig
-from lmfusion.image.codec import CodecConfig
-from lmfusion.image.patch_coder import PatchCoderConfig
-from lmfusion_kernels.module import SEPARATIONS
+from lmfusion.model.codec import CodecConfig
+from lmfusion.model.diffusion import DiffusionConfig
+from lmfusion.model.patch_coder import PatchCoderConfig
+from lmfusion.text.chat_template import check_template_variables
+from lmfusion.utils.config_values import from_values, shown
+from lmfusion_kernels.block.modules import SEPARATIONS
 
 
 @dataclass

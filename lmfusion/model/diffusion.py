@@ -8,7 +8,7 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
-from lmfusion.config_values import shown
+from lmfusion.utils.config_values import shown
 
 MAX_TIMESTEPS = 100_000
 PREDICTION_TYPES = ("epsilon", "v_prediction")

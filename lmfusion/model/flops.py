@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmfusion.batch import Batch
-from lmfusion.configuration import LMFusionConfig
-from lmfusion.image.patch_coder import PatchCoderConfig, build_patch_coder
+from lmfusion.model.batch import Batch
+from lmfusion.model.configuration import LMFusionConfig
+from lmfusion.model.patch_coder import PatchCoderConfig, build_patch_coder
 
 CoderFields = tuple[str, int, tuple[int, ...], int]
 

@@ -13,8 +13,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 if TYPE_CHECKING:
-    from lmfusion.modeling import LMFusion
-    from lmfusion.vision import VisionEncoder
+    from lmfusion.model.modeling import LMFusion
+    from lmfusion.model.vision import VisionEncoder
 
 CARD_NAME = "README.md"
 BEGIN = "<!-- From here to the next line like this one, saving the model writes this file anew. The rest is yours. -->"

@@ -13,21 +13,22 @@ from transformers import AutoModel
 from transformers.utils import ModelOutput
 
 import lmfusion_kernels as lk
-from lmfusion import generation, serialization
-from lmfusion.batch import IGNORED, Batch
-from lmfusion.configuration import ImageTowerConfig, LMFusionConfig, check_numbers
+from lmfusion import generation
 from lmfusion.conversion import load_base
 from lmfusion.conversion.architectures import check_supported, sliding_window
-from lmfusion.diffusion import Diffusion, DiffusionConfig
 from lmfusion.generation import Answer, Event, PromptLike
-from lmfusion.image.codec import Codec, CodecConfig, load_codec
-from lmfusion.image.patch_coder import Skip
-from lmfusion.image.preprocessing import ImageSource
-from lmfusion.model_card import TrainingRecord
-from lmfusion.pretrained import LoadingOptions, PretrainedHabits
-from lmfusion.saved_files import BaseRecord
-from lmfusion.towers import ImageTower, TextTower
-from lmfusion.vision import VisionEncoder
+from lmfusion.images.preprocessing import ImageSource
+from lmfusion.model import saving as serialization
+from lmfusion.model.batch import IGNORED, Batch
+from lmfusion.model.codec import Codec, CodecConfig, load_codec
+from lmfusion.model.configuration import ImageTowerConfig, LMFusionConfig, check_numbers
+from lmfusion.model.diffusion import Diffusion, DiffusionConfig
+from lmfusion.model.model_card import TrainingRecord
+from lmfusion.model.patch_coder import Skip
+from lmfusion.model.pretrained import LoadingOptions, PretrainedHabits
+from lmfusion.model.saved_files import BaseRecord
+from lmfusion.model.towers import ImageTower, TextTower
+from lmfusion.model.vision import VisionEncoder
 
 MAX_LOGITS = 2**24
 """Held at a time of rows whose logits have no gradient: 64 MiB in float32."""
@@ -148,7 +149,7 @@ class LMFusion(PretrainedHabits):
         base: where its base LLM is now, if it is not where it was. It must be the same LLM: every tensor's sha256 is
         compared. codec_path: where the folder of its autoencoder is now, if it has moved; the sha256 of its weights is
         compared. Both places are kept when the model is saved again. dtype: of the weights; None keeps them as they
-        were saved. kwargs: those of transformers that apply here, see `lmfusion.pretrained.LoadingOptions`; device_map
+        were saved. kwargs: those of transformers that apply here, see `lmfusion.model.pretrained.LoadingOptions`; device_map
         names the one device that the model is put on.
 
         Raises FileNotFoundError when a file or the base is missing, ValueError when one is damaged or differs.
@@ -308,7 +309,7 @@ class LMFusion(PretrainedHabits):
         """Logits of text alone, or the losses of a batch of text and images.
 
         input_ids: integer [B, T], rows of equal length, each a document of its own. The logits are the base LLM's; no
-        weight of the image side takes part. batch: see `lmfusion.batch.pack`.
+        weight of the image side takes part. batch: see `lmfusion.model.batch.pack`.
         pixel_values, image_sizes: of a vision-language model, images that it sees where input_ids hold its image token,
         as transformers' processor gives all three; the logits are the base VLM's.
 

@@ -15,7 +15,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from lmfusion.config_values import shown
+from lmfusion.utils.config_values import shown
 
 KINDS = ("unet", "linear")
 LINEAR_TIME_CHANNELS = 256

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lmfusion import serialization
-from lmfusion.devices import choose_device
+from lmfusion.model import saving as serialization
+from lmfusion.utils.devices import choose_device
 
 if TYPE_CHECKING:
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
 IGNORED_OPTIONS = ("config", "low_cpu_mem_usage", "local_files_only", "trust_remote_code")
 """Arguments of transformers' from_pretrained that ask for what is done anyway."""

@@ -1,4 +1,4 @@
-"""Reads and checks the JSON files of a saved model. `lmfusion.serialization` lists the files."""
+"""Reads and checks the JSON files of a saved model. `lmfusion.model.saving` lists the files."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfusion.config_values import cut, from_values, read_json_object, shown, values_sha256
-from lmfusion.configuration import LMFusionConfig
 from lmfusion.conversion.huggingface import without_code
-from lmfusion.files import file_sha256, full_path, naming
-from lmfusion.folders import current_folder
-from lmfusion.model_card import TrainingRecord
+from lmfusion.model.configuration import LMFusionConfig
+from lmfusion.model.model_card import TrainingRecord
+from lmfusion.utils.config_values import cut, from_values, read_json_object, shown, values_sha256
+from lmfusion.utils.files import file_sha256, full_path, naming
+from lmfusion.utils.folders import current_folder
 
 CONFIG_NAME = "config.json"
 BASE_NAME = "base.json"

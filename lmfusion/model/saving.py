@@ -8,7 +8,7 @@ A saved model is a folder:
     training.json        what the image tower was trained with, if that is known
     model.safetensors    tensors under `image.`, and under `text.` and a VLM's `vision.` if all parts are saved (in
                          shards above 4 GB)
-    README.md            a model card, see `lmfusion.model_card`
+    README.md            a model card, see `lmfusion.model.model_card`
     codec/               the autoencoder, if there is one and all parts are saved, or it was in the folder before
     tokenizer files      as transformers writes them, and the configuration of a VLM's image processor
 """
@@ -29,19 +29,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.initialization import no_init_weights
 
-from lmfusion.config_values import cut, shown
-from lmfusion.configuration import ImageTowerConfig, LMFusionConfig
 from lmfusion.conversion import EMBEDDING_NAME, BaseModel, load_base, names
 from lmfusion.conversion.huggingface import read_safetensors
 from lmfusion.conversion.tokenizer import check_tokenizer, read_tokenizer
 from lmfusion.conversion.vlm import PROCESSOR_FILES, read_image_processor
-from lmfusion.diffusion import DiffusionConfig
-from lmfusion.files import file_sha256, full_path
-from lmfusion.folders import current_folder, replace_folder
-from lmfusion.image.codec import WEIGHTS_NAME, Codec, CodecConfig, load_codec
-from lmfusion.image.patch_coder import build_patch_coder
-from lmfusion.model_card import CARD_NAME, model_card
-from lmfusion.saved_files import (
+from lmfusion.model.codec import WEIGHTS_NAME, Codec, CodecConfig, load_codec
+from lmfusion.model.configuration import ImageTowerConfig, LMFusionConfig
+from lmfusion.model.diffusion import DiffusionConfig
+from lmfusion.model.model_card import CARD_NAME, model_card
+from lmfusion.model.patch_coder import build_patch_coder
+from lmfusion.model.saved_files import (
     BASE_NAME,
     CODEC_NAME,
     CONFIG_NAME,
@@ -57,11 +54,14 @@ from lmfusion.saved_files import (
     read_json,
     read_training,
 )
-from lmfusion.vision import VisionEncoder
-from lmfusion_kernels.lora import is_adapted
+from lmfusion.model.vision import VisionEncoder
+from lmfusion.utils.config_values import cut, shown
+from lmfusion.utils.files import file_sha256, full_path
+from lmfusion.utils.folders import current_folder, replace_folder
+from lmfusion_kernels.ops.lora import is_adapted
 
 if TYPE_CHECKING:
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
 MAX_SHARD_BYTES = 4 * 10**9
 OWN_FILES = (

@@ -15,10 +15,10 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import lmfusion_kernels as lk
-from lmfusion.configuration import LMFusionConfig, head_dim_of
-from lmfusion.image.patch_coder import build_patch_coder
-from lmfusion_kernels.lora import is_adapted
-from lmfusion_kernels.weights import Rope, Rows
+from lmfusion.model.configuration import LMFusionConfig, head_dim_of
+from lmfusion.model.patch_coder import build_patch_coder
+from lmfusion_kernels.block.weights import Rope, Rows
+from lmfusion_kernels.ops.lora import is_adapted
 
 L = TypeVar("L", bound=lk.TowerLayer)
 

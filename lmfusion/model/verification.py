@@ -19,9 +19,9 @@ from transformers.utils import logging
 
 from lmfusion.conversion import EMBEDDING_NAME, BaseModel, load_base, names
 from lmfusion.conversion.huggingface import CONFIG_NAME, build_config, read_settings
-from lmfusion.modeling import LMFusion
-from lmfusion.saved_files import saved_parts
-from lmfusion.serialization import base_tensors, differing, digests, from_base
+from lmfusion.model.modeling import LMFusion
+from lmfusion.model.saved_files import saved_parts
+from lmfusion.model.saving import base_tensors, differing, digests, from_base
 
 PROMPTS = (
     "The capital of France is",

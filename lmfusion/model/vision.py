@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedConfig
 from transformers.image_processing_utils import select_best_resolution
 
-from lmfusion.image.preprocessing import ImageSource, load_image
+from lmfusion.images.preprocessing import ImageSource, load_image
 
 VLM_TYPES = ("llava_next", "llava")
 """Vision-language models, by the model_type of transformers."""
@@ -44,7 +44,7 @@ class VisionEncoder(nn.Module):
 
     def __init__(self, config: PreTrainedConfig, device: torch.device | str = "cpu") -> None:
         """With random weights on `device`. Raises ValueError for a model that is not supported."""
-        from transformers import AutoModel  # at the top it would import lmfusion.modeling, and that this module
+        from transformers import AutoModel  # at the top it would import lmfusion.model.modeling, and that this module
 
         super().__init__()
         check_vlm(config, "vlm_config")

@@ -1,7 +1,7 @@
 """What would a run take? Memory on each GPU, FLOPs, time and money, from its recipe and configurations alone.
 
 No weights are loaded and no data is read. What is calculated, what is assumed and what the user states is told apart:
-memory and FLOPs are calculated (lmfusion/training/memory.py, flops.py), captions and the reach of the hardware assumed.
+memory and FLOPs are calculated (lmfusion/planning/memory.py, flops.py), captions and the reach of the hardware assumed.
 """
 
 import itertools
@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from lmfusion.batch import SpecialTokens, caption_first_document, image_first_document, pack
-from lmfusion.configuration import LMFusionConfig
-from lmfusion.image.patch_coder import build_patch_coder
+from lmfusion.model.batch import SpecialTokens, caption_first_document, image_first_document, pack
+from lmfusion.model.configuration import LMFusionConfig
+from lmfusion.model.flops import Flops, RowCounts, flops_by_part
+from lmfusion.model.patch_coder import build_patch_coder
+from lmfusion.planning.memory import RESERVED, Setup, Size, checkpoint_bytes, memory_by_part, parameters
+from lmfusion.planning.presets import LLMS, CodecFacts, codec_facts, model_config, vision_parameters
 from lmfusion.training.config import RunConfig, TrainConfig
-from lmfusion.training.flops import Flops, RowCounts, flops_by_part
-from lmfusion.training.memory import RESERVED, Setup, Size, checkpoint_bytes, memory_by_part, parameters
-from lmfusion.training.model_facts import LLMS, CodecFacts, codec_facts, model_config, vision_parameters
 
 GIB = 2**30
 PEAK_TFLOPS = {"bfloat16": 989.0, "float32": 67.0}

@@ -8,7 +8,7 @@ Calculated from configurations, nothing is loaded. On one device:
 | gradients, EMA | 4 a trained parameter, each |
 | optimizer | 8 a trained parameter (AdamW), or 2 and a little (8 bit) |
 | weights cast | trained weights of the layers in `train.dtype`: each row's backward reads them |
-| activations | what autograd keeps of one row: in layers (lmfusion_kernels/block.py), around them, in the patch coder |
+| activations | what autograd keeps of one row: in layers (lmfusion_kernels/block/routed_block.py), around them, in the patch coder |
 | working memory | what the largest moment needs beyond these: the gradients in one layer, or of the logits |
 
 On several ranks weights, gradients, optimizer and EMA are cut along their first dimension. In place of the casts each
@@ -27,10 +27,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from lmfusion.configuration import LMFusionConfig
-from lmfusion.image.patch_coder import PatchCoderConfig, build_patch_coder
-from lmfusion.towers import ImageTower, TextTower
-from lmfusion.training.flops import CoderFields, RowCounts, coder_fields
+from lmfusion.model.configuration import LMFusionConfig
+from lmfusion.model.flops import CoderFields, RowCounts, coder_fields
+from lmfusion.model.patch_coder import PatchCoderConfig, build_patch_coder
+from lmfusion.model.towers import ImageTower, TextTower
 from lmfusion.training.optimizer import state_block
 
 RESERVED = 4 * 2**30
@@ -163,7 +163,7 @@ def _head_rows(rows: RowCounts, device: str) -> float:
 def active_row_bytes(
     config: LMFusionConfig, width: int, intermediate_size: int, dtype: torch.dtype, recompute: str
 ) -> int:
-    """What one layer keeps of a row that has a backward; see lmfusion_kernels/block.py."""
+    """What one layer keeps of a row that has a backward; see lmfusion_kernels/block/routed_block.py."""
     if recompute == "layer":
         return width * dtype.itemsize
     text = config.text_config

@@ -9,14 +9,14 @@ import torch
 from transformers import LlamaConfig, LlavaNextConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
-from lmfusion.configuration import LMFusionConfig
 from lmfusion.conversion import gguf, huggingface, vlm
 from lmfusion.conversion.architectures import check_supported
-from lmfusion.image.codec import CodecConfig
-from lmfusion.saved_files import read_config
+from lmfusion.model.codec import CodecConfig
+from lmfusion.model.configuration import LMFusionConfig
+from lmfusion.model.flops import products_of
+from lmfusion.model.saved_files import read_config
+from lmfusion.model.vision import VisionEncoder
 from lmfusion.training.config import ModelConfig, resolve_path
-from lmfusion.training.flops import products_of
-from lmfusion.vision import VisionEncoder
 
 LLMS: dict[str, dict[str, Any]] = {
     "llama3-8b": {

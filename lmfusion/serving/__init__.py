@@ -1,4 +1,4 @@
 """How do others reach a model over HTTP? OpenAI's chat API with images in and out; see docs/server.md.
 
-Needs fastapi and uvicorn (`pip install -e ".[serve]"`); `lmfusion.serve.run` says so where they are missing.
+Needs fastapi and uvicorn (`pip install -e ".[serve]"`); `lmfusion.serving.lifecycle` says so where they are missing.
 """

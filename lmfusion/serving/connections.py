@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from lmfusion.serve.errors import ApiError
+from lmfusion.serving.errors import ApiError
 
 MAX_CONNECTIONS = 1024
 """Open at a time. Fewer, where the process may not open as many files."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from lmfusion.config_values import cut
+from lmfusion.utils.config_values import cut
 
 MAX_MESSAGE = 500
 """Characters; an error quotes what was sent, which may be long."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lmfusion.serve.errors import ApiError
+from lmfusion.serving.errors import ApiError
 
 OPEN_PATHS = ("/healthz",)
 """For which no key is needed."""

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 
-from lmfusion.serve.connections import LimitedServer
-from lmfusion.serve.guard import is_loopback
+from lmfusion.serving.connections import LimitedServer
+from lmfusion.serving.guard import is_loopback
 
 if TYPE_CHECKING:
     from lmfusion.generation.worker import EngineWorker

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from lmfusion.data.digits import Digits
+from lmfusion.synthetic.digits import Digits
 
 
 class Judge:

@@ -5,7 +5,7 @@ from functools import cache, partial
 import numpy as np
 from PIL import Image
 
-from lmfusion.data.sources import CaptionedImage, Conversation, LoadImage, Message, split_indices
+from lmfusion.data.samples import CaptionedImage, Conversation, LoadImage, Message, split_indices
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 

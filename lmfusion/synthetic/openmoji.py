@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from lmfusion.data.sources import CaptionedImage, split_indices
+from lmfusion.data.samples import CaptionedImage, split_indices
 
 
 class OpenMoji:

@@ -1,7 +1,7 @@
 """What does a picture of coloured shapes show? Read exactly, from its pixels alone.
 
 Every pixel is compared with the lines from white to each colour, on which blurred edges lie. Connected pixels that are
-no background are one thing. It is a shape if it fits one of the drawn ones (kinds and sizes of lmfusion.data.shapes)
+no background are one thing. It is a shape if it fits one of the drawn ones (kinds and sizes of lmfusion.synthetic.shapes)
 laid over its centre, lies within one cell and has one colour; whatever is UNKNOWN of it is never right. Specks of less
 than a third of the smallest shape are noise; more of them in all than one such shape are a thing too.
 """
@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from lmfusion.data.shapes import BACKGROUND, COLOURS, GRID, KINDS, SIZES, Description, Scene, Shape, coverage
+from lmfusion.synthetic.shapes import BACKGROUND, COLOURS, GRID, KINDS, SIZES, Description, Scene, Shape, coverage
 
 UNKNOWN = "unknown"
 """Kind, colour or size of a thing that is no shape."""

@@ -24,8 +24,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from lmfusion.data.randomness import generator
-from lmfusion.data.sources import SPLITS, CaptionedImage, Edit
+from lmfusion.data.samples import SPLITS, CaptionedImage, Edit
+from lmfusion.utils.randomness import generator
 
 KINDS = ("circle", "square", "triangle")
 COLOURS = {

@@ -17,8 +17,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from lmfusion.chat_template import check_template_variables, render
-from lmfusion.tokens import border_tokens, control_tokens, find_tokens, token_ids
+from lmfusion.text.chat_template import check_template_variables, render
+from lmfusion.text.tokenization import border_tokens, control_tokens, find_tokens, token_ids
 
 Message = Mapping[str, Any]
 ROLES = ("system", "user", "assistant")
@@ -44,7 +44,7 @@ def encode_chat(
     add_generation_prompt: end with what opens the assistant's turn. A last message of the assistant is otherwise closed
     as every turn is. image_token_id: of a vision-language model; images of others than the assistant are then `Seen`,
     and bos comes first even where the template writes none: ids are those of transformers' processor.
-    template_variables: what the template reads besides, see `lmfusion.chat_template`.
+    template_variables: what the template reads besides, see `lmfusion.text.chat_template`.
 
     Raises ValueError for invalid messages or variables, an empty conversation, a tokenizer without chat
     template, or a template that does not take the conversation.

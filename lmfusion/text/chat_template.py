@@ -20,7 +20,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from lmfusion import template_limits
+from lmfusion.text import template_limits
 
 MAX_SECONDS = 10.0
 """That a template may take for one conversation."""

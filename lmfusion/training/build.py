@@ -2,12 +2,12 @@
 
 import torch
 
-from lmfusion.batch import SpecialTokens
 from lmfusion.conversion import load_base
-from lmfusion.data.loader import RowLoader
-from lmfusion.data.sources import DataConfig
-from lmfusion.modeling import LMFusion
-from lmfusion.serialization import from_base
+from lmfusion.data.pipeline.loader import RowLoader
+from lmfusion.data.samples import DataConfig
+from lmfusion.model.batch import SpecialTokens
+from lmfusion.model.modeling import LMFusion
+from lmfusion.model.saving import from_base
 from lmfusion.training.config import RunConfig, resolve_path
 from lmfusion.training.distributed import World
 

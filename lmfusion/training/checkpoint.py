@@ -24,9 +24,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lmfusion.config_values import values_sha256
-from lmfusion.files import check_no_link, flush, naming
 from lmfusion.training.distributed import World, local_part, part_range
+from lmfusion.utils.config_values import values_sha256
+from lmfusion.utils.files import check_no_link, flush, naming
 
 MANIFEST = "manifest.json"
 STATE = "state.json"

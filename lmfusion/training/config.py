@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lmfusion.chat_template import check_template_variables
-from lmfusion.config_values import check_least, field_names, from_values, shown
-from lmfusion.configuration import ImageTowerConfig
-from lmfusion.data.sources import DataConfig, SourceConfig
-from lmfusion.devices import has_fast_bfloat16
-from lmfusion.diffusion import DiffusionConfig
-from lmfusion.files import naming
+from lmfusion.data.samples import DataConfig, SourceConfig
 from lmfusion.generation.samplers import SAMPLERS
-from lmfusion.image.codec import CodecConfig
-from lmfusion.yaml_files import read_yaml
-from lmfusion_kernels.block import RECOMPUTE
+from lmfusion.model.codec import CodecConfig
+from lmfusion.model.configuration import ImageTowerConfig
+from lmfusion.model.diffusion import DiffusionConfig
+from lmfusion.text.chat_template import check_template_variables
+from lmfusion.utils.config_values import check_least, field_names, from_values, shown
+from lmfusion.utils.devices import has_fast_bfloat16
+from lmfusion.utils.files import naming
+from lmfusion.utils.yaml_files import read_yaml
+from lmfusion_kernels.block.routed_block import RECOMPUTE
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16")

@@ -30,10 +30,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import lmfusion_kernels as lk
-from lmfusion.devices import choose_device
-from lmfusion.modeling import LMFusion, LMFusionOutput
-from lmfusion.towers import TextLayer
-from lmfusion_kernels.weights import Rows
+from lmfusion.model.modeling import LMFusion, LMFusionOutput
+from lmfusion.model.towers import TextLayer
+from lmfusion.utils.devices import choose_device
+from lmfusion_kernels.block.weights import Rows
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from lmfusion.model_card import TrainingRecord
-from lmfusion.serialization import is_base_there
+from lmfusion.model.model_card import TrainingRecord
+from lmfusion.model.saving import is_base_there
 from lmfusion.training.build import build_model
 from lmfusion.training.checkpoint import load_checkpoint, ranges, restore
 from lmfusion.training.config import RunConfig

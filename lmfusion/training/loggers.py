@@ -74,7 +74,7 @@ class WeightsAndBiases:
             import wandb
         except ImportError:
             raise ValueError("train.wandb needs Weights & Biases, which is not installed; pip install wandb") from None
-        from lmfusion.config_values import to_values
+        from lmfusion.utils.config_values import to_values
 
         self._wandb = wandb
         folder = Path(config.output).resolve()

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from lmfusion.data.sources import CONVERSING
+from lmfusion.data.samples import CONVERSING
 from lmfusion.training.config import RunConfig
 from lmfusion.training.distributed import World
 

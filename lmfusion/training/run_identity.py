@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lmfusion.chat_template import tells_the_date
-from lmfusion.config_values import to_values, values_sha256
-from lmfusion.data.encoded import tokenizer_sha256
-from lmfusion.modeling import LMFusion
-from lmfusion.serialization import base_tensors, digests
+from lmfusion.data.latent_cache.reader import tokenizer_sha256
+from lmfusion.model.modeling import LMFusion
+from lmfusion.model.saving import base_tensors, digests
+from lmfusion.text.chat_template import tells_the_date
 from lmfusion.training.config import RunConfig
+from lmfusion.utils.config_values import to_values, values_sha256
 
 TRAIN_KEYS = ("seed", "batch_tokens", "text_learning_rate_ratio", "optimizer", "dtype")
 DATA_KEYS = (

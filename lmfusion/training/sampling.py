@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from lmfusion.files import replacing
 from lmfusion.training.config import SampleConfig
+from lmfusion.utils.files import replacing
 
 if TYPE_CHECKING:
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
 MIN_CELL = 64
 """Pixels; smaller images are enlarged, each pixel to a square."""

@@ -12,9 +12,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lmfusion.batch import Batch
-from lmfusion.data.loader import LoaderState, Step
-from lmfusion.modeling import LMFusion
+from lmfusion.data.pipeline.loader import LoaderState, Step
+from lmfusion.model.batch import Batch
+from lmfusion.model.modeling import LMFusion
 from lmfusion.training.distributed import World
 from lmfusion.training.ema import EMA
 from lmfusion.training.metrics import StepMetrics

@@ -10,12 +10,9 @@ from pathlib import Path
 import torch
 import yaml
 
-from lmfusion.config_values import to_values
-from lmfusion.data.damage import DamageLog
-from lmfusion.data.loader import LoaderState, Step, check_shared_evenly
-from lmfusion.devices import choose_device
-from lmfusion.files import locked, locked_if_there, replace_text
-from lmfusion.generation.finite import NotFiniteError
+from lmfusion.data.pipeline.loader import LoaderState, Step, check_shared_evenly
+from lmfusion.data.pipeline.skip_log import DamageLog
+from lmfusion.model.flops import batch_flops
 from lmfusion.training.build import build_model, training_loader, validation_loader
 from lmfusion.training.checkpoint import (
     CheckpointWriter,
@@ -30,17 +27,20 @@ from lmfusion.training.config import RunConfig
 from lmfusion.training.distributed import World, compile_layers, place
 from lmfusion.training.ema import EMA
 from lmfusion.training.export import save_model
-from lmfusion.training.flops import batch_flops
-from lmfusion.training.json_lines import JsonLines
 from lmfusion.training.optimizer import Optimizer
 from lmfusion.training.profiling import profiled
 from lmfusion.training.run_date import with_date
 from lmfusion.training.run_identity import check_identity, run_identity
 from lmfusion.training.run_log import RunLog
 from lmfusion.training.sampling import draw_grid
-from lmfusion.training.signals import Stop, stop_signals
 from lmfusion.training.step import AgreedError, NonFiniteError, Progress, Totals, Update, Updater, agreed_steps, read
 from lmfusion.training.validation import Validation
+from lmfusion.utils.config_values import to_values
+from lmfusion.utils.devices import choose_device
+from lmfusion.utils.files import locked, locked_if_there, replace_text
+from lmfusion.utils.finite import NotFiniteError
+from lmfusion.utils.json_lines import JsonLines
+from lmfusion.utils.signals import Stop, stop_signals
 
 
 class Trainer:

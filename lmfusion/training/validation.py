@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from lmfusion.batch import Batch
-from lmfusion.data.damage import LEAST_SEEN
-from lmfusion.data.loader import LoaderState, RowLoader
-from lmfusion.data.sources import DataConfig
-from lmfusion.modeling import LMFusion
+from lmfusion.data.pipeline.loader import LoaderState, RowLoader
+from lmfusion.data.pipeline.skip_log import LEAST_SEEN
+from lmfusion.data.samples import DataConfig
+from lmfusion.model.batch import Batch
+from lmfusion.model.modeling import LMFusion
 from lmfusion.training.config import RunConfig
 from lmfusion.training.distributed import World
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lmfusion.files import flush, new_folder
+from lmfusion.utils.files import flush, new_folder
 
 
 def current_folder(path: Path) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lmfusion.files import naming, replace_text
+from lmfusion.utils.files import naming, replace_text
 
 
 class JsonLines:

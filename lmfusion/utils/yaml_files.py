@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml
 
-from lmfusion.config_values import cut, shown
+from lmfusion.utils.config_values import cut, shown
 
 MAX_NODES = 100_000
 """Keys and values of a file, those that aliases repeat counted each time."""

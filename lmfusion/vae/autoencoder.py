@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmfusion.folders import replace_folder
+from lmfusion.utils.folders import replace_folder
 from lmfusion.vae.config import AutoencoderConfig, LossConfig
 from lmfusion.vae.discriminator import PatchDiscriminator
 from lmfusion.vae.losses import Posterior

@@ -5,9 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lmfusion.config_values import check_least, shown
-from lmfusion.data.sources import SourceConfig
+from lmfusion.data.samples import SourceConfig
 from lmfusion.training.config import DEVICES, DTYPES, CheckpointConfig, ValidationConfig, read_recipe
+from lmfusion.utils.config_values import check_least, shown
 from lmfusion.vae import discriminator, lpips
 
 

@@ -14,16 +14,23 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lmfusion.data.documents import Damage
-from lmfusion.data.mixture import Draw, Mixture
-from lmfusion.data.order import SourceOrder
-from lmfusion.data.randomness import generator
-from lmfusion.data.remote import StorageError, load_image_file
-from lmfusion.data.sources import CaptionedImage, LoadImage, Sample, Source, SourceConfig, load_source, parts_of
-from lmfusion.data.unused import READ_SUFFIXES, UNREAD_SUFFIXES, UnusedFiles, report_unused, suffix_of, unread_kind
-from lmfusion.data.walk import find_all
-from lmfusion.image.preprocessing import to_tensor
-from lmfusion.printing import printable
+from lmfusion.data.pipeline.documents import Damage
+from lmfusion.data.pipeline.mixture import Draw, Mixture
+from lmfusion.data.pipeline.order import SourceOrder
+from lmfusion.data.samples import CaptionedImage, LoadImage, Sample, Source, SourceConfig, load_source, parts_of
+from lmfusion.data.sources.unused_files import (
+    READ_SUFFIXES,
+    UNREAD_SUFFIXES,
+    UnusedFiles,
+    report_unused,
+    suffix_of,
+    unread_kind,
+)
+from lmfusion.data.storage.files import StorageError, load_image_file
+from lmfusion.data.storage.folder_walk import find_all
+from lmfusion.images.preprocessing import to_tensor
+from lmfusion.utils.printing import printable
+from lmfusion.utils.randomness import generator
 from lmfusion.vae.config import AutoencoderConfig, ImageDataConfig
 
 

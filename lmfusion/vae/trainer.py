@@ -14,22 +14,22 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from lmfusion.config_values import to_values
-from lmfusion.data.damage import DamageLog
-from lmfusion.devices import choose_device
-from lmfusion.files import locked, locked_if_there, replace_text
-from lmfusion.image.preprocessing import to_pil
+from lmfusion.data.pipeline.skip_log import DamageLog
+from lmfusion.images.preprocessing import to_pil
 from lmfusion.training import checkpoint
 from lmfusion.training.config import TrainConfig, resolve_path
 from lmfusion.training.distributed import World
 from lmfusion.training.ema import EMA
-from lmfusion.training.json_lines import JsonLines
 from lmfusion.training.metrics import Clock
 from lmfusion.training.optimizer import Optimizer, clip_gradients
 from lmfusion.training.run_identity import check_identity
 from lmfusion.training.sampling import make_grid, save_grid
-from lmfusion.training.signals import stop_signals
 from lmfusion.training.step import NonFiniteError
+from lmfusion.utils.config_values import to_values
+from lmfusion.utils.devices import choose_device
+from lmfusion.utils.files import locked, locked_if_there, replace_text
+from lmfusion.utils.json_lines import JsonLines
+from lmfusion.utils.signals import stop_signals
 from lmfusion.vae import losses
 from lmfusion.vae.autoencoder import Autoencoder, build_discriminator, export, measure_latents
 from lmfusion.vae.config import VAEConfig, VAETrainConfig

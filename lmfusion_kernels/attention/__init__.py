@@ -5,7 +5,7 @@ package before it is considered for a call.
 
 | name           | what it is                                                        | needs                         |
 | -------------- | ----------------------------------------------------------------- | ----------------------------- |
-| native         | C++ (csrc/hybrid_attention.cpp)                                   | a CPU                         |
+| native         | C++ (csrc/cpu/hybrid_attention_op.cpp)                                   | a CPU                         |
 | triton         | Triton, from the layout's vectors                                 | CUDA, triton                  |
 | flash          | two causal calls of PyTorch's FlashAttention-2                    | CUDA 8.0                      |
 | flash-attn-2   | two causal calls of FlashAttention-2                              | CUDA 8.0, flash-attn          |
@@ -21,18 +21,18 @@ import torch
 from torch import Tensor
 
 from lmfusion_kernels.attention import table
-from lmfusion_kernels.attention.case import Case, Kernel, QueryRows, dtype_name
 from lmfusion_kernels.attention.flash import TorchFlash
 from lmfusion_kernels.attention.flash_attn_2 import FlashAttn2
 from lmfusion_kernels.attention.flash_attn_3 import FlashAttn3
 from lmfusion_kernels.attention.flash_attn_4 import FlashAttn4
 from lmfusion_kernels.attention.flex import Flex
-from lmfusion_kernels.attention.plain import Reference
+from lmfusion_kernels.attention.interface import Case, Kernel, QueryRows, dtype_name
+from lmfusion_kernels.attention.reference import Reference
 from lmfusion_kernels.attention.registered import Native, Triton
-from lmfusion_kernels.attention.two_calls import TwoCalls
-from lmfusion_kernels.backends import REFERENCE_RUNS, VARIABLE, asked_for
-from lmfusion_kernels.device import capability, constant_result
-from lmfusion_kernels.layout import TokenLayout
+from lmfusion_kernels.attention.two_pass import TwoCalls
+from lmfusion_kernels.layout.token_layout import TokenLayout
+from lmfusion_kernels.runtime.backends import REFERENCE_RUNS, VARIABLE, asked_for
+from lmfusion_kernels.runtime.device import capability, constant_result
 
 KERNELS: dict[str, Kernel] = {
     "native": Native(),

@@ -8,10 +8,10 @@ bits vary from run to run; under torch.use_deterministic_algorithms(True) they d
 import torch
 from torch import Tensor
 
-from lmfusion_kernels.attention.case import Case
 from lmfusion_kernels.attention.installed import why_not_device, why_not_flash
-from lmfusion_kernels.attention.two_calls import Sequences
-from lmfusion_kernels.device import capability
+from lmfusion_kernels.attention.interface import Case
+from lmfusion_kernels.attention.two_pass import Sequences
+from lmfusion_kernels.runtime.device import capability
 
 # Both are private, so they may change: what is passed here, by name, as torch 2.10 to 2.15 have it.
 FORWARD_ARGUMENTS = (

@@ -9,7 +9,6 @@ Untested on GPU.
 import torch
 from torch import Tensor
 
-from lmfusion_kernels.attention.case import Case
 from lmfusion_kernels.attention.flash import at_least_two
 from lmfusion_kernels.attention.installed import (
     has_module,
@@ -19,7 +18,8 @@ from lmfusion_kernels.attention.installed import (
     why_not_device,
     why_not_flash,
 )
-from lmfusion_kernels.attention.two_calls import Sequences
+from lmfusion_kernels.attention.interface import Case
+from lmfusion_kernels.attention.two_pass import Sequences
 
 
 class FlashAttn2:

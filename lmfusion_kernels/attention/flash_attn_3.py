@@ -12,7 +12,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from lmfusion_kernels.attention.case import Case
 from lmfusion_kernels.attention.installed import (
     has_module,
     wants_deterministic,
@@ -20,8 +19,9 @@ from lmfusion_kernels.attention.installed import (
     why_not_device,
     why_not_flash,
 )
-from lmfusion_kernels.attention.two_calls import Sequences
-from lmfusion_kernels.device import constant_result
+from lmfusion_kernels.attention.interface import Case
+from lmfusion_kernels.attention.two_pass import Sequences
+from lmfusion_kernels.runtime.device import constant_result
 
 
 class FlashAttn3:

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfusion_kernels.attention.blocks import block_lists
-from lmfusion_kernels.attention.case import Case, QueryRows, aligned, key_ranges, query_ranges, ranges_by_key
+from lmfusion_kernels.attention.block_lists import block_lists
 from lmfusion_kernels.attention.installed import (
     has_module,
     version_of,
@@ -27,8 +26,9 @@ from lmfusion_kernels.attention.installed import (
     why_not_device,
     why_not_flash,
 )
-from lmfusion_kernels.attention.plain import store_rows
-from lmfusion_kernels.layout import TokenLayout
+from lmfusion_kernels.attention.interface import Case, QueryRows, aligned, key_ranges, query_ranges, ranges_by_key
+from lmfusion_kernels.attention.reference import store_rows
+from lmfusion_kernels.layout.token_layout import TokenLayout
 
 BLOCK = 128
 _ops = torch.ops.lmfusion

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfusion_kernels.attention.blocks import block_lists
-from lmfusion_kernels.attention.case import Case, QueryRows, dtype_name, hidden_ends, key_ranges
+from lmfusion_kernels.attention.block_lists import block_lists
 from lmfusion_kernels.attention.installed import why_not_device
-from lmfusion_kernels.attention.plain import recomputed_backward, store_rows
-from lmfusion_kernels.layout import TokenLayout
+from lmfusion_kernels.attention.interface import Case, QueryRows, dtype_name, hidden_ends, key_ranges
+from lmfusion_kernels.attention.reference import recomputed_backward, store_rows
+from lmfusion_kernels.layout.token_layout import TokenLayout
 
 BLOCK = 128
 

@@ -6,8 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from lmfusion_kernels.attention.case import Case, dtype_name
-from lmfusion_kernels.device import capability
+from lmfusion_kernels.attention.interface import Case, dtype_name
+from lmfusion_kernels.runtime.device import capability
 
 
 def has_module(name: str) -> bool:

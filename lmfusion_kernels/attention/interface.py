@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from lmfusion_kernels.layout import TokenLayout
+from lmfusion_kernels.layout.token_layout import TokenLayout
 
 QueryRows = Literal["all", "active", "constant"]
 """Which rows are queries: all rows of the layout, those that take part in a backward, or the others."""

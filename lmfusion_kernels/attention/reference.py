@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lmfusion_kernels.attention.case import Case, QueryRows, hidden_ends, key_ranges, query_ranges
-from lmfusion_kernels.layout import TokenLayout
+from lmfusion_kernels.attention.interface import Case, QueryRows, hidden_ends, key_ranges, query_ranges
+from lmfusion_kernels.layout.token_layout import TokenLayout
 
 Forward = Callable[[Tensor, Tensor, Tensor, TokenLayout, QueryRows, float], tuple[Tensor, Tensor]]
 

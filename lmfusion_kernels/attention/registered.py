@@ -1,6 +1,6 @@
 """The kernels behind torch.ops.lmfusion.hybrid_attention: C++ on the CPU ("native"), Triton on the GPU ("triton").
 
-csrc/hybrid_attention.cpp registers the first one. The second is registered here, and Triton is imported when it is
+csrc/cpu/hybrid_attention_op.cpp registers the first one. The second is registered here, and Triton is imported when it is
 first called: a Triton kernel is compiled for the device it runs on, so nothing of it need be there before.
 """
 
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfusion_kernels import _library
-from lmfusion_kernels.attention.case import Case, QueryRows, dtype_name, hidden_ends, key_ranges, query_ranges
 from lmfusion_kernels.attention.installed import has_module, why_not_device
-from lmfusion_kernels.layout import TokenLayout
+from lmfusion_kernels.attention.interface import Case, QueryRows, dtype_name, hidden_ends, key_ranges, query_ranges
+from lmfusion_kernels.layout.token_layout import TokenLayout
+from lmfusion_kernels.runtime import library
 
 _ops = torch.ops.lmfusion
 
@@ -52,7 +52,7 @@ class Native(_Registered):
     def why_absent(self, device: torch.device) -> str:
         if device.type not in ("cpu", "meta"):
             return f"it runs on the CPU, not on {device.type}"
-        return _library.why_not
+        return library.why_not
 
     def why_not(self, case: Case) -> str:
         if case.dtype not in (torch.float32, torch.bfloat16):
@@ -66,7 +66,7 @@ class Triton(_Registered):
     summary = "Triton, straight from the layout's vectors"
 
     def why_absent(self, device: torch.device) -> str:
-        if reason := _library.why_not or why_not_device(device, "8.0 or later", ((8, 99),)):
+        if reason := library.why_not or why_not_device(device, "8.0 or later", ((8, 99),)):
             return reason
         return "" if has_module("triton") else "triton is not installed; `pip install triton`"
 
@@ -90,7 +90,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return hybrid_attention.backward(*arguments)
 
 
-if _library.native:
+if library.native:
     _library_of_triton = torch.library.Library("lmfusion", "IMPL")
     _library_of_triton.impl("hybrid_attention", _forward, "CUDA")
     _library_of_triton.impl("hybrid_attention_backward", _backward, "CUDA")

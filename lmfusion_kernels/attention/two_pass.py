@@ -8,7 +8,7 @@ With two calls on packed rows, both causal:
 
 The results are merged by their log-sum-exp: out = sum_c exp(lse_c - lse) out_c, with lse the log of the sum of both.
 The gradient of a softmax needs of it only out and lse, so each call's backward gets the merged ones, and the gradients
-add up. Every score is computed once: no arithmetic is added. lmfusion_kernels/layout.py has the vectors.
+add up. Every score is computed once: no arithmetic is added. lmfusion_kernels/layout/token_layout.py has the vectors.
 
 Where spans are hidden, the first call is about *parts* instead of documents: the visible rows of each document, and
 each hidden segment behind a copy of the visible keys before it, gathered. The second call is as before. Still no score
@@ -22,8 +22,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lmfusion_kernels.attention.case import Case, QueryRows, aligned
-from lmfusion_kernels.layout import TokenLayout
+from lmfusion_kernels.attention.interface import Case, QueryRows, aligned
+from lmfusion_kernels.layout.token_layout import TokenLayout
 
 
 @dataclass(frozen=True, eq=False)

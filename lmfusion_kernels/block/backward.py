@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from lmfusion_kernels import attention
-from lmfusion_kernels.block_forward import Activations, Call, complete, forward, present
-from lmfusion_kernels.layout import TokenLayout
-from lmfusion_kernels.transforms import Link, NoSecondDerivative
-from lmfusion_kernels.weights import BlockWeights, Rope, Rows
+from lmfusion_kernels.block.forward import Activations, Call, complete, forward, present
+from lmfusion_kernels.block.weights import BlockWeights, Rope, Rows
+from lmfusion_kernels.layout.token_layout import TokenLayout
+from lmfusion_kernels.runtime.transforms import Link, NoSecondDerivative
 
 WEIGHT_NAMES = tuple(field.name for field in fields(BlockWeights) if field.name != "eps")
 _COUNT = len(WEIGHT_NAMES)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from lmfusion_kernels import attention
-from lmfusion_kernels.ffn import gate_up_swiglu
-from lmfusion_kernels.layout import TokenLayout
-from lmfusion_kernels.weights import BlockWeights, Rope, Rows, split_towers
+from lmfusion_kernels.block.weights import BlockWeights, Rope, Rows, split_towers
+from lmfusion_kernels.layout.token_layout import TokenLayout
+from lmfusion_kernels.ops.gate_up_swiglu import gate_up_swiglu
 
 _ops: Any = torch.ops.lmfusion
 
@@ -35,7 +35,7 @@ class Call:
     attention: str
     """name of an attention kernel"""
     ffn: str
-    """name of a kernel of lmfusion_kernels.ffn"""
+    """name of a kernel of lmfusion_kernels.ops.gate_up_swiglu"""
     recompute: str
 
     @property

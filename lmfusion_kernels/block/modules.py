@@ -5,10 +5,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lmfusion_kernels.block import routed_block
-from lmfusion_kernels.layout import TokenLayout
-from lmfusion_kernels.lora import effective_weight
-from lmfusion_kernels.weights import BlockWeights, Rope, Rows
+from lmfusion_kernels.block.routed_block import routed_block
+from lmfusion_kernels.block.weights import BlockWeights, Rope, Rows
+from lmfusion_kernels.layout.token_layout import TokenLayout
+from lmfusion_kernels.ops.lora import effective_weight
 
 SEPARATIONS = ("deep", "shallow", "none")
 
@@ -107,7 +107,7 @@ class TowerLayer(nn.Module):
         """The parameters in `dtype`; a cast is part of the graph, so float32 parameters can train under bf16 rows.
 
         Where peft has put LoRA on a projection, its weight is the adapted one. Raises ValueError for adapters that
-        are no sum of weights: see `lmfusion_kernels.lora.effective_weight`.
+        are no sum of weights: see `lmfusion_kernels.ops.lora.effective_weight`.
         """
         attention, mlp = self.self_attn, self.mlp
 

@@ -14,14 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lmfusion_kernels import block_backward, block_forward
-from lmfusion_kernels._library import refuse_second_derivative
-from lmfusion_kernels.block_forward import Activations, Call
-from lmfusion_kernels.checks import check_rope
-from lmfusion_kernels.ffn import choose_ffn
-from lmfusion_kernels.layout import BufferedLayout, TokenLayout
-from lmfusion_kernels.transforms import NoSecondDerivative
-from lmfusion_kernels.weights import BlockWeights, Rope, Rows, split_towers
+from lmfusion_kernels.block import backward as block_backward
+from lmfusion_kernels.block import forward as block_forward
+from lmfusion_kernels.block.forward import Activations, Call
+from lmfusion_kernels.block.weights import BlockWeights, Rope, Rows, split_towers
+from lmfusion_kernels.layout.token_layout import BufferedLayout, TokenLayout
+from lmfusion_kernels.ops.gate_up_swiglu import choose_ffn
+from lmfusion_kernels.runtime.library import refuse_second_derivative
+from lmfusion_kernels.runtime.transforms import NoSecondDerivative
+from lmfusion_kernels.runtime.validation import check_rope
 
 _NAMES = block_backward.WEIGHT_NAMES
 
@@ -87,12 +88,12 @@ _ARGUMENTS = (
     "Tensor buffer, Tensor numbers, SymInt num_text, SymInt num_live, int[] present, Tensor cos, Tensor sin, "
     "float eps, str order, str backend, str recompute, str trained"
 )
-_library = torch.library.Library("lmfusion", "FRAGMENT")
-_library.define(f"routed_block(Tensor[] x, Tensor[] weights, {_ARGUMENTS}) -> Tensor[]")
+library = torch.library.Library("lmfusion", "FRAGMENT")
+library.define(f"routed_block(Tensor[] x, Tensor[] weights, {_ARGUMENTS}) -> Tensor[]")
 # Returns the result and what its backward reads.
-_library.define(f"routed_block_kept(Tensor[] x, Tensor[] weights, {_ARGUMENTS}) -> Tensor[]")
+library.define(f"routed_block_kept(Tensor[] x, Tensor[] weights, {_ARGUMENTS}) -> Tensor[]")
 # needs: by tensor of x, then by weight. Returns the gradients that are needed.
-_library.define(
+library.define(
     f"routed_block_backward(Tensor[] dy, Tensor[] x, Tensor[] weights, Tensor[] kept, bool[] needs, {_ARGUMENTS}) "
     "-> Tensor[]"
 )
@@ -285,8 +286,8 @@ for _name, _function, _fake in (
     ("routed_block_kept", _forward_kept, _fake_forward_kept),
     ("routed_block_backward", _backward, _fake_backward),
 ):
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"lmfusion::{_name}", _fake, lib=_library)
-_library.impl("routed_block", _autograd, "Autograd")
+    library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"lmfusion::{_name}", _fake, lib=library)
+library.impl("routed_block", _autograd, "Autograd")
 for _name in ("routed_block_kept", "routed_block_backward"):  # a graph of make_fx with a gradient calls them itself
     refuse_second_derivative(_name)

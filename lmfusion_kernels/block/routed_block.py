@@ -26,13 +26,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfusion_kernels import block_backward, block_forward, block_op, reference
-from lmfusion_kernels.backends import choose
-from lmfusion_kernels.checks import check_rope, check_weight
-from lmfusion_kernels.ffn import choose_ffn
-from lmfusion_kernels.layout import TokenLayout
-from lmfusion_kernels.transforms import is_tracing
-from lmfusion_kernels.weights import BlockWeights, Rope, Rows, split_towers
+from lmfusion_kernels import reference
+from lmfusion_kernels.block import backward as block_backward
+from lmfusion_kernels.block import forward as block_forward
+from lmfusion_kernels.block import op as block_op
+from lmfusion_kernels.block.weights import BlockWeights, Rope, Rows, split_towers
+from lmfusion_kernels.layout.token_layout import TokenLayout
+from lmfusion_kernels.ops.gate_up_swiglu import choose_ffn
+from lmfusion_kernels.runtime.backends import choose
+from lmfusion_kernels.runtime.transforms import is_tracing
+from lmfusion_kernels.runtime.validation import check_rope, check_weight
 
 RECOMPUTE = ("none", "ffn", "layer")
 _WEIGHT_NAMES = block_backward.WEIGHT_NAMES

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmfusion_kernels.layout import TokenLayout
-from lmfusion_kernels.tree import register_tree
+from lmfusion_kernels.layout.token_layout import TokenLayout
+from lmfusion_kernels.runtime.pytrees import register_tree
 
 Rows = Tensor | tuple[Tensor, Tensor]
 """Rows in tower order: one [N, d] tensor, or one a tower ([num_text, d_text], [num_image, d_image]) where the image

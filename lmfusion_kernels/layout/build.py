@@ -7,9 +7,9 @@ import itertools
 import numpy as np
 
 try:
-    from lmfusion_kernels import _host_native
+    from lmfusion_kernels import _layout_native
 except ImportError:
-    _host_native = None  # type: ignore[assignment]
+    _layout_native = None  # type: ignore[assignment]
 
 _IMAGE = 1
 _FULL, _HIDDEN = 1, 2
@@ -40,8 +40,8 @@ def build_layout(
     num_tokens = int(lengths.sum(dtype=np.int64))
     if num_tokens > _MAX_ROWS:
         raise ValueError(f"the batch has {num_tokens} tokens; the limit is {_MAX_ROWS}, split it")
-    if _host_native is not None:
-        return _host_native.build_layout(
+    if _layout_native is not None:
+        return _layout_native.build_layout(
             kinds, lengths, documents, frozen_text, cached_lengths, cache_starts, cache_rows, segments, modes
         )
     return build_layout_numpy(
@@ -226,8 +226,8 @@ def _starts(lists: list[np.ndarray]) -> np.ndarray:
 
 def pack(lengths: np.ndarray, capacity: int, window: int) -> list[np.ndarray]:
     """The rows of `pack_documents`. lengths int64 [n], each in 1..capacity."""
-    if _host_native is not None:
-        return _host_native.pack(lengths, capacity, window)
+    if _layout_native is not None:
+        return _layout_native.pack(lengths, capacity, window)
     return pack_python(lengths, capacity, window)
 
 
@@ -276,4 +276,4 @@ def _deal(lengths: np.ndarray, order: list[int], capacity: int, num_rows: int) -
 
 def instruction_set() -> str | None:
     """What the CPU kernels use here: "avx512", "avx2" or "baseline"; None if nothing was compiled."""
-    return None if _host_native is None else _host_native.instruction_set()
+    return None if _layout_native is None else _layout_native.instruction_set()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lmfusion_kernels.spans import HIDDEN, IMAGE, Spans
+from lmfusion_kernels.layout.spans import HIDDEN, IMAGE, Spans
 
 MAX_ROWS = 2**31 - 1  # that int32 can count
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from lmfusion_kernels import _host
+from lmfusion_kernels.layout import build
 
 
 def pack_documents(lengths: Any, capacity: int, window: int = 1024) -> list[np.ndarray]:
@@ -33,4 +33,4 @@ def pack_documents(lengths: Any, capacity: int, window: int = 1024) -> list[np.n
             f"document {int(lengths.argmax())} has {int(lengths.max())} tokens, but a row has room for {capacity}; "
             "shorten it, leave it out, or raise the capacity"
         )
-    return _host.pack(np.ascontiguousarray(lengths, np.int64), capacity, window)
+    return build.pack(np.ascontiguousarray(lengths, np.int64), capacity, window)

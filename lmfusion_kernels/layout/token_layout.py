@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmfusion_kernels import _host
-from lmfusion_kernels.cache_place import CachePlace
-from lmfusion_kernels.layout_buffer import buffer_of, copy_together, pack, pack_arrays, padded
-from lmfusion_kernels.reorder_rows import reorder_rows
-from lmfusion_kernels.spans import FULL, HIDDEN, IMAGE, MARKER, SPANS_EXPECTED, TEXT, Document, Spans
-from lmfusion_kernels.tree import register_tree
+from lmfusion_kernels.layout import build
+from lmfusion_kernels.layout.buffer import buffer_of, copy_together, pack, pack_arrays, padded
+from lmfusion_kernels.layout.cache_slots import CachePlace
+from lmfusion_kernels.layout.spans import FULL, HIDDEN, IMAGE, MARKER, SPANS_EXPECTED, TEXT, Document, Spans
+from lmfusion_kernels.ops.reorder_rows import reorder_rows
+from lmfusion_kernels.runtime.pytrees import register_tree
 
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """What ops compute with; which of it the kernels take is the backend's matter, the reference takes all."""
@@ -286,11 +286,11 @@ class TokenLayout:
         totals = spans.totals(num_documents)  # tokens of each document
         arguments = spans.kinds, spans.lengths, spans.documents, frozen_text
         if cache is None:
-            vectors, counts = _host.build_layout(*arguments, segments=spans.segments, modes=spans.modes)
+            vectors, counts = build.build_layout(*arguments, segments=spans.segments, modes=spans.modes)
         else:
             totals += cache.lengths
             place = cache.lengths, cache.starts, cache.num_rows
-            vectors, counts = _host.build_layout(*arguments, *place, segments=spans.segments, modes=spans.modes)
+            vectors, counts = build.build_layout(*arguments, *place, segments=spans.segments, modes=spans.modes)
         num_tokens = counts["num_tokens"]
         tensors = pack_arrays({name: vectors[name] for name in VECTORS})
         layout = cls(

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfusion_kernels.device import constant_result
+from lmfusion_kernels.runtime.device import constant_result
 
 FFN_KERNELS = ("two-calls", "triton", "quack")
 
@@ -156,11 +156,11 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
     return *dx, *dweights, None, None, None
 
 
-_library = torch.library.Library("lmfusion", "FRAGMENT")
-_library.define(
+library = torch.library.Library("lmfusion", "FRAGMENT")
+library.define(
     "gate_up_swiglu(Tensor x_text, Tensor x_image, Tensor text_weight, Tensor image_weight, SymInt num_constant, "
     "bool keep, str kernel) -> Tensor[]"
 )
-_library.impl("gate_up_swiglu", _gate_up_swiglu, "CompositeExplicitAutograd")
-torch.library.register_fake("lmfusion::gate_up_swiglu", _fake, lib=_library)
-torch.library.register_autograd("lmfusion::gate_up_swiglu", _backward, setup_context=_setup_context, lib=_library)
+library.impl("gate_up_swiglu", _gate_up_swiglu, "CompositeExplicitAutograd")
+torch.library.register_fake("lmfusion::gate_up_swiglu", _fake, lib=library)
+torch.library.register_autograd("lmfusion::gate_up_swiglu", _backward, setup_context=_setup_context, lib=library)

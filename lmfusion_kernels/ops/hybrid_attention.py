@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lmfusion_kernels import _library, attention, reference
-from lmfusion_kernels.attention.case import ranges_by_key
-from lmfusion_kernels.backends import REFERENCE_RUNS, asked_for
-from lmfusion_kernels.layout import TokenLayout
-from lmfusion_kernels.transforms import INSIDE_TRANSFORM, is_transformed, refuse_forward_mode
+from lmfusion_kernels import attention, reference
+from lmfusion_kernels.attention.interface import ranges_by_key
+from lmfusion_kernels.layout.token_layout import TokenLayout
+from lmfusion_kernels.runtime import library
+from lmfusion_kernels.runtime.backends import REFERENCE_RUNS, asked_for
+from lmfusion_kernels.runtime.transforms import INSIDE_TRANSFORM, is_transformed, refuse_forward_mode
 
 _ops = torch.ops.lmfusion
 
@@ -236,11 +237,11 @@ def _backward_flops(
     return 2 * num_heads * head_dim * (3 * pairs + 2 * grad_pairs)
 
 
-if _library.native:
+if library.native:
     torch.library.register_fake("lmfusion::hybrid_attention", _fake)
     torch.library.register_fake("lmfusion::hybrid_attention_backward", _fake_backward)
     torch.library.register_autograd("lmfusion::hybrid_attention", _backward, setup_context=_setup_context)
-    _library.refuse_second_derivative("hybrid_attention_backward")
+    library.refuse_second_derivative("hybrid_attention_backward")
     # torch.utils.flop_counter.FlopCounterMode counts what is visible; under fake tensors it is as if all keys were.
     register_flop_formula(_ops.hybrid_attention, get_raw=True)(_flops)
     register_flop_formula(_ops.hybrid_attention_backward, get_raw=True)(_backward_flops)

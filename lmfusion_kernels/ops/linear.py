@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lmfusion_kernels import reference
-from lmfusion_kernels.backends import choose
-from lmfusion_kernels.checks import check_rows, check_weight
-from lmfusion_kernels.layout import TokenLayout
-from lmfusion_kernels.weights import Rows
+from lmfusion_kernels.block.weights import Rows
+from lmfusion_kernels.layout.token_layout import TokenLayout
+from lmfusion_kernels.runtime.backends import choose
+from lmfusion_kernels.runtime.validation import check_rows, check_weight
 
 
 def routed_linear(
@@ -51,8 +51,8 @@ def routed_linear(
     return out[0] if is_joined else (out[0], out[1])
 
 
-_library = torch.library.Library("lmfusion", "FRAGMENT")
-_library.define(
+library = torch.library.Library("lmfusion", "FRAGMENT")
+library.define(
     "routed_linear(Tensor[] x, Tensor text_weight, Tensor image_weight, Tensor? text_bias, Tensor? image_bias, "
     "SymInt num_text, bool joined) -> Tensor[]"
 )
@@ -127,6 +127,6 @@ def _backward(ctx: Any, dy: list[Tensor]) -> tuple[Any, ...]:
     return dx, *weight_grads, *bias_grads, None, None
 
 
-_library.impl("routed_linear", _forward, "CompositeExplicitAutograd")
-torch.library.register_fake("lmfusion::routed_linear", _fake, lib=_library)
-torch.library.register_autograd("lmfusion::routed_linear", _backward, setup_context=_setup_context, lib=_library)
+library.impl("routed_linear", _forward, "CompositeExplicitAutograd")
+torch.library.register_fake("lmfusion::routed_linear", _fake, lib=library)
+torch.library.register_autograd("lmfusion::routed_linear", _backward, setup_context=_setup_context, lib=library)

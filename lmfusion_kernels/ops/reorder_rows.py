@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfusion_kernels import _library
-from lmfusion_kernels.backends import choose
-from lmfusion_kernels.transforms import has_tangent, is_transformed
+from lmfusion_kernels.runtime import library
+from lmfusion_kernels.runtime.backends import choose
+from lmfusion_kernels.runtime.transforms import has_tangent, is_transformed
 
 _ops = torch.ops.lmfusion
 
@@ -41,6 +41,6 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
     return _ops.reorder_rows(dy, inverse, index), None, None
 
 
-if _library.native:
+if library.native:
     torch.library.register_fake("lmfusion::reorder_rows", _fake)
     torch.library.register_autograd("lmfusion::reorder_rows", _backward, setup_context=_setup_context)

@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfusion_kernels import _library, reference
-from lmfusion_kernels.backends import choose
-from lmfusion_kernels.checks import check_like, check_rows, check_weight
-from lmfusion_kernels.layout import TokenLayout
-from lmfusion_kernels.weights import Rows
+from lmfusion_kernels import reference
+from lmfusion_kernels.block.weights import Rows
+from lmfusion_kernels.layout.token_layout import TokenLayout
+from lmfusion_kernels.runtime import library
+from lmfusion_kernels.runtime.backends import choose
+from lmfusion_kernels.runtime.validation import check_like, check_rows, check_weight
 
 _ops = torch.ops.lmfusion
 
@@ -155,8 +156,8 @@ torch.library.register_autograd(
     "lmfusion::rms_norm_alone", _backward_alone, setup_context=_setup_context_alone, lib=_alone_library
 )
 
-if _library.native:
+if library.native:
     torch.library.register_fake("lmfusion::rms_norm", _fake)
     torch.library.register_fake("lmfusion::rms_norm_backward", _fake_backward)
     torch.library.register_autograd("lmfusion::rms_norm", _backward, setup_context=_setup_context)
-    _library.refuse_second_derivative("rms_norm_backward")
+    library.refuse_second_derivative("rms_norm_backward")

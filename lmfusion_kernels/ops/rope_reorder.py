@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfusion_kernels import _library, reference
-from lmfusion_kernels.backends import choose
-from lmfusion_kernels.checks import check_rope, check_rows, check_weight
-from lmfusion_kernels.layout import TokenLayout
-from lmfusion_kernels.weights import Rope, Rows
+from lmfusion_kernels import reference
+from lmfusion_kernels.block.weights import Rope, Rows
+from lmfusion_kernels.layout.token_layout import TokenLayout
+from lmfusion_kernels.runtime import library
+from lmfusion_kernels.runtime.backends import choose
+from lmfusion_kernels.runtime.validation import check_rope, check_rows, check_weight
 
 _ops = torch.ops.lmfusion
 
@@ -166,9 +167,9 @@ def _backward(ctx: Any, dq_constant: Tensor, dq: Tensor, dk: Tensor, dv: Tensor)
     return dqkv, None, None, None, None, None, None, None, *dnorms, None
 
 
-if _library.native:
+if library.native:
     torch.library.register_fake("lmfusion::rope_reorder", _fake)
     torch.library.register_fake("lmfusion::rope_reorder_cached", _fake_cached)
     torch.library.register_fake("lmfusion::rope_reorder_backward", _fake_backward)
     torch.library.register_autograd("lmfusion::rope_reorder", _backward, setup_context=_setup_context)
-    _library.refuse_second_derivative("rope_reorder_backward")
+    library.refuse_second_derivative("rope_reorder_backward")

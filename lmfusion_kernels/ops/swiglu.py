@@ -5,13 +5,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfusion_kernels import _library, reference
-from lmfusion_kernels.backends import choose
-from lmfusion_kernels.checks import check_rows, check_weight
-from lmfusion_kernels.ffn import choose_ffn
-from lmfusion_kernels.layout import TokenLayout
-from lmfusion_kernels.linear import apply_linear
-from lmfusion_kernels.weights import Rows, split_towers
+from lmfusion_kernels import reference
+from lmfusion_kernels.block.weights import Rows, split_towers
+from lmfusion_kernels.layout.token_layout import TokenLayout
+from lmfusion_kernels.ops.gate_up_swiglu import choose_ffn
+from lmfusion_kernels.ops.linear import apply_linear
+from lmfusion_kernels.runtime import library
+from lmfusion_kernels.runtime.backends import choose
+from lmfusion_kernels.runtime.validation import check_rows, check_weight
 
 _ops = torch.ops.lmfusion
 
@@ -44,7 +45,7 @@ def routed_swiglu(
     backend: None (choose), "native" or "reference". The result has the form of x.
 
     A weight that requires no gradient gets none. Raises ValueError for shapes, dtypes or devices that do not match, and
-    where the kernel that LMFUSION_KERNELS_FFN asks for cannot run (see `lmfusion_kernels.ffn`).
+    where the kernel that LMFUSION_KERNELS_FFN asks for cannot run (see `lmfusion_kernels.ops.gate_up_swiglu`).
     """
     rows = check_rows(x, layout)
     towers = (("text", rows[0], text_gate_up, text_down), ("image", rows[-1], image_gate_up, image_down))
@@ -96,8 +97,8 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     return _ops.swiglu_backward(grads[: len(gate_up)], gate_up, False), *rest
 
 
-if _library.native:
+if library.native:
     torch.library.register_fake("lmfusion::swiglu", _fake)
     torch.library.register_fake("lmfusion::swiglu_backward", _fake_backward)
     torch.library.register_autograd("lmfusion::swiglu", _backward, setup_context=_setup_context)
-    _library.refuse_second_derivative("swiglu_backward")
+    library.refuse_second_derivative("swiglu_backward")

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmfusion_kernels import _host, _library
-from lmfusion_kernels.device import capability, constant_result, runs_on
-from lmfusion_kernels.transforms import INSIDE_TRANSFORM, is_transformed, refuse_forward_mode
+from lmfusion_kernels.layout import build
+from lmfusion_kernels.runtime import library
+from lmfusion_kernels.runtime.device import capability, constant_result, runs_on
+from lmfusion_kernels.runtime.transforms import INSIDE_TRANSFORM, is_transformed, refuse_forward_mode
 
 ATTENTION_KERNELS = ("triton", "flash", "flash-attn-2", "flash-attn-3", "flash-attn-4", "flex")
 BACKENDS = ("native", "reference", *ATTENTION_KERNELS)
@@ -61,8 +62,8 @@ def choose(backend: str | None, *tensors: Tensor | None, others: Iterable[Tensor
 
 def why_not_native(*tensors: Tensor | None) -> str:
     """Why the native ops cannot run on `tensors`, as the rest of a sentence; empty if they can."""
-    if not _library.native:
-        return _library.why_not
+    if not library.native:
+        return library.why_not
     for tensor in tensors:
         if tensor is None:
             continue
@@ -80,9 +81,9 @@ def _why_not_device(device: torch.device) -> str:
         return ""
     if device.type != "cuda":
         return f"it runs on cpu and cuda, not on {device.type}"
-    architectures = _library.build_info.get("cuda_architectures")
+    architectures = library.build_info.get("cuda_architectures")
     if not architectures:
-        return _library.build_info["cuda_why_not"]
+        return library.build_info["cuda_why_not"]
     return _why_not_capability(tuple(architectures), device)
 
 
@@ -134,7 +135,7 @@ def backends() -> Backends:
     result = Backends()
     for device in ("cpu", "cuda"):
         where = torch.device("cuda", torch.cuda.current_device()) if device in devices[1:] else torch.device(device)
-        reason = _library.why_not or _why_not_device(where)
+        reason = library.why_not or _why_not_device(where)
         if not reason and device not in devices:
             reason = "torch finds no CUDA device"
         is_chosen = not reason and asked in (None, "native", *ATTENTION_KERNELS)
@@ -191,10 +192,10 @@ def _note(asked: str | None, found: Backends) -> str:
 
 
 def _describe(device: str) -> str:
-    info = _library.build_info
+    info = library.build_info
     if device == "cuda":
         return f"compiled for {', '.join(info['cuda_architectures'])}"
-    kernels = _host.instruction_set() or "instruction set unknown"
-    ignored = _library.why_isa_is_ignored()
+    kernels = build.instruction_set() or "instruction set unknown"
+    ignored = library.why_isa_is_ignored()
     built = f"{kernels} kernels, compiled by {info.get('compiler')} against torch {info.get('torch')}"
     return f"{built}; {ignored}" if ignored else built

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._ops import _get_dispatch_mode_pre_dispatch
 from torch.autograd import forward_ad
 
-from lmfusion_kernels.device import constant_result
+from lmfusion_kernels.runtime.device import constant_result
 
 INSIDE_TRANSFORM = "it does not run inside torch.func's transforms"
 _FORWARD_MODE = (

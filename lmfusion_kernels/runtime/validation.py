@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from lmfusion_kernels.layout import TokenLayout
-from lmfusion_kernels.weights import Rows
+from lmfusion_kernels.block.weights import Rows
+from lmfusion_kernels.layout.token_layout import TokenLayout
 
 
 def check_rows(x: Rows, layout: TokenLayout, name: str = "x") -> list[Tensor]:

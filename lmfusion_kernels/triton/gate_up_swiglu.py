@@ -9,7 +9,7 @@ assumed 790 TFLOP/s, and a SwiGLU pass behind them reads gate and up (470 MB) an
 epilogue saves the reading, 470 MB or 109 us at an assumed 4.3 TB/s; in inference also the writing of gate and up,
 another 470 MB, which the GEMM hides for the most part. So this kernel has to reach 2436 / (2436 + 109) = 96 % of the
 rate of cuBLAS to break even in training, and not much less in inference. That is unmeasured (untested on GPU), so two
-calls stay the default; see `lmfusion_kernels.ffn`.
+calls stay the default; see `lmfusion_kernels.ops.gate_up_swiglu`.
 
 Tiles are read and written through tensor descriptors, by the bulk copy engine, which wants widths in multiples of 16
 bytes and does not exist before sm_90. float32 is multiplied as IEEE float32, for the interpreter.

@@ -1,6 +1,6 @@
 """Hybrid attention on a GPU by Triton: which kernel runs, with which tiles, for given shapes?
 
-`forward` and `backward` mean what torch.ops.lmfusion.hybrid_attention and its backward mean (csrc/ops.cpp). The choice
+`forward` and `backward` mean what torch.ops.lmfusion.hybrid_attention and its backward mean (csrc/schemas.cpp). The choice
 of a kernel depends on shapes and the device alone, so no call waits for the device, all can be captured in a CUDA
 graph, and equal calls give equal bits.
 

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu, gpu_report
+from benchmarks import gpu
 from benchmarks.gpu import Command, Runner, Step
+from benchmarks.harness import gpu_report
 from lmfusion_kernels.attention import table
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def python(name: str, code: str, **options: object) -> Command:
@@ -172,7 +173,7 @@ def test_plan_with_a_gpu(tmp_path, monkeypatch):
     monkeypatch.delenv("LMFUSION_CUDA_ARCHITECTURES", raising=False)
     steps = {step.name: step for step in gpu.make_plan("python3", FOUND, tmp_path)}
     assert not any(step.missing for step in steps.values())
-    files = {path.name for path in ROOT.glob("tests/gpu/test_*.py")}
+    files = {path.name for path in ROOT.glob("tests/kernels/gpu/test_*.py")}
     assert {command.name for command in steps["tests"].commands} == files | {"memcheck", "racecheck"}
     assert steps["build"].commands[0].environment == {"LMFUSION_CUDA_ARCHITECTURES": "90a"}
     assert sum(step.reserve for step in steps.values()) < gpu.DEFAULT_BUDGET

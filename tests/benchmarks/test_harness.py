@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import counting, machine, shapes
 from benchmarks.baselines.both_towers import both_towers
 from benchmarks.baselines.cosmos3 import cosmos3
 from benchmarks.baselines.dense_llama import dense_llama
 from benchmarks.baselines.gather_scatter import gather_scatter
 from benchmarks.baselines.sdpa import WAYS, expanded
 from benchmarks.baselines.slabs import slabs
-from benchmarks.compare import Contestant, Row, UnavailableError, compare, difference
-from benchmarks.layer import contestant, layer_flops, make_case, routed_block
-from benchmarks.output import launches_of, read_results, table, write_results
+from benchmarks.harness import counting, machine, shapes
+from benchmarks.harness.compare import Contestant, Row, UnavailableError, compare, difference
+from benchmarks.harness.layer import contestant, layer_flops, make_case, routed_block
+from benchmarks.harness.output import launches_of, read_results, table, write_results
 from lmfusion_kernels import TokenLayout, hybrid_attention
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 DOCUMENTS = [[("text", 5), ("image", 9), ("text", 3)], [("text", 2), ("image", 4)]]
 
@@ -32,7 +32,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(machine, "CPU_MATMUL_SIZE", 64)
     for function in (machine.copy_gigabytes_per_second, machine.matmul_teraflops):
         function.cache_clear()
-    monkeypatch.setattr("benchmarks.compare.SECONDS_PER_ROW", {"cpu": 0.005})
+    monkeypatch.setattr("benchmarks.harness.compare.SECONDS_PER_ROW", {"cpu": 0.005})
     yield
     for function in (machine.copy_gigabytes_per_second, machine.matmul_teraflops):
         function.cache_clear()
@@ -202,7 +202,7 @@ def test_every_pattern_has_the_tokens_it_says():
 @pytest.mark.slow
 def test_a_run_writes_results_and_table(tmp_path):
     """The peers' rows: without checkouts they say how to get them, which is quick."""
-    command = [sys.executable, "-m", "pytest", "benchmarks/test_peers.py", "--benchmark-only", "-q", "-k",
+    command = [sys.executable, "-m", "pytest", "benchmarks/cases/test_peers.py", "--benchmark-only", "-q", "-k",
                "forward and fp32", "-p", "no:cacheprovider"]  # fmt: skip
     environment = {"PATH": "/usr/bin:/bin", "LMFUSION_BENCHMARK_OUTPUT": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)

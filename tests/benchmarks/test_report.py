@@ -4,9 +4,9 @@ import copy
 
 import pytest
 
-from benchmarks import report
-from benchmarks.chart import Bar, Group, svg
-from benchmarks.output import file_name, write_results
+from benchmarks.harness import report
+from benchmarks.harness.chart import Bar, Group, svg
+from benchmarks.harness.output import file_name, write_results
 
 
 def line(ms, **values):
@@ -48,9 +48,9 @@ def results():
 
 def test_committed_page_is_up_to_date():
     text, plots = report.page(report.committed(), "images/")
-    assert report.PAGE.read_text() == text, "run python -m benchmarks.report"
+    assert report.PAGE.read_text() == text, "run python -m benchmarks.harness.report"
     drawn = {path.name: path.read_text() for path in report.IMAGES.glob(f"{report.PREFIX}*.svg")}
-    assert drawn == plots, "run python -m benchmarks.report"
+    assert drawn == plots, "run python -m benchmarks.harness.report"
 
 
 def test_page_without_a_gpu_says_so(results):

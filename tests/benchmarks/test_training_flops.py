@@ -7,13 +7,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import lmfusion_kernels as lk
-from benchmarks import shapes
 from benchmarks import training_flops as flops
 from benchmarks.baselines.freeze_und import freeze_und_block
-from benchmarks.compare import UnavailableError
-from benchmarks.layer import make_case
+from benchmarks.harness import shapes
+from benchmarks.harness.compare import UnavailableError
+from benchmarks.harness.layer import make_case
 from benchmarks.peers.bagel import bagel
-from lmfusion.training.flops import RowCounts, flops_by_part
+from lmfusion.model.flops import RowCounts, flops_by_part
 
 TINY_LLM = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

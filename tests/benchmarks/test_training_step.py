@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks import shapes
-from benchmarks import test_training_step as benchmark
+from benchmarks.cases import test_training_step as benchmark
+from benchmarks.harness import shapes
 
 
 @pytest.fixture

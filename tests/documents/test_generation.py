@@ -13,7 +13,7 @@ from PIL import Image
 
 from lmfusion.cli import main
 from lmfusion.generation import GenerationOptions, Limits
-from lmfusion.modeling import LMFusion
+from lmfusion.model.modeling import LMFusion
 
 GUIDE = Path(__file__).parents[2] / "docs" / "generation.md"
 TEMPLATE = (

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lmfusion.modeling import LMFusion
+from lmfusion.model.modeling import LMFusion
 
 pytest.importorskip("peft")
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from lmfusion.modeling import LMFusion
+from lmfusion.model.modeling import LMFusion
 from tests.lmfusion.conftest import build_tokenizer
 
 SIDE, PATCH = 8, 4

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import lmfusion_kernels as lk
-from lmfusion_kernels import _library, attention
-from lmfusion_kernels.backends import ATTENTION_KERNELS, choose
+from lmfusion_kernels import attention
+from lmfusion_kernels.runtime import library
+from lmfusion_kernels.runtime.backends import ATTENTION_KERNELS, choose
 
 
 @pytest.fixture(autouse=True)
@@ -19,15 +20,15 @@ def no_environment(monkeypatch):
 
 @pytest.fixture
 def with_library(monkeypatch):
-    monkeypatch.setattr(_library, "native", True)
-    monkeypatch.setattr(_library, "why_not", "")
-    monkeypatch.setattr(_library, "build_info", {"cuda_architectures": [], "cuda_why_not": "it was built without nvcc"})
+    monkeypatch.setattr(library, "native", True)
+    monkeypatch.setattr(library, "why_not", "")
+    monkeypatch.setattr(library, "build_info", {"cuda_architectures": [], "cuda_why_not": "it was built without nvcc"})
 
 
 @pytest.fixture
 def without_library(monkeypatch):
-    monkeypatch.setattr(_library, "native", False)
-    monkeypatch.setattr(_library, "why_not", "the native ops were not built: no compiler; install one")
+    monkeypatch.setattr(library, "native", False)
+    monkeypatch.setattr(library, "why_not", "the native ops were not built: no compiler; install one")
     attention._why_absent.cache_clear()
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lmfusion_kernels import _host
+from lmfusion_kernels.layout import build
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("transformers", "diffusers", "tokenizers", "safetensors", "PIL", "sklearn", "gguf", "triton", "torch._dynamo")
@@ -58,7 +58,9 @@ def test_lmfusion_imports_without_transformers():
     assert process.stdout.split() == ["False", "False"]
 
 
-@pytest.mark.parametrize("module", ["lmfusion.vision", "lmfusion.data.loader", "lmfusion.evaluation.run"])
+@pytest.mark.parametrize(
+    "module", ["lmfusion.model.vision", "lmfusion.data.pipeline.loader", "lmfusion.evaluation.run"]
+)
 def test_any_module_may_be_imported_first(module):
     process = run_python(f"import {module}")
     assert process.returncode == 0, process.stderr
@@ -69,11 +71,11 @@ def test_network_is_noticed():
     assert "network: socket.getaddrinfo" in process.stderr
 
 
-@pytest.mark.skipif(_host._host_native is None, reason="_host_native was not compiled")
+@pytest.mark.skipif(build._layout_native is None, reason="_layout_native was not compiled")
 def test_host_module_needs_no_torch():
     code = f"""
 import importlib.util
-spec = importlib.util.spec_from_file_location("_host_native", {_host._host_native.__file__!r})
+spec = importlib.util.spec_from_file_location("_layout_native", {build._layout_native.__file__!r})
 module = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(module)
 import numpy
@@ -91,12 +93,12 @@ def test_backends_can_be_printed():
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
-@pytest.mark.skipif(_host.instruction_set() not in ("avx2", "avx512"), reason="this processor has the baseline alone")
+@pytest.mark.skipif(build.instruction_set() not in ("avx2", "avx512"), reason="this processor has the baseline alone")
 def test_the_instruction_set_can_be_held_down(isa):
     code = f"""
 import os
 os.environ["LMFUSION_CPU_ISA"] = {isa!r}
-from lmfusion_kernels import _host
-print(_host.instruction_set())
+from lmfusion_kernels import build
+print(build.instruction_set())
 """
     assert run_python(code).stdout.strip() == isa

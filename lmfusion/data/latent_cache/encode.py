@@ -24,9 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lmfusion.chat_template import TODAY, tells_the_date
-from lmfusion.config_values import to_values, values_sha256
-from lmfusion.data.encoded import (
+from lmfusion.data.latent_cache.reader import (
     FORMAT,
     MANIFEST,
     VARIABLES,
@@ -38,11 +36,13 @@ from lmfusion.data.encoded import (
     shard_name,
     tables_sha256,
 )
-from lmfusion.data.shard_encoder import EncodeOptions, ShardEncoder
-from lmfusion.data.sources import CONVERSING, Source, SourceConfig, load_source
-from lmfusion.data.unused import report_unused
-from lmfusion.files import NO_LOCKS, file_sha256, flush, replace_text
-from lmfusion.image.codec import Codec
+from lmfusion.data.latent_cache.shard_encoder import EncodeOptions, ShardEncoder
+from lmfusion.data.samples import CONVERSING, Source, SourceConfig, load_source
+from lmfusion.data.sources.unused_files import report_unused
+from lmfusion.model.codec import Codec
+from lmfusion.text.chat_template import TODAY, tells_the_date
+from lmfusion.utils.config_values import to_values, values_sha256
+from lmfusion.utils.files import NO_LOCKS, file_sha256, flush, replace_text
 
 PLAN = "plan.json"
 POLL_SECONDS = 1.0

@@ -36,10 +36,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lmfusion.chat_template import TODAY
-from lmfusion.config_values import shown, values_sha256
-from lmfusion.data.remote import StorageError, try_often
-from lmfusion.data.sources import (
+from lmfusion.data.samples import (
     CONVERSING,
     CaptionedImage,
     Edit,
@@ -51,8 +48,11 @@ from lmfusion.data.sources import (
     Transcript,
     Utterance,
 )
-from lmfusion.image.codec import Codec
-from lmfusion.image.preprocessing import to_tensor
+from lmfusion.data.storage.files import StorageError, try_often
+from lmfusion.images.preprocessing import to_tensor
+from lmfusion.model.codec import Codec
+from lmfusion.text.chat_template import TODAY
+from lmfusion.utils.config_values import shown, values_sha256
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -11,10 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lmfusion.batch import encode_captions
-from lmfusion.data.conversations import transcribe
-from lmfusion.data.damage import LEAST_SEEN
-from lmfusion.data.encoded import (
+from lmfusion.data.latent_cache.reader import (
     CAPTIONED,
     CONVERSATION,
     DAMAGED,
@@ -30,11 +27,14 @@ from lmfusion.data.encoded import (
     DamageRecord,
     checksum,
 )
-from lmfusion.data.remote import StorageError
-from lmfusion.data.sources import CaptionedImage, Conversation, Edit, LoadImage, Source, Transcript, parts_of
-from lmfusion.image.codec import Codec
-from lmfusion.image.preprocessing import to_tensor
-from lmfusion.printing import on_one_line
+from lmfusion.data.pipeline.conversations import transcribe
+from lmfusion.data.pipeline.skip_log import LEAST_SEEN
+from lmfusion.data.samples import CaptionedImage, Conversation, Edit, LoadImage, Source, Transcript, parts_of
+from lmfusion.data.storage.files import StorageError
+from lmfusion.images.preprocessing import to_tensor
+from lmfusion.model.batch import encode_captions
+from lmfusion.model.codec import Codec
+from lmfusion.utils.printing import on_one_line
 
 
 @dataclass(frozen=True)

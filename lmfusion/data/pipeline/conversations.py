@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lmfusion.chat import Chat, Seen
-from lmfusion.data.sources import Message, Utterance
-from lmfusion.tokens import control_tokens
+from lmfusion.data.samples import Message, Utterance
+from lmfusion.text.chat import Chat, Seen
+from lmfusion.text.tokenization import control_tokens
 
 MAX_ANSWERS = 256
 """Answers of one conversation that are used; the rest of it is dropped. No row is long enough for more."""
@@ -36,7 +36,7 @@ def transcribe(
 
     image_token_id, template_variables: as `encode_chat` takes them.
 
-    Raises ValueError where the assistant says nothing, and as `lmfusion.chat.encode_chat` does.
+    Raises ValueError where the assistant says nothing, and as `lmfusion.text.chat.encode_chat` does.
     """
     places = [i for i, message in enumerate(messages) if message["role"] == "assistant"][:MAX_ANSWERS]
     if not places and messages:

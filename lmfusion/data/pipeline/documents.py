@@ -1,10 +1,10 @@
 """What does a sample become in an epoch? Its document, its length known before any image is read.
 
-Captioned images become caption-first or image-first documents (see lmfusion.batch), interleaved ones
+Captioned images become caption-first or image-first documents (see lmfusion.model.batch), interleaved ones
 
     [bos] text BOI image EOI text ... eos
 
-with parts in their order, and conversations what the chat template makes of them (see lmfusion.data.conversations): in
+with parts in their order, and conversations what the chat template makes of them (see lmfusion.data.pipeline.conversations): in
 these the assistant's part alone is scored, and images of others have little noise, since they are given. Which of it,
 and how noisy the images are, depends on (seed, epoch, sample id) alone.
 
@@ -17,12 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lmfusion.batch import Document, SpecialTokens, caption_first_document, encode_captions, image_first_document
-from lmfusion.data.conversations import transcribe
-from lmfusion.data.mixture import Draw
-from lmfusion.data.randomness import generator
-from lmfusion.data.seen import SeenImage
-from lmfusion.data.sources import (
+from lmfusion.data.pipeline.conversations import transcribe
+from lmfusion.data.pipeline.input_images import SeenImage
+from lmfusion.data.pipeline.mixture import Draw
+from lmfusion.data.samples import (
     CaptionedImage,
     Conversation,
     DataConfig,
@@ -34,7 +32,9 @@ from lmfusion.data.sources import (
     Transcript,
     parts_of,
 )
-from lmfusion.diffusion import DiffusionConfig
+from lmfusion.model.batch import Document, SpecialTokens, caption_first_document, encode_captions, image_first_document
+from lmfusion.model.diffusion import DiffusionConfig
+from lmfusion.utils.randomness import generator
 
 
 class Damage(NamedTuple):

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lmfusion.data.remote import StorageError
-from lmfusion.data.sources import Latents, LoadImage
-from lmfusion.image.codec import Codec
-from lmfusion.image.preprocessing import to_tensor
+from lmfusion.data.samples import Latents, LoadImage
+from lmfusion.data.storage.files import StorageError
+from lmfusion.images.preprocessing import to_tensor
+from lmfusion.model.codec import Codec
 
 T = TypeVar("T")
 

@@ -14,11 +14,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from lmfusion.data.latents import DamagedImageError, EncodedImages
-from lmfusion.data.remote import StorageError
-from lmfusion.data.sources import Conversation, Edit, Latents, LoadImage, Message, Sample, Transcript, Utterance
-from lmfusion.image.preprocessing import load_image
-from lmfusion.vision import VisionEncoder, num_vision_rows
+from lmfusion.data.pipeline.image_latents import DamagedImageError, EncodedImages
+from lmfusion.data.samples import Conversation, Edit, Latents, LoadImage, Message, Sample, Transcript, Utterance
+from lmfusion.data.storage.files import StorageError
+from lmfusion.images.preprocessing import load_image
+from lmfusion.model.vision import VisionEncoder, num_vision_rows
 
 
 @dataclass(frozen=True, slots=True)

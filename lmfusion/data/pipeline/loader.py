@@ -15,18 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmfusion.batch import Batch, SpecialTokens, pack
-from lmfusion.data.documents import Damage, Plan
-from lmfusion.data.encoded import EncodedShards
-from lmfusion.data.latents import DamagedImageError, LatentReader
-from lmfusion.data.packing import Row, Window, WindowReader
-from lmfusion.data.randomness import generator
-from lmfusion.data.seen import VisionReader
-from lmfusion.data.sources import DataConfig, EncodedSource, load_source
-from lmfusion.data.unused import report_unused
-from lmfusion.diffusion import DiffusionConfig
-from lmfusion.image.codec import Codec
-from lmfusion.vision import VisionEncoder
+from lmfusion.data.latent_cache.reader import EncodedShards
+from lmfusion.data.pipeline.documents import Damage, Plan
+from lmfusion.data.pipeline.image_latents import DamagedImageError, LatentReader
+from lmfusion.data.pipeline.input_images import VisionReader
+from lmfusion.data.pipeline.packing import Row, Window, WindowReader
+from lmfusion.data.samples import DataConfig, EncodedSource, load_source
+from lmfusion.data.sources.unused_files import report_unused
+from lmfusion.model.batch import Batch, SpecialTokens, pack
+from lmfusion.model.codec import Codec
+from lmfusion.model.diffusion import DiffusionConfig
+from lmfusion.model.vision import VisionEncoder
+from lmfusion.utils.randomness import generator
 
 
 @dataclass(frozen=True)

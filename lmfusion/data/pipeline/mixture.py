@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from lmfusion.data.order import Permutation, SourceOrder
+from lmfusion.data.pipeline.order import Permutation, SourceOrder
 
 PERIOD = 1000
 

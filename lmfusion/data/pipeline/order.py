@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from lmfusion.data.randomness import generator
+from lmfusion.utils.randomness import generator
 
 
 class Permutation:

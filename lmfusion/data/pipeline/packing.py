@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedConfig
 
-from lmfusion.batch import SpecialTokens
-from lmfusion.data.documents import Damage, DocumentPlanner, Plan
-from lmfusion.data.mixture import Draw, Mixture
-from lmfusion.data.order import Permutation, SourceOrder
-from lmfusion.data.remote import StorageError
-from lmfusion.data.seen import with_seen_images
-from lmfusion.data.sources import DataConfig, Sample, Source
-from lmfusion.diffusion import DiffusionConfig
-from lmfusion_kernels.packing import pack_documents
+from lmfusion.data.pipeline.documents import Damage, DocumentPlanner, Plan
+from lmfusion.data.pipeline.input_images import with_seen_images
+from lmfusion.data.pipeline.mixture import Draw, Mixture
+from lmfusion.data.pipeline.order import Permutation, SourceOrder
+from lmfusion.data.samples import DataConfig, Sample, Source
+from lmfusion.data.storage.files import StorageError
+from lmfusion.model.batch import SpecialTokens
+from lmfusion.model.diffusion import DiffusionConfig
+from lmfusion_kernels.layout.packing import pack_documents
 
 READ_TOGETHER = 32
 """Samples of a window that one thread reads, one after another."""

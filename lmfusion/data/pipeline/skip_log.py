@@ -5,9 +5,9 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from lmfusion.data.documents import Damage
-from lmfusion.printing import on_one_line
-from lmfusion.training.json_lines import JsonLines
+from lmfusion.data.pipeline.documents import Damage
+from lmfusion.utils.json_lines import JsonLines
+from lmfusion.utils.printing import on_one_line
 
 LEAST_SEEN = 1000
 """Samples that a share is taken of at least, so that one bad sample early on does not end a run."""

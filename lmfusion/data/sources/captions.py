@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
-from lmfusion.config_values import shown
+from lmfusion.utils.config_values import shown
 
 MAX_TEXT_BYTES = 1024 * 1024
 """Of the text or JSON that belongs to one sample: hundreds of pages. More is damage, and is not read."""

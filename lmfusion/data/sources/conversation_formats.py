@@ -8,8 +8,8 @@
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from lmfusion.chat import ROLES
-from lmfusion.config_values import shown
+from lmfusion.text.chat import ROLES
+from lmfusion.utils.config_values import shown
 
 KEYS = ("messages", "conversations")
 """Where a line has its list of messages."""
@@ -37,7 +37,7 @@ Part = str | ImageReference
 
 
 def read_conversation(entry: dict[str, Any]) -> list[tuple[str, list[Part]]]:
-    """The (role, parts) of every message of a line that has one of KEYS. Roles are those of `lmfusion.chat`.
+    """The (role, parts) of every message of a line that has one of KEYS. Roles are those of `lmfusion.text.chat`.
 
     The line may name its images in `image` or `images`. Then each "<image>" in a text, and each image part without an
     address of its own, stands for the next of them. Raises ValueError, saying what is wrong, for anything that is not

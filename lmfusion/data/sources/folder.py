@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from lmfusion.data.captions import MAX_TEXT_BYTES, captions_of_text, captions_of_value, parse_json, read_lines
-from lmfusion.data.remote import StorageError, is_inside, load_image_file, read_file, try_often
-from lmfusion.data.sources import CaptionedImage
-from lmfusion.data.unused import (
+from lmfusion.data.samples import CaptionedImage
+from lmfusion.data.sources.captions import MAX_TEXT_BYTES, captions_of_text, captions_of_value, parse_json, read_lines
+from lmfusion.data.sources.unused_files import (
     NO_IMAGE,
     READ_SUFFIXES,
     SECOND_CAPTION,
@@ -22,8 +21,9 @@ from lmfusion.data.unused import (
     suffix_of,
     unread_kind,
 )
-from lmfusion.data.walk import FoundFile, find_all
-from lmfusion.printing import printable
+from lmfusion.data.storage.files import StorageError, is_inside, load_image_file, read_file, try_often
+from lmfusion.data.storage.folder_walk import FoundFile, find_all
+from lmfusion.utils.printing import printable
 
 METADATA = "metadata.jsonl"
 NOT_LISTED = f"images that {METADATA} does not name"

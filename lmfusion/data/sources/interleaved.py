@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lmfusion.data import conversation_formats
-from lmfusion.data.captions import MAX_LINE_BYTES, checked_text, parse_json
-from lmfusion.data.conversation_formats import Part, read_content, read_conversation
-from lmfusion.data.remote import (
+from lmfusion.data.samples import Conversation, Edit, Interleaved, LoadImage, Message
+from lmfusion.data.sources import conversation_formats
+from lmfusion.data.sources.captions import MAX_LINE_BYTES, checked_text, parse_json
+from lmfusion.data.sources.conversation_formats import Part, read_content, read_conversation
+from lmfusion.data.storage.files import (
     StorageError,
     StoredFile,
     find_files,
@@ -33,9 +34,8 @@ from lmfusion.data.remote import (
     parent,
     stored_file,
 )
-from lmfusion.data.sources import Conversation, Edit, Interleaved, LoadImage, Message
-from lmfusion.image.preprocessing import check_file_size, decode_image
-from lmfusion.printing import printable
+from lmfusion.images.preprocessing import check_file_size, decode_image
+from lmfusion.utils.printing import printable
 
 EDIT_KEYS = ("source", "instruction", "target")
 NUM_INDEXERS = 8

@@ -16,11 +16,11 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from lmfusion.data.captions import captions_of_value
-from lmfusion.data.remote import StorageError, StoredFile, find_files, map_threads, names_of
-from lmfusion.data.sources import CaptionedImage
-from lmfusion.image.preprocessing import check_file_size, decode_image
-from lmfusion.printing import printable
+from lmfusion.data.samples import CaptionedImage
+from lmfusion.data.sources.captions import captions_of_value
+from lmfusion.data.storage.files import StorageError, StoredFile, find_files, map_threads, names_of
+from lmfusion.images.preprocessing import check_file_size, decode_image
+from lmfusion.utils.printing import printable
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "img")
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt")

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lmfusion.data.tar_samples import Record
-from lmfusion.data.unused import Unused
-from lmfusion.files import replacing
+from lmfusion.data.sources.tar_samples import Record
+from lmfusion.data.sources.unused_files import Unused
+from lmfusion.utils.files import replacing
 
 FORMAT = 2
 MAX_HEADER_BYTES = 1024 * 1024

@@ -15,10 +15,8 @@ import hashlib
 import re
 from typing import NamedTuple
 
-from lmfusion.data.captions import MAX_TEXT_BYTES, captions_of_json, captions_of_text
-from lmfusion.data.remote import StoredFile
-from lmfusion.data.tar import DamagedTarError, Member, TarReader
-from lmfusion.data.unused import (
+from lmfusion.data.sources.captions import MAX_TEXT_BYTES, captions_of_json, captions_of_text
+from lmfusion.data.sources.unused_files import (
     NO_IMAGE,
     SECOND_CAPTION,
     SECOND_IMAGE,
@@ -30,7 +28,9 @@ from lmfusion.data.unused import (
     suffix_of,
     unread_kind,
 )
-from lmfusion.printing import printable
+from lmfusion.data.storage.files import StoredFile
+from lmfusion.data.storage.tar import DamagedTarError, Member, TarReader
+from lmfusion.utils.printing import printable
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 CAPTION_SUFFIXES = ("txt", "json")

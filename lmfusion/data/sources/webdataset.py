@@ -14,13 +14,13 @@ from typing import Any
 
 from PIL import Image
 
-from lmfusion.data.remote import StorageError, StoredFile, cached_name, find_files, map_threads, names_of
-from lmfusion.data.sources import CaptionedImage
-from lmfusion.data.tar_index import Records, Summary, open_records, read_summary, save_index, to_arrays
-from lmfusion.data.tar_samples import Choice, index_tar
-from lmfusion.data.unused import Unused, UnusedFiles
-from lmfusion.image.preprocessing import check_file_size, decode_image
-from lmfusion.printing import printable
+from lmfusion.data.samples import CaptionedImage
+from lmfusion.data.sources.tar_index import Records, Summary, open_records, read_summary, save_index, to_arrays
+from lmfusion.data.sources.tar_samples import Choice, index_tar
+from lmfusion.data.sources.unused_files import Unused, UnusedFiles
+from lmfusion.data.storage.files import StorageError, StoredFile, cached_name, find_files, map_threads, names_of
+from lmfusion.images.preprocessing import check_file_size, decode_image
+from lmfusion.utils.printing import printable
 
 NUM_INDEXERS = 8
 """Tars indexed at the same time: most of the work is waiting for the disk or the network."""

@@ -25,8 +25,8 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from lmfusion.image.preprocessing import check_file_size, decode_image
-from lmfusion.printing import printable
+from lmfusion.images.preprocessing import check_file_size, decode_image
+from lmfusion.utils.printing import printable
 
 T = TypeVar("T")
 U = TypeVar("U")

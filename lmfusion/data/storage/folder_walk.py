@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from lmfusion.data.remote import StorageError, try_often
+from lmfusion.data.storage.files import StorageError, try_often
 
 
 class FoundFile(NamedTuple):

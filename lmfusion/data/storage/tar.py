@@ -7,7 +7,7 @@ point to.
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from lmfusion.data.remote import StoredFile
+from lmfusion.data.storage.files import StoredFile
 
 BLOCK = 512
 MAX_HEADER_BYTES = 64 * 1024

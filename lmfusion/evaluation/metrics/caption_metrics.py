@@ -7,7 +7,7 @@
 | ROUGE-L (Lin 2004, section 3) | longest common subsequence; 0 to 1 | mean |
 
 Papers print 100 times these numbers. They are the same as pycocoevalcap's on the same words, which are those of
-`lmfusion.evaluation.ptb_tokenizer`. CIDEr-D takes how rare words are from the references given, so it is comparable
+`lmfusion.evaluation.metrics.ptb_tokenizer`. CIDEr-D takes how rare words are from the references given, so it is comparable
 over the same set of images alone, and it is 0 where there is one image.
 """
 
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lmfusion.evaluation.ptb_tokenizer import tokenize
+from lmfusion.evaluation.metrics.ptb_tokenizer import tokenize
 
 MAX_N = 4
 """Words of the longest n-grams."""
@@ -37,7 +37,7 @@ NGram = tuple[str, ...]
 
 @dataclass(frozen=True, eq=False)
 class CaptionScores:
-    """Scores of captions, and what their intervals are computed from by `lmfusion.evaluation.bootstrap`."""
+    """Scores of captions, and what their intervals are computed from by `lmfusion.evaluation.metrics.bootstrap`."""
 
     cider_d: float
     bleu_4: float

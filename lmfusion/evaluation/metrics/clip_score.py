@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from lmfusion.evaluation.clip import Clip, load_clip
-from lmfusion.evaluation.extractors import sha256
+from lmfusion.evaluation.metrics.clip import Clip, load_clip
+from lmfusion.evaluation.metrics.extractors import sha256
 
 
 class ClipScorer:

@@ -23,9 +23,9 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from lmfusion.config_values import shown
-from lmfusion.evaluation.clip import load_clip
-from lmfusion.evaluation.packages import require
+from lmfusion.evaluation.metrics.clip import load_clip
+from lmfusion.utils.config_values import shown
+from lmfusion.utils.packages import require
 
 KINDS = ("efficientnet-lite0", "inception", "clip")
 

@@ -1,6 +1,6 @@
 """How far apart are two sets of images, seen through the features of a network? Frechet and kernel distances.
 
-Features are arrays [n, d], one row an image (`lmfusion.evaluation.extractors`), computed with in float64.
+Features are arrays [n, d], one row an image (`lmfusion.evaluation.metrics.extractors`), computed with in float64.
 
 | distance | of what | with n images |
 | --- | --- | --- |
@@ -10,7 +10,7 @@ Features are arrays [n, d], one row an image (`lmfusion.evaluation.extractors`),
 Frechet distances are compared at the same n only.
 A Frechet distance may be called FID only if the features are those of the Inception network that the name stands for.
 A bootstrap of it would lie above it, because resamples hold images twice and so span fewer directions. The kernel
-distance has an interval by the spread of its subsets, see `lmfusion.evaluation.images.distances`.
+distance has an interval by the spread of its subsets, see `lmfusion.evaluation.suites.images.distances`.
 """
 
 import numpy as np

@@ -13,7 +13,7 @@ expressions, without Java. Like the original this one
 It differs in single letters at the end of a caption ("plan b."), where the original looks at the next caption, in C++,
 and in smileys.
 
-tests/lmfusion/evaluation/test_ptb_tokenizer.py compares both where Java is.
+tests/lmfusion/evaluation/metrics/test_ptb_tokenizer.py compares both where Java is.
 """
 
 import re

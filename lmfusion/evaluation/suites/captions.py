@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lmfusion.config_values import check_least, to_values
-from lmfusion.data.sources import SourceConfig
-from lmfusion.evaluation.bootstrap import bootstrap
-from lmfusion.evaluation.caption_metrics import bleu, score_captions
+from lmfusion.data.samples import SourceConfig
 from lmfusion.evaluation.identity import model_digest, values_digest
+from lmfusion.evaluation.metrics.bootstrap import bootstrap
+from lmfusion.evaluation.metrics.caption_metrics import bleu, score_captions
 from lmfusion.evaluation.references import CocoConfig, References, check_references, load_references
 from lmfusion.evaluation.results import Picture, Score, SuiteResult
-from lmfusion.files import replace_text
+from lmfusion.utils.config_values import check_least, to_values
+from lmfusion.utils.files import replace_text
 
 if TYPE_CHECKING:
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
 FILE = "captions.jsonl"
 """The first line says what the captions were made with; each further one holds {"image", "caption", "references"}."""
-TOKENIZER = "Penn Treebank rules of pycocoevalcap, in Python (lmfusion.evaluation.ptb_tokenizer)"
+TOKENIZER = "Penn Treebank rules of pycocoevalcap, in Python (lmfusion.evaluation.metrics.ptb_tokenizer)"
 
 
 @dataclass

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image
 
-from lmfusion.config_values import check_least, to_values
-from lmfusion.data.shapes import EDITS, Scene, SceneEdit, ShapeEdits, render
-from lmfusion.evaluation.drawing import drawing_values, image_options
 from lmfusion.evaluation.results import Picture, SuiteResult, Table
-from lmfusion.evaluation.scenes import read_scene
-from lmfusion.evaluation.shapes import picture_grid, share
+from lmfusion.evaluation.suites.image_settings import drawing_values, image_options
+from lmfusion.evaluation.suites.shapes import picture_grid, share
+from lmfusion.synthetic.shape_reader import read_scene
+from lmfusion.synthetic.shapes import EDITS, Scene, SceneEdit, ShapeEdits, render
+from lmfusion.utils.config_values import check_least, to_values
 
 if TYPE_CHECKING:
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
 
 @dataclass

@@ -6,7 +6,7 @@
 Whether a drawing shows what was asked for is judged by GenEval itself, with an object detector that is no part of this
 project: `python evaluation/evaluate_images.py <folder> --outfile results.jsonl --model-path <detector>`, then
 `python evaluation/summary_scores.py results.jsonl`, both in https://github.com/djghosh13/geneval. The scores here are
-counts. `lmfusion.evaluation.shapes` asks for the same skills and judges by itself.
+counts. `lmfusion.evaluation.suites.shapes` asks for the same skills and judges by itself.
 """
 
 import json
@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmfusion.config_values import check_least, to_values
-from lmfusion.evaluation.drawing import drawing_values, image_options
 from lmfusion.evaluation.identity import model_digest
 from lmfusion.evaluation.references import read_lines
 from lmfusion.evaluation.results import Picture, Score, SuiteResult, Table
-from lmfusion.files import replace_text
-from lmfusion.image.png import holds, save_png
+from lmfusion.evaluation.suites.image_settings import drawing_values, image_options
+from lmfusion.images.png import holds, save_png
+from lmfusion.utils.config_values import check_least, to_values
+from lmfusion.utils.files import replace_text
 
 if TYPE_CHECKING:
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
 PROMPTS = "prompts/evaluation_metadata.jsonl of https://github.com/djghosh13/geneval"
 JUDGE = "GenEval's own evaluation/evaluate_images.py"

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from lmfusion.config_values import shown
 from lmfusion.generation.options import GenerationOptions, Limits
 from lmfusion.generation.samplers import SAMPLERS
+from lmfusion.utils.config_values import shown
 
 FIELDS = ("guidance_scale", "image_guidance_scale", "sampler", "num_steps", "seed")
 """Of a suite's configuration, which need not have all of them."""

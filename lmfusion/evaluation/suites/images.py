@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from lmfusion.config_values import check_least, to_values
-from lmfusion.data.sources import SourceConfig
-from lmfusion.evaluation.bootstrap import PERCENTILES, bootstrap
-from lmfusion.evaluation.drawing import image_options
-from lmfusion.evaluation.extractors import ExtractorConfig, FeatureExtractor, load_extractor
-from lmfusion.evaluation.feature_distances import frechet_distance, kernel_distances_of_subsets
+from lmfusion.data.samples import SourceConfig
 from lmfusion.evaluation.identity import model_digest
+from lmfusion.evaluation.metrics.bootstrap import PERCENTILES, bootstrap
+from lmfusion.evaluation.metrics.extractors import ExtractorConfig, FeatureExtractor, load_extractor
+from lmfusion.evaluation.metrics.feature_distances import frechet_distance, kernel_distances_of_subsets
 from lmfusion.evaluation.references import CocoConfig, References, check_references, load_references, read_lines
 from lmfusion.evaluation.results import Picture, Score, SuiteResult
+from lmfusion.evaluation.suites.image_settings import image_options
 from lmfusion.generation.options import GenerationOptions
-from lmfusion.image.png import holds, save_png
-from lmfusion.image.preprocessing import load_image, to_pil, to_tensor
+from lmfusion.images.png import holds, save_png
+from lmfusion.images.preprocessing import load_image, to_pil, to_tensor
+from lmfusion.utils.config_values import check_least, to_values
 
 if TYPE_CHECKING:
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
 NUM_SUBSETS, SUBSET_SIZE = 100, 1000
 """Of the kernel distance, as published KIDs have them; with fewer than twice as many images, subsets are halves."""
@@ -101,7 +101,7 @@ def check_images(config: ImagesConfig) -> None:
         except FileNotFoundError as error:
             raise ValueError(f"{error}. {_WEIGHTS.get(extractor.kind, '')}") from error
     if config.clip is not None:
-        from lmfusion.evaluation.clip_score import ClipScorer
+        from lmfusion.evaluation.metrics.clip_score import ClipScorer
 
         try:
             ClipScorer(Path(config.clip))
@@ -202,7 +202,7 @@ def draw_prompts(
     digest: of the model. The noise of prompt i depends on (options.seed, i) alone. Other files are left alone.
     """
     from lmfusion.generation import Done, ImageEnd, encode_prompt
-    from lmfusion.generation.answers import Asked, engine_for, evaluating
+    from lmfusion.generation.api import Asked, engine_for, evaluating
 
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{i:06d}.png" for i in range(len(prompts))]
@@ -268,7 +268,7 @@ def _real_details(size: int) -> dict[str, Any]:
 def _clip_score(
     model: "LMFusion", folder: Path, files: Sequence[Path], prompts: Sequence[str], what: str, made: dict[str, Any]
 ) -> Score:
-    from lmfusion.evaluation.clip_score import ClipScorer
+    from lmfusion.evaluation.metrics.clip_score import ClipScorer
 
     scorer = ClipScorer(folder, model.device)
     values = scorer.scores((load_image(file) for file in files), list(prompts))

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lmfusion.config_values import check_least, to_values
 from lmfusion.conversion import open_base
-from lmfusion.evaluation.packages import require
 from lmfusion.evaluation.results import Score, SuiteResult, Table
 from lmfusion.evaluation.scoring import BATCH_TOKENS
+from lmfusion.utils.config_values import check_least, to_values
+from lmfusion.utils.packages import require
 
 if TYPE_CHECKING:
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
 
 @dataclass
@@ -57,7 +57,7 @@ def check_language(config: LanguageConfig) -> None:
     """Read the tasks and their data. Raises ValueError, with the way out, where something is missing."""
     require("lm_eval", "the suite language", "lm-eval")
 
-    from lmfusion.evaluation.harness import load_tasks
+    from lmfusion.evaluation.suites.lm_harness import load_tasks
 
     load_tasks(config.tasks, config.data, config.include_path)
 
@@ -75,7 +75,7 @@ def run_language(model: "LMFusion", config: LanguageConfig, folder: Path) -> Sui
     if model.base is not None and (config.compare_with_base or config.verify):
         open_base(model.base.name)  # complain of a base that is gone before any task is asked
 
-    from lmfusion.evaluation.harness import LMFusionLM, ask, load_tasks
+    from lmfusion.evaluation.suites.lm_harness import LMFusionLM, ask, load_tasks
 
     tasks = load_tasks(config.tasks, config.data, config.include_path)
     adapted = ask(LMFusionLM(model, config.batch_tokens), tasks, config.num_fewshot, config.limit)
@@ -105,7 +105,7 @@ def base_model(model: "LMFusion") -> "LMFusion":
     It is a model with the smallest image side there is, so that its text runs through the same code. Raises ValueError
     for a model without a base, and what `LMFusion.from_llm` raises where it is not there.
     """
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
     if model.base is None:
         raise ValueError("this model was made without a base LLM, so there is nothing to compare it with")
@@ -130,7 +130,7 @@ def _scores(results: Mapping[str, Any]) -> list[Score]:
 
 def _measured(results: Mapping[str, Any]) -> list[tuple[Score, np.ndarray | None]]:
     """A score for each metric of each task, and what it is the mean of; None where it is something else."""
-    from lmfusion.evaluation.bootstrap import bootstrap
+    from lmfusion.evaluation.metrics.bootstrap import bootstrap
 
     found = []
     for task, metrics in results["results"].items():
@@ -164,7 +164,7 @@ def _values_of(samples: Sequence[Mapping[str, Any]], metric: str, mean: float) -
 
 def _differences(base: Mapping[str, Any], adapted: Mapping[str, Any]) -> list[Score]:
     """Adapted minus base of each score, with a bootstrap over the questions, which are the same ones."""
-    from lmfusion.evaluation.bootstrap import bootstrap
+    from lmfusion.evaluation.metrics.bootstrap import bootstrap
 
     found = []
     for (ours, values), (theirs, of_base) in zip(_measured(adapted), _measured(base), strict=True):
@@ -186,7 +186,7 @@ def _compared(adapted: Sequence[Score], base: Sequence[Score], differences: Sequ
 
 def _verified(model: "LMFusion") -> tuple[list[Score], Table]:
     """Whether tensors and logits are the base LLM's, as scores and a table."""
-    from lmfusion.verification import verify
+    from lmfusion.model.verification import verify
 
     verification = verify(model)
     num_same = verification.num_tensors - len(verification.changed)

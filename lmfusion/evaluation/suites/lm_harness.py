@@ -1,6 +1,6 @@
 """How does lm-evaluation-harness ask our models? `LMFusionLM`, its `LM` on a model's text side, and its tasks.
 
-Imports lm_eval: `lmfusion.evaluation.language` imports this module where it is needed.
+Imports lm_eval: `lmfusion.evaluation.suites.language` imports this module where it is needed.
 """
 
 import functools
@@ -18,7 +18,6 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from lmfusion.chat_template import TODAY, render
 from lmfusion.evaluation.scoring import (
     BATCH_TOKENS,
     Window,
@@ -29,10 +28,11 @@ from lmfusion.evaluation.scoring import (
 )
 from lmfusion.generation.options import MAX_STOP_STRINGS
 from lmfusion.generation.prompt import require_tokenizer
-from lmfusion.tokens import control_tokens, token_ids
+from lmfusion.text.chat_template import TODAY, render
+from lmfusion.text.tokenization import control_tokens, token_ids
 
 if TYPE_CHECKING:
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
 PACKAGED = Path(__file__).parent / "tasks"
 """Our own tasks."""

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lmfusion.config_values import check_least, to_values
-from lmfusion.data.shapes import SKILLS, CaptionedScene, Scene, Shapes, render
-from lmfusion.evaluation.bootstrap import bootstrap
-from lmfusion.evaluation.drawing import drawing_values, image_options
+from lmfusion.evaluation.metrics.bootstrap import bootstrap
 from lmfusion.evaluation.results import Picture, Score, SuiteResult, Table
-from lmfusion.evaluation.scenes import UNKNOWN, check, read_scene
+from lmfusion.evaluation.suites.image_settings import drawing_values, image_options
+from lmfusion.synthetic.shape_reader import UNKNOWN, check, read_scene
+from lmfusion.synthetic.shapes import SKILLS, CaptionedScene, Scene, Shapes, render
+from lmfusion.utils.config_values import check_least, to_values
 
 if TYPE_CHECKING:
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
 RIGHT, WRONG = (30, 150, 60), (210, 40, 40)
 """Frames of drawings, RGB."""

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lmfusion.ablation.config import METRICS, OrderingConfig
+from lmfusion.experiments.ablation.config import METRICS, OrderingConfig
 
 Values = Mapping[str, float | None]
 """Of one variant: metrics by name; None, or no key, where one was not measured."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lmfusion.config_values import check_least, from_values, shown
-from lmfusion.data.shapes import NUM_SAMPLES
-from lmfusion.evaluation.drawing import image_options
+from lmfusion.evaluation.suites.image_settings import image_options
+from lmfusion.synthetic.shapes import NUM_SAMPLES
 from lmfusion.training.config import RunConfig
+from lmfusion.utils.config_values import check_least, from_values, shown
 
 METRICS = {
     "diffusion_loss": "lower",

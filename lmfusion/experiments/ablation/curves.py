@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lmfusion.ablation.measure import MEASURED
+from lmfusion.experiments.ablation.measure import MEASURED
 from lmfusion.training.config import RunConfig
 
 Line = dict[str, Any]

@@ -6,24 +6,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lmfusion.ablation.config import MeasureConfig
-from lmfusion.ablation.texts import PLAIN_TEXTS
-from lmfusion.config_values import to_values
-from lmfusion.data.shapes import Scene, Shapes, render
-from lmfusion.evaluation.bootstrap import bootstrap
-from lmfusion.evaluation.drawing import drawing_values
-from lmfusion.evaluation.language import LanguageConfig, check_language, run_language
+from lmfusion.evaluation.metrics.bootstrap import bootstrap
 from lmfusion.evaluation.results import Score
-from lmfusion.evaluation.scenes import check
 from lmfusion.evaluation.scoring import text_loss
+from lmfusion.evaluation.suites.image_settings import drawing_values
+from lmfusion.evaluation.suites.language import LanguageConfig, check_language, run_language
+from lmfusion.experiments.ablation.config import MeasureConfig
+from lmfusion.experiments.ablation.texts import PLAIN_TEXTS
+from lmfusion.synthetic.shape_reader import check
+from lmfusion.synthetic.shapes import Scene, Shapes, render
 from lmfusion.training.config import RunConfig
-from lmfusion.training.json_lines import JsonLines
 from lmfusion.training.sampling import make_grid, save_grid
 from lmfusion.training.trainer import Trainer
 from lmfusion.training.validation import Validation
+from lmfusion.utils.config_values import to_values
+from lmfusion.utils.json_lines import JsonLines
 
 if TYPE_CHECKING:
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
 MEASURED = "measured.jsonl"
 """In the folder of a variant: a line each measured step."""

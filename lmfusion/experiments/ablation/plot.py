@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmfusion.evaluation.packages import require
+from lmfusion.utils.packages import require
 
 TITLES = {
     "diffusion_loss": "Diffusion loss, held-out images\n(squared error; lower is better)",

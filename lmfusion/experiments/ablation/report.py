@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lmfusion.ablation.config import METRICS
-from lmfusion.ablation.orderings import Finding
+from lmfusion.experiments.ablation.claims import Finding
+from lmfusion.experiments.ablation.config import METRICS
 
 COLUMNS = {
     "diffusion_loss": "diffusion loss",

@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from lmfusion.ablation.config import AblationConfig
-from lmfusion.ablation.curves import read_curve
-from lmfusion.ablation.measure import MeasuredTrainer, Measurer
-from lmfusion.ablation.orderings import judge
-from lmfusion.ablation.plot import check_plot, draw_plot
-from lmfusion.ablation.report import markdown
-from lmfusion.config_values import to_values
 from lmfusion.evaluation.identity import commit, versions
-from lmfusion.files import locked, replace_text
+from lmfusion.experiments.ablation.claims import judge
+from lmfusion.experiments.ablation.config import AblationConfig
+from lmfusion.experiments.ablation.curves import read_curve
+from lmfusion.experiments.ablation.measure import MeasuredTrainer, Measurer
+from lmfusion.experiments.ablation.plot import check_plot, draw_plot
+from lmfusion.experiments.ablation.report import markdown
 from lmfusion.training.config import RunConfig
-from lmfusion.yaml_files import read_yaml
+from lmfusion.utils.config_values import to_values
+from lmfusion.utils.files import locked, replace_text
+from lmfusion.utils.yaml_files import read_yaml
 
 RESULT = "result.json"
 """In the folder of a finished variant."""

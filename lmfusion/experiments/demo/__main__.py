@@ -1,4 +1,4 @@
-"""`python -m lmfusion.demo` is `lmfusion demo`."""
+"""`python -m lmfusion.experiments.demo` is `lmfusion demo`."""
 
 import sys
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from PIL import Image
 
-from lmfusion.data.digits import NAMES, REQUESTS, opening_of, with_article
-from lmfusion.demo.judge import Judge
-from lmfusion.modeling import LMFusion
+from lmfusion.model.modeling import LMFusion
+from lmfusion.synthetic.digit_classifier import Judge
+from lmfusion.synthetic.digits import NAMES, REQUESTS, opening_of, with_article
 
 UNSEEN_REQUESTS = (
     "Please draw {}.",

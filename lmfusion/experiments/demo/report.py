@@ -8,8 +8,8 @@ from typing import Any
 
 from PIL import Image
 
-from lmfusion.data.digits import with_article
-from lmfusion.demo.talk import Reply
+from lmfusion.experiments.demo.chat_eval import Reply
+from lmfusion.synthetic.digits import with_article
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }

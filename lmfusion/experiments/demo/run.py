@@ -8,17 +8,23 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from lmfusion.data.digits import NAMES, REQUESTS, Digits, caption_of
-from lmfusion.demo.judge import Judge, pictures
-from lmfusion.demo.report import render_picture, render_report
-from lmfusion.demo.talk import UNSEEN_REQUESTS, Reply, answer_questions, ask_for_digits, openings_as_taught
-from lmfusion.devices import device_name
 from lmfusion.evaluation.identity import versions
-from lmfusion.files import replace_text
-from lmfusion.modeling import LMFusion
+from lmfusion.experiments.demo.chat_eval import (
+    UNSEEN_REQUESTS,
+    Reply,
+    answer_questions,
+    ask_for_digits,
+    openings_as_taught,
+)
+from lmfusion.experiments.demo.report import render_picture, render_report
+from lmfusion.model.modeling import LMFusion
+from lmfusion.model.verification import verify
+from lmfusion.synthetic.digit_classifier import Judge, pictures
+from lmfusion.synthetic.digits import NAMES, REQUESTS, Digits, caption_of
 from lmfusion.training.config import load_config
 from lmfusion.training.trainer import Trainer
-from lmfusion.verification import verify
+from lmfusion.utils.devices import device_name
+from lmfusion.utils.files import replace_text
 
 DRAWINGS_PER_DIGIT = 10
 SAMPLING = {"sampler": "dpm-solver", "num_steps": 20, "guidance_scale": 2.0, "seed": 0, "batch_size": 100}
@@ -118,7 +124,7 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
 
 
 def _recipe() -> Path:
-    here = Path(__file__).resolve().parents[2] / "recipes" / "digits.yaml"
+    here = Path(__file__).resolve().parents[3] / "recipes" / "digits.yaml"
     if not here.is_file():
         raise ValueError("the demo reads recipes/digits.yaml of a checkout of lmfusion; clone it and install with -e")
     return here

@@ -15,14 +15,14 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from lmfusion import __version__
 from lmfusion.generation.worker import Busy, EngineWorker, Stopped
-from lmfusion.serve.bodies import Bodies, busy
-from lmfusion.serve.document import document
-from lmfusion.serve.errors import ApiError
-from lmfusion.serve.guard import Guard
-from lmfusion.serve.metrics import CONTENT_TYPE, Metrics
-from lmfusion.serve.readers import Readers, while_connected
-from lmfusion.serve.requests import RequestReader, from_options
-from lmfusion.serve.streaming import Listener, Streamed, Whole
+from lmfusion.serving.errors import ApiError
+from lmfusion.serving.guard import Guard
+from lmfusion.serving.http.bodies import Bodies, busy
+from lmfusion.serving.http.body_readers import Readers, while_connected
+from lmfusion.serving.http.metrics import CONTENT_TYPE, Metrics
+from lmfusion.serving.http.openapi import document
+from lmfusion.serving.http.requests import RequestReader, from_options
+from lmfusion.serving.http.streaming import Listener, Streamed, Whole
 
 CHAT_PATH = "/v1/chat/completions"
 BODIES_PER_PLACE = 4

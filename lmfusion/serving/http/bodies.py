@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 
-from lmfusion.serve.errors import ApiError
+from lmfusion.serving.errors import ApiError
 
 BODY_SECONDS = 60.0
 """A request that is not complete by then is not waited for."""

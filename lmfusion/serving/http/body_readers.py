@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from starlette.types import Receive
 
-from lmfusion.serve.bodies import hung_up, stopping
+from lmfusion.serving.http.bodies import hung_up, stopping
 
 T = TypeVar("T")
 

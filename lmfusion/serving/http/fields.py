@@ -15,7 +15,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from lmfusion.config_values import cut
+from lmfusion.utils.config_values import cut
 
 MAX_SEED = 2**63 - 1
 

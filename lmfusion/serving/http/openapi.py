@@ -4,9 +4,9 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from lmfusion.serve.errors import TYPES
-from lmfusion.serve.metrics import CONTENT_TYPE
-from lmfusion.serve.schema import ChatRequest
+from lmfusion.serving.errors import TYPES
+from lmfusion.serving.http.metrics import CONTENT_TYPE
+from lmfusion.serving.http.schema import ChatRequest
 
 ANYWHERE = (400, 401, 500)
 """Errors of every URL: the host is not allowed, the API key is wrong, the server failed."""

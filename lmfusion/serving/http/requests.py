@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageOps
 
-from lmfusion.config_values import cut
 from lmfusion.generation.options import GenerationOptions, Limits
 from lmfusion.generation.prompt import Prompt, context_limit, encode_prompt
-from lmfusion.image.preprocessing import decode_image, read_image_size
-from lmfusion.serve.errors import ApiError
-from lmfusion.serve.schema import SAME_NAMES, ChatRequest, ImagePart, Message, TextPart, parse
-from lmfusion.vision import VisionInput
+from lmfusion.images.preprocessing import decode_image, read_image_size
+from lmfusion.model.vision import VisionInput
+from lmfusion.serving.errors import ApiError
+from lmfusion.serving.http.schema import SAME_NAMES, ChatRequest, ImagePart, Message, TextPart, parse
+from lmfusion.utils.config_values import cut
 
 if TYPE_CHECKING:
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
 DEFAULT_MAX_TOKENS = 256
 DEFAULT_MAX_IMAGES = 4

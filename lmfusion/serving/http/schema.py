@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
 
-from lmfusion.serve.errors import ApiError
-from lmfusion.serve.fields import NO_BIAS, WITH_TEXT, MaxTokens, Only, Seed, TopK, Unused
+from lmfusion.serving.errors import ApiError
+from lmfusion.serving.http.fields import NO_BIAS, WITH_TEXT, MaxTokens, Only, Seed, TopK, Unused
 
 MAX_MESSAGES = 1000
 MAX_PARTS = 1000

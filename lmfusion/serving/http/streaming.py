@@ -20,12 +20,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from lmfusion.generation.events import Done, Event, ImageBegin, ImageEnd, ImagePreview, TextDelta
-from lmfusion.serve.errors import ApiError
-from lmfusion.serve.readers import while_connected
+from lmfusion.serving.errors import ApiError
+from lmfusion.serving.http.body_readers import while_connected
 
 if TYPE_CHECKING:
     from lmfusion.generation.worker import Answering
-    from lmfusion.serve.metrics import Metrics
+    from lmfusion.serving.http.metrics import Metrics
 
 KEEP_ALIVE_SECONDS = 15.0
 """Without an event for so long, a comment is sent: proxies close connections on which nothing happens."""

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 from lmfusion.generation.events import Event
 from lmfusion.generation.prompt import PromptLike, encode_prompt
-from lmfusion.image.preprocessing import decode_image, to_pil, to_tensor
-from lmfusion.page.session import Session, Sessions, Turn
-from lmfusion.page.uploads import MAX_UPLOAD_BYTES
+from lmfusion.images.preprocessing import decode_image, to_pil, to_tensor
+from lmfusion.serving.page.session import Session, Sessions, Turn
+from lmfusion.serving.page.uploads import MAX_UPLOAD_BYTES
 
 if TYPE_CHECKING:
     from lmfusion.generation.options import GenerationOptions
     from lmfusion.generation.worker import EngineWorker
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
 MAX_SEEN_SIDE = 2048
 """Pixels of the longer side of a picture that a vision-language model sees; larger ones are made smaller."""
@@ -35,7 +35,7 @@ class Actions:
     ) -> AsyncIterator[list[Event]]:
         """Begin an answer in `session`, then yield what happens until it is done; first yields [] once it has begun.
 
-        way: what the prompt is, one of `lmfusion.page.settings.WAYS`. Whoever stops listening cancels the answer.
+        way: what the prompt is, one of `lmfusion.serving.page.settings.WAYS`. Whoever stops listening cancels the answer.
 
         Raises, before anything is in the session, ValueError for what cannot be answered, and Busy and Stopped as
         `EngineWorker.submit` does.

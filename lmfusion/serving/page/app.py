@@ -9,9 +9,9 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from lmfusion.generation.previews import preview_map
-from lmfusion.page.page import build_page
-from lmfusion.page.style import CSS, theme
-from lmfusion.page.uploads import MAX_UPLOAD_BYTES
+from lmfusion.serving.page.page import build_page
+from lmfusion.serving.page.style import CSS, theme
+from lmfusion.serving.page.uploads import MAX_UPLOAD_BYTES
 
 if TYPE_CHECKING:
     import socket
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from lmfusion.generation.worker import EngineWorker
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
 
 def require_gradio() -> None:
@@ -44,7 +44,7 @@ def create_app(
     """The page at / of an app.
 
     folder: holds all that is uploaded and drawn; it should be empty, and nobody else's. name: what the title calls the
-    model. examples: prompts to click on. way: what the model reads at first, one of `lmfusion.page.settings.WAYS`.
+    model. examples: prompts to click on. way: what the model reads at first, one of `lmfusion.serving.page.settings.WAYS`.
     allowed_hosts: names, besides localhost, by which browsers may call the page.
 
     Raises ValueError where gradio is not installed.
@@ -53,8 +53,8 @@ def create_app(
     import gradio as gr
     from fastapi import FastAPI
 
-    from lmfusion.page.guard import PageGuard
-    from lmfusion.serve.guard import Guard as HostGuard
+    from lmfusion.serving.guard import Guard as HostGuard
+    from lmfusion.serving.page.guard import PageGuard
 
     uploads = folder / "gradio"
     os.environ["GRADIO_TEMP_DIR"] = str(uploads)  # gradio can be told in no other way
@@ -101,8 +101,8 @@ def serve_page(
             worker, model, Path(folder), name=name, examples=examples, way=way, allowed_hosts=allowed_hosts
         )
 
-        from lmfusion.serve.connections import LimitedServer
-        from lmfusion.serve.run import url_of
+        from lmfusion.serving.connections import LimitedServer
+        from lmfusion.serving.lifecycle import url_of
 
         # An open tab is a connection that never ends by itself, so shutdown does not wait for it
         server = LimitedServer(app, timeout_graceful_shutdown=1)

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from lmfusion.page.session import Drawing, Part, Picture, Turn
+from lmfusion.serving.page.session import Drawing, Part, Picture, Turn
 
 ENLARGED = 192
 """Pixels a side that pictures of fewer pixels are enlarged to, by a whole factor."""

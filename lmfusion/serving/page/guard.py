@@ -2,7 +2,7 @@
 
 gradio has many more routes than the page uses: it relays files of other machines, converts recordings, and keeps any
 file that is uploaded. The middleware here answers only the routes in ROUTES, only for the page's own origin, and lets
-browsers load nothing from elsewhere. Uploads have their own checks in lmfusion.page.uploads.
+browsers load nothing from elsewhere. Uploads have their own checks in lmfusion.serving.page.uploads.
 """
 
 import asyncio
@@ -15,8 +15,8 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from lmfusion.page.uploads import UPLOAD_PATH, Uploads, refuse
-from lmfusion.serve.guard import host_name
+from lmfusion.serving.guard import host_name
+from lmfusion.serving.page.uploads import UPLOAD_PATH, Uploads, refuse
 
 MAX_REQUEST_BYTES = 4 * 1024 * 1024
 """Of a request that is no upload."""

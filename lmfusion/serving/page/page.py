@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 from lmfusion.generation.events import ImageEnd
 from lmfusion.generation.worker import Busy, EngineWorker, Stopped
-from lmfusion.page import display
-from lmfusion.page.actions import Actions
-from lmfusion.page.session import Picture
-from lmfusion.page.settings import build_settings, has_chat_template, read_options
-from lmfusion.page.style import SWITCH_DARK
+from lmfusion.serving.page import display
+from lmfusion.serving.page.actions import Actions
+from lmfusion.serving.page.session import Picture
+from lmfusion.serving.page.settings import build_settings, has_chat_template, read_options
+from lmfusion.serving.page.style import SWITCH_DARK
 
 if TYPE_CHECKING:
     import gradio as gr
 
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
 SECONDS_KEPT = 24 * 3600
 """How long gradio keeps what was uploaded."""
@@ -42,11 +42,11 @@ def build_page(
     examples: Sequence[str] = (),
     way: str = "conversation",
 ) -> "gr.Blocks":
-    """The page, for `lmfusion.page.app` to serve.
+    """The page, for `lmfusion.serving.page.app` to serve.
 
     folder: where the pictures of all tabs are put, each tab's in a folder of its own; the server must give out files in
     it. name: what the title calls the model. examples: prompts to click on. way: what the model reads at first, one of
-    `lmfusion.page.settings.WAYS`.
+    `lmfusion.serving.page.settings.WAYS`.
     """
     import gradio as gr
 

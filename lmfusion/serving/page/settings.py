@@ -9,7 +9,7 @@ from lmfusion.generation.prompt import context_limit
 from lmfusion.generation.samplers import SAMPLERS
 
 if TYPE_CHECKING:
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
 NUM_STEPS = 20
 """Enough for DPM-Solver++, which the page begins with."""

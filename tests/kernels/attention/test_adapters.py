@@ -13,13 +13,13 @@ import torch
 
 import lmfusion_kernels as lk
 from lmfusion_kernels import attention
-from lmfusion_kernels import device as device_module
 from lmfusion_kernels.attention import flash, flash_attn_3, flash_attn_4, installed
-from lmfusion_kernels.attention.case import Case
-from lmfusion_kernels.attention.plain import Reference, dense_attention
-from lmfusion_kernels.attention.two_calls import Sequences
-from tests.attention.packed_causal import PlainPackedCausal
-from tests.attention.test_two_calls import make_inputs
+from lmfusion_kernels.attention.interface import Case
+from lmfusion_kernels.attention.reference import Reference, dense_attention
+from lmfusion_kernels.attention.two_pass import Sequences
+from lmfusion_kernels.runtime import device as device_module
+from tests.kernels.attention.packed_causal import PlainPackedCausal
+from tests.kernels.attention.test_two_pass import make_inputs
 
 DOCUMENTS = [[("text", 5), ("image", 7), ("text", 3)], [("image", 4), ("text", 2)], [("text", 6)]]
 HOPPER = torch.device("cuda", 0)

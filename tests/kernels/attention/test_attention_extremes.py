@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 import lmfusion_kernels as lk
 from lmfusion_kernels import reference
-from lmfusion_kernels.hybrid_attention import hybrid_attention
-from tests.row_ops import needs_native
+from lmfusion_kernels.ops.hybrid_attention import hybrid_attention
+from tests.kernels.ops.row_ops import needs_native
 
 pytestmark = needs_native
 

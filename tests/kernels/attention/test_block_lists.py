@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 import lmfusion_kernels as lk
 from lmfusion_kernels import attention, reference
 from lmfusion_kernels.attention import flex
-from lmfusion_kernels.attention.blocks import block_lists
-from lmfusion_kernels.attention.plain import Reference
-from tests.attention.test_two_calls import make_inputs
+from lmfusion_kernels.attention.block_lists import block_lists
+from lmfusion_kernels.attention.reference import Reference
+from tests.kernels.attention.test_two_pass import make_inputs
 
 spans = st.tuples(st.sampled_from(["text", "image", "marker"]), st.integers(1, 9))
 documents = st.lists(st.lists(spans, min_size=1, max_size=5), min_size=1, max_size=5)

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import lmfusion_kernels as lk
-from lmfusion_kernels import _library, attention, reference
-from lmfusion_kernels import device as device_module
+from lmfusion_kernels import attention, reference
 from lmfusion_kernels.attention import installed, propose, registered, table
 from lmfusion_kernels.attention.table import Row
-from lmfusion_kernels.backends import ATTENTION_KERNELS, BACKENDS, why_not_native
-from lmfusion_kernels.backends import choose as choose_rows
-from lmfusion_kernels.device import runs_on
+from lmfusion_kernels.runtime import device as device_module
+from lmfusion_kernels.runtime import library
+from lmfusion_kernels.runtime.backends import ATTENTION_KERNELS, BACKENDS, why_not_native
+from lmfusion_kernels.runtime.backends import choose as choose_rows
+from lmfusion_kernels.runtime.device import runs_on
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 LAYOUT = lk.TokenLayout.from_spans([[("text", 3), ("image", 4)]])
@@ -30,7 +31,7 @@ def fresh(monkeypatch):
 @pytest.fixture
 def hopper(monkeypatch):
     """A device of capability 9.0 with Triton and PyTorch's FlashAttention, and no package beside."""
-    monkeypatch.setattr(_library, "why_not", "")
+    monkeypatch.setattr(library, "why_not", "")
     monkeypatch.setattr(device_module, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(installed, "version_of", lambda distribution: None)
     monkeypatch.setattr(registered, "has_module", lambda module: True)
@@ -45,7 +46,7 @@ def choose(backend=None, device=CUDA, dtype=torch.bfloat16, head_dim=128, needs_
     )  # fmt: skip
 
 
-needs_library = pytest.mark.skipif(not _library.native, reason="the native ops were not compiled")
+needs_library = pytest.mark.skipif(not library.native, reason="the native ops were not compiled")
 
 
 @needs_library
@@ -66,7 +67,7 @@ def test_on_the_cpu(monkeypatch):
     with pytest.raises(ValueError, match="flash attention was asked for by LMFUSION_KERNELS_BACKEND, but"):
         choose(device=CPU)
     monkeypatch.delenv("LMFUSION_KERNELS_BACKEND")
-    monkeypatch.setattr(_library, "why_not", "the native ops were not built: no compiler")
+    monkeypatch.setattr(library, "why_not", "the native ops were not built: no compiler")
     attention._why_absent.cache_clear()
     assert choose(device=CPU) == "reference"
 
@@ -126,7 +127,7 @@ def test_measured_rows_come_first(monkeypatch):
 
 def test_row_ops_take_the_name_of_an_attention_kernel(monkeypatch):
     """It means the native row ops with that attention."""
-    monkeypatch.setattr(_library, "native", True)
+    monkeypatch.setattr(library, "native", True)
     x = torch.ones(2)
     for name in ATTENTION_KERNELS:
         assert choose_rows(name, x) == "native"
@@ -248,8 +249,8 @@ class OnCuda:
 
 
 def test_a_device_without_compiled_code(monkeypatch):
-    monkeypatch.setattr(_library, "native", True)
-    monkeypatch.setattr(_library, "build_info", {"cuda_architectures": ["80-real"]})
+    monkeypatch.setattr(library, "native", True)
+    monkeypatch.setattr(library, "build_info", {"cuda_architectures": ["80-real"]})
     monkeypatch.setattr(device_module, "_capability", lambda device: (8, 6))
     assert why_not_native(OnCuda()) == ""  # float16 too
     monkeypatch.setattr(device_module, "_capability", lambda device: (7, 5))
@@ -259,8 +260,8 @@ def test_a_device_without_compiled_code(monkeypatch):
 
 def test_second_derivatives_are_refused(monkeypatch):
     """By the kernels that autograd cannot follow as by the compiled ops."""
-    from lmfusion_kernels.attention.two_calls import TwoCalls
-    from tests.attention.packed_causal import PlainPackedCausal
+    from lmfusion_kernels.attention.two_pass import TwoCalls
+    from tests.kernels.attention.packed_causal import PlainPackedCausal
 
     monkeypatch.setitem(attention.KERNELS, "flash", TwoCalls(PlainPackedCausal()))
     attention._why_absent.cache_clear()

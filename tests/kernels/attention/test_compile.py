@@ -9,11 +9,12 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lmfusion_kernels as lk
-from lmfusion_kernels import _library, attention, reference
-from lmfusion_kernels import device as device_module
+from lmfusion_kernels import attention, reference
 from lmfusion_kernels.attention import flash, table
-from lmfusion_kernels.attention.two_calls import Sequences
-from tests.attention.packed_causal import PlainPackedCausal
+from lmfusion_kernels.attention.two_pass import Sequences
+from lmfusion_kernels.runtime import device as device_module
+from lmfusion_kernels.runtime import library
+from tests.kernels.attention.packed_causal import PlainPackedCausal
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_the_choice_is_made_while_tracing(monkeypatch, is_measured):
     rows = (table.Row("9.0", "bfloat16", 64, "training", 5, "flash"),) if is_measured else ()
     monkeypatch.setattr(table, "load", lambda: rows)
     monkeypatch.setattr(device_module, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(_library, "why_not", "")
+    monkeypatch.setattr(library, "why_not", "")
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     for cache in (table.measured, attention._why_absent):
         cache.cache_clear()

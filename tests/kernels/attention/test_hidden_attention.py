@@ -8,13 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lmfusion_kernels as lk
 from lmfusion_kernels import attention, reference
-from lmfusion_kernels.attention.case import Case
 from lmfusion_kernels.attention.flex import Flex
-from lmfusion_kernels.attention.plain import Reference
-from lmfusion_kernels.attention.two_calls import TwoCalls
-from tests.attention.packed_causal import PlainPackedCausal
-from tests.row_ops import needs_native
-from tests.test_hybrid_attention import DTYPES, HEADS, assert_as_good_as_reference, make_inputs
+from lmfusion_kernels.attention.interface import Case
+from lmfusion_kernels.attention.reference import Reference
+from lmfusion_kernels.attention.two_pass import TwoCalls
+from tests.kernels.attention.packed_causal import PlainPackedCausal
+from tests.kernels.attention.test_hybrid_attention import DTYPES, HEADS, assert_as_good_as_reference, make_inputs
+from tests.kernels.ops.row_ops import needs_native
 
 
 def batches(lengths):

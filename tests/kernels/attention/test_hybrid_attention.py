@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lmfusion_kernels as lk
 from lmfusion_kernels import reference
-from lmfusion_kernels.hybrid_attention import hybrid_attention, ranges_by_key
-from tests.row_ops import needs_native
+from lmfusion_kernels.ops.hybrid_attention import hybrid_attention, ranges_by_key
+from tests.kernels.ops.row_ops import needs_native
 
 pytestmark = needs_native
 _ops = torch.ops.lmfusion

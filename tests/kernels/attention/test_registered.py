@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 import lmfusion_kernels as lk
 import lmfusion_kernels.triton
-from lmfusion_kernels import _library, attention
+from lmfusion_kernels import attention
 from lmfusion_kernels.attention import registered
+from lmfusion_kernels.runtime import library
 
-pytestmark = pytest.mark.skipif(not _library.native, reason="the native ops were not compiled")
+pytestmark = pytest.mark.skipif(not library.native, reason="the native ops were not compiled")
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 spans = st.tuples(st.sampled_from(["text", "image", "marker"]), st.integers(1, 12))
 documents = st.lists(st.lists(spans, min_size=1, max_size=5), min_size=1, max_size=5)
 

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 import lmfusion_kernels as lk
 from lmfusion_kernels import attention, reference
-from lmfusion_kernels.attention.plain import Reference
-from lmfusion_kernels.attention.two_calls import TwoCalls
-from tests.attention.packed_causal import PlainPackedCausal
+from lmfusion_kernels.attention.reference import Reference
+from lmfusion_kernels.attention.two_pass import TwoCalls
+from tests.kernels.attention.packed_causal import PlainPackedCausal
 
 spans = st.tuples(st.sampled_from(["text", "image", "marker"]), st.integers(1, 12))
 documents = st.lists(st.lists(spans, min_size=1, max_size=5), min_size=1, max_size=5)
@@ -159,7 +159,7 @@ def test_strides_and_signs_that_kernels_do_not_take():
 
 
 def test_equals_the_public_reference():
-    """`Reference` above is the specification of tests/test_hybrid_attention.py, from the same vectors."""
+    """`Reference` above is the specification of tests/kernels/attention/test_hybrid_attention.py, from the same vectors."""
     layout = lk.TokenLayout.from_spans(BATCHES["mixed"])
     q, k, v, _ = make_inputs(layout, "all")
     out, _ = Reference().forward(q, k, v, layout, "all", 0.3)

@@ -13,10 +13,10 @@ import torch
 from torch.nn.attention.flex_attention import create_mask
 
 import lmfusion_kernels as lk
-from benchmarks.layer import make_case
+from benchmarks.harness.layer import make_case
+from benchmarks.harness.shapes import PEER_SHAPE
 from benchmarks.peers import bagel
-from benchmarks.shapes import PEER_SHAPE
-from tests.row_ops import needs_native
+from tests.kernels.ops.row_ops import needs_native
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get(bagel.VARIABLE), reason=f"{bagel.VARIABLE} names no checkout of {bagel.URL}"

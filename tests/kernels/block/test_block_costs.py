@@ -9,8 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import lmfusion_kernels as lk
-from lmfusion_kernels.block import RECOMPUTE
-from tests.test_block import DOCUMENTS, HEAD_DIM, HEADS, KV_HEADS, make_block, make_inputs, run
+from lmfusion_kernels.block.routed_block import RECOMPUTE
+from tests.kernels.block.test_routed_block import DOCUMENTS, HEAD_DIM, HEADS, KV_HEADS, make_block, make_inputs, run
 
 WIDTH, FFN, IMAGE_FFN = 32, 48, 40  # of make_block
 CAPTION_FIRST = [[("text", 9), ("marker", 1), ("image", 4), ("marker", 1)], [("text", 5), ("marker", 1), ("image", 4)]]

@@ -12,9 +12,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
 import lmfusion_kernels as lk
-from lmfusion_kernels.swiglu import swiglu
-from tests.row_ops import needs_native
-from tests.test_layout import assert_equal_layouts
+from lmfusion_kernels.ops.swiglu import swiglu
+from tests.kernels.layout.test_token_layout import assert_equal_layouts
+from tests.kernels.ops.row_ops import needs_native
 
 pytestmark = needs_native
 
@@ -343,7 +343,7 @@ def test_a_layout_that_was_taken_apart():
 
 @pytest.mark.parametrize("recompute", ["none", "ffn", "layer"])
 def test_opcheck_of_the_block(recompute):
-    from lmfusion_kernels import block_op
+    from lmfusion_kernels.block import op as block_op
 
     block, (x, layout, rope) = Block(qk_norm=True, frozen_text=True).layers[0], make_inputs(DOCUMENTS)
     weights = [p.detach() for tower in (block.text, block.image) for p in vars(tower.weights(x.dtype)).values()

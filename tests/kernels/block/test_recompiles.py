@@ -8,8 +8,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lmfusion_kernels as lk
-from tests.row_ops import needs_native
-from tests.test_block import make_block, make_inputs
+from tests.kernels.block.test_routed_block import make_block, make_inputs
+from tests.kernels.ops.row_ops import needs_native
 
 pytestmark = [needs_native, pytest.mark.slow]
 

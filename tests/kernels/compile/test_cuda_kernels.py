@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.kernels.compile import cuobjdump
 
-from lmfusion_kernels import _library
-from tests.compile import cuobjdump
+from lmfusion_kernels.runtime import library
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 LARGEST_SHARED = 48 * 1024  # what a block gets without asking
 
 # 64 registers: half of the threads that a multiprocessor can hold; 80: three blocks of 256. Memory-bound kernels need
@@ -40,9 +40,9 @@ NARROW_STORES = {"rms_norm_kernel": 1, "rope_norm_backward_kernel": 6}
 def library() -> Path:
     found = sorted((ROOT / "lmfusion_kernels").glob("_C*.so"))
     if not found:
-        pytest.skip(_library.why_not)
-    if not _library.build_info.get("cuda_architectures"):
-        pytest.skip(f"the library has no CUDA kernels: {_library.build_info.get('cuda_why_not')}")
+        pytest.skip(library.why_not)
+    if not library.build_info.get("cuda_architectures"):
+        pytest.skip(f"the library has no CUDA kernels: {library.build_info.get('cuda_why_not')}")
     return found[0]
 
 
@@ -73,7 +73,7 @@ def test_no_kernel_escapes(kernels):
 
 
 def test_machine_code_for_every_architecture_and_ptx_for_later_ones(kernels):
-    names = _library.build_info["cuda_architectures"]
+    names = library.build_info["cuda_architectures"]
     assert names and all(re.fullmatch(r"\d+[af]?-(real|virtual)", name) for name in names)
     real = {f"sm_{name.split('-')[0]}" for name in names if name.endswith("-real")}
     virtual = {f"sm_{name.split('-')[0]}" for name in names if name.endswith("-virtual")}
@@ -107,7 +107,7 @@ def test_rows_come_and_go_in_accesses_of_16_bytes(kernels):
 def test_loads_on_a_torch_without_cuda():
     """In this very process: with its CUDA kernels, and with no library of CUDA."""
     library()
-    assert _library.native, _library.why_not
+    assert library.native, library.why_not
     maps = Path("/proc/self/maps").read_text()
     assert str(library()) in maps
     assert not re.findall(r"lib(?:cuda|cudart|torch_cuda|c10_cuda)\.so\S*", maps)
@@ -119,7 +119,7 @@ def implemented(folder: Path, pattern: str) -> set[str]:
 
 @pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="not a checkout")
 def test_what_the_cpu_has_the_gpu_has_too():
-    on_cpu, on_gpu = implemented(ROOT / "csrc", "*.cpp"), implemented(ROOT / "csrc" / "cuda", "*.cu")
+    on_cpu, on_gpu = implemented(ROOT / "csrc" / "cpu", "*_op.cpp"), implemented(ROOT / "csrc" / "cuda", "*.cu")
     assert on_cpu - on_gpu == {"hybrid_attention", "hybrid_attention_backward"}, "those are Triton's on the GPU"
     assert on_gpu <= on_cpu
 

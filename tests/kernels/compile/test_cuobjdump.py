@@ -4,8 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
-from tests.compile import cuobjdump
+from tests.kernels.compile import cuobjdump
 
 PTX = """
 .version 8.0

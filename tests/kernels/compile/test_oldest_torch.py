@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 OLDEST = Path(sys.prefix, "oldest", "torch")
 pytestmark = [
     pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="not a checkout"),

@@ -15,10 +15,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from tests.kernels.compile import cuobjdump
 
-from tests.compile import cuobjdump
-
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 COMPILER = Path(__file__).resolve().parent / "triton_compiler.py"
 CACHE = ROOT / "build" / "triton_compile"
 LARGEST_SHARED = {80: 163 * 1024, 90: 227 * 1024}  # of a block, in bytes

@@ -25,10 +25,10 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.runtime.jit import JITFunction
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
-from tests.compile import cuobjdump, proxy_fences  # noqa: E402
+from tests.kernels.compile import cuobjdump, proxy_fences  # noqa: E402
 
 PROPERTIES = {
     80: SimpleNamespace(major=8, minor=0, multi_processor_count=108, L2_cache_size=40 << 20),

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 SOURCES = Path(__file__).resolve().parent / "cuda"
 CACHE = ROOT / "build" / "cuda_emulation"
 TORCH = Path(torch.__file__).resolve().parent
@@ -49,7 +49,7 @@ def compiler() -> str | None:
 def commands() -> dict[Path, list[str]]:
     """The compiler's options by source file."""
     own = {SOURCES / name: [*COMMON, "-O2"] for name in ("emulator.cpp", "memory.cpp")}
-    kernels = [SOURCES / "faulty.cu", ROOT / "csrc" / "ops.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+    kernels = [SOURCES / "faulty.cu", ROOT / "csrc" / "schemas.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
     return own | {path: [*COMMON, "-O1", *INSTRUMENTED, *STABLE, *KERNELS] for path in kernels}
 
 
@@ -72,7 +72,11 @@ def library() -> Path:
 
 
 def compile_one(source: Path, options: list[str]) -> Path:
-    headers = [path for pattern in ("*.h", "rows/*.h", "cuda/*.cuh") for path in sorted((ROOT / "csrc").glob(pattern))]
+    headers = [
+        path
+        for pattern in ("*.h", "common/*.h", "elementwise/*.h", "cuda/*.cuh")
+        for path in sorted((ROOT / "csrc").glob(pattern))
+    ]
     headers += sorted(SOURCES.glob("*.h"))
     key = digest(source, *headers, salt=" ".join([torch.__version__, str(compiler()), *options]))
     target = CACHE / f"{source.stem}-{key}.o"

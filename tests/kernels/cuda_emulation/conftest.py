@@ -8,42 +8,42 @@ from typing import Any
 
 import pytest
 import torch
+from tests.kernels.cuda_emulation import build
 
-from lmfusion_kernels import _library
-from tests.cuda_emulation import build
+from lmfusion_kernels.runtime import library
 
 OPS = ("rms_norm", "rope_reorder", "swiglu", "reorder_rows")
 # By import_module: the package has functions of the same names.
-MODULES = {name: importlib.import_module(f"lmfusion_kernels.{name}") for name in OPS}
+MODULES = {name: importlib.import_module(f"lmfusion_kernels.ops.{name}") for name in OPS}
 """The ops with a gradient, and the modules that have their wrappers and autograd formulas."""
-backends = importlib.import_module("lmfusion_kernels.backends")
+backends = importlib.import_module("lmfusion_kernels.runtime.backends")
 
 
 class Emulation:
     """What the emulation tells and lets be set while it is switched on."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
+        self.library = library
         for name in ("launched", "host_error"):
             getattr(library, f"lmf_emulation_{name}").restype = ctypes.c_char_p
 
     def switch(self, on: bool) -> None:
-        self._library.lmf_emulation_switch(int(on))
+        self.library.lmf_emulation_switch(int(on))
 
     def seed(self, seed: int) -> None:
         """Blocks and threads run in another order from here on."""
-        self._library.lmf_emulation_seed(seed)
+        self.library.lmf_emulation_seed(seed)
 
     def launched(self) -> list[str]:
         """Names of the kernels launched since the last call, without template arguments."""
-        return [name.strip("()").split("<")[0] for name in self._library.lmf_emulation_launched().decode().splitlines()]
+        return [name.strip("()").split("<")[0] for name in self.library.lmf_emulation_launched().decode().splitlines()]
 
     def set_num_multiprocessors(self, count: int) -> None:
-        self._library.lmf_emulation_set_num_multiprocessors(ctypes.c_int64(count))
+        self.library.lmf_emulation_set_num_multiprocessors(ctypes.c_int64(count))
 
     def host_error(self) -> str:
         """What host code did wrong since the last call, "" for nothing."""
-        return self._library.lmf_emulation_host_error().decode()
+        return self.library.lmf_emulation_host_error().decode()
 
 
 @pytest.fixture(scope="session")
@@ -88,8 +88,8 @@ class OpsOnDevice:
 @pytest.fixture
 def cuda_ops(emulation: Emulation, monkeypatch: pytest.MonkeyPatch) -> Emulation:
     """All of lmfusion_kernels calls the emulated CUDA ops as its native backend, with CUDA's dtypes."""
-    if not _library.native:
-        pytest.skip(_library.why_not)
+    if not library.native:
+        pytest.skip(library.why_not)
     for name, module in list(sys.modules.items()):
         if name.startswith("lmfusion_kernels.") and getattr(module, "_ops", None) is torch.ops.lmfusion:
             monkeypatch.setattr(module, "_ops", OpsOnDevice())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import lmfusion_kernels as lk
-from tests import row_ops
+from tests.kernels.ops import row_ops
 
 
 def to_device(layout: lk.TokenLayout) -> lk.TokenLayout:

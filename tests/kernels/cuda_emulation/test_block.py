@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from tests.kernels.cuda_emulation.device import to_device
 
-from tests import test_block as on_cpu
-from tests.cuda_emulation.device import to_device
-from tests.row_ops import needs_native
+from tests.kernels.block import test_routed_block as on_cpu
+from tests.kernels.ops.row_ops import needs_native
 
 ROW_OPS = {
     "rms_norm_kernel", "rms_norm_any_kernel", "rms_norm_backward_kernel", "rms_norm_backward_any_kernel",

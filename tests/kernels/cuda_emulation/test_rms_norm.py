@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from tests.kernels.cuda_emulation.device import make_layout, shifted
 
 from lmfusion_kernels import reference
-from tests import test_rms_norm as on_cpu
-from tests import test_row_extremes as extremes
-from tests.cuda_emulation.device import make_layout, shifted
-from tests.row_ops import LAYOUTS, assert_as_good_as_reference, random
+from tests.kernels.ops import test_rms_norm as on_cpu
+from tests.kernels.ops import test_row_extremes as extremes
+from tests.kernels.ops.row_ops import LAYOUTS, assert_as_good_as_reference, random
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-6

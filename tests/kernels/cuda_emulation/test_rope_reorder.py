@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from tests.kernels.cuda_emulation.device import from_spans, make_layout, shifted, to_device
 
 import lmfusion_kernels as lk
 from lmfusion_kernels import reference
-from tests import test_rope_reorder as on_cpu
-from tests import test_row_extremes as extremes
-from tests.cuda_emulation.device import from_spans, make_layout, shifted, to_device
-from tests.row_ops import LAYOUTS, assert_as_good_as_reference, random
+from tests.kernels.ops import test_rope_reorder as on_cpu
+from tests.kernels.ops import test_row_extremes as extremes
+from tests.kernels.ops.row_ops import LAYOUTS, assert_as_good_as_reference, random
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 HEADS, KV_HEADS = on_cpu.HEADS, on_cpu.KV_HEADS

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
+from tests.kernels.cuda_emulation.device import make_layout
 
-from lmfusion_kernels.swiglu import swiglu
-from tests import test_swiglu as on_cpu
-from tests import test_swiglu_extremes as extremes
-from tests.cuda_emulation.device import make_layout
-from tests.row_ops import LAYOUTS, assert_as_good_as_reference, random
+from lmfusion_kernels.ops.swiglu import swiglu
+from tests.kernels.ops import test_swiglu as on_cpu
+from tests.kernels.ops import test_swiglu_extremes as extremes
+from tests.kernels.ops.row_ops import LAYOUTS, assert_as_good_as_reference, random
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 ops = torch.ops.lmfusion_emulated

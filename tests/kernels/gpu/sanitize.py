@@ -1,6 +1,6 @@
 """Every CUDA and Triton kernel once at small odd sizes: the program that compute-sanitizer watches.
 
-    compute-sanitizer --tool memcheck --error-exitcode 9 python tests/gpu/sanitize.py [--no-triton]
+    compute-sanitizer --tool memcheck --error-exitcode 9 python tests/kernels/gpu/sanitize.py [--no-triton]
 
 Inputs are made on the CPU and GEMMs are few, because every kernel of torch is watched too. Values are for the tests.
 """
@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from support import DEVICE, DTYPES, ON_GPU, flatten, make_block, random, rope_of, run_block, synchronize
 
 import lmfusion_kernels as lk
-from lmfusion_kernels.ffn import FFN_KERNELS
+from lmfusion_kernels.ops.gate_up_swiglu import FFN_KERNELS
 
 DOCUMENTS = [[("text", 3), ("marker", 1), ("image", 137), ("text", 30)], [("image", 5)]]
 CACHED = [[("text", 1)], [("image", 3)]]

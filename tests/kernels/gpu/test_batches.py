@@ -1,11 +1,11 @@
 """Does a loader give the same rows where the codec is on the GPU, and do they get there without the host waiting?"""
 
 import torch
+from tests.kernels.gpu.support import DEVICE, needs_gpu
 
-from lmfusion.data.loader import LoaderState
-from tests.gpu.support import DEVICE, needs_gpu
+from lmfusion.data.pipeline.loader import LoaderState
 from tests.lmfusion.conftest import build_tokenizer
-from tests.lmfusion.data.rows import contents, read, row_loader
+from tests.lmfusion.data.pipeline.rows import contents, read, row_loader
 
 
 def test_rows_are_those_of_a_loader_on_the_cpu():

@@ -2,10 +2,7 @@
 
 import pytest
 import torch
-
-import lmfusion_kernels as lk
-from lmfusion_kernels import attention, ffn
-from tests.gpu.support import (
+from tests.kernels.gpu.support import (
     DEVICE,
     DOCUMENTS,
     DTYPES,
@@ -22,6 +19,10 @@ from tests.gpu.support import (
     run_block,
     skip_unless_it_runs,
 )
+
+import lmfusion_kernels as lk
+from lmfusion_kernels import attention
+from lmfusion_kernels.ops import gate_up_swiglu as ffn
 
 
 def assert_as_good_as_plain(block, rows, layout, rope, **options):

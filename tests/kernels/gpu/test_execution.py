@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-
-import lmfusion_kernels as lk
-from tests.gpu.support import (
+from tests.kernels.gpu.support import (
     DEVICE,
     ON_GPU,
     assert_same_bits,
@@ -19,6 +17,8 @@ from tests.gpu.support import (
     run_block,
     synchronize,
 )
+
+import lmfusion_kernels as lk
 
 DTYPE = torch.bfloat16
 

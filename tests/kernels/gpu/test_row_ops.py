@@ -5,12 +5,7 @@ Memory is poisoned with NaN (tests/conftest.py), so a row that a kernel leaves o
 
 import pytest
 import torch
-
-import lmfusion_kernels as lk
-from lmfusion_kernels import backends
-from lmfusion_kernels.swiglu import swiglu
-from tests import test_swiglu_extremes as extremes
-from tests.gpu.support import (
+from tests.kernels.gpu.support import (
     DEVICE,
     DOCUMENTS,
     DTYPES,
@@ -21,6 +16,11 @@ from tests.gpu.support import (
     random,
     rope_of,
 )
+
+import lmfusion_kernels as lk
+from lmfusion_kernels.ops.swiglu import swiglu
+from lmfusion_kernels.runtime import backends
+from tests.kernels.ops import test_swiglu_extremes as extremes
 
 EPS = 1e-5
 WIDTHS = [1, 7, 64, 96, 1000, 4096, 5120]

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.kernels.gpu.support import DEVICE, DOCUMENTS, make_block
 
 import lmfusion_kernels as lk
-from tests.gpu.support import DEVICE, DOCUMENTS, make_block
 
 NUM_STEPS = 6
 
@@ -77,7 +77,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build_model(folder: Path):
-    from lmfusion.modeling import LMFusion
+    from lmfusion.model.modeling import LMFusion
 
     model = LMFusion.from_llm(
         folder,
@@ -93,7 +93,7 @@ def build_model(folder: Path):
 
 
 def test_model_trains_as_on_the_cpu(folder):
-    from lmfusion.batch import SpecialTokens, caption_first_document, image_first_document, pack
+    from lmfusion.model.batch import SpecialTokens, caption_first_document, image_first_document, pack
 
     losses, grads = [], []
     for device in ("cpu", DEVICE):

@@ -9,11 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmfusion_kernels import TokenLayout, _host, reference
-from lmfusion_kernels.spans import FULL, HIDDEN
+from lmfusion_kernels import TokenLayout, reference
+from lmfusion_kernels.layout import build
+from lmfusion_kernels.layout.spans import FULL, HIDDEN
 
 MODALITIES = ("text", "image", "marker")
-needs_native = pytest.mark.skipif(_host._host_native is None, reason="_host_native was not compiled")
+needs_native = pytest.mark.skipif(build._layout_native is None, reason="_layout_native was not compiled")
 
 pairs = st.tuples(st.sampled_from(MODALITIES), st.integers(1, 5))
 shown = st.one_of(pairs, st.tuples(st.just("full"), st.lists(pairs, min_size=1, max_size=3)))
@@ -154,8 +155,8 @@ def test_compiled_builder_equals_numpy(documents, frozen_text):
         kinds, np.array([length for _, length in members], np.int32), np.array(numbers, np.int32), frozen_text, None,
         None, 0, np.array(sizes, np.int32), np.array(modes, np.uint8),
     )  # fmt: skip
-    vectors, counts = _host._host_native.build_layout(*arguments)
-    expected, expected_counts = _host.build_layout_numpy(*arguments)
+    vectors, counts = build._layout_native.build_layout(*arguments)
+    expected, expected_counts = build.build_layout_numpy(*arguments)
     assert counts == expected_counts and vectors.keys() == expected.keys()
     for name, vector in vectors.items():
         assert vector.dtype == np.int32, name

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lmfusion_kernels as lk
-from lmfusion_kernels import _host
+from lmfusion_kernels.layout import build
 
 lengths_and_windows = st.tuples(st.lists(st.integers(1, 20), max_size=60), st.integers(20, 40), st.integers(1, 70))
 
@@ -24,13 +24,13 @@ def test_every_document_is_in_one_row_that_has_room(arguments):
     assert [row[0] for row in rows] == sorted(row[0] for row in rows)
 
 
-@pytest.mark.skipif(_host._host_native is None, reason="_host_native was not compiled")
+@pytest.mark.skipif(build._layout_native is None, reason="_layout_native was not compiled")
 @given(lengths_and_windows)
 def test_compiled_packer_equals_python(arguments):
     lengths, capacity, window = arguments
     lengths = np.array(lengths, np.int64)
-    compiled = _host._host_native.pack(lengths, capacity, window)
-    expected = _host.pack_python(lengths, capacity, window)
+    compiled = build._layout_native.pack(lengths, capacity, window)
+    expected = build.pack_python(lengths, capacity, window)
     assert [row.tolist() for row in compiled] == [row.tolist() for row in expected]
 
 

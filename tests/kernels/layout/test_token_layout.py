@@ -10,11 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmfusion_kernels import TokenLayout, _host, reference
-from lmfusion_kernels.layout_buffer import copy_together, pack, unpack
+from lmfusion_kernels import TokenLayout, reference
+from lmfusion_kernels.layout import build
+from lmfusion_kernels.layout.buffer import copy_together, pack, unpack
 
 MODALITIES = ("text", "image", "marker")
-needs_native = pytest.mark.skipif(_host._host_native is None, reason="_host_native was not compiled")
+needs_native = pytest.mark.skipif(build._layout_native is None, reason="_layout_native was not compiled")
 
 spans = st.tuples(st.sampled_from(MODALITIES), st.integers(1, 5))
 batches = st.lists(st.lists(spans, min_size=1, max_size=6), max_size=4)
@@ -184,8 +185,8 @@ def test_compiled_builder_equals_numpy(documents, frozen_text, is_cached, data):
     cached = np.array([data.draw(st.integers(0, 9)) for _ in documents], np.int32) if is_cached else None
     starts = np.cumsum([data.draw(st.integers(0, 50)) for _ in documents]).astype(np.int32) if is_cached else None
     arguments = (kinds, lengths, numbers, frozen_text, cached, starts, 1000)
-    vectors, counts = _host._host_native.build_layout(*arguments)
-    expected_vectors, expected_counts = _host.build_layout_numpy(*arguments)
+    vectors, counts = build._layout_native.build_layout(*arguments)
+    expected_vectors, expected_counts = build.build_layout_numpy(*arguments)
     assert counts == expected_counts
     assert vectors.keys() == expected_vectors.keys()
     for name, vector in vectors.items():

@@ -9,8 +9,8 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import lmfusion_kernels as lk
-from lmfusion_kernels.swiglu import swiglu
-from tests.row_ops import needs_native
+from lmfusion_kernels.ops.swiglu import swiglu
+from tests.kernels.ops.row_ops import needs_native
 
 pytestmark = needs_native
 

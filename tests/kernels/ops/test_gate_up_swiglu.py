@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import lmfusion_kernels as lk
-from lmfusion_kernels import ffn, reference
-from tests.row_ops import needs_native, random
-from tests.test_block import DOCUMENTS, make_block, make_inputs, run
+from lmfusion_kernels import reference
+from lmfusion_kernels.ops import gate_up_swiglu as ffn
+from tests.kernels.block.test_routed_block import DOCUMENTS, make_block, make_inputs, run
+from tests.kernels.ops.row_ops import needs_native, random
 
 X = [torch.empty(4, 32), torch.empty(3, 32)]
 WEIGHTS = [torch.empty(96, 32), torch.empty(80, 32)]

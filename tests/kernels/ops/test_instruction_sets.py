@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.row_ops import needs_native
+from tests.kernels.ops.row_ops import needs_native
 
 FILES = [
     "test_rms_norm.py",

@@ -7,12 +7,19 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lmfusion_kernels as lk
-from lmfusion_kernels import linear
-from lmfusion_kernels.linear import routed_linear
-from lmfusion_kernels.rms_norm import routed_rms_norm
-from lmfusion_kernels.rope_reorder import rope_reorder
-from lmfusion_kernels.swiglu import routed_swiglu
-from tests.row_ops import LAYOUTS, assert_as_good_as_reference, assert_compiles, make_layout, needs_native, random
+from lmfusion_kernels.ops import linear
+from lmfusion_kernels.ops.linear import routed_linear
+from lmfusion_kernels.ops.rms_norm import routed_rms_norm
+from lmfusion_kernels.ops.rope_reorder import rope_reorder
+from lmfusion_kernels.ops.swiglu import routed_swiglu
+from tests.kernels.ops.row_ops import (
+    LAYOUTS,
+    assert_as_good_as_reference,
+    assert_compiles,
+    make_layout,
+    needs_native,
+    random,
+)
 
 DTYPES = [torch.float32, torch.bfloat16]
 

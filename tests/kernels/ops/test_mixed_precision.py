@@ -156,7 +156,7 @@ def test_coarse_positions_and_tables():
 
 def test_the_example_that_was_cast():
     pytest.importorskip("transformers")
-    from tests.test_examples import load
+    from tests.documents.test_examples import load
 
     example = load("llama_block")
     llama, input_ids = example.small_llama(), torch.arange(400)[None]

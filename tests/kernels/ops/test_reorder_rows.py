@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lmfusion_kernels.reorder_rows import reorder_rows
-from tests.row_ops import needs_native, random
+from lmfusion_kernels.ops.reorder_rows import reorder_rows
+from tests.kernels.ops.row_ops import needs_native, random
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.bool]
 

@@ -5,8 +5,15 @@ import torch
 import torch.nn.functional as F
 
 from lmfusion_kernels import reference
-from lmfusion_kernels.rms_norm import routed_rms_norm
-from tests.row_ops import LAYOUTS, assert_as_good_as_reference, assert_compiles, make_layout, needs_native, random
+from lmfusion_kernels.ops.rms_norm import routed_rms_norm
+from tests.kernels.ops.row_ops import (
+    LAYOUTS,
+    assert_as_good_as_reference,
+    assert_compiles,
+    make_layout,
+    needs_native,
+    random,
+)
 
 EPS = 1e-6
 DTYPES = [torch.float32, torch.bfloat16]

@@ -5,8 +5,15 @@ import torch
 
 import lmfusion_kernels as lk
 from lmfusion_kernels import reference
-from lmfusion_kernels.rope_reorder import rope_reorder
-from tests.row_ops import LAYOUTS, assert_as_good_as_reference, assert_compiles, make_layout, needs_native, random
+from lmfusion_kernels.ops.rope_reorder import rope_reorder
+from tests.kernels.ops.row_ops import (
+    LAYOUTS,
+    assert_as_good_as_reference,
+    assert_compiles,
+    make_layout,
+    needs_native,
+    random,
+)
 
 DTYPES = [torch.float32, torch.bfloat16]
 HEADS, KV_HEADS = 4, 2

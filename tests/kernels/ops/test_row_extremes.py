@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import lmfusion_kernels as lk
-from lmfusion_kernels.rms_norm import routed_rms_norm
-from lmfusion_kernels.rope_reorder import rope_reorder
-from tests.row_ops import flatten, needs_native
+from lmfusion_kernels.ops.rms_norm import routed_rms_norm
+from lmfusion_kernels.ops.rope_reorder import rope_reorder
+from tests.kernels.ops.row_ops import flatten, needs_native
 
 DTYPES = [torch.float32, torch.bfloat16]
 INF, NAN = math.inf, math.nan

@@ -6,8 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lmfusion_kernels.swiglu import routed_swiglu, swiglu
-from tests.row_ops import LAYOUTS, assert_as_good_as_reference, assert_compiles, make_layout, needs_native, random
+from lmfusion_kernels.ops.swiglu import routed_swiglu, swiglu
+from tests.kernels.ops.row_ops import (
+    LAYOUTS,
+    assert_as_good_as_reference,
+    assert_compiles,
+    make_layout,
+    needs_native,
+    random,
+)
 
 DTYPES = [torch.float32, torch.bfloat16]
 

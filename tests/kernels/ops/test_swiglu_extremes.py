@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from tests.row_ops import needs_native
+from tests.kernels.ops.row_ops import needs_native
 
 LARGEST, TINY = torch.finfo(torch.float32).max, 1e-38
 UPS = (0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, TINY, LARGEST)

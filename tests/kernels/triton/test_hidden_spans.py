@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.kernels.triton import interpreter
+from tests.kernels.triton.test_hybrid_attention import BY_POINTER, LARGE, MODULE, SMALL, UNSHRUNK, int32, make_inputs
 
 import lmfusion_kernels as lk
-from lmfusion_kernels.attention.case import hidden_ends, key_ranges, query_ranges
-from lmfusion_kernels.attention.plain import Reference
-from tests.triton import interpreter
-from tests.triton.test_hybrid_attention import BY_POINTER, LARGE, MODULE, SMALL, UNSHRUNK, int32, make_inputs
+from lmfusion_kernels.attention.interface import hidden_ends, key_ranges, query_ranges
+from lmfusion_kernels.attention.reference import Reference
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -47,7 +47,7 @@ def assert_as_good_as_reference(layout, rows, heads, head_dim, dtype, tiles, see
         targets.append([out, lse, *Reference().backward(*x, out, lse, layout, rows, 0.3)])
     *ranges, out_row = key_ranges(layout, rows)
     result = interpreter.call(
-        "tests.triton.test_hidden_spans", "forward_and_backward", dout, q, k, v, ranges, query_ranges(layout, rows),
+        "tests.kernels.triton.test_hidden_spans", "forward_and_backward", dout, q, k, v, ranges, query_ranges(layout, rows),
         out_row, 0.3, hidden_ends(layout, rows), tiles,
     )  # fmt: skip
     floor = 4 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps / 4

@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from tests.kernels.triton import interpreter
 
 import lmfusion_kernels as lk
-from lmfusion_kernels.hybrid_attention import ranges_by_key
+from lmfusion_kernels.ops.hybrid_attention import ranges_by_key
 from lmfusion_kernels.triton.hybrid_attention_configurations import Configurations, Tile, configurations
-from tests.triton import interpreter
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -57,7 +57,7 @@ def triton_attention(q, k, v, dout, key_start, key_end, scale, grad_key=None, by
     stored_dout = torch.empty_like(dout)
     stored_dout[rows] = dout
     return interpreter.call(
-        "tests.triton.test_hybrid_attention", "forward_and_backward", stored_dout, q, k, v, key_start, key_end,
+        "tests.kernels.triton.test_hybrid_attention", "forward_and_backward", stored_dout, q, k, v, key_start, key_end,
         grad_key, *by_key, out_row, scale, tiles,
     )  # fmt: skip
 
@@ -323,7 +323,7 @@ def test_strided_inputs(tiles):
         dout = torch.ones(1, 1, 1, dtype=torch.float16).expand(n, 2, 16)
         expected = triton_attention(*(x.contiguous() for x in (q, k, v, dout)), *ranges, 1.0, tiles=tiles)
         result = interpreter.call(
-            "tests.triton.test_hybrid_attention", "forward_and_backward", dout, q, k, v, *ranges,
+            "tests.kernels.triton.test_hybrid_attention", "forward_and_backward", dout, q, k, v, *ranges,
             layout.active_key, layout.query_start[layout.active_key.long()], layout.query_end[layout.active_key.long()],
             None, 1.0, tiles,
         )  # fmt: skip
@@ -354,7 +354,7 @@ def far_rows(stride: int) -> list[torch.Tensor]:
 
 
 def test_addresses_beyond_32_bits():
-    near, near_large, far, far_large = interpreter.call("tests.triton.test_hybrid_attention", "far_rows", 2**24)
+    near, near_large, far, far_large = interpreter.call("tests.kernels.triton.test_hybrid_attention", "far_rows", 2**24)
     assert all(x.equal(y) for x, y in zip((*near, *near_large), (*far, *far_large), strict=True))
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from lmfusion.cli import main
-from lmfusion.modeling import LMFusion
+from lmfusion.model.modeling import LMFusion
 
 IMAGES = ["--channels", "1", "--image-size", "8", "--patch-coder", "linear"]
 

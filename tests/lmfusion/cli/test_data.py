@@ -10,10 +10,10 @@ from PIL import Image
 
 from lmfusion.cli import main
 from lmfusion.data import CaptionedImage, Interleaved, Latents
-from lmfusion.data.documents import Damage
 from lmfusion.data.inspect import by_reason, contact_sheet, read_all
-from tests.lmfusion.data.rows import Listed, captioned
-from tests.lmfusion.data.stored import encoded, pairs, tar_bytes
+from lmfusion.data.pipeline.documents import Damage
+from tests.lmfusion.data.pipeline.rows import Listed, captioned
+from tests.lmfusion.data.storage.stored import encoded, pairs, tar_bytes
 
 
 @pytest.fixture(autouse=True)

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 
 from lmfusion.cli import main
 from lmfusion.generation import Engine
-from lmfusion.image.png import read_settings, save_png
-from lmfusion.modeling import LMFusion
+from lmfusion.images.png import read_settings, save_png
+from lmfusion.model.modeling import LMFusion
 
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"

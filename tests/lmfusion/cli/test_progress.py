@@ -8,10 +8,10 @@ import termios
 import numpy as np
 from PIL import Image
 
-from lmfusion.cli.screen import Request, Screen
+from lmfusion.cli.progress import Request, Screen
 from lmfusion.generation.events import Done, ImageBegin, ImageEnd, ImagePreview, TextDelta
 from lmfusion.generation.options import GenerationOptions
-from lmfusion.image.png import read_settings
+from lmfusion.images.png import read_settings
 
 DRAWING = GenerationOptions(draw_first=True, max_images=1, max_new_tokens=0, num_steps=4)
 MIXED = GenerationOptions(max_images=4)

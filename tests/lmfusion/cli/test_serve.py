@@ -21,11 +21,11 @@ from lmfusion.cli.serve import add_arguments
 from lmfusion.generation.engine import Engine
 from lmfusion.generation.options import Limits
 from lmfusion.generation.worker import EngineWorker
-from lmfusion.modeling import LMFusion
-from lmfusion.serve.app import build_app
-from lmfusion.serve.requests import RequestReader
-from lmfusion.serve.run import bind, run_server, url_of
-from tests.lmfusion.serve.conftest import CHAT_TEMPLATE
+from lmfusion.model.modeling import LMFusion
+from lmfusion.serving.http.app import build_app
+from lmfusion.serving.http.requests import RequestReader
+from lmfusion.serving.lifecycle import bind, run_server, url_of
+from tests.lmfusion.serving.conftest import CHAT_TEMPLATE
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -191,14 +191,14 @@ def test_a_model_that_cannot_chat_needs_a_template(tiny_llama, tmp_path, capsys,
     assert "no chat template" in capsys.readouterr().err
     served = []
     monkeypatch.setattr(
-        "lmfusion.serve.run.run_server", lambda app, worker, *_, **__: (worker.close(), served.append(app))
+        "lmfusion.serving.lifecycle.run_server", lambda app, worker, *_, **__: (worker.close(), served.append(app))
     )
     (tmp_path / "chat.jinja").write_text(CHAT_TEMPLATE)
     assert run(tmp_path / "base", "--chat-template", str(tmp_path / "chat.jinja")) == 0 and len(served) == 1
 
 
 def test_what_is_missing_is_told_with_the_way_to_get_it(folder, capsys, monkeypatch):
-    for module in ("lmfusion.serve.run", "lmfusion.serve.connections"):
+    for module in ("lmfusion.serving.lifecycle", "lmfusion.serving.connections"):
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert run(folder) == 2
@@ -226,7 +226,7 @@ def test_the_help_and_the_reference_name_the_defaults(capsys):
 def test_limits_of_the_command_line_are_in_force(folder, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "lmfusion.serve.run.run_server",
+        "lmfusion.serving.lifecycle.run_server",
         lambda app, worker, *_, **__: (worker.close(), seen.append((worker.engine.limits, worker.max_waiting))),
     )
     limits = dict(max_new_tokens=1, max_images=2, max_num_steps=3, max_image_size=4, max_prompt_images=5)

@@ -19,8 +19,8 @@ from transformers import (
 from lmfusion.cli import main
 from lmfusion.conversion import load_base, open_base
 from lmfusion.generation.prompt import end_token_ids
-from lmfusion.modeling import LMFusion
-from lmfusion.verification import verify
+from lmfusion.model.modeling import LMFusion
+from lmfusion.model.verification import verify
 from tests.lmfusion.vlms import save_vlm
 
 IMAGE = {"hidden_size": 16, "patch_coder": {"kind": "linear"}}

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from lmfusion.conversion import load_base, names
-from lmfusion.modeling import LMFusion
-from lmfusion.serialization import from_base
-from tests.lmfusion.gguf_files import random_llm, write_gguf
+from lmfusion.model.modeling import LMFusion
+from lmfusion.model.saving import from_base
+from tests.lmfusion.conversion.gguf_files import random_llm, write_gguf
 
 SIZES = {
     "vocab_size": 40,

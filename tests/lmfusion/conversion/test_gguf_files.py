@@ -12,9 +12,9 @@ from transformers import LlamaConfig, Qwen2Config
 
 from lmfusion.conversion import load_base
 from lmfusion.conversion.gguf_header import read_header
-from lmfusion.modeling import LMFusion
-from lmfusion.serialization import from_base
-from tests.lmfusion.gguf_files import SIZES, byte_level_metadata, random_llm, tiny_gguf, write_gguf
+from lmfusion.model.modeling import LMFusion
+from lmfusion.model.saving import from_base
+from tests.lmfusion.conversion.gguf_files import SIZES, byte_level_metadata, random_llm, tiny_gguf, write_gguf
 
 IMAGE = {"hidden_size": 16, "patch_coder": {"kind": "linear"}}
 CODEC = {"kind": "pixels", "channels": 1, "image_size": 4}

@@ -7,8 +7,16 @@ from transformers import AutoTokenizer
 from lmfusion.conversion import load_base
 from lmfusion.conversion.gguf_tokenizer import PRE_TOKENIZERS, end_tokens
 from lmfusion.generation.prompt import end_token_ids
-from lmfusion.modeling import LMFusion
-from tests.lmfusion.gguf_files import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, byte_level_metadata, tiny_gguf
+from lmfusion.model.modeling import LMFusion
+from tests.lmfusion.conversion.gguf_files import (
+    BYTE,
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    USER_DEFINED,
+    byte_level_metadata,
+    tiny_gguf,
+)
 
 IMAGE = {"hidden_size": 16, "patch_coder": {"kind": "linear"}}
 CODEC = {"kind": "pixels", "channels": 1, "image_size": 4}

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from lmfusion.conversion import load_base
-from lmfusion.modeling import LMFusion
+from lmfusion.model.modeling import LMFusion
 from tests.lmfusion.vlms import CODEC, IMAGE, save_vlm
 
 OTHERS = (

@@ -5,10 +5,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from lmfusion.config_values import from_values, to_values
 from lmfusion.data import DataConfig, SourceConfig, load_source
-from lmfusion.data.digits import Digits, caption_of
-from lmfusion.data.sources import split_indices
+from lmfusion.data.samples import split_indices
+from lmfusion.synthetic.digits import Digits, caption_of
+from lmfusion.utils.config_values import from_values, to_values
 
 
 def test_digits_hold_out_a_fixed_fifth():

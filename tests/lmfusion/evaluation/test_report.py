@@ -1,6 +1,6 @@
 """What does the page say of scores?"""
 
-from lmfusion.evaluation.page import _shared_details
+from lmfusion.evaluation.report import _shared_details
 from lmfusion.evaluation.results import Score
 
 

@@ -10,15 +10,15 @@ import yaml
 
 from lmfusion import LMFusion
 from lmfusion.cli import main
-from lmfusion.config_values import from_values
-from lmfusion.evaluation import captions
 from lmfusion.evaluation import run as run_module
 from lmfusion.evaluation.config import EvalConfig, suite_names
 from lmfusion.evaluation.results import Picture, Score, SuiteResult, Table
 from lmfusion.evaluation.run import run_evaluation
+from lmfusion.evaluation.suites import captions
 from lmfusion.training.config import read_recipe
-from tests.lmfusion.evaluation.clip_folder import save_clip
+from lmfusion.utils.config_values import from_values
 from tests.lmfusion.evaluation.coco_layout import save_coco
+from tests.lmfusion.evaluation.metrics.clip_folder import save_clip
 
 ROOT = Path(__file__).resolve().parents[3]
 RECIPES, GUIDE = ROOT / "recipes" / "eval", ROOT / "docs" / "evaluation.md"

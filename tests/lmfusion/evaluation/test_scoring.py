@@ -75,7 +75,7 @@ def test_a_window_needs_a_token_to_score_and_one_before_it(tiny):
 @pytest.fixture(scope="module")
 def models(tiny, llama, tokenizer):
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
-    from lmfusion.evaluation.harness import LMFusionLM
+    from lmfusion.evaluation.suites.lm_harness import LMFusionLM
 
     theirs = huggingface.HFLM(pretrained=llama, tokenizer=tokenizer, batch_size=2, device="cpu")
     return LMFusionLM(tiny, batch_tokens=300), theirs

@@ -2,9 +2,9 @@
 
 import torch
 
-from lmfusion.batch import SpecialTokens
 from lmfusion.generation import GenerationOptions, encode_prompt
-from lmfusion.modeling import LMFusion
+from lmfusion.model.batch import SpecialTokens
+from lmfusion.model.modeling import LMFusion
 from tests.lmfusion.generation import reference
 
 UNET = {"kind": "unet", "channels": (8, 16), "num_blocks": 1}

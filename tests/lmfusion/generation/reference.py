@@ -5,11 +5,11 @@ from dataclasses import dataclass, field, replace
 import torch
 
 import lmfusion_kernels as lk
-from lmfusion.batch import Document, SpecialTokens, encode_caption, number_seen
 from lmfusion.generation.decoding import random_generator
 from lmfusion.generation.prompt import end_token_ids
 from lmfusion.generation.samplers import step_table
-from lmfusion.vision import VisionInput
+from lmfusion.model.batch import Document, SpecialTokens, encode_caption, number_seen
+from lmfusion.model.vision import VisionInput
 
 
 @dataclass

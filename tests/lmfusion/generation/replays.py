@@ -8,9 +8,9 @@ import torch
 import lmfusion_kernels as lk
 from lmfusion.generation.cache import KeyValueCache
 from lmfusion.generation.decoding import Choice
+from lmfusion.generation.device_steps import Branching, decode_step, denoise_step
 from lmfusion.generation.graphs import ReplayedStep
-from lmfusion.generation.steps import Branching, decode_step, denoise_step
-from lmfusion.modeling import LMFusion
+from lmfusion.model.modeling import LMFusion
 
 NUM_ROWS, NUM_SCRATCH = 144, 16
 LIMIT = 256

@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForCausalLM
 
-from lmfusion.batch import encode_caption
 from lmfusion.generation import GenerationOptions, encode_prompt
-from lmfusion.image.preprocessing import to_tensor
+from lmfusion.images.preprocessing import to_tensor
+from lmfusion.model.batch import encode_caption
 from tests.lmfusion.generation import reference
 from tests.lmfusion.generation.models import build, tokens_of
 

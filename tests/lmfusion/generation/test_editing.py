@@ -8,12 +8,12 @@ from PIL import Image, ImageOps
 
 from lmfusion.cli import main
 from lmfusion.data import DataConfig, Edit, SourceConfig
-from lmfusion.data.documents import DocumentPlanner
-from lmfusion.data.mixture import Draw
+from lmfusion.data.pipeline.documents import DocumentPlanner
+from lmfusion.data.pipeline.mixture import Draw
 from lmfusion.generation import GenerationOptions, encode_prompt
 from lmfusion.generation.guidance import ContextImage
 from lmfusion.generation.request import Request
-from lmfusion.image.png import read_settings
+from lmfusion.images.png import read_settings
 from tests.lmfusion.generation.models import build, tokens_of
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8))

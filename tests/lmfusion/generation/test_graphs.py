@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from lmfusion.generation.device_steps import decode_step
 from lmfusion.generation.graphs import ReplayedStep, recorder_for
-from lmfusion.generation.steps import decode_step
 from tests.lmfusion.generation.replays import LIMIT, STEPS, assert_replayed, decode_calls, make_model
 
 CPU = torch.device("cpu")

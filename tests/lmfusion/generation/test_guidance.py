@@ -5,15 +5,15 @@ import numpy as np
 import pytest
 import torch
 
-from lmfusion.batch import encode_caption
-from lmfusion.diffusion import scheduler_config
 from lmfusion.generation import Engine, GenerationOptions, encode_prompt
 from lmfusion.generation.cache import KeyValueCache
 from lmfusion.generation.decoding import random_generator
+from lmfusion.generation.device_steps import Branching, predict_step
 from lmfusion.generation.guidance import ContextImage, guidance_of, guide
 from lmfusion.generation.samplers import step_table
-from lmfusion.generation.steps import Branching, predict_step
-from lmfusion.image.preprocessing import to_pil
+from lmfusion.images.preprocessing import to_pil
+from lmfusion.model.batch import encode_caption
+from lmfusion.model.diffusion import scheduler_config
 from tests.lmfusion.generation import reference
 from tests.lmfusion.generation.models import UNET, build, tokens_of
 

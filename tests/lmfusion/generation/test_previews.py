@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from lmfusion.generation import previews
 from lmfusion.generation.previews import preview_image, preview_map, to_rgb
-from lmfusion.image.codec import Codec, CodecConfig, load_codec
-from lmfusion.image.preprocessing import to_pil
+from lmfusion.images.preprocessing import to_pil
+from lmfusion.model.codec import Codec, CodecConfig, load_codec
 
 
 def smooth_images(num, seed, size=16, channels=3):

@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 
-from lmfusion.diffusion import PREDICTION_TYPES, Diffusion, DiffusionConfig, scheduler_config
 from lmfusion.generation.samplers import SAMPLERS, SchedulerRun, advance, step_table
+from lmfusion.model.diffusion import PREDICTION_TYPES, Diffusion, DiffusionConfig, scheduler_config
 
 # diffusers calls numpy's functions on tensors
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")

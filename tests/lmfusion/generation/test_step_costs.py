@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.counting import ALLOCATIONS, is_view, waits_for_device
+from benchmarks.harness.counting import ALLOCATIONS, is_view, waits_for_device
 from lmfusion.generation.graphs import ReplayedStep
 from tests.lmfusion.generation.replays import STEPS, make_cache, make_model
 

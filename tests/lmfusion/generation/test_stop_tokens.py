@@ -15,7 +15,7 @@ def answer(model, monkeypatch, ids, **options):
     """What `generate` makes of the tokens `ids`, chosen one after the other."""
     waiting = iter(ids)
     monkeypatch.setattr(
-        "lmfusion.generation.steps.next_tokens", lambda logits, *_: logits.argmax(-1) * 0 + next(waiting)
+        "lmfusion.generation.device_steps.next_tokens", lambda logits, *_: logits.argmax(-1) * 0 + next(waiting)
     )
     monkeypatch.setattr(
         "lmfusion.generation.engine.next_tokens", lambda logits, *_: logits.argmax(-1) * 0 + next(waiting)

@@ -6,9 +6,9 @@ import torch
 from lmfusion import LMFusion
 from lmfusion.cli import main
 from lmfusion.generation import ImageEnd, encode_prompt
-from lmfusion.image.png import read_settings
+from lmfusion.images.png import read_settings
 from tests.lmfusion.generation.models import build
-from tests.lmfusion.templates import DATED, THINKING
+from tests.lmfusion.text.templates import DATED, THINKING
 
 BLOCK = "<think>\n\n</think>\n\n"
 ASKED = [{"role": "user", "content": "Hi."}]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from lmfusion.chat import Seen, encode_chat
 from lmfusion.generation import GenerationOptions, encode_prompt
+from lmfusion.text.chat import Seen, encode_chat
 from tests.lmfusion.generation import reference
 from tests.lmfusion.vlms import TEMPLATE, build, picture, save_vlm
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
-from lmfusion.image.containers import MAX_SCANS, TURNS, CostlyImageError, orientation, reduce_to_pixels
-from lmfusion.image.preprocessing import decode_image, load_image, read_image_size
-from tests.lmfusion.data.stored import chunk, encoded, picture
+from lmfusion.images.containers import MAX_SCANS, TURNS, CostlyImageError, orientation, reduce_to_pixels
+from lmfusion.images.preprocessing import decode_image, load_image, read_image_size
+from tests.lmfusion.data.storage.stored import chunk, encoded, picture
 
 
 def pixels(data):

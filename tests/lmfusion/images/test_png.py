@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lmfusion.image import png
-from lmfusion.image.png import MAX_SETTINGS_BYTES, read_settings, save_png
-from lmfusion.image.preprocessing import load_image
+from lmfusion.images import png
+from lmfusion.images.png import MAX_SETTINGS_BYTES, read_settings, save_png
+from lmfusion.images.preprocessing import load_image
 
 SETTINGS = {
     "prompt": 'a "seven"\nin 漢字, ünd \udc80\0',

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lmfusion.image import preprocessing
-from lmfusion.image.preprocessing import load_image, to_pil, to_tensor
+from lmfusion.images import preprocessing
+from lmfusion.images.preprocessing import load_image, to_pil, to_tensor
 
 
 def gradient(height=12, width=20):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lmfusion.image.preprocessing import decode_image, load_image
-from tests.lmfusion.data.stored import chunk, encoded, picture
+from lmfusion.images.preprocessing import decode_image, load_image
+from tests.lmfusion.data.storage.stored import chunk, encoded, picture
 
 
 def pixels(data):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lmfusion.batch import (
+from lmfusion.model.batch import (
     IGNORED,
     Document,
     SpecialTokens,

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import lmfusion.modeling
-from lmfusion.batch import IGNORED, Document, caption_first_document, image_first_document, pack
-from lmfusion.modeling import LMFusion
-from lmfusion.serialization import digests, text_tensors
-from tests.lmfusion.test_modeling import CODEC, FAMILIES, FULL_WIDTH, IMAGE, TOKENS, TOKENS_PER_IMAGE, save_llm
+import lmfusion.model.modeling
+from lmfusion.model.batch import IGNORED, Document, caption_first_document, image_first_document, pack
+from lmfusion.model.modeling import LMFusion
+from lmfusion.model.saving import digests, text_tensors
+from tests.lmfusion.model.test_modeling import CODEC, FAMILIES, FULL_WIDTH, IMAGE, TOKENS, TOKENS_PER_IMAGE, save_llm
 
 BOI = TOKENS.boi_token_id
 DOCUMENTS = [
@@ -63,7 +63,7 @@ def test_next_documents_marker_is_no_label_of_the_one_before():
 
 @pytest.mark.parametrize("max_logits", [1, 130, 2**24])
 def test_loss_and_gradient_are_those_of_a_cross_entropy_over_everything(model, monkeypatch, max_logits):
-    monkeypatch.setattr(lmfusion.modeling, "MAX_LOGITS", max_logits)
+    monkeypatch.setattr(lmfusion.model.modeling, "MAX_LOGITS", max_logits)
     batch = make_batch()
     output = model(batch=batch)
     assert output.num_decisions == 12

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 
-from lmfusion.image.codec import WEIGHTS_NAME, CodecConfig, load_codec
+from lmfusion.model.codec import WEIGHTS_NAME, CodecConfig, load_codec
 
 
 def save_autoencoder(folder, kind, latent_channels=4, **settings):

@@ -6,8 +6,8 @@ import sys
 import pytest
 from transformers import LlamaConfig, Qwen3Config
 
-from lmfusion.configuration import ImageTowerConfig, LMFusionConfig
-from lmfusion.diffusion import DiffusionConfig
+from lmfusion.model.configuration import ImageTowerConfig, LMFusionConfig
+from lmfusion.model.diffusion import DiffusionConfig
 
 LINEAR = {"patch_coder": {"kind": "linear"}}
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from lmfusion.diffusion import PREDICTION_TYPES, Diffusion, DiffusionConfig
+from lmfusion.model.diffusion import PREDICTION_TYPES, Diffusion, DiffusionConfig
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)

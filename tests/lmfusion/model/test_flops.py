@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lmfusion.batch import Document, SpecialTokens, pack
-from lmfusion.training.flops import RowCounts, batch_flops, flops_by_part, matmul_rate
+from lmfusion.model.batch import Document, SpecialTokens, pack
+from lmfusion.model.flops import RowCounts, batch_flops, flops_by_part, matmul_rate
 from tests.lmfusion.training.models import LINEAR, SMOLLM2_LAYERS, UNET, make_batch, make_model
 
 SEPARATIONS = ("deep", "shallow", "none")
@@ -108,7 +108,7 @@ def test_a_batch_without_images_or_labels_is_counted():
 
 def test_the_rate_of_matrix_products_is_measured_once(monkeypatch):
     matmul_rate.cache_clear()
-    monkeypatch.setattr("lmfusion.training.flops.CPU_MATMUL_SIZE", 96)
+    monkeypatch.setattr("lmfusion.model.flops.CPU_MATMUL_SIZE", 96)
     rate = matmul_rate(torch.device("cpu"), torch.float32)
     assert 1e7 < rate < 1e14
     assert matmul_rate(torch.device("cpu"), torch.float32) == rate

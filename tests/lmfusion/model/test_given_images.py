@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lmfusion.batch import SpecialTokens, pack
-from lmfusion.data.documents import edit_document
-from lmfusion.modeling import LMFusion
+from lmfusion.data.pipeline.documents import edit_document
+from lmfusion.model.batch import SpecialTokens, pack
+from lmfusion.model.modeling import LMFusion
 
 NUM_ROWS = 4
 KINDS = {"linear": {"kind": "linear"}, "unet": {"kind": "unet", "channels": (8, 16), "num_blocks": 1}}

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoModel, Qwen2Config, Qwen2ForCausalLM
 
 import lmfusion_kernels as lk
-from lmfusion.batch import SpecialTokens, caption_first_document, encode_caption, image_first_document, pack
-from lmfusion.modeling import LMFusion
+from lmfusion.model.batch import SpecialTokens, caption_first_document, encode_caption, image_first_document, pack
+from lmfusion.model.modeling import LMFusion
 
 peft = pytest.importorskip("peft")
 LoraConfig, PeftModel, get_peft_model = peft.LoraConfig, peft.PeftModel, peft.get_peft_model
@@ -262,7 +262,7 @@ def test_saved_and_loaded_in_all_of_pefts_ways(tiny_llama, tmp_path):
     with_adapter.load_adapter(str(tmp_path / "adapter"))
     for loaded in (
         PeftModel.from_pretrained(LMFusion.from_pretrained(tmp_path / "model"), tmp_path / "adapter"),
-        peft.AutoPeftModel.from_pretrained(tmp_path / "adapter", import_allowlist=["lmfusion.modeling"]),
+        peft.AutoPeftModel.from_pretrained(tmp_path / "adapter", import_allowlist=["lmfusion.model.modeling"]),
         AutoModel.from_pretrained(tmp_path / "adapter"),
         with_adapter,
     ):

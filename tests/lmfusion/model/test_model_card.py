@@ -11,8 +11,8 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from lmfusion.cli import main
-from lmfusion.model_card import BEGIN, END, TrainingRecord, model_card
-from lmfusion.modeling import LMFusion
+from lmfusion.model.model_card import BEGIN, END, TrainingRecord, model_card
+from lmfusion.model.modeling import LMFusion
 
 IMAGE = {"hidden_size": 16, "patch_coder": {"kind": "linear"}}
 CODEC = {"kind": "pixels", "channels": 1, "image_size": 4}

@@ -10,12 +10,12 @@ import pytest
 from lmfusion.cli import main
 from lmfusion.conversion import load_base
 from lmfusion.conversion.vlm import read_image_processor
-from lmfusion.evaluation.clip import load_clip
-from lmfusion.image.codec import CodecConfig, load_codec
-from lmfusion.modeling import LMFusion
-from lmfusion.verification import verify
-from tests.lmfusion.evaluation.clip_folder import save_clip
-from tests.lmfusion.gguf_files import byte_level_metadata, tiny_gguf
+from lmfusion.evaluation.metrics.clip import load_clip
+from lmfusion.model.codec import CodecConfig, load_codec
+from lmfusion.model.modeling import LMFusion
+from lmfusion.model.verification import verify
+from tests.lmfusion.conversion.gguf_files import byte_level_metadata, tiny_gguf
+from tests.lmfusion.evaluation.metrics.clip_folder import save_clip
 from tests.lmfusion.vlms import save_vlm
 
 IMAGES = ["--codec", "pixels", "--channels", "1", "--image-size", "8", "--patch-coder", "linear"]

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
 
 import lmfusion_kernels as lk
-from lmfusion.batch import Document, SpecialTokens, caption_first_document, image_first_document, pack
 from lmfusion.conversion import load_base, names
 from lmfusion.generation import caption_images, generate_answers
-from lmfusion.modeling import LMFusion
-from lmfusion.serialization import digests, from_base, text_tensors
+from lmfusion.model.batch import Document, SpecialTokens, caption_first_document, image_first_document, pack
+from lmfusion.model.modeling import LMFusion
+from lmfusion.model.saving import digests, from_base, text_tensors
 
 SIZES = {
     "vocab_size": 60,

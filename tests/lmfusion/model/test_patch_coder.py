@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lmfusion.image.patch_coder import LinearPatchCoder, PatchCoderConfig, UNetPatchCoder, build_patch_coder
+from lmfusion.model.patch_coder import LinearPatchCoder, PatchCoderConfig, UNetPatchCoder, build_patch_coder
 
 CONFIGS = [
     PatchCoderConfig("linear", patch_size=1),

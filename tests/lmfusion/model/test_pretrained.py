@@ -21,8 +21,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from lmfusion import serialization
-from lmfusion.modeling import LMFusion
+from lmfusion.model import saving as serialization
+from lmfusion.model.modeling import LMFusion
 
 IMAGE = {"hidden_size": 16, "patch_coder": {"kind": "linear"}}
 CODEC = {"kind": "pixels", "channels": 1, "image_size": 4}

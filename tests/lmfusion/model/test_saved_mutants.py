@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lmfusion.configuration import LMFusionConfig
-from lmfusion.modeling import LMFusion
+from lmfusion.model.configuration import LMFusionConfig
+from lmfusion.model.modeling import LMFusion
 from tests.lmfusion.vlms import build, save_vlm
 
 IMAGE = {"hidden_size": 16, "patch_coder": {"kind": "linear"}}

@@ -14,15 +14,15 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import load_file, save_file
 
 from lmfusion.cli import main
-from lmfusion.config_values import from_values
 from lmfusion.conversion import open_base
 from lmfusion.evaluation import run as evaluation
 from lmfusion.evaluation.config import EvalConfig
-from lmfusion.modeling import LMFusion
-from lmfusion.saved_files import saved_parts
+from lmfusion.model.modeling import LMFusion
+from lmfusion.model.saved_files import saved_parts
+from lmfusion.model.verification import verify
 from lmfusion.training.config import RunConfig
 from lmfusion.training.trainer import Trainer
-from lmfusion.verification import verify
+from lmfusion.utils.config_values import from_values
 
 IMAGE = {"hidden_size": 16, "patch_coder": {"kind": "linear"}}
 CODEC = {"kind": "autoencoder_tiny", "channels": 1, "image_size": 8}
@@ -136,7 +136,7 @@ def test_a_kill_while_saving_over_the_same_folder(place, monkeypatch, parts, num
 
     with monkeypatch.context() as patch:
         patch.setattr("os.rename", dying_rename)
-        patch.setattr("lmfusion.folders.shutil.rmtree", lambda *_, **__: None)  # a kill cleans nothing up
+        patch.setattr("lmfusion.utils.folders.shutil.rmtree", lambda *_, **__: None)  # a kill cleans nothing up
         with pytest.raises(Killed):
             model.save_pretrained("models/whole", parts=parts)
     left = LMFusion.from_pretrained("models/whole")

@@ -13,9 +13,9 @@ from diffusers import AutoencoderTiny
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, LlamaConfig, LlamaForCausalLM
 
-from lmfusion import serialization
-from lmfusion.configuration import LMFusionConfig
-from lmfusion.modeling import LMFusion
+from lmfusion.model import saving as serialization
+from lmfusion.model.configuration import LMFusionConfig
+from lmfusion.model.modeling import LMFusion
 
 IMAGE = {"hidden_size": 16, "patch_coder": {"kind": "linear"}}
 CODEC = {"kind": "pixels", "channels": 1, "image_size": 4}
@@ -151,7 +151,7 @@ def test_auto_model_after_import_lmfusion(model, tmp_path, order):
     model.save_pretrained(tmp_path / "m")
     code = f"{order}; print(type(transformers.AutoModel.from_pretrained({str(tmp_path / 'm')!r})).__module__)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout == "lmfusion.modeling\n", result.stderr
+    assert result.stdout == "lmfusion.model.modeling\n", result.stderr
 
 
 def test_a_model_made_without_a_base(tmp_path):
@@ -172,7 +172,7 @@ def no_space(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize("failing", ["lmfusion.serialization.save_file", "os.fsync", "os.rename"])
+@pytest.mark.parametrize("failing", ["lmfusion.model.saving.save_file", "os.fsync", "os.rename"])
 def test_a_full_disk_keeps_the_old_model(model, tmp_path, monkeypatch, failing):
     model.save_pretrained(tmp_path / "m")
     old = {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()}

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lmfusion.cli import main
-from lmfusion.modeling import LMFusion
-from lmfusion.verification import PROMPTS, verify
+from lmfusion.model.modeling import LMFusion
+from lmfusion.model.verification import PROMPTS, verify
 
 IMAGE = {"hidden_size": 16, "patch_coder": {"kind": "linear"}}
 CODEC = {"kind": "pixels", "channels": 1, "image_size": 4}

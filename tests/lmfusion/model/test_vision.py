@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlavaConfig, SiglipVisionConfig
 
-from lmfusion.vision import VisionEncoder, num_vision_rows
+from lmfusion.model.vision import VisionEncoder, num_vision_rows
 from tests.lmfusion.vlms import build, picture, save_vlm
 
 SHAPES = [(8, 8), (5, 23), (31, 7), (16, 16), (1, 40), (64, 33)]

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from lmfusion.cli import main
-from lmfusion.modeling import LMFusion
-from lmfusion.serialization import base_tensors, digests
-from lmfusion.verification import verify
+from lmfusion.model.modeling import LMFusion
+from lmfusion.model.saving import base_tensors, digests
+from lmfusion.model.verification import verify
 from tests.lmfusion.vlms import CODEC, IMAGE, build, picture, save_vlm
 
 IMAGES = ["--codec", "pixels", "--channels", "1", "--image-size", "8", "--patch-coder", "linear"]

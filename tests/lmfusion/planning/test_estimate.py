@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmfusion.batch import SpecialTokens, caption_first_document, image_first_document, pack
 from lmfusion.cli import estimate as command
-from lmfusion.config_values import from_values
-from lmfusion.modeling import LMFusion
+from lmfusion.model.batch import SpecialTokens, caption_first_document, image_first_document, pack
+from lmfusion.model.flops import RowCounts
+from lmfusion.model.modeling import LMFusion
+from lmfusion.planning.estimate import GIB, Assumptions, estimate, expected_row
+from lmfusion.planning.memory import RESERVED
+from lmfusion.planning.presets import codec_facts, model_config
 from lmfusion.training.config import ModelConfig, RunConfig, load_config
-from lmfusion.training.estimate import GIB, Assumptions, estimate, expected_row
-from lmfusion.training.flops import RowCounts
-from lmfusion.training.memory import RESERVED
-from lmfusion.training.model_facts import codec_facts, model_config
+from lmfusion.utils.config_values import from_values
 
 PAPER = Path(__file__).parents[3] / "recipes" / "llama3-8b-paper.yaml"
 ONE_GPU = ["train.optimizer=adamw_8bit", "train.recompute=layer"]

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from lmfusion.training.config import TrainConfig
-from lmfusion.training.flops import RowCounts
-from lmfusion.training.memory import (
+from lmfusion.model.flops import RowCounts
+from lmfusion.planning.memory import (
     Setup,
     activation_bytes,
     cast_bytes,
@@ -18,6 +17,7 @@ from lmfusion.training.memory import (
     parameters,
     saved_bytes,
 )
+from lmfusion.training.config import TrainConfig
 from lmfusion.training.optimizer import Optimizer
 from tests.lmfusion.training.models import SMOLLM2_LAYERS, UNET, make_batch, make_model
 

@@ -17,9 +17,9 @@ from PIL import Image
 
 from lmfusion.generation.engine import Engine
 from lmfusion.generation.worker import EngineWorker
-from lmfusion.serve.app import build_app
-from lmfusion.serve.requests import RequestLimits, RequestReader
-from lmfusion.serve.run import Server
+from lmfusion.serving.http.app import build_app
+from lmfusion.serving.http.requests import RequestLimits, RequestReader
+from lmfusion.serving.lifecycle import Server
 from tests.lmfusion.generation.models import build
 
 CHAT_TEMPLATE = (

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from lmfusion.serve import bodies, connections, streaming
-from lmfusion.serve.connections import Connections, raise_file_limit
-from lmfusion.serve.requests import RequestLimits
-from tests.lmfusion.serve.conftest import Served, wait_until
+from lmfusion.serving import connections
+from lmfusion.serving.connections import Connections, raise_file_limit
+from lmfusion.serving.http import bodies, streaming
+from lmfusion.serving.http.requests import RequestLimits
+from tests.lmfusion.serving.conftest import Served, wait_until
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -245,9 +246,9 @@ SCRIPT = """
 import resource, socket, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 from fastapi import FastAPI
-from lmfusion.serve.bodies import Bodies
-from lmfusion.serve.readers import Readers
-from lmfusion.serve.run import bind, run_server, url_of
+from lmfusion.serving.http.bodies import Bodies
+from lmfusion.serving.http.body_readers import Readers
+from lmfusion.serving.lifecycle import bind, run_server, url_of
 
 class Worker:
     def close(self):

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from lmfusion.serve import requests as requests_module
-from tests.lmfusion.serve.conftest import data_url, image_part, picture, wait_until
-from tests.lmfusion.serve.test_connections import GET, HEAD, REQUEST
+from lmfusion.serving.http import requests as requests_module
+from tests.lmfusion.serving.conftest import data_url, image_part, picture, wait_until
+from tests.lmfusion.serving.test_connections import GET, HEAD, REQUEST
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -182,10 +182,10 @@ def test_a_server_ends_while_its_readers_are_busy(serve, stuck):
 SCRIPT = """
 import contextlib, sys, threading, time
 from fastapi import FastAPI
-from lmfusion.serve import run
-from lmfusion.serve.bodies import Bodies
-from lmfusion.serve.errors import ApiError
-from lmfusion.serve.readers import Readers
+from lmfusion.serving import run
+from lmfusion.serving.http.bodies import Bodies
+from lmfusion.serving.errors import ApiError
+from lmfusion.serving.http.body_readers import Readers
 
 class Worker:
     def close(self):

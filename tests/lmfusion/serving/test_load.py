@@ -5,10 +5,10 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import serve_load
-from benchmarks.serve_clients import SHARES, build_pool, read_stream
-from benchmarks.serve_load import Equality, compare, growth_of, read_metrics
-from tests.lmfusion.serve.conftest import data_url, picture
+from benchmarks.serving import load as serve_load
+from benchmarks.serving.clients import SHARES, build_pool, read_stream
+from benchmarks.serving.load import Equality, compare, growth_of, read_metrics
+from tests.lmfusion.serving.conftest import data_url, picture
 
 PIXELS = np.full((2, 2), 7, np.uint8)
 

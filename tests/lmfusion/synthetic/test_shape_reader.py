@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from lmfusion.data.shapes import COLOURS, KINDS, SIZES, Scene, Shape, ShapeEdits, Shapes, describe, render
-from lmfusion.evaluation.edits import judge
-from lmfusion.evaluation.scenes import UNKNOWN, check, read_scene
+from lmfusion.evaluation.suites.edits import judge
+from lmfusion.synthetic.shape_reader import UNKNOWN, check, read_scene
+from lmfusion.synthetic.shapes import COLOURS, KINDS, SIZES, Scene, Shape, ShapeEdits, Shapes, describe, render
 
 RED = Shape("circle", "red", "large", 0, 0)
 BLUE = Shape("square", "blue", "small", 0, 1)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lmfusion.data import CaptionedImage, Edit, SourceConfig, load_source
-from lmfusion.data.shapes import (
+from lmfusion.synthetic.shapes import (
     COLOURS,
     EDITS,
     SKILLS,

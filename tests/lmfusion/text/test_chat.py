@@ -6,9 +6,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lmfusion import chat
-from lmfusion.chat import encode_chat
-from lmfusion.tokens import token_ids
+from lmfusion.text import chat
+from lmfusion.text.chat import encode_chat
+from lmfusion.text.tokenization import token_ids
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}</s>{% endfor %}"

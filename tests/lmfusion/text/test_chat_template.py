@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from lmfusion import chat_template
-from lmfusion.chat import encode_chat
-from lmfusion.chat_template import render
-from tests.lmfusion.templates import DATED, SHAPES, THINKING, tokenizer_with
+from lmfusion.text import chat_template
+from lmfusion.text.chat import encode_chat
+from lmfusion.text.chat_template import render
+from tests.lmfusion.text.templates import DATED, SHAPES, THINKING, tokenizer_with
 
 TURNS = [{"role": "user", "content": "hi  there"}, {"role": "assistant", "content": "yes"}]
 TURNS += [{"role": "user", "content": "naïve 猫"}]

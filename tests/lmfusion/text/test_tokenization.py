@@ -3,7 +3,7 @@
 from concurrent.futures import ThreadPoolExecutor
 
 from lmfusion.generation.decoding import TextStream
-from lmfusion.tokens import token_ids
+from lmfusion.text.tokenization import token_ids
 
 
 def test_control_tokens_are_read_or_spelled(tokenizer):

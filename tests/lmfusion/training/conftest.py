@@ -2,9 +2,9 @@
 
 import pytest
 
-from lmfusion.config_values import from_values
 from lmfusion.training.config import RunConfig
 from lmfusion.training.trainer import Trainer
+from lmfusion.utils.config_values import from_values
 
 
 @pytest.fixture

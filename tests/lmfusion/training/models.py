@@ -3,9 +3,9 @@
 import torch
 from transformers import LlamaConfig
 
-from lmfusion.batch import SpecialTokens, caption_first_document, image_first_document, pack
-from lmfusion.configuration import ImageTowerConfig, LMFusionConfig
-from lmfusion.modeling import LMFusion
+from lmfusion.model.batch import SpecialTokens, caption_first_document, image_first_document, pack
+from lmfusion.model.configuration import ImageTowerConfig, LMFusionConfig
+from lmfusion.model.modeling import LMFusion
 
 TINY = {
     "vocab_size": 300,

@@ -68,8 +68,8 @@ def train(arguments, kill=None, environment=(), digests=None):
 
 
 def inject(kill):
-    from lmfusion import folders
     from lmfusion.training import checkpoint
+    from lmfusion.utils import folders
 
     owner, name = {
         "write": (checkpoint, "_write"),
@@ -107,7 +107,7 @@ def inject(kill):
 
 def write_digests(folder):
     """Let this process write what each row of each step holds, as hashes, into a file of its own in `folder`."""
-    from lmfusion.data.loader import RowLoader
+    from lmfusion.data.pipeline.loader import RowLoader
 
     real = RowLoader.steps
     folder.mkdir(parents=True, exist_ok=True)

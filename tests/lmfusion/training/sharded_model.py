@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, Qwen3Config
 
-from lmfusion.batch import Batch, Document, SpecialTokens, caption_first_document, image_first_document, pack
-from lmfusion.modeling import LMFusion
+from lmfusion.model.batch import Batch, Document, SpecialTokens, caption_first_document, image_first_document, pack
+from lmfusion.model.modeling import LMFusion
 from lmfusion.training.distributed import World, compile_layers, local_part, part_range, place, world
 from tests.lmfusion.conftest import build_tokenizer
-from tests.lmfusion.test_modeling import CODEC, FULL_WIDTH, IMAGE, SIZES, TOKENS_PER_IMAGE, save_llm
+from tests.lmfusion.model.test_modeling import CODEC, FULL_WIDTH, IMAGE, SIZES, TOKENS_PER_IMAGE, save_llm
 
 SIZES = {**SIZES, "vocab_size": 259}
 LLAMA = LlamaConfig(**SIZES)

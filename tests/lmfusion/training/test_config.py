@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lmfusion.config_values import from_values, to_values
 from lmfusion.training.config import RunConfig, load_config, resolve_path
+from lmfusion.utils.config_values import from_values, to_values
 
-RECIPES = Path(__file__).parents[2] / "recipes"
+RECIPES = Path(__file__).parents[3] / "recipes"
 
 VALUES = {"output": "runs/x", "model": {"base": "llm"}, "data": {"sources": [{"kind": "digits"}]}}
 

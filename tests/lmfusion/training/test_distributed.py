@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from lmfusion.training.distributed import World, compile_layers, local_part, part_range, place, world
-from tests.lmfusion.test_modeling import make_batch
+from tests.lmfusion.model.test_modeling import make_batch
 from tests.lmfusion.training.sharded_model import CASES, batches, build, save_llms, whole
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmfusion.training.json_lines import JsonLines
 from lmfusion.training.loggers import open_loggers
 from lmfusion.training.metrics import TIMINGS, Clock, Metrics, StepMetrics, summarise, take_peak_memory
 from lmfusion.training.trainer import Trainer
+from lmfusion.utils.json_lines import JsonLines
 from tests.lmfusion.training.runs import assert_same_run
 
 

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from lmfusion.cli.train import INTERRUPTED
-from lmfusion.config_values import to_values
 from lmfusion.training.checkpoint import list_steps
+from lmfusion.utils.config_values import to_values
 from tests.lmfusion.training.processes import Forks, Kill, read_digests
 from tests.lmfusion.training.runs import assert_same_run, read_metrics
 

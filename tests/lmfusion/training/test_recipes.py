@@ -11,9 +11,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from lmfusion import LMFusion
-from lmfusion.devices import has_fast_bfloat16
 from lmfusion.training.config import load_config
 from lmfusion.training.trainer import Trainer
+from lmfusion.utils.devices import has_fast_bfloat16
 from tests.lmfusion.training.runs import read_metrics
 from tests.lmfusion.vlms import save_vlm
 

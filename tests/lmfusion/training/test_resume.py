@@ -15,10 +15,10 @@ import yaml
 from safetensors.torch import load_file
 
 from lmfusion import LMFusion
-from lmfusion.config_values import from_values, to_values
-from lmfusion.files import locked
 from lmfusion.training import checkpoint
 from lmfusion.training.trainer import Trainer
+from lmfusion.utils.config_values import from_values, to_values
+from lmfusion.utils.files import locked
 from tests.lmfusion.training.processes import OPERATIONS, Forks, Kill
 from tests.lmfusion.training.runs import assert_same_run, read_metrics
 

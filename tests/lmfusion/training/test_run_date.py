@@ -10,13 +10,13 @@ from transformers import AutoTokenizer
 
 from lmfusion import LMFusion
 from lmfusion.data import SourceConfig
-from lmfusion.data.encoded import EncodedShards
-from lmfusion.image.codec import CodecConfig
+from lmfusion.data.latent_cache.reader import EncodedShards
+from lmfusion.model.codec import CodecConfig
 from lmfusion.training.distributed import World
 from lmfusion.training.run_date import with_date
 from lmfusion.training.trainer import Trainer
-from tests.lmfusion.data.caches import encode, encoded, loader
-from tests.lmfusion.templates import DATED, THINKING
+from tests.lmfusion.data.latent_cache.caches import encode, encoded, loader
+from tests.lmfusion.text.templates import DATED, THINKING
 from tests.lmfusion.training.runs import assert_same_run
 
 
@@ -112,13 +112,13 @@ def test_a_latent_cache_goes_on_with_its_date_and_variables(tmp_path, tokenizer,
     utterances = EncodedShards(tmp_path / "cache")[0].utterances
     assert tokenizer.decode(utterances[0].what).startswith("Today is 26 Jul 2024.")
     loader([encoded(tmp_path / "cache")], codec, tokenizer)  # whatever the day
-    monkeypatch.setattr("tests.lmfusion.data.caches.RowLoader", with_variables(enable_thinking=False))
+    monkeypatch.setattr("tests.lmfusion.data.latent_cache.caches.RowLoader", with_variables(enable_thinking=False))
     with pytest.raises(ValueError, match=r"made with the template variables {}, and the model has {'enable_thinking'"):
         loader([encoded(tmp_path / "cache")], codec, tokenizer)
 
 
 def with_variables(**variables):
-    from lmfusion.data.loader import RowLoader
+    from lmfusion.data.pipeline.loader import RowLoader
 
     return lambda *args, **kwargs: RowLoader(*args, **kwargs, template_variables=variables)
 

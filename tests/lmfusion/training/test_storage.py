@@ -8,14 +8,14 @@ import yaml
 from PIL import Image
 
 from lmfusion.cli import main
-from lmfusion.config_values import to_values
 from lmfusion.training.trainer import Trainer
+from lmfusion.utils.config_values import to_values
 from tests.lmfusion.training.runs import assert_same_run
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("lmfusion.data.remote.RETRY_SECONDS", 0.0)
+    monkeypatch.setattr("lmfusion.data.storage.files.RETRY_SECONDS", 0.0)
     (tmp_path / "set").mkdir()
     for i in range(60):
         Image.new("L", (8, 8), 4 * i).save(tmp_path / "set" / f"{i:02d}.png")

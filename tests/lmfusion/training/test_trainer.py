@@ -9,13 +9,13 @@ import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lmfusion import LMFusion
-from lmfusion.config_values import from_values
-from lmfusion.data.loader import LoaderState, Step
+from lmfusion.data.pipeline.loader import LoaderState, Step
 from lmfusion.training.config import RunConfig
 from lmfusion.training.distributed import World
 from lmfusion.training.optimizer import learning_rate
 from lmfusion.training.step import AgreedError, NonFiniteError, agreed_steps, read
 from lmfusion.training.trainer import Trainer
+from lmfusion.utils.config_values import from_values
 from tests.lmfusion.training.poison import poison
 from tests.lmfusion.training.runs import assert_same_run, final_tensors, read_metrics
 

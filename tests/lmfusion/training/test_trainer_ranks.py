@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lmfusion.config_values import to_values
 from lmfusion.training.checkpoint import list_steps
 from lmfusion.training.trainer import Trainer
+from lmfusion.utils.config_values import to_values
 from tests.lmfusion.training.runs import read_metrics
 
 

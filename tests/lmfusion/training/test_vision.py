@@ -11,12 +11,12 @@ import torch
 import yaml
 
 from lmfusion import LMFusion
-from lmfusion.config_values import from_values, to_values
-from lmfusion.serialization import base_tensors, digests
+from lmfusion.model.saving import base_tensors, digests
+from lmfusion.model.verification import verify
+from lmfusion.planning.estimate import Assumptions, estimate
 from lmfusion.training.config import RunConfig, load_config
-from lmfusion.training.estimate import Assumptions, estimate
 from lmfusion.training.trainer import Trainer
-from lmfusion.verification import verify
+from lmfusion.utils.config_values import from_values, to_values
 from tests.lmfusion.training.runs import assert_same_run, final_tensors, read_metrics
 from tests.lmfusion.vlms import CODEC, IMAGE, build, picture, save_vlm
 

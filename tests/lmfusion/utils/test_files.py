@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 
 from lmfusion.cli import main
-from lmfusion.data.tar_index import Summary, save_index
-from lmfusion.files import file_sha256, flush, locked, naming, new_folder, replace_text, replacing
-from lmfusion.folders import replace_folder
-from lmfusion.image.png import save_png
+from lmfusion.data.sources.tar_index import Summary, save_index
+from lmfusion.images.png import save_png
 from lmfusion.training.checkpoint import CheckpointWriter, checkpoint_path, load_checkpoint
 from lmfusion.training.distributed import World
-from lmfusion.training.json_lines import JsonLines
 from lmfusion.training.sampling import save_grid
+from lmfusion.utils.files import file_sha256, flush, locked, naming, new_folder, replace_text, replacing
+from lmfusion.utils.folders import replace_folder
+from lmfusion.utils.json_lines import JsonLines
 
 ALONE = World(0, 1, torch.device("cpu"))
 PICTURE = Image.new("L", (2, 2))

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lmfusion.generation import free_memory
-from lmfusion.generation.free_memory import free_bytes
 from lmfusion.generation.memory import plan_memory
+from lmfusion.utils import free_memory
+from lmfusion.utils.free_memory import free_bytes
 from tests.lmfusion.generation.models import build
 
 GIB = 2**30

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from lmfusion.config_values import from_values, to_values
+from lmfusion.utils.config_values import from_values, to_values
 from lmfusion.vae.autoencoder import Autoencoder
 from lmfusion.vae.config import VAEConfig, load_vae_config
 from lmfusion.vae.trainer import VAETrainer

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lmfusion.config_values import from_values
-from lmfusion.image.preprocessing import to_tensor
+from lmfusion.images.preprocessing import to_tensor
+from lmfusion.utils.config_values import from_values
 from lmfusion.vae.config import AutoencoderConfig, ImageDataConfig
 from lmfusion.vae.images import ImageLoader
 

@@ -12,11 +12,11 @@ import yaml
 from PIL import Image
 
 from lmfusion import LMFusion, cli
-from lmfusion.config_values import from_values
-from lmfusion.configuration import ImageTowerConfig
-from lmfusion.files import locked
-from lmfusion.image.codec import CodecConfig, load_codec
+from lmfusion.model.codec import CodecConfig, load_codec
+from lmfusion.model.configuration import ImageTowerConfig
 from lmfusion.training import checkpoint
+from lmfusion.utils.config_values import from_values
+from lmfusion.utils.files import locked
 from lmfusion.vae import losses
 from lmfusion.vae.config import VAEConfig
 from lmfusion.vae.trainer import VAETrainer

@@ -9,12 +9,12 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from lmfusion.batch import SpecialTokens
 from lmfusion.data import DataConfig, SourceConfig
-from lmfusion.data.encode import EncodeOptions, encode_source
-from lmfusion.data.loader import LoaderState, RowLoader
-from lmfusion.diffusion import DiffusionConfig
-from lmfusion.image.codec import CodecConfig, load_codec
+from lmfusion.data.latent_cache.encode import EncodeOptions, encode_source
+from lmfusion.data.pipeline.loader import LoaderState, RowLoader
+from lmfusion.model.batch import SpecialTokens
+from lmfusion.model.codec import CodecConfig, load_codec
+from lmfusion.model.diffusion import DiffusionConfig
 
 SIZE = 8
 TENSORS = ("token_ids", "labels", "latents", "noise", "timesteps", "decision_rows", "begins_image")

@@ -10,14 +10,14 @@ import torch
 import yaml
 
 from lmfusion.cli import main
-from lmfusion.config_values import from_values
 from lmfusion.data import SourceConfig, load_source
-from lmfusion.data.encoded import EncodedShards, tokenizer_sha256
-from lmfusion.image.codec import CodecConfig, load_codec
-from lmfusion.image.preprocessing import to_tensor
+from lmfusion.data.latent_cache.reader import EncodedShards, tokenizer_sha256
+from lmfusion.images.preprocessing import to_tensor
+from lmfusion.model.codec import CodecConfig, load_codec
 from lmfusion.training.config import RunConfig
 from lmfusion.training.trainer import Trainer
-from tests.lmfusion.data.caches import (
+from lmfusion.utils.config_values import from_values
+from tests.lmfusion.data.latent_cache.caches import (
     SIZE,
     assert_same_steps,
     encode,
@@ -111,11 +111,11 @@ def test_texts_that_no_tokenizer_reads_are_left_out_too(tmp_path, tokenizer, mon
             sample = load_source(SourceConfig("digits"), SIZE)[index]
             return sample._replace(captions=((" ",), ("half \ud83d",), ("a digit", ""))[index])
 
-    monkeypatch.setattr("lmfusion.data.encode.load_source", lambda config, size: Odd())
+    monkeypatch.setattr("lmfusion.data.latent_cache.encode.load_source", lambda config, size: Odd())
     codec = CodecConfig(channels=1, image_size=SIZE)
     encode(SourceConfig("digits"), tmp_path / "cache", codec, tokenizer)
     cached = read(loader([encoded(tmp_path / "cache")], codec, tokenizer), 12)
-    monkeypatch.setattr("lmfusion.data.loader.load_source", lambda config, size: Odd())
+    monkeypatch.setattr("lmfusion.data.pipeline.loader.load_source", lambda config, size: Odd())
     direct = read(loader([SourceConfig("digits")], codec, tokenizer), 12)
     short = [
         [replace(step, damaged=tuple(d._replace(reason=d.reason[:20]) for d in step.damaged)) for step in steps]
@@ -206,7 +206,7 @@ def test_another_tokenizer_or_preprocessing_is_refused(tmp_path, tokenizer, monk
     with pytest.raises(ValueError, match="tokenizer_sha256 was "):
         cache.check_made_with(load_codec(PIXELS), other)
     nearest = lambda source, size, channels=3: torch.zeros(channels, size, size)  # noqa: E731
-    monkeypatch.setattr("lmfusion.data.encoded.to_tensor", nearest)
+    monkeypatch.setattr("lmfusion.data.latent_cache.reader.to_tensor", nearest)
     with pytest.raises(ValueError, match="preprocessing_sha256 was "):
         cache.check_made_with(load_codec(PIXELS), tokenizer)
 

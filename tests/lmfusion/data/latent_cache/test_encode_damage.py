@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 
-from lmfusion.data.encoded import EncodedShards
-from lmfusion.image.codec import CodecConfig
-from tests.lmfusion.data.caches import SIZE, encode, encoded, loader, read, write_folder
+from lmfusion.data.latent_cache.reader import EncodedShards
+from lmfusion.model.codec import CodecConfig
+from tests.lmfusion.data.latent_cache.caches import SIZE, encode, encoded, loader, read, write_folder
 
 PIXELS = CodecConfig(image_size=SIZE)
 NUM_CASES = 300

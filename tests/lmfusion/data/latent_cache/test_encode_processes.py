@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lmfusion.data.shard_encoder import ShardEncoder
-from lmfusion.image.codec import CodecConfig
-from tests.lmfusion.data.caches import SIZE, encode, write_folder
+from lmfusion.data.latent_cache.shard_encoder import ShardEncoder
+from lmfusion.model.codec import CodecConfig
+from tests.lmfusion.data.latent_cache.caches import SIZE, encode, write_folder
 
 PIXELS = CodecConfig(image_size=SIZE)
 
@@ -129,14 +129,14 @@ def test_processes_share_the_work(tmp_path, encode_to, expected, monkeypatch):
 
 
 def test_the_shard_of_a_killed_process_is_taken_over(tmp_path, encode_to, expected, monkeypatch):
-    monkeypatch.setattr("lmfusion.data.encode.POLL_SECONDS", 0.05)
+    monkeypatch.setattr("lmfusion.data.latent_cache.encode.POLL_SECONDS", 0.05)
     log = tmp_path / "log"
     logged(monkeypatch, log, seconds=30)
     stuck = start(partial(encode_to, tmp_path / "cache"))
     while not log.exists():
         time.sleep(0.01)
     monkeypatch.undo()
-    monkeypatch.setattr("lmfusion.data.encode.POLL_SECONDS", 0.05)
+    monkeypatch.setattr("lmfusion.data.latent_cache.encode.POLL_SECONDS", 0.05)
     waiting = start(partial(encode_to, tmp_path / "cache"))
     while len(list((tmp_path / "cache").glob("shard-*.json"))) < 3:
         time.sleep(0.01)
@@ -148,7 +148,7 @@ def test_the_shard_of_a_killed_process_is_taken_over(tmp_path, encode_to, expect
 
 def test_a_shard_that_lost_its_end_is_encoded_again(tmp_path, encode_to, expected, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("lmfusion.data.encode._finish", lambda *_: None)
+        patch.setattr("lmfusion.data.latent_cache.encode._finish", lambda *_: None)
         encode_to(tmp_path / "cache")
     shard = tmp_path / "cache/shard-00000001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-10])
@@ -161,7 +161,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, encode_to, expected, monk
     def no_locks(*_):
         raise OSError(38, "Function not implemented")
 
-    monkeypatch.setattr("lmfusion.data.encode.fcntl.lockf", no_locks)
+    monkeypatch.setattr("lmfusion.data.latent_cache.encode.fcntl.lockf", no_locks)
     encode_to(tmp_path / "cache")
     assert contents(tmp_path / "cache") == expected
     assert "cannot be locked (Function not implemented): start one process only" in capsys.readouterr().err
@@ -172,7 +172,7 @@ def test_a_full_disk_is_told_and_overcome(tmp_path, encode_to, expected, monkeyp
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lmfusion.data.encode.save_file", full)
+        patch.setattr("lmfusion.data.latent_cache.encode.save_file", full)
         with pytest.raises(OSError, match=r"shard-00000000.*No space left on device; make room"):
             encode_to(tmp_path / "cache")
     encode_to(tmp_path / "cache")

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lmfusion.batch import SpecialTokens
 from lmfusion.data import CaptionedImage, DataConfig, Latents, SourceConfig
-from lmfusion.data.loader import LoaderState, RowLoader
-from lmfusion.diffusion import DiffusionConfig
-from lmfusion.image.codec import CodecConfig, load_codec
+from lmfusion.data.pipeline.loader import LoaderState, RowLoader
+from lmfusion.model.batch import SpecialTokens
+from lmfusion.model.codec import CodecConfig, load_codec
+from lmfusion.model.diffusion import DiffusionConfig
 
 IMAGE_SIZE = 8
 TOKENS_PER_IMAGE = 16
@@ -61,7 +61,7 @@ def row_loader(tokenizer, sources=None, monkeypatch=None, **kwargs):
     if sources is not None:
         weights = kwargs.pop("weights", [1.0] * len(sources))
         configs = [SourceConfig("folder", path=str(i), weight=weight) for i, weight in enumerate(weights)]
-        monkeypatch.setattr("lmfusion.data.loader.load_source", lambda config, size: sources[int(config.path)])
+        monkeypatch.setattr("lmfusion.data.pipeline.loader.load_source", lambda config, size: sources[int(config.path)])
     fields = {"row_tokens": 256, "pack_window": 100}
     fields |= {name: kwargs.pop(name) for name in list(kwargs) if name in DataConfig.__dataclass_fields__}
     defaults = {

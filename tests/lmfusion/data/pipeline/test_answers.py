@@ -2,9 +2,9 @@
 
 import pytest
 
-from lmfusion.chat import encode_chat
-from lmfusion.data.conversations import MAX_ANSWERS, transcribe
-from tests.lmfusion.templates import SHAPES, tokenizer_with
+from lmfusion.data.pipeline.conversations import MAX_ANSWERS, transcribe
+from lmfusion.text.chat import encode_chat
+from tests.lmfusion.text.templates import SHAPES, tokenizer_with
 
 
 def turns(*contents):

@@ -5,21 +5,21 @@ import json
 import numpy as np
 import pytest
 
-from lmfusion.batch import IGNORED, SpecialTokens
-from lmfusion.chat import encode_chat
 from lmfusion.data import Conversation, DataConfig, SourceConfig, load_source
-from lmfusion.data.conversations import transcribe
-from lmfusion.data.digits import NAMES, PLAIN, REQUESTS, SYSTEM_PROMPT, Digits
-from lmfusion.data.documents import Damage, DocumentPlanner
 from lmfusion.data.inspect import read_all
-from lmfusion.data.interleaved import InterleavedFiles
-from lmfusion.data.mixture import Draw
-from lmfusion.diffusion import DiffusionConfig
-from lmfusion.image.codec import CodecConfig
+from lmfusion.data.pipeline.conversations import transcribe
+from lmfusion.data.pipeline.documents import Damage, DocumentPlanner
+from lmfusion.data.pipeline.mixture import Draw
+from lmfusion.data.sources.interleaved import InterleavedFiles
+from lmfusion.model.batch import IGNORED, SpecialTokens
+from lmfusion.model.codec import CodecConfig
+from lmfusion.model.diffusion import DiffusionConfig
+from lmfusion.synthetic.digits import NAMES, PLAIN, REQUESTS, SYSTEM_PROMPT, Digits
+from lmfusion.text.chat import encode_chat
 from tests.lmfusion.conftest import build_tokenizer
-from tests.lmfusion.data.caches import assert_same_steps, encode, loader, read
-from tests.lmfusion.data.caches import encoded as encoded_in
-from tests.lmfusion.data.stored import encoded, picture
+from tests.lmfusion.data.latent_cache.caches import assert_same_steps, encode, loader, read
+from tests.lmfusion.data.latent_cache.caches import encoded as encoded_in
+from tests.lmfusion.data.storage.stored import encoded, picture
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<s>' + message['role'] + '\n' + message['content'] + '</s>\n' }}{% endfor %}"

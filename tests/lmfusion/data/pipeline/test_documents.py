@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmfusion.batch import IGNORED, SpecialTokens
 from lmfusion.data import CaptionedImage, DataConfig, Interleaved, SourceConfig
-from lmfusion.data.documents import Damage, DocumentPlanner
-from lmfusion.data.mixture import Draw
-from lmfusion.diffusion import DiffusionConfig
+from lmfusion.data.pipeline.documents import Damage, DocumentPlanner
+from lmfusion.data.pipeline.mixture import Draw
+from lmfusion.model.batch import IGNORED, SpecialTokens
+from lmfusion.model.diffusion import DiffusionConfig
 from tests.lmfusion.conftest import build_tokenizer
 
 TOKENIZER = build_tokenizer()

@@ -9,16 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from lmfusion.batch import IGNORED
 from lmfusion.cli import main
 from lmfusion.data import Edit, SourceConfig, load_source
-from lmfusion.data.documents import Damage, edit_document
-from lmfusion.data.mixture import Draw
-from lmfusion.diffusion import DiffusionConfig
-from lmfusion.image.codec import CodecConfig
-from lmfusion.image.preprocessing import to_tensor
-from tests.lmfusion.data.caches import SIZE, assert_same_steps, encode, encoded, loader, read
-from tests.lmfusion.data.test_documents import BOI, BOS, EOI, EOS, TOKENS, ids, no_image, plan, planner
+from lmfusion.data.pipeline.documents import Damage, edit_document
+from lmfusion.data.pipeline.mixture import Draw
+from lmfusion.images.preprocessing import to_tensor
+from lmfusion.model.batch import IGNORED
+from lmfusion.model.codec import CodecConfig
+from lmfusion.model.diffusion import DiffusionConfig
+from tests.lmfusion.data.latent_cache.caches import SIZE, assert_same_steps, encode, encoded, loader, read
+from tests.lmfusion.data.pipeline.test_documents import BOI, BOS, EOI, EOS, TOKENS, ids, no_image, plan, planner
 
 PIXELS = CodecConfig(image_size=SIZE)
 

@@ -8,12 +8,12 @@ from functools import partial
 import pytest
 import torch
 
-from lmfusion.batch import Document, SpecialTokens, pack
 from lmfusion.cli import main
 from lmfusion.data import CaptionedImage, Conversation, Edit, Interleaved, Latents
-from lmfusion.data.loader import LoaderState
-from lmfusion.vision import num_vision_rows
-from tests.lmfusion.data.rows import batch_digest, broken, row_loader
+from lmfusion.data.pipeline.loader import LoaderState
+from lmfusion.model.batch import Document, SpecialTokens, pack
+from lmfusion.model.vision import num_vision_rows
+from tests.lmfusion.data.pipeline.rows import batch_digest, broken, row_loader
 from tests.lmfusion.vlms import build, picture, save_vlm
 
 SHAPES = [(8, 8), (5, 23), (31, 7), (16, 16)]

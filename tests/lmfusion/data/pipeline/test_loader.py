@@ -11,12 +11,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lmfusion.batch import SpecialTokens
 from lmfusion.data import CaptionedImage, Interleaved, Latents
-from lmfusion.data.loader import LoaderState
-from lmfusion.data.randomness import generator
-from lmfusion.image.preprocessing import to_tensor
-from tests.lmfusion.data.rows import (
+from lmfusion.data.pipeline.loader import LoaderState
+from lmfusion.images.preprocessing import to_tensor
+from lmfusion.model.batch import SpecialTokens
+from lmfusion.utils.randomness import generator
+from tests.lmfusion.data.pipeline.rows import (
     Listed,
     batch_digest,
     broken,

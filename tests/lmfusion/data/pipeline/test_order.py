@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmfusion.data.mixture import PERIOD, Mixture, quotas
-from lmfusion.data.order import BlockPermutation, Permutation, SourceOrder
-from lmfusion.data.randomness import generator
+from lmfusion.data.pipeline.mixture import PERIOD, Mixture, quotas
+from lmfusion.data.pipeline.order import BlockPermutation, Permutation, SourceOrder
+from lmfusion.utils.randomness import generator
 
 SEEDS = st.integers(0, 2**40)
 

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmfusion.batch import SpecialTokens
 from lmfusion.data import CaptionedImage, DataConfig, Interleaved, SourceConfig
-from lmfusion.data.packing import WindowReader
-from lmfusion.diffusion import DiffusionConfig
+from lmfusion.data.pipeline.packing import WindowReader
+from lmfusion.model.batch import SpecialTokens
+from lmfusion.model.diffusion import DiffusionConfig
 from tests.lmfusion.conftest import build_tokenizer
-from tests.lmfusion.data.rows import Listed, captioned, image, realistic_captions
+from tests.lmfusion.data.pipeline.rows import Listed, captioned, image, realistic_captions
 
 TOKENIZER = build_tokenizer()
 

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from lmfusion.data.damage import DamageLog
-from lmfusion.data.documents import Damage
+from lmfusion.data.pipeline.documents import Damage
+from lmfusion.data.pipeline.skip_log import DamageLog
 
 
 def lines(path):

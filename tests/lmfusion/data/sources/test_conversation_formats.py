@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from lmfusion.data.interleaved import InterleavedFiles
-from tests.lmfusion.data.stored import encoded, equal, picture
+from lmfusion.data.sources.interleaved import InterleavedFiles
+from tests.lmfusion.data.storage.stored import encoded, equal, picture
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from lmfusion.data import SourceConfig, load_source
-from lmfusion.data import folder as folder_module
-from tests.lmfusion.data.stored import encoded, problems
+from lmfusion.data.sources import folder as folder_module
+from tests.lmfusion.data.storage.stored import encoded, problems
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from lmfusion.data import SourceConfig, load_source
-from lmfusion.data import interleaved as interleaved_module
-from lmfusion.data.interleaved import InterleavedFiles
-from tests.lmfusion.data.stored import encoded, equal, picture, problems
+from lmfusion.data.sources import interleaved as interleaved_module
+from lmfusion.data.sources.interleaved import InterleavedFiles
+from tests.lmfusion.data.storage.stored import encoded, equal, picture, problems
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from lmfusion.data import SourceConfig, load_source
-from lmfusion.data import parquet as parquet_module
-from lmfusion.data.parquet import ParquetFiles, _Cache
-from tests.lmfusion.data.stored import encoded, equal, picture, problems
+from lmfusion.data.sources import parquet as parquet_module
+from lmfusion.data.sources.parquet import ParquetFiles, _Cache
+from tests.lmfusion.data.storage.stored import encoded, equal, picture, problems
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -337,7 +337,7 @@ def test_changed_bytes_of_a_footer_end_no_process(tmp_path):
     path = write(tmp_path / "a.parquet", columns, row_group_size=7)
     program = """
 import sys
-from lmfusion.data.parquet import ParquetFiles
+from lmfusion.data.sources.parquet import ParquetFiles
 path, copy = sys.argv[1:]
 data = open(path, "rb").read()
 first = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
@@ -380,7 +380,7 @@ def test_files_that_cannot_be_used(tmp_path, columns, options, message):
 
 
 def test_a_stumbling_network_is_asked_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("lmfusion.data.remote.RETRY_SECONDS", 0.001)
+    monkeypatch.setattr("lmfusion.data.storage.files.RETRY_SECONDS", 0.001)
     filesystem = pytest.importorskip("fsspec").filesystem("memory")
     write(tmp_path / "a.parquet", {"image": images(0, 2), "caption": ["a", "b"]})
     filesystem.pipe("/set/a.parquet", (tmp_path / "a.parquet").read_bytes())

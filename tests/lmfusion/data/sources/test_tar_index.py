@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lmfusion.cli import main
-from lmfusion.data.webdataset import WebDataset
-from tests.lmfusion.data.stored import encoded, pairs, picture, problems, tar_bytes
+from lmfusion.data.sources.webdataset import WebDataset
+from tests.lmfusion.data.storage.stored import encoded, pairs, picture, problems, tar_bytes
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import yaml
 
 from lmfusion.cli import main
 from lmfusion.data import SourceConfig, load_source
-from lmfusion.data.tar_samples import IMAGE_SUFFIXES
-from lmfusion.data.unused import describe_unused
-from lmfusion.data.webdataset import WebDataset
-from tests.lmfusion.data.stored import encoded, equal, pairs, picture, problems, tar_bytes
+from lmfusion.data.sources.tar_samples import IMAGE_SUFFIXES
+from lmfusion.data.sources.unused_files import describe_unused
+from lmfusion.data.sources.webdataset import WebDataset
+from tests.lmfusion.data.storage.stored import encoded, equal, pairs, picture, problems, tar_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -153,7 +153,7 @@ def test_links_in_a_tar_are_named(tmp_path):
 
 def test_the_index_keeps_what_is_not_used(tmp_path, monkeypatch):
     first = open_tar(tmp_path, ["a.jpg", "a.txt", *(f"{i}.gif" for i in range(7))])
-    monkeypatch.setattr("lmfusion.data.webdataset.index_tar", None)
+    monkeypatch.setattr("lmfusion.data.sources.webdataset.index_tar", None)
     again = WebDataset(str(tmp_path / "a.tar"))
     assert again.unused == first.unused != []
     assert describe_unused(again, "tar") == [

@@ -10,13 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from lmfusion.data import SourceConfig, load_source, tar_samples
-from lmfusion.data import webdataset as webdataset_module
-from lmfusion.data.remote import StoredFile, expand_braces, find_files, is_inside, names_of
-from lmfusion.data.tar import TarReader
-from lmfusion.data.webdataset import WebDataset
-from lmfusion.image import preprocessing
-from tests.lmfusion.data.stored import encoded, equal, pairs, picture, problems, tar_bytes
+from lmfusion.data import SourceConfig, load_source
+from lmfusion.data.sources import tar_samples
+from lmfusion.data.sources import webdataset as webdataset_module
+from lmfusion.data.sources.webdataset import WebDataset
+from lmfusion.data.storage.files import StoredFile, expand_braces, find_files, is_inside, names_of
+from lmfusion.data.storage.tar import TarReader
+from lmfusion.images import preprocessing
+from tests.lmfusion.data.storage.stored import encoded, equal, pairs, picture, problems, tar_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -393,7 +394,7 @@ def test_a_remote_tar_is_read_in_few_requests(memory, monkeypatch):
 
 
 def test_a_stumbling_network_is_asked_again_and_a_broken_one_is_named(memory, monkeypatch):
-    monkeypatch.setattr("lmfusion.data.remote.RETRY_SECONDS", 0.001)
+    monkeypatch.setattr("lmfusion.data.storage.files.RETRY_SECONDS", 0.001)
     memory.pipe("/a.tar", tar_bytes(pairs(0, 2)))
     source = WebDataset("memory://a.tar")
     cat_file, failures = memory.cat_file, iter([RuntimeError("reset"), TimeoutError("late")])

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image, ImageOps
 
 from lmfusion.data import SourceConfig, load_source
-from lmfusion.data.damage import DamageLog
 from lmfusion.data.inspect import by_reason, read_all
-from lmfusion.data.loader import LoaderState
-from lmfusion.image.preprocessing import load_image
-from tests.lmfusion.data.rows import row_loader
-from tests.lmfusion.data.stored import SUFFIX_OF, encoded, pairs, picture, problems, tar_bytes
+from lmfusion.data.pipeline.loader import LoaderState
+from lmfusion.data.pipeline.skip_log import DamageLog
+from lmfusion.images.preprocessing import load_image
+from tests.lmfusion.data.pipeline.rows import row_loader
+from tests.lmfusion.data.storage.stored import SUFFIX_OF, encoded, pairs, picture, problems, tar_bytes
 
 THUMBNAIL = encoded("JPEG", picture(9, (8, 8)))
 WHOLE = {

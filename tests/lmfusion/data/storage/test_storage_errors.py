@@ -11,17 +11,17 @@ from PIL import Image
 
 from lmfusion.cli import main
 from lmfusion.data import SourceConfig, load_source
-from lmfusion.data import remote as remote_module
-from lmfusion.data.encode import encode_source
 from lmfusion.data.inspect import read_all
-from lmfusion.data.loader import LoaderState
-from lmfusion.data.remote import StorageError, load_image_file
-from lmfusion.data.shard_encoder import EncodeOptions
-from lmfusion.image.codec import CodecConfig, load_codec
+from lmfusion.data.latent_cache.encode import encode_source
+from lmfusion.data.latent_cache.shard_encoder import EncodeOptions
+from lmfusion.data.pipeline.loader import LoaderState
+from lmfusion.data.storage import files as remote_module
+from lmfusion.data.storage.files import StorageError, load_image_file
+from lmfusion.model.codec import CodecConfig, load_codec
 from lmfusion.vae.config import AutoencoderConfig, ImageDataConfig
 from lmfusion.vae.images import ImageLoader
-from tests.lmfusion.data.rows import contents, read, row_loader
-from tests.lmfusion.data.stored import encoded, tar_bytes
+from tests.lmfusion.data.pipeline.rows import contents, read, row_loader
+from tests.lmfusion.data.storage.stored import encoded, tar_bytes
 
 NUM_SAMPLES = 40
 KINDS = ("folder", "webdataset", "parquet", "interleaved", "edits", "remote")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lmfusion.evaluation.bootstrap import bootstrap
+from lmfusion.evaluation.metrics.bootstrap import bootstrap
 
 
 def test_the_interval_of_a_mean_is_that_of_the_normal_distribution():

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from lmfusion.evaluation.bootstrap import bootstrap
-from lmfusion.evaluation.caption_metrics import bleu, score_captions, score_words
-from lmfusion.evaluation.ptb_tokenizer import tokenize
+from lmfusion.evaluation.metrics.bootstrap import bootstrap
+from lmfusion.evaluation.metrics.caption_metrics import bleu, score_captions, score_words
+from lmfusion.evaluation.metrics.ptb_tokenizer import tokenize
 
 NOUNS = ["dog", "cat", "bus", "man", "woman", "kite", "wave", "board", "street", "pizza"]
 VERBS = ["rides", "holds", "watches", "eats", "chases"]

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from transformers import CLIPImageProcessorPil, CLIPModel
 
-from lmfusion.evaluation.clip import MEAN, STD, load_clip
-from lmfusion.evaluation.clip_score import ClipScorer
-from tests.lmfusion.evaluation.clip_folder import MAX_TOKENS, save_clip
+from lmfusion.evaluation.metrics.clip import MEAN, STD, load_clip
+from lmfusion.evaluation.metrics.clip_score import ClipScorer
+from tests.lmfusion.evaluation.metrics.clip_folder import MAX_TOKENS, save_clip
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lmfusion.config_values import from_values
-from lmfusion.evaluation.extractors import ExtractorConfig, load_extractor
-from tests.lmfusion.evaluation.clip_folder import save_clip
+from lmfusion.evaluation.metrics.extractors import ExtractorConfig, load_extractor
+from lmfusion.utils.config_values import from_values
+from tests.lmfusion.evaluation.metrics.clip_folder import save_clip
 
 
 def picture(width, height, seed=0, mode="RGB"):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy import linalg
 
-from lmfusion.evaluation.feature_distances import frechet_distance, kernel_distance, kernel_distances_of_subsets
+from lmfusion.evaluation.metrics.feature_distances import frechet_distance, kernel_distance, kernel_distances_of_subsets
 
 
 def features(count, width, seed, scale=1.0, shift=0.0):
@@ -88,7 +88,7 @@ def test_kernel_distance_is_the_sum_over_pairs(monkeypatch):
     a, b = features(17, 5, 0), features(11, 5, 1, shift=0.4)
     expected = kernel_distance_by_pairs(a, b)
     assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-10)
-    monkeypatch.setattr("lmfusion.evaluation.feature_distances.BLOCK", 4)
+    monkeypatch.setattr("lmfusion.evaluation.metrics.feature_distances.BLOCK", 4)
     assert kernel_distance(a, b) == pytest.approx(expected, rel=1e-10)
 
 

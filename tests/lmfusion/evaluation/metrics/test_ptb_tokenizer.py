@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lmfusion.evaluation.ptb_tokenizer import tokenize
+from lmfusion.evaluation.metrics.ptb_tokenizer import tokenize
 
 CAPTIONS = {
     "A man's dog doesn't like the children's t-shirts.": "a man 's dog does n't like the children 's t-shirts",

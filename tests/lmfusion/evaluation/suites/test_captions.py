@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from lmfusion import LMFusion
-from lmfusion.config_values import from_values
-from lmfusion.evaluation.captions import FILE, CaptionsConfig, check_captions, run_captions, scores_of
+from lmfusion.evaluation.suites.captions import FILE, CaptionsConfig, check_captions, run_captions, scores_of
+from lmfusion.utils.config_values import from_values
 
 DIGITS = {"kind": "digits", "split": "test"}
 

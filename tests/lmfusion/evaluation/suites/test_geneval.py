@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from lmfusion import LMFusion
-from lmfusion.config_values import from_values
-from lmfusion.evaluation.geneval import GenEvalConfig, check_geneval, run_geneval
-from lmfusion.image.png import read_settings
+from lmfusion.evaluation.suites.geneval import GenEvalConfig, check_geneval, run_geneval
+from lmfusion.images.png import read_settings
+from lmfusion.utils.config_values import from_values
 
 LINES = [
     {"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"},

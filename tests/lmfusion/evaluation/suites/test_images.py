@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lmfusion.config_values import from_values
-from lmfusion.evaluation import images
-from lmfusion.evaluation.extractors import FeatureExtractor
-from lmfusion.evaluation.feature_distances import frechet_distance
-from lmfusion.evaluation.images import ImagesConfig, check_images, draw_prompts, read_prompts, run_images
-from lmfusion.image.png import read_settings
-from tests.lmfusion.evaluation.clip_folder import save_clip
+from lmfusion.evaluation.metrics.extractors import FeatureExtractor
+from lmfusion.evaluation.metrics.feature_distances import frechet_distance
+from lmfusion.evaluation.suites import images
+from lmfusion.evaluation.suites.images import ImagesConfig, check_images, draw_prompts, read_prompts, run_images
+from lmfusion.images.png import read_settings
+from lmfusion.utils.config_values import from_values
+from tests.lmfusion.evaluation.metrics.clip_folder import save_clip
 
 DIGITS = {"kind": "digits", "split": "test"}
 FAST = {"num_images": 8, "sampler": "dpm-solver", "num_steps": 2}

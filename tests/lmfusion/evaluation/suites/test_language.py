@@ -12,9 +12,9 @@ import yaml
 
 import lmfusion.evaluation
 from lmfusion import LMFusion
-from lmfusion.config_values import from_values
-from lmfusion.evaluation.language import LanguageConfig, base_model, check_language, run_language
 from lmfusion.evaluation.scoring import text_loss
+from lmfusion.evaluation.suites.language import LanguageConfig, base_model, check_language, run_language
+from lmfusion.utils.config_values import from_values
 from tests.lmfusion import vlms
 
 pytest.importorskip("lm_eval")
@@ -104,7 +104,7 @@ def test_without_comparison_nothing_of_the_base_is_read(tiny_folder, task, tmp_p
 def test_a_base_that_is_gone_is_said_before_any_task_is_asked(tiny_folder, task, tmp_path, monkeypatch):
     model = LMFusion.from_pretrained(tiny_folder)
     model.base = replace(model.base, name=str(tmp_path / "gone"))
-    monkeypatch.setattr("lmfusion.evaluation.harness.ask", lambda *args: pytest.fail("a task is asked"))
+    monkeypatch.setattr("lmfusion.evaluation.suites.lm_harness.ask", lambda *args: pytest.fail("a task is asked"))
     for options in ({"compare_with_base": False}, {"verify": False}):
         with pytest.raises(FileNotFoundError, match="gone"):
             run_language(model, LanguageConfig([str(task)], **options), tmp_path)

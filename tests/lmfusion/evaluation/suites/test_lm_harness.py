@@ -3,9 +3,9 @@
 import pytest
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from lmfusion.evaluation.harness import LMFusionLM
+from lmfusion.evaluation.suites.lm_harness import LMFusionLM
 from tests.lmfusion.generation.models import build
-from tests.lmfusion.templates import DATED
+from tests.lmfusion.text.templates import DATED
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from lmfusion.data.shapes import EDITS, KINDS, NUM_SAMPLES, SKILLS, Scene, render
-from lmfusion.evaluation.edits import EditsConfig, held_out_edits, run_edits
-from lmfusion.evaluation.scenes import read_scene
-from lmfusion.evaluation.shapes import ShapesConfig, held_out_captions, picture_grid, run_shapes
-from lmfusion.modeling import LMFusion
+from lmfusion.evaluation.suites.edits import EditsConfig, held_out_edits, run_edits
+from lmfusion.evaluation.suites.shapes import ShapesConfig, held_out_captions, picture_grid, run_shapes
+from lmfusion.model.modeling import LMFusion
+from lmfusion.synthetic.shape_reader import read_scene
+from lmfusion.synthetic.shapes import EDITS, KINDS, NUM_SAMPLES, SKILLS, Scene, render
 
 SIZE = 24
 

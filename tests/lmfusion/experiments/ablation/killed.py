@@ -8,10 +8,10 @@ import torch
 
 def ablate_and_die(values, variant, step):
     """The ablation of a recipe's `values`, up to the step after `step` of a variant, killed before it."""
-    from lmfusion.ablation.config import AblationConfig
-    from lmfusion.ablation.measure import MeasuredTrainer
-    from lmfusion.ablation.run import run_ablation
-    from lmfusion.config_values import from_values
+    from lmfusion.experiments.ablation.config import AblationConfig
+    from lmfusion.experiments.ablation.measure import MeasuredTrainer
+    from lmfusion.experiments.ablation.run import run_ablation
+    from lmfusion.utils.config_values import from_values
 
     torch.set_num_threads(1)
     real = MeasuredTrainer._advance

@@ -9,21 +9,21 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lmfusion.ablation import run as ablation_run
-from lmfusion.ablation.config import AblationConfig
-from lmfusion.ablation.measure import MeasuredTrainer, _accuracy, read_texts
-from lmfusion.ablation.plot import draw_plot
-from lmfusion.ablation.run import check_unchanged, run_ablation
-from lmfusion.ablation.texts import PLAIN_TEXTS
 from lmfusion.cli import main
-from lmfusion.config_values import from_values, to_values
 from lmfusion.evaluation.results import Score
-from lmfusion.modeling import LMFusion
+from lmfusion.experiments.ablation import run as ablation_run
+from lmfusion.experiments.ablation.config import AblationConfig
+from lmfusion.experiments.ablation.measure import MeasuredTrainer, _accuracy, read_texts
+from lmfusion.experiments.ablation.plot import draw_plot
+from lmfusion.experiments.ablation.run import check_unchanged, run_ablation
+from lmfusion.experiments.ablation.texts import PLAIN_TEXTS
+from lmfusion.model.modeling import LMFusion
 from lmfusion.training.config import read_recipe
 from lmfusion.training.trainer import Trainer
-from tests.lmfusion.ablation.killed import ablate_and_die
+from lmfusion.utils.config_values import from_values, to_values
+from tests.lmfusion.experiments.ablation.killed import ablate_and_die
 
-RECIPES = Path(__file__).parents[3] / "recipes"
+RECIPES = Path(__file__).parents[4] / "recipes"
 
 
 def config_of(values):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from lmfusion.ablation.config import OrderingConfig
-from lmfusion.ablation.orderings import judge
-from lmfusion.ablation.report import markdown
+from lmfusion.experiments.ablation.claims import judge
+from lmfusion.experiments.ablation.config import OrderingConfig
+from lmfusion.experiments.ablation.report import markdown
 
 START = {name: {"text_loss": 3.0, "text_accuracy": 0.8} for name in ("none", "shallow", "deep")}
 FINAL = {

@@ -9,15 +9,15 @@ import pytest
 from PIL import Image
 
 from lmfusion.cli import main
-from lmfusion.data.digits import NAMES, PLAIN, SYSTEM_PROMPT, Digits
-from lmfusion.demo.judge import Judge
-from lmfusion.demo.report import captioned, conversations, line_chart, render_picture, table
-from lmfusion.demo.run import run_demo
-from lmfusion.demo.talk import Reply, openings_as_taught
-from lmfusion.modeling import LMFusion
+from lmfusion.experiments.demo.chat_eval import Reply, openings_as_taught
+from lmfusion.experiments.demo.report import captioned, conversations, line_chart, render_picture, table
+from lmfusion.experiments.demo.run import run_demo
+from lmfusion.model.modeling import LMFusion
+from lmfusion.synthetic.digit_classifier import Judge
+from lmfusion.synthetic.digits import NAMES, PLAIN, SYSTEM_PROMPT, Digits
 from lmfusion.training.config import load_config
 from tests.lmfusion.conftest import build_tokenizer
-from tests.lmfusion.test_modeling import smollm2
+from tests.lmfusion.model.test_modeling import smollm2
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<s>' + m.role[0] + '\n' + m.content + '</s>' }}{% endfor %}"
@@ -116,7 +116,7 @@ def test_wrong_replies_are_shown_in_full():
 
 
 def test_the_recipes_system_prompt_is_that_of_the_conversations():
-    config = load_config(Path(__file__).parents[2] / "recipes" / "digits.yaml")
+    config = load_config(Path(__file__).parents[4] / "recipes" / "digits.yaml")
     assert config.model.chat_system_prompt == SYSTEM_PROMPT
 
 

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from lmfusion.generation.options import Limits
-from lmfusion.serve.errors import ApiError
-from lmfusion.serve.requests import RequestLimits, RequestReader
-from tests.lmfusion.serve.conftest import Served, data_url, image_part, picture
+from lmfusion.serving.errors import ApiError
+from lmfusion.serving.http.requests import RequestLimits, RequestReader
+from tests.lmfusion.serving.conftest import Served, data_url, image_part, picture
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -104,7 +104,9 @@ def test_a_wrong_field_is_named(server, fields, message, param):
 @pytest.mark.parametrize("field", ["content", "parts", "negative_prompt"])
 def test_texts_that_are_far_too_long_are_refused_before_they_are_tokenized(model, monkeypatch, char, field):
     """At 16 characters for each token of the context."""
-    monkeypatch.setattr("lmfusion.serve.requests.encode_prompt", lambda *_: (_ for _ in ()).throw(AssertionError))
+    monkeypatch.setattr(
+        "lmfusion.serving.http.requests.encode_prompt", lambda *_: (_ for _ in ()).throw(AssertionError)
+    )
     reader = RequestReader(model, "tiny")
     text = char * (16 * 256 + 1)
     if field == "negative_prompt":
@@ -124,7 +126,7 @@ def test_a_slow_image_is_an_error_of_the_client(server, monkeypatch):
     def refuse(data, name):
         raise ValueError(f"{name} has 200 scans; the limit is 100, save it again")
 
-    monkeypatch.setattr("lmfusion.serve.requests.decode_image", refuse)
+    monkeypatch.setattr("lmfusion.serving.http.requests.decode_image", refuse)
     response = server.post(user(image_part(data_url(picture()))))
     check(response, 400, "has 200 scans; the limit is 100", "messages[0].content[0]", "invalid_image")
 

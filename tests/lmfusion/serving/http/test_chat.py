@@ -9,7 +9,7 @@ from lmfusion.generation.engine import Engine
 from lmfusion.generation.events import Done, ImageBegin, ImageEnd, ImagePreview, TextDelta
 from lmfusion.generation.options import GenerationOptions
 from lmfusion.generation.prompt import encode_prompt
-from tests.lmfusion.serve.conftest import IMAGE_SIZE, data_url, image_of, image_part, picture
+from tests.lmfusion.serving.conftest import IMAGE_SIZE, data_url, image_of, image_part, picture
 
 pytestmark = pytest.mark.timeout(60)
 

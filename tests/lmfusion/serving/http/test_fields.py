@@ -13,10 +13,10 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 
-from lmfusion.serve.errors import ApiError
-from lmfusion.serve.requests import RequestReader, image_bytes
-from lmfusion.serve.schema import MAX_VALUES, ChatRequest, Message, TextPart, parse
-from tests.lmfusion.serve.conftest import data_url, image_of, image_part, picture
+from lmfusion.serving.errors import ApiError
+from lmfusion.serving.http.requests import RequestReader, image_bytes
+from lmfusion.serving.http.schema import MAX_VALUES, ChatRequest, Message, TextPart, parse
+from tests.lmfusion.serving.conftest import data_url, image_of, image_part, picture
 
 CALL = {"name": "f", "arguments": "{}"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}

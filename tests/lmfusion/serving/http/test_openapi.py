@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from lmfusion.serve.document import ERRORS
-from lmfusion.serve.schema import parse
-from tests.lmfusion.serve.conftest import Served
-from tests.lmfusion.serve.json_schema import fits
-from tests.lmfusion.serve.test_fields import OTHERS_TAKEN, REFUSED, TAKEN
+from lmfusion.serving.http.openapi import ERRORS
+from lmfusion.serving.http.schema import parse
+from tests.lmfusion.serving.conftest import Served
+from tests.lmfusion.serving.http.json_schema import fits
+from tests.lmfusion.serving.http.test_fields import OTHERS_TAKEN, REFUSED, TAKEN
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -11,10 +11,10 @@ import httpx
 import pytest
 
 from lmfusion.generation.request import Request
-from lmfusion.serve import streaming
-from lmfusion.serve.guard import host_name, is_loopback
-from lmfusion.serve.metrics import Histogram
-from tests.lmfusion.serve.conftest import wait_until
+from lmfusion.serving.guard import host_name, is_loopback
+from lmfusion.serving.http import streaming
+from lmfusion.serving.http.metrics import Histogram
+from tests.lmfusion.serving.conftest import wait_until
 
 pytestmark = pytest.mark.timeout(60)
 

@@ -5,7 +5,7 @@ import contextlib
 import numpy as np
 import pytest
 
-from tests.lmfusion.serve.conftest import Served, data_url, image_of, image_part
+from tests.lmfusion.serving.conftest import Served, data_url, image_of, image_part
 from tests.lmfusion.vlms import build, picture, save_vlm
 
 

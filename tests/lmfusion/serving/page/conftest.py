@@ -29,8 +29,8 @@ class Page:
 
     def __init__(self, model, folder, *, name="tiny", seconds_per_step=0.0, **options):
         """seconds_per_step: what a step of the engine takes at least, for answers that one can watch."""
-        from lmfusion.page import create_app
-        from lmfusion.serve.connections import LimitedServer
+        from lmfusion.serving.connections import LimitedServer
+        from lmfusion.serving.page import create_app
 
         self.seconds_per_step = seconds_per_step
         self.engine = Engine(model)

@@ -35,8 +35,8 @@ def calls(monkeypatch):
         def close(self):
             calls.append("closed")
 
-    monkeypatch.setattr("lmfusion.demo.run.run_demo", run_demo)
-    monkeypatch.setattr("lmfusion.page.app.serve_page", serve_page)
+    monkeypatch.setattr("lmfusion.experiments.demo.run.run_demo", run_demo)
+    monkeypatch.setattr("lmfusion.serving.page.app.serve_page", serve_page)
     monkeypatch.setattr("lmfusion.generation.engine.Engine", Anything)
     monkeypatch.setattr("lmfusion.generation.worker.EngineWorker", Anything)
     monkeypatch.setattr("lmfusion.cli.demo.load_model", lambda args: calls.append(("loaded", args.model)))

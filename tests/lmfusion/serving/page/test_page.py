@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from lmfusion.generation.worker import Busy
-from lmfusion.image.png import read_settings
-from tests.lmfusion.page.browser import CHROMIUM, DRIVER, MISSING, Browser
-from tests.lmfusion.page.conftest import Page
+from lmfusion.images.png import read_settings
+from tests.lmfusion.serving.page.browser import CHROMIUM, DRIVER, MISSING, Browser
+from tests.lmfusion.serving.page.conftest import Page
 
 pytest.importorskip("gradio")
 pytest.importorskip("selenium")

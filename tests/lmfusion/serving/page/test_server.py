@@ -10,12 +10,12 @@ import httpx
 import pytest
 
 from lmfusion.generation.options import Limits
-from lmfusion.page import uploads as uploads_module
-from lmfusion.page.guard import MAX_REQUEST_BYTES, names_address
-from lmfusion.page.settings import build_settings
-from lmfusion.page.uploads import MAX_UPLOAD_REQUEST_BYTES, make_room
-from tests.lmfusion.data.stored import encoded, picture
-from tests.lmfusion.page.conftest import Page
+from lmfusion.serving.page import uploads as uploads_module
+from lmfusion.serving.page.guard import MAX_REQUEST_BYTES, names_address
+from lmfusion.serving.page.settings import build_settings
+from lmfusion.serving.page.uploads import MAX_UPLOAD_REQUEST_BYTES, make_room
+from tests.lmfusion.data.storage.stored import encoded, picture
+from tests.lmfusion.serving.page.conftest import Page
 
 gr = pytest.importorskip("gradio")
 
@@ -159,7 +159,7 @@ def test_silent_connections_keep_nobody_out(client, monkeypatch):
 
 
 def test_a_body_that_does_not_end_is_given_up(client, monkeypatch):
-    monkeypatch.setattr("lmfusion.page.guard.BODY_SECONDS", 0.2)
+    monkeypatch.setattr("lmfusion.serving.page.guard.BODY_SECONDS", 0.2)
     connection = HTTPConnection(client.base_url.host, client.base_url.port, timeout=20)
     connection.putrequest("POST", "/gradio_api/queue/join")
     connection.putheader("Content-Length", "100")
@@ -227,7 +227,7 @@ def test_room_in_a_folder_that_is_not_there(tmp_path):
 def test_a_model_without_chat_template(model, tmp_path, monkeypatch):
     from lmfusion.generation.engine import Engine
     from lmfusion.generation.worker import EngineWorker
-    from lmfusion.page import build_page
+    from lmfusion.serving.page import build_page
 
     monkeypatch.setattr(model.tokenizer, "chat_template", None)
     worker = EngineWorker(Engine(model))

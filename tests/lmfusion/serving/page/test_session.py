@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from lmfusion.generation.events import Done, ImageBegin, ImageEnd, ImagePreview, TextDelta
-from lmfusion.image.png import read_settings
-from lmfusion.page import display
-from lmfusion.page.session import MAX_SESSIONS, Picture, Session, Sessions, Turn
-from lmfusion.page.settings import read_options
+from lmfusion.images.png import read_settings
+from lmfusion.serving.page import display
+from lmfusion.serving.page.session import MAX_SESSIONS, Picture, Session, Sessions, Turn
+from lmfusion.serving.page.settings import read_options
 
 GREY = Image.fromarray(np.full((8, 8), 99, np.uint8))
 VALUES = dict(
@@ -205,7 +205,7 @@ def test_settings_become_options():
 def actions(model, tmp_path):
     from lmfusion.generation.engine import Engine
     from lmfusion.generation.worker import EngineWorker
-    from lmfusion.page.actions import Actions
+    from lmfusion.serving.page.actions import Actions
 
     worker = EngineWorker(Engine(model), max_waiting=1)
     yield Actions(worker, model, tmp_path)
@@ -240,7 +240,7 @@ def test_bad_questions(actions, text, files, words):
 
 
 def test_uploads_are_limited(actions, tmp_path, monkeypatch):
-    monkeypatch.setattr("lmfusion.page.actions.MAX_UPLOAD_BYTES", 10)
+    monkeypatch.setattr("lmfusion.serving.page.actions.MAX_UPLOAD_BYTES", 10)
     path = tmp_path / "large.png"
     GREY.save(path)
     with pytest.raises(ValueError, match=r"large\.png has \d+ bytes; the limit is 10"):
@@ -271,7 +271,7 @@ def test_a_full_disk_ends_the_answer(actions, monkeypatch):
     def full(*_):
         raise OSError("cannot write picture-0001.png: no space left")
 
-    monkeypatch.setattr("lmfusion.page.session.save_png", full)
+    monkeypatch.setattr("lmfusion.serving.page.session.save_png", full)
     session = actions.sessions.of("tab")
     ask(actions, session, "Draw", min_images=1)
     assert "no space left" in session.turns[-1].note and session.turns[-1].is_finished

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lmfusion.data.digits import NAMES, closing_of, opening_of
-from lmfusion.modeling import LMFusion
-from tests.lmfusion.page.browser import CHROMIUM, DRIVER, MISSING, Browser
-from tests.lmfusion.page.conftest import Page
+from lmfusion.model.modeling import LMFusion
+from lmfusion.synthetic.digits import NAMES, closing_of, opening_of
+from tests.lmfusion.serving.page.browser import CHROMIUM, DRIVER, MISSING, Browser
+from tests.lmfusion.serving.page.conftest import Page
 
 pytest.importorskip("gradio")
 pytest.importorskip("selenium")
 pytest.importorskip("sklearn")
-MODEL = Path(os.environ.get("LMFUSION_DEMO_MODEL", Path(__file__).parents[3] / "runs" / "demo" / "run" / "model"))
+MODEL = Path(os.environ.get("LMFUSION_DEMO_MODEL", Path(__file__).parents[4] / "runs" / "demo" / "run" / "model"))
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not (CHROMIUM and DRIVER), reason=MISSING),
@@ -57,7 +57,7 @@ def browser(page):
 
 def draw(browser, digit, seed):
     """Ask in a new conversation. What the page shows before the picture and after it, and what the judge reads."""
-    from lmfusion.demo.judge import Judge
+    from lmfusion.synthetic.digit_classifier import Judge
 
     browser.click("#clear")
     browser.wait(lambda: not browser.all("#chat .bot"))

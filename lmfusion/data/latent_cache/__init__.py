@@ -1,0 +1,1 @@
+"""Latent caches: images encoded once, before training."""

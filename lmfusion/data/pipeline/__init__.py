@@ -1,0 +1,1 @@
+"""From samples to packed batches: order, mixture, documents, packing, loading."""

@@ -1,0 +1,1 @@
+"""Data sources, one file for each kind, and the file formats they share."""

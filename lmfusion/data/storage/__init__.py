@@ -1,0 +1,1 @@
+"""Files on local disks and remote stores, and ranges of their bytes."""

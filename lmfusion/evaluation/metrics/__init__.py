@@ -1,0 +1,1 @@
+"""Metrics of images and captions, and their confidence intervals."""

@@ -1,0 +1,1 @@
+"""Evaluation suites, one file each: a configuration, a check, and a run."""

@@ -1,0 +1,1 @@
+"""The demo and the ablation: complete experiments built on the library."""

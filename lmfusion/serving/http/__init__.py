@@ -1,0 +1,1 @@
+"""The HTTP API: OpenAI's chat endpoint with images in and out."""

@@ -1,0 +1,1 @@
+"""Helpers that know nothing of the model: files, configuration values, logs, devices."""

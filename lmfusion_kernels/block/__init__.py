@@ -1,0 +1,1 @@
+"""A whole two-tower decoder layer as one op."""

@@ -1,0 +1,1 @@
+"""The layout of a packed batch: which tower handles a token, and which keys it sees."""
