@@ -37,7 +37,7 @@ def load(folder: Path) -> str:
     return ""
 
 
-FOLDER = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parents[1]
 build_info = read_build_info(FOLDER)
 why_not = load(FOLDER)
 native = not why_not

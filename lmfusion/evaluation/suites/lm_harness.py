@@ -34,7 +34,7 @@ from lmfusion.text.tokenization import control_tokens, token_ids
 if TYPE_CHECKING:
     from lmfusion.model.modeling import LMFusion
 
-PACKAGED = Path(__file__).parent / "tasks"
+PACKAGED = Path(__file__).parents[1] / "tasks"
 """Our own tasks."""
 LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 """Which loader of `datasets` reads a file."""

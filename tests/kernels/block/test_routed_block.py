@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lmfusion_kernels as lk
 from lmfusion_kernels import reference
+from lmfusion_kernels.block.routed_block import RECOMPUTE
 
 DOCUMENTS = [
     [("text", 5), ("marker", 1), ("image", 16), ("marker", 1), ("text", 3)],
@@ -177,7 +178,7 @@ def test_backward_flops_are_those_of_the_row_classes():
 
 
 @pytest.mark.parametrize("paired", [True, False], ids=["pair", "one tensor"])
-@pytest.mark.parametrize("recompute", lk.block.RECOMPUTE)
+@pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("frozen_text", [True, False], ids=["frozen", "trainable"])
 def test_compiles_without_graph_break(frozen_text, recompute, paired):
     block = make_block(frozen_text=frozen_text, qk_norm=not paired)

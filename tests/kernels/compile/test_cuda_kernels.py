@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.kernels.compile import cuobjdump
 
 from lmfusion_kernels.runtime import library
+from tests.kernels.compile import cuobjdump
 
 ROOT = Path(__file__).resolve().parents[3]
 LARGEST_SHARED = 48 * 1024  # what a block gets without asking

@@ -1,6 +1,7 @@
 """Would the scan see a missing fence, and does it let good code pass?"""
 
 import pytest
+
 from tests.kernels.compile.proxy_fences import Unfenced, unfenced_reads
 
 KERNEL = """

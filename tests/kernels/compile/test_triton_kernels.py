@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from tests.kernels.compile import cuobjdump
 
 ROOT = Path(__file__).resolve().parents[3]

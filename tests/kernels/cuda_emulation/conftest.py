@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.kernels.cuda_emulation import build
 
 from lmfusion_kernels.runtime import library
+from tests.kernels.cuda_emulation import build
 
 OPS = ("rms_norm", "rope_reorder", "swiglu", "reorder_rows")
 # By import_module: the package has functions of the same names.

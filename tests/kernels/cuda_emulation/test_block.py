@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.kernels.cuda_emulation.device import to_device
 
 from tests.kernels.block import test_routed_block as on_cpu
+from tests.kernels.cuda_emulation.device import to_device
 from tests.kernels.ops.row_ops import needs_native
 
 ROW_OPS = {

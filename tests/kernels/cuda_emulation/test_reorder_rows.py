@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.kernels.cuda_emulation.device import make_layout
 
 from lmfusion_kernels.ops.reorder_rows import reorder_rows
+from tests.kernels.cuda_emulation.device import make_layout
 from tests.kernels.ops.row_ops import LAYOUTS, assert_as_good_as_reference, random
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.uint8, torch.bool]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.kernels.cuda_emulation.device import make_layout, shifted
 
 from lmfusion_kernels import reference
+from tests.kernels.cuda_emulation.device import make_layout, shifted
 from tests.kernels.ops import test_rms_norm as on_cpu
 from tests.kernels.ops import test_row_extremes as extremes
 from tests.kernels.ops.row_ops import LAYOUTS, assert_as_good_as_reference, random

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.kernels.cuda_emulation.device import from_spans, make_layout, shifted, to_device
 
 import lmfusion_kernels as lk
 from lmfusion_kernels import reference
+from tests.kernels.cuda_emulation.device import from_spans, make_layout, shifted, to_device
 from tests.kernels.ops import test_rope_reorder as on_cpu
 from tests.kernels.ops import test_row_extremes as extremes
 from tests.kernels.ops.row_ops import LAYOUTS, assert_as_good_as_reference, random

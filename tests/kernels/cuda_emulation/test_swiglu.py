@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from tests.kernels.cuda_emulation.device import make_layout
 
 from lmfusion_kernels.ops.swiglu import swiglu
+from tests.kernels.cuda_emulation.device import make_layout
 from tests.kernels.ops import test_swiglu as on_cpu
 from tests.kernels.ops import test_swiglu_extremes as extremes
 from tests.kernels.ops.row_ops import LAYOUTS, assert_as_good_as_reference, random

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tests.kernels.gpu.support import ON_GPU, synchronize
 
 # A GPU machine may have no more than torch and what the kernels need

@@ -7,6 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
+
+import lmfusion_kernels as lk
+from lmfusion_kernels import attention
 from tests.kernels.gpu.support import (
     DEVICE,
     DOCUMENTS,
@@ -20,10 +24,6 @@ from tests.kernels.gpu.support import (
     run,
     skip_unless_it_runs,
 )
-from torch import Tensor
-
-import lmfusion_kernels as lk
-from lmfusion_kernels import attention
 
 KERNELS = [name for name in attention.KERNELS if name not in ("reference", "flex")]
 """Flex compiles seconds for every case, so it has a test of few cases."""

@@ -1,9 +1,9 @@
 """Does a loader give the same rows where the codec is on the GPU, and do they get there without the host waiting?"""
 
 import torch
-from tests.kernels.gpu.support import DEVICE, needs_gpu
 
 from lmfusion.data.pipeline.loader import LoaderState
+from tests.kernels.gpu.support import DEVICE, needs_gpu
 from tests.lmfusion.conftest import build_tokenizer
 from tests.lmfusion.data.pipeline.rows import contents, read, row_loader
 

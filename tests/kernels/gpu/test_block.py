@@ -2,6 +2,10 @@
 
 import pytest
 import torch
+
+import lmfusion_kernels as lk
+from lmfusion_kernels import attention
+from lmfusion_kernels.ops import gate_up_swiglu as ffn
 from tests.kernels.gpu.support import (
     DEVICE,
     DOCUMENTS,
@@ -19,10 +23,6 @@ from tests.kernels.gpu.support import (
     run_block,
     skip_unless_it_runs,
 )
-
-import lmfusion_kernels as lk
-from lmfusion_kernels import attention
-from lmfusion_kernels.ops import gate_up_swiglu as ffn
 
 
 def assert_as_good_as_plain(block, rows, layout, rope, **options):

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+
+import lmfusion_kernels as lk
 from tests.kernels.gpu.support import (
     DEVICE,
     ON_GPU,
@@ -17,8 +19,6 @@ from tests.kernels.gpu.support import (
     run_block,
     synchronize,
 )
-
-import lmfusion_kernels as lk
 
 DTYPE = torch.bfloat16
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from tests.kernels.gpu.support import DEVICE, no_host_sync
 
 from lmfusion.generation import Engine, GenerationOptions, ImageEnd, TextDelta, encode_prompt
+from tests.kernels.gpu.support import DEVICE, no_host_sync
 from tests.lmfusion.conftest import tiny_llama  # noqa: F401, the fixture
 from tests.lmfusion.generation.models import build
 

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.kernels.gpu.support import DEVICE, needs_gpu, no_host_sync
 
 from lmfusion.generation.graphs import ReplayedStep, recorder_for
+from tests.kernels.gpu.support import DEVICE, needs_gpu, no_host_sync
 from tests.lmfusion.conftest import tiny_llama  # noqa: F401, the fixture
 from tests.lmfusion.generation.replays import STEPS, assert_replayed, make_model
 

@@ -5,6 +5,10 @@ Memory is poisoned with NaN (tests/conftest.py), so a row that a kernel leaves o
 
 import pytest
 import torch
+
+import lmfusion_kernels as lk
+from lmfusion_kernels.ops.swiglu import swiglu
+from lmfusion_kernels.runtime import backends
 from tests.kernels.gpu.support import (
     DEVICE,
     DOCUMENTS,
@@ -16,10 +20,6 @@ from tests.kernels.gpu.support import (
     random,
     rope_of,
 )
-
-import lmfusion_kernels as lk
-from lmfusion_kernels.ops.swiglu import swiglu
-from lmfusion_kernels.runtime import backends
 from tests.kernels.ops import test_swiglu_extremes as extremes
 
 EPS = 1e-5

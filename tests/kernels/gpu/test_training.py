@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.kernels.gpu.support import DEVICE, DOCUMENTS, make_block
 
 import lmfusion_kernels as lk
+from tests.kernels.gpu.support import DEVICE, DOCUMENTS, make_block
 
 NUM_STEPS = 6
 

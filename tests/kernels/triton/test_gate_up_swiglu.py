@@ -5,13 +5,13 @@ from unittest import mock
 
 import pytest
 import torch
-from tests.kernels.triton import interpreter
 
 import lmfusion_kernels as lk
 from lmfusion_kernels import reference
 from tests.kernels.block.test_routed_block import DOCUMENTS, make_block, make_inputs, run
 from tests.kernels.ops.row_ops import make_layout, needs_native, random
 from tests.kernels.ops.row_ops import run as run_op
+from tests.kernels.triton import interpreter
 
 pytest.importorskip("triton", reason="triton is not installed")
 

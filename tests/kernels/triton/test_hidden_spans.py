@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.kernels.triton import interpreter
-from tests.kernels.triton.test_hybrid_attention import BY_POINTER, LARGE, MODULE, SMALL, UNSHRUNK, int32, make_inputs
 
 import lmfusion_kernels as lk
 from lmfusion_kernels.attention.interface import hidden_ends, key_ranges, query_ranges
 from lmfusion_kernels.attention.reference import Reference
+from tests.kernels.triton import interpreter
+from tests.kernels.triton.test_hybrid_attention import BY_POINTER, LARGE, MODULE, SMALL, UNSHRUNK, int32, make_inputs
 
 pytest.importorskip("triton", reason="triton is not installed")
 

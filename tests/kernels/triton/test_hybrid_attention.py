@@ -5,11 +5,11 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from tests.kernels.triton import interpreter
 
 import lmfusion_kernels as lk
 from lmfusion_kernels.ops.hybrid_attention import ranges_by_key
 from lmfusion_kernels.triton.hybrid_attention_configurations import Configurations, Tile, configurations
+from tests.kernels.triton import interpreter
 
 pytest.importorskip("triton", reason="triton is not installed")
 

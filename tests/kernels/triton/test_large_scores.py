@@ -5,6 +5,7 @@ In float32, against PyTorch's attention in float64. The interpreter's fused mult
 
 import pytest
 import torch
+
 from tests.kernels.triton.test_hybrid_attention import LARGE, SMALL, forward, int32, triton_attention
 
 pytest.importorskip("triton", reason="triton is not installed")
