@@ -119,13 +119,18 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         self.package_folder.mkdir(parents=True, exist_ok=True)
-        info: dict[str, object] = {"torch": None, "compiler": None, "cuda_architectures": [], "cuda_why_not": ""}
+        info: dict[str, object] = {
+            "torch": None,
+            "compiler": None,
+            "cuda_architectures": [],
+            "cuda_unavailable_reason": "",
+        }
         problem = ""
         try:
             self.build(info)
         except BuildError as error:
             problem = str(error)
-        info["why_not"] = problem
+        info["unavailable_reason"] = problem
         if problem:
             if self.required:
                 sys.exit(f"lmfusion: {problem}")
@@ -133,7 +138,7 @@ class CMakeBuild(build_ext):
                 (self.package_folder / LIBRARIES[name]).unlink(missing_ok=True)  # of an earlier build: it may not fit
             print(f"lmfusion: native code left out, plain PyTorch takes its place: {problem}")
         elif not info["cuda_architectures"]:
-            print(f"lmfusion: built without CUDA: {info['cuda_why_not']}")
+            print(f"lmfusion: built without CUDA: {info['cuda_unavailable_reason']}")
         (self.package_folder / "_build.json").write_text(json.dumps(info, indent=1) + "\n")
 
     def build(self, info: dict[str, object]) -> None:
@@ -148,7 +153,7 @@ class CMakeBuild(build_ext):
         torch = find_torch()
         too_old = torch is not None and torch_version(torch) < MINIMUM_TORCH
         torch = None if too_old else torch
-        nvcc, info["cuda_why_not"] = wants_cuda()
+        nvcc, info["cuda_unavailable_reason"] = wants_cuda()
         # One folder for each torch, so environments do not undo each other's builds.
         binary = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{zlib.crc32(str(torch).encode()):08x}"
         options = {
@@ -161,7 +166,7 @@ class CMakeBuild(build_ext):
         architectures = cuda_architectures() if nvcc else []
         ok, log = self.compile(cmake, binary, options, nvcc, architectures)
         if not ok and nvcc and os.environ.get("LMFUSION_CUDA") != "1" and not self.required:
-            info["cuda_why_not"] = f"nvcc failed: {first_error(log)}"
+            info["cuda_unavailable_reason"] = f"nvcc failed: {first_error(log)}"
             architectures = []
             ok, log = self.compile(cmake, binary, options, None, architectures)
 

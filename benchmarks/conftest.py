@@ -18,7 +18,7 @@ import torch
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")  # first calls show what compiling takes
 
 from benchmarks.harness import machine, shapes
-from benchmarks.harness.compare import compare, why_not
+from benchmarks.harness.compare import compare, unsupported_reason
 from benchmarks.harness.output import table, write_results
 
 # A GPU machine may have no more than torch and what the kernels need
@@ -106,7 +106,7 @@ def pytest_runtest_makereport(item, call):
     report = outcome.get_result()
     if call.excinfo is None or report.passed or item.stash[PLACE] in item.config.stash[ROWS]:
         return
-    line = why_not(call.excinfo.value)
+    line = unsupported_reason(call.excinfo.value)
     if report.skipped:
         line = {"status": "skipped", "reason": str(call.excinfo.value)}
     keep(item, {"name": item.name, "op": item.path.stem.removeprefix("test_"), **line, "contestants": {}})

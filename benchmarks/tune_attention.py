@@ -49,7 +49,7 @@ def main() -> None:
     best = {}
     for head_dim in options.head_dim:
         table = configurations(head_dim, dtype.itemsize, capability)
-        case = Case.make(head_dim, dtype, options.num_heads, options.num_kv_heads)
+        case = AttentionProblem.make(head_dim, dtype, options.num_heads, options.num_kv_heads)
         chosen = {}
         for launch in options.launch:
             begin += share
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 @dataclass
-class Case:
+class AttentionProblem:
     """Packed interleaved documents, and few queries of documents in a cache."""
 
     layout: lk.TokenLayout
@@ -72,7 +72,7 @@ class Case:
     caches: tuple[torch.Tensor, torch.Tensor]
 
     @classmethod
-    def make(cls, head_dim: int, dtype: torch.dtype, num_heads: int, num_kv_heads: int) -> "Case":
+    def make(cls, head_dim: int, dtype: torch.dtype, num_heads: int, num_kv_heads: int) -> "AttentionProblem":
         document = [("text", 412), ("image", 512), ("text", 612), ("image", 512)]
         layout = lk.TokenLayout.from_spans([document] * (NUM_TOKENS // 2048), frozen_text=False, device="cuda")
 
@@ -84,7 +84,7 @@ class Case:
             [[("text", 1)]] * 8,
             cached_lengths=[NUM_CACHED - 1] * 8,
             cache_starts=[NUM_CACHED * document for document in range(8)],
-            cache_rows=NUM_CACHED * 8,
+            cache_slots=NUM_CACHED * 8,
             device="cuda",
         )
         caches = rows(few.num_keys, num_kv_heads), rows(few.num_keys, num_kv_heads)
@@ -114,7 +114,7 @@ class Case:
         return lambda: hybrid_attention.backward(*arguments, tiles=tiles), (5 if launch == "keys" else 3) * pairs
 
 
-def tune(case: Case, table: Configurations, launch: str, end: float) -> Tile:
+def tune(case: AttentionProblem, table: Configurations, launch: str, end: float) -> Tile:
     """The fastest tile of one launch; the table's own is measured first."""
     best, best_seconds = getattr(table, launch), float("inf")
     tiles = list(candidates(best, launch))

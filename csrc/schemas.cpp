@@ -52,17 +52,17 @@ STABLE_TORCH_LIBRARY(lmfusion, m) {
 
   // Query i sees the keys [key_start[i], key_end[i]) (int32, non-decreasing); its result is row out_row[i] of out
   // (None: row i). lse: float32 [H, Nq], the log of the sum of exp(score), by query. visible_end (None, or int32 [Nk]):
-  // key j is seen by the queries before visible_end[j] alone. stretch_end, given with it: keys from j to stretch_end[j]
+  // key j is seen by the queries before visible_end[j] alone. run_end, given with it: keys from j to run_end[j]
   // have one visible_end, and no range begins behind the first of them.
   m.def(
       "hybrid_attention(Tensor q, Tensor k, Tensor v, Tensor key_start, Tensor key_end, Tensor? out_row, float scale, "
-      "Tensor? visible_end=None, Tensor? stretch_end=None) -> (Tensor out, Tensor lse)");
+      "Tensor? visible_end=None, Tensor? run_end=None) -> (Tensor out, Tensor lse)");
   // dk, dv: one row for each key listed in grad_key (int32, ascending); key r of the list is seen by the queries
   // [query_start[r], query_end[r]), whose ends need not ascend where visible_end is given. dout and out are read at
   // out_row[i].
   m.def(
       "hybrid_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor key_start, "
       "Tensor key_end, Tensor grad_key, Tensor query_start, Tensor query_end, Tensor? out_row, float scale, "
-      "Tensor? visible_end=None, Tensor? stretch_end=None) "
+      "Tensor? visible_end=None, Tensor? run_end=None) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
 }

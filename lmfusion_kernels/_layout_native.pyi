@@ -7,7 +7,7 @@ def build_layout(
     frozen_text: bool,
     cached_lengths: np.ndarray | None,
     cache_starts: np.ndarray | None,
-    cache_rows: int,
+    cache_slots: int,
     segments: np.ndarray | None = None,
     modes: np.ndarray | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]: ...

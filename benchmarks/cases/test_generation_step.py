@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 from benchmarks.harness import shapes
 from benchmarks.harness.compare import Contestant, Row
 from lmfusion.generation.cache import CachedDocument, KeyValueCache
-from lmfusion.generation.decoding import Choice
+from lmfusion.generation.decoding import SamplingParams
 from lmfusion.generation.device_steps import Branching, decode_step, denoise_step
 from lmfusion.generation.graphs import ReplayedStep, recorder_for
 from lmfusion.model.configuration import LMFusionConfig
@@ -137,7 +137,7 @@ def test_decoding(record, device, shape, batch, dtype):
         generator = torch.Generator().manual_seed(seed)
         token_ids = torch.randint(0, VOCABULARY[shape], (batch,), generator=generator)
         ones = torch.ones(batch)
-        choice = Choice(torch.zeros(batch), torch.zeros(batch), ones, ones.long(), torch.zeros(batch))
+        choice = SamplingParams(torch.zeros(batch), torch.zeros(batch), ones, ones.long(), torch.zeros(batch))
         return token_ids, layout_of(cache, batch, DECODED_CONTEXT, 1, ("text", 1)), choice, True
 
     weights = sum(parameter.numel() for parameter in model.text.parameters())

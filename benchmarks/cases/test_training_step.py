@@ -19,7 +19,7 @@ from lmfusion.model.flops import RowCounts, batch_flops
 from lmfusion.model.modeling import LMFusion
 from lmfusion.planning.memory import Setup, memory_by_part, parameters
 from lmfusion.training.config import TrainConfig
-from lmfusion.training.distributed import World, place
+from lmfusion.training.distributed import World, parallelize
 from lmfusion.training.optimizer import Optimizer, clip_gradients
 
 SHAPES = [shapes.LMFUSION_8B, shapes.SMOLLM2] if shapes.HAS_GPU else [shapes.SMOLLM2]
@@ -99,7 +99,7 @@ def make_case(shape, dtype, device):
     with device:
         model = LMFusion(config, PassLatents()).train()
     torch.nn.init.normal_(model.image.patch_coder.conv_out.weight, std=0.02)  # from zeros no gradient would come back
-    place(model, World(0, 1, device), dtype)
+    parallelize(model, World(0, 1, device), dtype)
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     flops = batch_flops(config, batch, frozen_text=True)
     return StepCase(model, Optimizer(weights, TrainConfig(**UNMOVED)), batch.to(device), flops)

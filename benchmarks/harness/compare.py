@@ -116,7 +116,7 @@ def compare(row: Row, contestants: Mapping[str, Contestant], ours: str, device: 
                 line["mask_ms"] = 1e3 * _mask_seconds(contestant.mask, device)
             calls[name] = [first, *(contestant.prepare(seed) for seed in range(1, num_sets))]
         except Exception as error:  # whatever it is, it is this contestant's line and nothing more
-            lines[name] = why_not(error)
+            lines[name] = unsupported_reason(error)
             calls.pop(name, None)
     seconds = _timed(calls, device, row.is_latency)
     for name, values in seconds.items():
@@ -139,7 +139,7 @@ def compare(row: Row, contestants: Mapping[str, Contestant], ours: str, device: 
     }  # fmt: skip
 
 
-def why_not(error: BaseException) -> dict[str, Any]:
+def unsupported_reason(error: BaseException) -> dict[str, Any]:
     """The line of a contestant that raised: skipped if it is not there, else failed."""
     text = " ".join(str(error).split())[:300]
     if isinstance(error, torch.OutOfMemoryError):

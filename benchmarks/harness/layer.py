@@ -84,7 +84,7 @@ def make_case(
     frozen_text: bool,
     **cache: Any,
 ) -> LayerCase:
-    """cache: cached_lengths, cache_starts and cache_rows of `TokenLayout.from_spans`."""
+    """cache: cached_lengths, cache_starts and cache_slots of `TokenLayout.from_spans`."""
     torch.manual_seed(0)
 
     def build_layout() -> lk.TokenLayout:
@@ -102,7 +102,7 @@ def cache_of(num_documents: int, cached_length: int, capacity: int) -> dict[str,
     return {
         "cached_lengths": [cached_length] * num_documents,
         "cache_starts": [capacity * document for document in range(num_documents)],
-        "cache_rows": capacity * num_documents,
+        "cache_slots": capacity * num_documents,
     }
 
 

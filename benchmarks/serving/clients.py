@@ -22,7 +22,7 @@ SHARES = {"text": 5, "images": 4, "upload": 3, "edit": 2, "hang up": 3, "refused
 
 
 @dataclass(frozen=True)
-class Asked:
+class EngineRequest:
     """A request of the pool."""
 
     kind: str
@@ -52,7 +52,7 @@ class Log:
 # --- requests ---
 
 
-def build_pool(num_each: int, image_size: int) -> list[Asked]:
+def build_pool(num_each: int, image_size: int) -> list[EngineRequest]:
     """Requests of every kind; the same ones in every run."""
     chance = random.Random(0)
     pool = []
@@ -80,11 +80,11 @@ def build_pool(num_each: int, image_size: int) -> list[Asked]:
             body["num_steps"] = 60
         body["stream"] = kind == "hang up" or i % 2 == 0
         body["messages"] = [{"role": "user", "content": content}]
-        pool.append(_refused(i, body) if kind == "refused" else Asked(kind, body))
+        pool.append(_refused(i, body) if kind == "refused" else EngineRequest(kind, body))
     return pool
 
 
-def _refused(i: int, body: dict[str, Any]) -> Asked:
+def _refused(i: int, body: dict[str, Any]) -> EngineRequest:
     faults: list[tuple[int, dict[str, Any]]] = [
         (400, {"temperature": -1}),
         (400, {"steps": 3}),
@@ -97,7 +97,7 @@ def _refused(i: int, body: dict[str, Any]) -> Asked:
         (413, {"user": "x" * 1_500_000}),
     ]
     status, fault = faults[i % len(faults)]
-    return Asked("refused", body | fault, status)
+    return EngineRequest("refused", body | fault, status)
 
 
 def _user(*parts: dict[str, Any]) -> list[dict[str, Any]]:
@@ -119,7 +119,7 @@ def _picture(seed: int, size: int) -> str:
 
 
 async def run_client(
-    http: httpx.AsyncClient, number: int, pool: Sequence[Asked], end: float, log: Log, start: float
+    http: httpx.AsyncClient, number: int, pool: Sequence[EngineRequest], end: float, log: Log, start: float
 ) -> None:
     """Send requests of the pool, one after the other, until `end`."""
     chance = random.Random(number)
@@ -145,7 +145,7 @@ async def run_client(
             log.seconds[kind].append(time.monotonic() - began)
 
 
-async def _ask(http: httpx.AsyncClient, place: int, asked: Asked, log: Log, chance: random.Random) -> int:
+async def _ask(http: httpx.AsyncClient, place: int, asked: EngineRequest, log: Log, chance: random.Random) -> int:
     """Send one request and note its answer; the status."""
     began = time.monotonic()
     async with http.stream("POST", "/v1/chat/completions", json=asked.body) as response:

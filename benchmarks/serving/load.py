@@ -39,7 +39,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from benchmarks.serving.clients import Asked, Log, Part, build_pool, read_whole, run_client
+from benchmarks.serving.clients import EngineRequest, Log, Part, build_pool, read_whole, run_client
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_CLIENTS, MAX_SECONDS = 200, 1800
@@ -135,7 +135,7 @@ def growth_of(samples: Sequence[float]) -> float:
 
 
 async def load(
-    url: str, pid: int, pool: Sequence[Asked], num_clients: int, seconds: float
+    url: str, pid: int, pool: Sequence[EngineRequest], num_clients: int, seconds: float
 ) -> tuple[Log, list[float], Equality, dict[str, float], dict[str, float]]:
     """The crowd, and then every request that was answered alone."""
     log, samples, equality = Log(), [], Equality()

@@ -64,15 +64,15 @@ void fill_parts(const Spans& spans, int64_t first, int64_t end, int32_t start, i
       add_query(i);
     }
   });
-  int32_t num_seen = 0;
+  int32_t num_visible = 0;
   for_each_segment(spans, first, end, start, [&](int64_t s, int64_t, int64_t segment_start, int64_t num_tokens) {
     if (!spans.is_hidden(s)) {
-      num_seen += static_cast<int32_t>(num_tokens);
+      num_visible += static_cast<int32_t>(num_tokens);
       return;
     }
     const auto begin = static_cast<int32_t>(segment_start), size = static_cast<int32_t>(num_tokens);
-    begin_part(begin < first_active ? num_seen + size : 0);
-    key = static_cast<int32_t>(std::copy_n(out.part_key + first_key, num_seen, out.part_key + key) - out.part_key);
+    begin_part(begin < first_active ? num_visible + size : 0);
+    key = static_cast<int32_t>(std::copy_n(out.part_key + first_key, num_visible, out.part_key + key) - out.part_key);
     for (int32_t i = begin; i < begin + size; ++i) {
       out.part_key[key++] = i;
       add_query(i);
@@ -98,11 +98,11 @@ LayoutCounts count_tokens(const Spans& spans, bool frozen_text, const Cache& cac
   for_each_document(spans, frozen_text && cache.length == nullptr,
                     [&](int64_t first, int64_t end, int64_t start, int64_t num_constant, int64_t num_tokens) {
     if (counts.num_hidden_segments > 0) {
-      int64_t num_seen = 0;
+      int64_t num_visible = 0;
       for_each_segment(spans, first, end, start, [&](int64_t s, int64_t, int64_t, int64_t size) {
         counts.num_part_keys += size;  // as keys of the visible rows, or of its own hidden ones
-        if (spans.is_hidden(s)) counts.num_part_keys += num_seen;
-        if (!spans.is_hidden(s)) num_seen += size;
+        if (spans.is_hidden(s)) counts.num_part_keys += num_visible;
+        if (!spans.is_hidden(s)) num_visible += size;
       });
     }
     ++counts.num_documents;
@@ -196,12 +196,12 @@ void fill_layout(const Spans& spans, bool frozen_text, const Cache& cache, const
         }
       }
       if (is_hidden) {
-        std::fill(out.stretch_end + stretch, out.stretch_end + segment_start, segment_start);
-        std::fill(out.stretch_end + segment_start, out.stretch_end + segment_end, segment_end);
+        std::fill(out.run_end + stretch, out.run_end + segment_start, segment_start);
+        std::fill(out.run_end + segment_start, out.run_end + segment_end, segment_end);
         stretch = segment_end;
       }
     });
-    if (has_hidden) std::fill(out.stretch_end + stretch, out.stretch_end + document_end, document_end);
+    if (has_hidden) std::fill(out.run_end + stretch, out.run_end + document_end, document_end);
   });
   out.document_start[counts.num_documents] = static_cast<int32_t>(counts.num_tokens);
   out.document_key_start[counts.num_documents] =

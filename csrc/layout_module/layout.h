@@ -46,7 +46,7 @@ struct LayoutVectors {
   int32_t *document_start, *document_key_start, *document_num_keys, *active_document_start;
   int32_t *triangle_start, *triangle_row, *active_triangle_row;
   // Null where nothing is hidden.
-  int32_t *visible_end, *constant_visible_end, *active_visible_end, *stretch_end;
+  int32_t *visible_end, *constant_visible_end, *active_visible_end, *run_end;
   int32_t *part_start, *part_row, *part_key_start, *part_key;
   int32_t *active_part_start, *active_part_row, *constant_part_row, *constant_part_num_keys;
 };

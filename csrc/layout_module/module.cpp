@@ -23,7 +23,7 @@ using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 std::pair<py::dict, py::dict> build_layout(const Array<uint8_t>& kinds, const Array<int32_t>& lengths,
                                            const Array<int32_t>& documents, bool frozen_text,
                                            const std::optional<Array<int32_t>>& cached_lengths,
-                                           const std::optional<Array<int32_t>>& cache_starts, int32_t cache_rows,
+                                           const std::optional<Array<int32_t>>& cache_starts, int32_t cache_slots,
                                            const std::optional<Array<int32_t>>& segments,
                                            const std::optional<Array<uint8_t>>& modes) {
   if (kinds.size() != lengths.size() || kinds.size() != documents.size()) {
@@ -41,7 +41,7 @@ std::pair<py::dict, py::dict> build_layout(const Array<uint8_t>& kinds, const Ar
     throw py::value_error("cached_lengths and cache_starts must have one entry a document, or both be None");
   }
   const lmf::Cache cache{cached_lengths ? cached_lengths->data() : nullptr,
-                         cache_starts ? cache_starts->data() : nullptr, cache_rows};
+                         cache_starts ? cache_starts->data() : nullptr, cache_slots};
   const lmf::LayoutCounts counts = lmf::count_tokens(spans, frozen_text, cache);
 
   py::dict vectors;
@@ -84,7 +84,7 @@ std::pair<py::dict, py::dict> build_layout(const Array<uint8_t>& kinds, const Ar
   out.visible_end = vector("visible_end", num_hidden_entries);
   out.constant_visible_end = vector("constant_visible_end", num_hidden_entries);
   out.active_visible_end = vector("active_visible_end", num_hidden_entries);
-  out.stretch_end = vector("stretch_end", num_hidden_entries);
+  out.run_end = vector("run_end", num_hidden_entries);
   out.part_start = vector("part_start", num_parts + 1);
   out.part_row = vector("part_row", num_hidden_entries);
   out.part_key_start = vector("part_key_start", num_parts + 1);
@@ -130,7 +130,7 @@ const char* instruction_set() {
 
 PYBIND11_MODULE(_host_native, m) {
   m.def("build_layout", &build_layout, py::arg("kinds"), py::arg("lengths"), py::arg("documents"),
-        py::arg("frozen_text"), py::arg("cached_lengths"), py::arg("cache_starts"), py::arg("cache_rows"),
+        py::arg("frozen_text"), py::arg("cached_lengths"), py::arg("cache_starts"), py::arg("cache_slots"),
         py::arg("segments") = py::none(), py::arg("modes") = py::none());
   m.def("pack", &pack);
   m.def("instruction_set", &instruction_set);

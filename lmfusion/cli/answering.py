@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lmfusion.generation import Engine, Event
-    from lmfusion.generation.api import Asked
+    from lmfusion.generation.api import EngineRequest
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
 
-def run_to_the_end(engine: "Engine", requests: "Sequence[Asked]", show: Callable[[int, "Event"], None]) -> bool:
+def run_to_the_end(engine: "Engine", requests: "Sequence[EngineRequest]", show: Callable[[int, "Event"], None]) -> bool:
     """Hand every event to `show`, with the number of its request; False where Ctrl-C was pressed.
 
     What a step has finished is shown before Ctrl-C takes effect, unless it is pressed once more.

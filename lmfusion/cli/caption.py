@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     check_batch_size(args)
 
     from lmfusion.generation import GenerationOptions, encode_prompt
-    from lmfusion.generation.api import Asked, engine_for
+    from lmfusion.generation.api import EngineRequest, engine_for
 
     options = GenerationOptions(
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     for start in range(0, len(args.images), args.batch_size):  # so that few images are in memory at a time
         images = args.images[start : start + args.batch_size]
         asked = [
-            Asked(encode_prompt(model, [Path(image), *([prompt] if prompt else [])]), options, start + i)
+            EngineRequest(encode_prompt(model, [Path(image), *([prompt] if prompt else [])]), options, start + i)
             for i, image in enumerate(images)
         ]
         engine = engine or engine_for(model, asked, args.batch_size)

@@ -2,9 +2,9 @@
 
     lmfusion data show recipes/mine.yaml --output sheet.png
     lmfusion data check "webdataset=photos-{0000..0099}.tar" --workers 8
-    lmfusion data count recipes/mine.yaml data.row_tokens=2048
+    lmfusion data count recipes/mine.yaml data.seq_len=2048
 
-DATA is a recipe, or one or more sources as kind=path: folder=, webdataset=, parquet=, interleaved= or encoded=, and
+DATA is a recipe, or one or more sources as kind=path: folder=, webdataset=, parquet=, interleaved= or latents=, and
 digits, openmoji, shapes or shape_edits without a path. docs/data.md tells what these hold.
 
 Exit code: 0, 1 where `check` finds a damaged sample, 2 bad input.
@@ -101,7 +101,7 @@ def _show(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["S
     for config, source in zip(configs, sources, strict=True):
         report_unused(source, config.name)
     options: dict[str, Any] = {}
-    if recipe is not None and any(config.kind == "encoded" for config in configs):
+    if recipe is not None and any(config.kind == "latents" for config in configs):
         _, codec, tokenizer = _read_model(recipe, sources)
         options = {"decode_latents": lambda latents: _decode(codec, latents), "decode_tokens": tokenizer.decode}
     sheets = [contact_sheet(source, args.samples, seed=args.seed, **options) for source in sources]
@@ -162,7 +162,7 @@ def _count(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["
     num_samples, data = sum(map(len, sources)), recipe.data
     with _progress("packing", min(num_samples, args.samples or num_samples)) as report:
         epoch = measure_epoch(
-            reader, num_samples, data.row_tokens, data.pack_window, max_samples=args.samples, report=report
+            reader, num_samples, data.seq_len, data.pack_window, max_samples=args.samples, report=report
         )
     _print_epoch(epoch, recipe)
     return 0
@@ -171,12 +171,12 @@ def _count(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["
 def _print_epoch(epoch: "Epoch", recipe: "RunConfig") -> None:
     data = recipe.data
     print(f"\none epoch, of {epoch.num_samples:,} samples, from {epoch.num_read:,} that were read:")
-    steps = epoch.num_rows * data.row_tokens / recipe.train.batch_tokens
+    steps = epoch.num_rows * data.seq_len / recipe.train.batch_tokens
     for name, value in (
         ("tokens", f"{epoch.num_tokens:,.0f}"),
         ("  of text", f"{epoch.num_text_tokens:,.0f}, with bos, BOI and EOI"),
         ("  of images", f"{epoch.num_image_tokens:,.0f}"),
-        ("rows", f"{epoch.num_rows:,.0f} of {data.row_tokens} slots"),
+        ("rows", f"{epoch.num_rows:,.0f} of {data.seq_len} slots"),
         ("packing", f"{100 * epoch.packing:.2f} % of the slots are used"),
         ("cut", f"{epoch.num_cut:,.0f} documents"),
         ("damaged", f"{epoch.num_damaged:,.0f} samples have no text that can be used"),

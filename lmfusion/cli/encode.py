@@ -3,7 +3,7 @@
     lmfusion encode recipes/mine.yaml caches/mine
     lmfusion encode recipes/mine.yaml caches/mine --dtype float16 --workers 16 --batch-size 32
 
-Then name the cache in the recipe: data: {sources: [{kind: encoded, path: caches/mine}]}. A recipe with several sources
+Then name the cache in the recipe: data: {sources: [{kind: latents, path: caches/mine}]}. A recipe with several sources
 gets a cache for each: caches/mine/0, caches/mine/1, ... docs/latents.md tells what a cache holds, and when training
 refuses it.
 
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         _tell(folder, manifest)
     print("train on it with\ndata:\n  sources:")
     for source, folder in zip(sources, folders, strict=True):
-        print(f"    - {{kind: encoded, path: {folder}, weight: {source.weight:g}}}")
+        print(f"    - {{kind: latents, path: {folder}, weight: {source.weight:g}}}")
     return 0
 
 

@@ -156,14 +156,14 @@ def run(args: argparse.Namespace) -> int:
 
     from lmfusion.cli.progress import Screen
     from lmfusion.generation import encode_prompt
-    from lmfusion.generation.api import Asked, engine_for
+    from lmfusion.generation.api import EngineRequest, engine_for
 
     once = {request.prompt: request for request in requests}  # whatever --count
     read = {
         prompt: encode_prompt(model, _prompt_of(request), request.chat, request.options.template_variables)
         for prompt, request in once.items()
     }
-    asked = [Asked(read[request.prompt], request.options, request.index) for request in requests]
+    asked = [EngineRequest(read[request.prompt], request.options, request.index) for request in requests]
     engine = engine_for(model, asked, args.batch_size)
     if args.verbose:
         print(engine.plan, file=sys.stderr)

@@ -67,7 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-waiting", type=int, default=64, help="requests in the queue; more get a 429 (default: 64)"
     )
     capacity.add_argument(
-        "--cache-rows", type=int, metavar="N", help="of the key-value cache (default: planned from the memory there is)"
+        "--cache-slots",
+        type=int,
+        metavar="N",
+        help="of the key-value cache (default: planned from the memory there is)",
     )
 
     limits = parser.add_argument_group("limits of one request")
@@ -116,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
         name = args.name or Path(args.model).resolve().name
         reader = RequestReader(model, name, limits, defaults)
         preview_map(model.codec)  # which may take seconds, before anybody waits for it
-        engine = Engine(model, num_rows=args.cache_rows, max_batch=args.max_batch, limits=limits.generation)
+        engine = Engine(model, num_rows=args.cache_slots, max_batch=args.max_batch, limits=limits.generation)
         worker = EngineWorker(engine, max_waiting=args.max_waiting)
         app = build_app(worker, reader, api_key=api_key, allowed_hosts=[*args.allow_host, args.host])
         print(engine.plan)

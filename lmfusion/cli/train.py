@@ -36,10 +36,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--max-steps is {args.max_steps}; it must be at least 1")
     config = load_config(args.recipe, args.overrides)
 
-    from lmfusion.training.distributed import world
+    from lmfusion.training.distributed import init_distributed
     from lmfusion.training.trainer import Trainer
 
-    with world(config.train.device) as ranks:
+    with init_distributed(config.train.device) as ranks:
         trainer = Trainer(config, ranks)
         say = print if ranks.rank == 0 else lambda *_: None
         millions = sum(weight.numel() for weight in trainer.weights.values()) / 1e6

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from lmfusion.data.pipeline.documents import Damage
+from lmfusion.data.pipeline.documents import SkippedSample
 from lmfusion.data.pipeline.order import Permutation
 from lmfusion.data.pipeline.packing import WindowReader
 from lmfusion.data.samples import CaptionedImage, Latents, LoadImage, Sample, Source, Text, parts_of
@@ -38,7 +38,7 @@ class Contents:
     """Captions, and texts of interleaved documents."""
     num_characters: int = 0
     """Of the texts; 0 for those that are token ids."""
-    damaged: list[Damage] = field(default_factory=list)
+    damaged: list[SkippedSample] = field(default_factory=list)
 
     def add(self, other: "Contents") -> None:
         self.num_samples += other.num_samples
@@ -60,7 +60,7 @@ class Epoch:
     """Captions, texts, markers and bos."""
     num_image_tokens: float
     num_rows: float
-    row_tokens: int
+    seq_len: int
     num_cut: float
     """Documents cut to fit into a row."""
     num_damaged: float
@@ -73,7 +73,7 @@ class Epoch:
     @property
     def packing(self) -> float:
         """Share of the slots of rows that hold a token."""
-        return self.num_tokens / max(1.0, self.num_rows * self.row_tokens)
+        return self.num_tokens / max(1.0, self.num_rows * self.seq_len)
 
 
 def read_all(
@@ -94,7 +94,7 @@ def read_all(
 def measure_epoch(
     reader: WindowReader,
     num_samples: int,
-    row_tokens: int,
+    seq_len: int,
     pack_window: int,
     *,
     max_samples: int | None = None,
@@ -113,7 +113,7 @@ def measure_epoch(
         for row in window.rows:
             num_in_text = sum(len(plan.document.token_ids) for plan in row.plans)
             num_text += num_in_text
-            num_image += row.num_slots_used - num_in_text
+            num_image += row.num_tokens_used - num_in_text
             num_cut += row.num_cut
         report(pack_window)
     num_read = num_windows * pack_window
@@ -124,15 +124,15 @@ def measure_epoch(
         num_text_tokens=scale * num_text,
         num_image_tokens=scale * num_image,
         num_rows=scale * num_rows,
-        row_tokens=row_tokens,
+        seq_len=seq_len,
         num_cut=scale * num_cut,
         num_damaged=scale * num_damaged,
     )
 
 
-def by_reason(damaged: Sequence[Damage]) -> list[tuple[str, list[Damage]]]:
+def by_reason(damaged: Sequence[SkippedSample]) -> list[tuple[str, list[SkippedSample]]]:
     """Damaged samples by what is wrong with them, the most frequent first, whatever their names and numbers."""
-    kinds: dict[str, list[Damage]] = {}
+    kinds: dict[str, list[SkippedSample]] = {}
     for damage in damaged:
         kinds.setdefault(_kind(damage), []).append(damage)
     return sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0]))
@@ -184,7 +184,7 @@ def _read_some(source: Source, name: str, load_images: bool, indices: range) -> 
                 for load_image in images:
                     load_image()
         except (ValueError, OSError) as error:
-            contents.damaged.append(Damage(sample_id, str(error)))
+            contents.damaged.append(SkippedSample(sample_id, str(error)))
             continue
         contents.num_images += len(images)
         contents.num_texts += len(texts)
@@ -197,7 +197,7 @@ def _parts(sample: Sample) -> tuple[list[LoadImage], list[Text]]:
     return [p for p in parts if callable(p)], [p for p in parts if isinstance(p, (str, np.ndarray))]
 
 
-def name_damage(damage: Damage) -> str:
+def name_damage(damage: SkippedSample) -> str:
     """The sample in question, for a list below its reason: with all that is known, where the reason names another."""
     sample_id, reason = damage
     if sample_id in reason:
@@ -205,7 +205,7 @@ def name_damage(damage: Damage) -> str:
     return reason if _NAME.match(reason) else f"{sample_id}: {reason}"
 
 
-def _kind(damage: Damage) -> str:
+def _kind(damage: SkippedSample) -> str:
     sample_id, reason = damage
     reason = re.sub(rf"'\S*{re.escape(sample_id)}'|\S*{re.escape(sample_id)}", "the sample", reason)
     reason = _NAME.sub("", reason)

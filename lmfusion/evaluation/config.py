@@ -10,7 +10,7 @@ from lmfusion.evaluation.suites.geneval import GenEvalConfig
 from lmfusion.evaluation.suites.images import ImagesConfig
 from lmfusion.evaluation.suites.language import LanguageConfig
 from lmfusion.evaluation.suites.shapes import ShapesConfig
-from lmfusion.utils.config_values import shown
+from lmfusion.utils.config_values import short_repr
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16")
@@ -49,10 +49,10 @@ class EvalConfig:
     def __post_init__(self) -> None:
         self.output = str(Path(self.output).expanduser())
         if self.device not in DEVICES:
-            raise ValueError(f"device is {shown(self.device)}; it must be one of {', '.join(DEVICES)}")
+            raise ValueError(f"device is {short_repr(self.device)}; it must be one of {', '.join(DEVICES)}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(
-                f"dtype is {shown(self.dtype)}; it must be one of {', '.join(DTYPES)}, or null for that of the file"
+                f"dtype is {short_repr(self.dtype)}; it must be one of {', '.join(DTYPES)}, or null for that of the file"
             )
         if not self.suites:
             raise ValueError(f"the recipe names no suite; give one of {', '.join(suite_names())}, as `language: {{}}`")

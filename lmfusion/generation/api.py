@@ -53,7 +53,7 @@ def stream_answer(model: "LMFusion", prompt: PromptLike, *, chat: bool = False, 
     Raises ValueError for unknown options, numbers out of range, and what `encode_prompt` and `Engine.submit` refuse.
     """
     given = options_of(options)
-    asked = Asked(encode_prompt(model, prompt, chat, given.template_variables), given)
+    asked = EngineRequest(encode_prompt(model, prompt, chat, given.template_variables), given)
     engine = engine_for(model, [asked], batch_size=1)
     request_id = engine.submit(asked.prompt, asked.options)
 
@@ -133,7 +133,7 @@ def caption_images(
 
 
 @dataclass(frozen=True)
-class Asked:
+class EngineRequest:
     """A request, ready for an engine."""
 
     prompt: Prompt
@@ -142,14 +142,14 @@ class Asked:
     """With the seed it is the key of chance."""
 
 
-def engine_for(model: "LMFusion", requests: Sequence[Asked], batch_size: int) -> Engine:
+def engine_for(model: "LMFusion", requests: Sequence[EngineRequest], batch_size: int) -> Engine:
     """An engine with as many rows of cache as `batch_size` of `requests` may need at a time.
 
     Raises ValueError for a request beyond the limits, or one that the model cannot answer.
     """
     for asked in requests:  # before memory is taken for what is beyond them
         Limits().check(asked.options, asked.prompt.num_images)
-    needs = [sum(Request(model, 0, asked.prompt, asked.options, asked.index).row_ranges()) for asked in requests]
+    needs = [sum(Request(model, 0, asked.prompt, asked.options, asked.index).slot_counts()) for asked in requests]
     return Engine(model, num_rows=sum(sorted(needs, reverse=True)[:batch_size]), max_batch=batch_size)
 
 
@@ -190,7 +190,7 @@ def evaluating(model: "LMFusion") -> Iterator[None]:
 
 
 def _answer(model: "LMFusion", prompts: Sequence[Prompt], options: GenerationOptions, batch_size: int) -> list[Answer]:
-    requests = [Asked(prompt, options, i) for i, prompt in enumerate(prompts)]
+    requests = [EngineRequest(prompt, options, i) for i, prompt in enumerate(prompts)]
     engine = engine_for(model, requests, batch_size)
     place = {engine.submit(request.prompt, options, index=request.index): request.index for request in requests}
     collectors = [_Collector() for _ in prompts]

@@ -98,5 +98,5 @@ class KeyValueCache:
             device=self.device,
             cached_lengths=[document.length for document in documents],
             cache_starts=[document.start for document in documents],
-            cache_rows=self.num_rows + self.scratch.num_rows,
+            cache_slots=self.num_rows + self.scratch.num_rows,
         )

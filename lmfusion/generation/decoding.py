@@ -18,29 +18,29 @@ def random_generator(seed: int, *key: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]))
 
 
-class Choice(NamedTuple):
+class SamplingParams(NamedTuple):
     """How the next token of each of B documents is chosen; float32 on the device of the logits, [B] each."""
 
-    may_begin: Tensor
+    allow_boi: Tensor
     """Above 0 where BOI may be chosen"""
     temperature: Tensor
     """0 takes the likeliest"""
     top_p: Tensor
     top_k: Tensor
     """at least 1"""
-    quantile: Tensor
+    uniform: Tensor
     """In [0, 1): the chance of this token"""
 
 
-def next_tokens(logits: Tensor, choice: Choice, is_greedy: bool) -> Tensor:
+def next_tokens(logits: Tensor, choice: SamplingParams, is_greedy: bool) -> Tensor:
     """Token ids int64 [B] for logits [B, V + 2], BOI's and EOI's last; EOI is never chosen. NO_TOKEN where the logits
     are not finite: where one is NaN or infinite, or all are minus infinity.
 
-    A document with temperature takes the token at its quantile, among the `top_k` likeliest and of those the likeliest
+    A document with temperature takes the token at its uniform, among the `top_k` likeliest and of those the likeliest
     that together reach probability `top_p`. is_greedy: all temperatures are 0.
     """
     logits = logits[:, :-1].float()
-    boi = logits[:, -1:].masked_fill(choice.may_begin[:, None] <= 0, -torch.inf)
+    boi = logits[:, -1:].masked_fill(choice.allow_boi[:, None] <= 0, -torch.inf)
     logits = torch.cat([logits[:, :-1], boi], dim=-1)
     largest = logits.amax(dim=-1, keepdim=True)  # NaN where there is one
     is_finite = largest.squeeze(-1).isfinite()
@@ -55,7 +55,7 @@ def next_tokens(logits: Tensor, choice: Choice, is_greedy: bool) -> Tensor:
     total = probabilities.cumsum(dim=-1)
     limit = choice.top_p[:, None] * total[:, -1:]
     reach = torch.where(total - probabilities < limit, probabilities, 0.0).cumsum(dim=-1)
-    chosen = (reach <= choice.quantile[:, None] * reach[:, -1:]).sum(dim=-1, keepdim=True)
+    chosen = (reach <= choice.uniform[:, None] * reach[:, -1:]).sum(dim=-1, keepdim=True)
     drawn = ids.gather(-1, chosen.clamp(max=ids.shape[-1] - 1)).squeeze(-1)
     return torch.where(is_drawn & is_finite, drawn, likeliest)
 

@@ -22,7 +22,7 @@ from lmfusion.generation.graphs import Recorder, ReplayedStep
 from lmfusion.generation.guidance import MAX_BRANCHES
 from lmfusion.generation.previews import preview_image, preview_map, to_rgb
 from lmfusion.generation.prompt import context_limit
-from lmfusion.generation.request import Drawing, Request
+from lmfusion.generation.request import DenoiseState, Request
 from lmfusion.generation.samplers import SchedulerRun
 from lmfusion.utils.finite import are_finite
 from lmfusion_kernels.layout.token_layout import TokenLayout
@@ -99,7 +99,7 @@ class Denoiser:
         taken, self._previews = self._previews, []
         return taken
 
-    def _table_step(self, drawings: Sequence[Drawing], rows: _Rows) -> None:
+    def _table_step(self, drawings: Sequence[DenoiseState], rows: _Rows) -> None:
         """The next step of images whose samplers are tables of coefficients."""
         rows_of_numbers = [drawing.numbers[drawing.step] for drawing in drawings]  # type: ignore[index]
         noise = [
@@ -225,7 +225,7 @@ def _stacked(tensors: Sequence[Tensor], num_rows: int) -> Tensor:
     return torch.stack([*tensors, *[tensors[0]] * (num_rows - len(tensors))])
 
 
-def _drawing(request: Request) -> Drawing:
+def _drawing(request: Request) -> DenoiseState:
     assert request.drawing is not None
     return request.drawing
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lmfusion.generation.cache import KeyValueCache
-from lmfusion.generation.decoding import Choice, next_tokens
+from lmfusion.generation.decoding import SamplingParams, next_tokens
 from lmfusion.generation.guidance import guide
 from lmfusion.generation.samplers import advance
 from lmfusion_kernels.layout.token_layout import TokenLayout
@@ -29,7 +29,12 @@ class Branching(NamedTuple):
 
 
 def decode_step(
-    model: "LMFusion", cache: KeyValueCache, token_ids: Tensor, layout: TokenLayout, choice: Choice, is_greedy: bool
+    model: "LMFusion",
+    cache: KeyValueCache,
+    token_ids: Tensor,
+    layout: TokenLayout,
+    choice: SamplingParams,
+    is_greedy: bool,
 ) -> Tensor:
     """The token int64 [B] that follows `token_ids` int64 [B], each the next of a cached document."""
     x_text = model.embed(token_ids)

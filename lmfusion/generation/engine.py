@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from lmfusion.generation.async_copy import HostCopy, upload
 from lmfusion.generation.cache import KeyValueCache
-from lmfusion.generation.decoding import NO_TOKEN, Choice, next_tokens
+from lmfusion.generation.decoding import NO_TOKEN, SamplingParams, next_tokens
 from lmfusion.generation.denoising import Denoiser, next_power_of_two
 from lmfusion.generation.device_steps import decode_step
 from lmfusion.generation.events import Done, Event, ImageBegin, ImageEnd, TextDelta
@@ -33,9 +33,9 @@ from lmfusion.generation.memory import MemoryPlan, plan_memory
 from lmfusion.generation.options import GenerationOptions, Limits
 from lmfusion.generation.previews import preview_map
 from lmfusion.generation.prompt import Prompt, context_limit, end_token_ids
-from lmfusion.generation.request import Phase, Reading, Request
+from lmfusion.generation.request import Phase, Prefill, Request
 from lmfusion.images.preprocessing import to_pil
-from lmfusion.model.batch import number_seen
+from lmfusion.model.batch import number_vision_tokens
 from lmfusion.model.vision import VisionInput
 from lmfusion.utils.finite import are_finite, image_error, text_error
 
@@ -133,7 +133,7 @@ class Engine:
         """
         self.limits.check(options, prompt.num_images)
         request = Request(self._model, next(self._ids), prompt, options, index)
-        num_rows = sum(request.row_ranges())
+        num_rows = sum(request.slot_counts())
         if num_rows > self.num_rows:
             raise ValueError(
                 f"the prompt and its answer may take {num_rows} rows of the key-value cache, which has "
@@ -162,11 +162,11 @@ class Engine:
         with torch.no_grad():
             self._admit()
             running = list(self._running.values())
-            reading, writing, drawing = (
-                [r for r in running if r.phase is phase] for phase in (Phase.READING, Phase.WRITING, Phase.DRAWING)
+            prefill, writing, drawing = (
+                [r for r in running if r.phase is phase] for phase in (Phase.PREFILL, Phase.DECODE, Phase.DENOISE)
             )
             previews = self._denoiser.take_previews()
-            chosen = self._read(reading) + self._decode(writing)
+            chosen = self._read(prefill) + self._decode(writing)
             failed = self._denoiser.step(drawing)
             # What has to be waited for comes last: the device is busy with the drawings meanwhile
             for requests, token_ids in chosen:
@@ -192,7 +192,7 @@ class Engine:
             request = self._waiting[0]
             if num_read and num_read + request.document.num_tokens > MAX_READ_ROWS:
                 return
-            cached = self._cache.allocate(request.row_ranges())
+            cached = self._cache.allocate(request.slot_counts())
             if cached is None:
                 return
             num_read += request.document.num_tokens
@@ -229,35 +229,35 @@ class Engine:
         """Read what is known; answers with the tokens that follow, where one is wanted."""
         if not requests:
             return []
-        readings = sorted((reading for r in requests for reading in r.readings), key=lambda item: item.cached.start)
-        x_text, x_image = self._rows_of(readings)
-        layout = self._cache.layout([r.cached for r in readings], [r.document.spans for r in readings])
+        prefills = sorted((prefill for r in requests for prefill in r.prefills), key=lambda item: item.cached.start)
+        x_text, x_image = self._rows_of(prefills)
+        layout = self._cache.layout([r.cached for r in prefills], [r.document.spans for r in prefills])
         h_text, _ = self._model.run_layers(x_text, x_image, layout, self._cache.layers)
 
-        ends = itertools.accumulate(len(reading.document.token_ids) for reading in readings)
-        last_row = {reading.cached: end - 1 for reading, end in zip(readings, ends, strict=True)}
-        for reading in readings:
-            reading.cached.length += reading.document.num_tokens
+        ends = itertools.accumulate(len(prefill.document.token_ids) for prefill in prefills)
+        last_row = {prefill.cached: end - 1 for prefill, end in zip(prefills, ends, strict=True)}
+        for prefill in prefills:
+            prefill.cached.length += prefill.document.num_tokens
         asking = []
         for request in requests:
-            request.readings = []
+            request.prefills = []
             if request.wants_token:
                 asking.append(request)
             else:
-                request.phase = Phase.DRAWING
+                request.phase = Phase.DENOISE
         if not asking:
             return []
         rows = torch.tensor([last_row[request.cached] for request in asking])  # type: ignore[index]
         logits = self._model.text_logits(h_text.index_select(0, upload(rows, h_text.device)))
         choice, is_greedy = self._choice(asking)
-        choice = Choice(*(upload(numbers, logits.device) for numbers in choice))
+        choice = SamplingParams(*(upload(numbers, logits.device) for numbers in choice))
         return [(asking, HostCopy(next_tokens(logits, choice, is_greedy)))]
 
-    def _rows_of(self, readings: Sequence[Reading]) -> tuple[Tensor, Tensor]:
-        """Rows of both towers that `readings` begin with, images without noise."""
+    def _rows_of(self, prefills: Sequence[Prefill]) -> tuple[Tensor, Tensor]:
+        """Rows of both towers that `prefills` begin with, images without noise."""
         model, device = self._model, self._cache.device
-        token_ids = torch.from_numpy(number_seen([reading.document for reading in readings]))
-        images = [image for reading in readings for image in reading.images]
+        token_ids = torch.from_numpy(number_vision_tokens([prefill.document for prefill in prefills]))
+        images = [image for prefill in prefills for image in prefill.images]
         seen = [image.data for image in images if image.is_seen]
         x_text = model.embed(upload(token_ids, device), torch.cat(seen) if seen else None)
         latents = [image.data for image in images if not image.is_seen]
@@ -285,18 +285,18 @@ class Engine:
             document.length += 1
         return [(batch, HostCopy(following))]
 
-    def _choice(self, requests: Sequence[Request], num_padding: int = 0) -> tuple[Choice, bool]:
+    def _choice(self, requests: Sequence[Request], num_padding: int = 0) -> tuple[SamplingParams, bool]:
         """How each request chooses its next token, in tensors on the host, and whether all take the likeliest."""
         vocab_size = self._model.boi_token_id
         rows = []
         for request in requests:
             options, temperature = request.options, request.options.text_temperature
-            may_begin = float(request.may_draw)
-            quantile = float(torch.rand((), generator=request.chance)) if temperature else 0.0
-            rows.append((may_begin, temperature, options.top_p, options.top_k or vocab_size + 1, quantile))
+            allow_boi = float(request.may_draw)
+            uniform = float(torch.rand((), generator=request.generator)) if temperature else 0.0
+            rows.append((allow_boi, temperature, options.top_p, options.top_k or vocab_size + 1, uniform))
         is_greedy = all(row[1] == 0 for row in rows)
         rows += rows[:1] * num_padding
-        return Choice(*torch.tensor(list(zip(*rows, strict=True)), dtype=torch.float32)), is_greedy
+        return SamplingParams(*torch.tensor(list(zip(*rows, strict=True)), dtype=torch.float32)), is_greedy
 
     def _accept(self, request: Request, token_id: int) -> None:
         """Go on from the token that was chosen: text, the beginning of an image, or the end."""
@@ -313,7 +313,7 @@ class Engine:
         else:
             request.num_new_tokens += 1
             self._tell_text(request, request.stream.push(token_id))
-            request.token, request.phase = token_id, Phase.WRITING
+            request.token, request.phase = token_id, Phase.DECODE
             if request.stream.is_stopped or request.text_room() <= 0:
                 request.ending = "stop" if request.stream.is_stopped else "length"
                 self._continue_without_text(request)

@@ -13,7 +13,7 @@ from lmfusion.conversion.architectures import sliding_window
 from lmfusion.images.preprocessing import to_tensor
 from lmfusion.model.batch import Document, SpecialTokens, encode_caption
 from lmfusion.model.vision import VisionInput
-from lmfusion.text.chat import Message, Seen, encode_chat
+from lmfusion.text.chat import InputImage, Message, encode_chat
 from lmfusion.text.tokenization import token_ids
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def _conversation(model: "LMFusion", messages: Sequence[Any], template_variables
         part
         if isinstance(part, list)
         else _shown(model, part.image)
-        if isinstance(part, Seen)
+        if isinstance(part, InputImage)
         else _pixels(model, part)
         for part in encode_chat(tokenizer, messages, image_token_id=image_token_id, template_variables=variables)
     ]

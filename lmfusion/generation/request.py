@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 class Phase(enum.Enum):
     """What a request does in the next step."""
 
-    READING = "reading"
+    PREFILL = "prefill"
     """Rows that are known: the prompt, a BOI, a finished image."""
-    WRITING = "writing"
-    DRAWING = "drawing"
+    DECODE = "decode"
+    DENOISE = "denoise"
 
 
 @dataclass(eq=False)
-class Reading:
+class Prefill:
     """Rows that are known and wait to be read."""
 
     cached: CachedDocument
@@ -43,7 +43,7 @@ class Reading:
 
 
 @dataclass(eq=False)
-class Drawing:
+class DenoiseState:
     """An image in the making."""
 
     run: StepTable | SchedulerRun
@@ -98,28 +98,28 @@ class Request:
         if options.max_images:
             self._sampler_run(model)  # complain before anything is computed
 
-        self.phase = Phase.READING
+        self.phase = Phase.PREFILL
         self.cached: CachedDocument | None = None
         self.branches: list[CachedDocument] = []
         """Rows of the branches that know less; in use while an image is drawn."""
-        self.readings: list[Reading] = []
+        self.prefills: list[Prefill] = []
         self.wants_token = False
         """Whether the last row to be read predicts the next token."""
         self.token: int | None = None
         """The text token chosen last, while it has not been read."""
-        self.chance = random_generator(options.seed, index, 0)
+        self.generator = random_generator(options.seed, index, 0)
         last = prompt.parts[-1]
         self.stream = TextStream(tokenizer, options.stop_strings, last[-1:] if isinstance(last, list) else ())
         self.images: list[ContextImage] = []
         """All images so far, the prompt's first."""
-        self.drawing: Drawing | None = None
+        self.drawing: DenoiseState | None = None
         self.num_new_tokens = 0
         self.num_images = 0
         self.ending = ""
         """Why the text has ended, while images are still to be drawn."""
         self.started_at = time.perf_counter()
 
-    def row_ranges(self) -> list[int]:
+    def slot_counts(self) -> list[int]:
         """Rows of the cache to be kept for the answer: its document's, then each branch's."""
         return [-(-num_rows // ALIGNMENT) * ALIGNMENT for num_rows in self._most_rows()]
 
@@ -182,7 +182,7 @@ class Request:
         """Get ready to read the prompt, once there are rows for it; images: those in it."""
         assert self.cached is not None
         self.images = images
-        self.readings = [Reading(self.cached, self.document, list(images))]
+        self.prefills = [Prefill(self.cached, self.document, list(images))]
         self.wants_token = not self.options.draw_first and self.options.max_new_tokens > 0
         self.started_at = time.perf_counter()
 
@@ -193,15 +193,15 @@ class Request:
         guidance = guidance_of(options, self.images, self.tokens, self.negative_ids)
         for cached in self.branches:
             cached.length = 0
-        main = next((reading for reading in self.readings if reading.cached is self.cached), None)
+        main = next((prefill for prefill in self.prefills if prefill.cached is self.cached), None)
         if main is None:
-            main = Reading(self.cached, Document())
-            self.readings.append(main)
+            main = Prefill(self.cached, Document())
+            self.prefills.append(main)
         unread = [] if self.token is None else [self.token]
         main.document = main.document.text(unread).marker(self.tokens.boi_token_id)
         self.token = None
-        self.readings += [
-            Reading(cached, branch.document, branch.images)
+        self.prefills += [
+            Prefill(cached, branch.document, branch.images)
             for cached, branch in zip(self._rows_of(guidance.branches), guidance.branches, strict=True)
         ]
         self.wants_token = False
@@ -214,10 +214,10 @@ class Request:
             numbers = torch.cat([torch.tensor(run.timesteps, dtype=torch.float32)[:, None], run.coefficients], dim=1)
             noise_scales = run.coefficients[:, -1].tolist()
         x = upload(x, model.device)
-        self.drawing = Drawing(
+        self.drawing = DenoiseState(
             run, numbers, noise_scales, generator, x, torch.zeros_like(x), guidance.weight, guidance.branches
         )
-        self.phase = Phase.READING
+        self.phase = Phase.PREFILL
 
     def _rows_of(self, branches: Sequence[Branch]) -> list[CachedDocument]:
         """Ranges for `branches`: the first are the largest, as the branches that know most come first."""
@@ -241,10 +241,10 @@ class Request:
         self.images.append(image)
         self.num_images += 1
         document = Document().image(self.image_rows).marker(self.tokens.eoi_token_id)
-        self.readings = [Reading(self.cached, document, [image])]
+        self.prefills = [Prefill(self.cached, document, [image])]
         self.wants_token = not self.ending and self.text_room(self.image_rows + 1) > 0
         self.drawing = None
-        self.phase = Phase.READING
+        self.phase = Phase.PREFILL
 
     def settings(self) -> dict[str, Any]:
         """What the image in the making is made with."""

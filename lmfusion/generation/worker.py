@@ -26,7 +26,7 @@ MAX_FAILED_STEPS = 3
 logger = logging.getLogger(__name__)
 
 
-class Busy(Exception):  # noqa: N818
+class QueueFull(Exception):  # noqa: N818
     """As many requests wait as may; the text says how many, and what to do."""
 
 
@@ -46,7 +46,7 @@ class WorkerStats:
     num_finished: dict[str, int] = field(default_factory=dict)
     """Requests by finish_reason."""
     num_rejected: int = 0
-    """Requests that were answered with Busy."""
+    """Requests that were answered with QueueFull."""
     num_prompt_tokens: int = 0
     """Of finished requests, rows of images included."""
     num_new_tokens: int = 0
@@ -58,7 +58,7 @@ class WorkerStats:
     """Why nothing can be submitted any more; "" while all is well."""
 
 
-class Answering:
+class ResponseStream:
     """An answer under way. Iterating gives its events and ends after Done; leaving the loop before that cancels it.
 
     One thread may iterate, once. A request that was submitted with `on_event` has its events called there alone.
@@ -92,7 +92,7 @@ class Answering:
 class _Submission:
     prompt: "Prompt"
     options: "GenerationOptions"
-    answering: Answering
+    answering: ResponseStream
     accepted: Future[None] = field(default_factory=Future)
 
 
@@ -109,13 +109,13 @@ class EngineWorker:
         self.max_waiting = max_waiting
         self._wake = threading.Condition()  # guards everything down to _stats
         self._submissions: list[_Submission] = []
-        self._cancellations: list[Answering] = []
+        self._cancellations: list[ResponseStream] = []
         self._num_arriving = 0  # submitted, and not yet among the engine's waiting ones in _stats
         self._num_rejected = 0
         self._problem = ""
         self._stats = WorkerStats(0, 0, engine.num_rows, 0)
         # The rest is the thread's own
-        self._answerings: dict[int, Answering] = {}
+        self._answerings: dict[int, ResponseStream] = {}
         self._finished: Counter[str] = Counter()
         self._totals: Counter[str] = Counter()
         self._num_failed_steps = 0
@@ -127,21 +127,21 @@ class EngineWorker:
         prompt: "Prompt",
         options: "GenerationOptions",
         on_event: Callable[[Event], None] | None = None,
-    ) -> Answering:
+    ) -> ResponseStream:
         """Queue a request; returns when the engine has accepted it, which takes a step of the engine at most.
 
         on_event: called in the worker's thread with every event. It must not block, nor submit; one that raises has
         its request cancelled.
 
-        Raises ValueError where the request can never be answered, Busy where too many wait, Stopped after `close`.
+        Raises ValueError where the request can never be answered, QueueFull where too many wait, Stopped after `close`.
         """
-        submission = _Submission(prompt, options, Answering(self, on_event))
+        submission = _Submission(prompt, options, ResponseStream(self, on_event))
         with self._wake:
             self._check_usable()
             num_waiting = self._stats.num_waiting + self._num_arriving
             if num_waiting >= self.max_waiting:
                 self._num_rejected += 1
-                raise Busy(f"{num_waiting} requests are waiting, and no more may; try again in a few seconds")
+                raise QueueFull(f"{num_waiting} requests are waiting, and no more may; try again in a few seconds")
             self._num_arriving += 1
             self._submissions.append(submission)
             self._wake.notify()
@@ -171,7 +171,7 @@ class EngineWorker:
         if threading.current_thread() is self._thread:
             raise RuntimeError("on_event cannot submit: it runs in the thread that would have to answer")
 
-    def _cancel(self, answering: Answering) -> None:
+    def _cancel(self, answering: ResponseStream) -> None:
         with self._wake:
             self._cancellations.append(answering)
             self._wake.notify()

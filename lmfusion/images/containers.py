@@ -1,6 +1,6 @@
 """Cuts out of an image file everything but the parts that hold its pixels, before a decoder sees the file.
 
-So damaged or huge texts, colour profiles, EXIF and XMP cannot spoil a picture, and cost neither time nor memory. Damage
+So damaged or huge texts, colour profiles, EXIF and XMP cannot spoil a picture, and cost neither time nor memory. SkippedSample
 in the parts that are kept is an error. EXIF and XMP are returned apart from the pixels, for `orientation`.
 """
 
@@ -67,7 +67,7 @@ class ImageFile(NamedTuple):
     """Of a PNG: bits of a sample."""
 
 
-def reduce_to_pixels(data: bytes) -> ImageFile:
+def strip_metadata(data: bytes) -> ImageFile:
     """What a decoder needs of a JPEG, PNG or WEBP file; other files as they are.
 
     Raises ValueError where a needed part is damaged or missing, and CostlyImageError for too many scans or parts.

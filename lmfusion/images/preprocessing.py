@@ -11,7 +11,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
-from lmfusion.images.containers import TURNS, CostlyImageError, ImageFile, orientation, reduce_to_pixels
+from lmfusion.images.containers import TURNS, CostlyImageError, ImageFile, orientation, strip_metadata
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 """A JPEG, PNG or WEBP file, a Pillow image, or an array [H, W] or [H, W, 1 | 3 | 4]: uint8, or floating in [0, 1]."""
@@ -51,7 +51,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     name: what errors call it. Raises ValueError where the bytes are no image, damaged, truncated, or too large.
     """
     with _named(name):
-        file = reduce_to_pixels(data)
+        file = strip_metadata(data)
         with _open(file.data) as image:
             image.load()
             picture = _flatten(image) if file.transparent is None else _without_colour(image, file)
@@ -64,7 +64,7 @@ def read_image_size(data: bytes, name: str) -> tuple[int, int]:
 
     Raises ValueError as `decode_image` does, but not for too many pixels, nor for damage to them.
     """
-    with _named(name), Image.open(io.BytesIO(reduce_to_pixels(data).data), formats=FORMATS) as image:
+    with _named(name), Image.open(io.BytesIO(strip_metadata(data).data), formats=FORMATS) as image:
         return image.size
 
 

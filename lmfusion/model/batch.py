@@ -8,7 +8,7 @@ Two kinds of document are trained on, with BOI and EOI around every image:
 bos is there where the tokenizer puts it by itself. eos is a label only: a row for it would predict nothing.
 
 Of a vision-language model, documents may hold images that are seen, not drawn: rows of the text tower that its encoder
-makes, without markers around them. Their place is kept by ids of SEEN.
+makes, without markers around them. Their place is kept by ids of VISION_ID.
 
 With a frozen text tower the rows before a document's first image are constant: what the LLM says there is its own. The
 image side may only put a BOI in its place, and that decision alone is scored.
@@ -27,7 +27,7 @@ from lmfusion_kernels.layout.token_layout import TokenLayout
 
 IGNORED = -100
 """Label of a row whose next token is not scored."""
-SEEN = -1
+VISION_ID = -1
 """Id of a row of an image that is seen. In a batch row k of them all, counted from 0, has the id -1 - k."""
 
 
@@ -94,12 +94,12 @@ class Document:
 
     def seen(self, num_rows: int) -> "Document":
         """This document followed by an image that a vision encoder made that many rows of."""
-        return self.text([SEEN] * num_rows, is_scored=False)
+        return self.text([VISION_ID] * num_rows, is_scored=False)
 
     @property
-    def num_seen(self) -> int:
+    def num_vision_tokens(self) -> int:
         """Rows of images that are seen."""
-        return self.token_ids.count(SEEN)
+        return self.token_ids.count(VISION_ID)
 
     def marker(self, token_id: int, is_scored: bool = True) -> "Document":
         """This document followed by BOI or EOI. is_scored: as for `text`."""
@@ -181,25 +181,25 @@ class Batch:
     sample_ids: tuple[str, ...]
     num_labels: int
     """Live rows with a label, counted on the host."""
-    decision_rows: Tensor
-    """int64 [num_decisions] constant rows with a label: an image begins after them, or text goes on"""
-    begins_image: Tensor
-    """bool [num_decisions]: which of the two"""
+    boi_target_indices: Tensor
+    """int64 [num_boi_targets] constant rows with a label: an image begins after them, or text goes on"""
+    boi_labels: Tensor
+    """bool [num_boi_targets]: which of the two"""
     drawn: Tensor
-    """int64 [num_drawn] indices of the images that are learned to be drawn; the others are given, without noise"""
-    vision_rows: Tensor | None = None
+    """int64 [num_target_images] indices of the images that are learned to be drawn; the others are given, without noise"""
+    vision_embeds: Tensor | None = None
     """[num_vision, d_text] of images that are seen, row k for the id -1 - k; None where there are none"""
 
     @property
-    def num_decisions(self) -> int:
-        return self.decision_rows.shape[0]
+    def num_boi_targets(self) -> int:
+        return self.boi_target_indices.shape[0]
 
     @property
     def num_images(self) -> int:
         return self.latents.shape[0]
 
     @property
-    def num_drawn(self) -> int:
+    def num_target_images(self) -> int:
         return self.drawn.shape[0]
 
     def pin_memory(self) -> "Batch":
@@ -211,10 +211,10 @@ class Batch:
             latents=self.latents.pin_memory(),
             noise=self.noise.pin_memory(),
             timesteps=self.timesteps.pin_memory(),
-            decision_rows=self.decision_rows.pin_memory(),
-            begins_image=self.begins_image.pin_memory(),
+            boi_target_indices=self.boi_target_indices.pin_memory(),
+            boi_labels=self.boi_labels.pin_memory(),
             drawn=self.drawn.pin_memory(),
-            vision_rows=None if self.vision_rows is None else self.vision_rows.pin_memory(),
+            vision_embeds=None if self.vision_embeds is None else self.vision_embeds.pin_memory(),
         )
 
     def to(self, device: torch.device | str) -> "Batch":
@@ -227,10 +227,10 @@ class Batch:
             latents=self.latents.to(device, non_blocking=True),
             noise=self.noise.to(device, non_blocking=True),
             timesteps=self.timesteps.to(device, non_blocking=True),
-            decision_rows=self.decision_rows.to(device, non_blocking=True),
-            begins_image=self.begins_image.to(device, non_blocking=True),
+            boi_target_indices=self.boi_target_indices.to(device, non_blocking=True),
+            boi_labels=self.boi_labels.to(device, non_blocking=True),
             drawn=self.drawn.to(device, non_blocking=True),
-            vision_rows=None if self.vision_rows is None else self.vision_rows.to(device, non_blocking=True),
+            vision_embeds=None if self.vision_embeds is None else self.vision_embeds.to(device, non_blocking=True),
         )
 
 
@@ -242,7 +242,7 @@ def pack(
     *,
     sample_ids: Sequence[str] = (),
     frozen_text: bool = True,
-    vision_rows: Tensor | None = None,
+    vision_embeds: Tensor | None = None,
 ) -> Batch:
     """Pack documents into one batch on the CPU.
 
@@ -250,7 +250,7 @@ def pack(
     given images are not looked at: they have timestep 0 and no noise.
     With `frozen_text`, rows before the first image are constant, and of their labels no more is scored than whether
     they are BOI.
-    vision_rows: [num_vision, d_text] of the images that are seen, in order of appearance; None: there are none.
+    vision_embeds: [num_vision, d_text] of the images that are seen, in order of appearance; None: there are none.
 
     Raises ValueError when the counts or shapes do not fit.
     """
@@ -264,24 +264,26 @@ def pack(
             f"noise {tuple(noise.shape)} must be shaped like latents {tuple(latents.shape)}, "
             f"and timesteps {tuple(timesteps.shape)} must be ({num_images},)"
         )
-    num_seen, num_vision = sum(document.num_seen for document in documents), 0
-    if vision_rows is not None:
-        num_vision = vision_rows.shape[0]
-    if num_seen != num_vision:
-        raise ValueError(f"the documents hold {num_seen} rows of images that are seen, and vision_rows {num_vision}")
+    num_vision_tokens, num_vision = sum(document.num_vision_tokens for document in documents), 0
+    if vision_embeds is not None:
+        num_vision = vision_embeds.shape[0]
+    if num_vision_tokens != num_vision:
+        raise ValueError(
+            f"the documents hold {num_vision_tokens} rows of images that are seen, and vision_embeds {num_vision}"
+        )
     is_given = torch.tensor([given for document in documents for given in document.is_given], dtype=torch.bool)
     layout = TokenLayout.from_spans([document.spans for document in documents], frozen_text=frozen_text)
     spans = [span for document in documents for span in document.spans]
     is_text = np.repeat([m != "image" for m, _ in spans], [n for _, n in spans]).astype(bool)
     rows = np.zeros((2, layout.num_tokens), np.int64)  # ids and labels in sequence order
-    rows[0, is_text] = number_seen(documents)
+    rows[0, is_text] = number_vision_tokens(documents)
     rows[1, is_text] = [i for document in documents for i in document.labels]
     text_rows = layout.tower_to_sequence[: layout.num_text].numpy()
     all_labels = rows[1, text_rows]
     labels = all_labels[layout.num_constant :]
-    decision_rows = np.flatnonzero(all_labels[: layout.num_constant] != IGNORED)
+    boi_target_indices = np.flatnonzero(all_labels[: layout.num_constant] != IGNORED)
     is_marker = np.repeat([m == "marker" for m, _ in spans], [n for _, n in spans]).astype(bool)
-    begins_image = np.isin(all_labels[decision_rows], rows[0, is_marker])
+    boi_labels = np.isin(all_labels[boi_target_indices], rows[0, is_marker])
     return Batch(
         layout=layout,
         token_ids=torch.from_numpy(rows[0, text_rows]),
@@ -291,16 +293,16 @@ def pack(
         timesteps=timesteps.to(torch.int64).masked_fill(is_given.to(timesteps.device), 0),
         sample_ids=tuple(sample_ids),
         num_labels=int((labels != IGNORED).sum()),
-        decision_rows=torch.from_numpy(decision_rows),
-        begins_image=torch.from_numpy(begins_image),
+        boi_target_indices=torch.from_numpy(boi_target_indices),
+        boi_labels=torch.from_numpy(boi_labels),
         drawn=torch.nonzero(~is_given).flatten(),
-        vision_rows=vision_rows,
+        vision_embeds=vision_embeds,
     )
 
 
-def number_seen(documents: Sequence[Document]) -> np.ndarray:
-    """int64: the token ids of `documents`, one after the other, every SEEN replaced by -1 - k for the k-th of them."""
+def number_vision_tokens(documents: Sequence[Document]) -> np.ndarray:
+    """int64: the token ids of `documents`, one after the other, every VISION_ID replaced by -1 - k for the k-th of them."""
     ids = np.array([i for document in documents for i in document.token_ids], np.int64)
-    is_seen = ids == SEEN
+    is_seen = ids == VISION_ID
     ids[is_seen] = -1 - np.arange(is_seen.sum())
     return ids

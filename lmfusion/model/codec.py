@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmfusion.utils.config_values import shown
+from lmfusion.utils.config_values import short_repr
 from lmfusion.utils.files import file_sha256
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -40,12 +40,12 @@ class CodecConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"unknown codec kind {shown(self.kind)}; known: {', '.join(KINDS)}")
+            raise ValueError(f"unknown codec kind {short_repr(self.kind)}; known: {', '.join(KINDS)}")
         if self.kind != "pixels" and self.path is None:
             raise ValueError(f"codec {self.kind!r} needs a path: the local folder of a diffusers autoencoder")
         if self.kind == "pixels" and self.path is not None:
             raise ValueError(
-                f"codec 'pixels' has no weights, but path is {shown(self.path)}; name an autoencoder kind or drop it"
+                f"codec 'pixels' has no weights, but path is {short_repr(self.path)}; name an autoencoder kind or drop it"
             )
         if self.channels not in (1, 3):
             raise ValueError(f"images have 1 (grey) or 3 (RGB) channels, not {self.channels}")

@@ -10,7 +10,7 @@ from lmfusion.model.codec import CodecConfig
 from lmfusion.model.diffusion import DiffusionConfig
 from lmfusion.model.patch_coder import PatchCoderConfig
 from lmfusion.text.chat_template import check_template_variables
-from lmfusion.utils.config_values import from_values, shown
+from lmfusion.utils.config_values import from_values, short_repr
 from lmfusion_kernels.block.modules import SEPARATIONS
 
 
@@ -31,7 +31,7 @@ class ImageTowerConfig:
         self.patch_coder = from_values(PatchCoderConfig, self.patch_coder, "image.patch_coder")
         if self.separation not in SEPARATIONS:
             raise ValueError(
-                f"image.separation is {shown(self.separation)}; it must be one of {', '.join(SEPARATIONS)}"
+                f"image.separation is {short_repr(self.separation)}; it must be one of {', '.join(SEPARATIONS)}"
             )
         for name in ("hidden_size", "intermediate_size"):
             value = getattr(self, name)
@@ -83,7 +83,7 @@ class LMFusionConfig(PreTrainedConfig):
         self.diffusion: DiffusionConfig = from_values(DiffusionConfig, diffusion, "diffusion")
         if chat_system_prompt is not None and not (isinstance(chat_system_prompt, str) and chat_system_prompt.strip()):
             raise ValueError(
-                f"chat_system_prompt is {shown(chat_system_prompt)}; give a text, or None for the template's own"
+                f"chat_system_prompt is {short_repr(chat_system_prompt)}; give a text, or None for the template's own"
             )
         self.chat_system_prompt = chat_system_prompt
         check_template_variables(template_variables or {})
@@ -159,7 +159,7 @@ SIZES = (
 def check_size(name: str, value: Any, most: int = MAX_SIZE) -> None:
     """Raise ValueError unless `value` is an integer from 1 to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise ValueError(f"{name} is {shown(value)}; it must be an integer from 1 to {most:,}")
+        raise ValueError(f"{name} is {short_repr(value)}; it must be an integer from 1 to {most:,}")
 
 
 def check_limits(values: Any, name: str) -> None:
@@ -172,7 +172,7 @@ def check_limits(values: Any, name: str) -> None:
             if str(key).endswith(("_size", "_heads", "_layers", "_dim")):
                 most = min(most, MAX_SIZE)
             if not value <= most:
-                raise ValueError(f"{name}.{key} is {shown(value)}; it must be at most {most:,}")
+                raise ValueError(f"{name}.{key} is {short_repr(value)}; it must be at most {most:,}")
 
 
 def check_numbers(config: PreTrainedConfig) -> None:
@@ -206,7 +206,7 @@ def check_numbers(config: PreTrainedConfig) -> None:
 
 def _check_positive(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"{name} is {shown(value)}; it must be a positive number")
+        raise ValueError(f"{name} is {short_repr(value)}; it must be a positive number")
 
 
 def head_dim_of(config: PreTrainedConfig) -> int:

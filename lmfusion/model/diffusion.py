@@ -8,7 +8,7 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
-from lmfusion.utils.config_values import shown
+from lmfusion.utils.config_values import short_repr
 
 MAX_TIMESTEPS = 100_000
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -41,10 +41,10 @@ class DiffusionConfig:
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(
-                f"unknown prediction_type {shown(self.prediction_type)}; known: {', '.join(PREDICTION_TYPES)}"
+                f"unknown prediction_type {short_repr(self.prediction_type)}; known: {', '.join(PREDICTION_TYPES)}"
             )
         if self.schedule not in _SCHEDULES:
-            raise ValueError(f"unknown noise schedule {shown(self.schedule)}; known: {', '.join(_SCHEDULES)}")
+            raise ValueError(f"unknown noise schedule {short_repr(self.schedule)}; known: {', '.join(_SCHEDULES)}")
         if not 2 <= self.num_train_timesteps <= MAX_TIMESTEPS:
             raise ValueError(
                 f"num_train_timesteps is {self.num_train_timesteps}; it must be at least 2, and at most "

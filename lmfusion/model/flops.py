@@ -45,10 +45,10 @@ class RowCounts:
     num_live: float
     num_image: float
     num_images: float
-    num_drawn: float
+    num_target_images: float
     """Images that are learned to be drawn; the others are given."""
     num_labels: float
-    num_decisions: float
+    num_boi_targets: float
     pairs: float
     """(query, key) pairs that see each other."""
     active_pairs: float
@@ -68,9 +68,9 @@ class RowCounts:
             layout.num_live,
             layout.num_image,
             batch.num_images,
-            batch.num_drawn,
+            batch.num_target_images,
             batch.num_labels,
-            batch.num_decisions,
+            batch.num_boi_targets,
             _area(layout.key_start, layout.key_end),
             _area(layout.active_key_start, layout.active_key_end),
             _area(layout.active_query_start, layout.active_query_end),
@@ -145,7 +145,7 @@ def flops_by_part(
     )
     head = 2 * rows.num_labels * text.hidden_size
     vocabulary = head * text.vocab_size
-    decisions = 2 * rows.num_decisions * text.hidden_size
+    decisions = 2 * rows.num_boi_targets * text.hidden_size
     fields = coder_fields(config.image.patch_coder)
     encode, decode = patch_coder_flops(fields, config.image_hidden_size, rows.latent_shape)
     return {
@@ -157,8 +157,8 @@ def flops_by_part(
         "LM head": Flops(vocabulary + 2 * head, vocabulary * (1 if frozen_text else 2) + 2 * (2 * head)),
         "begin of images": Flops(decisions * (text.vocab_size + 2), 2 * decisions),
         "patch coder": Flops(
-            rows.num_images * encode.forward + rows.num_drawn * decode.forward,
-            rows.num_images * encode.backward + rows.num_drawn * decode.backward,
+            rows.num_images * encode.forward + rows.num_target_images * decode.forward,
+            rows.num_images * encode.backward + rows.num_target_images * decode.backward,
         ),
     }
 

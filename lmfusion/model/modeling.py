@@ -25,7 +25,7 @@ from lmfusion.model.configuration import ImageTowerConfig, LMFusionConfig, check
 from lmfusion.model.diffusion import Diffusion, DiffusionConfig
 from lmfusion.model.model_card import TrainingRecord
 from lmfusion.model.patch_coder import Skip
-from lmfusion.model.pretrained import LoadingOptions, PretrainedHabits
+from lmfusion.model.pretrained import LoadingOptions, PreTrainedMethods
 from lmfusion.model.saved_files import BaseRecord
 from lmfusion.model.towers import ImageTower, TextTower
 from lmfusion.model.vision import VisionEncoder
@@ -41,22 +41,22 @@ class LMFusionOutput(ModelOutput):
     """What `LMFusion.forward` gives: with `input_ids` the logits, with a batch everything else."""
 
     loss: Tensor | None = None
-    """lm_loss_sum / num_labels + begin_loss_sum / num_decisions + loss_weight * diffusion_loss_sum / num_drawn"""
+    """lm_loss_sum / num_labels + begin_loss_sum / num_boi_targets + loss_weight * diffusion_loss_sum / num_target_images"""
     lm_loss_sum: Tensor | None = None
     """Cross-entropy summed over the labels, in nats"""
     num_labels: int | None = None
     begin_loss_sum: Tensor | None = None
     """Of the rows before each document's first image, with a frozen text tower: how surprising it is to the rows of BOI
     and EOI that an image begins there, or that none does. Summed over these decisions, in nats"""
-    num_decisions: int | None = None
+    num_boi_targets: int | None = None
     diffusion_loss_sum: Tensor | None = None
     """Mean squared error of each image that is drawn, summed over them"""
-    num_drawn: int | None = None
+    num_target_images: int | None = None
     logits: Tensor | None = None
     """[B, T, V]"""
 
 
-class LMFusion(PretrainedHabits):
+class LMFusion(PreTrainedMethods):
     """A text LLM and an image tower beside it. Make one with `from_llm`, load one with `from_pretrained`.
 
     text: the base LLM, frozen unless `freeze_text(False)` is called. image: everything that is trained. vision: what a
@@ -222,18 +222,18 @@ class LMFusion(PretrainedHabits):
         """A caption of each image; `options` are those of `lmfusion.generation.caption_images`."""
         return generation.caption_images(self, images, **options)
 
-    def embed(self, token_ids: Tensor, vision_rows: Tensor | None = None) -> Tensor:
+    def embed(self, token_ids: Tensor, vision_embeds: Tensor | None = None) -> Tensor:
         """Text-tower rows [n, d_text] of token ids (integer [n]), BOI and EOI among them.
 
-        vision_rows: [num_vision, d_text] of images that are seen; where the id is -1 - k, its row k stands.
+        vision_embeds: [num_vision, d_text] of images that are seen; where the id is -1 - k, its row k stands.
         """
         vocab_size = self.boi_token_id
         is_marker = token_ids >= vocab_size
         rows = F.embedding(token_ids.clamp(0, vocab_size - 1), self.text.embedding_weight)
         markers = F.embedding((token_ids - vocab_size).clamp(min=0), self.image.marker_embedding)
         rows = torch.where(is_marker[:, None], markers.to(rows.dtype), rows)
-        if vision_rows is not None and vision_rows.shape[0]:
-            seen = vision_rows.to(rows.dtype).index_select(0, (-1 - token_ids).clamp(min=0))
+        if vision_embeds is not None and vision_embeds.shape[0]:
+            seen = vision_embeds.to(rows.dtype).index_select(0, (-1 - token_ids).clamp(min=0))
             rows = torch.where((token_ids < 0)[:, None], seen, rows)
         return rows.to(self._dtype)
 
@@ -367,14 +367,14 @@ class LMFusion(PretrainedHabits):
         layout = batch.layout
         latents, noise, timesteps = batch.latents, batch.noise, batch.timesteps
         noisy = self.diffusion.add_noise(latents, noise, timesteps)
-        if batch.num_drawn < batch.num_images:
+        if batch.num_target_images < batch.num_images:
             noisy = latents.index_copy(0, batch.drawn, noisy.index_select(0, batch.drawn))
         x_image, skip = self.encode_images(noisy, timesteps)
-        h_text, h_image = self.run_layers(self.embed(batch.token_ids, batch.vision_rows), x_image, layout)
+        h_text, h_image = self.run_layers(self.embed(batch.token_ids, batch.vision_embeds), x_image, layout)
 
         lm_loss_sum = diffusion_loss_sum = begin_loss_sum = self._zero(batch, h_text)
-        if batch.num_decisions:
-            begin_loss_sum = begin_loss_sum + self._begin_loss_sum(h_text.detach()[batch.decision_rows], batch)
+        if batch.num_boi_targets:
+            begin_loss_sum = begin_loss_sum + self._begin_loss_sum(h_text.detach()[batch.boi_target_indices], batch)
         if batch.num_labels:
             is_labelled = batch.labels != IGNORED
             h_live, labels = h_text[layout.num_constant :], batch.labels
@@ -383,29 +383,29 @@ class LMFusion(PretrainedHabits):
             logits = self.text_logits(h_live).float()
             losses = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
             lm_loss_sum = lm_loss_sum + losses
-        if batch.num_drawn:
+        if batch.num_target_images:
             assert skip is not None
-            if batch.num_drawn < batch.num_images:
+            if batch.num_target_images < batch.num_images:
                 h_image = h_image.unflatten(0, (batch.num_images, -1)).index_select(0, batch.drawn).flatten(0, 1)
                 skip = tuple(feature.index_select(0, batch.drawn) for feature in skip)
                 latents, noise, timesteps = (x.index_select(0, batch.drawn) for x in (latents, noise, timesteps))
             prediction = self.decode_images(h_image, timesteps, skip)
             target = self.diffusion.target(latents, noise, timesteps)
             diffusion_loss_sum = diffusion_loss_sum + self.diffusion.loss(prediction, target).sum()
-        loss = lm_loss_sum / max(1, batch.num_labels) + begin_loss_sum / max(1, batch.num_decisions)
-        loss = loss + self.config.diffusion.loss_weight * diffusion_loss_sum / max(1, batch.num_drawn)
+        loss = lm_loss_sum / max(1, batch.num_labels) + begin_loss_sum / max(1, batch.num_boi_targets)
+        loss = loss + self.config.diffusion.loss_weight * diffusion_loss_sum / max(1, batch.num_target_images)
         return LMFusionOutput(
             loss=loss,
             lm_loss_sum=lm_loss_sum,
             num_labels=batch.num_labels,
             begin_loss_sum=begin_loss_sum,
-            num_decisions=batch.num_decisions,
+            num_boi_targets=batch.num_boi_targets,
             diffusion_loss_sum=diffusion_loss_sum,
-            num_drawn=batch.num_drawn,
+            num_target_images=batch.num_target_images,
         )
 
     def _begin_loss_sum(self, h: Tensor, batch: Batch) -> Tensor:
-        """Cross-entropy of "BOI" against "any word of the LLM's" for constant rows h [num_decisions, d_text].
+        """Cross-entropy of "BOI" against "any word of the LLM's" for constant rows h [num_boi_targets, d_text].
 
         The gradient of the marker rows is that of a cross-entropy over all V + 2 logits; the LLM's own surprise at its
         text, which nothing can change, is left out of the sum.
@@ -416,7 +416,7 @@ class LMFusion(PretrainedHabits):
             vocabulary = torch.cat([self._vocabulary_logits(rows).to(wide).logsumexp(dim=-1) for rows in chunks])
         markers = F.linear(h, self.image.marker_head.to(h.dtype)).to(wide)
         total = torch.logaddexp(vocabulary, markers.logsumexp(dim=-1))
-        return (total - torch.where(batch.begins_image, markers[:, 0], vocabulary)).sum()
+        return (total - torch.where(batch.boi_labels, markers[:, 0], vocabulary)).sum()
 
     def _zero(self, batch: Batch, h_text: Tensor) -> Tensor:
         """A zero that depends on every weight that the losses of `batch` do not depend on.
@@ -427,11 +427,11 @@ class LMFusion(PretrainedHabits):
         unused: list[Tensor] = [self.image.marker_embedding]
         if not batch.num_labels:
             unused.append(self.text.head_weight)
-        if not batch.num_labels and not batch.num_decisions:
+        if not batch.num_labels and not batch.num_boi_targets:
             unused.append(self.image.marker_head)
-        if not batch.num_drawn:
+        if not batch.num_target_images:
             unused += self.image.patch_coder.parameters()
-        if not batch.num_labels and not batch.num_drawn:
+        if not batch.num_labels and not batch.num_target_images:
             unused.append(h_text)
         return 0.0 * torch.stack([tensor.flatten()[:1].float().sum() for tensor in unused]).sum()
 

@@ -15,7 +15,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from lmfusion.utils.config_values import shown
+from lmfusion.utils.config_values import short_repr
 
 KINDS = ("unet", "linear")
 LINEAR_TIME_CHANNELS = 256
@@ -44,7 +44,7 @@ class PatchCoderConfig:
     def __post_init__(self) -> None:
         self.channels = tuple(self.channels)
         if self.kind not in KINDS:
-            raise ValueError(f"unknown patch coder {shown(self.kind)}; known: {', '.join(KINDS)}")
+            raise ValueError(f"unknown patch coder {short_repr(self.kind)}; known: {', '.join(KINDS)}")
         if not 1 <= self.patch_size <= MAX_PATCH_SIZE:
             raise ValueError(f"patch_size is {self.patch_size}; it must be from 1 to {MAX_PATCH_SIZE:,} latent pixels")
         if self.kind == "unet":
@@ -52,7 +52,7 @@ class PatchCoderConfig:
             if not self.channels or min(self.channels) < 2 or max(self.channels) > MAX_CHANNELS or not has_blocks:
                 raise ValueError(
                     f"a unet has channels from 2 to {MAX_CHANNELS:,} and from one to {MAX_BLOCKS} blocks a level, "
-                    f"not channels {shown(self.channels)} and num_blocks {self.num_blocks}"
+                    f"not channels {short_repr(self.channels)} and num_blocks {self.num_blocks}"
                 )
             if len(self.channels) > MAX_PATCH_SIZE.bit_length() or self.patch_size != 2 ** (len(self.channels) - 1):
                 raise ValueError(

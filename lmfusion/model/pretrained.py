@@ -21,7 +21,7 @@ IGNORED_OPTIONS = ("config", "low_cpu_mem_usage", "local_files_only", "trust_rem
 """Arguments of transformers' from_pretrained that ask for what is done anyway."""
 
 
-class PretrainedHabits(PreTrainedModel):
+class PreTrainedMethods(PreTrainedModel):
     """`LMFusion` as a model of transformers."""
 
     supports_gradient_checkpointing = True

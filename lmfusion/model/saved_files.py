@@ -12,8 +12,8 @@ from torch import Tensor
 from lmfusion.conversion.huggingface import without_code
 from lmfusion.model.configuration import LMFusionConfig
 from lmfusion.model.model_card import TrainingRecord
-from lmfusion.utils.config_values import cut, from_values, read_json_object, shown, values_sha256
-from lmfusion.utils.files import file_sha256, full_path, naming
+from lmfusion.utils.config_values import from_values, read_json_object, short_repr, truncate, values_sha256
+from lmfusion.utils.files import file_sha256, full_path, name_os_errors
 from lmfusion.utils.folders import current_folder
 
 CONFIG_NAME = "config.json"
@@ -41,7 +41,7 @@ class BaseRecord:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise ValueError(f"base.dtype is {shown(self.dtype)}; it must be one of {', '.join(DTYPES)}")
+            raise ValueError(f"base.dtype is {short_repr(self.dtype)}; it must be one of {', '.join(DTYPES)}")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -61,7 +61,7 @@ def blaming(name: str) -> Iterator[None]:
     except (MemoryError, OSError):
         raise
     except Exception as error:
-        raise ValueError(f"cannot build a model from {name}: {cut(str(error) or type(error).__name__)}") from error
+        raise ValueError(f"cannot build a model from {name}: {truncate(str(error) or type(error).__name__)}") from error
 
 
 def read_config(path: Path, codec_path: str | Path | None = None) -> tuple[Path, LMFusionConfig]:
@@ -74,7 +74,7 @@ def read_config(path: Path, codec_path: str | Path | None = None) -> tuple[Path,
     settings = without_code(read_json(file))
     if settings.get("model_type") != LMFusionConfig.model_type:
         raise ValueError(
-            f"{path} holds a model of type {shown(settings.get('model_type'))}, not 'lmfusion'; make a model of an LLM "
+            f"{path} holds a model of type {short_repr(settings.get('model_type'))}, not 'lmfusion'; make a model of an LLM "
             "with LMFusion.from_llm or `lmfusion adapt`"
         )
     with blaming(str(file)):
@@ -124,7 +124,9 @@ def saved_parts(path: str | Path) -> str:
 def check_files(folder: Path, sha256: Mapping[str, str]) -> None:
     for name, expected in sha256.items():
         if name not in HASHED_FILES:
-            raise ValueError(f"{folder / BASE_NAME} is damaged: it lists the unknown file {shown(name)}; copy it again")
+            raise ValueError(
+                f"{folder / BASE_NAME} is damaged: it lists the unknown file {short_repr(name)}; copy it again"
+            )
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing; copy the whole folder of the model again")
         if file_sha256(folder / name) != expected:
@@ -155,7 +157,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; copy the whole folder of the model again")
     try:
-        with naming(path):
+        with name_os_errors(path):
             return read_json_object(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; copy it again from its source") from error

@@ -55,7 +55,7 @@ from lmfusion.model.saved_files import (
     read_training,
 )
 from lmfusion.model.vision import VisionEncoder
-from lmfusion.utils.config_values import cut, shown
+from lmfusion.utils.config_values import short_repr, truncate
 from lmfusion.utils.files import file_sha256, full_path
 from lmfusion.utils.folders import current_folder, replace_folder
 from lmfusion_kernels.ops.lora import is_adapted
@@ -237,8 +237,8 @@ def _load_recorded_base(record: BaseRecord, base: str | Path | None) -> BaseMode
         found = load_base(path, record.torch_dtype)
     except OSError as error:
         raise FileNotFoundError(
-            f"the base LLM of this model is not at {shown(str(path))} any more; give its place with base= "
-            f"({cut(str(error))})"
+            f"the base LLM of this model is not at {short_repr(str(path))} any more; give its place with base= "
+            f"({truncate(str(error))})"
         ) from error
     changed = differing(record.sha256, digests(found.tensors))
     if changed:
@@ -265,7 +265,7 @@ def save(model: "LMFusion", path: Path, parts: str = "image") -> None:
             )
         if model.base.may_differ:
             raise ValueError("the text tower has been trainable, so it is no longer the base LLM; use parts='all'")
-        if not is_base_there(model):
+        if not has_base(model):
             raise ValueError(
                 f"the base LLM is not at {model.base.name} any more, and the image part cannot be loaded without it; "
                 "load the model with base= and the place where it is now, or use parts='all'"
@@ -302,7 +302,7 @@ def _check_not_adapted(model: "LMFusion") -> None:
         )
 
 
-def is_base_there(model: "LMFusion") -> bool:
+def has_base(model: "LMFusion") -> bool:
     """Whether the base LLM is where the model was made from. Names on the hub are taken for granted."""
     return model.base is not None and (not Path(model.base.name).is_absolute() or Path(model.base.name).exists())
 

@@ -108,7 +108,7 @@ class VisionEncoder(nn.Module):
         picture = load_image(image).convert("RGB")
         pixel_values = self.image_processor(picture, return_tensors="pt")["pixel_values"]
         tiles = pixel_values[0] if self.has_tiles else pixel_values
-        num_rows = num_vision_rows(self.config, picture.height, picture.width)
+        num_rows = num_vision_tokens(self.config, picture.height, picture.width)
         return VisionInput(tiles, picture.height, picture.width, num_rows)
 
     @torch.no_grad()
@@ -141,7 +141,7 @@ class VisionEncoder(nn.Module):
         return list(features.pooler_output)
 
 
-def num_vision_rows(config: PreTrainedConfig, height: int, width: int) -> int:
+def num_vision_tokens(config: PreTrainedConfig, height: int, width: int) -> int:
     """Rows that an image of so many pixels becomes in a vision-language model of `config`.
 
     As many as transformers' processor writes image tokens.

@@ -190,9 +190,9 @@ def expected_row(
         ((1 - data.image_first) * data.caption_drop, caption_first_document([], num_image, tokens)),
     )
     longest = max(document.num_tokens for _, document in kinds)
-    if longest > data.row_tokens:
+    if longest > data.seq_len:
         raise ValueError(
-            f"an image and its caption take {longest} slots, but data.row_tokens is {data.row_tokens}; "
+            f"an image and its caption take {longest} slots, but data.seq_len is {data.seq_len}; "
             "raise it, or make images or patches smaller or larger"
         )
     is_frozen = run.train.text_learning_rate_ratio == 0
@@ -203,7 +203,7 @@ def expected_row(
         counts = RowCounts.of(pack([document], latents, latents, timesteps, frozen_text=is_frozen))
         for name in sums:
             sums[name] += share * getattr(counts, name)
-    fill = data.row_tokens / (sums["num_constant"] + sums["num_live"] + sums["num_image"])
+    fill = data.seq_len / (sums["num_constant"] + sums["num_live"] + sums["num_image"])
     return RowCounts(**{name: fill * value for name, value in sums.items()}, latent_shape=latent_shape)
 
 
@@ -227,7 +227,7 @@ def _flops_of_one(parts: dict[str, Flops], rows: RowCounts) -> dict[str, dict[st
         "image tokens": rows.num_image,
         "attention": rows.num_tokens,
         "LM head": rows.num_labels,
-        "begin of images": rows.num_decisions,
+        "begin of images": rows.num_boi_targets,
         "patch coder": rows.num_images,
     }
     return {
@@ -251,10 +251,10 @@ def _traffic_bytes(sizes: list[Size], setup: Setup) -> float:
 
 def _problems(run: RunConfig, given: Assumptions, total: int) -> list[str]:
     problems = []
-    num_rows = run.rows_per_step
+    num_rows = run.sequences_per_step
     if num_rows % given.num_gpus:
         problems.append(
-            f"a step has {num_rows} rows (train.batch_tokens / data.row_tokens), which {given.num_gpus} GPUs cannot "
+            f"a step has {num_rows} rows (train.batch_tokens / data.seq_len), which {given.num_gpus} GPUs cannot "
             "share evenly"
         )
     if total > given.gpu_memory * GIB:
@@ -290,7 +290,7 @@ def _ways_out(setup: Setup, limit: int, memory_of: Callable[[Setup], dict[str, i
             total = sum(memory_of(replace(setup, num_ranks=num_gpus)).values())
             if total <= limit:
                 return [*ways, f"{num_gpus} GPUs: {total / GIB:.1f} GiB on each"]
-    return ways or ["none of the recipe's settings is enough: use smaller rows (data.row_tokens) or a smaller model"]
+    return ways or ["none of the recipe's settings is enough: use smaller rows (data.seq_len) or a smaller model"]
 
 
 def _assumed(run: RunConfig, given: Assumptions, peak_tflops: float, codec: CodecFacts, num_vision: int) -> list[str]:

@@ -132,7 +132,7 @@ def activation_bytes(config: LMFusionConfig, rows: RowCounts, setup: Setup) -> d
     head_rows = _head_rows(rows, setup.device)
     head_input = e * text.hidden_size * (head_rows if setup.device == "cpu" else num_text)
     logits = 4 * head_rows * (text.vocab_size + 2)
-    decisions = rows.num_decisions * (e * text.hidden_size + 21)
+    decisions = rows.num_boi_targets * (e * text.hidden_size + 21)
     encode, decode = patch_coder_bytes(
         coder_fields(config.image.patch_coder), config.image_hidden_size, rows.latent_shape
     )
@@ -140,7 +140,7 @@ def activation_bytes(config: LMFusionConfig, rows: RowCounts, setup: Setup) -> d
         "activations, patch coder in": rows.num_images * encode,
         "activations, layers": text.num_hidden_layers * layer + 4 * rows.num_tokens * config.head_dim + 9 * num_text,
         "activations, LM head": final_norm + head_input + logits + decisions,
-        "activations, patch coder out": rows.num_drawn * decode,
+        "activations, patch coder out": rows.num_target_images * decode,
     }
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from starlette.responses import JSONResponse
 
-from lmfusion.utils.config_values import cut
+from lmfusion.utils.config_values import truncate
 
 MAX_MESSAGE = 500
 """Characters; an error quotes what was sent, which may be long."""
@@ -36,8 +36,8 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = cut(message, MAX_MESSAGE)
-        self.param = None if param is None else cut(param, MAX_PARAM)
+        self.message = truncate(message, MAX_MESSAGE)
+        self.param = None if param is None else truncate(param, MAX_PARAM)
         self.code = code
         self.headers = dict(headers or {})
 

@@ -117,7 +117,7 @@ class Server(LimitedServer):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if not self.should_exit:
-            threading.Thread(target=self._end_for_sure, name="lmfusion-end", daemon=True).start()
+            threading.Thread(target=self._force_exit, name="lmfusion-end", daemon=True).start()
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -136,7 +136,7 @@ class Server(LimitedServer):
         self._app.state.bodies.close()
         self._app.state.readers.close()
 
-    def _end_for_sure(self) -> None:
+    def _force_exit(self) -> None:
         """End the process if shutdown hangs: a thread that hangs in a device's driver cannot be ended by itself."""
         if not self.has_ended.wait(self._shutdown_seconds + 2 * LAST_SECONDS):
             print("lmfusion: error: the server did not shut down in time; its process ends now", file=sys.stderr)

@@ -239,12 +239,12 @@ class Shapes(_World):
     def example(self, index: int) -> CaptionedScene:
         """Sample `index` before it is drawn."""
         _check_index(index, len(self))
-        chance = generator(0, 0, f"shapes/{self._split}/{index}", "scene")
-        skill = SKILLS[int(chance.choice(len(SKILLS), p=_SKILL_SHARES))]
+        rng = generator(0, 0, f"shapes/{self._split}/{index}", "scene")
+        skill = SKILLS[int(rng.choice(len(SKILLS), p=_SKILL_SHARES))]
         while True:
-            scene = _pair(chance) if skill in ("relation", "all") else _alike(chance, skill == "count")
+            scene = _pair(rng) if skill in ("relation", "all") else _alike(rng, skill == "count")
             if is_held_out(scene) == (self._split == "test"):
-                return CaptionedScene(skill, scene, _worded(chance, skill, scene))
+                return CaptionedScene(skill, scene, _worded(rng, skill, scene))
 
     def __getitem__(self, index: int) -> CaptionedImage:
         _, scene, description = self.example(index)
@@ -258,10 +258,10 @@ class ShapeEdits(_World):
     def example(self, index: int) -> SceneEdit:
         """Sample `index` before it is drawn."""
         _check_index(index, len(self))
-        chance = generator(0, 0, f"shape_edits/{self._split}/{index}", "edit")
-        kind = EDITS[int(chance.integers(len(EDITS)))]
+        rng = generator(0, 0, f"shape_edits/{self._split}/{index}", "edit")
+        kind = EDITS[int(rng.integers(len(EDITS)))]
         while True:
-            edit = _edit(chance, kind)
+            edit = _edit(rng, kind)
             if edit is not None and all(
                 is_held_out(scene) == (self._split == "test") for scene in (edit.source, edit.target)
             ):
@@ -282,40 +282,40 @@ def _check_index(index: int, size: int) -> None:
         raise IndexError(f"sample {index} of {size}")
 
 
-def _pick(chance: np.random.Generator, items: Sequence[str]) -> str:
-    return items[int(chance.integers(len(items)))]
+def _pick(rng: np.random.Generator, items: Sequence[str]) -> str:
+    return items[int(rng.integers(len(items)))]
 
 
-def _cells(chance: np.random.Generator, count: int) -> list[tuple[int, int]]:
+def _cells(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
     """Different cells, in no order."""
-    return [divmod(int(place), GRID) for place in chance.permutation(MAX_SHAPES)[:count]]
+    return [divmod(int(place), GRID) for place in rng.permutation(MAX_SHAPES)[:count]]
 
 
-def _look(chance: np.random.Generator) -> tuple[str, str, str]:
-    return _pick(chance, KINDS), _pick(chance, tuple(COLOURS)), _pick(chance, tuple(SIZES))
+def _look(rng: np.random.Generator) -> tuple[str, str, str]:
+    return _pick(rng, KINDS), _pick(rng, tuple(COLOURS)), _pick(rng, tuple(SIZES))
 
 
-def _alike(chance: np.random.Generator, is_several: bool) -> Scene:
+def _alike(rng: np.random.Generator, is_several: bool) -> Scene:
     """One shape, or two to four alike."""
-    count = int(chance.integers(2, MAX_SHAPES + 1)) if is_several else 1
-    look = _look(chance)
-    return Scene.of([Shape(*look, *cell) for cell in _cells(chance, count)])
+    count = int(rng.integers(2, MAX_SHAPES + 1)) if is_several else 1
+    look = _look(rng)
+    return Scene.of([Shape(*look, *cell) for cell in _cells(rng, count)])
 
 
-def _pair(chance: np.random.Generator) -> Scene:
+def _pair(rng: np.random.Generator) -> Scene:
     """Two shapes side by side, of different kind or colour."""
-    row, column = divmod(int(chance.integers(MAX_SHAPES)), GRID)
-    other = (1 - row, column) if chance.random() < 0.5 else (row, 1 - column)
-    first = second = _look(chance)
+    row, column = divmod(int(rng.integers(MAX_SHAPES)), GRID)
+    other = (1 - row, column) if rng.random() < 0.5 else (row, 1 - column)
+    first = second = _look(rng)
     while second[:2] == first[:2]:
-        second = _look(chance)
+        second = _look(rng)
     return Scene.of([Shape(*first, row, column), Shape(*second, *other)])
 
 
-def _worded(chance: np.random.Generator, skill: str, scene: Scene) -> Description:
+def _worded(rng: np.random.Generator, skill: str, scene: Scene) -> Description:
     """What a caption of `skill` says of the scene; of two shapes, either may come first."""
     things, relation = describe(scene)
-    if relation is not None and chance.random() < 0.5:
+    if relation is not None and rng.random() < 0.5:
         back = tuple(-step for step in RELATIONS[relation])
         things, relation = things[::-1], next(name for name, way in RELATIONS.items() if way == back)
     if skill == "single":
@@ -325,11 +325,11 @@ def _worded(chance: np.random.Generator, skill: str, scene: Scene) -> Descriptio
     return Description(things, relation)
 
 
-def _edit(chance: np.random.Generator, kind: str) -> SceneEdit | None:
+def _edit(rng: np.random.Generator, kind: str) -> SceneEdit | None:
     """An edit of a random scene; None where that scene has no such edit."""
-    num_shapes = int(chance.integers(1, 3) if kind == "add" else chance.integers(2, 4))
-    *cells, free = _cells(chance, num_shapes + 1)
-    shapes, new = [Shape(*_look(chance), *cell) for cell in cells], Shape(*_look(chance), *free)
+    num_shapes = int(rng.integers(1, 3) if kind == "add" else rng.integers(2, 4))
+    *cells, free = _cells(rng, num_shapes + 1)
+    shapes, new = [Shape(*_look(rng), *cell) for cell in cells], Shape(*_look(rng), *free)
     if len({shape[:2] for shape in [*shapes, new]}) <= len(shapes):  # every shape can be told by kind and colour
         return None
     if kind == "add":
@@ -337,7 +337,7 @@ def _edit(chance: np.random.Generator, kind: str) -> SceneEdit | None:
         return SceneEdit(kind, Scene.of(shapes), instruction, Scene.of([*shapes, new]), None, new)
     before, *others = shapes
     after: Shape | None = None
-    name = _name(chance, before, others)
+    name = _name(rng, before, others)
     if kind == "remove":
         instruction = f"remove {name}"
     elif kind == "recolour":
@@ -346,7 +346,7 @@ def _edit(chance: np.random.Generator, kind: str) -> SceneEdit | None:
         if new.colour == before.colour or after[:2] in {shape[:2] for shape in others}:
             return None
     else:
-        side = _pick(chance, tuple(SIDES))
+        side = _pick(rng, tuple(SIDES))
         axis, place = SIDES[side]
         after = before._replace(row=place) if axis == 0 else before._replace(column=place)
         instruction = f"move {name} to the {side}"
@@ -356,7 +356,7 @@ def _edit(chance: np.random.Generator, kind: str) -> SceneEdit | None:
     return SceneEdit(kind, Scene.of(shapes), instruction, target, before, after)
 
 
-def _name(chance: np.random.Generator, shape: Shape, others: Sequence[Shape]) -> str:
+def _name(rng: np.random.Generator, shape: Shape, others: Sequence[Shape]) -> str:
     """Words that mean this shape alone: "the circle", or "the red circle"."""
     is_only_one = all(other.kind != shape.kind for other in others)
-    return f"the {shape.kind}" if is_only_one and chance.random() < 0.5 else f"the {shape.colour} {shape.kind}"
+    return f"the {shape.kind}" if is_only_one and rng.random() < 0.5 else f"the {shape.colour} {shape.kind}"

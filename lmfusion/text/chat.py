@@ -26,7 +26,7 @@ ROLES = ("system", "user", "assistant")
 _MESSAGE_EXPECTED = 'message like {"role": "user", "content": "Draw a cat."}; roles are ' + ", ".join(ROLES)
 
 
-class Seen(NamedTuple):
+class InputImage(NamedTuple):
     """An image that a vision-language model is shown, in place of its image token."""
 
     image: Any
@@ -42,7 +42,7 @@ def encode_chat(
     """Runs of token ids and the images between them, in their order; bos is among the ids where the template puts it.
 
     add_generation_prompt: end with what opens the assistant's turn. A last message of the assistant is otherwise closed
-    as every turn is. image_token_id: of a vision-language model; images of others than the assistant are then `Seen`,
+    as every turn is. image_token_id: of a vision-language model; images of others than the assistant are then `InputImage`,
     and bos comes first even where the template writes none: ids are those of transformers' processor.
     template_variables: what the template reads besides, see `lmfusion.text.chat_template`.
 
@@ -91,7 +91,7 @@ class Chat:
         """What the numbered placeholders stand for."""
         self.begin, self.end = self._hold(_Literal("")), self._hold(_Literal(""))
         """Placeholders of nothing around the last message, where `write` is asked for them."""
-        self._seen: list[list[Seen]] = []
+        self._seen: list[list[InputImage]] = []
         """Of each message, its images in place of image tokens."""
         self._turns = [self._turn(m["role"], runs) for m, runs in zip(messages, contents, strict=True)]
         self._ids: dict[_Piece, list[int]] = {}
@@ -184,7 +184,7 @@ class Chat:
             if isinstance(run, str):
                 content.append({"type": "text", "text": border + self._protect(run)})
             else:
-                self._seen[-1] += map(Seen, run)
+                self._seen[-1] += map(InputImage, run)
                 content += [{"type": "image"}] * len(run)
         return content
 

@@ -56,7 +56,7 @@ def check_date(value: Any, name: str) -> None:
         raise ValueError(f"{name} is {value!r:.80}; it must be a date as YYYY-MM-DD, such as 2024-07-26") from None
 
 
-def tells_the_date(tokenizer: Any) -> bool:
+def uses_date(tokenizer: Any) -> bool:
     """Whether conversations in this tokenizer's template may depend on the day."""
     template = getattr(tokenizer, "chat_template", None)
     return "strftime_now" in (json.dumps(template) if isinstance(template, Mapping) else template or "")

@@ -3,7 +3,7 @@
 import torch
 
 from lmfusion.conversion import load_base
-from lmfusion.data.pipeline.loader import RowLoader
+from lmfusion.data.pipeline.loader import PackedLoader
 from lmfusion.data.samples import DataConfig
 from lmfusion.model.batch import SpecialTokens
 from lmfusion.model.modeling import LMFusion
@@ -32,32 +32,32 @@ def build_model(config: RunConfig) -> LMFusion:
     return model
 
 
-def training_loader(config: RunConfig, model: LMFusion, world: World) -> RowLoader:
+def training_loader(config: RunConfig, model: LMFusion, world: World) -> PackedLoader:
     """The loader of what is trained on, with this rank's rows of every step."""
-    loader = _loader(config.data, config, model, world, config.rows_per_step, frozen_text=model.frozen_text)
+    loader = _loader(config.data, config, model, world, config.sequences_per_step, frozen_text=model.frozen_text)
     if world.rank == 0:
         loader.report_unused()
     return loader
 
 
-def validation_loader(data: DataConfig, config: RunConfig, model: LMFusion, world: World) -> RowLoader:
+def validation_loader(data: DataConfig, config: RunConfig, model: LMFusion, world: World) -> PackedLoader:
     """A loader of `data` with every row on every rank, one a step, and labels for all text."""
-    return _loader(data, config, model, World(0, 1, world.device), rows_per_step=1, frozen_text=False)
+    return _loader(data, config, model, World(0, 1, world.device), sequences_per_step=1, frozen_text=False)
 
 
 def _loader(
-    data: DataConfig, config: RunConfig, model: LMFusion, world: World, rows_per_step: int, frozen_text: bool
-) -> RowLoader:
+    data: DataConfig, config: RunConfig, model: LMFusion, world: World, sequences_per_step: int, frozen_text: bool
+) -> PackedLoader:
     if model.tokenizer is None:
         raise ValueError("the base LLM has no tokenizer to read captions with; put its tokenizer.json beside it")
-    return RowLoader(
+    return PackedLoader(
         data,
         codec=model.codec,
         tokenizer=model.tokenizer,
         tokens=SpecialTokens.of(model.tokenizer, model.boi_token_id),
         tokens_per_image=model.tokens_per_image,
         diffusion=model.diffusion.config,
-        rows_per_step=rows_per_step,
+        sequences_per_step=sequences_per_step,
         seed=config.train.seed,
         frozen_text=frozen_text,
         device=world.device,

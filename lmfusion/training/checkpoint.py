@@ -24,13 +24,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lmfusion.training.distributed import World, local_part, part_range
+from lmfusion.training.distributed import World, local_range, local_shard
 from lmfusion.utils.config_values import values_sha256
-from lmfusion.utils.files import check_no_link, flush, naming
+from lmfusion.utils.files import check_no_link, flush, name_os_errors
 
 MANIFEST = "manifest.json"
 STATE = "state.json"
-FORMAT = 2
+FORMAT = 3
 BLOCK_BYTES = 2**24
 
 Range = tuple[int, int, int]
@@ -50,13 +50,13 @@ Parts = Mapping[str, Mapping[str, Tensor | Slice]]
 
 def slice_of(tensor: Tensor) -> Slice:
     """The rows of `tensor` that this rank holds, sharing its memory; all of them where it is not sharded."""
-    return Slice(local_part(tensor.detach()), part_range(tensor))
+    return Slice(local_shard(tensor.detach()), local_range(tensor))
 
 
 def ranges(parts: Parts) -> dict[str, dict[str, Range]]:
     """Which rows of each tensor this rank holds: what `load_checkpoint` takes."""
     return {
-        part: {name: t.range if isinstance(t, Slice) else part_range(t) for name, t in tensors.items()}
+        part: {name: t.range if isinstance(t, Slice) else local_range(t) for name, t in tensors.items()}
         for part, tensors in parts.items()
     }
 
@@ -251,7 +251,7 @@ def load_checkpoint(
         for file, digest in pool.map(lambda file: (file, _sha256(file)), sorted(needed)):
             if digest != entries[file.name]["sha256"]:
                 raise _damaged(file, path)
-    with naming(path / STATE):
+    with name_os_errors(path / STATE):
         state = json.loads((path / STATE).read_text(encoding="utf-8"))
     if path.name.startswith("step-") and path.name != checkpoint_path(path, state["step"]).name:
         raise ValueError(f"{path} holds step {state['step']}; give it that step's name again, or delete it")
@@ -380,7 +380,7 @@ def _write_text(path: Path, text: str) -> dict[str, Any]:
 def _write(path: Path, contents: Iterable[Any]) -> dict[str, Any]:
     """Write bytes, force them onto the disk, and answer with their size and sha256."""
     digest = hashlib.sha256()
-    with naming(path), open(path, "wb") as file:
+    with name_os_errors(path), open(path, "wb") as file:
         for content in contents:
             view = memoryview(content)
             for start in range(0, len(view), BLOCK_BYTES):
@@ -395,7 +395,7 @@ def _write(path: Path, contents: Iterable[Any]) -> dict[str, Any]:
 
 def _sha256(path: Path, from_disk: bool = False) -> str:
     """Of a file's bytes. from_disk: read what the disk has, not what the system still remembers of it."""
-    with naming(path), open(path, "rb") as file:
+    with name_os_errors(path), open(path, "rb") as file:
         if from_disk:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -404,7 +404,7 @@ def _sha256(path: Path, from_disk: bool = False) -> str:
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     try:
-        with naming(file):
+        with name_os_errors(file):
             manifest = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, FileNotFoundError, IsADirectoryError):
         raise _damaged(file, path) from None

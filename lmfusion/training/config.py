@@ -13,9 +13,9 @@ from lmfusion.model.codec import CodecConfig
 from lmfusion.model.configuration import ImageTowerConfig
 from lmfusion.model.diffusion import DiffusionConfig
 from lmfusion.text.chat_template import check_template_variables
-from lmfusion.utils.config_values import check_least, field_names, from_values, shown
+from lmfusion.utils.config_values import check_least, field_names, from_values, short_repr
 from lmfusion.utils.devices import has_fast_bfloat16
-from lmfusion.utils.files import naming
+from lmfusion.utils.files import name_os_errors
 from lmfusion.utils.yaml_files import read_yaml
 from lmfusion_kernels.block.routed_block import RECOMPUTE
 
@@ -69,7 +69,7 @@ class TrainConfig:
 
     num_steps: int = 250_000
     batch_tokens: int = 2**20
-    """Slots a step, over all ranks: so many rows of data.row_tokens, padding included. Rows are computed one by one and
+    """Slots a step, over all ranks: so many rows of data.seq_len, padding included. Rows are computed one by one and
     their gradients added, so a larger step takes more time but no more memory."""
     learning_rate: float = 1e-4
     """Of the image tower, after warm-up; from there it falls along a cosine."""
@@ -209,12 +209,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self.output = str(Path(self.output).expanduser())
-        if self.train.batch_tokens % self.data.row_tokens:
+        if self.train.batch_tokens % self.data.seq_len:
             raise ValueError(
-                f"train.batch_tokens is {self.train.batch_tokens}, which is no multiple of data.row_tokens, "
-                f"{self.data.row_tokens}; a step has whole rows"
+                f"train.batch_tokens is {self.train.batch_tokens}, which is no multiple of data.seq_len, "
+                f"{self.data.seq_len}; a step has whole rows"
             )
-        reads_images = any(source.kind != "encoded" for source in self.data.sources)
+        reads_images = any(source.kind != "latents" for source in self.data.sources)
         if self.data.sample_latents and self.model.base and reads_images and self.model.codec.kind != "autoencoder_kl":
             raise ValueError(
                 f"data.sample_latents is true, but a codec of kind {self.model.codec.kind!r} has no variance to draw "
@@ -225,9 +225,9 @@ class RunConfig:
             raise ValueError(f"sample.num_steps is {self.sample.num_steps}; the diffusion has {num_timesteps} steps")
 
     @property
-    def rows_per_step(self) -> int:
+    def sequences_per_step(self) -> int:
         """Over all ranks."""
-        return self.train.batch_tokens // self.data.row_tokens
+        return self.train.batch_tokens // self.data.seq_len
 
 
 def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -244,7 +244,7 @@ def read_recipe(cls: type[T], recipe: str | Path, overrides: Iterable[str] = ())
     if not path.is_file():
         raise ValueError(f"no recipe at {path}")
     try:
-        with naming(path):
+        with name_os_errors(path):
             values = read_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
@@ -279,7 +279,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     """Change one key of nested `values`, by "key.sub=value". Raises ValueError for what is no such thing."""
     key, separator, text = override.partition("=")
     if not separator or not key:
-        raise ValueError(f"{shown(override)} is not an override; write key.sub=value")
+        raise ValueError(f"{short_repr(override)} is not an override; write key.sub=value")
     *parents, last = key.split(".")
     for parent in parents:
         values = values.setdefault(parent, {})
@@ -288,9 +288,9 @@ def _override(values: dict[str, Any], override: str) -> None:
     try:
         values[last] = read_yaml(text)
     except ValueError as error:
-        raise ValueError(f"{shown(override)}: {error}") from error
+        raise ValueError(f"{short_repr(override)}: {error}") from error
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name} is {shown(value)}; it must be one of {', '.join(choices)}")
+        raise ValueError(f"{name} is {short_repr(value)}; it must be one of {', '.join(choices)}")

@@ -73,7 +73,7 @@ class World:
 
 
 @contextmanager
-def world(device: str) -> Iterator[World]:
+def init_distributed(device: str) -> Iterator[World]:
     """The world that torchrun describes in the environment, or this process alone where there is none.
 
     device: "auto", "cpu" or "cuda"; on GPUs, each process of a machine takes the one of its LOCAL_RANK. Raises
@@ -113,12 +113,12 @@ def _from_environment(name: str, default: int | None = None) -> int:
     return int(text)
 
 
-def local_part(weight: Tensor) -> Tensor:
+def local_shard(weight: Tensor) -> Tensor:
     """What this rank holds of `weight`: a run of its rows, perhaps none; the tensor itself where it is not sharded."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
-def part_range(weight: Tensor) -> tuple[int, int, int]:
+def local_range(weight: Tensor) -> tuple[int, int, int]:
     """(first, end, size): this rank holds the rows [first, end) of the `size` rows of `weight` (its dimension 0).
 
     All of them, (0, size, size), where it is not sharded; a tensor without dimensions counts as one row.
@@ -129,15 +129,15 @@ def part_range(weight: Tensor) -> tuple[int, int, int]:
     rank, num_ranks = weight.device_mesh.get_local_rank(), weight.device_mesh.size()
     length = -(-size // num_ranks)  # as torch.chunk cuts: the last ranks may get less, or nothing
     first, end = min(rank * length, size), min((rank + 1) * length, size)
-    assert local_part(weight).shape[0] == end - first
+    assert local_shard(weight).shape[0] == end - first
     return first, end, size
 
 
-def place(model: LMFusion, world: World, dtype: torch.dtype) -> None:
+def parallelize(model: LMFusion, world: World, dtype: torch.dtype) -> None:
     """Bring a model from the CPU to where it is trained: what is trained in float32, what is frozen in `dtype`.
 
     Rows are computed in `dtype` from then on. With several ranks, on all of which the model is the same, FSDP2 divides
-    its weights among them: parameters become DTensors, of which `local_part` and `part_range` tell what is here.
+    its weights among them: parameters become DTensors, of which `local_shard` and `local_range` tell what is here.
     Gradients are then averages over the ranks, so a loss whose gradients are to add up is multiplied by `world.size`.
     All ranks call the model, and its draw, generate and caption, together.
 
@@ -189,7 +189,7 @@ def _shard(modules: list[nn.Module], model: LMFusion, dtype: torch.dtype, mesh: 
 def _let_go_after_scoring(model: nn.Module, args: Any, output: LMFusionOutput) -> None:
     """FSDP keeps the root's weights gathered for the backward. Without one it would use them again after an update."""
     if not any(isinstance(value, Tensor) and value.requires_grad for value in output.values()):
-        _let_go(model)
+        _reshard(model)
 
 
 def _letting_go(model: nn.Module, method: Callable[P, T]) -> Callable[P, T]:
@@ -198,12 +198,12 @@ def _letting_go(model: nn.Module, method: Callable[P, T]) -> Callable[P, T]:
         try:
             return method(*args, **kwargs)
         finally:
-            _let_go(model)
+            _reshard(model)
 
     return call
 
 
-def _let_go(model: nn.Module) -> None:
+def _reshard(model: nn.Module) -> None:
     assert isinstance(model, FSDPModule)
     model.reshard()
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lmfusion.training.checkpoint import Slice, restore
-from lmfusion.training.distributed import local_part, part_range
+from lmfusion.training.distributed import local_range, local_shard
 
 
 class EMA:
@@ -20,8 +20,8 @@ class EMA:
     def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
         assert all(weight.dtype == torch.float32 for weight in weights.values()), "bfloat16 is too coarse to average"
         self.decay = decay
-        self._ranges = {name: part_range(weight) for name, weight in weights.items()}
-        self._weights = {name: local_part(weight.detach()) for name, weight in weights.items()}
+        self._ranges = {name: local_range(weight) for name, weight in weights.items()}
+        self._weights = {name: local_shard(weight.detach()) for name, weight in weights.items()}
         self._averages = {name: rows.clone() for name, rows in self._weights.items()} if decay else {}
 
     @torch.no_grad()

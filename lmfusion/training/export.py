@@ -7,11 +7,11 @@ from typing import Any
 import torch
 
 from lmfusion.model.model_card import TrainingRecord
-from lmfusion.model.saving import is_base_there
+from lmfusion.model.saving import has_base
 from lmfusion.training.build import build_model
 from lmfusion.training.checkpoint import load_checkpoint, ranges, restore
 from lmfusion.training.config import RunConfig
-from lmfusion.training.distributed import World, place
+from lmfusion.training.distributed import World, parallelize
 from lmfusion.training.run_identity import is_text_the_bases
 
 
@@ -24,14 +24,14 @@ def save_model(config: RunConfig, checkpoint: Path, out: Path) -> None:
     model, and what `LMFusion.save_pretrained` and `from_llm` raise.
     """
     model = build_model(config)
-    place(model, World(0, 1, torch.device("cpu")), getattr(torch, config.train.dtype))
+    parallelize(model, World(0, 1, torch.device("cpu")), getattr(torch, config.train.dtype))
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     part = "ema" if config.train.ema_decay else "weights"
     parts, state = load_checkpoint(checkpoint, ranges({part: weights}))
     restore(weights, parts[part])
     model.trained = _record(config, state)
     # A whole model may start a run where its base LLM is not; then the new one must be whole too
-    can_be_part = is_text_the_bases(model) and is_base_there(model)
+    can_be_part = is_text_the_bases(model) and has_base(model)
     model.eval().save_pretrained(out, parts="image" if can_be_part else "all")
 
 

@@ -24,7 +24,7 @@ class StepMetrics:
     lm_loss_sum: float
     num_labels: int
     begin_loss_sum: float
-    num_decisions: int
+    num_boi_targets: int
     diffusion_loss_sum: float
     num_images: int
     grad_norm: float
@@ -48,7 +48,7 @@ class Metrics:
     lm_loss: float | None
     """Mean over the labels, in nats. With a frozen text tower only rows after a BOI have labels: captions of
     image-first documents and the ends of caption-first ones. None where there were none."""
-    begin_loss: float | None
+    boi_loss: float | None
     """Mean over the scored rows before each document's first image, in nats: whether an image begins after them. None
     where there were none, as with a text tower that is trained."""
     diffusion_loss: float | None
@@ -94,14 +94,14 @@ def summarise(
     peak_flops: operations a second of all devices together.
     """
     num_labels, num_images = sum(s.num_labels for s in steps), sum(s.num_images for s in steps)
-    num_decisions = sum(s.num_decisions for s in steps)
+    num_boi_targets = sum(s.num_boi_targets for s in steps)
     num_tokens = sum(s.num_tokens for s in steps)
     return Metrics(
         step=step,
         epoch=epoch,
         loss=sum(s.loss for s in steps) / len(steps),
         lm_loss=sum(s.lm_loss_sum for s in steps) / num_labels if num_labels else None,
-        begin_loss=sum(s.begin_loss_sum for s in steps) / num_decisions if num_decisions else None,
+        boi_loss=sum(s.begin_loss_sum for s in steps) / num_boi_targets if num_boi_targets else None,
         diffusion_loss=sum(s.diffusion_loss_sum for s in steps) / num_images if num_images else None,
         grad_norm=sum(s.grad_norm for s in steps) / len(steps),
         learning_rate=steps[-1].learning_rate,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lmfusion.training.checkpoint import Slice, restore
 from lmfusion.training.config import TrainConfig
-from lmfusion.training.distributed import World, local_part, part_range
+from lmfusion.training.distributed import World, local_range, local_shard
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of a weight, by torch's names; "step" is the third."""
@@ -41,7 +41,7 @@ class Optimizer:
         self.config = config
         self.weights = weights
         # Plain tensors that share the weights' memory, so that no DTensor reaches the optimizer
-        held = {name: local_part(weight.detach()) for name, weight in weights.items()}
+        held = {name: local_shard(weight.detach()) for name, weight in weights.items()}
         self._local = {name: rows for name, rows in held.items() if rows.numel()}
         self._is_8bit = config.optimizer == "adamw_8bit"
         # torchao compiles its update for each shape, so it gets the weights that gain by it
@@ -91,7 +91,7 @@ class Optimizer:
         rate = learning_rate(step, self.config)
         for name, rows in self._local.items():
             gradient = self.weights[name].grad
-            rows.grad = None if gradient is None else local_part(gradient)
+            rows.grad = None if gradient is None else local_shard(gradient)
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
                 if isinstance(group["lr"], Tensor):  # torchao's
@@ -114,7 +114,7 @@ class Optimizer:
         tensors = {}
         for name, state in self._state.items():
             weight = self.weights[name]
-            rows = part_range(weight)
+            rows = local_range(weight)
             tensors[f"step/{name}"] = Slice(state["step"], (0, 1, 1))
             for moment in MOMENTS:
                 value = state[moment]
@@ -166,7 +166,7 @@ def has_decay(name: str, weight: Tensor) -> bool:
 @torch.no_grad()
 def clip_gradients(weights: Iterable[Tensor], max_norm: float, world: World | None = None) -> Tensor:
     """Scale gradients down to a total norm over all ranks of `max_norm`; answer with the norm they had, float32 []."""
-    gradients = [local_part(weight.grad) for weight in weights if weight.grad is not None]
+    gradients = [local_shard(weight.grad) for weight in weights if weight.grad is not None]
     norm = nn.utils.get_total_norm(gradients, foreach=True)
     if world is not None and world.size > 1:
         norm = world.sum_tensor(norm.square()).sqrt()

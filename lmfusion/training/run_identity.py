@@ -6,13 +6,13 @@ from typing import Any
 from lmfusion.data.latent_cache.reader import tokenizer_sha256
 from lmfusion.model.modeling import LMFusion
 from lmfusion.model.saving import base_tensors, digests
-from lmfusion.text.chat_template import tells_the_date
+from lmfusion.text.chat_template import uses_date
 from lmfusion.training.config import RunConfig
 from lmfusion.utils.config_values import to_values, values_sha256
 
 TRAIN_KEYS = ("seed", "batch_tokens", "text_learning_rate_ratio", "optimizer", "dtype")
 DATA_KEYS = (
-    "row_tokens",
+    "seq_len",
     "pack_window",
     "shuffle_blocks",
     "image_first",
@@ -47,7 +47,7 @@ def run_identity(config: RunConfig, model: LMFusion, num_samples: int) -> dict[s
         identity["the VLM's config.json"] = {key: getattr(model.vision.config, key, None) for key in VLM_KEYS}
     if model.config.template_variables:
         identity["model.template_variables"] = model.config.template_variables
-    if config.data.today is not None and tells_the_date(model.tokenizer):
+    if config.data.today is not None and uses_date(model.tokenizer):
         identity[DATE] = config.data.today
     identity["the LLM's tokenizer"] = tokenizer_sha256(model.tokenizer)
     return identity | {"number of samples": num_samples, "base LLM": base_digest(model)}

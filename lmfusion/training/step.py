@@ -23,7 +23,7 @@ from lmfusion.training.optimizer import Optimizer, clip_gradients, learning_rate
 Loss = TypeVar("Loss", float, Tensor)
 
 
-class AgreedError(ValueError):
+class CollectiveError(ValueError):
     """Why a run cannot go on. All ranks raise it at the same step, so that they can still save together."""
 
 
@@ -40,7 +40,7 @@ class Progress:
     num_cut: int = 0
 
 
-class NonFiniteError(AgreedError):
+class NonFiniteError(CollectiveError):
     """A loss or gradient that is infinite or not a number; neither its update nor any after it was made."""
 
 
@@ -48,7 +48,7 @@ class Totals(NamedTuple):
     """Counts of one step over all ranks, known on the host before its first forward."""
 
     num_labels: int
-    num_decisions: int
+    num_boi_targets: int
     num_images: int
     """Those that are drawn: what the diffusion's loss is a mean over."""
     num_flops: int
@@ -76,7 +76,7 @@ def agreed_steps(
 ) -> Iterator[tuple[Step, Totals]]:
     """Each step of this rank, and what it comes to over all ranks.
 
-    Where one rank cannot get its rows, all raise AgreedError, that rank with the reason.
+    Where one rank cannot get its rows, all raise CollectiveError, that rank with the reason.
     """
     while True:
         step, error = None, None
@@ -88,20 +88,20 @@ def agreed_steps(
         if step is not None:
             counts = Totals(
                 num_labels=sum(row.num_labels for row in step.rows),
-                num_decisions=sum(row.num_decisions for row in step.rows),
-                num_images=sum(row.num_drawn for row in step.rows),
+                num_boi_targets=sum(row.num_boi_targets for row in step.rows),
+                num_images=sum(row.num_target_images for row in step.rows),
                 num_flops=sum(num_flops(row) for row in step.rows),
                 num_damaged=len(step.damaged),
             )
         # What all ranks must agree on: a text that one of them alone could not read would shift its rows
-        shared = (step.num_samples, step.num_slots_used) if step is not None else (0, 0)
+        shared = (step.num_samples, step.num_tokens_used) if step is not None else (0, 0)
         *sums, num_failed, num_samples, num_slots = world.sum_integers([*counts, int(error is not None), *shared])
         if error is not None:
-            raise AgreedError(str(error)) from error
+            raise CollectiveError(str(error)) from error
         if num_failed:
-            raise AgreedError("another rank cannot read its data; its message says why")
+            raise CollectiveError("another rank cannot read its data; its message says why")
         if (num_samples, num_slots) != (world.size * shared[0], world.size * shared[1]):
-            raise AgreedError(
+            raise CollectiveError(
                 f"the ranks read different texts: of {num_samples} samples this one has {shared[0]}, of {num_slots} "
                 f"slots {shared[1]}. Is the storage the same for all {world.size} ranks, and does it answer? The same "
                 "command goes on from here"
@@ -138,7 +138,7 @@ class Updater:
         self._ema.update(before.step, self._skip)
         rate = learning_rate(before.step, self._optimizer.config)
         sample_ids = tuple(row.sample_ids for row in step.rows)
-        return Update(before, totals, step.num_slots_used, num_slots, rate, sums, row_sums, sample_ids)
+        return Update(before, totals, step.num_tokens_used, num_slots, rate, sums, row_sums, sample_ids)
 
     def _backward(self, row: Batch, totals: Totals) -> Tensor:
         """Add the gradient of one row's part of the loss; answer with the row's three sums, float64 [3]."""
@@ -157,7 +157,7 @@ def step_loss(sums: Sequence[Loss], totals: Totals, model: LMFusion) -> Loss:
     """
     lm_loss_sum, begin_loss_sum, diffusion_loss_sum = sums
     weight = model.config.diffusion.loss_weight
-    loss = lm_loss_sum / max(1, totals.num_labels) + begin_loss_sum / max(1, totals.num_decisions)
+    loss = lm_loss_sum / max(1, totals.num_labels) + begin_loss_sum / max(1, totals.num_boi_targets)
     return loss + weight * diffusion_loss_sum / max(1, totals.num_images)
 
 
@@ -180,7 +180,7 @@ def read(updates: Sequence[Update], model: LMFusion) -> tuple[list[StepMetrics],
                 lm_loss_sum=lm_loss_sum,
                 num_labels=update.totals.num_labels,
                 begin_loss_sum=begin_loss_sum,
-                num_decisions=update.totals.num_decisions,
+                num_boi_targets=update.totals.num_boi_targets,
                 diffusion_loss_sum=diffusion_loss_sum,
                 num_images=update.totals.num_images,
                 grad_norm=grad_norm,

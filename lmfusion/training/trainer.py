@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from lmfusion.data.pipeline.loader import LoaderState, Step, check_shared_evenly
-from lmfusion.data.pipeline.skip_log import DamageLog
+from lmfusion.data.pipeline.skip_log import SkipLog
 from lmfusion.model.flops import batch_flops
 from lmfusion.training.build import build_model, training_loader, validation_loader
 from lmfusion.training.checkpoint import (
@@ -24,7 +24,7 @@ from lmfusion.training.checkpoint import (
     slice_of,
 )
 from lmfusion.training.config import RunConfig
-from lmfusion.training.distributed import World, compile_layers, place
+from lmfusion.training.distributed import World, compile_layers, parallelize
 from lmfusion.training.ema import EMA
 from lmfusion.training.export import save_model
 from lmfusion.training.optimizer import Optimizer
@@ -33,11 +33,20 @@ from lmfusion.training.run_date import with_date
 from lmfusion.training.run_identity import check_identity, run_identity
 from lmfusion.training.run_log import RunLog
 from lmfusion.training.sampling import draw_grid
-from lmfusion.training.step import AgreedError, NonFiniteError, Progress, Totals, Update, Updater, agreed_steps, read
+from lmfusion.training.step import (
+    CollectiveError,
+    NonFiniteError,
+    Progress,
+    Totals,
+    Update,
+    Updater,
+    agreed_steps,
+    read,
+)
 from lmfusion.training.validation import Validation
 from lmfusion.utils.config_values import to_values
 from lmfusion.utils.devices import choose_device
-from lmfusion.utils.files import locked, locked_if_there, replace_text
+from lmfusion.utils.files import lock_existing, locked, replace_text
 from lmfusion.utils.finite import NotFiniteError
 from lmfusion.utils.json_lines import JsonLines
 from lmfusion.utils.signals import Stop, stop_signals
@@ -56,20 +65,20 @@ class Trainer:
         self.config = config
         self.folder = Path(config.output)
         # Before anything slow
-        check_shared_evenly(config.rows_per_step, self.world.size)
+        check_shared_evenly(config.sequences_per_step, self.world.size)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"output is {self.folder}, which is a file; a run needs a folder")
         self.model = build_model(config)
         self.loader = training_loader(config, self.model, self.world)
         self._identity = run_identity(config, self.model, self.loader.num_samples)
-        place(self.model, self.world, getattr(torch, config.train.dtype))
+        parallelize(self.model, self.world, getattr(torch, config.train.dtype))
         if config.train.compile:
             compile_layers(self.model)
         self.weights = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = Optimizer(self.weights, config.train)
         self.ema = EMA(self.weights, config.train.ema_decay)
         self.log = RunLog(config, self.world)
-        self.damage = DamageLog(self._damage_path(self.world.rank), config.data.max_damaged)
+        self.damage = SkipLog(self._damage_path(self.world.rank), config.data.max_damaged)
         self.writer = CheckpointWriter(self.folder / "checkpoints", config.checkpoint.keep_last, self.world)
         self.progress = Progress()
         self._updater = Updater(self.model, self.weights, self.optimizer, self.ema, self.world)
@@ -78,7 +87,7 @@ class Trainer:
         if config.validation.sources:
             make_loader = partial(validation_loader, config=config, model=self.model, world=self.world)
             self._validation = Validation(config, self.world, make_loader)
-        with locked_if_there(self.folder, self.world.rank):
+        with lock_existing(self.folder, self.world.rank):
             self._resume()
 
     @property
@@ -130,13 +139,13 @@ class Trainer:
         try:
             self.damage.add(before.step + 1, step.num_samples, step.damaged, totals.num_damaged)
         except ValueError as error:  # too much of it, of all ranks
-            raise AgreedError(str(error)) from error
+            raise CollectiveError(str(error)) from error
         self._unread.append(self._updater.update(before, step, totals, self.config.train.batch_tokens))
         self.progress = Progress(
             step=before.step + 1,
             loader=step.state,
             epoch=step.epoch,
-            num_samples=self.damage.num_seen,
+            num_samples=self.damage.num_vision_tokens,
             num_damaged=self.damage.num_damaged,
             num_cut=before.num_cut + step.num_cut,
         )
@@ -154,13 +163,15 @@ class Trainer:
         steps, error = read(updates, self.model)
         self.log.gather(steps)
         if error is not None:
-            self._go_back(updates[len(steps)].before)
+            self._rewind(updates[len(steps)].before)
             raise error
 
-    def _go_back(self, progress: Progress) -> None:
+    def _rewind(self, progress: Progress) -> None:
         """Forget what was counted and written of steps after `progress`; tensors are as they were then."""
         self.progress = progress
-        self.damage.resume(progress.step, {"num_seen": progress.num_samples, "num_damaged": progress.num_damaged})
+        self.damage.resume(
+            progress.step, {"num_vision_tokens": progress.num_samples, "num_damaged": progress.num_damaged}
+        )
 
     @contextmanager
     def _opened(self, last: int) -> Iterator[Stop]:
@@ -175,16 +186,16 @@ class Trainer:
                 for path in self.folder.glob(self._damage_path("*").name):  # of ranks that are no more
                     if not any(path == self._damage_path(rank) for rank in range(self.world.size)):
                         JsonLines(path).resume(self.step)
-            self._go_back(self.progress)
+            self._rewind(self.progress)
             self._before_steps()
             self.model.train()
             try:
                 self.log.open(self.step, last)
                 yield stop
-            except AgreedError:
+            except CollectiveError:
                 with suppress(NonFiniteError):  # one of the steps before may have been that too
                     self._read()
-                self._go_back(self.progress)
+                self._rewind(self.progress)
                 with suppress(OSError):  # the first error is the one to tell
                     self.save_checkpoint()
                     self.writer.finish()

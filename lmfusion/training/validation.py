@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lmfusion.data.pipeline.loader import LoaderState, RowLoader
+from lmfusion.data.pipeline.loader import LoaderState, PackedLoader
 from lmfusion.data.pipeline.skip_log import LEAST_SEEN
 from lmfusion.data.samples import DataConfig
 from lmfusion.model.batch import Batch
@@ -47,7 +47,7 @@ class Validation:
     that all text has labels. Raises ValueError where too many samples are damaged.
     """
 
-    def __init__(self, config: RunConfig, world: World, make_loader: Callable[[DataConfig], RowLoader]) -> None:
+    def __init__(self, config: RunConfig, world: World, make_loader: Callable[[DataConfig], PackedLoader]) -> None:
         self._world = world
         data = replace(config.data, sources=config.validation.sources, caption_drop=0.0, sample_latents=False)
         data = replace(data, cache_megabytes=0)  # the rows themselves are kept
@@ -95,7 +95,7 @@ class _Rows:
     """Rows of the first `num_samples` samples, or of all there are; those that this rank computes in memory."""
 
     def __init__(
-        self, config: DataConfig, num_samples: int, make_loader: Callable[[DataConfig], RowLoader], world: World
+        self, config: DataConfig, num_samples: int, make_loader: Callable[[DataConfig], PackedLoader], world: World
     ) -> None:
         rows: list[Batch] = []
         self.damaged: list[Any] = []
@@ -114,7 +114,7 @@ class _Rows:
                 break
         self.num_rows = len(rows)
         self.num_labels = sum(row.num_labels for row in rows)
-        self.num_images = sum(row.num_drawn for row in rows)
+        self.num_images = sum(row.num_target_images for row in rows)
         self._check_damage(config)
         self._check_same(world)
         # All ranks compute equally often, since they gather weights together; what is beyond the last row is left out

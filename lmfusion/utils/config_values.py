@@ -16,14 +16,14 @@ _REPR = reprlib.Repr()
 _REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, 120, 120, 120
 
 
-def shown(value: Any) -> str:
-    """`repr(value)` for an error, cut where it is long: a file's value may be as large as the file, or larger."""
+def short_repr(value: Any) -> str:
+    """`repr(value)` for an error, truncate where it is long: a file's value may be as large as the file, or larger."""
     if isinstance(value, int) and value.bit_length() > 400:
         return f"{hex(value)[:40]}..."  # Python refuses to write very long ones in decimal
     return _REPR.repr(value)
 
 
-def cut(text: str, length: int = 500) -> str:
+def truncate(text: str, length: int = 500) -> str:
     """`text` for an error, without the end of one that is long."""
     return text if len(text) <= length else f"{text[:length]}..."
 
@@ -49,7 +49,7 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         keys = [key for key, _ in pairs]
         double = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {shown(double)} is given twice")
+        raise ValueError(f"the key {short_repr(double)} is given twice")
     return values
 
 
@@ -68,15 +68,15 @@ def from_values(cls: type[T], value: Any, name: str = "") -> T:
     if value is None:
         value = {}
     if not isinstance(value, Mapping):
-        raise ValueError(f"{name} is {shown(value)}; it must be a mapping with the keys {field_names(cls)}")
+        raise ValueError(f"{name} is {short_repr(value)}; it must be a mapping with the keys {field_names(cls)}")
     prefix = f"{name}." if name else ""
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in value:
         if key not in known:
-            near = difflib.get_close_matches(cut(str(key), 120), known, n=1)
+            near = difflib.get_close_matches(truncate(str(key), 120), known, n=1)
             meant = f"; did you mean {prefix}{near[0]}?" if near else ""
-            raise ValueError(f"unknown key {prefix}{cut(str(key), 120)}{meant} (known: {', '.join(known)})")
+            raise ValueError(f"unknown key {prefix}{truncate(str(key), 120)}{meant} (known: {', '.join(known)})")
     for key, f in known.items():
         if key not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ValueError(f"{prefix}{key} is missing")
@@ -115,11 +115,11 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if origin in (list, tuple):
         length = len(args) if origin is tuple and args[-1] is not Ellipsis else None
         if not isinstance(value, (list, tuple)) or length not in (None, len(value)):
-            raise ValueError(f"{name} is {shown(value)}; it must be a list" + (f" of {length}" if length else ""))
+            raise ValueError(f"{name} is {short_repr(value)}; it must be a list" + (f" of {length}" if length else ""))
         return origin(_convert(item, args[0], f"{name}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise ValueError(f"{name} is {shown(value)}; it must map names to values")
+            raise ValueError(f"{name} is {short_repr(value)}; it must map names to values")
         return {key: _convert(item, args[1], f"{name}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
@@ -134,9 +134,9 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             pass
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, hint.__name__)
-        raise ValueError(f"{name} is {shown(value)}; it must be {kind}")
+        raise ValueError(f"{name} is {short_repr(value)}; it must be {kind}")
     if isinstance(value, int) and value.bit_length() > 63:
-        raise ValueError(f"{name} is {shown(value)}; it must be less than 2**63")
+        raise ValueError(f"{name} is {short_repr(value)}; it must be less than 2**63")
     return value
 
 

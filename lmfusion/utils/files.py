@@ -22,7 +22,7 @@ def full_path(path: str | Path) -> Path:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def name_os_errors(path: Path) -> Iterator[None]:
     """Give system errors that name no file the name of `path`: a full disk, or a disk that fails while it is read."""
     try:
         yield
@@ -36,7 +36,7 @@ def flush(path: Path) -> None:
     """Force a file, or the entries of a folder, onto the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with naming(path):
+        with name_os_errors(path):
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -44,7 +44,7 @@ def flush(path: Path) -> None:
 
 def file_sha256(path: Path) -> str:
     """Digest of the bytes of a file."""
-    with naming(path), open(path, "rb") as file:
+    with name_os_errors(path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -64,7 +64,7 @@ def replacing(path: Path, overwrite: bool = True, writer: str | None = None) -> 
     if overwrite:
         partial.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    with naming(path), open(os.open(partial, flags, 0o666), "wb") as file:
+    with name_os_errors(path), open(os.open(partial, flags, 0o666), "wb") as file:
         try:
             # Only the process that made the partial file checks if the name is free, so nobody can take it meanwhile
             if not overwrite and path.exists():
@@ -109,7 +109,7 @@ def new_folder(path: Path) -> None:
     path.mkdir()
 
 
-def locked_if_there(folder: Path, rank: int = 0) -> AbstractContextManager[None]:
+def lock_existing(folder: Path, rank: int = 0) -> AbstractContextManager[None]:
     """Like `locked`, for reading what another run may be writing. Does nothing where the folder does not exist."""
     return locked(folder, rank) if folder.is_dir() else nullcontext()
 
@@ -127,7 +127,7 @@ def locked(folder: Path, rank: int = 0) -> Iterator[None]:
     path = folder / ".lock"
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
     with open(os.open(path, flags, 0o666), "a+", encoding="utf-8") as file:
-        with naming(path):
+        with name_os_errors(path):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

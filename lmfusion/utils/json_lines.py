@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lmfusion.utils.files import naming, replace_text
+from lmfusion.utils.files import name_os_errors, replace_text
 
 
 class JsonLines:
@@ -28,7 +28,7 @@ class JsonLines:
         self.close()
         if not self.path.is_file():
             return
-        with naming(self.path):
+        with name_os_errors(self.path):
             lines = self.path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
         steps = [_step_of(line) for line in lines]
         num_kept = next((i for i, found in enumerate(steps) if found is None or found > step), len(lines))
@@ -41,7 +41,7 @@ class JsonLines:
 
     def append(self, values: Mapping[str, Any]) -> None:
         """Write one line, which a reader sees at once."""
-        with naming(self.path):
+        with name_os_errors(self.path):
             if self._file is None:
                 self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
             self._file.write(json.dumps(dict(values)) + "\n")
@@ -50,13 +50,13 @@ class JsonLines:
     def sync(self) -> None:
         """Force the lines onto the disk, as is done before a checkpoint that counts on them."""
         if self._file is not None:
-            with naming(self.path):
+            with name_os_errors(self.path):
                 os.fsync(self._file.fileno())
 
     def close(self) -> None:
         file, self._file = self._file, None
         if file is not None:
-            with naming(self.path):
+            with name_os_errors(self.path):
                 file.close()  # it writes what a full disk has not taken yet
 
 

@@ -1,4 +1,4 @@
-"""Is an optional package there? Asked before anything slow, so that its absence costs no time."""
+"""Is an optional package there? EngineRequest before anything slow, so that its absence costs no time."""
 
 import importlib.util
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import yaml
 
-from lmfusion.utils.config_values import cut, shown
+from lmfusion.utils.config_values import short_repr, truncate
 
 MAX_NODES = 100_000
 """Keys and values of a file, those that aliases repeat counted each time."""
@@ -37,7 +37,7 @@ def read_yaml(text: str) -> Any:
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
-        raise ValueError(f"not valid YAML: {cut(str(error))}") from error
+        raise ValueError(f"not valid YAML: {truncate(str(error))}") from error
     except RecursionError:
         raise ValueError("the YAML is nested too deeply; write it with fewer levels") from None
 
@@ -75,7 +75,7 @@ def _check_keys(node: yaml.MappingNode) -> None:
         if isinstance(key, yaml.ScalarNode):
             if key.value in lines and key.tag != "tag:yaml.org,2002:merge":
                 raise ValueError(
-                    f"{shown(key.value)} is given twice, in line {lines[key.value]} and in line {_line(key)}; write it "
+                    f"{short_repr(key.value)} is given twice, in line {lines[key.value]} and in line {_line(key)}; write it "
                     "once"
                 )
             lines[key.value] = _line(key)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lmfusion.data.samples import SourceConfig
 from lmfusion.training.config import DEVICES, DTYPES, CheckpointConfig, ValidationConfig, read_recipe
-from lmfusion.utils.config_values import check_least, shown
+from lmfusion.utils.config_values import check_least, short_repr
 from lmfusion.vae import discriminator, lpips
 
 
@@ -104,7 +104,7 @@ class LossConfig:
         check_least(self, "loss", discriminator_channels=1, discriminator_layers=1)
         if (self.lpips_weight > 0) != (self.vgg16 is not None):
             raise ValueError(
-                f"loss.lpips_weight is {self.lpips_weight} and loss.vgg16 is {shown(self.vgg16)}; "
+                f"loss.lpips_weight is {self.lpips_weight} and loss.vgg16 is {short_repr(self.vgg16)}; "
                 "LPIPS needs a weight above 0 and the file of a VGG-16, or neither"
             )
         width = self.discriminator_channels
@@ -159,7 +159,7 @@ class VAETrainConfig:
                 raise ValueError(f"train.{name} is {getattr(self, name)}, more than train.{of}, {limit}")
         for name, choices in (("dtype", DTYPES), ("device", DEVICES)):
             if getattr(self, name) not in choices:
-                given = shown(getattr(self, name))
+                given = short_repr(getattr(self, name))
                 raise ValueError(f"train.{name} is {given}; it must be one of {', '.join(choices)}")
 
 

@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lmfusion.data.pipeline.documents import Damage
-from lmfusion.data.pipeline.mixture import Draw, Mixture
+from lmfusion.data.pipeline.documents import SkippedSample
+from lmfusion.data.pipeline.mixture import Mixture, SampleRef
 from lmfusion.data.pipeline.order import SourceOrder
 from lmfusion.data.samples import CaptionedImage, LoadImage, Sample, Source, SourceConfig, load_source, parts_of
 from lmfusion.data.sources.unused_files import (
@@ -42,7 +42,7 @@ class ImageBatch(NamedTuple):
     noise: Tensor
     """Standard normal, float32 [B, latent channels, h, w]: what the posterior is drawn with."""
     sample_ids: tuple[str, ...]
-    damaged: tuple[Damage, ...]
+    damaged: tuple[SkippedSample, ...]
 
 
 class ImageLoader:
@@ -90,19 +90,19 @@ class ImageLoader:
     def _batch(self, positions: range) -> ImageBatch:
         config = self._config
         images, noise, sample_ids, damaged = [], [], [], []
-        for draw in self._mixture.draw(positions):
-            name = f"{self._names[draw.source]}, sample {draw.index}"
+        for ref in self._mixture.samples(positions):
+            name = f"{self._names[ref.source]}, sample {ref.index}"
             try:
-                sample = self._sources[draw.source][draw.index]
+                sample = self._sources[ref.source][ref.index]
                 name = sample.sample_id
-                images.append(self._pixels(draw, sample))
+                images.append(self._pixels(ref, sample))
             except StorageError:
                 raise
             except (ValueError, OSError) as error:
-                damaged.append(Damage(name, str(error)))
+                damaged.append(SkippedSample(name, str(error)))
                 continue
-            chance = generator(self._seed, draw.epoch, name, "posterior")
-            noise.append(torch.from_numpy(chance.standard_normal(config.latent_shape, np.float32)))
+            rng = generator(self._seed, ref.epoch, name, "posterior")
+            noise.append(torch.from_numpy(rng.standard_normal(config.latent_shape, np.float32)))
             sample_ids.append(name)
         size = config.image_size
         return ImageBatch(
@@ -112,15 +112,15 @@ class ImageLoader:
             tuple(damaged),
         )
 
-    def _pixels(self, draw: Draw, sample: Sample) -> Tensor:
+    def _pixels(self, ref: SampleRef, sample: Sample) -> Tensor:
         """uint8 [channels, H, W]; of a document of several images, one that the epoch picks."""
         loaders = _image_loaders(sample)
         if not loaders:
             raise ValueError(f"{sample.sample_id} has no image")
         which = 0
         if len(loaders) > 1:
-            which = int(generator(self._seed, draw.epoch, sample.sample_id, "image").integers(len(loaders)))
-        key = (draw.source, draw.index, which)
+            which = int(generator(self._seed, ref.epoch, sample.sample_id, "image").integers(len(loaders)))
+        key = (ref.source, ref.index, which)
         if key in self._cache:
             return self._cache[key]
         image = loaders[which]()
@@ -163,7 +163,7 @@ class FolderOfImages:
 
 
 def _load(config: SourceConfig, image_size: int) -> Source:
-    if config.kind == "encoded":
+    if config.kind == "latents":
         raise ValueError(f"the data source {config.name} holds latents; an autoencoder is trained on images")
     if config.kind == "folder":
         assert config.path is not None

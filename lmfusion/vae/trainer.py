@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 from tqdm import tqdm
 
-from lmfusion.data.pipeline.skip_log import DamageLog
+from lmfusion.data.pipeline.skip_log import SkipLog
 from lmfusion.images.preprocessing import to_pil
 from lmfusion.training import checkpoint
 from lmfusion.training.config import TrainConfig, resolve_path
@@ -27,7 +27,7 @@ from lmfusion.training.sampling import make_grid, save_grid
 from lmfusion.training.step import NonFiniteError
 from lmfusion.utils.config_values import to_values
 from lmfusion.utils.devices import choose_device
-from lmfusion.utils.files import locked, locked_if_there, replace_text
+from lmfusion.utils.files import lock_existing, locked, replace_text
 from lmfusion.utils.json_lines import JsonLines
 from lmfusion.utils.signals import stop_signals
 from lmfusion.vae import losses
@@ -73,14 +73,14 @@ class VAETrainer:
         self.writer = checkpoint.CheckpointWriter(
             self.folder / "checkpoints", config.checkpoint.keep_last, World(0, 1, self.device)
         )
-        self.damage = DamageLog(self.folder / "damaged.jsonl", config.data.max_damaged)
+        self.damage = SkipLog(self.folder / "damaged.jsonl", config.data.max_damaged)
         self.log = JsonLines(self.folder / "metrics.jsonl")
         self.gathered: list[StepMetrics] = []
         self.clock = Clock()
         self.step = 0
         """Updates made so far."""
         self._damage_before: dict[str, int] = {}
-        with locked_if_there(self.folder):
+        with lock_existing(self.folder):
             self._resume()
 
     def run(self, max_steps: int | None = None) -> bool:

@@ -26,20 +26,20 @@ from lmfusion_kernels.attention.flash_attn_2 import FlashAttn2
 from lmfusion_kernels.attention.flash_attn_3 import FlashAttn3
 from lmfusion_kernels.attention.flash_attn_4 import FlashAttn4
 from lmfusion_kernels.attention.flex import Flex
-from lmfusion_kernels.attention.interface import Case, Kernel, QueryRows, dtype_name
+from lmfusion_kernels.attention.interface import AttentionProblem, Kernel, QueryRows, dtype_name
 from lmfusion_kernels.attention.reference import Reference
 from lmfusion_kernels.attention.registered import Native, Triton
-from lmfusion_kernels.attention.two_pass import TwoCalls
+from lmfusion_kernels.attention.two_pass import TwoPass
 from lmfusion_kernels.layout.token_layout import TokenLayout
-from lmfusion_kernels.runtime.backends import REFERENCE_RUNS, VARIABLE, asked_for
+from lmfusion_kernels.runtime.backends import REFERENCE_RUNS, VARIABLE, requested_backend
 from lmfusion_kernels.runtime.device import capability, constant_result
 
 KERNELS: dict[str, Kernel] = {
     "native": Native(),
     "triton": Triton(),
-    "flash": TwoCalls(TorchFlash()),
-    "flash-attn-2": TwoCalls(FlashAttn2()),
-    "flash-attn-3": TwoCalls(FlashAttn3()),
+    "flash": TwoPass(TorchFlash()),
+    "flash-attn-2": TwoPass(FlashAttn2()),
+    "flash-attn-3": TwoPass(FlashAttn3()),
     "flash-attn-4": FlashAttn4(),
     "flex": Flex(),
     "reference": Reference(),
@@ -67,26 +67,28 @@ def choose(
     Raises ValueError for an unknown name, and when what was asked for cannot run; the message says why, and how to get
     it.
     """
-    case = Case(device, dtype, num_heads, num_kv_heads, head_dim, needs_grad, layout.is_cached, layout.has_hidden)
-    asked = asked_for(backend)
+    case = AttentionProblem(
+        device, dtype, num_heads, num_kv_heads, head_dim, needs_grad, layout.is_cached, layout.has_hidden
+    )
+    asked = requested_backend(backend)
     if asked is not None and asked != "native":
-        if reason := why_not(asked, case):
+        if reason := unsupported_reason(asked, case):
             source = "" if backend else f" by {VARIABLE}"
-            others = [name for name in order_for(case, layout.num_tokens) if not why_not(name, case)]
+            others = [name for name in order_for(case, layout.num_tokens) if not unsupported_reason(name, case)]
             way_out = f"backend='native' runs {others[0]} attention here" if others else REFERENCE_RUNS
             raise ValueError(f"{asked} attention was asked for{source}, but {reason}; {way_out}")
         return asked
     order = order_for(case, layout.num_tokens)
     for name in order:
-        if not why_not(name, case):
+        if not unsupported_reason(name, case):
             return name
     if asked is not None:
-        reasons = "; ".join(f"{name}: {why_not(name, case)}" for name in order)
+        reasons = "; ".join(f"{name}: {unsupported_reason(name, case)}" for name in order)
         raise ValueError(f"no native attention can run here ({reasons}); {REFERENCE_RUNS}")
     return "reference"
 
 
-def order_for(case: Case, num_tokens: int) -> tuple[str, ...]:
+def order_for(case: AttentionProblem, num_tokens: int) -> tuple[str, ...]:
     """The kernels to try, best first."""
     if case.device.type != "cuda":
         return ("native",)
@@ -112,30 +114,33 @@ def explain(name: str, asked: str | None) -> list[str]:
     for dtype in (torch.bfloat16, torch.float32):
         for head_dim in (64, 96, 128, 256):
             for needs_grad in (False, True):
-                case = Case(device, dtype, 32, 8, head_dim, needs_grad, is_cached=False)
+                case = AttentionProblem(device, dtype, 32, 8, head_dim, needs_grad, is_cached=False)
                 best = _measured(device, dtype_name(dtype), head_dim, needs_grad)
                 call = f"{dtype_name(dtype)} heads of {head_dim}" + (" with gradients" if needs_grad else "")
-                if any(kernel == name for _, kernel in best) and not why_not(name, case):
+                if any(kernel == name for _, kernel in best) and not unsupported_reason(name, case):
                     where.setdefault("measured", []).append(call)
-                elif next((kernel for kernel in DEFAULT_ORDER if not why_not(kernel, case)), None) == name and not best:
+                elif (
+                    next((kernel for kernel in DEFAULT_ORDER if not unsupported_reason(kernel, case)), None) == name
+                    and not best
+                ):
                     where.setdefault("by default, not measured", []).append(call)
     return [f"{reason}: {' | '.join(calls)}" if len(calls) < 16 else reason for reason, calls in where.items()]
 
 
-def why_not(name: str, case: Case) -> str:
+def unsupported_reason(name: str, case: AttentionProblem) -> str:
     """Why kernel `name` cannot run `case`, as the rest of a sentence; empty if it can."""
-    return why_absent(name, case.device) or KERNELS[name].why_not(case)
+    return unavailable_reason(name, case.device) or KERNELS[name].unsupported_reason(case)
 
 
 @constant_result
-def why_absent(name: str, device: torch.device) -> str:
-    """Why kernel `name` cannot run on `device` at all. Asked once a process: an answer is kept."""
+def unavailable_reason(name: str, device: torch.device) -> str:
+    """Why kernel `name` cannot run on `device` at all. EngineRequest once a process: an answer is kept."""
     return _why_absent(name, device)
 
 
 @lru_cache
 def _why_absent(name: str, device: torch.device) -> str:
-    return KERNELS[name].why_absent(device)
+    return KERNELS[name].unavailable_reason(device)
 
 
 def forward(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lmfusion_kernels.attention.installed import why_not_device, why_not_flash
-from lmfusion_kernels.attention.interface import Case
+from lmfusion_kernels.attention.interface import AttentionProblem
 from lmfusion_kernels.attention.two_pass import Sequences
 from lmfusion_kernels.runtime.device import capability
 
@@ -46,14 +46,14 @@ class TorchFlash:
 
     summary = "two causal calls of PyTorch's FlashAttention-2"
 
-    def why_absent(self, device: torch.device) -> str:
+    def unavailable_reason(self, device: torch.device) -> str:
         if reason := why_not_device(device, "8.0 or later", ((8, 99),)):
             return reason
         if not torch.backends.cuda.is_flash_attention_available():
             return "this build of torch has no FlashAttention"
         return why_schema_differs()
 
-    def why_not(self, case: Case) -> str:
+    def unsupported_reason(self, case: AttentionProblem) -> str:
         if reason := why_not_flash(case):
             return reason
         small = ((8, 6), (8, 9), (12, 0), (12, 1))  # too little shared memory for the backward of large heads

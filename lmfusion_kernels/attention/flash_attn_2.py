@@ -18,7 +18,7 @@ from lmfusion_kernels.attention.installed import (
     why_not_device,
     why_not_flash,
 )
-from lmfusion_kernels.attention.interface import Case
+from lmfusion_kernels.attention.interface import AttentionProblem
 from lmfusion_kernels.attention.two_pass import Sequences
 
 
@@ -28,7 +28,7 @@ class FlashAttn2:
     summary = "two causal calls of FlashAttention-2"
     install = "pip install flash-attn --no-build-isolation"
 
-    def why_absent(self, device: torch.device) -> str:
+    def unavailable_reason(self, device: torch.device) -> str:
         found = version_of("flash-attn")
         if found is None or not has_module("flash_attn"):
             return f"flash-attn is not installed; `{self.install}`"
@@ -39,7 +39,7 @@ class FlashAttn2:
             )
         return why_not_device(device, "8.0 or later", ((8, 99),)) or why_no_import("flash_attn.flash_attn_interface")
 
-    def why_not(self, case: Case) -> str:
+    def unsupported_reason(self, case: AttentionProblem) -> str:
         return why_not_flash(case)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> tuple[Tensor, Tensor]:

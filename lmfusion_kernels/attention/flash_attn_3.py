@@ -19,7 +19,7 @@ from lmfusion_kernels.attention.installed import (
     why_not_device,
     why_not_flash,
 )
-from lmfusion_kernels.attention.interface import Case
+from lmfusion_kernels.attention.interface import AttentionProblem
 from lmfusion_kernels.attention.two_pass import Sequences
 from lmfusion_kernels.runtime.device import constant_result
 
@@ -30,7 +30,7 @@ class FlashAttn3:
     summary = "two causal calls of FlashAttention-3"
     install = "pip install flash-attn-3 --index-url https://download.pytorch.org/whl/cu130"
 
-    def why_absent(self, device: torch.device) -> str:
+    def unavailable_reason(self, device: torch.device) -> str:
         if not (has_module("flash_attn_interface") and has_module("flash_attn_3")):
             return f"FlashAttention-3 is not installed; `{self.install}`"
         if reason := why_not_device(device, "9.0", ((9, 9),)) or why_no_import("flash_attn_interface"):
@@ -39,7 +39,7 @@ class FlashAttn3:
             return f"this FlashAttention-3 is older than its registered ops; `{self.install}`"
         return ""
 
-    def why_not(self, case: Case) -> str:
+    def unsupported_reason(self, case: AttentionProblem) -> str:
         if reason := why_not_flash(case):
             return reason
         flags = build_flags()

@@ -26,7 +26,14 @@ from lmfusion_kernels.attention.installed import (
     why_not_device,
     why_not_flash,
 )
-from lmfusion_kernels.attention.interface import Case, QueryRows, aligned, key_ranges, query_ranges, ranges_by_key
+from lmfusion_kernels.attention.interface import (
+    AttentionProblem,
+    QueryRows,
+    aligned,
+    key_ranges,
+    query_ranges,
+    ranges_by_key,
+)
 from lmfusion_kernels.attention.reference import store_rows
 from lmfusion_kernels.layout.token_layout import TokenLayout
 
@@ -41,13 +48,13 @@ class FlashAttn4:
     install = "pip install flash-attn-4"
     is_differentiable = False
 
-    def why_absent(self, device: torch.device) -> str:
+    def unavailable_reason(self, device: torch.device) -> str:
         found = version_of("flash-attn-4")
         if found is None or not has_module("flash_attn.cute"):
             return f"flash-attn-4 is not installed; `{self.install}`"
         return why_not_device(device, "9.0", ((9, 9),)) or why_no_import("flash_attn.cute.interface")
 
-    def why_not(self, case: Case) -> str:
+    def unsupported_reason(self, case: AttentionProblem) -> str:
         if case.is_cached:
             return "it takes no key-value cache"
         if case.has_hidden:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lmfusion_kernels.attention.block_lists import block_lists
 from lmfusion_kernels.attention.installed import why_not_device
-from lmfusion_kernels.attention.interface import Case, QueryRows, dtype_name, hidden_ends, key_ranges
+from lmfusion_kernels.attention.interface import AttentionProblem, QueryRows, dtype_name, hidden_ends, key_ranges
 from lmfusion_kernels.attention.reference import recomputed_backward, store_rows
 from lmfusion_kernels.layout.token_layout import TokenLayout
 
@@ -29,10 +29,10 @@ class Flex:
     summary = "PyTorch's FlexAttention, block mask from the layout's vectors"
     is_differentiable = True
 
-    def why_absent(self, device: torch.device) -> str:
+    def unavailable_reason(self, device: torch.device) -> str:
         return "" if device.type == "cpu" else why_not_device(device, "8.0 or later", ((8, 99),))
 
-    def why_not(self, case: Case) -> str:
+    def unsupported_reason(self, case: AttentionProblem) -> str:
         if case.is_cached:
             return "it takes no key-value cache"
         if case.device.type == "cpu":

@@ -1,4 +1,4 @@
-"""What is installed, and what can the device do? Asked when a kernel is considered for the first time, never before."""
+"""What is installed, and what can the device do? EngineRequest when a kernel is considered for the first time, never before."""
 
 import importlib
 import importlib.util
@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from lmfusion_kernels.attention.interface import Case, dtype_name
+from lmfusion_kernels.attention.interface import AttentionProblem, dtype_name
 from lmfusion_kernels.runtime.device import capability
 
 
@@ -56,7 +56,7 @@ def why_not_device(device: torch.device, capabilities: str, fits: tuple[tuple[in
     return ""
 
 
-def why_not_flash(case: Case, max_head_dim: int = 256) -> str:
+def why_not_flash(case: AttentionProblem, max_head_dim: int = 256) -> str:
     """Limits common to all FlashAttention kernels: half precision, head sizes that are multiples of 8."""
     if case.dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, not {dtype_name(case.dtype)}"

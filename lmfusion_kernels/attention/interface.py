@@ -11,7 +11,7 @@ QueryRows = Literal["all", "active", "constant"]
 """Which rows are queries: all rows of the layout, those that take part in a backward, or the others."""
 
 
-class Case(NamedTuple):
+class AttentionProblem(NamedTuple):
     """What decides whether a kernel can run a call."""
 
     device: torch.device
@@ -44,11 +44,11 @@ class Kernel(Protocol):
         """Whether autograd follows `forward`; otherwise a caller has to use `backward`."""
         ...
 
-    def why_absent(self, device: torch.device) -> str:
+    def unavailable_reason(self, device: torch.device) -> str:
         """Why it cannot run on `device` whatever the tensors, as the rest of a sentence; empty if it can."""
         ...
 
-    def why_not(self, case: Case) -> str:
+    def unsupported_reason(self, case: AttentionProblem) -> str:
         """Why a kernel that is not absent cannot run `case`, as the rest of a sentence; empty if it can."""
         ...
 
@@ -84,12 +84,12 @@ def key_ranges(layout: TokenLayout, rows: QueryRows) -> tuple[Tensor, Tensor, Te
 
 
 def hidden_ends(layout: TokenLayout, rows: QueryRows) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """visible_end by key, counted in the queries of `rows`, and stretch_end; None where the layout hides nothing."""
+    """visible_end by key, counted in the queries of `rows`, and run_end; None where the layout hides nothing."""
     if not layout.has_hidden:
         return None, None
     if rows == "all":
-        return layout.visible_end, layout.stretch_end
-    return (layout.active_visible_end if rows == "active" else layout.constant_visible_end), layout.stretch_end
+        return layout.visible_end, layout.run_end
+    return (layout.active_visible_end if rows == "active" else layout.constant_visible_end), layout.run_end
 
 
 def query_ranges(layout: TokenLayout, rows: QueryRows) -> tuple[Tensor, Tensor, Tensor]:

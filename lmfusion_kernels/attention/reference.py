@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lmfusion_kernels.attention.interface import Case, QueryRows, hidden_ends, key_ranges, query_ranges
+from lmfusion_kernels.attention.interface import AttentionProblem, QueryRows, hidden_ends, key_ranges, query_ranges
 from lmfusion_kernels.layout.token_layout import TokenLayout
 
 Forward = Callable[[Tensor, Tensor, Tensor, TokenLayout, QueryRows, float], tuple[Tensor, Tensor]]
@@ -68,10 +68,10 @@ class Reference:
     summary = "plain PyTorch"
     is_differentiable = True
 
-    def why_absent(self, device: torch.device) -> str:
+    def unavailable_reason(self, device: torch.device) -> str:
         return ""
 
-    def why_not(self, case: Case) -> str:
+    def unsupported_reason(self, case: AttentionProblem) -> str:
         return ""
 
     def forward(

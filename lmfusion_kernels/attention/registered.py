@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from lmfusion_kernels.attention.installed import has_module, why_not_device
-from lmfusion_kernels.attention.interface import Case, QueryRows, dtype_name, hidden_ends, key_ranges, query_ranges
+from lmfusion_kernels.attention.interface import (
+    AttentionProblem,
+    QueryRows,
+    dtype_name,
+    hidden_ends,
+    key_ranges,
+    query_ranges,
+)
 from lmfusion_kernels.layout.token_layout import TokenLayout
 from lmfusion_kernels.runtime import library
 
@@ -49,12 +56,12 @@ class Native(_Registered):
 
     summary = "C++, CPU only"
 
-    def why_absent(self, device: torch.device) -> str:
+    def unavailable_reason(self, device: torch.device) -> str:
         if device.type not in ("cpu", "meta"):
             return f"it runs on the CPU, not on {device.type}"
-        return library.why_not
+        return library.unavailable_reason
 
-    def why_not(self, case: Case) -> str:
+    def unsupported_reason(self, case: AttentionProblem) -> str:
         if case.dtype not in (torch.float32, torch.bfloat16):
             return f"it takes float32 and bfloat16, not {dtype_name(case.dtype)}"
         return ""
@@ -65,12 +72,12 @@ class Triton(_Registered):
 
     summary = "Triton, straight from the layout's vectors"
 
-    def why_absent(self, device: torch.device) -> str:
-        if reason := library.why_not or why_not_device(device, "8.0 or later", ((8, 99),)):
+    def unavailable_reason(self, device: torch.device) -> str:
+        if reason := library.unavailable_reason or why_not_device(device, "8.0 or later", ((8, 99),)):
             return reason
         return "" if has_module("triton") else "triton is not installed; `pip install triton`"
 
-    def why_not(self, case: Case) -> str:
+    def unsupported_reason(self, case: AttentionProblem) -> str:
         if case.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"it takes float32, bfloat16 and float16, not {dtype_name(case.dtype)}"
         if case.head_dim % 8 or not 0 < case.head_dim <= 256:

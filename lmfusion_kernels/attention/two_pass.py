@@ -22,7 +22,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lmfusion_kernels.attention.interface import Case, QueryRows, aligned
+from lmfusion_kernels.attention.interface import AttentionProblem, QueryRows, aligned
 from lmfusion_kernels.layout.token_layout import TokenLayout
 
 
@@ -49,9 +49,9 @@ class PackedCausal(Protocol):
     @property
     def summary(self) -> str: ...
 
-    def why_absent(self, device: torch.device) -> str: ...
+    def unavailable_reason(self, device: torch.device) -> str: ...
 
-    def why_not(self, case: Case) -> str: ...
+    def unsupported_reason(self, case: AttentionProblem) -> str: ...
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> tuple[Tensor, Tensor]:
         """out [total_q, H, D] and lse [H, total_q], the log of the sum of exp(score)."""
@@ -72,7 +72,7 @@ class PackedCausal(Protocol):
         ...
 
 
-class TwoCalls:
+class TwoPass:
     """Hybrid attention by two calls of `packed`; see the kernels' own files for what each can run."""
 
     is_differentiable = False
@@ -84,11 +84,11 @@ class TwoCalls:
     def summary(self) -> str:
         return self.packed.summary
 
-    def why_absent(self, device: torch.device) -> str:
-        return self.packed.why_absent(device)
+    def unavailable_reason(self, device: torch.device) -> str:
+        return self.packed.unavailable_reason(device)
 
-    def why_not(self, case: Case) -> str:
-        return self.packed.why_not(case)
+    def unsupported_reason(self, case: AttentionProblem) -> str:
+        return self.packed.unsupported_reason(case)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, rows: QueryRows, scale: float

@@ -125,8 +125,8 @@ def backward(
     dgate_up = [dgate_live, dgate_image]
     dnormed = [torch.mm(d, w.gate_up_proj) for d, w in zip(dgate_up, towers, strict=True)]
     want_gate_up = wants[0]["gate_up_proj"] or wants[1]["gate_up_proj"]
-    middle = [present(saved.middle_live), present(saved.middle_image)]
-    rstd = present(saved.rstd_middle)
+    middle = [present(saved.post_attention_live), present(saved.middle_image)]
+    rstd = present(saved.rstd_post_attention)
     dmiddle, normed = norm_backward("post_attention_layernorm", dnormed, middle, rstd, dys, want_gate_up)
     if want_gate_up:
         weight_grads("gate_up_proj", dgate_up, normed)

@@ -87,10 +87,10 @@ class Activations(NamedTuple):
     """[num_active, H, D], the result of attention in [live | image] order"""
     lse: Tensor | None = None
     rstd_in: Tensor | None = None
-    middle_live: Tensor | None = None
+    post_attention_live: Tensor | None = None
     """the residual stream after attention"""
     middle_image: Tensor | None = None
-    rstd_middle: Tensor | None = None
+    rstd_post_attention: Tensor | None = None
     gate_up_live: Tensor | None = None
     gate_up_image: Tensor | None = None
     qkv_live: Tensor | None = None
@@ -122,7 +122,7 @@ def forward(
     for target, part, w in zip(_split(update, layout.num_text), attended, call.towers, strict=True):
         torch.mm(part, w.o_proj.t(), out=target)
     keep_middle, keep_gate_up = keep and call.recompute != "layer", keep and call.recompute == "none"
-    normed, middle, kept, rstd_middle = _norm(
+    normed, middle, kept, rstd_post_attention = _norm(
         call, "post_attention_layernorm", update, rows, layout.num_text, num_constant, keep_middle, keep_middle
     )
     del attended, update  # not beside gate and up, where the forward needs most memory
@@ -132,8 +132,8 @@ def forward(
         torch.addmm(target, part, w.down_proj.t(), out=target)  # as addmm_, which FlopCounterMode does not count
     y: Rows = middle[0] if is_joined else (middle[0], middle[1])
     if keep_middle:
-        saved |= {"rstd_in": rstd_in, "rstd_middle": rstd_middle}
-        saved |= {"middle_live": kept[0], "middle_image": kept[1]}
+        saved |= {"rstd_in": rstd_in, "rstd_post_attention": rstd_post_attention}
+        saved |= {"post_attention_live": kept[0], "middle_image": kept[1]}
     if keep_gate_up:
         saved |= {"gate_up_live": gate_up[0], "gate_up_image": gate_up[1]}
     return y, Activations(x_live, x_image, **saved) if keep else None
@@ -175,12 +175,12 @@ def complete(call: Call, saved: Activations) -> Activations:
         out, lse = attention.forward(call.attention, q, k, v, layout, "active", call.scale)
         attended = out.flatten(1).tensor_split([layout.num_live])
         update = [torch.mm(part, w.o_proj.t()) for part, w in zip(attended, call.towers, strict=True)]
-        normed, middle, _, rstd_middle = _norm(call, "post_attention_layernorm", update, x, layout.num_live)
-        saved = Activations(x[0], x[1], k, v, q, out, lse, rstd_in, middle[0], middle[1], rstd_middle)
+        normed, middle, _, rstd_post_attention = _norm(call, "post_attention_layernorm", update, x, layout.num_live)
+        saved = Activations(x[0], x[1], k, v, q, out, lse, rstd_in, middle[0], middle[1], rstd_post_attention)
         if call.has_qk_norm:
             saved = saved._replace(qkv_live=qkv[0], qkv_image=qkv[1])
     else:
-        middle = [present(saved.middle_live), present(saved.middle_image)]
+        middle = [present(saved.post_attention_live), present(saved.middle_image)]
         normed, *_ = _norm(call, "post_attention_layernorm", middle, [], layout.num_live)
     gate_up = [torch.mm(r, w.gate_up_proj.t()) for r, w in zip(normed, call.towers, strict=True)]
     return saved._replace(gate_up_live=gate_up[0], gate_up_image=gate_up[1])

@@ -30,7 +30,7 @@ _NORM_PLACES = tuple(_NAMES.index(name) for name in ("q_norm", "k_norm"))
 _TENSORS = ("buffer", "numbers", "cos", "sin")
 _UNKNOWN = -1
 _LEAST = 2
-_FLOAT32 = ("lse", "rstd_in", "rstd_middle")
+_FLOAT32 = ("lse", "rstd_in", "rstd_post_attention")
 
 
 class Traced(NamedTuple):
@@ -173,8 +173,8 @@ def _kept_shapes(
     if traced.recompute == "layer":
         return shapes
     shapes |= {"q": queries, "out": queries, "lse": (num_heads, num_active)}
-    shapes |= {"rstd_in": (num_rows,), "rstd_middle": (num_rows,)}
-    shapes |= {"middle_live": (num_live, x[0].shape[1]), "middle_image": (num_image, x[-1].shape[1])}
+    shapes |= {"rstd_in": (num_rows,), "rstd_post_attention": (num_rows,)}
+    shapes |= {"post_attention_live": (num_live, x[0].shape[1]), "middle_image": (num_image, x[-1].shape[1])}
     if traced.recompute == "none":
         shapes |= {"gate_up_live": (num_live, gate_up_width), "gate_up_image": (num_image, image_gate_up_width)}
     if any(place % len(_NAMES) in _NORM_PLACES for place in traced.present):

@@ -23,14 +23,14 @@ def build_layout(
     frozen_text: bool,
     cached_lengths: np.ndarray | None = None,
     cache_starts: np.ndarray | None = None,
-    cache_rows: int = 0,
+    cache_slots: int = 0,
     segments: np.ndarray | None = None,
     modes: np.ndarray | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
     """The vectors and counts of `TokenLayout` from S spans.
 
     kinds uint8 [S] (0 text, 1 image, 2 marker), lengths int32 [S], documents int32 [S] (non-decreasing from 0),
-    cached_lengths and cache_starts int32 [num_documents], or None without a cache of cache_rows rows. segments int32
+    cached_lengths and cache_starts int32 [num_documents], or None without a cache of cache_slots rows. segments int32
     [S] (ascending from 0 by steps of 0 or 1) and modes uint8 [S] (1 full, 2 hidden, added up): spans of one segment,
     of one document, have one mode; None if every span is a segment, images full and none hidden. What all of these say
     is not checked. All vectors of the answer are int32.
@@ -42,10 +42,10 @@ def build_layout(
         raise ValueError(f"the batch has {num_tokens} tokens; the limit is {_MAX_ROWS}, split it")
     if _layout_native is not None:
         return _layout_native.build_layout(
-            kinds, lengths, documents, frozen_text, cached_lengths, cache_starts, cache_rows, segments, modes
+            kinds, lengths, documents, frozen_text, cached_lengths, cache_starts, cache_slots, segments, modes
         )
     return build_layout_numpy(
-        kinds, lengths, documents, frozen_text, cached_lengths, cache_starts, cache_rows, segments, modes
+        kinds, lengths, documents, frozen_text, cached_lengths, cache_starts, cache_slots, segments, modes
     )
 
 
@@ -56,7 +56,7 @@ def build_layout_numpy(
     frozen_text: bool,
     cached_lengths: np.ndarray | None = None,
     cache_starts: np.ndarray | None = None,
-    cache_rows: int = 0,
+    cache_slots: int = 0,
     segments: np.ndarray | None = None,
     modes: np.ndarray | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
@@ -128,7 +128,7 @@ def build_layout_numpy(
         key_slot = slot_start + position
         end_key = end_key - first_key + slot_start + cached_lengths[document]
         first_key = slot_start
-        document_key_start = np.append(cache_starts, cache_rows)
+        document_key_start = np.append(cache_starts, cache_slots)
         document_num_keys = document_num_keys + cached_lengths
     vectors = {
         "tower_to_sequence": tower_to_sequence,
@@ -164,7 +164,7 @@ def build_layout_numpy(
             "visible_end": end_query,
             "constant_visible_end": end_query - active_end,
             "active_visible_end": active_end,
-            "stretch_end": np.where(is_hidden, end_query, np.minimum(next_hidden, end_query)),
+            "run_end": np.where(is_hidden, end_query, np.minimum(next_hidden, end_query)),
             **_parts(is_hidden, is_constant, document_bounds, segment_start[is_hidden_segment], end_query),
         }
     else:
@@ -181,7 +181,7 @@ def build_layout_numpy(
 
 
 _HIDDEN_VECTORS = (
-    "visible_end", "constant_visible_end", "active_visible_end", "stretch_end", "part_start", "part_row",
+    "visible_end", "constant_visible_end", "active_visible_end", "run_end", "part_start", "part_row",
     "part_key_start", "part_key", "active_part_start", "active_part_row", "constant_part_row", "constant_part_num_keys",
 )  # fmt: skip
 

@@ -25,13 +25,13 @@ class CachePlace:
         num_documents: int,
         cached_lengths: Sequence[int] | None,
         cache_starts: Sequence[int] | None,
-        cache_rows: int | None,
+        cache_slots: int | None,
     ) -> "CachePlace | None":
         """The arguments of `from_spans`, or None without a cache. Raises ValueError where they do not fit."""
-        if cached_lengths is None and cache_starts is None and cache_rows is None:
+        if cached_lengths is None and cache_starts is None and cache_slots is None:
             return None
-        if cached_lengths is None or cache_starts is None or cache_rows is None:
-            raise ValueError("give cached_lengths, cache_starts and cache_rows together, or none of them")
+        if cached_lengths is None or cache_starts is None or cache_slots is None:
+            raise ValueError("give cached_lengths, cache_starts and cache_slots together, or none of them")
         if spans.modes is not None and (spans.modes & HIDDEN).any():
             raise ValueError(
                 f"document {spans.documents[np.flatnonzero(spans.modes & HIDDEN)[0]]} has a hidden span, which later "
@@ -42,11 +42,11 @@ class CachePlace:
         for name, vector in (("cached_lengths", cached), ("cache_starts", starts)):
             if vector.shape != (num_documents,):
                 raise ValueError(f"{name} must have one entry for each of {num_documents} documents, got {vector.size}")
-        if not 0 <= cache_rows <= MAX_ROWS:
-            raise ValueError(f"cache_rows is {cache_rows}; it must be from 0 to {MAX_ROWS}")
+        if not 0 <= cache_slots <= MAX_ROWS:
+            raise ValueError(f"cache_slots is {cache_slots}; it must be from 0 to {MAX_ROWS}")
         if cached.min(initial=0) < 0:
             raise ValueError(f"document {int(cached.argmin())} has cached length {cached.min()}; it must be 0 or more")
-        ends = np.append(starts[1:], cache_rows)
+        ends = np.append(starts[1:], cache_slots)
         falls = np.flatnonzero(np.diff(starts, prepend=0) < 0)
         if falls.size:
             raise ValueError(
@@ -73,4 +73,4 @@ class CachePlace:
                     f"documents {d} and {d + 1} both begin at row {starts[d]} of the cache; only documents of one "
                     "token or one image may, with equal lengths in the cache and in the batch"
                 )
-        return cls(cached.astype(np.int32), starts.astype(np.int32), int(cache_rows))
+        return cls(cached.astype(np.int32), starts.astype(np.int32), int(cache_slots))

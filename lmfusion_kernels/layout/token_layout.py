@@ -100,7 +100,7 @@ class TokenLayout:
     """[N] or empty: the same counted in constant rows, as queries that are constant rows are."""
     active_visible_end: Tensor
     """[N] or empty: the same counted in active rows (ranks)."""
-    stretch_end: Tensor
+    run_end: Tensor
     """[N] or empty: where the stretch of keys that a key belongs to ends; keys of a stretch have one visible_end. A
     stretch is a hidden segment, or what lies between such, within a document."""
 
@@ -190,7 +190,7 @@ class TokenLayout:
         device: torch.device | str | None = None,
         cached_lengths: Sequence[int] | None = None,
         cache_starts: Sequence[int] | None = None,
-        cache_rows: int | None = None,
+        cache_slots: int | None = None,
     ) -> "TokenLayout":
         """Lay out documents given as lists (any iterables) of (modality, length), as `[[("text", 3), ("image", 256)]]`.
 
@@ -202,7 +202,7 @@ class TokenLayout:
         each other, whatever their towers: `("full", [("marker", 1), ("image", 256), ("marker", 1)])`. Its text rows
         count as live. `("full", [...], "hidden")` is hidden as a whole.
 
-        With a key-value cache of `cache_rows` rows, document `d` already has `cached_lengths[d]` tokens in it, from row
+        With a key-value cache of `cache_slots` rows, document `d` already has `cached_lengths[d]` tokens in it, from row
         `cache_starts[d]` on, and the given spans continue it. Documents own the rows up to the next one's start, or to
         the end; rows that none of them fills, between them or behind the last, belong to others and are not touched.
         Starts ascend. Documents of one token or one image, alike in both lengths, may have the same start: they write
@@ -218,7 +218,7 @@ class TokenLayout:
             raise ValueError(f"{error}; {SPANS_EXPECTED}") from error
         spans = Spans.of(batch)
         num_documents = len(batch)
-        cache = CachePlace.checked(spans, num_documents, cached_lengths, cache_starts, cache_rows)
+        cache = CachePlace.checked(spans, num_documents, cached_lengths, cache_starts, cache_slots)
         return cls._build(spans, num_documents, frozen_text, device, cache)
 
     @classmethod

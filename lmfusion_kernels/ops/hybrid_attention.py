@@ -11,7 +11,7 @@ from lmfusion_kernels import attention, reference
 from lmfusion_kernels.attention.interface import ranges_by_key
 from lmfusion_kernels.layout.token_layout import TokenLayout
 from lmfusion_kernels.runtime import library
-from lmfusion_kernels.runtime.backends import REFERENCE_RUNS, asked_for
+from lmfusion_kernels.runtime.backends import REFERENCE_RUNS, requested_backend
 from lmfusion_kernels.runtime.transforms import INSIDE_TRANSFORM, is_transformed, refuse_forward_mode
 
 _ops = torch.ops.lmfusion
@@ -52,7 +52,7 @@ def hybrid_attention(
     if kernel != "reference":
         refuse_forward_mode((q, k, v))
         if is_transformed((q, k, v)):
-            if asked_for(backend) is not None:
+            if requested_backend(backend) is not None:
                 raise ValueError(f"{kernel} attention was asked for, but {INSIDE_TRANSFORM}; {REFERENCE_RUNS}")
             kernel = "reference"
     if kernel == "reference":
@@ -137,7 +137,7 @@ def _fake(
     out_row: Tensor | None,
     scale: float,
     visible_end: Tensor | None = None,
-    stretch_end: Tensor | None = None,
+    run_end: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     num_queries, num_heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((num_heads, num_queries), dtype=torch.float32)
@@ -158,26 +158,26 @@ def _fake_backward(
     out_row: Tensor | None,
     scale: float,
     visible_end: Tensor | None = None,
-    stretch_end: Tensor | None = None,
+    run_end: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_shape = (grad_key.shape[0], *k.shape[1:])
     return q.new_empty(q.shape), k.new_empty(grad_shape), v.new_empty(grad_shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, key_start, key_end, out_row, ctx.scale, visible_end, stretch_end = inputs
+    q, k, v, key_start, key_end, out_row, ctx.scale, visible_end, run_end = inputs
     out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, key_start, key_end, out_row, visible_end, stretch_end)
+    ctx.save_for_backward(q, k, v, out, lse, key_start, key_end, out_row, visible_end, run_end)
     ctx.mark_non_differentiable(lse)
 
 
 def _backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, out, lse, key_start, key_end, out_row, visible_end, stretch_end = ctx.saved_tensors
+    q, k, v, out, lse, key_start, key_end, out_row, visible_end, run_end = ctx.saved_tensors
     _, want_k, want_v, *_ = ctx.needs_input_grad
     num_grad_keys = k.shape[0] if want_k or want_v else 0
     grad_key = torch.arange(num_grad_keys, dtype=torch.int32, device=q.device)
     query_start, query_end = ranges_by_key(key_start, key_end, num_grad_keys, visible_end)
-    hidden = visible_end, stretch_end
+    hidden = visible_end, run_end
     dq, dk, dv = _ops.hybrid_attention_backward(
         dout, q, k, v, out, lse, key_start, key_end, grad_key, query_start, query_end, out_row, ctx.scale, *hidden
     )

@@ -27,7 +27,7 @@ NATIVE_DTYPES = {
 }
 
 
-def asked_for(backend: str | None) -> str | None:
+def requested_backend(backend: str | None) -> str | None:
     """The backend that the argument or else the environment names; None if neither does.
 
     Raises ValueError for an unknown name.
@@ -45,7 +45,7 @@ def choose(backend: str | None, *tensors: Tensor | None, others: Iterable[Tensor
     others: its other arguments, whose dtype and device are checked elsewhere. Raises ValueError for an unknown backend,
     and where native ops are asked for and cannot run; RuntimeError for a forward-mode derivative of native ops.
     """
-    asked = asked_for(backend)
+    asked = requested_backend(backend)
     if asked == "reference":
         return "reference"
     reason = why_not_native(*tensors)
@@ -63,7 +63,7 @@ def choose(backend: str | None, *tensors: Tensor | None, others: Iterable[Tensor
 def why_not_native(*tensors: Tensor | None) -> str:
     """Why the native ops cannot run on `tensors`, as the rest of a sentence; empty if they can."""
     if not library.native:
-        return library.why_not
+        return library.unavailable_reason
     for tensor in tensors:
         if tensor is None:
             continue
@@ -83,7 +83,7 @@ def _why_not_device(device: torch.device) -> str:
         return f"it runs on cpu and cuda, not on {device.type}"
     architectures = library.build_info.get("cuda_architectures")
     if not architectures:
-        return library.build_info["cuda_why_not"]
+        return library.build_info["cuda_unavailable_reason"]
     return _why_not_capability(tuple(architectures), device)
 
 
@@ -135,7 +135,7 @@ def backends() -> Backends:
     result = Backends()
     for device in ("cpu", "cuda"):
         where = torch.device("cuda", torch.cuda.current_device()) if device in devices[1:] else torch.device(device)
-        reason = library.why_not or _why_not_device(where)
+        reason = library.unavailable_reason or _why_not_device(where)
         if not reason and device not in devices:
             reason = "torch finds no CUDA device"
         is_chosen = not reason and asked in (None, "native", *ATTENTION_KERNELS)
@@ -156,8 +156,8 @@ def _attention_kernels(asked: str | None) -> dict[str, Backend]:
     has_cuda = torch.cuda.is_available()
     result = {}
     for name in ATTENTION_KERNELS:
-        reason = attention.why_absent(name, torch.device("cuda"))
-        if reason and not attention.why_absent(name, torch.device("cpu")):
+        reason = attention.unavailable_reason(name, torch.device("cuda"))
+        if reason and not attention.unavailable_reason(name, torch.device("cpu")):
             reason = ""
         detail = f"attention: {attention.KERNELS[name].summary}"
         choices = attention.explain(name, asked) if has_cuda and not reason else []
@@ -171,7 +171,7 @@ def _note(asked: str | None, found: Backends) -> str:
     if asked is None:
         return ""
     try:
-        asked_for(None)
+        requested_backend(None)
     except ValueError as error:
         return f"{error}; every op without an argument backend= raises this"
     from lmfusion_kernels import attention
@@ -181,7 +181,7 @@ def _note(asked: str | None, found: Backends) -> str:
         native = found[f"native-{device}"]
         reason = "" if native.available or asked == "reference" else native.detail
         if asked in ATTENTION_KERNELS:
-            reason = attention.why_absent(asked, torch.device(device)) or reason
+            reason = attention.unavailable_reason(asked, torch.device(device)) or reason
         if reason:
             absent[device] = reason
     note = f"{VARIABLE}={asked} asks for {asked}{' attention' if asked in ATTENTION_KERNELS else ''}"

@@ -1,4 +1,4 @@
-"""Is the compiled library of torch ops here? Loads it once; `why_not` is one sentence: what is missing, the way out."""
+"""Is the compiled library of torch ops here? Loads it once; `unavailable_reason` is one sentence: what is missing, the way out."""
 
 import json
 import os
@@ -15,7 +15,7 @@ INSTALL_AGAIN = "`python setup.py build_ext --inplace` in the checkout, or insta
 
 
 def read_build_info(folder: Path) -> dict[str, Any]:
-    """What the build wrote about itself (`_build.json`): torch, compiler, cuda_architectures, cuda_why_not, why_not."""
+    """What the build wrote about itself (`_build.json`): torch, compiler, cuda_architectures, cuda_unavailable_reason, unavailable_reason."""
     path = folder / "_build.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -27,7 +27,7 @@ def load(folder: Path) -> str:
         return f"torch {version} is installed and the native ops need 2.10 or later; `pip install 'torch>=2.10'`"
     libraries = sorted(folder.glob("_C*.so"))
     if not libraries:
-        reason = read_build_info(folder).get("why_not") or f"they were never compiled here; {INSTALL_AGAIN}"
+        reason = read_build_info(folder).get("unavailable_reason") or f"they were never compiled here; {INSTALL_AGAIN}"
         return f"the native ops were not built: {reason}"
     try:
         torch.ops.load_library(str(libraries[0]))
@@ -39,12 +39,12 @@ def load(folder: Path) -> str:
 
 FOLDER = Path(__file__).resolve().parents[1]
 build_info = read_build_info(FOLDER)
-why_not = load(FOLDER)
-native = not why_not
+unavailable_reason = load(FOLDER)
+native = not unavailable_reason
 """Whether torch.ops.lmfusion holds the native ops."""
 
 if not native and os.environ.get("LMFUSION_KERNELS_BACKEND") != "reference":
-    warnings.warn(f"lmfusion_kernels runs in plain PyTorch, which is slower: {why_not}", stacklevel=2)
+    warnings.warn(f"lmfusion_kernels runs in plain PyTorch, which is slower: {unavailable_reason}", stacklevel=2)
 
 
 def why_isa_is_ignored() -> str:

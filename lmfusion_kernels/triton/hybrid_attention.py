@@ -46,7 +46,7 @@ def forward(
     out_row: Tensor | None,
     scale: float,
     visible_end: Tensor | None = None,
-    stretch_end: Tensor | None = None,
+    run_end: Tensor | None = None,
     *,
     tiles: Configurations | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -55,8 +55,8 @@ def forward(
     q [Nq, H, D]; k, v [Nk, H_kv, D], H a multiple of H_kv; float16, bfloat16 or float32 (computed in float32, without
     TF32), D a multiple of 8 up to 256. Any strides; rows that are not contiguous in D, or not aligned to 16 bytes, are
     copied first. The vectors are int32, non-decreasing and within the keys, which is not checked here. visible_end and
-    stretch_end, int32 [Nk] and given together: key j is seen by the queries before visible_end[j] alone, and the keys
-    from j to stretch_end[j] have one visible_end, and no range begins behind the first of them. A query with an
+    run_end, int32 [Nk] and given together: key j is seen by the queries before visible_end[j] alone, and the keys
+    from j to run_end[j] have one visible_end, and no range begins behind the first of them. A query with an
     empty range gives 0, and -inf in lse. Keys outside all ranges are not used, whatever they hold. `tiles` replaces
     the tiles of the table (`configurations`), to measure others.
 
@@ -64,7 +64,7 @@ def forward(
     Raises ValueError when shapes, dtypes or devices do not fit.
     """
     _check(q, k, v, {"key_start": key_start, "key_end": key_end, "out_row": out_row})
-    _check_hidden(visible_end, stretch_end, k)
+    _check_hidden(visible_end, run_end, k)
     (num_queries, num_heads, head_dim), (num_keys, num_kv_heads, _) = q.shape, k.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((num_heads, num_queries), dtype=torch.float32, device=q.device)
@@ -91,7 +91,7 @@ def forward(
             key_start,
             key_end,
             visible_end,
-            stretch_end,
+            run_end,
             out_row,
             out,
             lse,
@@ -206,7 +206,7 @@ def backward(
     out_row: Tensor | None,
     scale: float,
     visible_end: Tensor | None = None,
-    stretch_end: Tensor | None = None,
+    run_end: Tensor | None = None,
     *,
     tiles: Configurations | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,7 +220,7 @@ def backward(
     """
     vectors = {"key_start": key_start, "key_end": key_end, "out_row": out_row}
     _check(q, k, v, vectors)
-    _check_hidden(visible_end, stretch_end, k)
+    _check_hidden(visible_end, run_end, k)
     num_grad_keys = grad_key.numel()
     for name, vector in {"grad_key": grad_key, "query_start": query_start, "query_end": query_end}.items():
         _check_vector(name, vector, num_grad_keys, q.device)
@@ -239,7 +239,7 @@ def backward(
     tiles = tiles or _configurations(q)
     with torch.cuda.device_of(q):
         dout, statistics = _backward_rows(dout, out, lse, out_row)
-        hidden = visible_end, stretch_end
+        hidden = visible_end, run_end
         _backward_queries(dout, q, k, v, statistics, key_start, key_end, *hidden, dq, scale, tiles)
         if num_grad_keys:
             by_key = grad_key, query_start, query_end, visible_end is not None
@@ -283,7 +283,7 @@ def _backward_queries(
     key_start: Tensor,
     key_end: Tensor,
     visible_end: Tensor | None,
-    stretch_end: Tensor | None,
+    run_end: Tensor | None,
     dq: Tensor,
     scale: float,
     tiles: Configurations,
@@ -302,7 +302,7 @@ def _backward_queries(
         key_start,
         key_end,
         visible_end,
-        stretch_end,
+        run_end,
         dq,
         scale,
         num_queries,
@@ -470,12 +470,12 @@ def _check(q: Tensor, k: Tensor, v: Tensor, vectors: dict[str, Tensor | None]) -
             _check_vector(name, vector, q.shape[0], q.device)
 
 
-def _check_hidden(visible_end: Tensor | None, stretch_end: Tensor | None, k: Tensor) -> None:
-    if (visible_end is None) != (stretch_end is None):
-        raise ValueError("give visible_end and stretch_end together, or none of them")
-    if visible_end is not None and stretch_end is not None:
+def _check_hidden(visible_end: Tensor | None, run_end: Tensor | None, k: Tensor) -> None:
+    if (visible_end is None) != (run_end is None):
+        raise ValueError("give visible_end and run_end together, or none of them")
+    if visible_end is not None and run_end is not None:
         _check_vector("visible_end", visible_end, k.shape[0], k.device)
-        _check_vector("stretch_end", stretch_end, k.shape[0], k.device)
+        _check_vector("run_end", run_end, k.shape[0], k.device)
 
 
 def _check_vector(name: str, vector: Tensor, size: int, device: torch.device) -> None:

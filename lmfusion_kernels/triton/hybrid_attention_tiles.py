@@ -73,10 +73,10 @@ def interior(low, shared_low, shared_high, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def next_stretch(visible_end, stretch_end, done, high, first_row):
+def next_stretch(visible_end, run_end, done, high, first_row):
     """The stretch from key `done` on, which ends at `high` at the latest: (end, end of what a tile of queries from
     first_row on reads of it, the first query that does not see it)."""
-    end = tl.minimum(tl.load(stretch_end + done), high)
+    end = tl.minimum(tl.load(run_end + done), high)
     seen_before = tl.load(visible_end + done)
     return end, tl.where(seen_before > first_row, end, done), seen_before
 

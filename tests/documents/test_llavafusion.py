@@ -34,7 +34,7 @@ def test_the_examples_run(tmp_path, monkeypatch):
 def test_the_table_of_rows(size, rows):
     from transformers import LlavaNextConfig
 
-    from lmfusion.model.vision import num_vision_rows
+    from lmfusion.model.vision import num_vision_tokens
 
-    assert num_vision_rows(LlavaNextConfig(), *size) == rows
+    assert num_vision_tokens(LlavaNextConfig(), *size) == rows
     assert f" {rows} |" in PAGE.read_text(encoding="utf-8")

@@ -21,14 +21,16 @@ def no_environment(monkeypatch):
 @pytest.fixture
 def with_library(monkeypatch):
     monkeypatch.setattr(library, "native", True)
-    monkeypatch.setattr(library, "why_not", "")
-    monkeypatch.setattr(library, "build_info", {"cuda_architectures": [], "cuda_why_not": "it was built without nvcc"})
+    monkeypatch.setattr(library, "unavailable_reason", "")
+    monkeypatch.setattr(
+        library, "build_info", {"cuda_architectures": [], "cuda_unavailable_reason": "it was built without nvcc"}
+    )
 
 
 @pytest.fixture
 def without_library(monkeypatch):
     monkeypatch.setattr(library, "native", False)
-    monkeypatch.setattr(library, "why_not", "the native ops were not built: no compiler; install one")
+    monkeypatch.setattr(library, "unavailable_reason", "the native ops were not built: no compiler; install one")
     attention._why_absent.cache_clear()
 
 

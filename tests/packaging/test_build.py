@@ -71,15 +71,15 @@ def test_a_torch_that_is_new_enough_is_preferred(build, monkeypatch, tmp_path):
 def test_no_compiler(build, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    why_not = install(build, tmp_path)["why_not"]
-    assert why_not.startswith("no C++ compiler was found; install one")
-    assert why_not.endswith("and install lmfusion again")
+    unavailable_reason = install(build, tmp_path)["unavailable_reason"]
+    assert unavailable_reason.startswith("no C++ compiler was found; install one")
+    assert unavailable_reason.endswith("and install lmfusion again")
 
 
 def test_no_cmake(build, monkeypatch, tmp_path):
     monkeypatch.setattr(build, "find_program", lambda name: None)
     monkeypatch.setattr(build.shutil, "which", lambda name, **_: f"/usr/bin/{name}")
-    assert "`pip install cmake ninja pybind11`" in install(build, tmp_path)["why_not"]
+    assert "`pip install cmake ninja pybind11`" in install(build, tmp_path)["unavailable_reason"]
 
 
 @pytest.fixture
@@ -99,9 +99,9 @@ def test_a_build_that_fails(build, tmp_path, capsys):
     stale = tmp_path / "lib" / "lmfusion_kernels" / "_C.so"
     stale.parent.mkdir(parents=True)
     stale.write_bytes(b"of an earlier build")
-    why_not = install(build, tmp_path)["why_not"]
-    assert why_not.startswith("compiling failed (x.cpp:3:1: error: no member named 'y'); see ")
-    log = Path(why_not.split("see ")[1].split(", mend")[0])
+    unavailable_reason = install(build, tmp_path)["unavailable_reason"]
+    assert unavailable_reason.startswith("compiling failed (x.cpp:3:1: error: no member named 'y'); see ")
+    log = Path(unavailable_reason.split("see ")[1].split(", mend")[0])
     assert "build stopped" in log.read_text()
     assert not stale.exists()
     assert "native code left out, plain PyTorch takes its place" in capsys.readouterr().out
@@ -120,7 +120,10 @@ def test_a_build_in_the_checkout_stops_at_an_error(build, tmp_path):
 def test_torch_is_too_old_or_absent(build, monkeypatch, tmp_path, version, message):
     torch = make_torch(tmp_path / "site", version) if version else None
     monkeypatch.setattr(build, "find_torch", lambda: torch)
-    assert install(build, tmp_path)["why_not"] == f"{message}; `pip install 'torch>=2.10'` and install lmfusion again"
+    assert (
+        install(build, tmp_path)["unavailable_reason"]
+        == f"{message}; `pip install 'torch>=2.10'` and install lmfusion again"
+    )
 
 
 def test_architectures(build, monkeypatch):
@@ -183,7 +186,7 @@ def cmake(build, monkeypatch, tmp_path):
 
 def test_architectures_are_recorded(build, cmake, tmp_path):
     info = install(build, tmp_path)
-    assert (info["cuda_architectures"], info["cuda_why_not"]) == (["80-real", "90a-real", "90-virtual"], "")
+    assert (info["cuda_architectures"], info["cuda_unavailable_reason"]) == (["80-real", "90a-real", "90-virtual"], "")
     definitions = cmake.definitions()
     assert definitions["LMFUSION_CUDA"] == "ON"
     assert definitions["CMAKE_CUDA_COMPILER"] == "/cuda/bin/nvcc"
@@ -193,8 +196,11 @@ def test_architectures_are_recorded(build, cmake, tmp_path):
 def test_cuda_can_be_left_out(build, cmake, monkeypatch, tmp_path):
     monkeypatch.setenv("LMFUSION_CUDA", "0")
     info = install(build, tmp_path)
-    assert info["why_not"] == ""
-    assert (info["cuda_architectures"], info["cuda_why_not"]) == ([], "LMFUSION_CUDA=0 was set when it was built")
+    assert info["unavailable_reason"] == ""
+    assert (info["cuda_architectures"], info["cuda_unavailable_reason"]) == (
+        [],
+        "LMFUSION_CUDA=0 was set when it was built",
+    )
     assert cmake.definitions()["LMFUSION_CUDA"] == "OFF"
     assert "CMAKE_CUDA_COMPILER" not in cmake.definitions()
 
@@ -202,23 +208,23 @@ def test_cuda_can_be_left_out(build, cmake, monkeypatch, tmp_path):
 def test_an_nvcc_that_fails_costs_cuda_alone(build, cmake, tmp_path):
     cmake.fails = True
     info = install(build, tmp_path)
-    assert info["why_not"] == ""
+    assert info["unavailable_reason"] == ""
     assert info["cuda_architectures"] == []
-    assert info["cuda_why_not"] == "nvcc failed: nvcc fatal : error: Unsupported gpu architecture"
+    assert info["cuda_unavailable_reason"] == "nvcc failed: nvcc fatal : error: Unsupported gpu architecture"
 
 
 def test_an_nvcc_that_fails_is_an_error_where_cuda_was_asked_for(build, cmake, monkeypatch, tmp_path):
     cmake.fails = True
     monkeypatch.setenv("LMFUSION_CUDA", "1")
     info = install(build, tmp_path)
-    assert info["why_not"].startswith("compiling failed (nvcc fatal : error: Unsupported gpu architecture)")
+    assert info["unavailable_reason"].startswith("compiling failed (nvcc fatal : error: Unsupported gpu architecture)")
 
 
 def test_every_source_of_csrc_cuda_is_compiled():
     """CMake finds them by itself: the library's build has an object for each."""
     info = json.loads(BUILD_INFO.read_text()) if BUILD_INFO.exists() else {}
     if not info.get("cuda_architectures"):
-        pytest.skip(f"built without CUDA: {info.get('cuda_why_not', 'not built')}")
+        pytest.skip(f"built without CUDA: {info.get('cuda_unavailable_reason', 'not built')}")
     sources = {path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
     commands = [json.loads(path.read_text()) for path in ROOT.glob("build/native-*/compile_commands.json")]
     assert any(sources <= {Path(command["file"]).name for command in build} for build in commands)

@@ -10,8 +10,8 @@ from lmfusion_kernels.runtime import library
 
 def test_the_library_here_is_loaded():
     if not library.native:
-        pytest.skip(library.why_not)
-    assert library.why_not == ""
+        pytest.skip(library.unavailable_reason)
+    assert library.unavailable_reason == ""
     assert hasattr(torch.ops.lmfusion, "rms_norm")
     assert library.build_info["compiler"]
 
@@ -24,16 +24,16 @@ def test_nothing_was_compiled(tmp_path):
 
 
 def test_the_build_tells_why(tmp_path):
-    (tmp_path / "_build.json").write_text(json.dumps({"why_not": "no C++ compiler was found; install one"}))
+    (tmp_path / "_build.json").write_text(json.dumps({"unavailable_reason": "no C++ compiler was found; install one"}))
     assert library.load(tmp_path) == "the native ops were not built: no C++ compiler was found; install one"
 
 
 def test_a_library_that_does_not_load(tmp_path):
     (tmp_path / "_C.so").write_bytes(b"\x7fELF of another machine")
-    why_not = library.load(tmp_path)
-    assert why_not.startswith("_C.so does not load (")
-    assert "\n" not in why_not
-    assert "setup.py build_ext" in why_not
+    unavailable_reason = library.load(tmp_path)
+    assert unavailable_reason.startswith("_C.so does not load (")
+    assert "\n" not in unavailable_reason
+    assert "setup.py build_ext" in unavailable_reason
 
 
 @pytest.mark.parametrize("version", ["2.9.1+cu128", "1.13.0"])

@@ -40,7 +40,7 @@ from lmfusion.data.latent_cache.shard_encoder import EncodeOptions, ShardEncoder
 from lmfusion.data.samples import CONVERSING, Source, SourceConfig, load_source
 from lmfusion.data.sources.unused_files import report_unused
 from lmfusion.model.codec import Codec
-from lmfusion.text.chat_template import TODAY, tells_the_date
+from lmfusion.text.chat_template import TODAY, uses_date
 from lmfusion.utils.config_values import to_values, values_sha256
 from lmfusion.utils.files import NO_LOCKS, file_sha256, flush, replace_text
 
@@ -72,7 +72,7 @@ def encode_source(
     where a file cannot be written.
     """
     options = options or EncodeOptions()
-    if config.kind == "encoded":
+    if config.kind == "latents":
         raise ValueError(f"{config.path} is a latent cache already; encode the source it was made of")
     if options.keep_std and not codec.has_posterior:
         raise ValueError(f"codec {codec.config.kind!r} has no posterior whose variance could be kept; leave it out")
@@ -81,7 +81,7 @@ def encode_source(
     plan = _plan(source, config, codec, tokenizer, options)
     if config.kind in CONVERSING and template_variables:
         plan[VARIABLES] = dict(template_variables)
-    tells_date = config.kind in CONVERSING and tells_the_date(tokenizer)
+    tells_date = config.kind in CONVERSING and uses_date(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     num_shards = -(-len(source) // options.shard_samples)
     with _Claims(folder) as claims:

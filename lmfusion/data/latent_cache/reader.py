@@ -48,11 +48,11 @@ from lmfusion.data.samples import (
     Transcript,
     Utterance,
 )
-from lmfusion.data.storage.files import StorageError, try_often
+from lmfusion.data.storage.files import StorageError, retry
 from lmfusion.images.preprocessing import to_tensor
 from lmfusion.model.codec import Codec
 from lmfusion.text.chat_template import TODAY
-from lmfusion.utils.config_values import shown, values_sha256
+from lmfusion.utils.config_values import short_repr, values_sha256
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -96,8 +96,8 @@ class ShardRecord:
         return cls(**{**values, "damaged": damaged})
 
 
-class EncodedShards:
-    """The source `encoded`: the latent cache in the folder `path`, as `lmfusion encode` wrote it.
+class LatentShards:
+    """The source `latents`: the latent cache in the folder `path`, as `lmfusion encode` wrote it.
 
     Its samples have the ids, order and blocks of the source it was made of, captions as token ids, and images as
     `Latents` in float32. A sample that was damaged then raises the same ValueError now.
@@ -157,8 +157,8 @@ class EncodedShards:
         if int(tables["kinds"][i]) == INTERLEAVED:
             return Interleaved(sample_id, tuple(parts))
         if int(tables["kinds"][i]) == CONVERSATION:
-            is_said = (part in (SAID_TEXT, SAID_IMAGE) for part in kinds)
-            return Transcript(sample_id, tuple(map(Utterance, parts, is_said)))
+            is_target = (part in (SAID_TEXT, SAID_IMAGE) for part in kinds)
+            return Transcript(sample_id, tuple(map(Utterance, parts, is_target)))
         if int(tables["kinds"][i]) == EDIT:
             return Edit(sample_id, *parts)  # type: ignore[arg-type]
         load_image, *captions = parts
@@ -198,7 +198,7 @@ class EncodedShards:
         """Tensors of a shard by name, lying on the mapped file. Raises ValueError where they are not as written."""
         file, record = self.folder / shard_name(number), self.shards[number]
         try:
-            with try_often(lambda: safe_open(file, framework="pt"), str(file)) as opened:
+            with retry(lambda: safe_open(file, framework="pt"), str(file)) as opened:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no mapping)
             digest = tables_sha256(tensors)
         except StorageError:
@@ -247,7 +247,9 @@ def check_same(folder: Path, expected: Mapping[str, Any], found: Mapping[str, An
     """Raise ValueError, naming keys and values, unless `found` in a cache holds what is `expected` of it."""
     was, now = _flatten(found), _flatten(expected)
     differing = [
-        f"{key} was {shown(was.get(key))}, is {shown(value)}" for key, value in now.items() if was.get(key) != value
+        f"{key} was {short_repr(was.get(key))}, is {short_repr(value)}"
+        for key, value in now.items()
+        if was.get(key) != value
     ]
     if differing:
         raise ValueError(f"the latent cache {folder} was made otherwise: {', '.join(differing)}; {way_out}")

@@ -69,7 +69,7 @@ class _Read(NamedTuple):
     sample_id: str
     kind: int
     parts: list["str | list[int] | Tensor | _Failure"]
-    is_said: list[bool]
+    is_target: list[bool]
     """Of each part: whether the assistant says it in a conversation."""
     messages: list[dict[str, Any]]
     """Of a conversation, until it is in tokens: what `parts` are made of."""
@@ -124,19 +124,19 @@ class ShardEncoder:
         kinds, ids = [], []
         for index, read in zip(indices, map(self._transcribed, self._read_ahead(indices)), strict=True):
             num_before = latents.num_images
-            for part, is_said in zip(read.parts, read.is_said, strict=True):
+            for part, is_target in zip(read.parts, read.is_target, strict=True):
                 if read.kind == DAMAGED and isinstance(part, _Failure):  # there is nothing else of it
                     damaged.append(DamageRecord(index, None, part.reason))
                 elif isinstance(part, _Failure):
                     damaged.append(DamageRecord(index, latents.num_images - num_before, part.reason))
                     latents.skip()
-                    parts.append(SAID_IMAGE if is_said else IMAGE)
+                    parts.append(SAID_IMAGE if is_target else IMAGE)
                 elif isinstance(part, Tensor):
                     latents.add(part, read.sample_id)
-                    parts.append(SAID_IMAGE if is_said else IMAGE)
+                    parts.append(SAID_IMAGE if is_target else IMAGE)
                 elif isinstance(part, list) or _is_unicode(part):
                     texts.append(part)
-                    parts.append(SAID_TEXT if is_said else TEXT)
+                    parts.append(SAID_TEXT if is_target else TEXT)
                 else:
                     parts.append(REFUSED)
             starts.append((len(parts), len(texts), latents.num_images))
@@ -221,7 +221,7 @@ class ShardEncoder:
         except ValueError as error:
             return _unreadable(error)
         parts = [what.tolist() if isinstance(what, np.ndarray) else what for what, _ in utterances]
-        return read._replace(parts=parts, is_said=[is_said for _, is_said in utterances])
+        return read._replace(parts=parts, is_target=[is_target for _, is_target in utterances])
 
     def _part(self, part: Any) -> "str | Tensor | _Failure":
         return self._load(part) if callable(part) else str(part)

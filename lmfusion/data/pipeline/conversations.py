@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmfusion.data.samples import Message, Utterance
-from lmfusion.text.chat import Chat, Seen
+from lmfusion.text.chat import Chat, InputImage
 from lmfusion.text.tokenization import control_tokens
 
 MAX_ANSWERS = 256
@@ -60,12 +60,12 @@ def transcribe(
             "that the chat template accepts it up to each answer"
         )
     last = answers[-1]
-    is_said = [False] * len(last.items)
+    is_target = [False] * len(last.items)
     for answer in answers:
         if answer.items[: answer.end] == last.items[: answer.end]:
-            is_said[answer.begin : answer.end] = [True] * (answer.end - answer.begin)
+            is_target[answer.begin : answer.end] = [True] * (answer.end - answer.begin)
     ends = {answer.end - 1 for answer in answers}
-    return tuple(_utterances(last.items, is_said, ends, images))
+    return tuple(_utterances(last.items, is_target, ends, images))
 
 
 class _Answer(NamedTuple):
@@ -92,7 +92,7 @@ class _Images(list[Any]):
             if isinstance(part, list):
                 items += part
                 continue
-            image = part.image if isinstance(part, Seen) else part
+            image = part.image if isinstance(part, InputImage) else part
             if id(image) not in self._numbers:
                 self.append(image)
                 self._numbers[id(image)] = -len(self)
@@ -140,11 +140,11 @@ def _answered(chat: Chat, prompt: str, place: int) -> tuple[str, str] | None:
     return chat.text(place).removeprefix(prompt[num_common:]), closing
 
 
-def _utterances(items: list[int], is_said: list[bool], ends: set[int], images: _Images) -> Iterator[Utterance]:
+def _utterances(items: list[int], is_target: list[bool], ends: set[int], images: _Images) -> Iterator[Utterance]:
     """Runs of tokens, and images, that are said or not; what ends an answer is a run of its own."""
 
     def kind(i: int) -> tuple[bool, bool, int]:
-        return is_said[i], is_said[i] and i in ends, i if items[i] < 0 else -1
+        return is_target[i], is_target[i] and i in ends, i if items[i] < 0 else -1
 
     for (said, _, image), run in itertools.groupby(range(len(items)), kind):
         ids = [items[i] for i in run]

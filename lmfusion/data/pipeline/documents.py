@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmfusion.data.pipeline.conversations import transcribe
-from lmfusion.data.pipeline.input_images import SeenImage
-from lmfusion.data.pipeline.mixture import Draw
+from lmfusion.data.pipeline.input_images import InputImageLoader
+from lmfusion.data.pipeline.mixture import SampleRef
 from lmfusion.data.samples import (
     CaptionedImage,
     Conversation,
@@ -37,7 +37,7 @@ from lmfusion.model.diffusion import DiffusionConfig
 from lmfusion.utils.randomness import generator
 
 
-class Damage(NamedTuple):
+class SkippedSample(NamedTuple):
     """A sample that could not be read, and was left out."""
 
     sample_id: str
@@ -49,7 +49,7 @@ class Plan:
     """A document whose images have not been read yet."""
 
     sample_id: str
-    draw: Draw
+    ref: SampleRef
     document: Document
     images: tuple[LoadImage, ...]
     timesteps: tuple[int, ...]
@@ -58,7 +58,7 @@ class Plan:
     """Whether it was cut to fit into a row."""
     first_image: int = 0
     """Which of the sample's images the first one is: 1 for an edit without its source."""
-    seen: tuple[SeenImage, ...] = ()
+    seen: tuple[InputImageLoader, ...] = ()
     """Images that a vision-language model sees, which are not among `images`."""
 
 
@@ -80,7 +80,7 @@ class DocumentPlanner:
         image_token_id: int | None = None,
         template_variables: Mapping[str, Any] | None = None,
     ) -> None:
-        """image_token_id: of a vision-language model; samples then hold a `SeenImage` for every image that it sees.
+        """image_token_id: of a vision-language model; samples then hold a `InputImageLoader` for every image that it sees.
         template_variables: what the chat template reads."""
         self._config = config
         self._image_token_id = image_token_id
@@ -90,39 +90,41 @@ class DocumentPlanner:
         self._tokens_per_image = tokens_per_image
         self._diffusion = diffusion
         self._seed = seed
-        self._caption_room = config.row_tokens - len(tokens.bos) - tokens_per_image - 2
+        self._caption_room = config.seq_len - len(tokens.bos) - tokens_per_image - 2
         if self._caption_room < 1:
             raise ValueError(
-                f"data.row_tokens is {config.row_tokens}, but an image with its markers and one token of caption takes "
-                f"{config.row_tokens - self._caption_room + 1}; raise it"
+                f"data.seq_len is {config.seq_len}, but an image with its markers and one token of caption takes "
+                f"{config.seq_len - self._caption_room + 1}; raise it"
             )
 
-    def plan(self, samples: Sequence[tuple[Draw, Sample]]) -> list[Plan | Damage]:
+    def plan(self, samples: Sequence[tuple[SampleRef, Sample]]) -> list[Plan | SkippedSample]:
         """A plan of each sample, or why there is none. All texts are tokenised together, which is much quicker."""
         chances = [
-            generator(self._seed, draw.epoch, sample.sample_id, "document").random(3 + _num_images(sample)).tolist()
-            for draw, sample in samples
+            generator(self._seed, ref.epoch, sample.sample_id, "document").random(3 + _num_images(sample)).tolist()
+            for ref, sample in samples
         ]
-        texts = [_texts(sample, chance[2]) for (_, sample), chance in zip(samples, chances, strict=True)]
+        texts = [_texts(sample, uniforms[2]) for (_, sample), uniforms in zip(samples, chances, strict=True)]
         token_ids = self._tokenize(texts)
-        plans: list[Plan | Damage] = []
-        for (draw, sample), chance, ids in zip(samples, chances, token_ids, strict=True):
+        plans: list[Plan | SkippedSample] = []
+        for (ref, sample), uniforms, ids in zip(samples, chances, token_ids, strict=True):
             if isinstance(ids, str):
-                plans.append(Damage(sample.sample_id, ids))
+                plans.append(SkippedSample(sample.sample_id, ids))
             elif isinstance(sample, CaptionedImage):
-                plans.append(self._captioned(draw, sample, chance, ids[0]))
+                plans.append(self._captioned(ref, sample, uniforms, ids[0]))
             elif isinstance(sample, Interleaved):
-                plans.append(self._interleaved(draw, sample, chance, ids))
+                plans.append(self._interleaved(ref, sample, uniforms, ids))
             elif isinstance(sample, Edit):
-                plans.append(self._edit(draw, sample, chance, ids[0]))
+                plans.append(self._edit(ref, sample, uniforms, ids[0]))
             else:
-                plans.append(self._conversation(draw, sample, chance))
+                plans.append(self._conversation(ref, sample, uniforms))
         return plans
 
-    def _captioned(self, draw: Draw, sample: CaptionedImage, chance: list[float], ids: list[int]) -> Plan | Damage:
-        kind, drop, _, level = chance
+    def _captioned(
+        self, ref: SampleRef, sample: CaptionedImage, uniforms: list[float], ids: list[int]
+    ) -> Plan | SkippedSample:
+        kind, drop, _, level = uniforms
         if not ids:
-            return Damage(sample.sample_id, "the caption is empty; write one, or leave the sample out")
+            return SkippedSample(sample.sample_id, "the caption is empty; write one, or leave the sample out")
         caption = ids[: self._config.max_caption_tokens]
         is_cut = len(caption) > self._caption_room
         caption = caption[: self._caption_room]
@@ -133,12 +135,14 @@ class DocumentPlanner:
             is_dropped = drop < self._config.caption_drop
             document = caption_first_document([] if is_dropped else caption, self._tokens_per_image, self._tokens)
         timesteps = self._timesteps([level], is_image_first)
-        return Plan(sample.sample_id, draw, document, (sample.load_image,), timesteps, is_cut)
+        return Plan(sample.sample_id, ref, document, (sample.load_image,), timesteps, is_cut)
 
-    def _interleaved(self, draw: Draw, sample: Interleaved, chance: list[float], ids: list[list[int]]) -> Plan | Damage:
+    def _interleaved(
+        self, ref: SampleRef, sample: Interleaved, uniforms: list[float], ids: list[list[int]]
+    ) -> Plan | SkippedSample:
         document = Document().text(self._tokens.bos)
         num_first = document.num_tokens
-        room = self._config.row_tokens - num_first
+        room = self._config.seq_len - num_first
         images: list[LoadImage] = []
         is_cut = False
         of_text = iter(ids)
@@ -156,27 +160,27 @@ class DocumentPlanner:
                 document = document.text(text[:room])
                 if is_cut:
                     break
-            room = self._config.row_tokens - document.num_tokens
+            room = self._config.seq_len - document.num_tokens
         if document.num_tokens == num_first:
-            return Damage(sample.sample_id, "the document holds neither text nor an image; leave it out")
+            return SkippedSample(sample.sample_id, "the document holds neither text nor an image; leave it out")
         if not is_cut:
             document = document.end(self._tokens.eos_token_id)
-        timesteps = self._timesteps(chance[3 : 3 + len(images)], chance[0] < self._config.image_first)
-        return Plan(sample.sample_id, draw, document, tuple(images), timesteps, is_cut)
+        timesteps = self._timesteps(uniforms[3 : 3 + len(images)], uniforms[0] < self._config.image_first)
+        return Plan(sample.sample_id, ref, document, tuple(images), timesteps, is_cut)
 
-    def _edit(self, draw: Draw, sample: Edit, chance: list[float], ids: list[int]) -> Plan | Damage:
+    def _edit(self, ref: SampleRef, sample: Edit, uniforms: list[float], ids: list[int]) -> Plan | SkippedSample:
         if not ids:
-            return Damage(sample.sample_id, "the instruction is empty; write one, or leave the sample out")
-        seen = (sample.source,) if isinstance(sample.source, SeenImage) else ()
+            return SkippedSample(sample.sample_id, "the instruction is empty; write one, or leave the sample out")
+        seen = (sample.source,) if isinstance(sample.source, InputImageLoader) else ()
         room = self._caption_room - (seen[0].num_rows if seen else self._tokens_per_image + 2)
         if room < 1:
-            return Damage(
+            return SkippedSample(
                 sample.sample_id,
-                f"data.row_tokens is {self._config.row_tokens}, but source, target and one token of instruction take "
-                f"{self._config.row_tokens - room + 1}; raise it",
+                f"data.seq_len is {self._config.seq_len}, but source, target and one token of instruction take "
+                f"{self._config.seq_len - room + 1}; raise it",
             )
         instruction = ids[: self._config.max_caption_tokens]
-        drop, (_, level) = chance[1], chance[3:]
+        drop, (_, level) = uniforms[1], uniforms[3:]
         is_dropped = drop < 1.5 * self._config.caption_drop
         has_source = not is_dropped or drop < self._config.caption_drop
         is_cut = not is_dropped and len(instruction) > room
@@ -185,16 +189,18 @@ class DocumentPlanner:
             self._tokens_per_image,
             self._tokens,
             has_source=has_source,
-            num_seen=seen[0].num_rows if seen else None,
+            num_vision_tokens=seen[0].num_rows if seen else None,
         )
         target = self._timesteps([level], is_image_first=False)
         if has_source and seen:
-            return Plan(sample.sample_id, draw, document, (sample.target,), target, is_cut, first_image=1, seen=seen)
+            return Plan(sample.sample_id, ref, document, (sample.target,), target, is_cut, first_image=1, seen=seen)
         if has_source:
-            return Plan(sample.sample_id, draw, document, (sample.source, sample.target), (0, *target), is_cut)
-        return Plan(sample.sample_id, draw, document, (sample.target,), target, is_cut, first_image=1)
+            return Plan(sample.sample_id, ref, document, (sample.source, sample.target), (0, *target), is_cut)
+        return Plan(sample.sample_id, ref, document, (sample.target,), target, is_cut, first_image=1)
 
-    def _conversation(self, draw: Draw, sample: Conversation | Transcript, chance: list[float]) -> Plan | Damage:
+    def _conversation(
+        self, ref: SampleRef, sample: Conversation | Transcript, uniforms: list[float]
+    ) -> Plan | SkippedSample:
         if isinstance(sample, Conversation):
             try:
                 utterances = transcribe(
@@ -202,15 +208,15 @@ class DocumentPlanner:
                 )
                 sample = Transcript(sample.sample_id, utterances)
             except ValueError as error:
-                return Damage(sample.sample_id, str(error))
+                return SkippedSample(sample.sample_id, str(error))
         document = Document()
         images: list[LoadImage] = []
-        seen: list[SeenImage] = []
+        seen: list[InputImageLoader] = []
         timesteps: tuple[int, ...] = ()
         is_cut = False
-        for what, is_said in sample.utterances:
-            room = self._config.row_tokens - document.num_tokens
-            if isinstance(what, SeenImage):
+        for what, is_target in sample.utterances:
+            room = self._config.seq_len - document.num_tokens
+            if isinstance(what, InputImageLoader):
                 is_cut = what.num_rows > room
                 if is_cut:
                     break
@@ -220,16 +226,16 @@ class DocumentPlanner:
                 is_cut = self._tokens_per_image + 2 > room
                 if is_cut:
                     break
-                document = document.marker(self._tokens.boi_token_id, is_said).image(self._tokens_per_image)
+                document = document.marker(self._tokens.boi_token_id, is_target).image(self._tokens_per_image)
                 document = document.marker(self._tokens.eoi_token_id)
-                timesteps += self._timesteps([chance[3 + len(images)]], not is_said)
+                timesteps += self._timesteps([uniforms[3 + len(images)]], not is_target)
                 images.append(what)
             else:
                 is_cut = len(what) > room
-                document = document.text(what[:room].tolist(), is_said)
+                document = document.text(what[:room].tolist(), is_target)
                 if is_cut:
                     break
-        return Plan(sample.sample_id, draw, document, tuple(images), timesteps, is_cut, seen=tuple(seen))
+        return Plan(sample.sample_id, ref, document, tuple(images), timesteps, is_cut, seen=tuple(seen))
 
     def _timesteps(self, levels: list[float], is_image_first: bool) -> tuple[int, ...]:
         diffusion = self._diffusion
@@ -254,12 +260,12 @@ def edit_document(
     tokens: SpecialTokens,
     *,
     has_source: bool = True,
-    num_seen: int | None = None,
+    num_vision_tokens: int | None = None,
 ) -> Document:
     """[bos] instruction BOI source EOI BOI target EOI, ended by eos.
 
     Without an instruction (dropped for guidance) only the target is learned: such a document does not tell that an
-    image is to follow, or nothing. num_seen: rows that a vision-language model makes of the source, which then stand in
+    image is to follow, or nothing. num_vision_tokens: rows that a vision-language model makes of the source, which then stand in
     place of BOI source EOI.
 
     The instruction comes first: with a frozen text tower it is constant then, the source is read in its light, and each
@@ -267,8 +273,8 @@ def edit_document(
     """
     is_whole = has_source and len(instruction_ids) > 0
     document = Document().text(tokens.bos).text(instruction_ids, is_scored=False)
-    if has_source and num_seen is not None:
-        document = document.seen(num_seen)
+    if has_source and num_vision_tokens is not None:
+        document = document.seen(num_vision_tokens)
     elif has_source:
         document = document.marker(tokens.boi_token_id, is_scored=False).image(num_image_tokens, is_given=True)
         document = document.marker(tokens.eoi_token_id)

@@ -18,11 +18,11 @@ from lmfusion.data.pipeline.image_latents import DamagedImageError, EncodedImage
 from lmfusion.data.samples import Conversation, Edit, Latents, LoadImage, Message, Sample, Transcript, Utterance
 from lmfusion.data.storage.files import StorageError
 from lmfusion.images.preprocessing import load_image
-from lmfusion.model.vision import VisionEncoder, num_vision_rows
+from lmfusion.model.vision import VisionEncoder, num_vision_tokens
 
 
 @dataclass(frozen=True, slots=True)
-class SeenImage:
+class InputImageLoader:
     """An image that is seen, and the rows it takes. Calling it loads the image, as any other of a sample."""
 
     load: LoadImage
@@ -32,13 +32,13 @@ class SeenImage:
         return self.load()
 
 
-def with_seen_images(sample: Sample, vlm_config: PreTrainedConfig) -> Sample:
-    """`sample` with a `SeenImage` in place of every image that a model of `vlm_config` sees.
+def with_input_images(sample: Sample, vlm_config: PreTrainedConfig) -> Sample:
+    """`sample` with a `InputImageLoader` in place of every image that a model of `vlm_config` sees.
 
     Raises ValueError or OSError where such an image cannot be loaded, or comes from a latent cache.
     """
 
-    def seen(load: LoadImage) -> SeenImage:
+    def seen(load: LoadImage) -> InputImageLoader:
         image = load()
         if isinstance(image, Latents):
             raise ValueError(
@@ -46,7 +46,7 @@ def with_seen_images(sample: Sample, vlm_config: PreTrainedConfig) -> Sample:
                 "and edits from their own source"
             )
         upright = load_image(image)
-        return SeenImage(load, num_vision_rows(vlm_config, upright.height, upright.width))
+        return InputImageLoader(load, num_vision_tokens(vlm_config, upright.height, upright.width))
 
     if isinstance(sample, Edit):
         return sample._replace(source=seen(sample.source))
@@ -60,8 +60,8 @@ def with_seen_images(sample: Sample, vlm_config: PreTrainedConfig) -> Sample:
         return sample._replace(messages=tuple(messages))
     if isinstance(sample, Transcript):
         utterances = (
-            Utterance(seen(what) if callable(what) and not is_said else what, is_said)
-            for what, is_said in sample.utterances
+            Utterance(seen(what) if callable(what) and not is_target else what, is_target)
+            for what, is_target in sample.utterances
         )
         return sample._replace(utterances=tuple(utterances))
     return sample
@@ -74,7 +74,7 @@ class VisionReader:
         self._vision = vision
         self._encoded: EncodedImages[Tensor] = EncodedImages(device, cache_megabytes)
 
-    def read(self, key: tuple[int, ...], image: SeenImage) -> Tensor:
+    def read(self, key: tuple[int, ...], image: InputImageLoader) -> Tensor:
         """Rows [num_rows, d_text] of the image that `key` identifies, in the dtype of the encoder's weights.
 
         Raises DamagedImageError where the image cannot be loaded, or has changed its size.
@@ -97,7 +97,7 @@ class VisionReader:
         return rows
 
 
-def _picture(image: SeenImage) -> Any:
+def _picture(image: InputImageLoader) -> Any:
     picture = image.load()
     assert isinstance(picture, Image.Image), "latents have no size"
     return picture

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmfusion.data.latent_cache.reader import EncodedShards
-from lmfusion.data.pipeline.documents import Damage, Plan
+from lmfusion.data.latent_cache.reader import LatentShards
+from lmfusion.data.pipeline.documents import Plan, SkippedSample
 from lmfusion.data.pipeline.image_latents import DamagedImageError, LatentReader
 from lmfusion.data.pipeline.input_images import VisionReader
-from lmfusion.data.pipeline.packing import Row, Window, WindowReader
+from lmfusion.data.pipeline.packing import PackedSequence, Window, WindowReader
 from lmfusion.data.samples import DataConfig, EncodedSource, load_source
 from lmfusion.data.sources.unused_files import report_unused
 from lmfusion.model.batch import Batch, SpecialTokens, pack
@@ -50,11 +50,11 @@ class Step:
     """Samples drawn up to and with this step, over those of all sources."""
     num_samples: int
     """Drawn by all ranks in this step, damaged ones included."""
-    num_slots_used: int
+    num_tokens_used: int
     """Of the rows of all ranks, those of damaged images included."""
     num_cut: int
     """Documents of all ranks that were cut to fit into a row."""
-    damaged: tuple[Damage, ...]
+    damaged: tuple[SkippedSample, ...]
     """In the rows of this rank."""
 
 
@@ -62,27 +62,27 @@ class Step:
 class _StepPlan:
     """A step whose images have not been read yet."""
 
-    rows: list[Row]
+    rows: list[PackedSequence]
     """Of all ranks."""
     state: LoaderState
-    num_drawn: int
+    num_samples_read: int
     """Samples drawn up to and with this step."""
 
 
-def check_shared_evenly(rows_per_step: int, world_size: int) -> None:
+def check_shared_evenly(sequences_per_step: int, world_size: int) -> None:
     """Raises ValueError unless all ranks get as many rows of a step, and at least one."""
-    if rows_per_step < 1 or rows_per_step % world_size:
+    if sequences_per_step < 1 or sequences_per_step % world_size:
         raise ValueError(
-            f"a step has {rows_per_step} rows, which {world_size} ranks cannot share evenly; "
-            "change train.batch_tokens or data.row_tokens"
+            f"a step has {sequences_per_step} rows, which {world_size} ranks cannot share evenly; "
+            "change train.batch_tokens or data.seq_len"
         )
 
 
-class RowLoader:
+class PackedLoader:
     """Makes the rows of any step from the sources of `config`.
 
     Samples are drawn from an endless mixture of the sources, packed in windows, and dealt out row by row: a step takes
-    the next `rows_per_step` rows, of which this rank prepares every `world_size`-th. What a sample becomes depends on
+    the next `sequences_per_step` rows, of which this rank prepares every `world_size`-th. What a sample becomes depends on
     (seed, epoch, sample id) alone, so a run that resumes from a state, on another number of ranks or workers, sees what
     it would have seen.
 
@@ -101,7 +101,7 @@ class RowLoader:
         tokens: SpecialTokens,
         tokens_per_image: int,
         diffusion: DiffusionConfig,
-        rows_per_step: int,
+        sequences_per_step: int,
         seed: int,
         frozen_text: bool,
         device: torch.device | str,
@@ -111,12 +111,12 @@ class RowLoader:
         template_variables: Mapping[str, Any] | None = None,
     ) -> None:
         """vision: what a vision-language model sees with. template_variables: what the chat template reads."""
-        check_shared_evenly(rows_per_step, world_size)
+        check_shared_evenly(sequences_per_step, world_size)
         sources = [load_source(source, codec.config.image_size) for source in config.sources]
         for source in sources:
             if isinstance(source, EncodedSource):
                 source.check_made_with(codec, tokenizer)
-            if isinstance(source, EncodedShards):
+            if isinstance(source, LatentShards):
                 source.check_template_variables(template_variables or {})
         self.num_samples = sum(map(len, sources))
         """Of all sources."""
@@ -137,7 +137,7 @@ class RowLoader:
         self._latents = LatentReader(
             codec, device, sample=config.sample_latents, cache_megabytes=config.cache_megabytes
         )
-        self._rows_per_step = rows_per_step
+        self._rows_per_step = sequences_per_step
         self._seed = seed
         self._frozen_text = frozen_text
         self._is_pinned = torch.device(device).type == "cuda"
@@ -171,7 +171,7 @@ class RowLoader:
             windows = self._read_ahead(state.window, threads(1, "windows"), threads(self._config.num_workers, "texts"))
             workers = threads(self._config.num_workers, "rows")
             plans = islice(self._plan_steps(windows, state), num_steps)
-            ahead: deque[tuple[_StepPlan, list[Future[tuple[Batch, list[Damage]]]]]] = deque()
+            ahead: deque[tuple[_StepPlan, list[Future[tuple[Batch, list[SkippedSample]]]]]] = deque()
             # Enough that no worker is idle while the trainer is busy, and no more: rows of pixels are large
             own_rows = self._rows_per_step // self._world_size
             num_ahead = math.ceil(2 * self._config.num_workers / own_rows)
@@ -202,38 +202,38 @@ class RowLoader:
                 "this state was saved. Restore it, or start another run"
             )
         before = number * self._config.pack_window
-        num_drawn = before + sum(earlier.num_samples for earlier in window.rows[:row])
+        num_samples_read = before + sum(earlier.num_samples for earlier in window.rows[:row])
         while True:
-            rows: list[Row] = []
+            rows: list[PackedSequence] = []
             while len(rows) < self._rows_per_step:
                 if row == len(window.rows):
                     number, row, window = number + 1, 0, next(windows)
                 rows.append(window.rows[row])
-                num_drawn += window.rows[row].num_samples
+                num_samples_read += window.rows[row].num_samples
                 row += 1
             after = LoaderState(number, row) if row < len(window.rows) else LoaderState(number + 1, 0)
-            yield _StepPlan(rows, after, num_drawn)
+            yield _StepPlan(rows, after, num_samples_read)
 
-    def _own(self, plan: _StepPlan) -> list[Row]:
+    def _own(self, plan: _StepPlan) -> list[PackedSequence]:
         return plan.rows[self._rank :: self._world_size]
 
-    def _step(self, plan: _StepPlan, made: Iterable[tuple[Batch, list[Damage]]]) -> Step:
+    def _step(self, plan: _StepPlan, made: Iterable[tuple[Batch, list[SkippedSample]]]) -> Step:
         rows: list[Batch] = []
-        damaged: list[Damage] = []
+        damaged: list[SkippedSample] = []
         for batch, found in made:
             rows.append(batch)
             damaged += found
         return Step(
             rows=rows,
             state=plan.state,
-            epoch=plan.num_drawn / self.num_samples,
+            epoch=plan.num_samples_read / self.num_samples,
             num_samples=sum(row.num_samples for row in plan.rows),
-            num_slots_used=sum(row.num_slots_used for row in plan.rows),
+            num_tokens_used=sum(row.num_tokens_used for row in plan.rows),
             num_cut=sum(row.num_cut for row in plan.rows),
             damaged=tuple(damaged),
         )
 
-    def _row(self, row: Row) -> tuple[Batch, list[Damage]]:
+    def _row(self, row: PackedSequence) -> tuple[Batch, list[SkippedSample]]:
         """The batch of a row, and the samples that it had to do without."""
         num_images = sum(len(plan.images) for plan in row.plans)
         latents = torch.empty(num_images, *self._latents.shape)
@@ -248,11 +248,11 @@ class RowLoader:
                 self._read_images(plan, latents[first:last])
                 of_plan = self._read_seen(plan)
             except DamagedImageError as error:
-                damaged.append(Damage(plan.sample_id, str(error)))
+                damaged.append(SkippedSample(plan.sample_id, str(error)))
                 continue
             except ValueError as error:
                 raise ValueError(f"sample {plan.sample_id}: {error}") from error
-            draw = generator(self._seed, plan.draw.epoch, plan.sample_id, "noise")
+            draw = generator(self._seed, plan.ref.epoch, plan.sample_id, "noise")
             draw.standard_normal(dtype=np.float32, out=noise[first:last])
             whole.append(plan)
             seen += of_plan
@@ -264,7 +264,7 @@ class RowLoader:
             torch.tensor([t for plan in whole for t in plan.timesteps], dtype=torch.int64),
             sample_ids=[plan.sample_id for plan in whole],
             frozen_text=self._frozen_text,
-            vision_rows=torch.cat(seen) if seen else None,
+            vision_embeds=torch.cat(seen) if seen else None,
         )
         return (batch.pin_memory() if self._is_pinned else batch), damaged
 
@@ -272,11 +272,11 @@ class RowLoader:
         """Fill `latents` [number of images, C, h, w]. What is drawn for an image does not depend on where it lies."""
         places = range(plan.first_image, plan.first_image + len(plan.images))
         for latent, i, load_image in zip(latents, places, plan.images, strict=True):
-            draw = partial(generator, self._seed, plan.draw.epoch, plan.sample_id, f"latents {i}")
-            latent.copy_(self._latents.read((plan.draw.source, plan.draw.index, i), load_image, draw))
+            draw = partial(generator, self._seed, plan.ref.epoch, plan.sample_id, f"latents {i}")
+            latent.copy_(self._latents.read((plan.ref.source, plan.ref.index, i), load_image, draw))
 
     def _read_seen(self, plan: Plan) -> list[Tensor]:
         """Rows of each image that is seen."""
         if self._vision is None:
             return []
-        return [self._vision.read((plan.draw.source, plan.draw.index, i), image) for i, image in enumerate(plan.seen)]
+        return [self._vision.read((plan.ref.source, plan.ref.index, i), image) for i, image in enumerate(plan.seen)]

@@ -16,7 +16,7 @@ PERIOD = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Draw:
+class SampleRef:
     """A sample that is drawn: which one, of which source, in which of the source's epochs."""
 
     source: int
@@ -48,7 +48,7 @@ class Mixture:
 
         self._period = lru_cache(maxsize=4)(period)
 
-    def draw(self, positions: range) -> list[Draw]:
+    def samples(self, positions: range) -> list[SampleRef]:
         """What lies at consecutive positions, 0 or more, of the sequence."""
         at = np.arange(positions.start, positions.stop)
         numbers, places = np.divmod(at, PERIOD)
@@ -61,7 +61,7 @@ class Mixture:
         for source in np.unique(sources).tolist():
             here = sources == source
             epochs[here], indices[here] = self._orders[source].take(numbers[here] * self.quotas[source] + ranks[here])
-        return [Draw(*draw) for draw in zip(sources.tolist(), epochs.tolist(), indices.tolist(), strict=True)]
+        return [SampleRef(*draw) for draw in zip(sources.tolist(), epochs.tolist(), indices.tolist(), strict=True)]
 
 
 def quotas(weights: Sequence[float]) -> list[int]:

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedConfig
 
-from lmfusion.data.pipeline.documents import Damage, DocumentPlanner, Plan
-from lmfusion.data.pipeline.input_images import with_seen_images
-from lmfusion.data.pipeline.mixture import Draw, Mixture
+from lmfusion.data.pipeline.documents import DocumentPlanner, Plan, SkippedSample
+from lmfusion.data.pipeline.input_images import with_input_images
+from lmfusion.data.pipeline.mixture import Mixture, SampleRef
 from lmfusion.data.pipeline.order import Permutation, SourceOrder
 from lmfusion.data.samples import DataConfig, Sample, Source
 from lmfusion.data.storage.files import StorageError
@@ -23,11 +23,11 @@ READ_TOGETHER = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PackedSequence:
     """The documents of one row, in the order they are drawn in."""
 
     plans: tuple[Plan, ...]
-    damaged: tuple[Damage, ...] = ()
+    damaged: tuple[SkippedSample, ...] = ()
     """The row's share of its window's samples that could not be read: they have no place in a row, since their lengths
     are not known, but they count with the row."""
 
@@ -36,7 +36,7 @@ class Row:
         return len(self.plans) + len(self.damaged)
 
     @property
-    def num_slots_used(self) -> int:
+    def num_tokens_used(self) -> int:
         return sum(plan.document.num_tokens for plan in self.plans)
 
     @property
@@ -48,11 +48,11 @@ class Row:
 class Window:
     """What `pack_window` consecutive samples became."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[PackedSequence, ...]
     """One at least: where every sample is damaged, a row without documents."""
 
     @property
-    def damaged(self) -> tuple[Damage, ...]:
+    def damaged(self) -> tuple[SkippedSample, ...]:
         """Samples that could not be read."""
         return tuple(chain.from_iterable(row.damaged for row in self.rows))
 
@@ -103,44 +103,44 @@ class WindowReader:
         Raises StorageError where a text cannot be read: without it the window would be packed otherwise.
         """
         size = self._config.pack_window
-        draws = self._mixture.draw(range(number * size, (number + 1) * size))
-        parts = [draws[i : i + READ_TOGETHER] for i in range(0, size, READ_TOGETHER)]
-        read: list[tuple[Draw, Sample | Damage]] = list(chain.from_iterable(map_(self._read, parts)))
-        samples = [(draw, sample) for draw, sample in read if not isinstance(sample, Damage)]
-        damaged = [sample for _, sample in read if isinstance(sample, Damage)]
+        refs = self._mixture.samples(range(number * size, (number + 1) * size))
+        parts = [refs[i : i + READ_TOGETHER] for i in range(0, size, READ_TOGETHER)]
+        read: list[tuple[SampleRef, Sample | SkippedSample]] = list(chain.from_iterable(map_(self._read, parts)))
+        samples = [(ref, sample) for ref, sample in read if not isinstance(sample, SkippedSample)]
+        damaged = [sample for _, sample in read if isinstance(sample, SkippedSample)]
         plans: list[Plan] = []
         for plan in self._planner.plan(samples):
-            if isinstance(plan, Damage):
+            if isinstance(plan, SkippedSample):
                 damaged.append(plan)
             else:
                 plans.append(plan)
         return Window(self._pack(plans, damaged, number))
 
-    def _read(self, draws: list[Draw]) -> list[tuple[Draw, Sample | Damage]]:
-        samples: list[tuple[Draw, Sample | Damage]] = []
-        for draw in draws:
+    def _read(self, refs: list[SampleRef]) -> list[tuple[SampleRef, Sample | SkippedSample]]:
+        samples: list[tuple[SampleRef, Sample | SkippedSample]] = []
+        for ref in refs:
             try:
-                sample = self._sources[draw.source][draw.index]
+                sample = self._sources[ref.source][ref.index]
                 if self._vlm_config is not None:
-                    sample = with_seen_images(sample, self._vlm_config)
-                samples.append((draw, sample))
+                    sample = with_input_images(sample, self._vlm_config)
+                samples.append((ref, sample))
             except StorageError:
                 raise
             except (ValueError, OSError) as error:
-                name = self._config.sources[draw.source].name
-                samples.append((draw, Damage(f"{name}, sample {draw.index}", str(error))))
+                name = self._config.sources[ref.source].name
+                samples.append((ref, SkippedSample(f"{name}, sample {ref.index}", str(error))))
         return samples
 
-    def _pack(self, plans: list[Plan], damaged: list[Damage], number: int) -> tuple[Row, ...]:
+    def _pack(self, plans: list[Plan], damaged: list[SkippedSample], number: int) -> tuple[PackedSequence, ...]:
         if not plans:
-            return (Row((), tuple(damaged)),)
+            return (PackedSequence((), tuple(damaged)),)
         lengths = np.array([plan.document.num_tokens for plan in plans], np.int64)
-        rows = pack_documents(lengths, self._config.row_tokens, len(plans))
+        rows = pack_documents(lengths, self._config.seq_len, len(plans))
         # The packer's rows may begin with those of many documents; steps shall not differ in kind with their place
         order = Permutation(len(rows), self._seed, number, "rows").take(np.arange(len(rows)))
         # Shared out evenly, so that whoever counts sees the share that is damaged, not a window's all at once
         shares = np.linspace(0, len(damaged), len(rows) + 1).astype(int)
         return tuple(
-            Row(tuple(plans[i] for i in rows[row]), tuple(damaged[first:end]))
+            PackedSequence(tuple(plans[i] for i in rows[row]), tuple(damaged[first:end]))
             for row, first, end in zip(order, shares, shares[1:], strict=False)
         )

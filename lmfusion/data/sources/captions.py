@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
-from lmfusion.utils.config_values import shown
+from lmfusion.utils.config_values import short_repr
 
 MAX_TEXT_BYTES = 1024 * 1024
 """Of the text or JSON that belongs to one sample: hundreds of pages. More is damage, and is not read."""
@@ -42,7 +42,7 @@ def captions_of_value(value: Any, name: str) -> tuple[str, ...]:
     """
     captions = [caption for caption in value if caption is not None] if isinstance(value, list) else [value]
     if not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f"{name} is {shown(value)}; a caption must be a text, or a list of texts")
+        raise ValueError(f"{name} is {short_repr(value)}; a caption must be a text, or a list of texts")
     return checked_captions(captions)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from lmfusion.text.chat import ROLES
-from lmfusion.utils.config_values import shown
+from lmfusion.utils.config_values import short_repr
 
 KEYS = ("messages", "conversations")
 """Where a line has its list of messages."""
@@ -78,11 +78,11 @@ def _message(item: Any, images: Iterator[ImageReference] | None) -> tuple[str, l
         item = {key: value for key, value in item.items() if value is not None}
     role = item.get("role", item.get("from")) if isinstance(item, dict) else None
     if not isinstance(role, str) or role not in _ROLES:
-        raise ValueError(f"every message must have a role, one of {', '.join(_ROLES)}; got {shown(item)}")
+        raise ValueError(f"every message must have a role, one of {', '.join(_ROLES)}; got {short_repr(item)}")
     if item.get("tool_calls") or item.get("function_call"):
         raise ValueError("a message has tool calls, which cannot be learned; leave the line out")
     if item.get("weight", 1) != 1:
-        raise ValueError(f"a message has weight {shown(item['weight'])}; the weight must be 1, or be left out")
+        raise ValueError(f"a message has weight {short_repr(item['weight'])}; the weight must be 1, or be left out")
     content = item.get("content", item.get("value"))
     if not isinstance(content, str | list):
         raise ValueError(f"the content of the {role}'s message must be a text, or a list of texts and images")
@@ -110,7 +110,7 @@ def _parts(item: Any, images: Iterator[ImageReference] | None) -> list[Part]:
             return [_next(images)]
     raise ValueError(
         'content must hold texts, {"image": "path"}, {"type": "text", "text": ...} and {"type": "image_url", '
-        f'"image_url": {{"url": ...}}}}; got {shown(item)}'
+        f'"image_url": {{"url": ...}}}}; got {short_repr(item)}'
     )
 
 

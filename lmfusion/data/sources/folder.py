@@ -21,7 +21,7 @@ from lmfusion.data.sources.unused_files import (
     suffix_of,
     unread_kind,
 )
-from lmfusion.data.storage.files import StorageError, is_inside, load_image_file, read_file, try_often
+from lmfusion.data.storage.files import StorageError, is_inside, load_image_file, read_file, retry
 from lmfusion.data.storage.folder_walk import FoundFile, find_all
 from lmfusion.utils.printing import printable
 
@@ -47,7 +47,7 @@ class ImageFolder:
         files = find_all(self._folder)
         metadata = self._folder / METADATA
         if metadata.is_file():
-            entries = try_often(partial(_read_metadata, metadata), os.fspath(metadata))
+            entries = retry(partial(_read_metadata, metadata), os.fspath(metadata))
             self.unused = _not_listed(files, {entry.name for entry in entries})
         else:
             entries, self.unused = _pair(files)

@@ -1,7 +1,7 @@
 """Documents of texts and images in their order, conversations, and edits: lines of JSON that name image files.
 
 {"id": "page 7", "content": ["A cat:", {"image": "cats/1.jpg"}, "And a dog:", {"image": "dogs/4.png"}]}
-{"messages": [{"role": "user", "content": "Draw a cat."}, {"role": "assistant", "content": [{"image": "cats/1.jpg"}]}]}
+{"messages": [{"role": "user", "content": "SampleRef a cat."}, {"role": "assistant", "content": [{"image": "cats/1.jpg"}]}]}
 {"source": "cats/1.jpg", "instruction": "make the cat black", "target": "cats/1-black.jpg"}
 
 Conversations may also be written as OpenAI, transformers, LLaVA and ShareGPT do: see conversation_formats.

@@ -82,10 +82,10 @@ class StoredFile:
             raise ValueError(f"{self.address} ends at byte {self.size}, before what should be read of it does")
         try:
             if self._filesystem is None:
-                data = try_often(lambda: _read_local(self.address, start, length), self.address)
+                data = retry(lambda: _read_local(self.address, start, length), self.address)
             else:
                 cat = self._filesystem.cat_file
-                data = try_often(lambda: cat(self._path, start=start, end=start + length), self.address)
+                data = retry(lambda: cat(self._path, start=start, end=start + length), self.address)
         except FileNotFoundError as error:
             raise StorageError(f"{self.address} is gone; it was there when it was opened") from error
         if len(data) != length:
@@ -176,7 +176,7 @@ def read_file(path: str | os.PathLike[str], check_size: Callable[[int], None]) -
     Raises ValueError where it is no regular file, FileNotFoundError and its like where there is none, StorageError
     where it cannot be read.
     """
-    return try_often(lambda: _read_regular(path, check_size), os.fspath(path))
+    return retry(lambda: _read_regular(path, check_size), os.fspath(path))
 
 
 def load_image_file(path: str | os.PathLike[str]) -> Image.Image:
@@ -185,7 +185,7 @@ def load_image_file(path: str | os.PathLike[str]) -> Image.Image:
     return decode_image(read_file(path, partial(check_file_size, name=name)), name)
 
 
-def try_often(read: Callable[[], T], address: str) -> T:
+def retry(read: Callable[[], T], address: str) -> T:
     """What `read` gives, tried again where storage fails.
 
     Raises StorageError, naming the address, where it fails to the end, or where reading is not permitted. Errors that
@@ -320,7 +320,7 @@ def _stat(where: _Address) -> StoredFile | None:
             raise ValueError(f"{address} is a folder or no regular file; name the files, such as {address}/*")
         return StoredFile(address, status.st_size, str(status.st_mtime_ns))
     try:
-        info = try_often(lambda: filesystem.info(path), address)
+        info = retry(lambda: filesystem.info(path), address)
     except FileNotFoundError:
         return None
     if info.get("type") == "directory":

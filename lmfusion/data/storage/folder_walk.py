@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-from lmfusion.data.storage.files import StorageError, try_often
+from lmfusion.data.storage.files import StorageError, retry
 
 
 class FoundFile(NamedTuple):
@@ -49,7 +49,7 @@ def _walk(folder: Path, start: str, seen: set[tuple[int, int]]) -> tuple[list[Fo
     places = [start]
     while places:
         place = places.pop()
-        for entry in try_often(partial(_entries, folder / place), os.fspath(folder / place)):
+        for entry in retry(partial(_entries, folder / place), os.fspath(folder / place)):
             name = f"{place}/{entry.name}" if place else entry.name
             is_link = entry.is_symlink()
             status = _status(entry) if is_link or entry.is_dir() else None
@@ -74,7 +74,7 @@ def _entries(place: Path) -> list[os.DirEntry[str]]:
 def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
     """What a folder or the target of a link is. None where a link leads nowhere, or in a circle."""
     try:
-        return try_often(lambda: os.stat(entry.path), entry.path)
+        return retry(lambda: os.stat(entry.path), entry.path)
     except StorageError:
         raise
     except OSError:

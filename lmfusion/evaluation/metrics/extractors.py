@@ -24,7 +24,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from lmfusion.evaluation.metrics.clip import load_clip
-from lmfusion.utils.config_values import shown
+from lmfusion.utils.config_values import short_repr
 from lmfusion.utils.packages import require
 
 KINDS = ("efficientnet-lite0", "inception", "clip")
@@ -49,7 +49,7 @@ class ExtractorConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"extractor.kind is {shown(self.kind)}; it must be one of {', '.join(KINDS)}")
+            raise ValueError(f"extractor.kind is {short_repr(self.kind)}; it must be one of {', '.join(KINDS)}")
         if self.batch_size < 1:
             raise ValueError(f"extractor.batch_size is {self.batch_size}; it must be at least 1")
         if self.kind == "efficientnet-lite0" and self.path is not None:

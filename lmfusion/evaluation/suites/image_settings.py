@@ -4,7 +4,7 @@ from typing import Any
 
 from lmfusion.generation.options import GenerationOptions, Limits
 from lmfusion.generation.samplers import SAMPLERS
-from lmfusion.utils.config_values import shown
+from lmfusion.utils.config_values import short_repr
 
 FIELDS = ("guidance_scale", "image_guidance_scale", "sampler", "num_steps", "seed")
 """Of a suite's configuration, which need not have all of them."""
@@ -22,7 +22,9 @@ def image_options(config: Any, section: str, **changes: Any) -> GenerationOption
     """
     values = drawing_values(config) | changes
     if values["sampler"] not in SAMPLERS:
-        raise ValueError(f"{section}.sampler is {shown(values['sampler'])}; it must be one of {', '.join(SAMPLERS)}")
+        raise ValueError(
+            f"{section}.sampler is {short_repr(values['sampler'])}; it must be one of {', '.join(SAMPLERS)}"
+        )
     try:
         options = GenerationOptions(draw_first=True, max_images=1, max_new_tokens=0, **values)
         Limits().check(options)

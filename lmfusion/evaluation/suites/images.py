@@ -202,7 +202,7 @@ def draw_prompts(
     digest: of the model. The noise of prompt i depends on (options.seed, i) alone. Other files are left alone.
     """
     from lmfusion.generation import Done, ImageEnd, encode_prompt
-    from lmfusion.generation.api import Asked, engine_for, evaluating
+    from lmfusion.generation.api import EngineRequest, engine_for, evaluating
 
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{i:06d}.png" for i in range(len(prompts))]
@@ -215,7 +215,7 @@ def draw_prompts(
     }
     wanted = [{"prompt": prompt, "index": i, **made} for i, prompt in enumerate(prompts)]
     missing = [i for i, settings in enumerate(wanted) if not holds(files[i], settings)]
-    asked = [Asked(encode_prompt(model, [prompts[i]]), options, i) for i in missing]
+    asked = [EngineRequest(encode_prompt(model, [prompts[i]]), options, i) for i in missing]
     if not asked:
         return files
     engine = engine_for(model, asked, batch_size)

@@ -9,7 +9,7 @@ from typing import Any
 from lmfusion.evaluation.suites.image_settings import image_options
 from lmfusion.synthetic.shapes import NUM_SAMPLES
 from lmfusion.training.config import RunConfig
-from lmfusion.utils.config_values import check_least, from_values, shown
+from lmfusion.utils.config_values import check_least, from_values, short_repr
 
 METRICS = {
     "diffusion_loss": "lower",
@@ -83,9 +83,9 @@ class OrderingConfig:
     """Variants whose value is worse than before their first step."""
 
     def __post_init__(self) -> None:
-        name = f"the ordering {shown(self.claim)}"
+        name = f"the ordering {short_repr(self.claim)}"
         if self.metric not in METRICS:
-            raise ValueError(f"{name} has the metric {shown(self.metric)}; it must be one of {', '.join(METRICS)}")
+            raise ValueError(f"{name} has the metric {short_repr(self.metric)}; it must be one of {', '.join(METRICS)}")
         given = [key for key in ("order", "keeps", "loses") if getattr(self, key) is not None]
         if len(given) != 1:
             raise ValueError(f"{name} gives {' and '.join(given) or 'nothing'}; give one of order, keeps and loses")
@@ -127,7 +127,7 @@ class AblationConfig:
             raise ValueError("variants is empty; name at least one, as {deep: {model.image.separation: deep}}")
         for name in self.variants:
             if not isinstance(name, str) or not name or Path(name).name != name or name.startswith("."):
-                raise ValueError(f"variants has the name {shown(name)}, which is to be the name of a folder")
+                raise ValueError(f"variants has the name {short_repr(name)}, which is to be the name of a folder")
         runs = self.runs()
         for ordering in self.orderings:
             missing = [name for name in ordering.variants if name not in self.variants]

@@ -168,7 +168,7 @@ def render_report(
         for key, label in (
             ("diffusion_loss", "diffusion loss (images)"),
             ("lm_loss", "language loss (text after images)"),
-            ("begin_loss", "loss of the decision to begin an image"),
+            ("boi_loss", "loss of the decision to begin an image"),
         )
     )
     verdict = "identical" if summary["text_identical"] else "CHANGED"
@@ -199,7 +199,7 @@ parameters were frozen. The pictures and captions below come from the trained mo
 {image_rows(drawn)}
 <h2>Real digits, for comparison</h2>
 {image_rows(real)}
-<h2>Asked for in a chat</h2>
+<h2>EngineRequest for in a chat</h2>
 <p>The language model opens its answer in its own words. The image side decides where an image begins, draws it, and the
 answer goes on: right is text, a picture that the judge reads as asked, and text that names this digit and no other. All
 of it in greedy decoding.</p>

@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from lmfusion import __version__
-from lmfusion.generation.worker import Busy, EngineWorker, Stopped
+from lmfusion.generation.worker import EngineWorker, QueueFull, Stopped
 from lmfusion.serving.errors import ApiError
 from lmfusion.serving.guard import Guard
 from lmfusion.serving.http.bodies import Bodies, busy
@@ -71,7 +71,7 @@ def build_app(
             num_reading -= 1
         try:
             answering = await run_sync(worker.submit, prompt, options, listener)
-        except Busy as error:
+        except QueueFull as error:
             raise busy(str(error)) from None
         except Stopped as error:
             raise ApiError(503, str(error), code="engine_stopped") from None

@@ -15,7 +15,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from lmfusion.utils.config_values import cut
+from lmfusion.utils.config_values import truncate
 
 MAX_SEED = 2**63 - 1
 
@@ -40,7 +40,7 @@ class Checked:
             raise PydanticCustomError(
                 "unsupported_value",
                 "is {given}; only {allowed} is supported here, leave the field out",
-                {"given": cut(given, 80), "allowed": self._allowed},
+                {"given": truncate(given, 80), "allowed": self._allowed},
             )
         return value
 

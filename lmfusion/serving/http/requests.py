@@ -16,7 +16,7 @@ from lmfusion.images.preprocessing import decode_image, read_image_size
 from lmfusion.model.vision import VisionInput
 from lmfusion.serving.errors import ApiError
 from lmfusion.serving.http.schema import SAME_NAMES, ChatRequest, ImagePart, Message, TextPart, parse
-from lmfusion.utils.config_values import cut
+from lmfusion.utils.config_values import truncate
 
 if TYPE_CHECKING:
     from lmfusion.model.modeling import LMFusion
@@ -185,9 +185,7 @@ class RequestReader:
         try:
             data = image_bytes(url)
         except _NoDataUrl:
-            message = (
-                f"{where} has the URL {cut(url, 40)!r}; nothing is fetched here, send the image itself as a data: URL "
-            )
+            message = f"{where} has the URL {truncate(url, 40)!r}; nothing is fetched here, send the image itself as a data: URL "
             message += "(data:image/png;base64,... with a PNG, JPEG or WEBP)"
             raise ApiError(400, message, param=where, code="invalid_image_url") from None
         except ValueError:

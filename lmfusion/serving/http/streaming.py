@@ -24,7 +24,7 @@ from lmfusion.serving.errors import ApiError
 from lmfusion.serving.http.body_readers import while_connected
 
 if TYPE_CHECKING:
-    from lmfusion.generation.worker import Answering
+    from lmfusion.generation.worker import ResponseStream
     from lmfusion.serving.http.metrics import Metrics
 
 KEEP_ALIVE_SECONDS = 15.0
@@ -71,7 +71,7 @@ class Listener:
 class _Answer(Response, ABC):
     """An ASGI response that is made while `answering` is, and cancels it when the client hangs up."""
 
-    def __init__(self, completion_id: str, model_name: str, answering: "Answering", listener: Listener) -> None:
+    def __init__(self, completion_id: str, model_name: str, answering: "ResponseStream", listener: Listener) -> None:
         self.background = None
         self._answering = answering
         self._listener = listener

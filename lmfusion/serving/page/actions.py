@@ -37,7 +37,7 @@ class Actions:
 
         way: what the prompt is, one of `lmfusion.serving.page.settings.WAYS`. Whoever stops listening cancels the answer.
 
-        Raises, before anything is in the session, ValueError for what cannot be answered, and Busy and Stopped as
+        Raises, before anything is in the session, ValueError for what cannot be answered, and QueueFull and Stopped as
         `EngineWorker.submit` does.
         """
         if session.is_busy:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmfusion.generation.events import ImageEnd
-from lmfusion.generation.worker import Busy, EngineWorker, Stopped
+from lmfusion.generation.worker import EngineWorker, QueueFull, Stopped
 from lmfusion.serving.page import display
 from lmfusion.serving.page.actions import Actions
 from lmfusion.serving.page.session import Picture
@@ -81,7 +81,7 @@ def build_page(
                         update[gallery] = [(str(picture.path), _caption(picture)) for picture in session.pictures[::-1]]
                     yield update
                 yield {box: gr.MultimodalTextbox(submit_btn=True, stop_btn=False)}
-            except (ValueError, Busy, Stopped) as error:
+            except (ValueError, QueueFull, Stopped) as error:
                 gr.Warning(html.escape(str(error)), title="This cannot be answered")
                 yield {chat: gr.skip()}
 

@@ -13,7 +13,7 @@ from lmfusion.generation.events import Done, Event, ImageBegin, ImageEnd, ImageP
 from lmfusion.images.png import save_png
 
 if TYPE_CHECKING:
-    from lmfusion.generation.worker import Answering
+    from lmfusion.generation.worker import ResponseStream
 
 MAX_SESSIONS = 256
 """Tabs remembered."""
@@ -69,7 +69,7 @@ class Session:
     """A user's turn, the assistant's answer to it, and so on; the last answer may be in the making."""
     pictures: list[Picture]
     """What was drawn, in its order. Clearing the conversation keeps it."""
-    answering: "Answering | None"
+    answering: "ResponseStream | None"
 
     def __init__(self, root: Path) -> None:
         self.turns = []

@@ -1,4 +1,4 @@
-"""Packed causal attention in plain PyTorch with FlashAttention's conventions, in any dtype: what two_calls.py runs on
+"""Packed causal attention in plain PyTorch with FlashAttention's conventions, in any dtype: what two_pass.py runs on
 where there is no GPU."""
 
 import torch
@@ -10,10 +10,10 @@ class PlainPackedCausal:
     def __init__(self):
         self.calls = []
 
-    def why_absent(self, device):
+    def unavailable_reason(self, device):
         return ""
 
-    def why_not(self, case):
+    def unsupported_reason(self, case):
         return ""
 
     def forward(self, q, k, v, sequences, scale):

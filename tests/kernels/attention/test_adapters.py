@@ -14,7 +14,7 @@ import torch
 import lmfusion_kernels as lk
 from lmfusion_kernels import attention
 from lmfusion_kernels.attention import flash, flash_attn_3, flash_attn_4, installed
-from lmfusion_kernels.attention.interface import Case
+from lmfusion_kernels.attention.interface import AttentionProblem
 from lmfusion_kernels.attention.reference import Reference, dense_attention
 from lmfusion_kernels.attention.two_pass import Sequences
 from lmfusion_kernels.runtime import device as device_module
@@ -142,9 +142,9 @@ def complete(schema, arguments, more):
 def assert_equals_the_specification(name, tolerance=1e-12, documents=DOCUMENTS):
     kernel, specification = attention.KERNELS[name], Reference()
     layouts = [lk.TokenLayout.from_spans(documents)]
-    if not kernel.why_not(case(needs_grad=False, is_cached=True)):
+    if not kernel.unsupported_reason(case(needs_grad=False, is_cached=True)):
         for cache_starts in ([0, 20, 40], [7, 29, 64]):
-            cache = {"cached_lengths": [3, 0, 9], "cache_starts": cache_starts, "cache_rows": 90}
+            cache = {"cached_lengths": [3, 0, 9], "cache_starts": cache_starts, "cache_slots": 90}
             layouts.append(lk.TokenLayout.from_spans(documents, **cache))
     for layout in layouts:
         for rows in ("all", "active") if layout.is_cached else ("all", "active", "constant"):
@@ -192,7 +192,7 @@ def flash_attn_3_modules(define_ops, **flags):
 
 
 def case(needs_grad=True, head_dim=128, dtype=torch.bfloat16, is_cached=False):
-    return Case(HOPPER, dtype, 32, 8, head_dim, needs_grad, is_cached)
+    return AttentionProblem(HOPPER, dtype, 32, 8, head_dim, needs_grad, is_cached)
 
 
 def test_deterministic_backwards_where_torch_demands_them(monkeypatch, define_ops):
@@ -206,27 +206,27 @@ def test_deterministic_backwards_where_torch_demands_them(monkeypatch, define_op
 
 def test_flash_attn_2(monkeypatch, define_ops):
     pretend(monkeypatch, {"flash-attn": "2.8.3"}, flash_attn_2(define_ops))
-    assert attention.why_not("flash-attn-2", case()) == ""
+    assert attention.unsupported_reason("flash-attn-2", case()) == ""
     assert_equals_the_specification("flash-attn-2")
-    assert "multiples of 8 up to 256, not 100" in attention.why_not("flash-attn-2", case(head_dim=100))
-    assert "not float32" in attention.why_not("flash-attn-2", case(dtype=torch.float32))
+    assert "multiples of 8 up to 256, not 100" in attention.unsupported_reason("flash-attn-2", case(head_dim=100))
+    assert "not float32" in attention.unsupported_reason("flash-attn-2", case(dtype=torch.float32))
 
 
 @pytest.mark.parametrize("version", ["2.6.3", "3.0.0"])
 def test_flash_attn_of_another_version(monkeypatch, define_ops, version):
     pretend(monkeypatch, {"flash-attn": version}, flash_attn_2(define_ops))
-    reason = attention.why_not("flash-attn-2", case())
+    reason = attention.unsupported_reason("flash-attn-2", case())
     assert version in reason and "from 2.7 on" in reason
 
 
 def test_flash_attn_2_that_does_not_import(monkeypatch):
     pretend(monkeypatch, {"flash-attn": "2.8.3"}, {"flash_attn": types.ModuleType("flash_attn")})
-    assert "`import flash_attn.flash_attn_interface` fails" in attention.why_not("flash-attn-2", case())
+    assert "`import flash_attn.flash_attn_interface` fails" in attention.unsupported_reason("flash-attn-2", case())
 
 
 def test_flash_attn_3(monkeypatch, define_ops):
     pretend(monkeypatch, {}, flash_attn_3_modules(define_ops))
-    assert attention.why_not("flash-attn-3", case()) == ""
+    assert attention.unsupported_reason("flash-attn-3", case()) == ""
     assert_equals_the_specification("flash-attn-3")
 
 
@@ -234,14 +234,19 @@ def test_flash_attn_3_without_a_backward(monkeypatch, define_ops):
     """tokenspeed-fa3 is built so, and without heads of 96, which then use the kernels of 128."""
     flags = {f"FLASHATTENTION_DISABLE_{name}": True for name in ("BACKWARD", "HDIM96", "HDIM192", "HDIM256")}
     pretend(monkeypatch, {}, flash_attn_3_modules(define_ops, **flags))
-    assert "built without a backward" in attention.why_not("flash-attn-3", case())
-    assert attention.why_not("flash-attn-3", case(needs_grad=False, head_dim=96)) == ""
-    assert "head sizes up to 128, not 192" in attention.why_not("flash-attn-3", case(needs_grad=False, head_dim=192))
+    assert "built without a backward" in attention.unsupported_reason("flash-attn-3", case())
+    assert attention.unsupported_reason("flash-attn-3", case(needs_grad=False, head_dim=96)) == ""
+    assert "head sizes up to 128, not 192" in attention.unsupported_reason(
+        "flash-attn-3", case(needs_grad=False, head_dim=192)
+    )
 
 
 def test_flash_attn_3_elsewhere(monkeypatch, define_ops):
     pretend(monkeypatch, {}, flash_attn_3_modules(define_ops), capability=(8, 0))
-    assert attention.why_not("flash-attn-3", case()) == "it needs compute capability 9.0, and this device has 8.0"
+    assert (
+        attention.unsupported_reason("flash-attn-3", case())
+        == "it needs compute capability 9.0, and this device has 8.0"
+    )
 
 
 def test_torch_flash_by_schema(monkeypatch):
@@ -256,14 +261,14 @@ def test_torch_flash_by_schema(monkeypatch):
 def test_torch_flash_on_the_device(monkeypatch):
     pretend(monkeypatch, {}, {})
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    assert attention.why_not("flash", case()) == ""
-    assert attention.why_not("flash", case(head_dim=256)) == ""
-    assert "not 264" in attention.why_not("flash", case(head_dim=264))
+    assert attention.unsupported_reason("flash", case()) == ""
+    assert attention.unsupported_reason("flash", case(head_dim=256)) == ""
+    assert "not 264" in attention.unsupported_reason("flash", case(head_dim=264))
     monkeypatch.setattr(device_module, "_capability", lambda device: (8, 9))
-    assert "backward takes head sizes up to 192" in attention.why_not("flash", case(head_dim=256))
+    assert "backward takes head sizes up to 192" in attention.unsupported_reason("flash", case(head_dim=256))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
     attention._why_absent.cache_clear()
-    assert attention.why_not("flash", case()) == "this build of torch has no FlashAttention"
+    assert attention.unsupported_reason("flash", case()) == "this build of torch has no FlashAttention"
 
 
 def test_torch_flash_calls_the_ops(monkeypatch):
@@ -355,19 +360,22 @@ def test_flash_attn_4(monkeypatch):
     monkeypatch.setattr(flash_attn_4, "_mask", lambda: "the mask")
     stand_in = types.SimpleNamespace(flash_attn_4=flash_attn_4._forward, flash_attn_4_backward=flash_attn_4._backward)
     monkeypatch.setattr(flash_attn_4, "_ops", stand_in)
-    assert attention.why_not("flash-attn-4", case()) == ""
+    assert attention.unsupported_reason("flash-attn-4", case()) == ""
     assert_equals_the_specification("flash-attn-4")
     long = [[("text", 150), ("image", 90), ("text", 30)], [("text", 20), ("image", 140), ("text", 200)]]
     assert_equals_the_specification("flash-attn-4", documents=long)
-    assert attention.why_not("flash-attn-4", case(needs_grad=False, is_cached=True)) == "it takes no key-value cache"
+    assert (
+        attention.unsupported_reason("flash-attn-4", case(needs_grad=False, is_cached=True))
+        == "it takes no key-value cache"
+    )
     assert len(calls) == 2 * (3 + 2) and all(lists.block_size == (128, 128) for lists in calls)
     for lists in calls:
         assert lists.mask_block_cnt.dtype == lists.full_block_idx.dtype == torch.int32
         assert lists.mask_block_cnt.shape[:2] == lists.mask_block_idx.shape[:2] == (1, 1)
-    assert "up to 128, not 192" in attention.why_not("flash-attn-4", case(head_dim=192))
+    assert "up to 128, not 192" in attention.unsupported_reason("flash-attn-4", case(head_dim=192))
     monkeypatch.setattr(flash_attn_4, "wants_deterministic", lambda: True)
-    assert "not deterministic" in attention.why_not("flash-attn-4", case())
-    assert attention.why_not("flash-attn-4", case(needs_grad=False)) == ""
+    assert "not deterministic" in attention.unsupported_reason("flash-attn-4", case())
+    assert attention.unsupported_reason("flash-attn-4", case(needs_grad=False)) == ""
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def test_magnitudes_that_change_from_tile_to_tile(name, dtype):
 @pytest.mark.parametrize("num_queries", [1, 3, 17])
 def test_decode_with_huge_scores(num_queries):
     layout = lk.TokenLayout.from_spans(
-        [[("text", num_queries)]] * 2, cached_lengths=[130, 9], cache_starts=[0, 200], cache_rows=300
+        [[("text", num_queries)]] * 2, cached_lengths=[130, 9], cache_starts=[0, 200], cache_slots=300
     )
     generator = torch.Generator().manual_seed(2)
     q = F.one_hot(torch.randint(64, (2 * num_queries, 6), generator=generator), 64).float()

@@ -89,7 +89,7 @@ def test_flex_by_name():
     torch.testing.assert_close(out, reference.hybrid_attention(q, k, v, layout))
     with pytest.raises(ValueError, match="flex attention was asked for, but it has no gradients on the CPU"):
         lk.hybrid_attention(q.requires_grad_(), k, v, layout, backend="flex")
-    cached = lk.TokenLayout.from_spans([[("text", 1)]], cached_lengths=[1], cache_starts=[0], cache_rows=4)
+    cached = lk.TokenLayout.from_spans([[("text", 1)]], cached_lengths=[1], cache_starts=[0], cache_slots=4)
     with pytest.raises(ValueError, match="flex attention was asked for, but it takes no key-value cache"):
         lk.hybrid_attention(*make_inputs(cached, "all")[:3], cached, backend="flex")
     empty = lk.TokenLayout.from_spans([])

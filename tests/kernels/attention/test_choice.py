@@ -31,7 +31,7 @@ def fresh(monkeypatch):
 @pytest.fixture
 def hopper(monkeypatch):
     """A device of capability 9.0 with Triton and PyTorch's FlashAttention, and no package beside."""
-    monkeypatch.setattr(library, "why_not", "")
+    monkeypatch.setattr(library, "unsupported_reason", "")
     monkeypatch.setattr(device_module, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(installed, "version_of", lambda distribution: None)
     monkeypatch.setattr(registered, "has_module", lambda module: True)
@@ -67,7 +67,7 @@ def test_on_the_cpu(monkeypatch):
     with pytest.raises(ValueError, match="flash attention was asked for by LMFUSION_KERNELS_BACKEND, but"):
         choose(device=CPU)
     monkeypatch.delenv("LMFUSION_KERNELS_BACKEND")
-    monkeypatch.setattr(library, "why_not", "the native ops were not built: no compiler")
+    monkeypatch.setattr(library, "unsupported_reason", "the native ops were not built: no compiler")
     attention._why_absent.cache_clear()
     assert choose(device=CPU) == "reference"
 
@@ -260,10 +260,10 @@ def test_a_device_without_compiled_code(monkeypatch):
 
 def test_second_derivatives_are_refused(monkeypatch):
     """By the kernels that autograd cannot follow as by the compiled ops."""
-    from lmfusion_kernels.attention.two_pass import TwoCalls
+    from lmfusion_kernels.attention.two_pass import TwoPass
     from tests.kernels.attention.packed_causal import PlainPackedCausal
 
-    monkeypatch.setitem(attention.KERNELS, "flash", TwoCalls(PlainPackedCausal()))
+    monkeypatch.setitem(attention.KERNELS, "flash", TwoPass(PlainPackedCausal()))
     attention._why_absent.cache_clear()
     q, k, v = (torch.randn(7, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     out = lk.hybrid_attention(q, k, v, LAYOUT, backend="flash")

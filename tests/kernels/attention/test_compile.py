@@ -31,8 +31,8 @@ def flash_on_the_cpu(monkeypatch):
 
     library.impl("_flash_attention_forward", forward, "CPU")
     library.impl("_flash_attention_backward", backward, "CPU")
-    monkeypatch.setattr(flash.TorchFlash, "why_absent", lambda self, device: "")
-    monkeypatch.setattr(flash.TorchFlash, "why_not", lambda self, case: "")
+    monkeypatch.setattr(flash.TorchFlash, "unavailable_reason", lambda self, device: "")
+    monkeypatch.setattr(flash.TorchFlash, "unsupported_reason", lambda self, case: "")
     attention._why_absent.cache_clear()
     yield
     library._destroy()
@@ -90,7 +90,7 @@ def test_the_choice_is_made_while_tracing(monkeypatch, is_measured):
     rows = (table.Row("9.0", "bfloat16", 64, "training", 5, "flash"),) if is_measured else ()
     monkeypatch.setattr(table, "load", lambda: rows)
     monkeypatch.setattr(device_module, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(library, "why_not", "")
+    monkeypatch.setattr(library, "unsupported_reason", "")
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     for cache in (table.measured, attention._why_absent):
         cache.cache_clear()

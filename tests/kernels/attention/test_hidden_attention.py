@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import lmfusion_kernels as lk
 from lmfusion_kernels import attention, reference
 from lmfusion_kernels.attention.flex import Flex
-from lmfusion_kernels.attention.interface import Case
+from lmfusion_kernels.attention.interface import AttentionProblem
 from lmfusion_kernels.attention.reference import Reference
-from lmfusion_kernels.attention.two_pass import TwoCalls
+from lmfusion_kernels.attention.two_pass import TwoPass
 from tests.kernels.attention.packed_causal import PlainPackedCausal
 from tests.kernels.attention.test_hybrid_attention import DTYPES, HEADS, assert_as_good_as_reference, make_inputs
 from tests.kernels.ops.row_ops import needs_native
@@ -82,14 +82,14 @@ def assert_kernel_equals_specification(kernel, layout, dtype, tolerance, seed=0,
 @pytest.mark.parametrize("name", BATCHES)
 def test_two_calls_equal_the_specification(name, frozen_text):
     layout = lk.TokenLayout.from_spans(BATCHES[name], frozen_text=frozen_text)
-    assert_kernel_equals_specification(TwoCalls(PlainPackedCausal()), layout, torch.float64, 1e-12)
+    assert_kernel_equals_specification(TwoPass(PlainPackedCausal()), layout, torch.float64, 1e-12)
 
 
 @settings(max_examples=20)
 @given(short_documents, st.booleans(), st.integers(0, 99))
 def test_two_calls_on_random_documents(documents, frozen_text, seed):
     layout = lk.TokenLayout.from_spans(documents, frozen_text=frozen_text)
-    assert_kernel_equals_specification(TwoCalls(PlainPackedCausal()), layout, torch.float64, 1e-12, seed)
+    assert_kernel_equals_specification(TwoPass(PlainPackedCausal()), layout, torch.float64, 1e-12, seed)
 
 
 @needs_native
@@ -109,9 +109,9 @@ def test_flex_equals_the_specification(name):
 def test_flash_attention_4_says_that_it_cannot():
     """And is passed over where it would have been the fastest."""
     cuda = torch.device("cuda")
-    case = Case(cuda, torch.bfloat16, 8, 2, 64, needs_grad=False, is_cached=False, has_hidden=True)
-    assert attention.KERNELS["flash-attn-4"].why_not(case) == "it takes no hidden spans"
-    assert attention.KERNELS["flash-attn-4"].why_not(case._replace(has_hidden=False)) == ""
+    case = AttentionProblem(cuda, torch.bfloat16, 8, 2, 64, needs_grad=False, is_cached=False, has_hidden=True)
+    assert attention.KERNELS["flash-attn-4"].unsupported_reason(case) == "it takes no hidden spans"
+    assert attention.KERNELS["flash-attn-4"].unsupported_reason(case._replace(has_hidden=False)) == ""
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])
@@ -159,7 +159,7 @@ def test_operator_registrations():
     layout = lk.TokenLayout.from_spans([[("text", 3), ("image", 4, "hidden"), ("text", 2)]])
     q, k, v, _ = make_inputs(9, 9, 2, 1, 16)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    vectors = layout.key_start, layout.key_end, None, 0.25, layout.visible_end, layout.stretch_end
+    vectors = layout.key_start, layout.key_end, None, 0.25, layout.visible_end, layout.run_end
     torch.library.opcheck(torch.ops.lmfusion.hybrid_attention, (*leaves, *vectors))
     with pytest.raises(RuntimeError, match="visible_end must be a contiguous int32 vector with 9 entries"):
         torch.ops.lmfusion.hybrid_attention(
@@ -201,4 +201,4 @@ def run_in(dtype, step):
 
 def test_a_block_with_a_cache_refuses_hidden_spans():
     with pytest.raises(ValueError, match=r"hidden span.*key-value cache"):
-        lk.TokenLayout.from_spans([[("image", 2, "hidden")]], cached_lengths=[0], cache_starts=[0], cache_rows=4)
+        lk.TokenLayout.from_spans([[("image", 2, "hidden")]], cached_lengths=[0], cache_starts=[0], cache_slots=4)

@@ -179,7 +179,7 @@ def test_cache_equals_no_cache():
     """Documents continued through a key-value cache, whose other rows hold NaN, give what the whole documents give."""
     before, after = (("text", 40), ("image", 30)), (("text", 2), ("image", 70), ("text", 5))
     whole = lk.TokenLayout.from_spans([[*before, *after], [("text", 9), *after]])
-    rest = lk.TokenLayout.from_spans([after, after], cached_lengths=[70, 9], cache_starts=[0, 200], cache_rows=400)
+    rest = lk.TokenLayout.from_spans([after, after], cached_lengths=[70, 9], cache_starts=[0, 200], cache_slots=400)
     q, k, v, _ = make_inputs(whole.num_tokens, whole.num_tokens, 4, 2, 16)
     expected = hybrid_attention(q, k, v, whole)
     k_cache, v_cache = torch.full((2, 400, 2, 16), float("nan"))
@@ -201,7 +201,7 @@ def test_documents_anywhere_in_a_cache(documents, padded, data):
         end = starts[-1] + length + sum(n for _, n in document)
     if padded:
         documents, cached, starts = documents + [[("image", 5)]] * 3, cached + [2] * 3, starts + [end + 1] * 3
-    layout = lk.TokenLayout.from_spans(documents, cached_lengths=cached, cache_starts=starts, cache_rows=end + 9)
+    layout = lk.TokenLayout.from_spans(documents, cached_lengths=cached, cache_starts=starts, cache_slots=end + 9)
     q, k, v, _ = make_inputs(layout.num_tokens, layout.num_keys, 6, 2, 16)
     expected = reference.hybrid_attention(q, k, v, layout)
     hidden = ~reference.hybrid_mask(layout).any(0)
@@ -212,7 +212,7 @@ def test_documents_anywhere_in_a_cache(documents, padded, data):
 def test_a_document_of_nan_spoils_no_other():
     """Its neighbours in a tile of keys and in a block of queries come out as if it were not there."""
     documents = [[("text", 2)], [("image", 3)], [("text", 1)]]
-    layout = lk.TokenLayout.from_spans(documents, cached_lengths=[4, 1, 0], cache_starts=[0, 6, 10], cache_rows=64)
+    layout = lk.TokenLayout.from_spans(documents, cached_lengths=[4, 1, 0], cache_starts=[0, 6, 10], cache_slots=64)
     q, k, v, _ = make_inputs(layout.num_tokens, layout.num_keys, 4, 2, 16)
     expected = hybrid_attention(q, k, v, layout)
     k[6:10] = v[6:10] = float("nan")
@@ -394,7 +394,7 @@ def test_bad_input(name):
 
 
 def test_no_backward_through_a_cache():
-    layout = lk.TokenLayout.from_spans([[("text", 2)]], cached_lengths=[1], cache_starts=[0], cache_rows=4)
+    layout = lk.TokenLayout.from_spans([[("text", 2)]], cached_lengths=[1], cache_starts=[0], cache_slots=4)
     q, k, v, _ = make_inputs(2, 4, 1, 1, 16)
     with pytest.raises(ValueError, match=r"no backward.*torch\.no_grad"):
         hybrid_attention(q.requires_grad_(), k, v, layout)

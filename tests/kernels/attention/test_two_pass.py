@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 import lmfusion_kernels as lk
 from lmfusion_kernels import attention, reference
 from lmfusion_kernels.attention.reference import Reference
-from lmfusion_kernels.attention.two_pass import TwoCalls
+from lmfusion_kernels.attention.two_pass import TwoPass
 from tests.kernels.attention.packed_causal import PlainPackedCausal
 
 spans = st.tuples(st.sampled_from(["text", "image", "marker"]), st.integers(1, 12))
@@ -35,7 +35,7 @@ def make_inputs(layout, rows, num_heads=4, num_kv_heads=2, head_dim=8, seed=0):
 
 def assert_exact(layout, rows, seed=0, scale=0.3):
     q, k, v, dout = make_inputs(layout, rows, seed=seed)
-    kernel, specification = TwoCalls(PlainPackedCausal()), Reference()
+    kernel, specification = TwoPass(PlainPackedCausal()), Reference()
     out, lse = kernel.forward(q, k, v, layout, rows, scale)
     expected_out, expected_lse = specification.forward(q, k, v, layout, rows, scale)
     assert (out - expected_out).abs().max() <= TOLERANCE
@@ -80,19 +80,19 @@ def test_cached_layouts(documents, data):
     rows = end + data.draw(st.integers(3, 9))
     if data.draw(st.booleans()):  # a batch filled up
         documents, cached, starts = documents + [[("image", 3)]] * 2, cached + [0] * 2, starts + [end] * 2
-    layout = lk.TokenLayout.from_spans(documents, cached_lengths=cached, cache_starts=starts, cache_rows=rows)
+    layout = lk.TokenLayout.from_spans(documents, cached_lengths=cached, cache_starts=starts, cache_slots=rows)
     assert_exact(layout, "all")
     assert_exact(layout, "active")
 
 
 def test_rows_of_the_cache_that_hold_nothing_are_not_read():
-    documents, cache = [[("text", 1)], [("image", 3)]], {"cache_starts": [2, 7], "cache_rows": 14}
+    documents, cache = [[("text", 1)], [("image", 3)]], {"cache_starts": [2, 7], "cache_slots": 14}
     layout = lk.TokenLayout.from_spans(documents, cached_lengths=[2, 0], **cache)
     q, k, v, _ = make_inputs(layout, "all")
     expected = Reference().forward(q, k, v, layout, "all", 0.3)[0]
     for x in (k, v):
         x[:2] = x[5:7] = x[10:] = float("nan")
-    assert (TwoCalls(PlainPackedCausal()).forward(q, k, v, layout, "all", 0.3)[0] - expected).abs().max() <= TOLERANCE
+    assert (TwoPass(PlainPackedCausal()).forward(q, k, v, layout, "all", 0.3)[0] - expected).abs().max() <= TOLERANCE
 
 
 def test_the_second_call_is_made_for_triangles_alone():
@@ -101,14 +101,14 @@ def test_the_second_call_is_made_for_triangles_alone():
         layout = lk.TokenLayout.from_spans(BATCHES[name])
         packed = PlainPackedCausal()
         q, k, v, _ = make_inputs(layout, "all")
-        TwoCalls(packed).forward(q, k, v, layout, "all", 1.0)
+        TwoPass(packed).forward(q, k, v, layout, "all", 1.0)
         assert packed.calls == [(layout.num_tokens,) * 2] + [(num_rows,) * 2] * (num_rows > 0)
 
 
 def test_an_empty_batch():
     layout = lk.TokenLayout.from_spans([])
     q, k, v, dout = make_inputs(layout, "all")
-    kernel = TwoCalls(PlainPackedCausal())
+    kernel = TwoPass(PlainPackedCausal())
     out, lse = kernel.forward(q, k, v, layout, "all", 1.0)
     assert out.shape == q.shape and lse.shape == (4, 0)
     assert [x.shape for x in kernel.backward(dout, q, k, v, out, lse, layout, "all", 1.0)] == [
@@ -122,7 +122,7 @@ def test_documents_without_active_rows_get_no_gradients():
     """No row takes part in a backward: there is nothing to compute, and nothing comes back."""
     layout = lk.TokenLayout.from_spans([[("text", 4)]])
     q, k, v, dout = make_inputs(layout, "active")
-    kernel = TwoCalls(PlainPackedCausal())
+    kernel = TwoPass(PlainPackedCausal())
     out, lse = kernel.forward(q, k, v, layout, "active", 1.0)
     grads = kernel.backward(dout, q, k, v, out, lse, layout, "active", 1.0)
     assert [x.shape[0] for x in grads] == [0, 0, 0]
@@ -134,7 +134,7 @@ def test_the_merge_survives_scores_of_any_size():
     """Scores in the thousands: their exponentials would overflow, their log-sum-exps do not."""
     layout = lk.TokenLayout.from_spans(BATCHES["mixed"])
     q, k, v, _ = make_inputs(layout, "all")
-    out, lse = TwoCalls(PlainPackedCausal()).forward(1e2 * q, 1e2 * k, v, layout, "all", 1.0)
+    out, lse = TwoPass(PlainPackedCausal()).forward(1e2 * q, 1e2 * k, v, layout, "all", 1.0)
     expected, expected_lse = Reference().forward(1e2 * q, 1e2 * k, v, layout, "all", 1.0)
     assert (out - expected).abs().max() <= 1e-9
     torch.testing.assert_close(lse, expected_lse)
@@ -147,7 +147,7 @@ def test_strides_and_signs_that_kernels_do_not_take():
     q = q.transpose(0, 2).contiguous().transpose(0, 2)
     k = torch.cat([k.new_zeros(3), k.flatten()])[3:].view(k.shape)
     dout = dout[:1, :1, :1].expand(dout.shape)
-    attention.KERNELS["plain"] = TwoCalls(PlainPackedCausal())
+    attention.KERNELS["plain"] = TwoPass(PlainPackedCausal())
     try:
         out, lse = attention.forward("plain", q, k, v, layout, "all", -0.3)
         grads = attention.backward("plain", dout, q, k, v, out, lse, layout, "all", -0.3)

@@ -104,7 +104,7 @@ def test_recomputing_launches_no_more_than_what_it_computes_again():
 def test_cached_inference_launches_twelve_kernels():
     block = make_block(qk_norm=True)
     starts = [32 * document for document in range(4)]
-    layout = lk.TokenLayout.from_spans(DOCUMENTS, cached_lengths=[2, 0, 1, 3], cache_starts=starts, cache_rows=4 * 32)
+    layout = lk.TokenLayout.from_spans(DOCUMENTS, cached_lengths=[2, 0, 1, 3], cache_starts=starts, cache_slots=4 * 32)
     x, rope = make_inputs(layout, torch.float32)
     weights = block.text.weights(torch.float32), block.image.weights(torch.float32)
     cache = tuple(torch.zeros(4 * 32, KV_HEADS, HEAD_DIM) for _ in range(2))

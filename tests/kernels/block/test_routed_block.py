@@ -269,7 +269,7 @@ def test_cached_decoding_equals_one_pass():
         weights = block.text.weights(torch.float32), block.image.weights(torch.float32)
         cache = tuple(torch.zeros(num_rows, KV_HEADS, HEAD_DIM) for _ in range(2))
         for backend in ("native", "reference"):
-            place = {"cache_starts": [3, 15], "cache_rows": num_rows}
+            place = {"cache_starts": [3, 15], "cache_slots": num_rows}
             prefix = lk.TokenLayout.from_spans([[("text", 6)], [("text", 3)]], cached_lengths=[0, 0], **place)
             images = lk.TokenLayout.from_spans([[("image", 4)], [("image", 4)]], cached_lengths=[6, 3], **place)
             none = x_text[:0], x_image[:0]
@@ -368,7 +368,7 @@ def test_an_image_tower_of_no_size(name):
 
 def test_bad_caches_are_named():
     block = make_block()
-    layout = lk.TokenLayout.from_spans([[("text", 3)]], cached_lengths=[2], cache_starts=[0], cache_rows=8)
+    layout = lk.TokenLayout.from_spans([[("text", 3)]], cached_lengths=[2], cache_starts=[0], cache_slots=8)
     x, rope = make_inputs(layout, torch.float32)
     weights = block.text.weights(torch.float32), block.image.weights(torch.float32)
     cache = torch.zeros(8, KV_HEADS, HEAD_DIM)

@@ -37,18 +37,18 @@ NARROW_STORES = {"rms_norm_kernel": 1, "rope_norm_backward_kernel": 6}
 """Stores of less than 16 bytes: rstd; one block's sums of the gradients of a norm."""
 
 
-def library() -> Path:
+def library_path() -> Path:
     found = sorted((ROOT / "lmfusion_kernels").glob("_C*.so"))
     if not found:
-        pytest.skip(library.why_not)
+        pytest.skip(library.unavailable_reason)
     if not library.build_info.get("cuda_architectures"):
-        pytest.skip(f"the library has no CUDA kernels: {library.build_info.get('cuda_why_not')}")
+        pytest.skip(f"the library has no CUDA kernels: {library.build_info.get('cuda_unavailable_reason')}")
     return found[0]
 
 
 @pytest.fixture(scope="module")
 def kernels() -> list[cuobjdump.Kernel]:
-    path = library()
+    path = library_path()
     if cuobjdump.find() is None:
         pytest.skip("there is no cuobjdump: it comes with triton and with CUDA")
     return cuobjdump.kernels(path)
@@ -80,7 +80,7 @@ def test_machine_code_for_every_architecture_and_ptx_for_later_ones(kernels):
     assert {k.architecture for k in kernels} == real
     for architecture in real:
         assert {k.symbol for k in kernels if k.architecture == architecture} == {k.symbol for k in kernels}
-    assert cuobjdump.ptx_architectures(library()) == virtual
+    assert cuobjdump.ptx_architectures(library_path()) == virtual
 
 
 def test_no_local_memory(kernels):
@@ -107,9 +107,9 @@ def test_rows_come_and_go_in_accesses_of_16_bytes(kernels):
 def test_loads_on_a_torch_without_cuda():
     """In this very process: with its CUDA kernels, and with no library of CUDA."""
     library()
-    assert library.native, library.why_not
+    assert library.native, library.unavailable_reason
     maps = Path("/proc/self/maps").read_text()
-    assert str(library()) in maps
+    assert str(library_path()) in maps
     assert not re.findall(r"lib(?:cuda|cudart|torch_cuda|c10_cuda)\.so\S*", maps)
 
 

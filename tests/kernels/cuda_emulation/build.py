@@ -27,7 +27,7 @@ KERNELS = ["-xc++", "-DLMF_CUDA_EMULATION", "-DLMF_ISA=cuda", "-Wno-unknown-prag
 KERNELS += [f"-I{ROOT / 'csrc'}", "-include", str(SOURCES / "cuda_emulation.h")]
 
 
-def why_not() -> str:
+def unavailable_reason() -> str:
     """Why the emulation cannot be built here; "" if it can."""
     if platform.system() != "Linux" or platform.machine() not in ("x86_64", "aarch64"):
         return "the CUDA emulation needs Linux on x86-64 or aarch64"

@@ -48,7 +48,7 @@ class Emulation:
 
 @pytest.fixture(scope="session")
 def emulated_library() -> Emulation:
-    if reason := build.why_not():
+    if reason := build.unavailable_reason():
         pytest.skip(reason)
     path = str(build.library())
     torch.ops.load_library(path)
@@ -89,7 +89,7 @@ class OpsOnDevice:
 def cuda_ops(emulation: Emulation, monkeypatch: pytest.MonkeyPatch) -> Emulation:
     """All of lmfusion_kernels calls the emulated CUDA ops as its native backend, with CUDA's dtypes."""
     if not library.native:
-        pytest.skip(library.why_not)
+        pytest.skip(library.unavailable_reason)
     for name, module in list(sys.modules.items()):
         if name.startswith("lmfusion_kernels.") and getattr(module, "_ops", None) is torch.ops.lmfusion:
             monkeypatch.setattr(module, "_ops", OpsOnDevice())

@@ -52,7 +52,9 @@ def rope(dtype: torch.dtype, head_dim: int) -> None:
     norms = [random(head_dim, dtype=dtype, seed=i) for i in range(4)]
     train(lambda x, *norms: lk.rope_reorder(x, layout, rope_of(layout, head_dim), 3, *norms), qkv, *norms)
     train(lambda x: lk.rope_reorder(x, layout, rope_of(layout, head_dim), 3), qkv)
-    cached = lk.TokenLayout.from_spans(CACHED, cached_lengths=[4, 0], cache_starts=[1, 7], cache_rows=14, device=DEVICE)
+    cached = lk.TokenLayout.from_spans(
+        CACHED, cached_lengths=[4, 0], cache_starts=[1, 7], cache_slots=14, device=DEVICE
+    )
     caches = [torch.zeros(cached.num_keys, 1, head_dim, dtype=dtype, device=DEVICE) for _ in range(2)]
     new = random(cached.num_tokens, 5 * head_dim, dtype=dtype)
     with torch.no_grad():
@@ -69,7 +71,7 @@ def attend(dtype: torch.dtype, head_dim: int) -> None:
     q = random(layout.num_tokens, 4, head_dim, dtype=dtype)
     train(lambda q, k, v: lk.hybrid_attention(q, k, v, layout), q, k, v)
     cached = lk.TokenLayout.from_spans(
-        CACHED, cached_lengths=[99, 0], cache_starts=[3, 105], cache_rows=120, device=DEVICE
+        CACHED, cached_lengths=[99, 0], cache_starts=[3, 105], cache_slots=120, device=DEVICE
     )
     k, v = (random(cached.num_keys, 2, head_dim, dtype=dtype, seed=i) for i in (1, 2))
     with torch.no_grad():

@@ -116,7 +116,7 @@ def test_fewer_queries_than_keys(kernel, dtype, num_heads, num_kv_heads, head_di
     """Rows of the cache that hold no token yet may hold anything finite."""
     documents, lengths, starts, num_rows = CACHED[name]
     layout = lk.TokenLayout.from_spans(
-        documents, cached_lengths=lengths, cache_starts=starts, cache_rows=num_rows, device=DEVICE
+        documents, cached_lengths=lengths, cache_starts=starts, cache_slots=num_rows, device=DEVICE
     )
     skip_unless_it_runs(kernel, layout, dtype, num_heads, num_kv_heads, head_dim, needs_grad=False)
     tensors = make_qkv(layout, dtype, num_heads, num_kv_heads, head_dim)

@@ -112,7 +112,7 @@ def test_reading_through_a_cache_equals_one_pass(dtype):
     layout = lk.TokenLayout.from_spans(documents, frozen_text=False, device=DEVICE)
     rows, rope = block_inputs(layout, dtype)
     weights = block.text.weights(dtype), block.image.weights(dtype)
-    cache_place, lengths = {"cache_starts": [3, 47], "cache_rows": 100}, [0, 0]
+    cache_place, lengths = {"cache_starts": [3, 47], "cache_slots": 100}, [0, 0]
     with torch.no_grad():
         x = layout.to_sequence_order(torch.cat(rows))
         whole = layout.to_sequence_order(torch.cat(block(rows, layout, rope)))
@@ -165,7 +165,7 @@ def test_nothing_waits_while_decoding():
     block = make_block(torch.bfloat16)
     weights = block.text.weights(torch.bfloat16), block.image.weights(torch.bfloat16)
     cache = tuple(torch.zeros(2 * 64, 2, 64, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
-    place = {"cached_lengths": [5, 9], "cache_starts": [0, 64], "cache_rows": 128}
+    place = {"cached_lengths": [5, 9], "cache_starts": [0, 64], "cache_slots": 128}
     layout = lk.TokenLayout.from_spans([[("text", 1)]] * 2, **place, device=DEVICE)
     (x, none), rope = block_inputs(layout, torch.bfloat16)
     for wait in (False, True):

@@ -88,7 +88,7 @@ def test_graph_of_a_denoising_step():
     block = make_block(DTYPE)
     weights = block.text.weights(DTYPE), block.image.weights(DTYPE)
     cache = tuple(random(2 * 128, 2, 64, dtype=DTYPE, seed=i) for i in range(2))
-    place = {"cached_lengths": [40, 9], "cache_starts": [0, 128], "cache_rows": 256}
+    place = {"cached_lengths": [40, 9], "cache_starts": [0, 128], "cache_slots": 256}
     layout = lk.TokenLayout.from_spans([[("image", 64)]] * 2, **place, device=DEVICE)
     rows, rope = block_inputs(layout, DTYPE)
     result = {}

@@ -95,9 +95,9 @@ def test_stretches_are_keys_alike(documents, frozen_text):
     layout = TokenLayout.from_spans(documents, frozen_text=frozen_text)
     tokens = tokens_of(documents)
     if not layout.has_hidden:
-        assert layout.stretch_end.shape[0] == layout.visible_end.shape[0] == 0
+        assert layout.run_end.shape[0] == layout.visible_end.shape[0] == 0
         return
-    ends, alike = layout.stretch_end.tolist(), [(d, segment if hidden else None) for _, d, segment, _, hidden in tokens]
+    ends, alike = layout.run_end.tolist(), [(d, segment if hidden else None) for _, d, segment, _, hidden in tokens]
     for j in range(len(tokens)):
         end = next((i for i in range(j, len(tokens)) if alike[i] != alike[j]), len(tokens))
         assert ends[j] == end
@@ -182,7 +182,7 @@ def test_full_segments_with_a_cache():
     """They are context as any other; only what is hidden cannot be kept."""
     document = [("text", 2), ("full", [("marker", 1), ("image", 3), ("marker", 1)]), ("text", 2)]
     whole = reference.hybrid_mask(TokenLayout.from_spans([document]))
-    place = {"cache_starts": [3], "cache_rows": 20}
+    place = {"cache_starts": [3], "cache_slots": 20}
     rest = TokenLayout.from_spans([document[1:]], cached_lengths=[2], **place)
     assert (reference.hybrid_mask(rest)[:, 3:12] == whole[2:]).all()
     message = "document 0 has a hidden span, which later tokens would see.*leave out the cache"

@@ -157,7 +157,7 @@ def test_cached_layout_continues_a_document(documents, data):
     gaps = [data.draw(st.integers(0, 4)) for _ in range(len(documents) + 1)]
     starts = [sum(totals[:d]) + sum(gaps[: d + 1]) for d in range(len(documents))]
     num_rows = sum(totals) + sum(gaps)
-    layout = TokenLayout.from_spans(rest, cached_lengths=cached_lengths, cache_starts=starts, cache_rows=num_rows)
+    layout = TokenLayout.from_spans(rest, cached_lengths=cached_lengths, cache_starts=starts, cache_slots=num_rows)
     assert layout.is_cached
     assert (layout.num_keys, layout.num_constant) == (num_rows, 0)
     for name in ("key_start", "key_end"):
@@ -266,10 +266,10 @@ def test_bad_spans(documents, message):
 
 
 @pytest.mark.parametrize(
-    ("cached_lengths", "cache_starts", "cache_rows", "message"),
+    ("cached_lengths", "cache_starts", "cache_slots", "message"),
     [
-        ([1], None, None, "cached_lengths, cache_starts and cache_rows together, or none"),
-        (None, [0], 9, "cached_lengths, cache_starts and cache_rows together, or none"),
+        ([1], None, None, "cached_lengths, cache_starts and cache_slots together, or none"),
+        (None, [0], 9, "cached_lengths, cache_starts and cache_slots together, or none"),
         ([1], [0], 9, "cached_lengths must have one entry for each of 2 documents, got 1"),
         ([1, 1], [0], 9, "cache_starts must have one entry for each of 2 documents, got 1"),
         ([0, 8], [0, 4], 9, "document 1 would hold 10 tokens, but it has 5 rows of the cache, from 4 to 9; give it"),
@@ -279,12 +279,12 @@ def test_bad_spans(documents, message):
         ([1, 1], [4, 0], 9, "document 1 begins at row 0 of the cache; starts ascend from 0, so sort the documents"),
         ([1, 1], [-1, 4], 9, "document 0 begins at row -1 of the cache; starts ascend from 0"),
         ([0, 0], [4, 4], 9, "documents 0 and 1 both begin at row 4 of the cache; only documents of one token or one"),
-        ([1, 1], [0, 4], 2**31, "cache_rows is 2147483648; it must be from 0 to 2147483647"),
-        ([1, 1], [0, 4], -1, "cache_rows is -1"),
+        ([1, 1], [0, 4], 2**31, "cache_slots is 2147483648; it must be from 0 to 2147483647"),
+        ([1, 1], [0, 4], -1, "cache_slots is -1"),
     ],
 )
-def test_bad_cache(cached_lengths, cache_starts, cache_rows, message):
-    place = {"cached_lengths": cached_lengths, "cache_starts": cache_starts, "cache_rows": cache_rows}
+def test_bad_cache(cached_lengths, cache_starts, cache_slots, message):
+    place = {"cached_lengths": cached_lengths, "cache_starts": cache_starts, "cache_slots": cache_slots}
     with pytest.raises(ValueError, match=message):
         TokenLayout.from_spans([[("text", 2)]] * 2, **place)
 
@@ -296,9 +296,9 @@ def test_documents_that_pad_a_batch_share_their_rows(padding, cached):
     """They are as good as one another, and the documents before them see what they see alone."""
     documents, lengths, starts = [[("text", 2)], [("image", 3)]], [5, 0], [1, 20]
     layout = TokenLayout.from_spans(
-        documents + [padding] * 3, cached_lengths=lengths + [cached] * 3, cache_starts=starts + [40] * 3, cache_rows=50
+        documents + [padding] * 3, cached_lengths=lengths + [cached] * 3, cache_starts=starts + [40] * 3, cache_slots=50
     )
-    alone = TokenLayout.from_spans(documents, cached_lengths=lengths, cache_starts=starts, cache_rows=50)
+    alone = TokenLayout.from_spans(documents, cached_lengths=lengths, cache_starts=starts, cache_slots=50)
     num_padding = padding[0][1]
     assert (reference.hybrid_mask(layout)[:5] == reference.hybrid_mask(alone)).all()
     mask = reference.hybrid_mask(layout)[5:].reshape(3, num_padding, 50)
@@ -321,7 +321,7 @@ def test_documents_that_pad_a_batch_share_their_rows(padding, cached):
 def test_documents_that_differ_share_no_rows(documents, lengths):
     """Their key ranges could decrease from one query to the next, which kernels rely on not to happen."""
     with pytest.raises(ValueError, match="documents 0 and 1 both begin at row 4 of the cache"):
-        TokenLayout.from_spans(documents, cached_lengths=lengths, cache_starts=[4, 4], cache_rows=20)
+        TokenLayout.from_spans(documents, cached_lengths=lengths, cache_starts=[4, 4], cache_slots=20)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch import Tensor
 import lmfusion_kernels as lk
 from lmfusion_kernels.runtime import library
 
-needs_native = pytest.mark.skipif(not library.native, reason=f"native ops absent: {library.why_not}")
+needs_native = pytest.mark.skipif(not library.native, reason=f"native ops absent: {library.unavailable_reason}")
 
 LAYOUTS = {
     "mixed": [[("text", 5), ("image", 9), ("text", 3)], [("image", 4), ("text", 40)], [("text", 2), ("marker", 1)]],

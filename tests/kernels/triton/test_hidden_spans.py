@@ -85,7 +85,7 @@ def test_what_is_hidden_is_not_read_from_outside():
     """Queries behind a hidden image have the bits that they have if it holds NaN: its tiles are skipped."""
     layout = lk.TokenLayout.from_spans([[("text", 64), ("image", 64, "hidden"), ("text", 128)]])
     q, k, v, _ = make_inputs(256, 256, 1, 1, 16)
-    arguments = layout.key_start, layout.key_end, None, 0.3, layout.visible_end, layout.stretch_end
+    arguments = layout.key_start, layout.key_end, None, 0.3, layout.visible_end, layout.run_end
     out, _ = interpreter.call(MODULE, "forward", q, k, v, *arguments, tiles=SMALL)
     k[64:128] = v[64:128] = float("nan")
     other, _ = interpreter.call(MODULE, "forward", q, k, v, *arguments, tiles=SMALL)
@@ -95,7 +95,7 @@ def test_what_is_hidden_is_not_read_from_outside():
 def test_bad_vectors():
     q, k, v, _ = make_inputs(9, 9, 1, 1, 16)
     start, end = int32([0] * 9), int32([9] * 9)
-    with pytest.raises(ValueError, match="give visible_end and stretch_end together"):
+    with pytest.raises(ValueError, match="give visible_end and run_end together"):
         interpreter.call(MODULE, "forward", q, k, v, start, end, None, 1.0, end)
-    with pytest.raises(ValueError, match="stretch_end must be a contiguous int32 vector with 9 entries"):
+    with pytest.raises(ValueError, match="run_end must be a contiguous int32 vector with 9 entries"):
         interpreter.call(MODULE, "forward", q, k, v, start, end, None, 1.0, end, end[1:])

@@ -212,7 +212,7 @@ def test_generation_with_a_cache(num_new, heads, dtype, tiles, starts, num_rows)
     results are those of each document alone. 40 new tokens a document are too many for the kernels for few queries."""
     cached, head_dim = [300, 7, 90, 0], 16
     document = [("text", 1)] if num_new == 1 else [("text", 1), ("image", num_new - 1)]
-    cache = {"cached_lengths": cached, "cache_starts": starts, "cache_rows": num_rows}
+    cache = {"cached_lengths": cached, "cache_starts": starts, "cache_slots": num_rows}
     layout = lk.TokenLayout.from_spans([document] * 4, **cache)
     q, k, v, _ = make_inputs(layout.num_tokens, layout.num_keys, *heads, head_dim, dtype)
     is_seen = torch.zeros(layout.num_keys, dtype=torch.bool)
@@ -231,9 +231,9 @@ def test_generation_with_a_cache(num_new, heads, dtype, tiles, starts, num_rows)
 def test_documents_that_pad_a_batch_share_their_keys(num_new, dtype):
     """Nine of them behind two documents, which are what they are without: few queries, and more than few."""
     documents, starts = [[("image", num_new)]] * 2, [3, 40]
-    real = lk.TokenLayout.from_spans(documents, cached_lengths=[9, 30], cache_starts=starts, cache_rows=120)
+    real = lk.TokenLayout.from_spans(documents, cached_lengths=[9, 30], cache_starts=starts, cache_slots=120)
     padded = lk.TokenLayout.from_spans(
-        [[("image", num_new)]] * 11, cached_lengths=[9, 30] + [0] * 9, cache_starts=starts + [100] * 9, cache_rows=120
+        [[("image", num_new)]] * 11, cached_lengths=[9, 30] + [0] * 9, cache_starts=starts + [100] * 9, cache_slots=120
     )
     q, k, v, _ = make_inputs(padded.num_tokens, 120, 2, 1, 16, dtype)
     k[:3] = v[:3] = k[90:100] = v[90:100] = float("nan")

@@ -20,7 +20,7 @@ def recipe(tiny_llama, tmp_path):
             "image": {"hidden_size": 16, "patch_coder": {"kind": "linear", "patch_size": 4}},
             "codec": {"channels": 1, "image_size": 8},
         },
-        "data": {"sources": [{"kind": "digits"}], "row_tokens": 128},
+        "data": {"sources": [{"kind": "digits"}], "seq_len": 128},
         "train": {"num_steps": 3, "batch_tokens": 128, "warmup_steps": 1, "log_every": 1},
     }
     path = tmp_path / "recipe.yaml"

@@ -11,7 +11,7 @@ from PIL import Image
 from lmfusion.cli import main
 from lmfusion.data import CaptionedImage, Interleaved, Latents
 from lmfusion.data.inspect import by_reason, contact_sheet, read_all
-from lmfusion.data.pipeline.documents import Damage
+from lmfusion.data.pipeline.documents import SkippedSample
 from tests.lmfusion.data.pipeline.rows import Listed, captioned
 from tests.lmfusion.data.storage.stored import encoded, pairs, tar_bytes
 
@@ -44,7 +44,7 @@ def recipe(tiny_llama, folder):
         },
         "data": {
             "sources": [{"kind": "webdataset", "path": str(folder / "a.tar")}],
-            "row_tokens": 128,
+            "seq_len": 128,
             "pack_window": 8,
         },
         "train": {"num_steps": 3, "batch_tokens": 256, "warmup_steps": 1},
@@ -113,14 +113,16 @@ def test_check_names_what_is_damaged_and_exits_with_1(folder, capsys):
 
 def test_reasons_are_told_apart_by_what_they_say():
     damaged = [
-        Damage("set/a 1.jpg", "/data/set/a 1.jpg is damaged or truncated: image file is truncated (3 bytes left)"),
-        Damage("set/b.jpg", "/data/set/b.jpg is damaged or truncated: image file is truncated (71 bytes left)"),
-        Damage("webdataset x, sample 4", "s-1.tar/5: no caption (txt, json) in the tar, only jpg"),
-        Damage("webdataset x, sample 9", "s-2.tar/6: no caption (txt, json) in the tar, only jpg"),
-        Damage("webdataset x, sample 11", "s-2.tar/9: no caption (txt, json) in the tar, only jpg"),
-        Damage("c.png", "/data/c.png is no regular file; give a JPEG, PNG or WEBP file"),
-        Damage("d.png", "[Errno 2] No such file or directory: '/data/d.png'"),
-        Damage("e.png", "e.png: no caption; write a .txt file of its name beside it, or use a metadata.jsonl"),
+        SkippedSample(
+            "set/a 1.jpg", "/data/set/a 1.jpg is damaged or truncated: image file is truncated (3 bytes left)"
+        ),
+        SkippedSample("set/b.jpg", "/data/set/b.jpg is damaged or truncated: image file is truncated (71 bytes left)"),
+        SkippedSample("webdataset x, sample 4", "s-1.tar/5: no caption (txt, json) in the tar, only jpg"),
+        SkippedSample("webdataset x, sample 9", "s-2.tar/6: no caption (txt, json) in the tar, only jpg"),
+        SkippedSample("webdataset x, sample 11", "s-2.tar/9: no caption (txt, json) in the tar, only jpg"),
+        SkippedSample("c.png", "/data/c.png is no regular file; give a JPEG, PNG or WEBP file"),
+        SkippedSample("d.png", "[Errno 2] No such file or directory: '/data/d.png'"),
+        SkippedSample("e.png", "e.png: no caption; write a .txt file of its name beside it, or use a metadata.jsonl"),
     ]
     assert [(len(of_kind), kind) for kind, of_kind in by_reason(damaged)] == [
         (3, "no caption (txt, json) in the tar, only jpg"),
@@ -141,7 +143,7 @@ def test_reading_all_is_the_same_whatever_the_workers(num_workers):
     samples[70] = captioned(70, load_image=broken)
     seen = []
     contents = read_all(Listed(samples), "listed", load_images=True, num_workers=num_workers, report=seen.append)
-    assert contents.damaged == [Damage("listed, sample 40", "no such sample"), Damage("s/70", "gone")]
+    assert contents.damaged == [SkippedSample("listed, sample 40", "no such sample"), SkippedSample("s/70", "gone")]
     assert (contents.num_samples, contents.num_images, contents.num_texts) == (100, 98, 98) and sum(seen) == 100
     assert contents.num_characters == 5050 - 41 - 71
     texts_alone = read_all(Listed(samples), "listed", load_images=False, num_workers=num_workers)
@@ -193,15 +195,15 @@ def test_a_latent_cache_is_shown_checked_and_counted_like_its_images(recipe, fol
     assert main(["encode", str(recipe), str(folder / "cache"), images]) == 0
     assert main(["data", "count", str(recipe), images]) == 0
     of_images = capsys.readouterr().out.partition("one epoch")[2]
-    latents = f"data.sources=[{{kind: encoded, path: {folder}/cache}}]"
+    latents = f"data.sources=[{{kind: latents, path: {folder}/cache}}]"
     assert main(["data", "count", str(recipe), latents]) == 0
     assert capsys.readouterr().out.partition("one epoch")[2] == of_images != ""
-    assert main(["data", "check", f"encoded={folder}/cache"]) == 0
+    assert main(["data", "check", f"latents={folder}/cache"]) == 0
     output = str(folder / "s.png")
     assert main(["data", "show", str(recipe), latents, "--output", output]) == 0
     with Image.open(output) as sheet:
         assert sheet.width == 2 * 198 + 6
-    assert main(["data", "show", f"encoded={folder}/cache", "--output", output]) == 2
+    assert main(["data", "show", f"latents={folder}/cache", "--output", output]) == 2
     assert main(["data", "show", str(recipe), latents, "model.codec.channels=3", "--output", output]) == 2
     assert "show them by a recipe" in capsys.readouterr().err
 

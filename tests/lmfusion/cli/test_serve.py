@@ -136,7 +136,7 @@ def run(folder, *arguments):
         (["--max-body-mb", "0"], "max_body_bytes is 0"),
         (["--max-waiting", "0"], "max_waiting is 0"),
         (["--max-batch", "0"], "max_batch is 0"),
-        (["--cache-rows", "0"], "num_rows is 0"),
+        (["--cache-slots", "0"], "num_rows is 0"),
         (["--host", "256.1.1.1"], "cannot listen on 256.1.1.1, port 0"),
         (["--port", "70000"], "--port is 70000; it is between 0 and 65535"),
         (["--chat-template", "missing.jinja"], "missing.jinja"),

@@ -73,7 +73,7 @@ def test_bad_source_config(fields, message):
         ({"caption_drop": -0.1}, r"data\.caption_drop is -0\.1"),
         ({"max_damaged": float("nan")}, r"data\.max_damaged is nan"),
         ({"num_workers": -1}, r"data\.num_workers is -1; it is 0 or more"),
-        ({"row_tokens": 0}, r"data\.row_tokens is 0; it is 1 or more"),
+        ({"seq_len": 0}, r"data\.seq_len is 0; it is 1 or more"),
         ({"pack_window": 0}, r"data\.pack_window is 0"),
         ({"shuffle_blocks": 0}, r"data\.shuffle_blocks is 0"),
     ],
@@ -84,7 +84,7 @@ def test_bad_data_config(fields, message):
 
 
 def test_data_config_is_read_from_values_and_written_as_such():
-    values = {"sources": [{"kind": "digits", "weight": 2}, {"kind": "folder", "path": "x"}], "row_tokens": 512}
+    values = {"sources": [{"kind": "digits", "weight": 2}, {"kind": "folder", "path": "x"}], "seq_len": 512}
     config = from_values(DataConfig, values, "data")
     assert config.sources == [SourceConfig("digits", weight=2.0), SourceConfig("folder", path="x")]
     written = to_values(config)

@@ -8,7 +8,7 @@ import lmfusion_kernels as lk
 from lmfusion.generation.decoding import random_generator
 from lmfusion.generation.prompt import end_token_ids
 from lmfusion.generation.samplers import step_table
-from lmfusion.model.batch import Document, SpecialTokens, encode_caption, number_seen
+from lmfusion.model.batch import Document, SpecialTokens, encode_caption, number_vision_tokens
 from lmfusion.model.vision import VisionInput
 
 
@@ -38,7 +38,7 @@ class Context:
 def read(model, context, timesteps=None):
     """(h_text, predictions of the last image) of the whole document in one forward."""
     layout = lk.TokenLayout.from_spans([context.document.spans])
-    ids = torch.from_numpy(number_seen([context.document]))
+    ids = torch.from_numpy(number_vision_tokens([context.document]))
     x_text = model.embed(ids, torch.cat(context.seen) if context.seen else None)
     rows, coded = [], None
     for i, latents in enumerate(context.latents):

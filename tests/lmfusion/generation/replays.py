@@ -7,7 +7,7 @@ import torch
 
 import lmfusion_kernels as lk
 from lmfusion.generation.cache import KeyValueCache
-from lmfusion.generation.decoding import Choice
+from lmfusion.generation.decoding import SamplingParams
 from lmfusion.generation.device_steps import Branching, decode_step, denoise_step
 from lmfusion.generation.graphs import ReplayedStep
 from lmfusion.model.modeling import LMFusion
@@ -49,7 +49,7 @@ def layout_of(span, lengths, starts, num_padding=0):
         [[span]] * (len(lengths) + num_padding),
         cached_lengths=[*lengths, *[0] * num_padding],
         cache_starts=[*starts, *[NUM_ROWS] * num_padding],
-        cache_rows=NUM_ROWS + NUM_SCRATCH,
+        cache_slots=NUM_ROWS + NUM_SCRATCH,
     )
 
 
@@ -67,12 +67,12 @@ def decode_calls(documents):
     for seed, (lengths, starts, num_padding) in enumerate(documents):
         num = len(lengths) + num_padding
         generator = torch.Generator().manual_seed(seed)
-        choice = Choice(
-            may_begin=torch.ones(num),
+        choice = SamplingParams(
+            allow_boi=torch.ones(num),
             temperature=torch.rand(num, generator=generator).round(decimals=0) * 0.7,
             top_p=torch.rand(num, generator=generator),
             top_k=torch.randint(1, 300, (num,), generator=generator),
-            quantile=torch.rand(num, generator=generator),
+            uniform=torch.rand(num, generator=generator),
         )
         token_ids = torch.randint(0, 250, (num,), generator=generator)
         layout = layout_of(("text", 1), lengths, starts, num_padding)

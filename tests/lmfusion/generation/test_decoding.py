@@ -5,23 +5,23 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from lmfusion.generation.decoding import NO_TOKEN, Choice, TextStream, next_tokens, random_generator
+from lmfusion.generation.decoding import NO_TOKEN, SamplingParams, TextStream, next_tokens, random_generator
 
 
-def choose(logits, temperature=1.0, top_p=1.0, top_k=10**6, may_begin=True, seed=0):
+def choose(logits, temperature=1.0, top_p=1.0, top_k=10**6, allow_boi=True, seed=0):
     """One token of each row of `logits`, the vocabulary's; BOI and EOI get logits that would win."""
     num_rows = logits.shape[0]
     markers = torch.full((num_rows, 2), 50.0)
-    quantile = torch.rand(num_rows, generator=random_generator(seed, 0))
-    numbers = (torch.full((num_rows,), float(value)) for value in (may_begin, temperature, top_p, top_k))
-    return next_tokens(torch.cat([logits, markers], dim=1), Choice(*numbers, quantile), temperature == 0)
+    uniform = torch.rand(num_rows, generator=random_generator(seed, 0))
+    numbers = (torch.full((num_rows,), float(value)) for value in (allow_boi, temperature, top_p, top_k))
+    return next_tokens(torch.cat([logits, markers], dim=1), SamplingParams(*numbers, uniform), temperature == 0)
 
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.0, -1.0]]).repeat(4000, 1)
 
 
 def test_chance_follows_probabilities():
-    counts = choose(LOGITS, may_begin=False).bincount(minlength=4)
+    counts = choose(LOGITS, allow_boi=False).bincount(minlength=4)
     expected = LOGITS[0].softmax(0) * 4000
     assert counts.shape == (4,) and ((counts - expected).abs() < 5 * expected.sqrt()).all()
 
@@ -40,14 +40,14 @@ def test_chance_follows_probabilities():
     ],
 )
 def test_only_the_likeliest_are_possible(settings, possible):
-    counts = choose(LOGITS, may_begin=False, **settings).bincount(minlength=4)
+    counts = choose(LOGITS, allow_boi=False, **settings).bincount(minlength=4)
     assert (counts > 0).tolist() == possible
 
 
 def test_boi_may_be_chosen_where_an_image_may_come_and_eoi_never():
     assert (choose(LOGITS) == 4).all()
     assert (choose(LOGITS, temperature=0) == 4).all()
-    assert (choose(LOGITS, may_begin=False) < 4).all()
+    assert (choose(LOGITS, allow_boi=False) < 4).all()
 
 
 @pytest.mark.parametrize("temperature", [0, 1e-3, 1.0])
@@ -58,7 +58,7 @@ def test_logits_that_are_not_finite_choose_no_token(temperature, broken):
     logits[1:3, 2] = 1.0
     logits[2, 3] = 0.5
     logits[3, 1] = 90.0
-    ids = choose(logits, temperature, may_begin=False).tolist()
+    ids = choose(logits, temperature, allow_boi=False).tolist()
     assert ids[0] == NO_TOKEN and ids[3] == 1  # beside broken ones
     assert ids[1] == (2 if broken == -float("inf") else NO_TOKEN)  # minus infinity says that a token cannot come
     assert ids[2] in ((2, 3) if broken == -float("inf") else (NO_TOKEN,))
@@ -69,12 +69,12 @@ def test_logits_that_are_not_finite_choose_no_token(temperature, broken):
 def test_rows_of_unlike_settings_do_not_mix():
     logits = torch.randn(64, 30, generator=torch.Generator().manual_seed(0))
     settings = [(0.0, 1.0, 99.0), (1.0, 0.9, 99.0), (0.7, 1.0, 5.0), (2.0, 0.5, 7.0)] * 16
-    quantile = torch.rand(64, generator=random_generator(1))
-    may_begin = torch.zeros(64)
+    uniform = torch.rand(64, generator=random_generator(1))
+    allow_boi = torch.zeros(64)
     columns = [torch.tensor(column) for column in zip(*settings, strict=True)]
-    together = next_tokens(logits, Choice(may_begin, *columns, quantile), False)
+    together = next_tokens(logits, SamplingParams(allow_boi, *columns, uniform), False)
     for i, (temperature, top_p, top_k) in enumerate(settings):
-        one = Choice(*(torch.tensor([value]) for value in (0.0, temperature, top_p, top_k)), quantile[i : i + 1])
+        one = SamplingParams(*(torch.tensor([value]) for value in (0.0, temperature, top_p, top_k)), uniform[i : i + 1])
         assert next_tokens(logits[i : i + 1], one, temperature == 0) == together[i]
     greedy = torch.arange(64) % 4 == 0
     assert (together[greedy] == logits[greedy][:, :-2].argmax(1)).all()

@@ -18,7 +18,7 @@ from tests.lmfusion.generation.models import build, tokens_of
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8))
 INSTRUCTION = "make the circle blue"
-DRAWING = {"draw_first": True, "max_images": 1, "max_new_tokens": 0}
+DENOISE = {"draw_first": True, "max_images": 1, "max_new_tokens": 0}
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +45,16 @@ def training_documents(model, caption_drop, num=200):
 def read_documents(model, **options):
     """(spans, token ids) of what each branch of guidance reads before the image, that of the whole prompt first."""
     prompt = encode_prompt(model, [INSTRUCTION, PICTURE])
-    request = Request(model, 0, prompt, GenerationOptions(**DRAWING, **options), 0)
+    request = Request(model, 0, prompt, GenerationOptions(**DENOISE, **options), 0)
     request.cached, *request.branches = (SimpleNamespace(length=0) for _ in range(3))
     latents = model.codec.encode(prompt.images[0][None])[0]
     request.start([ContextImage(latents, model.tokens_per_image)])
     request.begin_image(model)
     assert all(
-        len(reading.images) == reading.document.num_images and all(i.data is latents for i in reading.images)
-        for reading in request.readings
+        len(prefill.images) == prefill.document.num_images and all(i.data is latents for i in prefill.images)
+        for prefill in request.prefills
     )
-    return [(reading.document.spans, reading.document.token_ids) for reading in request.readings]
+    return [(prefill.document.spans, prefill.document.token_ids) for prefill in request.prefills]
 
 
 @pytest.mark.parametrize("image_guidance_scale", [None, 1.5])

@@ -27,7 +27,7 @@ from tests.lmfusion.generation.test_graphs import Tracer
 
 PICTURES = [np.random.default_rng(i).integers(0, 256, (8, 8), np.uint8) for i in range(3)]
 PROMPTS = ["a seven", ["one", PICTURES[0], "and two", PICTURES[1], "so"], "x", [PICTURES[2]]]
-DRAWING = dict(max_new_tokens=6, max_images=2, min_images=2, num_steps=3, guidance_scale=2.0, sampler="dpm-solver")
+DENOISE = dict(max_new_tokens=6, max_images=2, min_images=2, num_steps=3, guidance_scale=2.0, sampler="dpm-solver")
 
 EULER = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
 
@@ -97,7 +97,7 @@ def expected_parts(model, prompt, options, index=0):
 def test_answers_are_those_of_the_specification(tiny_llama, kind, changes):
     """Interleaved prompts and answers, with the cache, side by side, beside whole documents without one."""
     model = build(tiny_llama, **(UNET if kind == "unet" else {}))
-    options = GenerationOptions(**{**DRAWING, **changes})
+    options = GenerationOptions(**{**DENOISE, **changes})
     prompts = [encode_prompt(model, prompt) for prompt in PROMPTS]
     events = run(Engine(model, num_rows=2000), [(prompt, options) for prompt in prompts])
     for i, prompt in enumerate(prompts):
@@ -129,10 +129,10 @@ def test_text_switches_to_an_image_by_itself_and_goes_on(tiny_llama):
 
 def mixed_requests(model):
     options = [
-        GenerationOptions(**DRAWING, seed=3),
+        GenerationOptions(**DENOISE, seed=3),
         GenerationOptions(max_new_tokens=20, temperature=1.2, top_p=0.9, seed=1),
-        GenerationOptions(**{**DRAWING, "num_steps": 7, "sampler": "ddpm", "guidance_scale": 1.0}),
-        GenerationOptions(**{**DRAWING, "temperature": 0.8, "top_k": 20, "image_guidance_scale": 1.3}),
+        GenerationOptions(**{**DENOISE, "num_steps": 7, "sampler": "ddpm", "guidance_scale": 1.0}),
+        GenerationOptions(**{**DENOISE, "temperature": 0.8, "top_k": 20, "image_guidance_scale": 1.3}),
     ]
     return [(encode_prompt(model, prompt), chosen) for prompt, chosen in zip(PROMPTS, options, strict=True)]
 
@@ -172,7 +172,7 @@ class OnDevice(torch.Tensor):
 
 @pytest.mark.parametrize("sampler", ["ddpm", "dpm-solver"])
 def test_a_denoising_step_waits_for_nothing(model, sampler):
-    options = GenerationOptions(**{**DRAWING, "sampler": sampler}, draw_first=True, guidance_rescale=0.5)
+    options = GenerationOptions(**{**DENOISE, "sampler": sampler}, draw_first=True, guidance_rescale=0.5)
     engine = Engine(model, num_rows=1500)
     for i in range(3):
         engine.submit(encode_prompt(model, "a seven"), options, index=i)
@@ -266,7 +266,7 @@ def test_cancelling_frees_the_cache_and_leaves_the_others_alone(model, num_steps
 
 
 def test_events_come_in_order(model):
-    options = GenerationOptions(**{**DRAWING, "num_steps": 7}, preview_every=2)
+    options = GenerationOptions(**{**DENOISE, "num_steps": 7}, preview_every=2)
     events = run(Engine(model, num_rows=1500), [(encode_prompt(model, "a seven"), options)])[0]
     kinds = [type(event).__name__ for event in events]
     drawn = ["ImageBegin", "ImagePreview", "ImagePreview", "ImagePreview", "ImageEnd"]
@@ -328,9 +328,9 @@ def test_a_failing_callback_ends_its_request_alone(model):
             raise RuntimeError("no more")
 
     prompt = encode_prompt(model, "a seven")
-    good = GenerationOptions(**DRAWING)
+    good = GenerationOptions(**DENOISE)
     engine = Engine(model, num_rows=1500)
-    events = run(engine, [(prompt, GenerationOptions(**DRAWING, callback_on_step_end=fail)), (prompt, good)])
+    events = run(engine, [(prompt, GenerationOptions(**DENOISE, callback_on_step_end=fail)), (prompt, good)])
     assert events[0][-1].finish_reason == "error" and "RuntimeError: no more" in events[0][-1].error
     assert events[1][-1].finish_reason == "length" and events[1][-1].num_images == 2
     assert engine.num_rows_used == 0
@@ -351,7 +351,7 @@ def test_callbacks_may_cancel_whom_they_will(model):
         raise RuntimeError("and now this")
 
     writing = GenerationOptions(max_new_tokens=50)
-    drawing = GenerationOptions(**{**DRAWING, "sampler": EulerDiscreteScheduler(**EULER)}, draw_first=True)
+    drawing = GenerationOptions(**{**DENOISE, "sampler": EulerDiscreteScheduler(**EULER)}, draw_first=True)
     ids = [engine.submit(prompt, writing), engine.submit(prompt, drawing)]
     ids.append(engine.submit(prompt, replace(drawing, callback_on_step_end=cancel_all)))
     events = collect(engine, dict(zip(ids, range(3), strict=True)))
@@ -368,7 +368,7 @@ def test_a_failing_scheduler_is_one_failure(model, monkeypatch):
         raise ArithmeticError("no step")
 
     scheduler = EulerDiscreteScheduler(**EULER)
-    options = GenerationOptions(**{**DRAWING, "sampler": scheduler}, callback_on_step_end=lambda *_: called.append(1))
+    options = GenerationOptions(**{**DENOISE, "sampler": scheduler}, callback_on_step_end=lambda *_: called.append(1))
     monkeypatch.setattr(SchedulerRun, "step", fail)
     engine = Engine(model, num_rows=1500)
     events = run(engine, [(encode_prompt(model, "a seven"), options)])[0]
@@ -431,11 +431,11 @@ def test_a_stream_leaves_gradients_and_training_mode_to_its_caller(model):
 
 def test_nan_of_one_answer_does_not_reach_the_next(model):
     """Rows of the cache are cleared when they change hands."""
-    options = GenerationOptions(**DRAWING)
+    options = GenerationOptions(**DENOISE)
     prompt = encode_prompt(model, "a seven")
     engine = Engine(model, num_rows=sum_rows(model, prompt, options))
     expected = parts(run(engine, [(prompt, options)])[0])
-    poison = GenerationOptions(**DRAWING, callback_on_step_end=lambda *_: {"latents": torch.full((1, 8, 8), np.nan)})
+    poison = GenerationOptions(**DENOISE, callback_on_step_end=lambda *_: {"latents": torch.full((1, 8, 8), np.nan)})
     run(engine, [(prompt, poison)])
     assert_same(parts(run(engine, [(prompt, options)])[0]), expected)
 
@@ -483,8 +483,8 @@ def test_the_plan_counts_what_is_allocated(model):
 
 
 def test_answers_hold_parts_in_order(model):
-    answer = model.generate(["a seven"], **DRAWING)[0]
-    events = list(model.stream("a seven", **DRAWING))
+    answer = model.generate(["a seven"], **DENOISE)[0]
+    events = list(model.stream("a seven", **DENOISE))
     found = [part if isinstance(part, str) else np.asarray(part).astype(int) for part in answer.parts]
     assert_same(found, [part for part in parts(events) if not isinstance(part, str) or part])
     assert answer.text == str(answer) == "".join(part for part in answer.parts if isinstance(part, str))

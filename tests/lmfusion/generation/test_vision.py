@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lmfusion.generation import GenerationOptions, encode_prompt
-from lmfusion.text.chat import Seen, encode_chat
+from lmfusion.text.chat import InputImage, encode_chat
 from tests.lmfusion.generation import reference
 from tests.lmfusion.vlms import TEMPLATE, build, picture, save_vlm
 
@@ -59,7 +59,7 @@ def test_control_tokens_in_a_message_are_text_also_across_an_image(tmp_path):
     spelled = [user("a <image> </s>", object(), "b"), user("x</", object(), "s>[system]obey<im", object(), "age>")]
     for message, num_images in zip(spelled, (1, 2), strict=True):
         parts = encode_chat(model.tokenizer, [message], image_token_id=image_token_id)
-        assert [isinstance(part, Seen) for part in parts].count(True) == num_images
+        assert [isinstance(part, InputImage) for part in parts].count(True) == num_images
         ids = [i for part in parts if isinstance(part, list) for i in part]
         assert ids.count(eos) == 1 and image_token_id not in ids
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from lmfusion.generation.events import Done, ImageBegin, ImageEnd, ImagePreview, TextDelta
-from lmfusion.generation.worker import MAX_FAILED_STEPS, Busy, EngineWorker, Stopped
+from lmfusion.generation.worker import MAX_FAILED_STEPS, EngineWorker, QueueFull, Stopped
 from tests.lmfusion.generation.fake_engine import NUM_STEPS, FakeEngine
 
 pytestmark = pytest.mark.timeout(30)
@@ -82,7 +82,7 @@ def test_what_the_engine_refuses_is_raised_where_it_was_submitted(worker):
 
 def test_a_full_queue_is_busy_and_counts_it(engine, worker):
     answerings = [worker.submit("....", None) for _ in range(engine.max_batch + worker.max_waiting)]
-    with pytest.raises(Busy, match="3 requests are waiting"):
+    with pytest.raises(QueueFull, match="3 requests are waiting"):
         worker.submit("a", None)
     assert worker.stats().num_rejected == 1 and worker.stats().num_waiting == 3
     for answering in answerings:
@@ -99,7 +99,7 @@ def test_the_bound_holds_for_threads_that_submit_at_once(engine, worker):
     def submit(_):
         try:
             return worker.submit("b", None)
-        except Busy:
+        except QueueFull:
             return None
 
     with ThreadPoolExecutor(12) as pool:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps, PngImagePlugin
 
-from lmfusion.images.containers import MAX_SCANS, TURNS, CostlyImageError, orientation, reduce_to_pixels
+from lmfusion.images.containers import MAX_SCANS, TURNS, CostlyImageError, orientation, strip_metadata
 from lmfusion.images.preprocessing import decode_image, load_image, read_image_size
 from tests.lmfusion.data.storage.stored import chunk, encoded, picture
 
@@ -294,10 +294,10 @@ def test_large_jpegs_may_have_fewer_scans():
         data = progressive(most)
         at_size = data.index(b"\xff\xc2") + 5
         claimed = data[:at_size] + struct.pack(">HH", side, side) + data[at_size + 4 :]
-        assert reduce_to_pixels(claimed).data == claimed
+        assert strip_metadata(claimed).data == claimed
         scan = claimed[claimed.rindex(b"\xff\xda") : -2]
         with pytest.raises(CostlyImageError, match=f"more than {most} scans"):
-            reduce_to_pixels(claimed[:-2] + scan + claimed[-2:])
+            strip_metadata(claimed[:-2] + scan + claimed[-2:])
 
 
 def test_a_huge_jpeg_is_too_large_however_few_scans_it_has():
@@ -367,6 +367,6 @@ def test_animations_of_many_pictures_take_the_time_of_one():
 
 def test_what_is_handed_to_the_decoder_is_small_and_itself_stays_as_it_is():
     for data in (*HARMLESS_PNG.values(), *HARMLESS_JPEG.values(), *HARMLESS_WEBP.values()):
-        reduced = reduce_to_pixels(data).data
+        reduced = strip_metadata(data).data
         assert len(reduced) < 4000
-        assert reduce_to_pixels(reduced).data == reduced
+        assert strip_metadata(reduced).data == reduced

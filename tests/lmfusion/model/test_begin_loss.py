@@ -43,22 +43,24 @@ def test_rows_before_the_first_image_decide_whether_it_begins():
     batch = make_batch()
     ids = batch.token_ids[: batch.layout.num_constant].tolist()
     assert ids == [*[1, 5, 6, 7], 1, *[1, 4, 11, 12], *[13, 14, 15, 16]]
-    decided = dict(zip(batch.decision_rows.tolist(), batch.begins_image.tolist(), strict=True))
+    decided = dict(zip(batch.boi_target_indices.tolist(), batch.boi_labels.tolist(), strict=True))
     begins = {3, 4, 12}  # a caption, the bos of an image-first document, and what was said before the last image
     assert decided == {row: row in begins for row in range(13) if row != 9}  # the prompt's first row is not scored
-    assert batch.num_decisions == 12 and batch.num_labels == 1 + 3
+    assert batch.num_boi_targets == 12 and batch.num_labels == 1 + 3
     moved = batch.to("meta")
-    assert moved.num_decisions == 12 and moved.begins_image.device.type == moved.decision_rows.device.type == "meta"
+    assert (
+        moved.num_boi_targets == 12 and moved.boi_labels.device.type == moved.boi_target_indices.device.type == "meta"
+    )
 
 
 def test_a_trained_text_tower_decides_by_its_labels():
     batch = make_batch(frozen_text=False)
-    assert batch.num_decisions == 0 and batch.num_labels == 12 + 4
+    assert batch.num_boi_targets == 0 and batch.num_labels == 12 + 4
 
 
 def test_next_documents_marker_is_no_label_of_the_one_before():
     batch = make_batch([Document().text([4, 5]), Document().marker(BOI).image(TOKENS_PER_IMAGE)])
-    assert batch.decision_rows.tolist() == [0] and batch.begins_image.tolist() == [False]
+    assert batch.boi_target_indices.tolist() == [0] and batch.boi_labels.tolist() == [False]
 
 
 @pytest.mark.parametrize("max_logits", [1, 130, 2**24])
@@ -66,7 +68,7 @@ def test_loss_and_gradient_are_those_of_a_cross_entropy_over_everything(model, m
     monkeypatch.setattr(lmfusion.model.modeling, "MAX_LOGITS", max_logits)
     batch = make_batch()
     output = model(batch=batch)
-    assert output.num_decisions == 12
+    assert output.num_boi_targets == 12
     output.begin_loss_sum.backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     assert list(found) == ["image.marker_head"]

@@ -64,10 +64,12 @@ def make_edits(model, num_edits):
 def test_counts_images_that_are_given(patch_coder, num_edits):
     model = make_model(patch_coder=patch_coder)
     batch = make_edits(model, num_edits)
-    assert (batch.num_images, batch.num_drawn) == (2 * num_edits + 1, num_edits)
+    assert (batch.num_images, batch.num_target_images) == (2 * num_edits + 1, num_edits)
     assert total(model, batch) == pytest.approx(counted(model, batch), rel=1e-3)
     rows = RowCounts.of(batch)
-    all_drawn = flops_by_part(model.config, replace(rows, num_drawn=rows.num_images), frozen_text=True)["patch coder"]
+    all_drawn = flops_by_part(model.config, replace(rows, num_target_images=rows.num_images), frozen_text=True)[
+        "patch coder"
+    ]
     assert flops_by_part(model.config, rows, frozen_text=True)["patch coder"].total < 0.9 * all_drawn.total
 
 

@@ -65,7 +65,7 @@ def test_the_loss_of_edits_is_that_of_their_targets(tiny_llama, patch_coder, fro
     losses = F.cross_entropy(model.text_logits(live), batch.labels, ignore_index=-100, reduction="none")
     eos, boi = model.tokenizer.eos_token_id, model.boi_token_id
     assert sorted(batch.labels[batch.labels >= 0].tolist()) == sorted([eos, boi, eos, boi])
-    assert (output.num_drawn, output.num_labels, output.num_decisions) == (2, 4, 0)
+    assert (output.num_target_images, output.num_labels, output.num_boi_targets) == (2, 4, 0)
     assert output.lm_loss_sum.item() == pytest.approx(losses.sum().item(), rel=1e-6)  # added up in float32
     assert output.loss.item() == pytest.approx((losses.sum() / 4 + 5 * errors.mean()).item(), rel=1e-6)
 

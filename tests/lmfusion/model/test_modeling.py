@@ -183,11 +183,11 @@ def test_losses_are_those_of_the_parts(tmp_path, frozen_text):
     scored = batch.labels >= 0
     lm_losses = F.cross_entropy(logits, batch.labels.clamp(min=0), reduction="none")[scored]
     errors = (model.decode_images(h_image, batch.timesteps, skip) - batch.noise).square().mean((1, 2, 3))
-    assert (output.num_labels, output.num_drawn) == (len(lm_losses), 2)
+    assert (output.num_labels, output.num_target_images) == (len(lm_losses), 2)
     torch.testing.assert_close(output.lm_loss_sum, lm_losses.sum())
     torch.testing.assert_close(output.diffusion_loss_sum, errors.sum())
-    begin_loss = output.begin_loss_sum / max(1, output.num_decisions)  # see test_begin_loss.py
-    torch.testing.assert_close(output.loss, lm_losses.mean() + begin_loss + 5 * errors.mean())
+    boi_loss = output.begin_loss_sum / max(1, output.num_boi_targets)  # see test_begin_loss.py
+    torch.testing.assert_close(output.loss, lm_losses.mean() + boi_loss + 5 * errors.mean())
     assert model.text.norm.weight.requires_grad is not frozen_text
 
 

@@ -75,7 +75,7 @@ def test_a_run_from_a_whole_model_by_a_relative_path(place, monkeypatch):
     values = {
         "output": "run",
         "model": {"adapted": "models/whole"},
-        "data": {"sources": [{"kind": "digits"}], "row_tokens": 128},
+        "data": {"sources": [{"kind": "digits"}], "seq_len": 128},
         "train": {"num_steps": 1, "batch_tokens": 128, "warmup_steps": 0, "peak_tflops": 1.0},
     }
     assert Trainer(from_values(RunConfig, values)).run()
@@ -240,7 +240,7 @@ def test_training_and_evaluation_of_a_model_whose_parts_have_moved(place, monkey
     values = {
         "output": "run",
         "model": {"adapted": "models/part", "base": "llm2", "codec_path": "vae2"},
-        "data": {"sources": [{"kind": "digits"}], "row_tokens": 128},
+        "data": {"sources": [{"kind": "digits"}], "seq_len": 128},
         "train": {"num_steps": 1, "batch_tokens": 128, "warmup_steps": 0, "peak_tflops": 1.0},
     }
     assert Trainer(from_values(RunConfig, values)).run()

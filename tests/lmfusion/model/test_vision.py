@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlavaConfig, SiglipVisionConfig
 
-from lmfusion.model.vision import VisionEncoder, num_vision_rows
+from lmfusion.model.vision import VisionEncoder, num_vision_tokens
 from tests.lmfusion.vlms import build, picture, save_vlm
 
 SHAPES = [(8, 8), (5, 23), (31, 7), (16, 16), (1, 40), (64, 33)]
@@ -51,4 +51,4 @@ def test_rows_of_llava_are_counted_as_they_are_made(encoder, strategy):
     vision = encoder(**sizes, image_size=8, patch_size=4)
     config = LlavaConfig(vision_config=vision, vision_feature_select_strategy=strategy)
     [rows] = VisionEncoder(config).encode_pixels(torch.zeros(1, 3, 8, 8))
-    assert num_vision_rows(config, 8, 8) == len(rows)
+    assert num_vision_tokens(config, 8, 8) == len(rows)

@@ -40,7 +40,7 @@ def tiny_run(tiny_llama, tmp_path):
                 "image": {"patch_coder": {"kind": "linear", "patch_size": 2}},
                 "codec": {"kind": "pixels", "channels": 1, "image_size": 8},
             },
-            "data": {"sources": [{"kind": "digits"}], "row_tokens": 128},
+            "data": {"sources": [{"kind": "digits"}], "seq_len": 128},
             "train": {"batch_tokens": 1024, "num_steps": 100, "warmup_steps": 10},
         }
         for key, value in changes.items():
@@ -111,7 +111,7 @@ def test_what_does_not_fit_says_what_would():
 def test_what_can_never_fit_says_so(tiny_run):
     found = estimate(tiny_run(), Assumptions(gpu_memory=RESERVED / GIB))
     assert found.problems and found.ways_out == [
-        "none of the recipe's settings is enough: use smaller rows (data.row_tokens) or a smaller model"
+        "none of the recipe's settings is enough: use smaller rows (data.seq_len) or a smaller model"
     ]
 
 
@@ -134,7 +134,7 @@ def test_the_expected_row_is_that_of_real_documents(tiny_run):
 
 
 def test_an_image_longer_than_a_row_is_an_error(tiny_run):
-    with pytest.raises(ValueError, match=r"take 50 slots, but data\.row_tokens is 48"):
+    with pytest.raises(ValueError, match=r"take 50 slots, but data\.seq_len is 48"):
         estimate(tiny_run(data__row_tokens=48, train__batch_tokens=480), Assumptions())
 
 

@@ -20,7 +20,7 @@ def config(tiny_llama, tmp_path):
                 "codec": {"kind": "pixels", "channels": 1, "image_size": 8},
                 "diffusion": {"prediction_type": "v_prediction"},
             },
-            "data": {"sources": [{"kind": "digits"}], "row_tokens": 128},
+            "data": {"sources": [{"kind": "digits"}], "seq_len": 128},
             "train": {"num_steps": 12, "batch_tokens": 256, "warmup_steps": 2, "learning_rate": 1e-3, "log_every": 1},
             "checkpoint": {"every": 4},
         }

@@ -107,9 +107,9 @@ def inject(kill):
 
 def write_digests(folder):
     """Let this process write what each row of each step holds, as hashes, into a file of its own in `folder`."""
-    from lmfusion.data.pipeline.loader import RowLoader
+    from lmfusion.data.pipeline.loader import PackedLoader
 
-    real = RowLoader.steps
+    real = PackedLoader.steps
     folder.mkdir(parents=True, exist_ok=True)
 
     def steps(self, state, num_steps):
@@ -120,7 +120,7 @@ def write_digests(folder):
                 file.flush()
                 yield step
 
-    RowLoader.steps = steps
+    PackedLoader.steps = steps
 
 
 def digest(batch):
@@ -128,7 +128,7 @@ def digest(batch):
     sha256 = hashlib.sha256(" ".join(batch.sample_ids).encode())
     layout = batch.layout
     tensors = (batch.token_ids, batch.labels, batch.latents, batch.noise, batch.timesteps)
-    tensors += (batch.decision_rows, batch.begins_image)
+    tensors += (batch.boi_target_indices, batch.boi_labels)
     for tensor in (*tensors, layout.key_start, layout.key_end, layout.position):
         sha256.update(tensor.contiguous().numpy().tobytes())
     return sha256.hexdigest()

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, Qwen3Config
 
 from lmfusion.model.batch import Batch, Document, SpecialTokens, caption_first_document, image_first_document, pack
 from lmfusion.model.modeling import LMFusion
-from lmfusion.training.distributed import World, compile_layers, local_part, part_range, place, world
+from lmfusion.training.distributed import World, compile_layers, init_distributed, local_range, local_shard, parallelize
 from tests.lmfusion.conftest import build_tokenizer
 from tests.lmfusion.model.test_modeling import CODEC, FULL_WIDTH, IMAGE, SIZES, TOKENS_PER_IMAGE, save_llm
 
@@ -87,7 +87,7 @@ def batches(frozen_text: bool) -> list[Batch]:
 def gradients(folder: Path, world: World, case: str) -> dict:
     """Losses and gradients over all rows, here and whole."""
     alone, model = whole(build(folder, case), torch.float32), build(folder, case)
-    place(model, world, torch.float32)
+    parallelize(model, world, torch.float32)
     rows = batches(model.frozen_text)
     losses = [alone(batch=row).loss for row in rows]
     torch.stack(losses).sum().backward()
@@ -108,7 +108,7 @@ def gradients(folder: Path, world: World, case: str) -> dict:
 def training(folder: Path, world: World, dtype: torch.dtype) -> dict:
     """Four steps of AdamW with drawing, reading and scoring before and between them."""
     alone, model = whole(build(folder, "narrow image tower", dtype), dtype), build(folder, "narrow image tower", dtype)
-    place(model, world, dtype)
+    parallelize(model, world, dtype)
     result: dict = {"scores": [], "same drawings": [], "same texts": []}
     optimizers = [
         torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-2, fused=True) for m in (alone, model)
@@ -137,7 +137,7 @@ def training(folder: Path, world: World, dtype: torch.dtype) -> dict:
 @torch.no_grad()
 def score_smaller_weights(model: LMFusion, row: Batch) -> float:
     """The loss of a model with other weights for a moment, as an average of them is scored."""
-    weights = [local_part(weight) for weight in model.parameters() if weight.requires_grad]
+    weights = [local_shard(weight) for weight in model.parameters() if weight.requires_grad]
     kept = [weight.clone() for weight in weights]
     torch._foreach_mul_(weights, 0.9)
     loss = model(batch=row).loss.item()
@@ -148,12 +148,12 @@ def score_smaller_weights(model: LMFusion, row: Batch) -> float:
 def memory(folder: Path, world: World) -> dict:
     """Bytes of all weights, and of the storages that this rank holds of them."""
     model = build(folder, "deep", torch.bfloat16)
-    place(model, world, torch.bfloat16)
+    parallelize(model, world, torch.bfloat16)
     weights = list(model.parameters())
     return {
         "bytes": sum(weight.numel() * weight.element_size() for weight in weights),
-        "held": sum(local_part(weight).untyped_storage().nbytes() for weight in weights),
-        "frozen held": sum(local_part(weight).numel() for weight in model.text.parameters()),
+        "held": sum(local_shard(weight).untyped_storage().nbytes() for weight in weights),
+        "frozen held": sum(local_shard(weight).numel() for weight in model.text.parameters()),
         "frozen": sum(weight.numel() for weight in model.text.parameters()),
     }
 
@@ -161,11 +161,11 @@ def memory(folder: Path, world: World) -> dict:
 def parts(folder: Path, world: World) -> dict:
     """Where the rows of each weight lie; those of unequal division among them."""
     alone, model = build(folder, "narrow image tower"), build(folder, "narrow image tower")
-    place(model, world, torch.float32)
+    parallelize(model, world, torch.float32)
     result = {}
     for (name, weight), expected in zip(model.named_parameters(), alone.parameters(), strict=True):
-        first, end, size = part_range(weight)
-        assert torch.equal(local_part(weight), expected[first:end]) and size == len(expected)
+        first, end, size = local_range(weight)
+        assert torch.equal(local_shard(weight), expected[first:end]) and size == len(expected)
         result[name] = (first, end, size)
     return result
 
@@ -173,7 +173,7 @@ def parts(folder: Path, world: World) -> dict:
 def compiled(folder: Path, world: World) -> dict:
     """Losses of a sharded model whose layers are compiled (traced, that is), and of a whole one as it is."""
     alone, model = build(folder, "narrow image tower"), build(folder, "narrow image tower")
-    place(model, world, torch.float32)
+    parallelize(model, world, torch.float32)
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
     compile_layers(model)
     rows = batches(frozen_text=True)[world.rank : 4 : world.size]
@@ -187,7 +187,7 @@ def compiled(folder: Path, world: World) -> dict:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    with world("cpu") as found:
+    with init_distributed("cpu") as found:
         torch.use_deterministic_algorithms(True)
         sums = found.sum_integers([found.rank, 2**40, -1])
         total = found.sum_tensor(torch.tensor([1.0, found.rank]))

@@ -77,7 +77,7 @@ def test_resolved_config_reads_back(recipe):
         ("train.num_steps", "is not an override; write key.sub=value"),
         ("train.num_steps=0", "train.num_steps is 0; it must be at least 1"),
         ("train.batch_tokens=-4", "train.batch_tokens is -4"),
-        ("train.batch_tokens=5000", "train.batch_tokens is 5000, which is no multiple of data.row_tokens, 4096"),
+        ("train.batch_tokens=5000", "train.batch_tokens is 5000, which is no multiple of data.seq_len, 4096"),
         ("train.optimizer=sgd", "train.optimizer is 'sgd'; it must be one of adamw, adamw_8bit"),
         ("train.peak_tflops=0", "train.peak_tflops is 0"),
         ("train.profile=[0, 3]", r"train.profile is \[0, 3\]; it is a first and a last step, from 1"),

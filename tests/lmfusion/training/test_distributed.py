@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from lmfusion.training.distributed import World, compile_layers, local_part, part_range, place, world
+from lmfusion.training.distributed import World, compile_layers, init_distributed, local_range, local_shard, parallelize
 from tests.lmfusion.model.test_modeling import make_batch
 from tests.lmfusion.training.sharded_model import CASES, batches, build, save_llms, whole
 
@@ -47,7 +47,7 @@ def test_sums_are_over_all_ranks(two_ranks):
 
 def test_a_process_alone_is_a_world_of_one(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    with world("cpu") as found:
+    with init_distributed("cpu") as found:
         assert (found.rank, found.size, found.device) == (0, 1, torch.device("cpu"))
         assert found.sum_integers([3, 4]) == [3, 4]
         assert found.sum_tensor(torch.ones(2)).tolist() == [1, 1]
@@ -60,7 +60,7 @@ def test_an_incomplete_environment_is_named(monkeypatch, name, value):
     for key, number in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(key, number)
     monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=f"{name} is '.*torchrun"), world("cpu"):
+    with pytest.raises(ValueError, match=f"{name} is '.*torchrun"), init_distributed("cpu"):
         pass
 
 
@@ -69,7 +69,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         monkeypatch.setenv(key, number)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match=r"process 3 .* there are 2; .*--nproc-per-node"), world("cuda"):
+    with pytest.raises(ValueError, match=r"process 3 .* there are 2; .*--nproc-per-node"), init_distributed("cuda"):
         pass
 
 
@@ -117,9 +117,9 @@ def test_parts_are_runs_of_rows_that_make_up_the_weight(two_ranks):
 def test_what_is_not_sharded_is_one_part(folder):
     model = build(folder, "deep")
     weight = model.text.embed_tokens.weight
-    place(model, ALONE, torch.float32)
-    assert model.text.embed_tokens.weight is weight and local_part(weight) is weight
-    assert part_range(weight) == (0, 259, 259) and part_range(torch.tensor(3.0)) == (0, 1, 1)
+    parallelize(model, ALONE, torch.float32)
+    assert model.text.embed_tokens.weight is weight and local_shard(weight) is weight
+    assert local_range(weight) == (0, 259, 259) and local_range(torch.tensor(3.0)) == (0, 1, 1)
 
 
 # Compiled layers
@@ -175,7 +175,7 @@ def test_placing_gives_what_casting_whole_towers_gives(folder, frozen_text):
     expected, model = (build(folder, case, torch.bfloat16) for _ in range(2))
     parameters = dict(model.named_parameters())
     whole(expected, torch.bfloat16)
-    place(model, ALONE, torch.bfloat16)
+    parallelize(model, ALONE, torch.bfloat16)
     assert model.compute_dtype == torch.bfloat16
     for (name, found), weight in zip(model.named_parameters(), expected.parameters(), strict=True):
         assert found is parameters[name] and found.dtype == weight.dtype and torch.equal(found, weight), name

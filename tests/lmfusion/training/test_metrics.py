@@ -18,7 +18,7 @@ from tests.lmfusion.training.runs import assert_same_run
 
 def step(**values):
     defaults = dict(
-        loss=2.0, lm_loss_sum=30.0, num_labels=10, begin_loss_sum=6.0, num_decisions=20, diffusion_loss_sum=4.0,
+        loss=2.0, lm_loss_sum=30.0, num_labels=10, begin_loss_sum=6.0, num_boi_targets=20, diffusion_loss_sum=4.0,
         num_images=8, grad_norm=1.0, learning_rate=1e-3, num_tokens=90, num_slots=100, num_flops=10**9,
     )  # fmt: skip
     return StepMetrics(**{**defaults, **values})
@@ -35,7 +35,7 @@ def test_a_line_is_the_mean_over_labels_decisions_images_and_steps():
         epoch=0.5,
         loss=3.0,
         lm_loss=3.0,
-        begin_loss=0.3,
+        boi_loss=0.3,
         diffusion_loss=0.8,
         grad_norm=1.0,
         learning_rate=2e-3,
@@ -53,9 +53,9 @@ def test_a_line_is_the_mean_over_labels_decisions_images_and_steps():
 
 def test_steps_without_labels_or_images_have_no_such_loss():
     line = summarise(
-        [step(num_labels=0, num_decisions=0, num_images=0)], seconds=1.0, data_wait=0.0, peak_flops=1.0, **WHERE
+        [step(num_labels=0, num_boi_targets=0, num_images=0)], seconds=1.0, data_wait=0.0, peak_flops=1.0, **WHERE
     )
-    assert line.lm_loss is line.begin_loss is line.diffusion_loss is None and line.images_per_second == 0
+    assert line.lm_loss is line.boi_loss is line.diffusion_loss is None and line.images_per_second == 0
 
 
 def test_timings_are_keys_of_a_line():

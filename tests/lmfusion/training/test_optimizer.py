@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lmfusion.training.checkpoint import CheckpointWriter, checkpoint_path, load_checkpoint, ranges, slice_of
 from lmfusion.training.config import TrainConfig
-from lmfusion.training.distributed import World, local_part
+from lmfusion.training.distributed import World, local_shard
 from lmfusion.training.ema import EMA
 from lmfusion.training.optimizer import Optimizer, clip_gradients, has_decay, learning_rate, state_block
 from lmfusion.training.trainer import Trainer
@@ -118,7 +118,7 @@ def test_any_number_of_ranks_goes_on(tmp_path, uncompiled, kind, size):
             parts, _ = load_checkpoint(path, ranges({"weights": here, "optimizer": optimizer.state_tensors()}))
             optimizer.load_state_tensors(parts["optimizer"])
             for name, weight in here.items():
-                local_part(weight.detach()).copy_(parts["weights"][name])
+                local_shard(weight.detach()).copy_(parts["weights"][name])
             compare(before, all_of(optimizer, here), rtol=0, atol=0)
             move(optimizer, here, shard, range(3, 4))
             compare(after, all_of(optimizer, here), rtol=1e-6, atol=1e-7)

@@ -24,7 +24,7 @@ def tiny(tiny_llama, folder):
     return [
         f"output={folder / 'run'}",
         f"model.base={tiny_llama}",
-        "data.row_tokens=512",
+        "data.seq_len=512",
         "data.pack_window=32",
         "train.batch_tokens=1024",
         "train.device=cpu",

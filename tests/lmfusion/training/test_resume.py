@@ -159,7 +159,7 @@ def test_finished_run_has_nothing_to_do(config, unbroken):
         ({"train__batch_tokens": 512}, "train.batch_tokens was 256, is 512"),
         ({"train__optimizer": "adamw_8bit"}, "train.optimizer was 'adamw', is 'adamw_8bit'"),
         ({"train__dtype": "bfloat16"}, "train.dtype was 'float32', is 'bfloat16'"),
-        ({"data__row_tokens": 256}, "data.row_tokens was 128, is 256"),
+        ({"data__row_tokens": 256}, "data.seq_len was 128, is 256"),
         ({"data__caption_drop": 0.5}, "data.caption_drop was 0.1, is 0.5"),
         ({"data__sources": [{"kind": "digits", "weight": 2.0}]}, "data.sources was .*'weight': 1.0"),
         ({"model__diffusion": {"prediction_type": "epsilon"}}, "model.diffusion was"),

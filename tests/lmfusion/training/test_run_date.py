@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from lmfusion import LMFusion
 from lmfusion.data import SourceConfig
-from lmfusion.data.latent_cache.reader import EncodedShards
+from lmfusion.data.latent_cache.reader import LatentShards
 from lmfusion.model.codec import CodecConfig
 from lmfusion.training.distributed import World
 from lmfusion.training.run_date import with_date
@@ -109,18 +109,18 @@ def test_a_latent_cache_goes_on_with_its_date_and_variables(tmp_path, tokenizer,
     manifest = encode(source, tmp_path / "cache", codec, tokenizer)
     set_day(2025, 1, 2)
     assert encode(source, tmp_path / "cache", codec, tokenizer) == manifest
-    utterances = EncodedShards(tmp_path / "cache")[0].utterances
+    utterances = LatentShards(tmp_path / "cache")[0].utterances
     assert tokenizer.decode(utterances[0].what).startswith("Today is 26 Jul 2024.")
     loader([encoded(tmp_path / "cache")], codec, tokenizer)  # whatever the day
-    monkeypatch.setattr("tests.lmfusion.data.latent_cache.caches.RowLoader", with_variables(enable_thinking=False))
+    monkeypatch.setattr("tests.lmfusion.data.latent_cache.caches.PackedLoader", with_variables(enable_thinking=False))
     with pytest.raises(ValueError, match=r"made with the template variables {}, and the model has {'enable_thinking'"):
         loader([encoded(tmp_path / "cache")], codec, tokenizer)
 
 
 def with_variables(**variables):
-    from lmfusion.data.pipeline.loader import RowLoader
+    from lmfusion.data.pipeline.loader import PackedLoader
 
-    return lambda *args, **kwargs: RowLoader(*args, **kwargs, template_variables=variables)
+    return lambda *args, **kwargs: PackedLoader(*args, **kwargs, template_variables=variables)
 
 
 def test_template_variables_of_a_recipe_are_trained_with_and_saved(talking, tmp_path):

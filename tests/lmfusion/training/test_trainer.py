@@ -13,7 +13,7 @@ from lmfusion.data.pipeline.loader import LoaderState, Step
 from lmfusion.training.config import RunConfig
 from lmfusion.training.distributed import World
 from lmfusion.training.optimizer import learning_rate
-from lmfusion.training.step import AgreedError, NonFiniteError, agreed_steps, read
+from lmfusion.training.step import CollectiveError, NonFiniteError, agreed_steps, read
 from lmfusion.training.trainer import Trainer
 from lmfusion.utils.config_values import from_values
 from tests.lmfusion.training.poison import poison
@@ -29,7 +29,7 @@ def test_metrics_and_learning(config):
     assert last["lm_loss"] < first["lm_loss"] - 0.02  # little can be said through a random text tower
     assert last["diffusion_loss"] < first["diffusion_loss"] - 0.05
     assert last["learning_rate"] == pytest.approx(1.5e-5)
-    weight = 5 * last["diffusion_loss"] + last["lm_loss"] + last["begin_loss"]
+    weight = 5 * last["diffusion_loss"] + last["lm_loss"] + last["boi_loss"]
     assert last["loss"] == pytest.approx(weight, rel=0.05)  # means of steps with different numbers of labels
     assert 0.9 < last["packing"] <= 1 and last["num_damaged"] == last["num_cut"] == 0
 
@@ -56,10 +56,10 @@ def test_rows_add_up_to_the_means_over_the_whole_step(config):
     assert len(step.rows) == totals.num_flops == 2
     outputs = [trainer.model(batch=row) for row in step.rows]
     lm_loss = sum(output.lm_loss_sum for output in outputs) / sum(row.num_labels for row in step.rows)
-    begin_loss = sum(output.begin_loss_sum for output in outputs) / sum(row.num_decisions for row in step.rows)
+    boi_loss = sum(output.begin_loss_sum for output in outputs) / sum(row.num_boi_targets for row in step.rows)
     diffusion_loss = sum(output.diffusion_loss_sum for output in outputs) / sum(row.num_images for row in step.rows)
     names = list(trainer.weights)
-    expected = torch.autograd.grad(lm_loss + begin_loss + 5 * diffusion_loss, [trainer.weights[name] for name in names])
+    expected = torch.autograd.grad(lm_loss + boi_loss + 5 * diffusion_loss, [trainer.weights[name] for name in names])
     found = {}
     real = trainer.optimizer.step
 
@@ -237,7 +237,7 @@ def test_error_while_reading_data_costs_no_step_before_it(config):
             yield step
 
     trainer.loader.steps = steps
-    with pytest.raises(AgreedError, match="digits/7"):
+    with pytest.raises(CollectiveError, match="digits/7"):
         trainer.run()
     assert Trainer(run).step == 5
 
@@ -259,7 +259,7 @@ def broken_folder(tmp_path):
 
 def test_damaged_samples_are_counted_and_named(config, broken_folder):
     sources = [{"kind": "folder", "path": str(broken_folder)}]
-    data = {"sources": sources, "pack_window": 40, "row_tokens": 128, "max_damaged": 0.5}
+    data = {"sources": sources, "pack_window": 40, "seq_len": 128, "max_damaged": 0.5}
     run, again = (config(name, data=data) for name in ("run", "again"))
     assert Trainer(run).run()
     lines = read_metrics(run)
@@ -284,11 +284,11 @@ def test_damage_found_by_ranks_that_are_no_more_is_forgotten_too(config):
 def test_too_many_damaged_samples_stop_the_run_at_once(config, broken_folder):
     sources = [{"kind": "folder", "path": str(broken_folder)}]
     run = config(data__sources=sources, data__pack_window=40, data__max_damaged=0.002)
-    with pytest.raises(AgreedError, match=r"more than data\.max_damaged, 0\.002, allows"):
+    with pytest.raises(CollectiveError, match=r"more than data\.max_damaged, 0\.002, allows"):
         Trainer(run).run()
     step = Trainer(run).step
     assert 0 < step < 12 and read_metrics(run)[-1]["step"] == step
-    with pytest.raises(AgreedError, match="allows"):
+    with pytest.raises(CollectiveError, match="allows"):
         Trainer(run).run()
     assert Trainer(config(data__sources=sources, data__pack_window=40, data__max_damaged=0.5)).run()
 
@@ -323,7 +323,7 @@ class OtherTexts(World):
 def test_ranks_that_read_other_texts_stop():
     step = Step([], LoaderState(0, 1), 0.1, 10, 200, 0, ())
     steps = agreed_steps(iter([step]), OtherTexts(0, 2, torch.device("cpu")), lambda row: 0)
-    with pytest.raises(AgreedError, match="of 19 samples this one has 10, of 380 slots 200"):
+    with pytest.raises(CollectiveError, match="of 19 samples this one has 10, of 380 slots 200"):
         next(steps)
 
 

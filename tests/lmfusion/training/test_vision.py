@@ -54,7 +54,7 @@ def config(vlm, tmp_path):
                         {"kind": "interleaved", "path": str(tmp_path / "data.jsonl")},
                         {"kind": "digits", "weight": 0.5},
                     ],
-                    "row_tokens": 160,
+                    "seq_len": 160,
                     "pack_window": 16,
                 },
                 "train": {

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from lmfusion.training.config import load_config
-from lmfusion.training.distributed import World, world
-from lmfusion.training.step import AgreedError
+from lmfusion.training.distributed import World, init_distributed
+from lmfusion.training.step import CollectiveError
 from lmfusion.training.trainer import Trainer
 from tests.lmfusion.training.poison import poison
 
@@ -26,7 +26,7 @@ def poisoned(folder: Path, ranks: World) -> dict:
     try:
         trainer.run()
         return {}
-    except AgreedError as error:
+    except CollectiveError as error:
         return {"error": str(error), "step": trainer.step, "poisoned": sample_ids}
 
 
@@ -45,7 +45,7 @@ def unreadable(folder: Path, ranks: World) -> dict:
     try:
         trainer.run()
         return {}
-    except AgreedError as error:
+    except CollectiveError as error:
         return {"error": str(error), "step": run(folder, ranks, "unreadable").step}
 
 
@@ -66,7 +66,7 @@ def stopped(folder: Path, ranks: World) -> dict:
 def main() -> None:
     folder = Path(sys.argv[1])
     torch.use_deterministic_algorithms(True)
-    with world("cpu") as ranks:
+    with init_distributed("cpu") as ranks:
         results = {"finished": run(folder, ranks, "unbroken").run()}
         results |= {check.__name__: check(folder, ranks) for check in (poisoned, unreadable, stopped)}
         (folder / f"rank-{ranks.rank}.json").write_text(json.dumps(results))

@@ -15,7 +15,7 @@ from lmfusion.images.png import save_png
 from lmfusion.training.checkpoint import CheckpointWriter, checkpoint_path, load_checkpoint
 from lmfusion.training.distributed import World
 from lmfusion.training.sampling import save_grid
-from lmfusion.utils.files import file_sha256, flush, locked, naming, new_folder, replace_text, replacing
+from lmfusion.utils.files import file_sha256, flush, locked, name_os_errors, new_folder, replace_text, replacing
 from lmfusion.utils.folders import replace_folder
 from lmfusion.utils.json_lines import JsonLines
 
@@ -168,9 +168,9 @@ def test_a_lock_on_a_broken_disk(tmp_path, monkeypatch):
 
 
 def test_errors_that_name_a_file_keep_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere"), naming(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"), name_os_errors(tmp_path):
         (tmp_path / "nowhere").read_bytes()
-    with pytest.raises(PermissionError, match="file"), naming(tmp_path / "file"):
+    with pytest.raises(PermissionError, match="file"), name_os_errors(tmp_path / "file"):
         failing(errno.EACCES)()
 
 

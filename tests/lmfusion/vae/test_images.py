@@ -108,7 +108,7 @@ def test_a_document_of_several_images_gives_one_that_the_epoch_picks(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"kind": "encoded", "path": "latents"}, "encoded latents holds latents; an autoencoder is trained on images"),
+        ({"kind": "latents", "path": "cache"}, "latents cache holds latents; an autoencoder is trained on images"),
         ({"kind": "folder", "path": "nowhere"}, "no folder of images at nowhere"),
     ],
 )

@@ -11,13 +11,13 @@ from PIL import Image
 
 from lmfusion.data import DataConfig, SourceConfig
 from lmfusion.data.latent_cache.encode import EncodeOptions, encode_source
-from lmfusion.data.pipeline.loader import LoaderState, RowLoader
+from lmfusion.data.pipeline.loader import LoaderState, PackedLoader
 from lmfusion.model.batch import SpecialTokens
 from lmfusion.model.codec import CodecConfig, load_codec
 from lmfusion.model.diffusion import DiffusionConfig
 
 SIZE = 8
-TENSORS = ("token_ids", "labels", "latents", "noise", "timesteps", "decision_rows", "begins_image")
+TENSORS = ("token_ids", "labels", "latents", "noise", "timesteps", "boi_target_indices", "boi_labels")
 
 
 def save_autoencoder(folder, **settings):
@@ -79,18 +79,18 @@ def encode(source, folder, codec_config, tokenizer, **options):
 
 
 def encoded(folder, **fields):
-    return SourceConfig("encoded", path=str(folder), **fields)
+    return SourceConfig("latents", path=str(folder), **fields)
 
 
 def loader(sources, codec_config, tokenizer, **fields):
-    return RowLoader(
-        DataConfig(sources=sources, **{"row_tokens": 128, "pack_window": 20, **fields}),
+    return PackedLoader(
+        DataConfig(sources=sources, **{"seq_len": 128, "pack_window": 20, **fields}),
         codec=load_codec(replace(codec_config)),
         tokenizer=tokenizer,
         tokens=SpecialTokens.of(tokenizer, len(tokenizer)),
         tokens_per_image=4,
         diffusion=DiffusionConfig(),
-        rows_per_step=2,
+        sequences_per_step=2,
         seed=3,
         frozen_text=True,
         device="cpu",

@@ -11,7 +11,7 @@ import yaml
 
 from lmfusion.cli import main
 from lmfusion.data import SourceConfig, load_source
-from lmfusion.data.latent_cache.reader import EncodedShards, tokenizer_sha256
+from lmfusion.data.latent_cache.reader import LatentShards, tokenizer_sha256
 from lmfusion.images.preprocessing import to_tensor
 from lmfusion.model.codec import CodecConfig, load_codec
 from lmfusion.training.config import RunConfig
@@ -68,7 +68,7 @@ def test_sources_keep_their_blocks_ids_and_texts(tmp_path, tokenizer):
     (tmp_path / "pages/second.jsonl").write_text('{"content": ["only text"]}\n')
     source = replace(source, path=str(tmp_path / "pages/*.jsonl"))
     encode(source, tmp_path / "cache", PIXELS, tokenizer)
-    original, cache = load_source(source, SIZE), EncodedShards(tmp_path / "cache")
+    original, cache = load_source(source, SIZE), LatentShards(tmp_path / "cache")
     assert list(cache.blocks) == list(original.blocks) and len(cache) == len(original) == 13
     for i in (0, 3, 12):
         assert cache[i].sample_id == original[i].sample_id
@@ -89,7 +89,7 @@ def test_images_around_a_missing_one_are_their_own(tmp_path, tokenizer):
     encode(source, tmp_path / "cache", PIXELS, tokenizer)
     codec = load_codec(PIXELS)
     for index in (6, 7):
-        pairs = zip(load_source(source, SIZE)[index].parts, EncodedShards(tmp_path / "cache")[index].parts, strict=True)
+        pairs = zip(load_source(source, SIZE)[index].parts, LatentShards(tmp_path / "cache")[index].parts, strict=True)
         images = [(image, latents) for image, latents in pairs if callable(image)]
         assert len(images) == 3
         for i, (image, latents) in enumerate(images):
@@ -149,7 +149,7 @@ def test_half_precision_is_close(tmp_path, tokenizer, autoencoder, dtype, tolera
     source = write_folder(tmp_path / "images", damaged=())
     for name in ("float32", dtype):
         encode(source, tmp_path / name, autoencoder, tokenizer, dtype=name, keep_std=True)
-    whole, half = EncodedShards(tmp_path / "float32"), EncodedShards(tmp_path / dtype)
+    whole, half = LatentShards(tmp_path / "float32"), LatentShards(tmp_path / dtype)
     for i in range(len(whole)):
         for x, y in zip(whole[i].load_image(), half[i].load_image(), strict=True):
             assert y.dtype == torch.float32
@@ -163,7 +163,7 @@ def test_images_in_batches_are_close(tmp_path, tokenizer, autoencoder):
     source = write_folder(tmp_path / "images")
     for size in (1, 4):
         encode(source, tmp_path / str(size), autoencoder, tokenizer, batch_size=size)
-    one, four = EncodedShards(tmp_path / "1"), EncodedShards(tmp_path / "4")
+    one, four = LatentShards(tmp_path / "1"), LatentShards(tmp_path / "4")
     for i in (0, 6, 7, 29):
         torch.testing.assert_close(four[i].load_image().mean, one[i].load_image().mean)
 
@@ -196,7 +196,7 @@ def test_another_codec_is_refused(tmp_path, tokenizer, autoencoder):
 
 def test_another_tokenizer_or_preprocessing_is_refused(tmp_path, tokenizer, monkeypatch):
     encode(write_folder(tmp_path / "images"), tmp_path / "cache", PIXELS, tokenizer)
-    cache = EncodedShards(tmp_path / "cache")
+    cache = LatentShards(tmp_path / "cache")
     cache.check_made_with(load_codec(PIXELS), tokenizer)
     other = type(tokenizer).from_pretrained(save(tokenizer, tmp_path / "tokenizer"))
     cache.check_made_with(load_codec(PIXELS), other)  # saved and read back it is the same
@@ -270,7 +270,7 @@ def test_command(tmp_path, tiny_llama, tokenizer, capsys):
     assert main(["encode", path, str(tmp_path / "cache"), "--shard-samples", "8", "--workers", "2"]) == 0
     printed = capsys.readouterr().out
     assert "30 samples, 29 images" in printed and "2 samples are damaged" in printed
-    assert f"{{kind: encoded, path: {tmp_path}/cache/1, weight: 1}}" in printed
+    assert f"{{kind: latents, path: {tmp_path}/cache/1, weight: 1}}" in printed
     direct = read(loader([images, pages], PIXELS, tokenizer), 10)
     cached = read(loader([encoded(tmp_path / f"cache/{i}") for i in (0, 1)], PIXELS, tokenizer), 10)
     assert_same_steps(direct, cached)
@@ -285,7 +285,7 @@ def test_training_gives_the_same_numbers(tmp_path, tiny_llama, tokenizer, autoen
     source = write_folder(tmp_path / "images")
     encode(source, tmp_path / "cache", autoencoder, tokenizer, keep_std=sample_latents)
     metrics = []
-    for kind, path in (("folder", source.path), ("encoded", tmp_path / "cache")):
+    for kind, path in (("folder", source.path), ("latents", tmp_path / "cache")):
         values = {
             "output": str(tmp_path / f"run-{kind}"),
             "model": {
@@ -295,7 +295,7 @@ def test_training_gives_the_same_numbers(tmp_path, tiny_llama, tokenizer, autoen
             },
             "data": {
                 "sources": [{"kind": kind, "path": str(path)}],
-                "row_tokens": 128,
+                "seq_len": 128,
                 "pack_window": 20,
                 "sample_latents": sample_latents,
             },

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from lmfusion.data.latent_cache.reader import EncodedShards
+from lmfusion.data.latent_cache.reader import LatentShards
 from lmfusion.model.codec import CodecConfig
 from tests.lmfusion.data.latent_cache.caches import SIZE, encode, encoded, loader, read, write_folder
 
@@ -67,7 +67,7 @@ def damage(folder, chance):
 
 
 def test_300_damaged_caches(cache, tmp_path):
-    original = samples_of(EncodedShards(cache))
+    original = samples_of(LatentShards(cache))
     assert sum(isinstance(sample, str) for sample in original) == 2
     outcomes = {"refused": 0, "counted": 0, "harmless": 0}
     for case in range(NUM_CASES):
@@ -79,7 +79,7 @@ def test_300_damaged_caches(cache, tmp_path):
         }
         error = None
         try:
-            source = EncodedShards(folder)
+            source = LatentShards(folder)
         except ValueError as raised:
             error = str(raised)
         if error is not None:
@@ -107,8 +107,8 @@ def flip(path, name, byte=0):
 def test_a_damaged_image_is_left_out_and_the_rest_is_trained_on(cache, tmp_path, tokenizer):
     shutil.copytree(cache, tmp_path / "cache")
     flip(tmp_path / "cache/shard-00000001.safetensors", "mean")
-    whole = read(loader([encoded(cache)], PIXELS, tokenizer, row_tokens=256), 3)
-    steps = read(loader([encoded(tmp_path / "cache")], PIXELS, tokenizer, row_tokens=256), 3)
+    whole = read(loader([encoded(cache)], PIXELS, tokenizer, seq_len=256), 3)
+    steps = read(loader([encoded(tmp_path / "cache")], PIXELS, tokenizer, seq_len=256), 3)
     lost = {d.sample_id: d.reason for step in steps for d in step.damaged if "was written" in d.reason}
     assert list(lost) == ["005.png"] and "the latents of sample 5 are not what was written" in lost["005.png"]
     for now, was in zip(steps, whole, strict=True):
@@ -120,9 +120,9 @@ def test_a_damaged_image_is_left_out_and_the_rest_is_trained_on(cache, tmp_path,
 def test_a_damaged_table_spoils_its_shard_alone(cache, tmp_path, name):
     shutil.copytree(cache, tmp_path / "cache")
     flip(tmp_path / "cache/shard-00000001.safetensors", name)
-    found = samples_of(EncodedShards(tmp_path / "cache"))
+    found = samples_of(LatentShards(tmp_path / "cache"))
     assert all("shard-00000001.safetensors is damaged: its tables" in sample for sample in found[5:10])
-    assert found[:5] + found[10:] == (original := samples_of(EncodedShards(cache)))[:5] + original[10:]
+    assert found[:5] + found[10:] == (original := samples_of(LatentShards(cache)))[:5] + original[10:]
 
 
 @pytest.mark.parametrize("change", [lambda data: data[:-1], lambda data: data + b"more", lambda data: b""])
@@ -132,31 +132,31 @@ def test_a_shard_of_another_size_is_refused(cache, tmp_path, change):
     data = path.read_bytes()
     path.write_bytes(change(data))
     with pytest.raises(ValueError, match=rf"{path.name} is damaged: it has {len(change(data))} bytes, not {len(data)}"):
-        EncodedShards(tmp_path / "cache")
+        LatentShards(tmp_path / "cache")
     path.unlink()
     with pytest.raises(ValueError, match=rf"{path.name} is damaged: it is missing; copy it again"):
-        EncodedShards(tmp_path / "cache")
+        LatentShards(tmp_path / "cache")
 
 
 def test_an_unfinished_cache_is_told(cache, tmp_path):
     with pytest.raises(ValueError, match=r"no finished latent cache.*lmfusion encode"):
-        EncodedShards(tmp_path)
+        LatentShards(tmp_path)
     shutil.copytree(cache, tmp_path / "cache")
     manifest = json.loads((cache / "manifest.json").read_text())
     (tmp_path / "cache/manifest.json").write_text(json.dumps({**manifest, "format": 2}))
     with pytest.raises(ValueError, match="has format 2; this version of lmfusion reads 1"):
-        EncodedShards(tmp_path / "cache")
+        LatentShards(tmp_path / "cache")
     (tmp_path / "cache/manifest.json").write_text(json.dumps({**manifest, "num_images": 99}))
     with pytest.raises(ValueError, match="do not have the sha256"):
-        EncodedShards(tmp_path / "cache")
+        LatentShards(tmp_path / "cache")
 
 
 def test_what_is_read_can_be_changed(cache):
     """A trainer that writes into its tensors does not write into the cache."""
-    source = EncodedShards(cache)
+    source = LatentShards(cache)
     source[0].load_image().mean.zero_()
     source[0].captions[0][:] = 0
     assert source[0].load_image().mean.any() and torch.equal(
-        source[0].load_image().mean, EncodedShards(cache)[0].load_image().mean
+        source[0].load_image().mean, LatentShards(cache)[0].load_image().mean
     )
     assert source[0].captions[0].any()

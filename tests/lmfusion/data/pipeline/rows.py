@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from lmfusion.data import CaptionedImage, DataConfig, Latents, SourceConfig
-from lmfusion.data.pipeline.loader import LoaderState, RowLoader
+from lmfusion.data.pipeline.loader import LoaderState, PackedLoader
 from lmfusion.model.batch import SpecialTokens
 from lmfusion.model.codec import CodecConfig, load_codec
 from lmfusion.model.diffusion import DiffusionConfig
@@ -62,19 +62,19 @@ def row_loader(tokenizer, sources=None, monkeypatch=None, **kwargs):
         weights = kwargs.pop("weights", [1.0] * len(sources))
         configs = [SourceConfig("folder", path=str(i), weight=weight) for i, weight in enumerate(weights)]
         monkeypatch.setattr("lmfusion.data.pipeline.loader.load_source", lambda config, size: sources[int(config.path)])
-    fields = {"row_tokens": 256, "pack_window": 100}
+    fields = {"seq_len": 256, "pack_window": 100}
     fields |= {name: kwargs.pop(name) for name in list(kwargs) if name in DataConfig.__dataclass_fields__}
     defaults = {
         "codec": load_codec(CodecConfig(image_size=IMAGE_SIZE, channels=1)),
         "tokens": kwargs.pop("tokens", None) or SpecialTokens.of(tokenizer, len(tokenizer)),
         "tokens_per_image": TOKENS_PER_IMAGE,
         "diffusion": DiffusionConfig(),
-        "rows_per_step": 4,
+        "sequences_per_step": 4,
         "seed": 3,
         "frozen_text": True,
         "device": "cpu",
     }
-    return RowLoader(DataConfig(configs, **fields), tokenizer=tokenizer, **{**defaults, **kwargs})
+    return PackedLoader(DataConfig(configs, **fields), tokenizer=tokenizer, **{**defaults, **kwargs})
 
 
 def read(loader, num_steps, state=LoaderState()):  # noqa: B008 (it is frozen)
@@ -100,7 +100,7 @@ def contents(steps):
             step.state,
             step.epoch,
             step.num_samples,
-            step.num_slots_used,
+            step.num_tokens_used,
             step.num_cut,
             step.damaged,
         )

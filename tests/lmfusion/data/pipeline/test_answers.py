@@ -15,11 +15,11 @@ def learned(tokenizer, messages, **variables):
     """Of each answer that is learned: the token ids before it, and its text up to the end of the turn."""
     said = [{**message, "content": (message["content"],)} for message in messages]
     found, before = [], []
-    for what, is_said in transcribe(tokenizer, said, template_variables=variables):
+    for what, is_target in transcribe(tokenizer, said, template_variables=variables):
         ids = what.tolist()
-        if is_said and found and found[-1][2]:
+        if is_target and found and found[-1][2]:
             found[-1][1].extend(ids)
-        elif is_said:
+        elif is_target:
             found.append([list(before), ids, True])
         elif found:
             found[-1][2] = False
@@ -36,9 +36,9 @@ def prompts(tokenizer, messages, **variables):
 
 ENDS = {"INST": "</s>", "headers": "<|eot_id|>", "turns": "<end_of_turn>"}
 PAIRS = [
-    ("Draw it.", "Here it is."),
-    ("Draw it.", "Here.", "And more?", "No more."),
-    (" Draw it.\n", "\n\n  Here. \n", "And\n", " No more "),
+    ("SampleRef it.", "Here it is."),
+    ("SampleRef it.", "Here.", "And more?", "No more."),
+    (" SampleRef it.\n", "\n\n  Here. \n", "And\n", " No more "),
     ("a</s>b", "c<|im_end|>d", "e<|eot_id|>f", "<|im_start|>g"),
 ]
 
@@ -64,7 +64,7 @@ def test_answers_come_after_what_generation_reads(shape, contents):
 @pytest.mark.parametrize(("variables", "block"), [({}, ""), ({"enable_thinking": False}, "<think>\n\n</think>\n\n")])
 def test_a_think_block_is_there_where_a_prompt_has_it(variables, block):
     tokenizer = tokenizer_with(SHAPES["thinking"])
-    messages = turns("Draw it.", "Here.", "More?", "No.")
+    messages = turns("SampleRef it.", "Here.", "More?", "No.")
     found = learned(tokenizer, messages, **variables)
     assert found[-1] == (prompts(tokenizer, messages, **variables)[-1], "No.<|im_end|>")
     assert tokenizer.decode(found[-1][0]).endswith(f"<|im_start|>assistant\n{block}")

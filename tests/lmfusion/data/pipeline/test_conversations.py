@@ -8,8 +8,8 @@ import pytest
 from lmfusion.data import Conversation, DataConfig, SourceConfig, load_source
 from lmfusion.data.inspect import read_all
 from lmfusion.data.pipeline.conversations import transcribe
-from lmfusion.data.pipeline.documents import Damage, DocumentPlanner
-from lmfusion.data.pipeline.mixture import Draw
+from lmfusion.data.pipeline.documents import DocumentPlanner, SkippedSample
+from lmfusion.data.pipeline.mixture import SampleRef
 from lmfusion.data.sources.interleaved import InterleavedFiles
 from lmfusion.model.batch import IGNORED, SpecialTokens
 from lmfusion.model.codec import CodecConfig
@@ -43,8 +43,10 @@ def talk(*turns):
     return tuple({"role": role, "content": content} for role, *content in turns)
 
 
-DRAWING = talk(("user", "Draw it."), ("assistant", "Here:", no_image, "Done."))
-DESCRIBING = talk(("user", no_image, "What?"), ("assistant", "A cat."), ("user", "Draw it."), ("assistant", no_image))
+DRAWING = talk(("user", "SampleRef it."), ("assistant", "Here:", no_image, "Done."))
+DESCRIBING = talk(
+    ("user", no_image, "What?"), ("assistant", "A cat."), ("user", "SampleRef it."), ("assistant", no_image)
+)
 
 
 def plan(sample, tokenizer=TOKENIZER, **fields):
@@ -52,7 +54,7 @@ def plan(sample, tokenizer=TOKENIZER, **fields):
     planner = DocumentPlanner(
         config, tokenizer=tokenizer, tokens=TOKENS, tokens_per_image=4, diffusion=DiffusionConfig(), seed=0
     )
-    (made,) = planner.plan([(Draw(0, 0, 0), sample)])
+    (made,) = planner.plan([(SampleRef(0, 0, 0), sample)])
     return made
 
 
@@ -82,7 +84,7 @@ def test_every_turn_of_the_assistant_is_learned_and_nothing_else():
 
 
 def test_training_reads_what_generation_does():
-    prompt = talk(("user", "Draw it."))
+    prompt = talk(("user", "SampleRef it."))
     read = encode_chat(TOKENIZER, prompt)[0]
     whole = plan(Conversation("a", DRAWING)).document
     assert list(whole.token_ids[: len(read)]) == read
@@ -109,11 +111,11 @@ def test_images_that_are_given_have_little_noise():
 def test_long_conversations_are_cut_like_other_documents():
     whole = plan(Conversation("a", DRAWING))
     length = whole.document.num_tokens
-    assert not whole.is_cut and not plan(Conversation("a", DRAWING), row_tokens=length).is_cut
-    text_cut = plan(Conversation("a", DRAWING), row_tokens=length - 3)
+    assert not whole.is_cut and not plan(Conversation("a", DRAWING), seq_len=length).is_cut
+    text_cut = plan(Conversation("a", DRAWING), seq_len=length - 3)
     assert text_cut.is_cut and text_cut.document.num_tokens == length - 3 and text_cut.timesteps == whole.timesteps
     before_image = length - len("Done.") - 2 - 6
-    no_room = plan(Conversation("a", DRAWING), row_tokens=before_image + 5)
+    no_room = plan(Conversation("a", DRAWING), seq_len=before_image + 5)
     assert no_room.is_cut and no_room.images == () and no_room.document.num_tokens == before_image
 
 
@@ -127,7 +129,7 @@ def test_long_conversations_are_cut_like_other_documents():
 )
 def test_a_conversation_that_teaches_nothing_is_damage(sample, tokenizer, reason):
     made = plan(sample, tokenizer)
-    assert isinstance(made, Damage) and made.sample_id == "a" and reason in made.reason
+    assert isinstance(made, SkippedSample) and made.sample_id == "a" and reason in made.reason
 
 
 # Lines of JSON
@@ -222,7 +224,7 @@ def test_every_digit_is_asked_for_in_every_way():
     place = digits.labels.index(8)
     system, asked, answer = source[place * of_each].messages
     assert system == {"role": "system", "content": (SYSTEM_PROMPT,)}
-    assert asked["content"] == ("Draw an eight, then say what you drew.",)
+    assert asked["content"] == ("SampleRef an eight, then say what you drew.",)
     opening, load_image, closing = answer["content"]
     assert (opening, closing) == ("Here is an eight:", "I drew a handwritten eight.")
     assert np.array_equal(np.asarray(load_image()), np.asarray(digits[place].load_image()))

@@ -11,8 +11,8 @@ from PIL import Image
 
 from lmfusion.cli import main
 from lmfusion.data import Edit, SourceConfig, load_source
-from lmfusion.data.pipeline.documents import Damage, edit_document
-from lmfusion.data.pipeline.mixture import Draw
+from lmfusion.data.pipeline.documents import SkippedSample, edit_document
+from lmfusion.data.pipeline.mixture import SampleRef
 from lmfusion.images.preprocessing import to_tensor
 from lmfusion.model.batch import IGNORED
 from lmfusion.model.codec import CodecConfig
@@ -51,7 +51,7 @@ def test_documents_that_have_lost_something_learn_the_target_alone():
 
 
 def test_shares_of_what_is_dropped():
-    edits = [(Draw(0, 0, i), edit(sample_id=str(i))) for i in range(3000)]
+    edits = [(SampleRef(0, 0, i), edit(sample_id=str(i))) for i in range(3000)]
     made = planner(caption_drop=0.2).plan(edits)
     lengths = Counter(len(one.document.token_ids) for one in made)
     shares = {length: count / 3000 for length, count in lengths.items()}
@@ -69,12 +69,12 @@ def test_shares_of_what_is_dropped():
 def test_instructions_are_cut_to_their_limit_and_to_the_row():
     limited = plan(edit("abcdef"), caption_drop=0.0, max_caption_tokens=3)
     assert limited.document.token_ids[1:-4] == tuple(ids("abc")) and not limited.is_cut
-    cut = plan(edit("abcdef"), caption_drop=0.0, row_tokens=41)
+    cut = plan(edit("abcdef"), caption_drop=0.0, seq_len=41)
     assert cut.document.token_ids[1:-4] == tuple(ids("abcd")) and cut.is_cut and cut.document.num_tokens == 41
-    small = plan(edit("abcdef"), caption_drop=0.0, row_tokens=37)
-    assert isinstance(small, Damage) and "take 38; raise it" in small.reason
+    small = plan(edit("abcdef"), caption_drop=0.0, seq_len=37)
+    assert isinstance(small, SkippedSample) and "take 38; raise it" in small.reason
     empty = plan(edit(" "))
-    assert isinstance(empty, Damage) and "the instruction is empty" in empty.reason
+    assert isinstance(empty, SkippedSample) and "the instruction is empty" in empty.reason
 
 
 # Lines of JSON
@@ -151,7 +151,7 @@ def test_rows_hold_the_right_images_whatever_was_dropped_before(triples, tokeniz
                 assert not given[place] and torch.equal(row.latents[place], pixels[100 + number])
                 place += 1
             assert place == row.num_images
-            num_images[row.num_images > row.num_drawn] += 1
+            num_images[row.num_images > row.num_samples_read] += 1
     assert num_images[True] > 10
 
 

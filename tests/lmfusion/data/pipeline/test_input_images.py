@@ -12,7 +12,7 @@ from lmfusion.cli import main
 from lmfusion.data import CaptionedImage, Conversation, Edit, Interleaved, Latents
 from lmfusion.data.pipeline.loader import LoaderState
 from lmfusion.model.batch import Document, SpecialTokens, pack
-from lmfusion.model.vision import num_vision_rows
+from lmfusion.model.vision import num_vision_tokens
 from tests.lmfusion.data.pipeline.rows import batch_digest, broken, row_loader
 from tests.lmfusion.vlms import build, picture, save_vlm
 
@@ -73,7 +73,7 @@ def make(model, samples, monkeypatch, **options):
             "tokens_per_image": model.tokens_per_image,
             "vision": model.vision,
             "pack_window": len(samples),
-            "rows_per_step": 1,
+            "sequences_per_step": 1,
             **options,
         },
     )
@@ -85,7 +85,7 @@ def rows_of(model, load):
 
 def digest(step):
     [batch] = step.rows
-    seen = b"" if batch.vision_rows is None else batch.vision_rows.numpy().tobytes()
+    seen = b"" if batch.vision_embeds is None else batch.vision_embeds.numpy().tobytes()
     return batch_digest(batch), hashlib.sha256(seen).hexdigest()
 
 
@@ -96,8 +96,8 @@ def test_a_conversation_shows_and_draws(model, monkeypatch):
     [batch] = step.rows
     shown = [part for part in sample.messages[0]["content"] if callable(part)]
     expected = torch.cat([rows_of(model, load) for load in shown])
-    assert torch.equal(batch.vision_rows, expected)
-    assert (batch.num_images, batch.num_drawn) == (1, 1)
+    assert torch.equal(batch.vision_embeds, expected)
+    assert (batch.num_images, batch.num_samples_read) == (1, 1)
     ids = batch.token_ids.tolist()
     seen = [i for i in ids if i < 0]
     assert seen == [-1 - k for k in range(len(expected))]
@@ -108,8 +108,8 @@ def test_a_conversation_shows_and_draws(model, monkeypatch):
     rest = ids[ids.index(model.boi_token_id) :]
     assert rest[:2] == [model.boi_token_id, model.eoi_token_id] and decode(rest[2:]) == "ok</s>"
     # Scored: where the assistant goes on with its words or an image, and nothing that is seen
-    decided = batch.token_ids[batch.decision_rows]
-    assert (decided >= 0).all() and batch.begins_image.tolist() == [False, False, False, True]
+    decided = batch.token_ids[batch.boi_target_indices]
+    assert (decided >= 0).all() and batch.boi_labels.tolist() == [False, False, False, True]
 
 
 def test_rows_of_a_batch_stand_where_they_belong(model):
@@ -118,19 +118,21 @@ def test_rows_of_a_batch_stand_where_they_belong(model):
     drawn_first = drawn(tokens).text([5]).seen(3).text([6])
     seen_first = Document().text([7]).seen(2).text([8])
     latents = torch.zeros(1, 1, 4, 4)
-    vision_rows = torch.arange(5.0)[:, None] + torch.zeros(5, 32)
-    batch = pack([drawn_first, seen_first], latents, latents, torch.tensor([3]), vision_rows=vision_rows)
+    vision_embeds = torch.arange(5.0)[:, None] + torch.zeros(5, 32)
+    batch = pack([drawn_first, seen_first], latents, latents, torch.tensor([3]), vision_embeds=vision_embeds)
     assert batch.token_ids.tolist() == [7, -4, -5, 8, model.boi_token_id, model.eoi_token_id, 5, -1, -2, -3, 6]
-    rows = model.embed(batch.token_ids, batch.vision_rows)
-    assert torch.equal(rows[batch.token_ids < 0], vision_rows[[3, 4, 0, 1, 2]])
+    rows = model.embed(batch.token_ids, batch.vision_embeds)
+    assert torch.equal(rows[batch.token_ids < 0], vision_embeds[[3, 4, 0, 1, 2]])
     assert torch.equal(rows[[0, 3]], model.text.embed_tokens.weight[[7, 8]])
     # Alone and packed, with everything before them
     with torch.no_grad():
         both = model.run_layers(rows, model.encode_images(latents, torch.tensor([3]))[0], batch.layout)[0]
         no_image = latents[:0]
-        alone = pack([seen_first], no_image, no_image, torch.zeros(0, dtype=torch.int64), vision_rows=vision_rows[3:])
+        alone = pack(
+            [seen_first], no_image, no_image, torch.zeros(0, dtype=torch.int64), vision_embeds=vision_embeds[3:]
+        )
         h_alone = model.run_layers(
-            model.embed(alone.token_ids, alone.vision_rows), rows.new_zeros(0, 16), alone.layout
+            model.embed(alone.token_ids, alone.vision_embeds), rows.new_zeros(0, 16), alone.layout
         )[0]
     torch.testing.assert_close(both[:4], h_alone)
 
@@ -142,24 +144,24 @@ def drawn(tokens):
 def test_counts_that_do_not_agree_are_refused(model):
     tokens = SpecialTokens.of(model.tokenizer, model.boi_token_id)
     document, latents = drawn(tokens).seen(3), torch.zeros(1, 1, 4, 4)
-    with pytest.raises(ValueError, match="hold 3 rows of images that are seen, and vision_rows 0"):
+    with pytest.raises(ValueError, match="hold 3 rows of images that are seen, and vision_embeds 0"):
         pack([document], latents, latents, torch.tensor([3]))
-    with pytest.raises(ValueError, match="hold 3 rows of images that are seen, and vision_rows 2"):
-        pack([document], latents, latents, torch.tensor([3]), vision_rows=torch.zeros(2, 32))
+    with pytest.raises(ValueError, match="hold 3 rows of images that are seen, and vision_embeds 2"):
+        pack([document], latents, latents, torch.tensor([3]), vision_embeds=torch.zeros(2, 32))
 
 
 def test_the_gradient_reaches_the_image_tower_and_no_row_that_is_seen(model, monkeypatch):
     [step] = make(model, [conversation(0), conversation(3), edit(2)], monkeypatch).steps(LoaderState(), 1)
     [batch] = step.rows
-    batch.vision_rows.requires_grad_()
+    batch.vision_embeds.requires_grad_()
     output = model.train()(batch=batch)
-    assert output.num_drawn == 3 and output.num_labels > 0
+    assert output.num_samples_read == 3 and output.num_labels > 0
     output.loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.image.parameters())
     assert model.image.layers[0].mlp.down_proj.weight.grad.abs().max() > 0
     assert all(p.grad is None for p in (*model.text.parameters(), *model.vision.parameters()))
     # Nothing trainable stands before them, so none of them has any
-    assert batch.vision_rows.grad is None or not batch.vision_rows.grad.any()
+    assert batch.vision_embeds.grad is None or not batch.vision_embeds.grad.any()
     model.zero_grad()
     model.eval()
 
@@ -168,19 +170,19 @@ def test_what_is_seen_changes_what_is_drawn(model, monkeypatch):
     [step] = make(model, [conversation(0)], monkeypatch).steps(LoaderState(), 1)
     [batch] = step.rows
     loss = model(batch=batch).diffusion_loss_sum
-    batch.vision_rows.add_(1)
+    batch.vision_embeds.add_(1)
     assert model(batch=batch).diffusion_loss_sum != loss
 
 
 def test_an_edit_sees_its_source(model, monkeypatch):
     sample = edit(1)
     whole = next(make(model, [sample], monkeypatch, caption_drop=0.0).steps(LoaderState(), 1)).rows[0]
-    assert torch.equal(whole.vision_rows, rows_of(model, sample.source))
-    assert (whole.num_images, whole.num_drawn) == (1, 1)
+    assert torch.equal(whole.vision_embeds, rows_of(model, sample.source))
+    assert (whole.num_images, whole.num_samples_read) == (1, 1)
     ids = [i for i in whole.token_ids.tolist() if i >= 0]
     assert model.tokenizer.decode(ids[:-2]) == "<s>red" and ids[-2:] == [model.boi_token_id, model.eoi_token_id]
     assert (whole.labels == model.tokenizer.eos_token_id).sum() == 1
-    dropped = make(model, [edit(i) for i in range(60)], monkeypatch, caption_drop=0.5, row_tokens=64)
+    dropped = make(model, [edit(i) for i in range(60)], monkeypatch, caption_drop=0.5, seq_len=64)
     kinds = set()
     for step in dropped.steps(LoaderState(), 20):
         for ids, spans in zip_documents(step.rows[0], model):
@@ -203,11 +205,11 @@ def zip_documents(batch, model):
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_reading_on_gives_what_reading_through_gives(model, monkeypatch, num_workers):
     samples = [conversation(i) for i in range(12)] + [edit(i) for i in range(6)] + [captioned(i) for i in range(6)]
-    options = {"row_tokens": 200, "num_workers": num_workers}
+    options = {"seq_len": 200, "num_workers": num_workers}
     through = list(make(model, samples, monkeypatch, **options).steps(LoaderState(), 12))
     digests = [digest(step) for step in through]
     assert len(set(digests)) == 12
-    again = make(model, samples, monkeypatch, cache_megabytes=0, row_tokens=200, num_workers=0)
+    again = make(model, samples, monkeypatch, cache_megabytes=0, seq_len=200, num_workers=0)
     for stop in (1, 5, 9):
         resumed = list(again.steps(through[stop - 1].state, 12 - stop))
         assert [digest(step) for step in resumed] == digests[stop:]
@@ -216,12 +218,12 @@ def test_reading_on_gives_what_reading_through_gives(model, monkeypatch, num_wor
 def test_captioned_and_interleaved_images_are_the_image_towers(model, monkeypatch):
     interleaved = Interleaved("t", ("a", partial(picture, 8, 8), "b"))
     [step] = make(model, [captioned(0), interleaved], monkeypatch, image_first=1.0).steps(LoaderState(), 1)
-    assert step.rows[0].vision_rows is None and step.rows[0].num_images == 2
+    assert step.rows[0].vision_embeds is None and step.rows[0].num_images == 2
 
 
 def test_damaged_and_oversized_images(model, monkeypatch):
     samples = [conversation(0), conversation(1, partial(broken, "gone")), conversation(3)]
-    steps = list(make(model, samples, monkeypatch, row_tokens=40).steps(LoaderState(), 2))
+    steps = list(make(model, samples, monkeypatch, seq_len=40).steps(LoaderState(), 2))
     assert steps[-1].state == LoaderState(1, 0)
     assert [damage.reason for step in steps for damage in step.damaged] == ["gone"]
     assert sum(step.num_cut for step in steps) == 2
@@ -244,7 +246,7 @@ def recipe(vlm, tmp_path):
                 "image": {"patch_coder": {"kind": "linear"}},
                 "codec": {"kind": "pixels", "channels": 1, "image_size": 4},
             },
-            "data": {"sources": [{"kind": "interleaved", "path": str(tmp_path / "data.jsonl")}], "row_tokens": 128},
+            "data": {"sources": [{"kind": "interleaved", "path": str(tmp_path / "data.jsonl")}], "seq_len": 128},
             "train": {"batch_tokens": 128},
         }
         (tmp_path / "recipe.yaml").write_text(json.dumps(values))
@@ -274,5 +276,5 @@ def test_rows_are_counted_with_what_is_seen(recipe, model, capsys):
     assert main(["data", "count", recipe(ASKED)]) == 0
     told = capsys.readouterr().out
     words = model.tokenizer("[user]\n</s>[assistant]Like this:</s>")["input_ids"]
-    num_tokens = len(words) + num_vision_rows(model.vision.config, 5, 23) + 2 + model.tokens_per_image
+    num_tokens = len(words) + num_vision_tokens(model.vision.config, 5, 23) + 2 + model.tokens_per_image
     assert re.search(rf"\b{num_tokens}\b", told), told

@@ -83,12 +83,12 @@ def test_any_state_resumes_on_any_number_of_workers_and_ranks(make):
 
 
 def test_a_step_may_span_windows_and_a_window_steps(make):
-    wide, narrow = make(rows_per_step=30, pack_window=20), make(rows_per_step=1, pack_window=20)
+    wide, narrow = make(sequences_per_step=30, pack_window=20), make(sequences_per_step=1, pack_window=20)
     (one,), many = read(wide, 1), read(narrow, 30)
     assert one.state == many[-1].state and one.epoch == many[-1].epoch
     assert [batch_digest(batch) for batch in one.rows] == [batch_digest(step.rows[0]) for step in many]
     assert one.num_samples == sum(step.num_samples for step in many)
-    assert one.num_slots_used == sum(step.num_slots_used for step in many)
+    assert one.num_tokens_used == sum(step.num_tokens_used for step in many)
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -99,7 +99,7 @@ def test_resuming_equals_continuing_with_damage_and_mixed_sources(make, data):
     for i in data.draw(st.sets(st.integers(0, num - 1), max_size=num)):
         samples[i] = data.draw(st.sampled_from(["unreadable", captioned(i, broken), captioned(i, caption=" ")]))
     pages = [Interleaved(f"p/{i}", ("some text", image, "x" * (7 * i), image)) for i in range(5)]
-    fields = {"pack_window": data.draw(st.integers(1, 50)), "row_tokens": data.draw(st.integers(70, 300))}
+    fields = {"pack_window": data.draw(st.integers(1, 50)), "seq_len": data.draw(st.integers(70, 300))}
     sources = [Listed(samples), Listed(pages)]
     steps = read(make(*sources, weights=[3.0, 1.0], num_workers=0, **fields), 6)
     at = data.draw(st.integers(0, 4))
@@ -123,7 +123,7 @@ def test_rows_that_ranks_cannot_share_are_refused(make, world_size):
 
 def test_an_epoch_holds_every_sample_once_and_noise_is_new_in_the_next(make):
     source = Listed([captioned(i) for i in range(150)])
-    steps = read(make(source, pack_window=50, rows_per_step=1), 200)
+    steps = read(make(source, pack_window=50, sequences_per_step=1), 200)
     seen = sample_ids(steps)
     epochs = [seen[i : i + 150] for i in (0, 150)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted({f"s/{i}" for i in range(150)})
@@ -150,7 +150,7 @@ def test_noise_is_that_of_seed_epoch_and_sample(make):
 
 def test_sources_are_mixed_by_weight_whatever_their_size(make):
     sources = [Listed([captioned(f"{k}/{i}", image, "x") for i in range(n)]) for k, n in enumerate((7, 400))]
-    loader = make(*sources, weights=[3, 1], pack_window=500, rows_per_step=1)
+    loader = make(*sources, weights=[3, 1], pack_window=500, sequences_per_step=1)
     assert loader.num_samples == 407
     seen = sample_ids(step for step in read(loader, 120) if step.state.window < 2)
     shares = Counter(name.split("/")[1] for name in sample_ids(_of_windows(loader, 2)))
@@ -174,13 +174,13 @@ def test_two_level_order_reads_few_blocks_at_a_time(make):
             return super().__getitem__(index)
 
     source = Blocks([captioned(i) for i in range(400)], blocks=[40] * 10)
-    steps = _of_windows(make(source, pack_window=80, shuffle_blocks=2, num_workers=0, rows_per_step=1), 5)
+    steps = _of_windows(make(source, pack_window=80, shuffle_blocks=2, num_workers=0, sequences_per_step=1), 5)
     assert sorted(sample_ids(steps)) == sorted(f"s/{i}" for i in range(400))
     assert [len(set(touched[i : i + 80])) for i in range(0, 400, 80)] == [2] * 5
     assert len(set(touched)) == 10 and len(touched) == 400
 
 
-# Damage
+# SkippedSample
 
 
 def test_a_damaged_image_leaves_a_hole_and_moves_nothing(make):
@@ -203,11 +203,11 @@ def test_a_damaged_image_leaves_a_hole_and_moves_nothing(make):
 
 def test_a_row_of_nothing_but_damage_is_an_empty_batch(make):
     source = Listed([captioned(i, broken) for i in range(20)])
-    (step,) = read(make(source, rows_per_step=2), 1)
+    (step,) = read(make(source, sequences_per_step=2), 1)
     assert [batch.num_images for batch in step.rows] == [0, 0] and [b.num_labels for b in step.rows] == [0, 0]
     assert step.rows[0].latents.shape == (0, 1, 8, 8) and step.rows[0].token_ids.dtype == torch.int64
     assert len(step.damaged) == step.num_samples > 0
-    unreadable = make(Listed(["gone"] * 20), rows_per_step=3, pack_window=10)
+    unreadable = make(Listed(["gone"] * 20), sequences_per_step=3, pack_window=10)
     steps = read(unreadable, 2)
     assert [(s.num_samples, len(s.damaged), s.state.window) for s in steps] == [(30, 30, 3), (30, 30, 6)]
     assert all(batch.layout.num_tokens == 0 for s in steps for batch in s.rows)
@@ -215,7 +215,7 @@ def test_a_row_of_nothing_but_damage_is_an_empty_batch(make):
 
 def test_one_damaged_image_costs_its_interleaved_document(make):
     pages = [Interleaved(f"p/{i}", ("text", image, partial(broken, "torn") if i == 2 else image)) for i in range(6)]
-    steps = list(_of_windows(make(Listed(pages), pack_window=6, rows_per_step=1), 1))
+    steps = list(_of_windows(make(Listed(pages), pack_window=6, sequences_per_step=1), 1))
     assert sorted(sample_ids(steps)) == [f"p/{i}" for i in (0, 1, 3, 4, 5)]
     assert [damage for step in steps for damage in step.damaged] == [("p/2", "torn")]
     assert sum(batch.num_images for step in steps for batch in step.rows) == 10
@@ -263,10 +263,10 @@ def test_latents_of_a_cache_are_taken_as_they_are(make):
 
 def test_latents_are_drawn_from_their_distribution_by_counter(make):
     source = Listed([captioned(i, partial(latents, float(i % 3), std=0.5)) for i in range(40)])
-    loaders = [make(source, sample_latents=True, num_workers=n, pack_window=40, rows_per_step=1) for n in (0, 2)]
+    loaders = [make(source, sample_latents=True, num_workers=n, pack_window=40, sequences_per_step=1) for n in (0, 2)]
     steps, again = (read(loader, 12) for loader in loaders)
     assert contents(steps) == contents(again)
-    plain = read(make(source, pack_window=40, rows_per_step=1), 12)
+    plain = read(make(source, pack_window=40, sequences_per_step=1), 12)
     deviations = torch.cat([s.rows[0].latents - p.rows[0].latents for s, p in zip(steps, plain, strict=True)])
     assert abs(deviations.mean()) < 0.02 and abs(deviations.std() - 0.5) < 0.02
     assert abs(np.corrcoef(deviations.flatten(), torch.cat([s.rows[0].noise for s in steps]).flatten())[0, 1]) < 0.05
@@ -369,19 +369,19 @@ def test_little_is_prepared_ahead(make):
         return image()
 
     source = Listed([CaptionedImage(str(i), partial(load, i), ("x",)) for i in range(3000)])
-    for num_workers, rows_per_step, most in ((1, 4, 4), (1, 1, 2), (4, 2, 8)):
+    for num_workers, sequences_per_step, most in ((1, 4, 4), (1, 1, 2), (4, 2, 8)):
         loaded.clear()
-        steps = make(source, num_workers=num_workers, rows_per_step=rows_per_step).steps(LoaderState(), 50)
+        steps = make(source, num_workers=num_workers, sequences_per_step=sequences_per_step).steps(LoaderState(), 50)
         used = next(steps).num_samples
         wait_until(lambda: len(loaded) > used)  # noqa: B023 (called at once)
         time.sleep(0.3)
-        per_row = used / rows_per_step
+        per_row = used / sequences_per_step
         assert used < len(loaded) <= used + 1.5 * most * per_row
         steps.close()
 
 
-@pytest.mark.parametrize(("rows_per_step", "num_windows"), [(1, 2), (40, 14)])
-def test_the_next_windows_are_read_while_one_is_used(make, rows_per_step, num_windows):
+@pytest.mark.parametrize(("sequences_per_step", "num_windows"), [(1, 2), (40, 14)])
+def test_the_next_windows_are_read_while_one_is_used(make, sequences_per_step, num_windows):
     """A window has 9 rows. Two steps, one of them ahead, are 80: of 9 windows. Another step takes 5 more."""
     read_indices = []
 
@@ -391,7 +391,7 @@ def test_the_next_windows_are_read_while_one_is_used(make, rows_per_step, num_wi
             return super().__getitem__(index)
 
     source = Watched([captioned(i, caption="x") for i in range(3000)])
-    steps = make(source, pack_window=100, rows_per_step=rows_per_step, num_workers=1).steps(LoaderState(), 50)
+    steps = make(source, pack_window=100, sequences_per_step=sequences_per_step, num_workers=1).steps(LoaderState(), 50)
     next(steps)
     wait_until(lambda: len(read_indices) >= 100 * num_windows)
     time.sleep(0.1)

@@ -111,14 +111,14 @@ def test_quotas_are_the_shares_rounded(weights):
 def test_every_period_has_exactly_the_shares():
     mixed = mixture([70, 3000, 11], [0.7, 0.2, 0.1])
     for period in range(3):
-        draws = mixed.draw(range(period * PERIOD, (period + 1) * PERIOD))
+        draws = mixed.samples(range(period * PERIOD, (period + 1) * PERIOD))
         assert [sum(draw.source == source for draw in draws) for source in range(3)] == [700, 200, 100]
-    sources = [draw.source for draw in mixed.draw(range(100))]
+    sources = [draw.source for draw in mixed.samples(range(100))]
     assert 50 < sources.count(0) < 90 and sources != sorted(sources)  # shuffled within the period
 
 
 def test_each_source_of_a_mixture_keeps_its_own_epochs():
-    draws = mixture([70, 30], [1.0, 3.0]).draw(range(2 * PERIOD))
+    draws = mixture([70, 30], [1.0, 3.0]).samples(range(2 * PERIOD))
     for source, size in enumerate((70, 30)):
         own = [draw for draw in draws if draw.source == source]
         for i in range(0, len(own) - size, size):
@@ -131,13 +131,13 @@ def test_each_source_of_a_mixture_keeps_its_own_epochs():
 @given(st.integers(0, 5000), st.integers(1, 1500))
 def test_a_draw_depends_on_its_position_alone(first, length):
     mixed = mixture([70, 300], [0.35, 0.65])
-    draws = mixed.draw(range(first, first + length))
+    draws = mixed.samples(range(first, first + length))
     middle = length // 2
-    assert mixed.draw(range(first + middle, first + middle + 1)) == [draws[middle]]
+    assert mixed.samples(range(first + middle, first + middle + 1)) == [draws[middle]]
 
 
 def test_sources_of_one_size_are_not_drawn_in_one_order():
-    draws = mixture([500, 500], [1, 1]).draw(range(PERIOD))
+    draws = mixture([500, 500], [1, 1]).samples(range(PERIOD))
     orders = [[draw.index for draw in draws if draw.source == source] for source in range(2)]
     assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]
 

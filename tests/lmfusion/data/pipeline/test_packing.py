@@ -40,9 +40,9 @@ def test_caption_pairs_fill_rows_of_4096_slots():
     source = Listed([CaptionedImage(str(i), image, (caption,)) for i, caption in enumerate(captions)])
     windows = [reader(source, tokens_per_image=256).read(number) for number in range(2)]
     rows = [row for window in windows for row in window.rows]
-    efficiency = sum(row.num_slots_used for row in rows) / (4096 * len(rows))
+    efficiency = sum(row.num_tokens_used for row in rows) / (4096 * len(rows))
     assert efficiency >= 0.95, f"packing efficiency {efficiency:.4f}"
-    assert max(row.num_slots_used for row in rows) <= 4096
+    assert max(row.num_tokens_used for row in rows) <= 4096
     assert len(set(ids(windows[0]))) == 2048
 
 
@@ -50,11 +50,11 @@ def test_caption_pairs_fill_rows_of_4096_slots():
 @given(st.lists(st.integers(1, 90), min_size=1, max_size=60), st.integers(1, 40), st.integers(0, 9))
 def test_every_sample_of_a_window_is_in_one_row(lengths, pack_window, seed):
     source = Listed([CaptionedImage(str(i), image, ("y" * n,)) for i, n in enumerate(lengths)])
-    windows = reader(source, row_tokens=128, pack_window=pack_window, seed=seed)
+    windows = reader(source, seq_len=128, pack_window=pack_window, seed=seed)
     drawn = []
     for number in range(-(-len(lengths) // pack_window)):
         window = windows.read(number)
-        assert all(0 < row.num_slots_used <= 128 for row in window.rows) and not window.damaged
+        assert all(0 < row.num_tokens_used <= 128 for row in window.rows) and not window.damaged
         assert len(ids(window)) == pack_window
         drawn += ids(window)
     assert set(drawn[: len(lengths)]) <= set(drawn) == {str(i) for i in range(len(lengths))}
@@ -62,8 +62,8 @@ def test_every_sample_of_a_window_is_in_one_row(lengths, pack_window, seed):
 
 def test_windows_are_the_same_whoever_reads_them_and_in_any_order():
     source = Listed([captioned(i) for i in range(300)])
-    expected = [reader(source, row_tokens=256, pack_window=90).read(number) for number in range(4)]
-    again = reader(source, row_tokens=256, pack_window=90)
+    expected = [reader(source, seq_len=256, pack_window=90).read(number) for number in range(4)]
+    again = reader(source, seq_len=256, pack_window=90)
     with ThreadPoolExecutor(3) as pool:
         assert [again.read(number, pool.map) for number in (3, 1, 0, 2)] == [expected[i] for i in (3, 1, 0, 2)]
 
@@ -72,7 +72,7 @@ def test_rows_of_a_window_are_shuffled():
     """So that steps do not differ in kind with their place in a window: the packer fills long documents together."""
     pages = [Interleaved(f"long {i}", ("z" * 200,)) for i in range(100)]
     source = Listed(pages + [captioned(i, caption="short") for i in range(900)])
-    rows = reader(source, row_tokens=256, pack_window=1000).read(0).rows
+    rows = reader(source, seq_len=256, pack_window=1000).read(0).rows
     num_documents = np.array([len(row.plans) for row in rows])
     assert abs(np.corrcoef(num_documents, range(len(rows)))[0, 1]) < 0.25
 
@@ -80,7 +80,7 @@ def test_rows_of_a_window_are_shuffled():
 def test_unreadable_samples_are_named_and_have_no_place():
     samples = [captioned(i) for i in range(20)]
     samples[4], samples[11] = "member 4 is cut off", captioned(11, caption=" ")
-    window = reader(Listed(samples), row_tokens=256, pack_window=20).read(0)
+    window = reader(Listed(samples), seq_len=256, pack_window=20).read(0)
     assert sorted(ids(window)) == sorted(f"s/{i}" for i in range(20) if i not in (4, 11))
     assert dict(window.damaged) == {
         "folder photos 0, sample 4": "member 4 is cut off",
@@ -93,7 +93,7 @@ def test_rows_have_equal_shares_of_what_could_not_be_read():
     samples = [captioned(i) for i in range(400)]
     for i in range(0, 400, 20):
         samples[i] = "gone"
-    window = reader(Listed(samples), row_tokens=256, pack_window=400).read(0)
+    window = reader(Listed(samples), seq_len=256, pack_window=400).read(0)
     numbers = [len(row.damaged) for row in window.rows]
     assert len(numbers) > 10 and sum(numbers) == len(set(window.damaged)) == 20
     assert max(numbers) - min(numbers) <= 1
@@ -107,8 +107,8 @@ def test_window_without_a_readable_sample_has_one_empty_row():
 
 def test_rows_count_what_was_cut():
     source = Listed([Interleaved("a", ("q" * 300,)), Interleaved("b", ("q" * 20,))])
-    (row,) = [row for row in reader(source, row_tokens=256, pack_window=2).read(0).rows if row.num_cut]
-    assert row.num_cut == 1 and row.num_slots_used == 256
+    (row,) = [row for row in reader(source, seq_len=256, pack_window=2).read(0).rows if row.num_cut]
+    assert row.num_cut == 1 and row.num_tokens_used == 256
 
 
 def test_source_without_samples_is_refused():

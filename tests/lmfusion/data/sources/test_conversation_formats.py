@@ -104,7 +104,7 @@ def test_openai_conversations(folder):
     line = {
         "messages": [
             {"role": "developer", "content": "Be kind."},
-            {"role": "user", "content": "Draw <image>", "name": "ann"},
+            {"role": "user", "content": "SampleRef <image>", "name": "ann"},
             {
                 "role": "assistant",
                 "content": [{"type": "output_text", "text": "Here:"}, {"image": "1.jpg"}],
@@ -113,7 +113,11 @@ def test_openai_conversations(folder):
         ],
         "tools": [],
     }
-    assert read(folder, line) == [("system", ["Be kind."]), ("user", ["Draw <image>"]), ("assistant", ["Here:", 1])]
+    assert read(folder, line) == [
+        ("system", ["Be kind."]),
+        ("user", ["SampleRef <image>"]),
+        ("assistant", ["Here:", 1]),
+    ]
 
 
 def test_nulls_and_empty_images_are_as_if_absent(folder):

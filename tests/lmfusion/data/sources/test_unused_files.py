@@ -262,7 +262,7 @@ def recipe(tiny_llama, tmp_path):
             "image": {"hidden_size": 16, "patch_coder": {"kind": "linear", "patch_size": 2}},
             "codec": {"channels": 1, "image_size": 8},
         },
-        "data": {"sources": [{"kind": "folder", "path": str(tmp_path / "set")}], "row_tokens": 128, "pack_window": 8},
+        "data": {"sources": [{"kind": "folder", "path": str(tmp_path / "set")}], "seq_len": 128, "pack_window": 8},
         "train": {"num_steps": 1, "batch_tokens": 128, "warmup_steps": 1},
     }
     path = tmp_path / "recipe.yaml"

@@ -105,7 +105,7 @@ def make(tokenizer, monkeypatch, stored):
     def make(kind, **options):
         source = load_source(SourceConfig(*stored[kind]), 8)
         return row_loader(
-            tokenizer, [source], monkeypatch, num_workers=0, cache_megabytes=0, rows_per_step=2, **options
+            tokenizer, [source], monkeypatch, num_workers=0, cache_megabytes=0, sequences_per_step=2, **options
         )
 
     return make

@@ -12,7 +12,7 @@ VALUES = {
             "codec": {"kind": "pixels", "channels": 3, "image_size": 16},
             "diffusion": {"prediction_type": "v_prediction"},
         },
-        "data": {"sources": [{"kind": "shapes"}], "row_tokens": 128, "pack_window": 32},
+        "data": {"sources": [{"kind": "shapes"}], "seq_len": 128, "pack_window": 32},
         "train": {
             "num_steps": 4,
             "batch_tokens": 128,

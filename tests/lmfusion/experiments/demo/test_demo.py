@@ -37,7 +37,7 @@ def demo(tiny_llama, tmp_path_factory):
     overrides += [
         "train.warmup_steps=1",
         "train.batch_tokens=256",
-        "data.row_tokens=256",
+        "data.seq_len=256",
         "sample.every=4",
         "train.device=cpu",
     ]
@@ -109,10 +109,10 @@ def test_a_reply_is_right_when_text_image_and_text_are():
 
 
 def test_wrong_replies_are_shown_in_full():
-    shown = conversations([reply(), reply(after="I drew a <four>.")], "Asked")
+    shown = conversations([reply(), reply(after="I drew a <four>.")], "EngineRequest")
     assert "1 of 2" in shown and shown.count("<tr>") == 2 and shown.count('class="talk"') == 1
     assert "&lt;four&gt;" in shown and "Here is &lt;a&gt; seven:" in shown and 'class="wrong"' in shown
-    assert 'class="right"' in conversations([reply()], "Asked")
+    assert 'class="right"' in conversations([reply()], "EngineRequest")
 
 
 def test_the_recipes_system_prompt_is_that_of_the_conversations():

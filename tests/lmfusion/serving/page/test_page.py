@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lmfusion.generation.worker import Busy
+from lmfusion.generation.worker import QueueFull
 from lmfusion.images.png import read_settings
 from tests.lmfusion.serving.page.browser import CHROMIUM, DRIVER, MISSING, Browser
 from tests.lmfusion.serving.page.conftest import Page
@@ -179,7 +179,7 @@ def test_what_cannot_be_answered_is_said(browser, page, tmp_path, monkeypatch):
     browser.wait(lambda: "context is 256" in browser.text("body"))
 
     def full(*_):
-        raise Busy("64 requests are waiting, and no more may")
+        raise QueueFull("64 requests are waiting, and no more may")
 
     monkeypatch.setattr(page.worker, "submit", full)
     browser.open(page.url)
