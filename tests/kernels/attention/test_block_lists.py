@@ -45,7 +45,7 @@ def test_lists_of_random_documents(documents, size, frozen_text):
     assert_lists_hold_the_mask(layout.query_start, layout.query_end, n, size)
     assert_lists_hold_the_mask(layout.active_key_start, layout.active_key_end, n, size, has_gaps=True)
     assert_lists_hold_the_mask(layout.constant_key_start, layout.constant_key_end, n, size, has_gaps=True)
-    by_key = attention.case.ranges_by_key(layout.active_key_start, layout.active_key_end, n)
+    by_key = attention.interface.ranges_by_key(layout.active_key_start, layout.active_key_end, n)
     assert_lists_hold_the_mask(*by_key, layout.num_active, size)
 
 

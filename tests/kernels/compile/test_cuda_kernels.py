@@ -106,7 +106,7 @@ def test_rows_come_and_go_in_accesses_of_16_bytes(kernels):
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_loads_on_a_torch_without_cuda():
     """In this very process: with its CUDA kernels, and with no library of CUDA."""
-    library()
+    library_path()
     assert library.native, library.unavailable_reason
     maps = Path("/proc/self/maps").read_text()
     assert str(library_path()) in maps
@@ -125,6 +125,6 @@ def test_what_the_cpu_has_the_gpu_has_too():
 
 
 def test_ops_are_registered_for_cuda():
-    library()
+    library_path()
     for name in implemented(ROOT / "csrc" / "cuda", "*.cu"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lmfusion::{name}", "CUDA"), name

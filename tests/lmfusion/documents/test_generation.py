@@ -15,7 +15,7 @@ from lmfusion.cli import main
 from lmfusion.generation import GenerationOptions, Limits
 from lmfusion.model.modeling import LMFusion
 
-GUIDE = Path(__file__).parents[2] / "docs" / "generation.md"
+GUIDE = Path(__file__).parents[3] / "docs" / "generation.md"
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
