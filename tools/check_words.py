@@ -29,12 +29,12 @@ def findings(text: str, names: dict[str, str], phrases: dict[str, str]) -> Itera
         if "?" in sentence.rstrip('"'):
             line = text[: first.end()].count("\n") + 1
             yield line, "the first line asks a question; state what the file does"
-    patterns = [(re.compile(rf"(?<!\w){re.escape(name)}(?!\w)"), name, better) for name, better in names.items()]
-    patterns += [(re.compile(phrase), "", better) for phrase, better in phrases.items()]
+    patterns = [(re.compile(rf"(?<!\w){re.escape(name)}(?!\w)"), better) for name, better in names.items()]
+    patterns += [(re.compile(phrase), better) for phrase, better in phrases.items()]
     for number, line in enumerate(text.splitlines(), 1):
-        for pattern, name, better in patterns:
+        for pattern, better in patterns:
             if found := pattern.search(line):
-                yield number, f"{name or found[0]!r}: write {better}"
+                yield number, f"{found[0]!r}: write {better}"
 
 
 def tracked_files() -> list[str]:

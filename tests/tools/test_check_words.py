@@ -22,7 +22,7 @@ def check(path: Path) -> subprocess.CompletedProcess[str]:
     [
         ('"""How does a run survive?"""\n', 1, "asks a question"),
         ('"""Checkpoints. Which ones?\n\nMore."""\n', 1, "asks a question"),
-        ('"""Checkpoints."""\nrow_tokens = 3\n', 2, "row_tokens: write seq_len"),
+        ('"""Checkpoints."""\nrow_tokens = 3\n', 2, "'row_tokens': write seq_len"),
         ('"""Checkpoints."""\n# This is no file.\n', 2, "is not a, or has no"),
         ('"""Checkpoints."""\n# All but for one, and whoever asks.\n', 2, "except for"),
         ('"""Checkpoints."""\nraise ValueError(f"size is {size}; it must be 3")\n', 2, "X must ..., got Y"),
