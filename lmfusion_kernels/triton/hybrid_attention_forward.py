@@ -182,7 +182,7 @@ def attention_forward(
     key_start,
     key_end,
     visible_end,  # [Nk], or None if no key is hidden, and then so is the next
-    run_end,
+    visible_run_end,
     out_row,
     out,
     lse,
@@ -246,7 +246,7 @@ def attention_forward(
             done = run_end
     else:
         while done < high:
-            end, run_end, seen_before = next_stretch(visible_end, run_end, done, high, first_row)
+            end, run_end, seen_before = next_stretch(visible_end, visible_run_end, done, high, first_row)
             shared_high = tl.where(seen_before > last_row, tl.minimum(tl.load(key_end + first_row), run_end), done)
             interior_start, interior_end = interior(done, done, shared_high, BLOCK_N)
             acc, row_sum, row_max = add_interior(
