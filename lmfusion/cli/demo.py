@@ -64,13 +64,13 @@ def run(args: argparse.Namespace) -> int:
     from lmfusion.serving.page.app import require_gradio
 
     require_gradio()
-    from lmfusion.serving.guard import is_loopback
     from lmfusion.serving.lifecycle import bind
+    from lmfusion.serving.middleware import is_loopback
 
     with bind(args.host, args.port) as listener:  # a port that is taken is told before minutes of training
-        name, examples, way = "lmfusion demo", EXAMPLES, "message"  # it was taught single questions
+        name, examples, prompt_mode = "lmfusion demo", EXAMPLES, "last_message"  # it was taught single questions
         if args.model is not None:
-            name, examples, way = Path(args.model).resolve().name, (), "conversation"
+            name, examples, prompt_mode = Path(args.model).resolve().name, (), "conversation"
         else:
             args.model = str(Path(args.output) / "run" / "model")
             has_model = (Path(args.model) / "config.json").is_file()
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
                 host=args.host,
                 name=name,
                 examples=examples,
-                way=way,
+                prompt_mode=prompt_mode,
                 allowed_hosts=[*args.allow_host, args.host],
             )
         finally:

@@ -23,7 +23,7 @@ from lmfusion.generation.options import Limits
 from lmfusion.generation.worker import EngineWorker
 from lmfusion.model.modeling import LMFusion
 from lmfusion.serving.http.app import build_app
-from lmfusion.serving.http.requests import RequestReader
+from lmfusion.serving.http.requests import RequestParser
 from lmfusion.serving.lifecycle import bind, run_server, url_of
 from tests.lmfusion.serving.conftest import CHAT_TEMPLATE
 
@@ -86,7 +86,7 @@ def test_the_process_says_where_it_is_answers_and_ends_well(folder):
 def test_running_answers_may_go_on_for_a_while(model, number, seconds, num_steps, reason):
     """Here in this process, which is what gets the signal."""
     worker = EngineWorker(Engine(model, num_rows=1024))
-    app = build_app(worker, RequestReader(model, "tiny"))
+    app = build_app(worker, RequestParser(model, "tiny"))
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     received, refused = [], []
 
@@ -113,7 +113,7 @@ def test_running_answers_may_go_on_for_a_while(model, number, seconds, num_steps
 
 def test_without_clients_it_ends_at_once(model):
     worker = EngineWorker(Engine(model, num_rows=256))
-    app = build_app(worker, RequestReader(model, "tiny"))
+    app = build_app(worker, RequestParser(model, "tiny"))
     start = time.monotonic()
     stop = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
     run_server(app, worker, bind("127.0.0.1", 0), shutdown_seconds=30, on_ready=stop)
@@ -209,7 +209,7 @@ def test_the_help_and_the_reference_name_the_defaults(capsys):
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
     help_text = " ".join(capsys.readouterr().out.split())
-    reference = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
+    reference = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     for action in parser._actions:

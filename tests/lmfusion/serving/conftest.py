@@ -18,8 +18,8 @@ from PIL import Image
 from lmfusion.generation.engine import Engine
 from lmfusion.generation.worker import EngineWorker
 from lmfusion.serving.http.app import build_app
-from lmfusion.serving.http.requests import RequestLimits, RequestReader
-from lmfusion.serving.lifecycle import Server
+from lmfusion.serving.http.requests import RequestLimits, RequestParser
+from lmfusion.serving.lifecycle import EngineServer
 from tests.lmfusion.generation.models import build
 
 CHAT_TEMPLATE = (
@@ -83,9 +83,9 @@ class Served:
         self.engine = Engine(model, num_rows=4096, max_batch=max_batch, limits=limits.generation)
         self.gate = Gate(self.engine)
         self.worker = EngineWorker(self.engine, max_waiting=max_waiting)
-        reader = RequestReader(model, "tiny", limits, defaults)
+        reader = RequestParser(model, "tiny", limits, defaults)
         self.app = build_app(self.worker, reader, **options)
-        self.server = Server(self.app, self.worker, shutdown_seconds=0, port=0)
+        self.server = EngineServer(self.app, self.worker, shutdown_seconds=0, port=0)
         self._thread = threading.Thread(target=self.server.run)
         self._thread.start()
         wait_until(lambda: self.server.started)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from lmfusion.serving import connections
+from lmfusion.serving import bodies, connections
 from lmfusion.serving.connections import Connections, raise_file_limit
-from lmfusion.serving.http import bodies, streaming
+from lmfusion.serving.http import streaming
 from lmfusion.serving.http.requests import RequestLimits
 from tests.lmfusion.serving.conftest import Served, wait_until
 
@@ -246,8 +246,8 @@ SCRIPT = """
 import resource, socket, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 from fastapi import FastAPI
-from lmfusion.serving.http.bodies import Bodies
-from lmfusion.serving.http.body_readers import Readers
+from lmfusion.serving.bodies import BodyReader
+from lmfusion.serving.http.parsing_threads import ParsingThreads
 from lmfusion.serving.lifecycle import bind, run_server, url_of
 
 class Worker:
@@ -255,7 +255,7 @@ class Worker:
         pass
 
 app = FastAPI()
-app.state.bodies, app.state.readers = Bodies(1, 1, 1), Readers()
+app.state.bodies, app.state.parsing_threads = BodyReader(1, 1, 1), ParsingThreads()
 app.get("/healthz")(lambda: "well")
 listener = bind("127.0.0.1", 0)
 ready = lambda: print(listener.getsockname()[1], flush=True)

@@ -149,7 +149,7 @@ def test_hanging_up_frees_the_place_of_a_request_that_is_read(serve, stuck):
         connection.close()
     wait_until(lambda: server.client.get("/metrics").text.count('{status="499"} 6'))
     assert len(stuck) == 4  # nothing more is begun for them
-    assert server.app.state.readers._jobs.qsize() == 2
+    assert server.app.state.parsing_threads._jobs.qsize() == 2
 
 
 def test_many_images_do_not_keep_others_waiting(serve, monkeypatch):
@@ -183,9 +183,9 @@ SCRIPT = """
 import contextlib, sys, threading, time
 from fastapi import FastAPI
 from lmfusion.serving import run
-from lmfusion.serving.http.bodies import Bodies
+from lmfusion.serving.bodies import BodyReader
 from lmfusion.serving.errors import ApiError
-from lmfusion.serving.http.body_readers import Readers
+from lmfusion.serving.http.parsing_threads import ParsingThreads
 
 class Worker:
     def close(self):
@@ -197,12 +197,12 @@ def work():
         sum(range(10**6)) if sys.argv[1] == "python" else time.sleep(60)
 
 app = FastAPI()
-app.state.bodies, app.state.readers = Bodies(1, 1, 1), Readers()
+app.state.bodies, app.state.parsing_threads = BodyReader(1, 1, 1), ParsingThreads()
 
 @app.get("/busy")
 async def busy():
     with contextlib.suppress(ApiError):
-        await app.state.readers.finish(work())
+        await app.state.parsing_threads.run(work())
 
 run.LAST_SECONDS = 1 if sys.argv[1] == "engine" else 10
 listener = run.bind("127.0.0.1", 0)

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from lmfusion.serving.http.openapi import ERRORS
-from lmfusion.serving.http.schema import parse
+from lmfusion.serving.http.openapi import PATH_ERRORS
+from lmfusion.serving.http.schema import parse_request
 from tests.lmfusion.serving.conftest import Served
 from tests.lmfusion.serving.http.json_schema import fits
 from tests.lmfusion.serving.http.test_fields import OTHERS_TAKEN, REFUSED, TAKEN
@@ -94,7 +94,7 @@ def test_trouble_is_as_described(serve, document, monkeypatch):
 
 
 def test_every_url_is_described(document):
-    assert set(document["paths"]) == set(ERRORS)
+    assert set(document["paths"]) == set(PATH_ERRORS)
     assert "422" not in json.dumps(document["paths"]) and "HTTPValidationError" not in json.dumps(document)
 
 
@@ -105,7 +105,7 @@ def test_the_schema_of_requests_is_what_is_taken(document):
         for name, values in table.items():
             for value in values:
                 body = HI | {name: value}
-                parse(json.dumps(body).encode())
+                parse_request(json.dumps(body).encode())
                 assert fits(body, schema, document), (name, value)
     said = {"n", "logprobs", "store", "presence_penalty", "reasoning_effort", "verbosity", "modalities", "seed"}
     for name in said:

@@ -11,9 +11,10 @@ import httpx
 import pytest
 
 from lmfusion.generation.request import Request
-from lmfusion.serving.guard import host_name, is_loopback
+from lmfusion.generation.worker import WorkerStats
 from lmfusion.serving.http import streaming
-from lmfusion.serving.http.metrics import Histogram
+from lmfusion.serving.http.metrics import ServerMetrics
+from lmfusion.serving.middleware import host_name, is_loopback
 from tests.lmfusion.serving.conftest import wait_until
 
 pytestmark = pytest.mark.timeout(60)
@@ -59,7 +60,7 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_back(serve):
         response = server.post()
         assert response.status_code == 429 and response.headers["retry-after"] == "2"
         assert response.json()["error"] == {
-            "message": "2 requests are waiting, and no more may; try again in a few seconds",
+            "message": "the queue is full (2 requests); try again in a few seconds",
             "type": "rate_limit_error",
             "param": None,
             "code": "queue_full",
@@ -134,7 +135,7 @@ def test_previews_that_were_not_taken_give_way_to_newer_ones(serve):
     server = serve()
 
     async def listen():
-        listener = streaming.Listener(_Ignore())
+        listener = streaming.EventListener(ServerMetrics(no_stats))
         begin, text = ImageBegin(0, 8, 8, 100), TextDelta("a")
         previews = [ImagePreview(0, step, 100, None) for step in range(1, 100)]
         for event in [text, begin, *previews, ImageEnd(0, None), text, Done("stop", 1, 2, 1, 0.1)]:
@@ -149,8 +150,8 @@ def test_previews_that_were_not_taken_give_way_to_newer_ones(serve):
     assert server.worker.stats().num_running == 0
 
 
-class _Ignore:
-    first_event = latency = Histogram()
+def no_stats():
+    return WorkerStats(0, 0, 0, 0)
 
 
 def test_a_quiet_stream_is_kept_alive(serve, monkeypatch):
@@ -158,7 +159,7 @@ def test_a_quiet_stream_is_kept_alive(serve, monkeypatch):
     server = serve()
     server.gate.close()
     connection = open_request(server, stream=True, max_tokens=2)
-    assert b": still at it\n\n" in read_until(connection, rb": still at it\n\n")
+    assert b": keep-alive\n\n" in read_until(connection, rb": keep-alive\n\n")
     server.gate.open()
     read_until(connection, rb"data: \[DONE\]")
     connection.close()
@@ -320,7 +321,7 @@ def test_models_health_and_description(server):
     request = document["components"]["schemas"]["ChatRequest"]
     assert {"messages", "max_images", "num_steps"} <= set(request["properties"])
     references = set(re.findall(r'"\$ref": ?"#/components/schemas/(\w+)"', json.dumps(document)))
-    assert {"ChatRequest", "Message"} <= references <= set(document["components"]["schemas"])
+    assert {"ChatRequest", "ChatMessage"} <= references <= set(document["components"]["schemas"])
 
 
 def test_metrics_count_what_happened(serve):
@@ -339,8 +340,8 @@ def test_metrics_count_what_happened(serve):
         'lmfusion_http_responses_total{status="400"}': 1,
         "lmfusion_images_total": 2,
         "lmfusion_denoise_steps_total": 8,
-        "lmfusion_cache_rows": 4096,
-        "lmfusion_cache_rows_used": 0,
+        "lmfusion_cache_slots": 4096,
+        "lmfusion_cache_slots_used": 0,
         "lmfusion_first_event_seconds_count": 2,
         "lmfusion_request_seconds_count": 2,
         'lmfusion_request_seconds_bucket{le="+Inf"}': 2,
@@ -366,21 +367,20 @@ def test_the_cache_and_the_running_are_seen_while_they_run(serve):
         values = metrics_of(server)
         assert values["lmfusion_requests_running"] + values["lmfusion_requests_waiting"] == 1
         server.gate.open()
-        wait_until(lambda: metrics_of(server)["lmfusion_cache_rows_used"] > 0)
-    wait_until(lambda: metrics_of(server)["lmfusion_cache_rows_used"] == 0)
+        wait_until(lambda: metrics_of(server)["lmfusion_cache_slots_used"] > 0)
+    wait_until(lambda: metrics_of(server)["lmfusion_cache_slots_used"] == 0)
 
 
-def test_histograms_are_cumulative():
-    histogram = Histogram((1.0, 2.0))
-    for value in (0.5, 1.0, 1.5, 7.0):
-        histogram.observe(value)
-    assert histogram.lines("h") == [
-        'h_bucket{le="1.0"} 2',
-        'h_bucket{le="2.0"} 3',
-        'h_bucket{le="+Inf"} 4',
-        "h_sum 10.000000",
-        "h_count 4",
-    ]
+def test_two_servers_in_a_process_count_apart():
+    one, other = ServerMetrics(no_stats), ServerMetrics(no_stats)
+    one.count_status(429)
+    for seconds in (0.5, 1.0, 7.0):
+        one.latency.observe(seconds)
+    lines = one.render().decode().splitlines()
+    assert 'lmfusion_request_seconds_bucket{le="1.0"} 2.0' in lines and "lmfusion_request_seconds_sum 8.5" in lines
+    assert "lmfusion_requests_rejected_total 1.0" in lines
+    lines = other.render().decode().splitlines()
+    assert "lmfusion_request_seconds_count 0.0" in lines and "lmfusion_requests_rejected_total 0.0" in lines
 
 
 def test_many_clients_at_once_while_one_sends_rubbish(serve):

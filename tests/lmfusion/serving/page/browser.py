@@ -119,7 +119,7 @@ class Browser:
 
     def picture(self):
         """The newest finished picture of the chat: its file's bytes."""
-        address = self.wait(lambda: self.all("#chat .bot img.picture"))[-1].get_attribute("src")
+        address = self.wait(lambda: self.all("#chat .bot img.image"))[-1].get_attribute("src")
         with urllib.request.urlopen(address) as response:
             return response.read()
 

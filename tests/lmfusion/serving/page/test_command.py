@@ -23,8 +23,8 @@ def calls(monkeypatch):
         calls.append(("made", str(output), list(overrides)))
         return {"text_identical": True}
 
-    def serve_page(worker, model, listener, *, host, name, examples, way, allowed_hosts):
-        calls.append(("shown", name, examples, way))
+    def serve_page(worker, model, listener, *, host, name, examples, prompt_mode, allowed_hosts):
+        calls.append(("shown", name, examples, prompt_mode))
 
     class Anything:
         plan = ""
@@ -51,7 +51,7 @@ def test_without_page_the_chain_alone(calls, tmp_path):
 def test_the_demos_model_is_made_once(calls, tmp_path):
     demo = ["demo", "--output", str(tmp_path), "--port", "0"]
     model = tmp_path / "run" / "model"
-    shown = [("loaded", str(model)), ("shown", "lmfusion demo", EXAMPLES, "message"), "closed"]
+    shown = [("loaded", str(model)), ("shown", "lmfusion demo", EXAMPLES, "last_message"), "closed"]
     assert main(demo) == 0
     assert calls == [("made", str(tmp_path), []), *shown]
     model.mkdir(parents=True)

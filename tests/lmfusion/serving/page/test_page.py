@@ -66,7 +66,7 @@ def test_text_streams_and_a_picture_sharpens(browser, page, tmp_path):
     assert sum(b > a for a, b in itertools.pairwise(lengths)) >= 2, "text is to grow while one looks"
     assert len(seen["previews"]) >= 2, "the picture is to change before it is finished"
     assert not browser.all("#chat img.preview, #chat progress"), "the finished picture takes the preview's place"
-    picture = browser.one("#chat .bot img.picture")
+    picture = browser.one("#chat .bot img.image")
     assert picture.size["width"] == 192 and picture.get_attribute("naturalWidth") == "8"
     assert picture.value_of_css_property("image-rendering") == "pixelated"
 
@@ -98,7 +98,7 @@ def test_uploaded_pictures_are_answered_and_remembered(browser, page, model, pho
     browser.set("max-images", 0)
     browser.upload(photo)
     browser.ask("What is this?")
-    [seen] = browser.all("#chat .user img.picture")
+    [seen] = browser.all("#chat .user img.image")
     assert seen.get_attribute("naturalWidth") == "8", "the picture is shown as the model sees it"
     assert browser.text("#chat .bot").strip()
     browser.ask("And now?")
@@ -108,8 +108,8 @@ def test_uploaded_pictures_are_answered_and_remembered(browser, page, model, pho
         for prompt in prompts
     ]
     assert words[1].startswith(words[0].removesuffix("a:")) and "And now?" in words[1]
-    for way in ("message", "plain"):
-        browser.click(f"#reads input[value={way}]")
+    for mode in ("last_message", "raw_text"):
+        browser.click(f"#prompt-mode input[value={mode}]")
         browser.ask("Alone")
         assert prompts[-1].num_images == 0
     chat, plain = ([i for part in prompt.parts for i in part] for prompt in prompts[2:])
@@ -133,7 +133,7 @@ def test_stop_keeps_what_is_there(browser, page):
 def test_a_reload_cancels_and_starts_afresh(browser, page, monkeypatch):
     draw(browser, **{"num-steps": 3})
     browser.ask("Draw")
-    assert any((page.folder / "pictures").iterdir())
+    assert any((page.folder / "images").iterdir())
     monkeypatch.setattr(page, "seconds_per_step", 0.2)
     browser.set("num-steps", 200)
     browser.send("Draw for a long time")
@@ -142,7 +142,7 @@ def test_a_reload_cancels_and_starts_afresh(browser, page, monkeypatch):
     left = browser.complaints()  # gradio's own, of the connection that the reload cut
     assert all("abort" in line or "errored out" in line for line in left)
     page.wait(lambda: page.engine.num_running == 0 and page.engine.num_rows_used == 0)
-    page.wait(lambda: not any((page.folder / "pictures").iterdir()))
+    page.wait(lambda: not any((page.folder / "images").iterdir()))
     monkeypatch.undo()
     assert not browser.all("#chat .bot")
     browser.set("max-tokens", 5)
@@ -194,10 +194,10 @@ def test_the_gallery_tells_how_a_picture_was_made(browser, tmp_path):
     browser.ask("Draw two")
     browser.click("#clear")
     browser.click("button[role=tab]:nth-of-type(2)")
-    browser.wait(lambda: len(browser.all("#pictures button img")) == 2)
+    browser.wait(lambda: len(browser.all("#gallery button img")) == 2)
     for index, (prompt, seed) in enumerate([("Draw two", 12), ("Draw <b>one</b>", 11)]):
-        browser.wait(lambda: browser.all("#pictures button:has(img)"))
-        browser.driver.execute_script("arguments[0].click()", browser.all("#pictures button:has(img)")[index])
+        browser.wait(lambda: browser.all("#gallery button:has(img)"))
+        browser.driver.execute_script("arguments[0].click()", browser.all("#gallery button:has(img)")[index])
         browser.wait(lambda prompt=prompt: prompt in browser.text("#details"))
         assert f"Seed\t{seed}" in browser.text("#details") and "Steps\t5" in browser.text("#details")
     assert browser.one("#download").is_displayed()
@@ -214,11 +214,11 @@ def test_two_tabs_at_a_time(browser, page, monkeypatch):
     browser.send("Draw there")
     page.wait(lambda: page.engine.num_running == 2)
     browser.wait_for_answer()
-    assert len(browser.all("#chat .bot img.picture")) == 1
+    assert len(browser.all("#chat .bot img.image")) == 1
     browser.driver.close()
     browser.driver.switch_to.window(first)
     browser.wait_for_answer()
-    assert len(browser.all("#chat .bot img.picture")) == 1, "closing one tab leaves the other alone"
+    assert len(browser.all("#chat .bot img.image")) == 1, "closing one tab leaves the other alone"
 
 
 def test_an_example_is_a_click(browser):

@@ -11,7 +11,7 @@ import pytest
 
 from lmfusion.generation.options import Limits
 from lmfusion.serving.page import uploads as uploads_module
-from lmfusion.serving.page.guard import MAX_REQUEST_BYTES, names_address
+from lmfusion.serving.page.no_fetch import MAX_REQUEST_BYTES, names_address
 from lmfusion.serving.page.settings import build_settings
 from lmfusion.serving.page.uploads import MAX_UPLOAD_REQUEST_BYTES, make_room
 from tests.lmfusion.data.storage.stored import encoded, picture
@@ -35,8 +35,8 @@ def named_client(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def client(model, tmp_path_factory):
     page = Page(model, tmp_path_factory.mktemp("page"))
-    (page.folder / "pictures").mkdir()
-    (page.folder / "pictures" / "one.png").write_bytes(b"one")
+    (page.folder / "images").mkdir()
+    (page.folder / "images" / "one.png").write_bytes(b"one")
     (page.folder / "secret.txt").write_text("nobody sees this")
     with httpx.Client(base_url=page.url) as client:
         client.folder, client.server = page.folder, page._server
@@ -51,8 +51,8 @@ def test_answers_forbid_browsers_to_load_from_elsewhere(client):
 
 
 def test_only_files_of_the_page_are_given_out(client):
-    assert client.get(f"/gradio_api/file={client.folder}/pictures/one.png").content == b"one"
-    for path in ("/etc/passwd", f"{client.folder}/secret.txt", f"{client.folder}/pictures/../secret.txt", "README.md"):
+    assert client.get(f"/gradio_api/file={client.folder}/images/one.png").content == b"one"
+    for path in ("/etc/passwd", f"{client.folder}/secret.txt", f"{client.folder}/images/../secret.txt", "README.md"):
         response = client.get(f"/gradio_api/file={path}")
         assert response.status_code in (403, 404) and b"nobody" not in response.content, path
 
@@ -159,7 +159,7 @@ def test_silent_connections_keep_nobody_out(client, monkeypatch):
 
 
 def test_a_body_that_does_not_end_is_given_up(client, monkeypatch):
-    monkeypatch.setattr("lmfusion.serving.page.guard.BODY_SECONDS", 0.2)
+    monkeypatch.setattr("lmfusion.serving.bodies.BODY_SECONDS", 0.2)
     connection = HTTPConnection(client.base_url.host, client.base_url.port, timeout=20)
     connection.putrequest("POST", "/gradio_api/queue/join")
     connection.putheader("Content-Length", "100")
@@ -237,8 +237,8 @@ def test_a_model_without_chat_template(model, tmp_path, monkeypatch):
         worker.close()
     assert "has no chat template" in config
     with gr.Blocks():
-        plain = build_settings(model, worker.engine.limits)["reads"]
-    assert plain.value == "plain" and plain.interactive is False
+        mode = build_settings(model, worker.engine.limits)["prompt_mode"]
+    assert mode.value == "raw_text" and mode.interactive is False
 
 
 def test_models_of_larger_pictures_offer_sizes(model, monkeypatch):

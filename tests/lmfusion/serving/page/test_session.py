@@ -9,13 +9,13 @@ from PIL import Image
 from lmfusion.generation.events import Done, ImageBegin, ImageEnd, ImagePreview, TextDelta
 from lmfusion.images.png import read_settings
 from lmfusion.serving.page import display
-from lmfusion.serving.page.session import MAX_SESSIONS, Picture, Session, Sessions, Turn
+from lmfusion.serving.page.session import MAX_SESSIONS, ChatImage, Session, Sessions, Turn
 from lmfusion.serving.page.settings import read_options
 
 GREY = Image.fromarray(np.full((8, 8), 99, np.uint8))
 VALUES = dict(
     max_images=1, min_images=0, draw_first=False, num_steps=5, sampler="ddim", guidance_scale=1.0, negative_prompt="",
-    preview_every=1, seed=3, is_random=False, max_new_tokens=9, temperature=0.0, top_p=1.0, reads="conversation",
+    preview_every=1, seed=3, is_random=False, max_new_tokens=9, temperature=0.0, top_p=1.0, prompt_mode="conversation",
 )  # fmt: skip
 
 
@@ -26,7 +26,7 @@ def done(reason="stop", error=""):
 def answered(session, question, *events):
     answer = session.begin(Turn("user", [question]))
     for event in events:
-        session.take(answer, event)
+        session.add_event(answer, event)
     return answer
 
 
@@ -35,7 +35,7 @@ def test_events_become_a_turn_and_the_next_prompt(tmp_path):
     drawn = [TextDelta("Here"), TextDelta(" it is:"), ImageBegin(0, 8, 8, 4), ImagePreview(0, 2, 4, GREY)]
     answer = answered(session, "Draw", *drawn, ImageEnd(0, GREY, {"seed": 5, "prompt": "Draw"}), done())
     text, picture = answer.parts
-    assert text == "Here it is:" and isinstance(picture, Picture) and session.pictures == [picture]
+    assert text == "Here it is:" and isinstance(picture, ChatImage) and session.images == [picture]
     assert read_settings(picture.path) == {"seed": 5, "prompt": "Draw"}
     assert answer.is_finished and answer.note == ""
 
@@ -46,7 +46,7 @@ def test_events_become_a_turn_and_the_next_prompt(tmp_path):
         {"role": "user", "content": ["And?"]},
     ]
     session.clear()
-    assert session.turns == [] and session.pictures == [picture]
+    assert session.turns == [] and session.images == [picture]
     session.close()
     assert not any(tmp_path.iterdir())
 
@@ -55,7 +55,7 @@ def test_a_stopped_picture_is_shown_but_not_read(tmp_path):
     session = Session(tmp_path)
     events = [TextDelta("Look"), ImageBegin(0, 8, 8, 4), ImagePreview(0, 2, 4, GREY), done("cancelled")]
     answer = answered(session, "Draw", *events)
-    assert answer.readable == ["Look"] and session.pictures == []
+    assert answer.model_input == ["Look"] and session.images == []
     [_, shown] = display.messages(session.turns)
     texts = [part["text"] for part in shown["content"]]
     assert "data:image/png" in texts[1] and "stopped at step 2 of 4" in texts[1] and "progress" not in texts[1]
@@ -80,10 +80,10 @@ def test_a_picture_on_its_way(tmp_path):
     session = Session(tmp_path)
     answer = session.begin(Turn("user", ["Draw"]))
     assert "waiting" in display.messages(session.turns)[1]["content"][0]["text"]
-    session.take(answer, ImageBegin(0, 512, 256, 50))
+    session.add_event(answer, ImageBegin(0, 512, 256, 50))
     blank = display.messages(session.turns)[1]["content"][0]["text"]
     assert "width:512px; aspect-ratio:512/256" in blank and 'value="0" max="50"' in blank
-    session.take(answer, ImagePreview(0, 7, 50, GREY.resize((512, 256))))
+    session.add_event(answer, ImagePreview(0, 7, 50, GREY.resize((512, 256))))
     preview = display.messages(session.turns)[1]["content"][0]["text"]
     assert "data:image/jpeg" in preview and "pixelated" not in preview and 'value="7"' in preview
 
@@ -193,8 +193,8 @@ def test_a_session_that_waits_is_never_forgotten(tmp_path):
 
 
 def test_settings_become_options():
-    options, way = read_options(VALUES)
-    assert (options.seed, options.sampler, options.negative_prompt, way) == (3, "ddim", None, "conversation")
+    options, prompt_mode = read_options(VALUES)
+    assert (options.seed, options.sampler, options.negative_prompt, prompt_mode) == (3, "ddim", None, "conversation")
     seeds = {read_options({**VALUES, "is_random": True})[0].seed for _ in range(3)}
     assert len(seeds) == 3
     with pytest.raises(ValueError, match="Seed is empty"):
@@ -216,8 +216,10 @@ def ask(actions, session, text, files=(), **changes):
     """All events of an answer."""
 
     async def listen():
-        options, way = read_options({**VALUES, **changes})
-        return [event async for events in actions.answer(session, text, files, options, way) for event in events]
+        options, prompt_mode = read_options({**VALUES, **changes})
+        return [
+            event async for events in actions.answer(session, text, files, options, prompt_mode) for event in events
+        ]
 
     return asyncio.run(listen())
 
@@ -226,7 +228,7 @@ def test_an_answer_fills_the_session(actions):
     session = actions.sessions.of("tab")
     events = ask(actions, session, "Draw", min_images=1)
     assert isinstance(events[-1], Done) and any(isinstance(event, ImageEnd) for event in events)
-    assert len(session.turns) == 2 and len(session.pictures) == 1 and not session.is_busy
+    assert len(session.turns) == 2 and len(session.images) == 1 and not session.is_busy
 
 
 @pytest.mark.parametrize(
@@ -256,11 +258,11 @@ def test_one_answer_at_a_time_in_a_tab(actions):
     session = actions.sessions.of("tab")
 
     async def twice():
-        options, way = read_options({**VALUES, "max_new_tokens": 200})
-        first = actions.answer(session, "one", [], options, way)
+        options, prompt_mode = read_options({**VALUES, "max_new_tokens": 200})
+        first = actions.answer(session, "one", [], options, prompt_mode)
         assert await anext(first) == []
         with pytest.raises(ValueError, match="an answer is being made here"):
-            await anext(actions.answer(session, "two", [], options, way))
+            await anext(actions.answer(session, "two", [], options, prompt_mode))
         await first.aclose()
 
     asyncio.run(twice())

@@ -29,7 +29,7 @@ pytestmark = [
 
 SEEDS = 5
 AROUND_THE_PICTURE = """
-const bot = [...document.querySelectorAll('#chat .bot')].pop(), picture = bot.querySelector('img.picture');
+const bot = [...document.querySelectorAll('#chat .bot')].pop(), picture = bot.querySelector('img.image');
 const texts = [...bot.querySelectorAll('.message-content')].filter((part) => part.innerText.trim());
 const follows = (part) => picture.compareDocumentPosition(part) & Node.DOCUMENT_POSITION_FOLLOWING;
 const words = (parts) => parts.map((part) => part.innerText).join(' ').trim();
@@ -42,7 +42,9 @@ def page(tmp_path_factory):
     from lmfusion.cli.demo import EXAMPLES
 
     model = LMFusion.from_pretrained(MODEL)
-    page = Page(model, tmp_path_factory.mktemp("page"), name="lmfusion demo", examples=EXAMPLES, way="message")
+    page = Page(
+        model, tmp_path_factory.mktemp("page"), name="lmfusion demo", examples=EXAMPLES, prompt_mode="last_message"
+    )
     yield page
     page.close()
 
@@ -84,6 +86,6 @@ def test_draws_a_seven_and_says_so(browser):
         browser.driver.save_screenshot(str(path))
         browser.click("#dark")
         browser.click("button[role=tab]:nth-of-type(2)")
-        browser.click("#pictures button:has(img)")
+        browser.click("#gallery button:has(img)")
         browser.wait(lambda: "Seed" in browser.text("#details"))
         browser.driver.save_screenshot(str(path.with_stem(f"{path.stem}-dark")))
