@@ -118,7 +118,7 @@ class Connection(H11Protocol):
                 self._has_started = True
                 self._request_deadline.set(HEADER_SECONDS)
         super().data_received(data)
-        self._update_request_deadline()
+        self._track_request()
         if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) <= MAX_PIPELINED_BYTES:
             # uvicorn stops reading when anything follows the request. Then it would not notice a disconnect.
             self.flow.resume_reading()
@@ -129,7 +129,7 @@ class Connection(H11Protocol):
         self._shared.incomplete[self] = None
         self._request_deadline.set(IDLE_SECONDS)
         super().on_response_complete()
-        self._update_request_deadline()
+        self._track_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._request_deadline.cancel()
@@ -164,8 +164,8 @@ class Connection(H11Protocol):
         """Whether the header of a request is complete and its answer is not."""
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _update_request_deadline(self) -> None:
-        """Cancel the deadline once the header is complete: bodies and answers have limits of their own."""
+    def _track_request(self) -> None:
+        """After the header other limits apply, and after the body the request is complete."""
         if self._is_answering():
             self._request_deadline.cancel()
             if self.conn.their_state is not h11.SEND_BODY:

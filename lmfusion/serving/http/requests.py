@@ -99,7 +99,7 @@ class RequestParser:
         try:
             self._set_defaults(defaults or {})
         except ApiError as error:
-            raise ValueError(f"a default must be valid in a request: {error.message}") from None
+            raise ValueError(f"invalid default for requests: {error.message}") from None
 
     def parse(self, body: bytes) -> Generator[None, None, tuple[ChatRequest, Prompt, GenerationOptions]]:
         """Parse a JSON body. The generator yields before each step that takes long, such as decoding an image.
@@ -138,7 +138,7 @@ class RequestParser:
     def _set_defaults(self, defaults: Mapping[str, Any]) -> None:
         unknown = sorted(set(defaults) - _OPTIONS)
         if unknown:
-            raise ApiError(400, f"a default must be one of {', '.join(sorted(_OPTIONS))}; got {unknown[0]!r}")
+            raise ApiError(400, f"the field must be one of {', '.join(sorted(_OPTIONS))}; got {unknown[0]!r}")
         request = parse_request(json.dumps({"messages": [{"role": "user", "content": ""}], **defaults}).encode())
         self._options(request, 0)
         self._defaults |= request.model_dump(exclude_none=True, include=_OPTIONS)

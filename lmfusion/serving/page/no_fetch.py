@@ -103,7 +103,7 @@ def _check_json(body: bytes) -> None:
     none of which can be written in an answer, so such a body would end in a 500.
     """
     try:
-        value = json.loads(body)
+        value = json.loads(body.decode())  # decoded here, because json.loads also takes UTF-16 and UTF-32
         is_too_deep = is_deep(value)
         if not is_too_deep:
             json.dumps(value, ensure_ascii=False, allow_nan=False).encode()

@@ -25,12 +25,17 @@ from lmfusion.model.modeling import LMFusion
 from lmfusion.serving.http.app import build_app
 from lmfusion.serving.http.requests import RequestParser
 from lmfusion.serving.lifecycle import bind, run_server, url_of
-from tests.lmfusion.serving.conftest import CHAT_TEMPLATE
+from tests.lmfusion.serving.conftest import CHAT_TEMPLATE, build_chat_model
 
 pytestmark = pytest.mark.timeout(120)
 
 ROOT = Path(__file__).resolve().parents[3]
 HEADERS = {"Authorization": "Bearer k3y"}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama):
+    return build_chat_model(tiny_llama)
 
 
 @pytest.fixture(scope="module")
@@ -128,17 +133,17 @@ def run(folder, *arguments):
     ("arguments", "message"),
     [
         (["--default", "num_steps"], "--default is 'num_steps'; it must be FIELD=VALUE"),
-        (["--default", "steps=3"], "there is no field 'steps' to set"),
+        (["--default", "steps=3"], "got 'steps'"),
         (["--default", "num_steps=9", "--max-num-steps", "8"], "num_steps is 9; the limit here is 8"),
         (["--shutdown-seconds", "-1"], "--shutdown-seconds is -1"),
         (["--max-images", "-1"], "--max-images is -1"),
         (["--max-tokens", "-1"], "--max-tokens is -1"),
-        (["--max-body-mb", "0"], "max_body_bytes is 0"),
+        (["--max-body-mb", "0"], "max_body_bytes must be at least 1, got 0"),
         (["--max-waiting", "0"], "max_waiting is 0"),
         (["--max-batch", "0"], "max_batch is 0"),
         (["--cache-slots", "0"], "num_rows is 0"),
         (["--host", "256.1.1.1"], "cannot listen on 256.1.1.1, port 0"),
-        (["--port", "70000"], "--port is 70000; it is between 0 and 65535"),
+        (["--port", "70000"], "--port must be between 0 and 65535, got 70000"),
         (["--chat-template", "missing.jinja"], "missing.jinja"),
         (["--api-key-file", "missing.key"], "missing.key"),
     ],
@@ -175,7 +180,7 @@ def test_listening_for_others_is_warned_of(folder, key, words, monkeypatch, caps
         monkeypatch.setenv("LMFUSION_API_KEY", key)
     assert run(folder, "--host", "0.0.0.0") == 2
     error = capsys.readouterr().err
-    assert "0.0.0.0 is more than this machine" in error and words in error
+    assert "0.0.0.0 can be reached from other machines" in error and words in error
     assert run(folder) == 2
     assert "more than this machine" not in capsys.readouterr().err
 

@@ -65,7 +65,11 @@ def check(response, status, message, param=None, code=None):
         ({"top_p": 0}, "top_p is 0", "top_p"),
         ({"max_tokens": 51}, "max_tokens is 51; the limit here is 50", "max_tokens"),
         ({"max_completion_tokens": 51}, "max_tokens is 51; the limit here is 50", "max_tokens"),
-        ({"max_tokens": 4, "max_completion_tokens": 5}, "max_tokens and max_completion_tokens must be equal, got 4 and 5", "max_completion_tokens"),
+        (
+            {"max_tokens": 4, "max_completion_tokens": 5},
+            "must be equal, got 4 and 5",
+            "max_completion_tokens",
+        ),
         ({"max_tokens": True}, "max_tokens: Input should be a valid integer", "max_tokens"),
         ({"max_tokens": 0, "max_images": 0}, "nothing to generate", "max_tokens"),
         ({"stop": ["x"] * 17}, "stop is", "stop"),
@@ -284,7 +288,7 @@ def test_after_all_that_the_server_answers_as_before(server):
 @pytest.mark.parametrize(
     ("defaults", "message"),
     [
-        ({"steps": 3}, r"a default must be one of chat_template_kwargs, draw_first.*; got 'steps'"),
+        ({"steps": 3}, r"the field must be one of chat_template_kwargs, draw_first.*; got 'steps'"),
         ({"stream": True}, "got 'stream'"),
         ({"num_steps": 30}, "num_steps is 30; the limit here is 20"),
         ({"temperature": "hot"}, "temperature: Input should be a valid number"),

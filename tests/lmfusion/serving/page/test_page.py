@@ -9,6 +9,7 @@ from PIL import Image
 
 from lmfusion.generation.worker import QueueFull
 from lmfusion.images.png import read_settings
+from tests.lmfusion.serving.conftest import wait_until
 from tests.lmfusion.serving.page.browser import CHROMIUM, DRIVER, MISSING, Browser
 from tests.lmfusion.serving.page.conftest import Page
 
@@ -124,7 +125,7 @@ def test_stop_keeps_what_is_there(browser, page):
     browser.wait_for_answer()
     assert "Stopped." in browser.text("#chat .bot") and "stopped at step" in browser.text("#chat .bot")
     assert browser.all("#chat img.preview") and not browser.all("#chat progress")
-    page.wait(lambda: page.engine.num_rows_used == 0)
+    wait_until(lambda: page.engine.num_rows_used == 0)
     browser.set("num-steps", 3)
     browser.ask("Draw quickly")
     assert browser.picture()
@@ -141,8 +142,8 @@ def test_a_reload_cancels_and_starts_afresh(browser, page, monkeypatch):
     browser.open(page.url)
     left = browser.complaints()  # gradio's own, of the connection that the reload cut
     assert all("abort" in line or "errored out" in line for line in left)
-    page.wait(lambda: page.engine.num_running == 0 and page.engine.num_rows_used == 0)
-    page.wait(lambda: not any((page.folder / "images").iterdir()))
+    wait_until(lambda: page.engine.num_running == 0 and page.engine.num_rows_used == 0)
+    wait_until(lambda: not any((page.folder / "images").iterdir()))
     monkeypatch.undo()
     assert not browser.all("#chat .bot")
     browser.set("max-tokens", 5)
@@ -212,7 +213,7 @@ def test_two_tabs_at_a_time(browser, page, monkeypatch):
     browser.open(page.url)
     draw(browser, **{"num-steps": 5, "max-tokens": 5})
     browser.send("Draw there")
-    page.wait(lambda: page.engine.num_running == 2)
+    wait_until(lambda: page.engine.num_running == 2)
     browser.wait_for_answer()
     assert len(browser.all("#chat .bot img.image")) == 1
     browser.driver.close()
