@@ -113,7 +113,8 @@ def run(args: argparse.Namespace) -> int:
     api_key = _api_key(args.api_key_file)
     template = None if args.chat_template is None else Path(args.chat_template).read_text(encoding="utf-8")
     with bind(args.host, args.port) as listener:
-        warn_if_public(args.host, api_key is not None)
+        key = "with the API key" if api_key else f"WITHOUT ANY KEY (set {KEY_VARIABLE} or --api-key-file)"
+        warn_if_public(args.host, f"the model {key}")
         model = load_model(args)
         _require_chat(model, template)
         name = args.name or Path(args.model).resolve().name

@@ -48,16 +48,11 @@ def url_of(host: str, listener: socket.socket) -> str:
     return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
 
 
-def warn_if_public(host: str, has_key: bool) -> None:
-    """Warn on stderr about who can use a server that other machines can reach."""
-    if is_loopback(host):
-        return
-    who = "with the API key" if has_key else "WITHOUT ANY KEY (set LMFUSION_API_KEY or --api-key-file)"
-    print(
-        f"lmfusion: warning: {host} can be reached from other machines: everybody who reaches it can use the model "
-        f"{who}, unencrypted",
-        file=sys.stderr,
-    )
+def warn_if_public(host: str, what: str) -> None:
+    """Warn on stderr that everybody can use `what`, if other machines can reach `host`."""
+    if not is_loopback(host):
+        warning = f"{host} can be reached from other machines: everybody who reaches it can use {what}, unencrypted"
+        print(f"lmfusion: warning: {warning}", file=sys.stderr)
 
 
 def run_until_signal(server: LimitedServer, listener: socket.socket) -> None:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MAX_INPUT_SIDE = 2048
 """Pixels of the longer side of an image for a vision-language model. Larger images are scaled down."""
 UPDATE_SECONDS = 0.04
-"""Events are collected for so many seconds. A fast model would flood the browser, which does not redraw more often."""
+"""Time between two updates of the page. Updates for each event of a fast model would flood the browser."""
 
 
 class Actions:

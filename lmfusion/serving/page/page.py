@@ -198,9 +198,9 @@ def _caption(image: ChatImage) -> str:
 
 def _describe(image: ChatImage) -> str:
     """An image and its settings as HTML."""
-    rows = [("Prompt", image.settings.get("prompt", ""))]
-    rows += [(label, image.settings.get(key)) for key, label in _SHOWN_SETTINGS.items()]
+    lines = [("Prompt", image.settings.get("prompt", ""))]
+    lines += [(label, image.settings.get(key)) for key, label in _SHOWN_SETTINGS.items()]
     table = "".join(
-        f"<tr><th>{label}</th><td>{html.escape(str(value))}</td></tr>" for label, value in rows if value is not None
+        f"<tr><th>{label}</th><td>{html.escape(str(value))}</td></tr>" for label, value in lines if value is not None
     )
     return f"{display.image_html(image)}<table>{table}</table>"

@@ -1,4 +1,4 @@
-"""Every field of OpenAI's chat requests: what changes nothing is taken, what is not supported is named.
+"""Tests all fields of OpenAI's chat requests: values that change nothing are accepted, others are named.
 
 The fields are those of CompletionCreateParams and the message types in openai 3.57.0.
 """
@@ -22,7 +22,7 @@ CALL = {"name": "f", "arguments": "{}"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 TEXT = {"type": "text", "text": "x"}
 
-TAKEN = {
+ACCEPTED = {
     "audio": [None],
     "frequency_penalty": [None, 0, 0.0, -0.0],
     "function_call": [None, "none", "auto"],
@@ -60,7 +60,7 @@ TAKEN = {
     "verbosity": [None, "medium"],
     "web_search_options": [None],
 }
-OTHERS_TAKEN = {
+OTHERS_ACCEPTED = {
     "top_k": [None, 0, -1],
     "min_p": [0, 0.0],
     "typical_p": [1],
@@ -130,7 +130,7 @@ def read(parser, body=None, **fields):
 
 
 def meaning(parser, body=None, **fields):
-    """What a request comes to, with pixels as numbers."""
+    """The parsed request, with pixels as numbers."""
     request, prompt, options = read(parser, body, **fields)
     parts = [np.asarray(part).tolist() if not isinstance(part, list) else part for part in prompt.parts]
     return parts, options, bool(request.stream)
@@ -141,10 +141,10 @@ def values(table):
 
 
 def test_all_fields_are_in_the_tables():
-    """OpenAI's are all known. Those of images are in the tests of their own."""
-    openai = set(TAKEN) | {"messages"}
+    """All of OpenAI's fields are known. Fields for images have tests of their own."""
+    openai = set(ACCEPTED) | {"messages"}
     assert len(openai) == 37 and openai <= set(ChatRequest.model_fields)
-    own = {name for name in ChatRequest.model_fields if name not in openai and name not in OTHERS_TAKEN}
+    own = {name for name in ChatRequest.model_fields if name not in openai and name not in OTHERS_ACCEPTED}
     assert own == {
         *("max_images", "min_images", "draw_first", "num_steps", "sampler", "guidance_scale", "image_guidance_scale"),
         *("guidance_interval", "guidance_rescale", "negative_prompt", "image_size", "preview_every"),
@@ -152,13 +152,13 @@ def test_all_fields_are_in_the_tables():
     }
 
 
-@pytest.mark.parametrize(("name", "value"), values(TAKEN) + values(OTHERS_TAKEN))
-def test_what_changes_nothing_is_taken(parser, name, value):
+@pytest.mark.parametrize(("name", "value"), values(ACCEPTED) + values(OTHERS_ACCEPTED))
+def test_values_that_change_nothing_are_accepted(parser, name, value):
     assert meaning(parser, **{name: value}) == meaning(parser)
 
 
 @pytest.mark.parametrize(("name", "value"), values(REFUSED))
-def test_what_would_change_an_answer_is_an_error_that_names_the_field(parser, name, value):
+def test_values_that_would_change_an_answer_are_named(parser, name, value):
     with pytest.raises(ApiError) as caught:
         read(parser, **{name: value})
     error = caught.value
@@ -167,7 +167,7 @@ def test_what_would_change_an_answer_is_an_error_that_names_the_field(parser, na
 
 
 @pytest.mark.parametrize(("tools", "choice"), [("tools", "tool_choice"), ("functions", "function_call")])
-def test_tools_that_are_not_to_be_called_are_taken(parser, tools, choice):
+def test_tools_that_must_not_be_called_are_accepted(parser, tools, choice):
     assert meaning(parser, **{tools: [TOOL], choice: "none"}) == meaning(parser)
     with pytest.raises(ApiError, match=f'{tools} must be empty unless {choice} is "none"; tools are not supported'):
         read(parser, **{tools: [TOOL], choice: "auto"})
@@ -187,7 +187,7 @@ def test_a_control_token_may_be_a_stop_string(server):
 
 
 def test_all_harmless_fields_at_once_over_http(server):
-    fields = {name: taken[-1] for table in (TAKEN, OTHERS_TAKEN) for name, taken in table.items()}
+    fields = {name: taken[-1] for table in (ACCEPTED, OTHERS_ACCEPTED) for name, taken in table.items()}
     fields |= {"max_tokens": 5, "max_completion_tokens": 5}
     assert server.answer(**fields)["choices"] == server.answer(max_tokens=5)["choices"]
 
@@ -211,8 +211,8 @@ MANY = {
 
 @pytest.mark.parametrize("num", [30_000, 3_000_000])
 @pytest.mark.parametrize("name", MANY)
-def test_many_values_are_refused_in_no_time(name, num):
-    """To collect an error for each of 8 million took minutes and gigabytes."""
+def test_many_values_are_refused_quickly(name, num):
+    """Without the limit, an error for each of 8 million values takes minutes and gigabytes."""
     begin, item, end = MANY[name]
     items = ",".join([item] * num)
     body = f'{{"messages": [{{"role": "user", "content": "x"}}], "{name}": {begin}{items}{end}}}'.encode()
@@ -227,7 +227,7 @@ def test_many_values_are_refused_in_no_time(name, num):
 
 
 @pytest.mark.parametrize("text", [",", '\\"', "\\\\", '\\\\\\"', "[", '\\",'], ids=repr)
-def test_what_is_in_a_text_is_no_value(text):
+def test_commas_in_a_text_are_not_values(text):
     parsed = parse_request(f'{{"messages": [{{"role": "user", "content": "{text * 60_000}"}}]}}'.encode())
     assert len(parsed.messages[0].content) == len(json.loads(f'"{text}"')) * 60_000
 
@@ -275,7 +275,7 @@ def test_variables_reach_the_chat_template(model, monkeypatch, fields, text, def
     ],
     ids=str,
 )
-def test_variables_that_cannot_be_are_named(parser, fields, message, param):
+def test_wrong_variables_are_named(parser, fields, message, param):
     with pytest.raises(ApiError) as caught:
         read(parser, **fields)
     assert message in caught.value.message and caught.value.param == (param or "chat_template_kwargs")
@@ -328,7 +328,7 @@ ASSISTANT = [
 
 
 @pytest.mark.parametrize(("given", "same"), SAME_MESSAGES, ids=range(len(SAME_MESSAGES)))
-def test_messages_that_say_the_same(parser, given, same):
+def test_equivalent_messages(parser, given, same):
     assert meaning(parser, messages=given) == meaning(parser, messages=same)
 
 

@@ -1,4 +1,4 @@
-"""What does `lmfusion demo` make, and what does it open?"""
+"""Tests `lmfusion demo`: the model it makes and the page it opens."""
 
 import re
 import signal
@@ -15,7 +15,7 @@ from lmfusion.cli.demo import EXAMPLES
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What would be trained and shown, in order."""
+    """The calls that would train a model and open the page, in order."""
     pytest.importorskip("gradio")
     calls = []
 
@@ -74,7 +74,7 @@ def test_a_model_is_not_trained(calls, tmp_path, capsys, extra):
     assert "is about the demo's own model" in capsys.readouterr().err and calls == []
 
 
-def test_what_is_missing_is_told_before_the_work(calls, tmp_path, capsys, monkeypatch):
+def test_what_is_missing_is_reported_before_the_work(calls, tmp_path, capsys, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
