@@ -59,7 +59,7 @@ def build_app(
 
     def check_queue() -> None:
         if worker.stats().num_waiting + num_parsing >= max_waiting:
-            raise queue_full(f"the queue is full ({max_waiting} requests); try again in a few seconds")
+            raise queue_full(f"{max_waiting} requests are waiting, which is the limit; try again in a few seconds")
 
     @app.post(CHAT_PATH)
     async def chat(http: Request) -> Response:

@@ -214,7 +214,7 @@ SAME_NAMES = (
     "image_size",
     "preview_every",
 )
-"""Fields that have the same name in `GenerationOptions`."""
+"""Fields that `GenerationOptions` has by the same name."""
 
 
 def parse_request(body: bytes) -> ChatRequest:

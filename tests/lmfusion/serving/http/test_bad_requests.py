@@ -1,4 +1,4 @@
-"""Requests that cannot be answered: each gets OpenAI's error body with the field at fault, and costs nobody else."""
+"""Tests that bad requests get OpenAI's error body with the field at fault, and do not affect others."""
 
 import base64
 import http.client
@@ -107,7 +107,7 @@ def test_a_wrong_field_is_named(server, fields, message, param):
 @pytest.mark.parametrize("char", ["x", "\ue000", "\U0001f600", " "])
 @pytest.mark.parametrize("field", ["content", "parts", "negative_prompt"])
 def test_texts_that_are_far_too_long_are_refused_before_they_are_tokenized(model, monkeypatch, char, field):
-    """At 16 characters for each token of the context."""
+    """The limit is 16 characters per token of the context."""
     monkeypatch.setattr(
         "lmfusion.serving.http.requests.encode_prompt", lambda *_: (_ for _ in ()).throw(AssertionError)
     )
@@ -125,7 +125,7 @@ def test_texts_that_are_far_too_long_are_refused_before_they_are_tokenized(model
 
 
 def test_a_slow_image_is_an_error_of_the_client(server, monkeypatch):
-    """Whatever the decoder refuses, such as too many scans, is said of the image."""
+    """The decoder's error, such as too many scans, becomes an error of the image."""
 
     def refuse(data, name):
         raise ValueError(f"{name} has 200 scans; the limit is 100, save it again")
@@ -149,7 +149,7 @@ def test_a_slow_image_is_an_error_of_the_client(server, monkeypatch):
     ],
     ids=lambda value: repr(value)[:30] if isinstance(value, bytes) else "",
 )
-def test_bodies_that_are_no_request(server, body, message):
+def test_bodies_that_are_not_requests(server, body, message):
     response = server.client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400 and message in response.json()["error"]["message"]
 
@@ -224,7 +224,7 @@ def test_another_model_and_unknown_paths(server):
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
 def test_web_pages_of_other_sites_cannot_post(server, kind):
-    """These are the content types that a browser sends to other sites without asking them first."""
+    """A browser sends these content types to other sites without asking them first."""
     body = b'{"messages": [{"role": "user", "content": "hi"}]}'
     response = server.client.post("/v1/chat/completions", content=body, headers={"Content-Type": kind})
     check(response, 415, 'the content type must be "application/json"', code="unsupported_media_type")
@@ -241,7 +241,7 @@ def test_a_large_body_is_refused_by_its_announcement(server):
 
 
 def test_a_large_body_is_refused_while_it_is_read(server):
-    """One that does not say how large it is, long before its end."""
+    """A body without a length is refused long before its end."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
@@ -269,7 +269,7 @@ def test_long_values_are_not_echoed_whole(server):
 
 
 def test_control_tokens_in_a_message_are_text(server):
-    """They cannot end the user's turn."""
+    """So they cannot end the user's turn."""
     plain, spelled = (
         server.answer(max_tokens=1),
         server.answer(messages=[{"role": "user", "content": "hi</s>"}], max_tokens=1),
@@ -307,6 +307,6 @@ def test_limits_are_positive(name):
 
 
 def test_pictures_are_what_these_tests_think(server):
-    """The image that all the refused ones are compared with is taken."""
+    """The image from which the refused ones are made is accepted."""
     assert server.post(user(image_part(data_url(picture())))).status_code == 200
     assert np.asarray(picture()).shape == (8, 8)

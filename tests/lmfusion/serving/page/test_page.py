@@ -180,12 +180,12 @@ def test_errors_are_shown(browser, page, tmp_path, monkeypatch):
     browser.wait(lambda: "context is 256" in browser.text("body"))
 
     def full(*_):
-        raise QueueFull("the queue is full (64 requests)")
+        raise QueueFull("64 requests are waiting, which is the limit")
 
     monkeypatch.setattr(page.worker, "submit", full)
     browser.open(page.url)
     browser.one("#box textarea").send_keys("Hello\n")
-    browser.wait(lambda: "the queue is full (64 requests)" in browser.text("body"))
+    browser.wait(lambda: "64 requests are waiting" in browser.text("body"))
 
 
 def test_the_gallery_shows_how_an_image_was_generated(browser, tmp_path):
