@@ -64,7 +64,7 @@ def build_settings(model: "LMFusion", limits: Limits, prompt_mode: str = "conver
             2.0,
             step=0.05,
             label="Guidance scale",
-            info="1: no guidance; higher: closer to the prompt",
+            info="1: none; higher: closer to the prompt",
             elem_id="guidance",
         )
         controls["negative_prompt"] = gr.Textbox(label="Negative prompt", max_lines=3, elem_id="negative-prompt")
@@ -73,7 +73,7 @@ def build_settings(model: "LMFusion", limits: Limits, prompt_mode: str = "conver
                 sizes, value=model.codec.config.image_size, label="Image size", elem_id="image-size"
             )
         controls["preview_every"] = gr.Slider(
-            0, 50, 1, step=1, label="Preview every n steps", info="0: no previews", elem_id="preview-every"
+            0, 50, 1, step=1, label="Preview every", info="in steps; 0: no previews", elem_id="preview-every"
         )
     with gr.Accordion("Text", open=True):
         controls["max_new_tokens"] = gr.Slider(
