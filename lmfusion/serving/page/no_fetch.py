@@ -1,4 +1,4 @@
-"""Middleware that passes to gradio only the requests that the page makes, none of which has the server fetch addresses.
+"""Middleware that passes only the page's own requests to gradio, and none that makes the server fetch an address.
 
 gradio has many more routes than the page uses: it relays files of other machines, converts recordings, and keeps any
 file that is uploaded. The middleware answers only the routes in ROUTES and stops browsers from loading anything from
