@@ -13,7 +13,6 @@ training run lies in DIR/run: an interrupted one continues there, a finished one
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from lmfusion.cli.loading import add_loading_options, load_model
@@ -64,13 +63,12 @@ def run(args: argparse.Namespace) -> int:
     from lmfusion.serving.page.app import require_gradio
 
     require_gradio()
-    from lmfusion.serving.guard import is_loopback
-    from lmfusion.serving.lifecycle import bind
+    from lmfusion.serving.lifecycle import bind, warn_if_public
 
     with bind(args.host, args.port) as listener:  # a port that is taken is told before minutes of training
-        name, examples, way = "lmfusion demo", EXAMPLES, "message"  # it was taught single questions
+        name, examples, prompt_mode = "lmfusion demo", EXAMPLES, "last_message"  # it was taught single questions
         if args.model is not None:
-            name, examples, way = Path(args.model).resolve().name, (), "conversation"
+            name, examples, prompt_mode = Path(args.model).resolve().name, (), "conversation"
         else:
             args.model = str(Path(args.output) / "run" / "model")
             has_model = (Path(args.model) / "config.json").is_file()
@@ -81,9 +79,7 @@ def run(args: argparse.Namespace) -> int:
         from lmfusion.generation.worker import EngineWorker
         from lmfusion.serving.page.app import serve_page
 
-        if not is_loopback(args.host):
-            warning = f"{args.host} is more than this machine: everybody who reaches it can use the page, unencrypted"
-            print(f"lmfusion: warning: {warning}", file=sys.stderr)
+        warn_if_public(args.host, "the page")
         model = load_model(args)
         engine = Engine(model, max_batch=MAX_BATCH)
         print(engine.plan)
@@ -96,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
                 host=args.host,
                 name=name,
                 examples=examples,
-                way=way,
+                prompt_mode=prompt_mode,
                 allowed_hosts=[*args.allow_host, args.host],
             )
         finally:

@@ -1,4 +1,4 @@
-"""Serve a model over HTTP: OpenAI's chat API, with images in and out. See docs/server.md.
+"""Serve a model over HTTP: OpenAI's chat API, with images in and out. See docs/serving.md.
 
     lmfusion serve runs/demo/run/model
     lmfusion serve runs/demo/run/model --port 9000 --max-waiting 16 --default sampler=dpm-solver --default num_steps=20
@@ -92,8 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     try:
         from lmfusion.serving.http.app import build_app
-        from lmfusion.serving.http.requests import RequestLimits, RequestReader
-        from lmfusion.serving.lifecycle import bind, run_server, url_of, warn_if_open
+        from lmfusion.serving.http.requests import RequestLimits, RequestParser
+        from lmfusion.serving.lifecycle import bind, run_server, url_of, warn_if_public
     except ImportError as error:
         missing = f"`lmfusion serve` needs fastapi and uvicorn ({error.name} is not installed)"
         raise ValueError(f'{missing}; pip install -e ".[serve]"') from None
@@ -113,15 +113,16 @@ def run(args: argparse.Namespace) -> int:
     api_key = _api_key(args.api_key_file)
     template = None if args.chat_template is None else Path(args.chat_template).read_text(encoding="utf-8")
     with bind(args.host, args.port) as listener:
-        warn_if_open(args.host, api_key is not None)
+        key = "with the API key" if api_key else f"WITHOUT ANY KEY (set {KEY_VARIABLE} or --api-key-file)"
+        warn_if_public(args.host, f"the model {key}")
         model = load_model(args)
         _require_chat(model, template)
         name = args.name or Path(args.model).resolve().name
-        reader = RequestReader(model, name, limits, defaults)
+        parser = RequestParser(model, name, limits, defaults)
         preview_map(model.codec)  # which may take seconds, before anybody waits for it
         engine = Engine(model, num_rows=args.cache_slots, max_batch=args.max_batch, limits=limits.generation)
         worker = EngineWorker(engine, max_waiting=args.max_waiting)
-        app = build_app(worker, reader, api_key=api_key, allowed_hosts=[*args.allow_host, args.host])
+        app = build_app(worker, parser, api_key=api_key, allowed_hosts=[*args.allow_host, args.host])
         print(engine.plan)
         run_server(
             app,

@@ -1,4 +1,4 @@
-"""How do others reach a model over HTTP? OpenAI's chat API with images in and out; see docs/server.md.
+"""Serves a model over HTTP: OpenAI's chat API (`http`) and a page for the browser (`page`). See docs/serving.md.
 
-Needs fastapi and uvicorn (`pip install -e ".[serve]"`); `lmfusion.serving.lifecycle` says so where they are missing.
+The API needs `pip install -e ".[serve]"`, the page `pip install -e ".[page]"`.
 """

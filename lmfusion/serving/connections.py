@@ -1,7 +1,7 @@
-"""Connections: how many may be open, and how long each may wait, send nothing or take nothing.
+"""Limits of connections: their number, and how long a client may send nothing or read nothing.
 
-uvicorn has a time limit for connections that idle between two requests, and none for a first byte, a header that comes
-slowly, a body that nobody reads any more, or a client that does not take its answer. This file adds them.
+uvicorn has a time limit for connections that are idle between two requests. It has none for the first byte, a slow
+header, a body that is no longer read, or a client that does not read its answer. This file adds them.
 """
 
 import asyncio
@@ -19,48 +19,50 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from lmfusion.serving.errors import ApiError
+from lmfusion.serving.errors import RETRY_SECONDS, ApiError
 
 MAX_CONNECTIONS = 1024
-"""Open at a time. Fewer, where the process may not open as many files."""
+"""Open connections. The limit is lower if the process may not open that many files."""
 IDLE_SECONDS = 30.0
-"""A connection on which no request begins is closed after so long."""
+"""Time until a connection without a request is closed."""
 HEADER_SECONDS = 10.0
-"""From the first byte of a request to the end of its header."""
+"""Time from the first byte of a request to the end of its header."""
 STALL_SECONDS = 60.0
-"""A client that takes nothing of its answer for so long is disconnected."""
+"""Time after which a client that reads nothing of its answer is disconnected."""
 MAX_DISCARDED_BYTES = 64 * 2**20
-"""Of a refused body, read and thrown away. Many clients read an answer only after they have sent everything."""
+"""Bytes of a refused body that are read and discarded. Many clients read the answer only after sending everything."""
 MAX_PIPELINED_BYTES = 64 * 1024
-"""Sent ahead of an answer at most before reading stops. While it goes on, a client that hangs up is noticed."""
+"""Bytes sent ahead of an answer until reading stops. A disconnect is noticed only while reading goes on."""
 MAX_BACKLOG = 128
-"""New connections taken in one turn of the event loop."""
+"""New connections accepted in one turn of the event loop."""
 MIN_OTHER_FILES = 32
-"""Files that may be opened besides connections."""
+"""Files reserved for everything besides connections."""
 LOG_SECONDS = 60.0
-"""What happens to many connections is logged once in so long."""
+"""Minimum time between two warnings about connections."""
 
 logger = logging.getLogger(__name__)
 
 
 class Connections:
-    """All connections of a server. `protocol` is what uvicorn calls for each new one.
+    """All connections of a server. uvicorn calls `protocol` for each new one.
 
-    max_connections: open at a time. One more closes the oldest connection that has not sent a whole request yet, since
-    an honest client needs only milliseconds for that. If there is none, the new one is answered with 503.
+    Args:
+        max_connections: number of open connections. One more closes the oldest connection that has not sent a complete
+            request yet, since a well-behaved client needs only milliseconds for that. If there is none, the new
+            connection is answered with 503.
     """
 
     def __init__(self, max_connections: int = MAX_CONNECTIONS) -> None:
         self.max_connections = max_connections
         self.incomplete: dict[Connection, None] = {}
-        """Those whose next request is not there in whole, the oldest first."""
+        """Connections whose next request is not complete, the oldest first."""
         self._logged_at = -LOG_SECONDS
 
     def protocol(self, **arguments: Any) -> "Connection":
         return Connection(self, **arguments)
 
     def make_room(self, num_open: int) -> bool:
-        """Close a connection if `num_open` are too many; False where none can be closed."""
+        """Close a connection if `num_open` are too many. False if none can be closed."""
         if num_open <= self.max_connections:
             return True
         oldest = next(iter(self.incomplete), None)
@@ -71,13 +73,13 @@ class Connections:
         return oldest is not None
 
     def warn(self, message: str) -> None:
-        """Log `message`, if nothing was logged in the last minute."""
+        """Log `message` unless a warning was logged in the last LOG_SECONDS."""
         if time.monotonic() - self._logged_at >= LOG_SECONDS:
             self._logged_at = time.monotonic()
             logger.warning("lmfusion: warning: %s (logged at most once a minute)", message)
 
     def on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """An exception handler of the event loop. asyncio reports every connection that it has no file for."""
+        """The event loop's exception handler. asyncio reports each connection for which no file can be opened."""
         if str(context.get("message", "")).startswith("socket.accept() out of system resource"):
             self.warn(f"no connection can be accepted: {context.get('exception')}")
         else:
@@ -92,7 +94,7 @@ class Connection(H11Protocol):
         self._shared = shared
         self._request_deadline = _Deadline(self)
         self._stall_deadline = _Deadline(self)
-        self._has_begun = False  # the first byte of the next request has come
+        self._has_started = False  # whether the first byte of the next request has arrived
         self._num_discarded = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -100,7 +102,7 @@ class Connection(H11Protocol):
         if self._shared.make_room(len(self.connections)):
             self._shared.incomplete[self] = None
         else:
-            body, headers = _unavailable()
+            body, headers = _too_many_connections()
             transport.write(b"HTTP/1.1 503 Service Unavailable\r\n" + headers + b"\r\n" + body)
             transport.close()
         self._request_deadline.set(IDLE_SECONDS)
@@ -112,21 +114,22 @@ class Connection(H11Protocol):
                 if self._num_discarded > MAX_DISCARDED_BYTES:
                     self.transport.abort()
                     return
-            elif not self._has_begun:
-                self._has_begun = True
+            elif not self._has_started:
+                self._has_started = True
                 self._request_deadline.set(HEADER_SECONDS)
         super().data_received(data)
-        self._look()
+        self._track_request()
         if self.conn.their_state is h11.DONE and len(self.conn.trailing_data[0]) <= MAX_PIPELINED_BYTES:
-            self.flow.resume_reading()  # uvicorn would notice no end of a connection on which anything is left unread
+            # uvicorn stops reading when anything follows the request. Then it would not notice a disconnect.
+            self.flow.resume_reading()
 
     def on_response_complete(self) -> None:
-        self._has_begun = False
+        self._has_started = False
         self._num_discarded = 0
         self._shared.incomplete[self] = None
         self._request_deadline.set(IDLE_SECONDS)
         super().on_response_complete()
-        self._look()
+        self._track_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._request_deadline.cancel()
@@ -143,7 +146,7 @@ class Connection(H11Protocol):
         self._stall_deadline.cancel()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer bytes that are no HTTP, where an answer can still be begun."""
+        """Answer bytes that are not HTTP, unless an answer has already been started."""
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             response = ApiError(400, msg, code="invalid_http", headers={"Connection": "close"}).response()
             for event in (
@@ -152,17 +155,17 @@ class Connection(H11Protocol):
                 h11.EndOfMessage(),
             ):
                 self.transport.write(self.conn.send(event) or b"")
-        if self._is_answering():  # the app would answer, too: it may not have begun
+        if self._is_answering():  # the app may not have started its answer: keep it from sending a second one
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         self.transport.close()
 
     def _is_answering(self) -> bool:
-        """Whether a request's header has come, and its answer is not complete."""
+        """Whether the header of a request is complete and its answer is not."""
         return self.cycle is not None and not self.cycle.response_complete
 
-    def _look(self) -> None:
-        """Once a request's header is there, its body has limits of its own; so has an answer."""
+    def _track_request(self) -> None:
+        """After the header other limits apply, and after the body the request is complete."""
         if self._is_answering():
             self._request_deadline.cancel()
             if self.conn.their_state is not h11.SEND_BODY:
@@ -170,7 +173,7 @@ class Connection(H11Protocol):
 
 
 class _Deadline:
-    """Cuts a connection after a time in which the client took nothing of what was to be sent to it."""
+    """Aborts a connection after a time in which the client has read nothing of what is being sent to it."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -194,20 +197,20 @@ class _Deadline:
             self._connection.transport.abort()
 
 
-def _unavailable() -> tuple[bytes, bytes]:
-    """Body and headers for a connection that cannot be served."""
+def _too_many_connections() -> tuple[bytes, bytes]:
+    """Body and headers of the answer to a connection that cannot be served."""
     error = ApiError(
         503,
-        "all connections of the server are in use; try again in a few seconds",
+        f"all connections of the server are in use; try again in {RETRY_SECONDS} seconds",
         code="too_many_connections",
-        headers={"Connection": "close", "Retry-After": "2"},
+        headers={"Connection": "close", "Retry-After": str(RETRY_SECONDS)},
     )
     response: JSONResponse = error.response()
     return bytes(response.body), b"".join(b"%s: %s\r\n" % header for header in response.raw_headers)
 
 
 class LimitedServer(uvicorn.Server):
-    """uvicorn's server of `app` with these limits. config: further settings of uvicorn."""
+    """uvicorn's server of `app` with the limits of this file. config: further settings of uvicorn."""
 
     def __init__(self, app: ASGIApp, **config: Any) -> None:
         max_connections, backlog = raise_file_limit()
@@ -217,7 +220,7 @@ class LimitedServer(uvicorn.Server):
                 app,
                 http=self._connections.protocol,  # type: ignore[arg-type]
                 ws="none",
-                # Without warnings: uvicorn would write a line for every client that sends something strange
+                # Without warnings: uvicorn would write a line for each client that sends something odd.
                 log_level="error",
                 access_log=False,
                 server_header=False,
@@ -233,24 +236,25 @@ class LimitedServer(uvicorn.Server):
 
 
 def raise_file_limit() -> tuple[int, int]:
-    """Let the process open as many files as `MAX_CONNECTIONS` need, if it may.
+    """Raise the process's limit of open files to what MAX_CONNECTIONS needs, as far as allowed.
 
-    Returns the number of connections that may be open, and of new ones to take at once, so that enough files are left
-    for everything else.
+    Returns:
+        The number of connections that may be open, and the number to accept at once, such that enough files are left
+        for everything else.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     num_open = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
-    wanted = num_open + MIN_OTHER_FILES + MAX_CONNECTIONS + _spare(MAX_BACKLOG)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        with contextlib.suppress(OSError, ValueError):  # some systems say "unlimited" and allow less
+    needed = num_open + MIN_OTHER_FILES + MAX_CONNECTIONS + _num_closing(MAX_BACKLOG)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        with contextlib.suppress(OSError, ValueError):  # some systems report "unlimited" and allow less
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     num_free = MAX_CONNECTIONS * 2 if soft == resource.RLIM_INFINITY else soft - num_open - MIN_OTHER_FILES
     backlog = max(1, min(MAX_BACKLOG, num_free // 16))
-    return max(1, min(MAX_CONNECTIONS, num_free - _spare(backlog))), backlog
+    return max(1, min(MAX_CONNECTIONS, num_free - _num_closing(backlog))), backlog
 
 
-def _spare(backlog: int) -> int:
-    """Files of connections that were accepted, and are closed some turns of the event loop later."""
+def _num_closing(backlog: int) -> int:
+    """Files of connections that have been accepted and will be closed some turns of the event loop later."""
     return 4 * (backlog + 1)

@@ -1,4 +1,4 @@
-"""What does a client learn when something is wrong? OpenAI's error body, which its clients turn into exceptions."""
+"""API errors with OpenAI's error body, which OpenAI's clients turn into exceptions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,9 +8,11 @@ from starlette.responses import JSONResponse
 from lmfusion.utils.config_values import truncate
 
 MAX_MESSAGE = 500
-"""Characters; an error quotes what was sent, which may be long."""
+"""Length of an error message in characters. Messages quote the request, which may be long."""
 MAX_PARAM = 100
-"""Characters of the path of a field, which may be unknown and long."""
+"""Length of a field's path in characters. The field may be unknown and its name long."""
+RETRY_SECONDS = 2
+"""Retry-After of a server that is full, in seconds."""
 
 TYPES = {
     401: "authentication_error",
@@ -19,11 +21,19 @@ TYPES = {
     500: "server_error",
     503: "server_error",
 }
-"""By HTTP status; everything else is an "invalid_request_error"."""
+"""Error types by HTTP status. The type of any other status is "invalid_request_error"."""
 
 
 class ApiError(Exception):
-    """A request that is answered with an error. param: the field at fault; code: the reason for programs."""
+    """A request that is answered with an error.
+
+    Args:
+        status: HTTP status.
+        message: for people.
+        param: path of the field at fault, such as "messages[0].content".
+        code: the reason, for programs.
+        headers: additional headers of the response.
+    """
 
     def __init__(
         self,
@@ -48,3 +58,18 @@ class ApiError(Exception):
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, self.headers)
+
+
+def queue_full(message: str) -> ApiError:
+    """429: the client should try again later."""
+    return ApiError(429, message, code="queue_full", headers={"Retry-After": str(RETRY_SECONDS)})
+
+
+def client_disconnected() -> ApiError:
+    """499, as in nginx. It is counted in the metrics; the client does not receive it."""
+    return ApiError(499, "the client disconnected", code="client_disconnected")
+
+
+def shutting_down() -> ApiError:
+    """503: the server is shutting down."""
+    return ApiError(503, "the server is shutting down", code="engine_stopped", headers={"Connection": "close"})

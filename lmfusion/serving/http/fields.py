@@ -1,4 +1,4 @@
-"""Fields of a request that cannot change an answer here: at which values they are taken."""
+"""Types of request fields that are restricted to values that change nothing, and of fields with special values."""
 
 import json
 from collections.abc import Callable
@@ -20,8 +20,14 @@ from lmfusion.utils.config_values import truncate
 MAX_SEED = 2**63 - 1
 
 
-class Checked:
-    """Marks a field that may hold null, and what `is_allowed`; `allowed` says what that is, `schema` in JSON Schema."""
+class Restricted:
+    """Annotates a field that may be null or a value that `is_allowed` accepts.
+
+    Args:
+        is_allowed: whether a value is accepted.
+        allowed: the accepted values, for error messages.
+        schema: the accepted values as JSON Schema.
+    """
 
     def __init__(self, is_allowed: Callable[[Any], bool], allowed: str, schema: dict[str, Any]) -> None:
         self._is_allowed = is_allowed
@@ -39,22 +45,22 @@ class Checked:
             given = json.dumps(value, ensure_ascii=False, default=str)
             raise PydanticCustomError(
                 "unsupported_value",
-                "is {given}; only {allowed} is supported here, leave the field out",
+                "must be {allowed}, got {given}; leave the field out",
                 {"given": truncate(given, 80), "allowed": self._allowed},
             )
         return value
 
 
-class Only(Checked):
-    """Marks a field that may hold null or one of `values`, as these change nothing."""
+class Only(Restricted):
+    """Annotates a field that may be null or one of `values`, which change nothing."""
 
     def __init__(self, *values: Any) -> None:
         allowed = " or ".join(json.dumps(value) for value in values) or "null"
         self._values = values
-        super().__init__(self._is_one, allowed, {"enum": [*values, None]})
+        super().__init__(self._is_listed, allowed, {"enum": [*values, None]})
 
-    def _is_one(self, given: Any) -> bool:
-        # true is not 1, as it is in Python
+    def _is_listed(self, given: Any) -> bool:
+        # In Python True == 1, in JSON they differ.
         return any(given == value and isinstance(given, bool) == isinstance(value, bool) for value in self._values)
 
 
@@ -66,26 +72,28 @@ def _has_text(value: Any) -> bool:
     return isinstance(value, list) and "text" in value and all(item in ("text", "image") for item in value)
 
 
-NO_BIAS = Checked(_has_no_bias, "{} or a bias of 0", {"type": ["object", "null"], "additionalProperties": {"const": 0}})
-WITH_TEXT = Checked(
+NO_BIAS = Restricted(
+    _has_no_bias, "{} or a bias of 0", {"type": ["object", "null"], "additionalProperties": {"const": 0}}
+)
+WITH_TEXT = Restricted(
     _has_text,
     '["text"] or ["text", "image"]',
     {"type": ["array", "null"], "items": {"enum": ["text", "image"]}, "contains": {"const": "text"}},
 )
-Unused = Annotated[Any, WithJsonSchema({})]
-"""Any value; it has no effect."""
+IgnoredField = Annotated[Any, WithJsonSchema({})]
+"""Any value is accepted and has no effect."""
 
 
-def _unlimited_is_none(value: Any) -> Any:
+def _minus_one_is_none(value: Any) -> Any:
     return None if value == -1 and type(value) is int else value
 
 
-MaxTokens = Annotated[int | None, BeforeValidator(_unlimited_is_none)]
-"""-1 leaves the number to the server, as in LM Studio and llama.cpp."""
+MaxTokens = Annotated[int | None, BeforeValidator(_minus_one_is_none)]
+"""-1 means the server's default, as in LM Studio and llama.cpp."""
 TopK = Annotated[int | None, BeforeValidator(lambda value: 0 if value == -1 and type(value) is int else value)]
 """-1 means all, as in vLLM and llama.cpp."""
 Seed = Annotated[
     Annotated[int, Field(ge=-MAX_SEED - 1, le=MAX_SEED), AfterValidator(lambda seed: seed % (MAX_SEED + 1))] | None,
-    BeforeValidator(_unlimited_is_none),
+    BeforeValidator(_minus_one_is_none),
 ]
-"""-1 means that none is given, as in vLLM and llama.cpp; other negative ones are numbers like all others."""
+"""-1 means the default, as in vLLM and llama.cpp. Other negative seeds are ordinary seeds."""

@@ -1,84 +1,88 @@
-"""What is the server doing? Counts and times in Prometheus' text format, version 0.0.4."""
+"""Prometheus metrics of the server: requests, responses, tokens, images and times."""
 
-import bisect
-import itertools
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from lmfusion.generation.worker import WorkerStats
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
-"""Upper bounds of the histograms."""
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+"""Upper bounds of the histograms' buckets, in seconds."""
 FINISH_REASONS = ("stop", "length", "cancelled", "error")
 
 
-class Histogram:
-    """How many values were at most as large as each bound."""
+class ServerMetrics:
+    """The metrics of one server, in a registry of its own.
 
-    def __init__(self, bounds: Sequence[float] = SECONDS) -> None:
-        self._bounds = tuple(bounds)
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
+    Args:
+        stats: returns the current counts of the engine's worker.
+    """
 
-    def observe(self, value: float) -> None:
-        self._counts[bisect.bisect_left(self._bounds, value)] += 1
-        self._sum += value
-
-    def lines(self, name: str) -> list[str]:
-        totals = list(itertools.accumulate(self._counts))
-        labels = [*map(str, self._bounds), "+Inf"]
-        buckets = [f'{name}_bucket{{le="{label}"}} {total}' for label, total in zip(labels, totals, strict=True)]
-        return [*buckets, f"{name}_sum {self._sum:.6f}", f"{name}_count {totals[-1]}"]
-
-
-class Metrics:
-    """What the server counts itself, beside the engine's worker. Used in the event loop's thread alone."""
-
-    def __init__(self) -> None:
-        self.first_event = Histogram()
-        """Seconds from a request's arrival to the first text or image."""
-        self.latency = Histogram()
-        """Seconds from a request's arrival to its end."""
-        self._statuses: Counter[int] = Counter()
+    def __init__(self, stats: Callable[[], WorkerStats]) -> None:
+        self._registry = CollectorRegistry()
+        self._responses = Counter(
+            "lmfusion_http_responses", "Responses by HTTP status", ["status"], registry=self._registry
+        )
+        self._rejected = Counter(
+            "lmfusion_requests_rejected", "Requests rejected because the server was full", registry=self._registry
+        )
+        self.first_event = Histogram(
+            "lmfusion_first_event_seconds",
+            "Seconds from a request's arrival to its first text or image",
+            buckets=BUCKETS,
+            registry=self._registry,
+        )
+        self.latency = Histogram(
+            "lmfusion_request_seconds",
+            "Seconds from a request's arrival to its end",
+            buckets=BUCKETS,
+            registry=self._registry,
+        )
+        self._registry.register(_WorkerCollector(stats))
 
     def count_status(self, status: int) -> None:
-        self._statuses[status] += 1
+        """Count a response."""
+        self._responses.labels(str(status)).inc()
+        if status == 429:
+            self._rejected.inc()
 
-    def render(self, stats: WorkerStats) -> str:
-        """The page that Prometheus reads."""
-        reasons = dict.fromkeys(FINISH_REASONS, 0) | stats.num_finished
-        statuses = {str(status): number for status, number in self._statuses.items()}
-        lines = [
-            *_metric("engine_up", "gauge", "1 while requests can be answered", int(not stats.problem)),
-            *_metric("requests_waiting", "gauge", "requests in the queue", stats.num_waiting),
-            *_metric("requests_running", "gauge", "requests in the batch", stats.num_running),
-            *_labelled("requests_finished_total", "requests by how they ended", "reason", reasons),
-            *_metric("requests_rejected_total", "counter", "requests that found the queue full", self._statuses[429]),
-            *_labelled("http_responses_total", "answers by HTTP status", "status", statuses),
-            *_metric("prompt_tokens_total", "counter", "rows of finished prompts", stats.num_prompt_tokens),
-            *_metric("new_tokens_total", "counter", "text tokens of finished answers", stats.num_new_tokens),
-            *_metric("images_total", "counter", "images finished", stats.num_images),
-            *_metric("denoise_steps_total", "counter", "steps of finished images", stats.num_denoise_steps),
-            *_metric("cache_slots", "gauge", "rows of the key-value cache", stats.num_rows),
-            *_metric("cache_rows_used", "gauge", "rows that requests hold", stats.num_rows_used),
-        ]
-        for name, what, histogram in (
-            ("first_event_seconds", "from arrival to the first text or image", self.first_event),
-            ("request_seconds", "from arrival to the end", self.latency),
+    def render(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _WorkerCollector(Collector):
+    """Metrics that the engine's worker counts itself. They are read when Prometheus asks for them."""
+
+    def __init__(self, stats: Callable[[], WorkerStats]) -> None:
+        self._stats = stats
+
+    def describe(self) -> Iterator[Metric]:
+        """Without it, registering would call `collect`."""
+        return iter(())
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._stats()
+        for name, text, value in (
+            ("engine_up", "1 while requests can be answered", int(not stats.problem)),
+            ("requests_waiting", "Requests in the queue", stats.num_waiting),
+            ("requests_running", "Requests in the batch", stats.num_running),
+            ("cache_slots", "Slots of the key-value cache", stats.num_rows),
+            ("cache_slots_used", "Slots that requests hold", stats.num_rows_used),
         ):
-            lines += [*_head(name, "histogram", what), *histogram.lines(f"lmfusion_{name}")]
-        return "\n".join(lines) + "\n"
-
-
-def _head(name: str, kind: str, what: str) -> list[str]:
-    return [f"# HELP lmfusion_{name} {what}", f"# TYPE lmfusion_{name} {kind}"]
-
-
-def _metric(name: str, kind: str, what: str, value: int) -> list[str]:
-    return [*_head(name, kind, what), f"lmfusion_{name} {value}"]
-
-
-def _labelled(name: str, what: str, label: str, values: Mapping[str, int]) -> list[str]:
-    rows = [f'lmfusion_{name}{{{label}="{key}"}} {value}' for key, value in values.items()]
-    return [*_head(name, "counter", what), *rows]
+            yield GaugeMetricFamily(f"lmfusion_{name}", text, value)
+        for name, text, value in (
+            ("prompt_tokens", "Tokens of the prompts of finished requests", stats.num_prompt_tokens),
+            ("new_tokens", "Text tokens of finished answers", stats.num_new_tokens),
+            ("images", "Finished images", stats.num_images),
+            ("denoise_steps", "Denoising steps of finished images", stats.num_denoise_steps),
+        ):
+            yield CounterMetricFamily(f"lmfusion_{name}", text, value)
+        finished = CounterMetricFamily("lmfusion_requests_finished", "Requests by finish reason", labels=["reason"])
+        for reason, number in (dict.fromkeys(FINISH_REASONS, 0) | stats.num_finished).items():
+            finished.add_metric([reason], number)
+        yield finished

@@ -1,7 +1,7 @@
-"""What may a chat request contain? OpenAI's fields that have a meaning here, and ours about images.
+"""The schema of chat requests: OpenAI's fields, and fields for image generation.
 
-Nothing is ignored in silence: an unknown field is an error that names it. All of OpenAI's fields are known. Those that
-cannot change an answer are taken; those that could, and are not supported, are taken at values that change nothing.
+Nothing is ignored silently: an unknown field is an error that names it. All of OpenAI's fields are known. Fields that
+cannot change an answer are accepted; unsupported fields that could are accepted at values that change nothing.
 """
 
 from typing import Annotated, Any, Literal
@@ -9,15 +9,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from lmfusion.serving.errors import ApiError
-from lmfusion.serving.http.fields import NO_BIAS, WITH_TEXT, MaxTokens, Only, Seed, TopK, Unused
+from lmfusion.serving.http.fields import NO_BIAS, WITH_TEXT, IgnoredField, MaxTokens, Only, Seed, TopK
 
 MAX_MESSAGES = 1000
 MAX_PARTS = 1000
 MAX_VALUES = 50_000
-"""In a body. Checking takes time and memory for each, and an error for each that is wrong."""
+"""JSON values in a body. Validation takes time and memory for each, and makes an error for each that is wrong."""
 MAX_STOP_CHARS = 1000
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-"""Some clients begin a body with it."""
+"""Some clients send it at the start of a body."""
 
 
 class _Strict(BaseModel):
@@ -28,15 +28,15 @@ class TextPart(_Strict):
     type: Literal["text"]
     text: str
     # Prompt caching, which this server does not have
-    prompt_cache_breakpoint: Unused = None
-    cache_control: Unused = None
+    prompt_cache_breakpoint: IgnoredField = None
+    cache_control: IgnoredField = None
 
 
 class ImageUrl(_Strict):
     url: str
     """A data: URL with a PNG, JPEG or WEBP in base64."""
     detail: str | None = None
-    """Taken and not used: an image is read at the model's size."""
+    """Accepted and ignored: an image is scaled to the model's size."""
 
 
 class ImagePart(_Strict):
@@ -44,9 +44,9 @@ class ImagePart(_Strict):
     image_url: Annotated[ImageUrl, BeforeValidator(lambda url: {"url": url} if isinstance(url, str) else url)]
     """An object with a url, or the URL alone, as some clients send it."""
     settings: dict[str, Any] | None = None
-    """What an answer's image was made with; taken and not used, so that answers can be sent back as they came."""
-    prompt_cache_breakpoint: Unused = None
-    cache_control: Unused = None
+    """The settings of a generated image. Accepted and ignored, so that answers can be sent back unchanged."""
+    prompt_cache_breakpoint: IgnoredField = None
+    cache_control: IgnoredField = None
 
 
 def _part_tag(part: Any) -> str | None:
@@ -54,16 +54,16 @@ def _part_tag(part: Any) -> str | None:
     return f"<{kind}>" if kind in ("text", "image_url") else None
 
 
-Part = Annotated[
+ContentPart = Annotated[
     Annotated[TextPart, Tag("<text>")] | Annotated[ImagePart, Tag("<image_url>")],
     Discriminator(
         _part_tag,
         custom_error_type="part_type",
-        custom_error_message='a part is {"type": "text", "text": ...} or {"type": "image_url", "image_url": ...}',
+        custom_error_message='a part must be {"type": "text", "text": ...} or {"type": "image_url", "image_url": ...}',
     ),
 ]
 Content = Annotated[
-    Annotated[str, Tag("<string>")] | Annotated[list[Part], Field(max_length=MAX_PARTS), Tag("<parts>")],
+    Annotated[str, Tag("<string>")] | Annotated[list[ContentPart], Field(max_length=MAX_PARTS), Tag("<parts>")],
     Discriminator(lambda content: "<string>" if isinstance(content, str) else "<parts>"),
 ]
 
@@ -74,16 +74,16 @@ Stop = Annotated[
 ]
 
 
-class Message(_Strict):
+class ChatMessage(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    """"developer" is "system"."""
+    """"developer" means "system"."""
     content: Content | None = None
-    parts: Annotated[list[Part], Field(max_length=MAX_PARTS)] | None = None
-    """Of an answer that is sent back: what counts in place of its content, as it has the images, too."""
+    parts: Annotated[list[ContentPart], Field(max_length=MAX_PARTS)] | None = None
+    """The parts of an answer that is sent back. They replace its content, since they include the images."""
     name: str | None = None
-    """Taken and not used."""
-    cache_control: Unused = None
-    # Parts of answers that clients send back
+    """Accepted and ignored."""
+    cache_control: IgnoredField = None
+    # Fields of answers that clients send back
     refusal: Annotated[Any, Only("")] = None
     audio: Annotated[Any, Only()] = None
     function_call: Annotated[Any, Only()] = None
@@ -91,13 +91,13 @@ class Message(_Strict):
     tool_call_id: Annotated[Any, Only("")] = None
     reasoning_content: Annotated[Any, Only("")] = None
     reasoning: Annotated[Any, Only("")] = None
-    annotations: Unused = None
+    annotations: IgnoredField = None
 
 
 class StreamOptions(_Strict):
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
-    """Taken and not used."""
+    """Accepted and ignored."""
 
 
 class ResponseFormat(_Strict):
@@ -107,7 +107,7 @@ class ResponseFormat(_Strict):
 class ChatRequest(_Strict):
     """The body of POST /v1/chat/completions. null is the same as leaving a field out."""
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
     model: str | None = None
     max_tokens: MaxTokens = None
     max_completion_tokens: MaxTokens = None
@@ -134,11 +134,11 @@ class ChatRequest(_Strict):
     preview_every: int | None = None
 
     chat_template_kwargs: dict[str, Any] | None = None
-    """Variables that the chat template reads, over those of the server and the model. vLLM's and llama.cpp's name."""
+    """Variables of the chat template, which override those of the server and the model. vLLM's and llama.cpp's name."""
     enable_thinking: bool | None = None
-    """The variable of that name."""
+    """The chat template's variable of that name."""
 
-    # OpenAI's, at values that change nothing
+    # OpenAI's fields, at values that change nothing
     n: Annotated[Any, Only(1)] = None
     presence_penalty: Annotated[Any, Only(0)] = None
     frequency_penalty: Annotated[Any, Only(0)] = None
@@ -156,11 +156,11 @@ class ChatRequest(_Strict):
     tool_choice: Annotated[Any, Only("none", "auto")] = None
     function_call: Annotated[Any, Only("none", "auto")] = None
     tools: list[Any] | None = None
-    """Must be empty where `tool_choice` is not "none"."""
+    """Must be empty unless `tool_choice` is "none"."""
     functions: list[Any] | None = None
-    """Must be empty where `function_call` is not "none"."""
+    """Must be empty unless `function_call` is "none"."""
 
-    # OpenAI's, taken and not used
+    # OpenAI's fields that are accepted and ignored
     user: str | None = None
     metadata: dict[str, Any] | None = None
     safety_identifier: str | None = None
@@ -172,7 +172,7 @@ class ChatRequest(_Strict):
     prediction: dict[str, Any] | None = None
     """It could only make the answer faster."""
 
-    # vLLM's and llama.cpp's, at values that change nothing
+    # Fields of vLLM and llama.cpp, at values that change nothing
     min_p: Annotated[Any, Only(0)] = None
     typical_p: Annotated[Any, Only(1)] = None
     repetition_penalty: Annotated[Any, Only(1)] = None
@@ -217,10 +217,16 @@ SAME_NAMES = (
 """Fields that `GenerationOptions` has by the same name."""
 
 
-def parse(body: bytes) -> ChatRequest:
-    """The request in a JSON body. Raises ApiError (400) that names the field at fault."""
+def parse_request(body: bytes) -> ChatRequest:
+    """The request in a JSON body.
+
+    Raises:
+        ApiError: 400, with the field at fault.
+    """
     if has_many_values(body):
-        message = f"the body has more than {MAX_VALUES} values; send fewer messages, parts or list items"
+        message = (
+            f"the body must have at most {MAX_VALUES} JSON values, got more; send fewer messages, parts or list items"
+        )
         raise ApiError(400, message, code="too_many_values")
     try:
         request = ChatRequest.model_validate_json(body.removeprefix(BYTE_ORDER_MARK))
@@ -229,9 +235,9 @@ def parse(body: bytes) -> ChatRequest:
         path = _path(first["loc"])
         match first["type"]:
             case "json_invalid":
-                raise ApiError(400, f"the body is no JSON: {first['msg']}", code="invalid_json") from None
+                raise ApiError(400, f"the body must be JSON: {first['msg']}", code="invalid_json") from None
             case "extra_forbidden":
-                message, code = f"unknown field {path!r}; docs/server.md lists what is supported", "unknown_field"
+                message, code = f"unknown field {path!r}; docs/serving.md lists the supported ones", "unknown_field"
             case "missing":
                 message, code = f"{path} is missing", "missing_field"
             case "unsupported_value":
@@ -241,15 +247,15 @@ def parse(body: bytes) -> ChatRequest:
         raise ApiError(400, message, param=path or None, code=code) from None
     for field, choice in (("tools", "tool_choice"), ("functions", "function_call")):
         if getattr(request, field) and getattr(request, choice) != "none":
-            message = f'{field} are not supported here; leave them out, or send "{choice}": "none"'
+            message = f'{field} must be empty unless {choice} is "none"; tools are not supported'
             raise ApiError(400, message, param=field, code="unsupported_value")
     return request
 
 
 def has_many_values(body: bytes) -> bool:
     """Whether JSON text has more than MAX_VALUES values, found without parsing it."""
-    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # what is left of quotes begins and ends strings
-    if plain.count(b'"') > 4 * MAX_VALUES:  # of a name and a value
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # the quotes that remain begin and end strings
+    if plain.count(b'"') > 4 * MAX_VALUES:  # a name and a value have four
         return True
     return sum(part.count(b",") for part in plain.split(b'"')[::2]) > MAX_VALUES
 
@@ -260,6 +266,6 @@ def _path(location: tuple[int | str, ...]) -> str:
     for item in location:
         if isinstance(item, int):
             path += f"[{item}]"
-        elif not item.startswith("<"):  # which member of a union was tried
+        elif not item.startswith("<"):  # the member of a union that pydantic tried
             path += f".{item}" if path else item
     return path

@@ -1,7 +1,7 @@
-"""How does an answer travel while it is made? From the engine's thread to a client that may be slow, or gone.
+"""Sends an answer to its client: as one JSON body, or as server-sent events while it is generated.
 
-`Streamed` sends it event by event (server-sent events, OpenAI's chunks), `Whole` as one JSON body at its end. Both
-cancel the request as soon as the client has hung up.
+Events come from the engine's thread; the client may be slow, or disconnect. Both kinds of response cancel the request
+as soon as the client disconnects.
 """
 
 import asyncio
@@ -21,27 +21,28 @@ from starlette.types import Receive, Scope, Send
 
 from lmfusion.generation.events import Done, Event, ImageBegin, ImageEnd, ImagePreview, TextDelta
 from lmfusion.serving.errors import ApiError
-from lmfusion.serving.http.body_readers import while_connected
+from lmfusion.serving.http.disconnects import while_connected
 
 if TYPE_CHECKING:
     from lmfusion.generation.worker import ResponseStream
-    from lmfusion.serving.http.metrics import Metrics
+    from lmfusion.serving.http.metrics import ServerMetrics
 
 KEEP_ALIVE_SECONDS = 15.0
-"""Without an event for so long, a comment is sent: proxies close connections on which nothing happens."""
+"""Time without an event after which a comment is sent, because proxies close idle connections."""
 
 
-class Listener:
-    """Events of one answer, on their way to the event loop. Call it in any thread, await `next` in the loop's.
+class EventListener:
+    """A queue of one answer's events. Call it in any thread, and await `next` in the event loop's thread.
 
-    It holds what the client has not taken yet, of several previews of an image the last one alone.
+    It holds the events that were not sent yet. A new preview replaces an unsent preview of the same image, so that the
+    queue of a slow client does not grow with the number of steps.
     """
 
-    def __init__(self, metrics: "Metrics") -> None:
+    def __init__(self, metrics: "ServerMetrics") -> None:
         self._loop = asyncio.get_running_loop()
         self._metrics = metrics
         self._start = time.monotonic()
-        self._has_begun = False
+        self._has_started = False
         self._events: deque[Event] = deque()
         self._wake = asyncio.Event()
 
@@ -56,8 +57,8 @@ class Listener:
 
     def _put(self, event: Event) -> None:
         seconds = time.monotonic() - self._start
-        if not self._has_begun and isinstance(event, TextDelta | ImageBegin):
-            self._has_begun = True
+        if not self._has_started and isinstance(event, TextDelta | ImageBegin):
+            self._has_started = True
             self._metrics.first_event.observe(seconds)
         if isinstance(event, Done):
             self._metrics.latency.observe(seconds)
@@ -68,28 +69,28 @@ class Listener:
         self._wake.set()
 
 
-class _Answer(Response, ABC):
-    """An ASGI response that is made while `answering` is, and cancels it when the client hangs up."""
+class _ChatResponse(Response, ABC):
+    """An ASGI response with the events of `stream`. It cancels `stream` when the client disconnects."""
 
-    def __init__(self, completion_id: str, model_name: str, answering: "ResponseStream", listener: Listener) -> None:
+    def __init__(self, completion_id: str, model_name: str, stream: "ResponseStream", listener: EventListener) -> None:
         self.background = None
-        self._answering = answering
+        self._stream = stream
         self._listener = listener
         self._head = {"id": completion_id, "created": int(time.time()), "model": model_name}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with suppress(ApiError):  # the client has hung up
+            with suppress(ApiError):  # the client has disconnected
                 await while_connected(receive, self._send(scope, receive, send))
         finally:
-            self._answering.cancel()  # nothing, where it is finished
+            self._stream.cancel()  # has no effect if it is finished
 
     @abstractmethod
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None: ...
 
 
-class Whole(_Answer):
-    """One `chat.completion` object; message.content is the text, message.parts text and images in their order."""
+class CompletionResponse(_ChatResponse):
+    """One `chat.completion` object. message.content is the text, message.parts the text and images in order."""
 
     async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
         parts: list[dict[str, Any]] = []
@@ -103,7 +104,7 @@ class Whole(_Answer):
                     url = {"url": await run_sync(data_url, image)}
                     parts.append({"type": "image_url", "image_url": url, "settings": settings})
         if event.finish_reason == "error":
-            await failure(event).response()(scope, receive, send)
+            await generation_error(event).response()(scope, receive, send)
             return
         text = "".join(part.get("text", "") for part in parts)
         message = {"role": "assistant", "content": text, "parts": parts}
@@ -112,10 +113,10 @@ class Whole(_Answer):
         await JSONResponse(body)(scope, receive, send)
 
 
-class Streamed(_Answer):
-    """`chat.completion.chunk` objects as server-sent events, and [DONE].
+class StreamedCompletionResponse(_ChatResponse):
+    """`chat.completion.chunk` objects as server-sent events, then [DONE].
 
-    Text is in delta.content, images in delta.image. with_usage: a last chunk tells the counts of tokens.
+    Text is in delta.content, images are in delta.image. with_usage: send the token counts in a last chunk.
     """
 
     def __init__(self, *answer: Any, with_usage: bool) -> None:
@@ -134,7 +135,7 @@ class Streamed(_Answer):
         while not isinstance(event := await self._next(write), Done):
             await write(self._chunk(await _delta(event)))
         if event.finish_reason == "error":
-            await write(_data(failure(event).body()))
+            await write(_data(generation_error(event).body()))
         else:
             await write(self._chunk({}, event.finish_reason))
         if self._with_usage:
@@ -144,10 +145,12 @@ class Streamed(_Answer):
     async def _next(self, write: Any) -> Event:
         while True:
             try:
-                async with asyncio.timeout(KEEP_ALIVE_SECONDS):  # Python 3.11's wait_for may lose a cancellation
+                async with asyncio.timeout(
+                    KEEP_ALIVE_SECONDS
+                ):  # not wait_for, which may lose a cancellation in Python 3.11
                     return await self._listener.next()
             except TimeoutError:
-                await write(": still at it\n\n")
+                await write(": keep-alive\n\n")
 
     def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> str:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
@@ -166,7 +169,7 @@ async def _delta(event: Event) -> dict[str, Any]:
         case ImageEnd(index, image, settings):
             url = await run_sync(data_url, image)
             return {"image": dict(event="end", index=index, url=url, settings=settings)}
-    raise AssertionError(f"{event} is no event of an answer")
+    raise AssertionError(f"unexpected event {event}")
 
 
 def _data(value: dict[str, Any]) -> str:
@@ -181,12 +184,15 @@ def data_url(image: Image.Image) -> str:
 
 
 def usage(done: Done) -> dict[str, int]:
-    """Counts in OpenAI's names, and the images. Tokens of prompts include the rows that images take."""
-    total = done.num_prompt_tokens + done.num_new_tokens
-    counts = dict(prompt_tokens=done.num_prompt_tokens, completion_tokens=done.num_new_tokens, total_tokens=total)
-    return counts | {"images": done.num_images}
+    """Token counts with OpenAI's names, and the number of images. prompt_tokens includes the tokens of images."""
+    return {
+        "prompt_tokens": done.num_prompt_tokens,
+        "completion_tokens": done.num_new_tokens,
+        "total_tokens": done.num_prompt_tokens + done.num_new_tokens,
+        "images": done.num_images,
+    }
 
 
-def failure(done: Done) -> ApiError:
-    """An answer that ended in an error."""
-    return ApiError(500, done.error or "the answer failed", code="generation_failed")
+def generation_error(done: Done) -> ApiError:
+    """The error of an answer that failed."""
+    return ApiError(500, done.error or "generation failed", code="generation_failed")

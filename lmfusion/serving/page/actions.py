@@ -1,4 +1,4 @@
-"""How does a message become an answer? Uploads are read, a prompt is made, and the worker's events are taken in."""
+"""Answers a message of the page: reads its images, builds the prompt, and passes the worker's events to the session."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -16,14 +16,20 @@ if TYPE_CHECKING:
     from lmfusion.generation.worker import EngineWorker
     from lmfusion.model.modeling import LMFusion
 
-MAX_SEEN_SIDE = 2048
-"""Pixels of the longer side of a picture that a vision-language model sees; larger ones are made smaller."""
-SECONDS_BETWEEN_UPDATES = 0.04
-"""What happens meanwhile is shown together: a browser draws no more often, and a fast model would flood it."""
+MAX_INPUT_SIDE = 2048
+"""Pixels of the longer side of an image for a vision-language model. Larger images are scaled down."""
+UPDATE_SECONDS = 0.04
+"""Time between two updates of the page. Updates for each event of a fast model would flood the browser."""
 
 
 class Actions:
-    """What the page can do for its tabs. `model` is the one that `worker` answers with."""
+    """What the page can do for its tabs.
+
+    Args:
+        worker: answers the prompts.
+        model: the model of `worker`.
+        folder: where the images of all tabs are stored.
+    """
 
     def __init__(self, worker: "EngineWorker", model: "LMFusion", folder: Path) -> None:
         self.sessions = Sessions(folder)
@@ -31,83 +37,103 @@ class Actions:
         self._model = model
 
     async def answer(
-        self, session: Session, text: str, files: Sequence[str], options: "GenerationOptions", way: str
+        self, session: Session, text: str, files: Sequence[str], options: "GenerationOptions", prompt_mode: str
     ) -> AsyncIterator[list[Event]]:
-        """Begin an answer in `session`, then yield what happens until it is done; first yields [] once it has begun.
+        """Answer a message in `session`: yield [] once the answer has started, then its events until it is done.
 
-        way: what the prompt is, one of `lmfusion.serving.page.settings.WAYS`. Whoever stops listening cancels the answer.
+        Closing the iterator cancels the answer.
 
-        Raises, before anything is in the session, ValueError for what cannot be answered, and QueueFull and Stopped as
-        `EngineWorker.submit` does.
+        Args:
+            session: the tab's state, to which the message and the answer are added.
+            text: the message.
+            files: paths of its images.
+            options: how to generate.
+            prompt_mode: one of `lmfusion.serving.page.settings.PROMPT_MODES`.
+
+        Raises:
+            ValueError: for a message that cannot be answered; the session is unchanged.
+            QueueFull, Stopped: as from `EngineWorker.submit`; the session is unchanged.
         """
         if session.is_busy:
-            raise ValueError("an answer is being made here; wait for it, or stop it first")
+            raise ValueError("only one answer at a time can be generated in a tab; wait for the current one or stop it")
         session.is_busy = True
         events: asyncio.Queue[Event] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def tell(event: Event) -> None:
+        def on_event(event: Event) -> None:
             loop.call_soon_threadsafe(events.put_nowait, event)
 
         try:
-            asked = await asyncio.to_thread(self._read, session, text, files)
-            prompt_like: PromptLike = session.messages(asked)[-1 if way == "message" else 0 :]
-            if way == "plain":  # text alone as the base LLM reads it, with pictures as captions are read in training
-                has_pictures = bool(files) or options.max_images > 0
-                prompt_like = asked.readable if has_pictures else text
+            question = await asyncio.to_thread(self._read, session, text, files)
+            prompt_like = self._prompt_like(session, question, options, prompt_mode)
             prompt = await asyncio.to_thread(encode_prompt, self._model, prompt_like)
-            session.answering = await asyncio.to_thread(self._worker.submit, prompt, options, tell)
-            if session.is_closed:  # while the request waited to be taken
+            session.stream = await asyncio.to_thread(self._worker.submit, prompt, options, on_event)
+            if session.is_closed:  # while the worker accepted the request
                 return
-            answer = session.begin(asked)
+            answer = session.begin(question)
             yield []
             while not answer.is_finished:
-                happened = [await events.get()]
+                new = [await events.get()]
                 while not events.empty():
-                    happened.append(events.get_nowait())
+                    new.append(events.get_nowait())
                 if session.is_closed:
                     return
-                await asyncio.to_thread(_take, session, answer, happened)
-                yield happened
-                await asyncio.sleep(SECONDS_BETWEEN_UPDATES)
+                await asyncio.to_thread(_add_events, session, answer, new)
+                yield new
+                await asyncio.sleep(UPDATE_SECONDS)
         finally:
             session.stop()
-            session.answering = None
+            session.stream = None
             session.is_busy = False
 
+    def _prompt_like(
+        self, session: Session, question: Turn, options: "GenerationOptions", prompt_mode: str
+    ) -> PromptLike:
+        messages = session.messages(question)
+        match prompt_mode:
+            case "conversation":
+                return messages
+            case "last_message":
+                return messages[-1:]
+            case _:  # text alone as the base LLM reads it, text with images as a caption in training
+                if options.max_images > 0 or not all(isinstance(part, str) for part in question.model_input):
+                    return question.model_input
+                return "".join(part for part in question.parts if isinstance(part, str))
+
     def _read(self, session: Session, text: str, files: Sequence[str]) -> Turn:
-        """The user's turn: its pictures, then its text. Pictures become what the model sees of them."""
+        """The user's turn: first its images, scaled for the model, then its text."""
         if not text.strip() and not files:
-            raise ValueError("there is nothing to answer; write something, or add a picture")
+            raise ValueError("a message must have a text or an image; write something, or add an image")
         limit = self._worker.engine.limits.max_prompt_images
         if len(files) > limit:
-            raise ValueError(f"{len(files)} pictures are too many; the limit is {limit}")
+            raise ValueError(f"a message must have at most {limit} images, got {len(files)}; remove some")
         codec = self._model.codec.config
         turn = Turn("user")
         for file in map(Path, files):
             try:
                 size = file.stat().st_size
                 if size > MAX_UPLOAD_BYTES:
-                    raise ValueError(f"{file.name} has {size} bytes; the limit is {MAX_UPLOAD_BYTES}, scale it down")
+                    message = f"{file.name} must have at most {MAX_UPLOAD_BYTES} bytes, got {size}; scale it down"
+                    raise ValueError(message)
                 data = file.read_bytes()
-            except FileNotFoundError:  # it made room for newer uploads
-                raise ValueError(f"{file.name} is no longer kept; add it again") from None
+            except FileNotFoundError:  # deleted to make room for newer uploads
+                raise ValueError(f"{file.name} was deleted to make room for newer uploads; add it again") from None
             image = decode_image(data, file.name)
             if self._model.vision is None:
                 [image] = to_pil(to_tensor(image, codec.image_size, codec.channels)[None])
             else:
-                image.thumbnail((MAX_SEEN_SIDE, MAX_SEEN_SIDE))
-            turn.parts.append(session.keep(image, {}))
+                image.thumbnail((MAX_INPUT_SIDE, MAX_INPUT_SIDE))
+            turn.parts.append(session.save(image, {}))
         if text.strip():
             turn.parts.append(text)
         return turn
 
 
-def _take(session: Session, answer: Turn, events: Sequence[Event]) -> None:
-    """Pass events on to the session. A disk that is full ends the answer, and says so."""
+def _add_events(session: Session, answer: Turn, events: Sequence[Event]) -> None:
+    """Add events to the answer. If the disk is full, the answer ends with a note that says so."""
     try:
         for event in events:
-            session.take(answer, event)
+            session.add_event(answer, event)
     except OSError as error:
         answer.is_finished = True
         answer.note = str(error)

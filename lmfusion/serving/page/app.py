@@ -1,11 +1,9 @@
-"""How is the page served? By gradio in a FastAPI app that asks nothing of any other machine."""
+"""Serves the page: gradio in a FastAPI app that requests nothing from other machines."""
 
 import os
-import signal
 import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from lmfusion.generation.previews import preview_map
@@ -23,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def require_gradio() -> None:
-    """Raises ValueError where gradio is not installed."""
+    """Raises ValueError if gradio is not installed."""
     try:
         import gradio  # noqa: F401
     except ImportError as error:
@@ -38,35 +36,41 @@ def create_app(
     *,
     name: str = "",
     examples: Sequence[str] = (),
-    way: str = "conversation",
+    prompt_mode: str = "conversation",
     allowed_hosts: Collection[str] = (),
 ) -> "FastAPI":
-    """The page at / of an app.
+    """Create an app with the page at /.
 
-    folder: holds all that is uploaded and drawn; it should be empty, and nobody else's. name: what the title calls the
-    model. examples: prompts to click on. way: what the model reads at first, one of `lmfusion.serving.page.settings.WAYS`.
-    allowed_hosts: names, besides localhost, by which browsers may call the page.
+    Args:
+        worker: answers the messages.
+        model: the model of `worker`.
+        folder: where uploads and generated images are stored. It should be empty and used for nothing else.
+        name: the model's name in the title.
+        examples: prompts to click on.
+        prompt_mode: the prompt mode selected at first, one of `lmfusion.serving.page.settings.PROMPT_MODES`.
+        allowed_hosts: names by which browsers may call the page, besides localhost and IP addresses.
 
-    Raises ValueError where gradio is not installed.
+    Raises:
+        ValueError: if gradio is not installed.
     """
     require_gradio()
     import gradio as gr
     from fastapi import FastAPI
 
-    from lmfusion.serving.guard import Guard as HostGuard
-    from lmfusion.serving.page.guard import PageGuard
+    from lmfusion.serving.middleware import HostAndKeyMiddleware
+    from lmfusion.serving.page.no_fetch import NoFetchMiddleware
 
-    uploads = folder / "gradio"
-    os.environ["GRADIO_TEMP_DIR"] = str(uploads)  # gradio can be told in no other way
-    page = build_page(worker, model, folder / "pictures", name=name, examples=examples, way=way)
+    uploads, images = folder / "gradio", folder / "images"
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)  # gradio has no other setting for it
+    page = build_page(worker, model, images, name=name, examples=examples, prompt_mode=prompt_mode)
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(PageGuard, folder=uploads, allowed_hosts=allowed_hosts)
-    app.add_middleware(HostGuard, allowed_hosts=allowed_hosts, on_status=lambda status: None)
+    app.add_middleware(NoFetchMiddleware, folder=uploads)
+    app.add_middleware(HostAndKeyMiddleware, allowed_hosts=allowed_hosts, same_origin=True)  # runs first
     return gr.mount_gradio_app(
         app,
         page,
         path="/",
-        allowed_paths=[str(folder / "pictures")],
+        allowed_paths=[str(images)],
         max_file_size=MAX_UPLOAD_BYTES,
         show_error=False,
         footer_links=[],
@@ -88,32 +92,33 @@ def serve_page(
     host: str,
     name: str = "",
     examples: Sequence[str] = (),
-    way: str = "conversation",
+    prompt_mode: str = "conversation",
     allowed_hosts: Collection[str] = (),
 ) -> None:
-    """Serve the page on a bound socket until Ctrl-C or SIGTERM. Pictures and uploads are forgotten then.
+    """Serve the page on a bound socket until Ctrl-C or SIGTERM, then delete images and uploads.
 
-    Raises ValueError where gradio is not installed.
+    listener: a bound socket. host: the address it was bound to, for the URL that is printed. The other arguments are
+    those of `create_app`.
+
+    Raises:
+        ValueError: if gradio is not installed.
     """
-    preview_map(model.codec)  # which may take seconds, before anybody waits for it
+    preview_map(model.codec)  # may take seconds: do it before a user waits for it
     with tempfile.TemporaryDirectory(prefix="lmfusion-page-", ignore_cleanup_errors=True) as folder:
         app = create_app(
-            worker, model, Path(folder), name=name, examples=examples, way=way, allowed_hosts=allowed_hosts
+            worker,
+            model,
+            Path(folder),
+            name=name,
+            examples=examples,
+            prompt_mode=prompt_mode,
+            allowed_hosts=allowed_hosts,
         )
 
         from lmfusion.serving.connections import LimitedServer
-        from lmfusion.serving.lifecycle import url_of
+        from lmfusion.serving.lifecycle import run_until_signal, url_of
 
-        # An open tab is a connection that never ends by itself, so shutdown does not wait for it
+        # An open tab is a connection that never ends by itself, so shutdown does not wait for it.
         server = LimitedServer(app, timeout_graceful_shutdown=1)
-
-        def stop(number: int, frame: FrameType | None) -> None:
-            server.should_exit = True
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
         print(f"open {url_of(host, listener)} in a browser (Ctrl-C ends it)", flush=True)
-        try:
-            server.run(sockets=[listener])
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        run_until_signal(server, listener)

@@ -1,4 +1,4 @@
-"""What does a conversation look like? Turns as messages of a chat: Markdown, pictures, and pictures on their way."""
+"""Renders a conversation for the page: turns become chat messages of Markdown, images and previews."""
 
 import base64
 import html
@@ -11,12 +11,12 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from lmfusion.serving.page.session import Drawing, Part, Picture, Turn
+from lmfusion.serving.page.session import ChatImage, PartialImage, Turn, TurnPart
 
-ENLARGED = 192
-"""Pixels a side that pictures of fewer pixels are enlarged to, by a whole factor."""
+MIN_SHOWN_SIDE = 192
+"""Pixels. Smaller images are enlarged up to this size by a whole factor."""
 MAX_PNG_SIDE = 64
-"""Larger previews travel as JPEG."""
+"""Pixels. Larger previews are sent as JPEG."""
 
 _LINE = re.compile(r"\r\n|\r|\n")
 _FENCE = re.compile(r" {0,3}(?:(`{3,})([^`]*)|(~{3,})(.*))")
@@ -25,14 +25,14 @@ _CODE_SPAN = re.compile(r"(?<![\\`])(`+)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
 
 
 def messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """The value of a `gr.Chatbot`. What somebody wrote is Markdown; HTML in it is shown as it was typed."""
+    """The value of a `gr.Chatbot`. Texts are Markdown; HTML in them is shown as typed."""
     return [{"role": turn.role, "content": [_text(piece) for piece in _pieces(turn)]} for turn in turns]
 
 
-def picture(shown: Picture) -> str:
-    """A finished picture, which the page's server gives out, as HTML."""
-    words = f"Picture: {shown.settings.get('prompt', '')}" if shown.settings else "Picture from you"
-    return _image(f"gradio_api/file={quote(str(shown.path))}", shown.image.width, shown.image.height, words, "picture")
+def image_html(image: ChatImage) -> str:
+    """HTML of a finished image, which the browser loads from the page's server."""
+    alt = f"Generated image: {image.settings.get('prompt', '')}" if image.settings else "Your image"
+    return _img(f"gradio_api/file={quote(str(image.path))}", image.image.width, image.image.height, alt, "image")
 
 
 def _pieces(turn: Turn) -> list[str]:
@@ -48,45 +48,47 @@ def _text(text: str) -> dict[str, str]:
     return {"type": "text", "text": text}
 
 
-def _piece(part: Part) -> str:
+def _piece(part: TurnPart) -> str:
     match part:
-        case Picture():
-            return picture(part)
-        case Drawing():
-            return _drawing(part)
+        case ChatImage():
+            return image_html(part)
+        case PartialImage():
+            return _partial_image(part)
         case str():
             return _without_html(part)
 
 
-def _drawing(drawing: Drawing) -> str:
-    words = f"step {drawing.step} of {drawing.num_steps}"
-    if drawing.preview is None:
-        style = f"width:{_shown(drawing.width, drawing.height)[0]}px; aspect-ratio:{drawing.width}/{drawing.height}"
-        picture = f'<div class="blank" style="{style}"></div>'
+def _partial_image(partial: PartialImage) -> str:
+    progress = f"step {partial.step} of {partial.num_steps}"
+    if partial.preview is None:
+        style = (
+            f"width:{_shown_size(partial.width, partial.height)[0]}px; aspect-ratio:{partial.width}/{partial.height}"
+        )
+        preview = f'<div class="blank" style="{style}"></div>'
     else:
-        source = _data_uri(drawing.preview)
-        picture = _image(source, drawing.width, drawing.height, f"Preview, {words}", "preview")
-    if drawing.is_stopped:
-        return f'{picture}<div class="note">stopped at {words}</div>'
-    return f'{picture}<progress value="{drawing.step}" max="{drawing.num_steps}" aria-label="{words}"></progress>'
+        source = _data_url(partial.preview)
+        preview = _img(source, partial.width, partial.height, f"Preview, {progress}", "preview")
+    if partial.is_stopped:
+        return f'{preview}<div class="note">stopped at {progress}</div>'
+    return f'{preview}<progress value="{partial.step}" max="{partial.num_steps}" aria-label="{progress}"></progress>'
 
 
-def _image(source: str, width: int, height: int, words: str, kind: str) -> str:
-    shown_width, shown_height = _shown(width, height)
-    kind += " pixelated" if shown_width > width else ""
+def _img(source: str, width: int, height: int, alt: str, css_class: str) -> str:
+    shown_width, shown_height = _shown_size(width, height)
+    css_class += " pixelated" if shown_width > width else ""
     return (
-        f'<img class="{kind}" src="{source}" alt="{html.escape(words)}" '
+        f'<img class="{css_class}" src="{source}" alt="{html.escape(alt)}" '
         f'style="width:{shown_width}px; aspect-ratio:{shown_width}/{shown_height}">'
     )
 
 
-def _shown(width: int, height: int) -> tuple[int, int]:
-    """Pixels on the page: tiny pictures are enlarged by a whole factor."""
-    factor = max(1, ENLARGED // max(width, height))
+def _shown_size(width: int, height: int) -> tuple[int, int]:
+    """Width and height on the page in pixels. Small images are enlarged by a whole factor."""
+    factor = max(1, MIN_SHOWN_SIDE // max(width, height))
     return width * factor, height * factor
 
 
-def _data_uri(image: Image.Image) -> str:
+def _data_url(image: Image.Image) -> str:
     kind = "PNG" if max(image.size) <= MAX_PNG_SIDE else "JPEG"
     file = io.BytesIO()
     image.save(file, format=kind)
@@ -94,10 +96,10 @@ def _data_uri(image: Image.Image) -> str:
 
 
 def _without_html(text: str) -> str:
-    """Markdown in which tags are letters.
+    """Markdown in which HTML tags are escaped.
 
-    A "<" stays one only inside fenced code, whose fences are written anew so that every renderer sees them begin and
-    end in the same lines. What is code within a line depends on the renderer, so it becomes a code element here.
+    A "<" stays as it is only in fenced code. The fences are rewritten so that every renderer agrees on the lines where
+    the code begins and ends. Renderers differ in what they take for inline code, so it becomes a code element here.
     """
     done: list[str] = []
     plain: list[str] = []
@@ -114,7 +116,7 @@ def _without_html(text: str) -> str:
 
 
 def _fenced(fence: str, language: str, lines: Iterator[str]) -> list[str]:
-    """A block of code in fences of its own, its lines taken from `lines` up to the one that closes `fence`."""
+    """A code block in new fences. Takes its lines from `lines`, up to the line that closes `fence`."""
     closing = re.compile(rf" {{0,3}}{fence[0]}{{{len(fence)},}}[ \t]*")
     code = list(itertools.takewhile(lambda line: closing.fullmatch(line) is None, lines))
     longest = max((len(run) for line in code for run in re.findall("`+", line)), default=0)
@@ -124,7 +126,7 @@ def _fenced(fence: str, language: str, lines: Iterator[str]) -> list[str]:
 
 
 def _escape(lines: list[str]) -> list[str]:
-    """Lines of Markdown without fenced code: tags and fences as letters, code spans as code elements."""
+    """Escapes tags and fences in Markdown without fenced code, and makes code elements of code spans."""
     if not lines:
         return []
     pieces = _CODE_SPAN.split("\n".join(lines))
@@ -138,5 +140,5 @@ def _escape(lines: list[str]) -> list[str]:
 
 
 def _entity(character: str) -> str:
-    """A character that neither Markdown nor HTML reads as anything but itself."""
+    """A character written so that neither Markdown nor HTML gives it a meaning."""
     return character if character.isalnum() or character == " " else f"&#{ord(character)};"

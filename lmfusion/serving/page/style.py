@@ -1,4 +1,4 @@
-"""What does the page look like? Colours from gradio's theme in light and dark, fonts of the reader's own system."""
+"""The page's style: colours of gradio's theme in light and dark, and the fonts of the reader's system."""
 
 from typing import Any
 
@@ -17,11 +17,11 @@ footer { display: none !important; }
 #chat { height: calc(100dvh - 222px); min-height: 320px; }
 #chat .icon-button-wrapper { display: none; }
 #chat .prose { opacity: 1; }
-#chat img.picture, #chat img.preview {
+#chat img.image, #chat img.preview {
   display: block; margin: 6px 0 2px; border-radius: 6px; max-width: 100%; height: auto;
   box-shadow: 0 0 0 1px var(--border-color-primary);
 }
-img.pixelated, #pictures.pixelated img { image-rendering: pixelated; }
+img.pixelated, #gallery.pixelated img { image-rendering: pixelated; }
 #chat progress { display: block; width: 192px; max-width: 100%; height: 4px; border: 0; border-radius: 2px; }
 #chat progress, #chat progress::-webkit-progress-bar { background: var(--border-color-primary); border-radius: 2px; }
 #chat progress::-webkit-progress-value { background: var(--color-accent); border-radius: 2px; }
@@ -35,11 +35,11 @@ img.pixelated, #pictures.pixelated img { image-rendering: pixelated; }
 @keyframes breathe { 50% { opacity: 0.35; } }
 
 #side { max-height: calc(100dvh - 140px); overflow-y: auto; flex-wrap: nowrap; }
-#pictures .grid-wrap { height: auto !important; min-height: 80px !important; max-height: 45dvh; }
-#pictures .grid-wrap { overflow: hidden auto !important; }
-#pictures .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; height: auto !important; }
-#pictures .thumbnail-item { height: auto !important; aspect-ratio: 1; }
-#pictures .caption-label { display: none; }
+#gallery .grid-wrap { height: auto !important; min-height: 80px !important; max-height: 45dvh; }
+#gallery .grid-wrap { overflow: hidden auto !important; }
+#gallery .grid-container { grid-template-columns: repeat(3, minmax(0, 1fr)) !important; height: auto !important; }
+#gallery .thumbnail-item { height: auto !important; aspect-ratio: 1; }
+#gallery .caption-label { display: none; }
 #details { padding: 4px; }
 #details img { border-radius: 6px; max-width: 100%; height: auto; }
 #details table { width: 100%; margin-top: 8px; font-size: 0.88rem; border-collapse: collapse; }
@@ -58,7 +58,7 @@ SWITCH_DARK = "() => { document.body.classList.toggle('dark'); }"
 
 
 def theme() -> Any:
-    """Calm colours, and no font to be loaded from anywhere."""
+    """gradio's default theme with muted colours and system fonts, so that no font is loaded from elsewhere."""
     import gradio as gr
 
     return gr.themes.Default(

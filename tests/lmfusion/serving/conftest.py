@@ -1,4 +1,4 @@
-"""A tiny model that chats, and a server of it on a free port of the loopback device, in a thread."""
+"""Fixtures: a tiny chat model, and a server of it on a free port of the loopback device, in a thread."""
 
 import base64
 import contextlib
@@ -18,8 +18,8 @@ from PIL import Image
 from lmfusion.generation.engine import Engine
 from lmfusion.generation.worker import EngineWorker
 from lmfusion.serving.http.app import build_app
-from lmfusion.serving.http.requests import RequestLimits, RequestReader
-from lmfusion.serving.lifecycle import Server
+from lmfusion.serving.http.requests import RequestLimits, RequestParser
+from lmfusion.serving.lifecycle import EngineServer
 from tests.lmfusion.generation.models import build
 
 CHAT_TEMPLATE = (
@@ -29,15 +29,20 @@ CHAT_TEMPLATE = (
 IMAGE_SIZE = 8
 
 
-@pytest.fixture(scope="session")
-def model(tiny_llama):
+def build_chat_model(tiny_llama):
+    """A random model: it writes letters, and generates 8 x 8 pixels of noise."""
     model = build(tiny_llama, torch.float32)
     model.tokenizer.chat_template = CHAT_TEMPLATE
     return model
 
 
+@pytest.fixture(scope="session")
+def model(tiny_llama):
+    return build_chat_model(tiny_llama)
+
+
 class Gate:
-    """Steps of the engine wait here while it is closed."""
+    """Holds up the engine's steps while it is closed."""
 
     def __init__(self, engine):
         self._step = engine.step
@@ -57,7 +62,7 @@ class Gate:
 
 
 class Log(logging.Handler):
-    """What a server writes to its log, from the making of this on."""
+    """Collects what a server logs after this was created."""
 
     NAMES = ("uvicorn.error", "asyncio", "lmfusion")
 
@@ -76,16 +81,16 @@ class Log(logging.Handler):
 
 
 class Served:
-    """A running server: its address, and what is behind it."""
+    """A running server with its engine, worker and client."""
 
     def __init__(self, model, *, max_waiting=64, max_batch=8, limits=None, defaults=None, **options):
         limits = limits or RequestLimits()
         self.engine = Engine(model, num_rows=4096, max_batch=max_batch, limits=limits.generation)
         self.gate = Gate(self.engine)
         self.worker = EngineWorker(self.engine, max_waiting=max_waiting)
-        reader = RequestReader(model, "tiny", limits, defaults)
-        self.app = build_app(self.worker, reader, **options)
-        self.server = Server(self.app, self.worker, shutdown_seconds=0, port=0)
+        parser = RequestParser(model, "tiny", limits, defaults)
+        self.app = build_app(self.worker, parser, **options)
+        self.server = EngineServer(self.app, self.worker, shutdown_seconds=0, port=0)
         self._thread = threading.Thread(target=self.server.run)
         self._thread.start()
         wait_until(lambda: self.server.started)
@@ -102,10 +107,16 @@ class Served:
         assert not self._thread.is_alive()
 
     def connect(self, data=b""):
-        """A raw connection to it on which `data` was sent."""
+        """A raw connection on which `data` was sent."""
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=20)
         connection.sendall(data)
         return connection
+
+    def wait_until_idle(self):
+        """Wait until all clients have disconnected and their requests have ended or were cancelled."""
+        self.client.close()
+        wait_until(lambda: not self.server.server_state.connections and not self.server.server_state.tasks)
+        self.client = httpx.Client(base_url=self.url, timeout=30)
 
     def post(self, body=None, **fields):
         body = {"messages": [{"role": "user", "content": "hi"}], **fields} if body is None else body
@@ -117,7 +128,7 @@ class Served:
         return response.json()
 
     def chunks(self, **fields):
-        """All chunks of a streamed answer, which ends with [DONE]."""
+        """All chunks of a streamed answer; it must end with [DONE]."""
         body = {"messages": [{"role": "user", "content": "hi"}], "stream": True, **fields}
         with self.client.stream("POST", "/v1/chat/completions", json=body) as response:
             assert response.status_code == 200 and response.headers["content-type"].startswith("text/event-stream")
@@ -141,7 +152,7 @@ def serve(model):
 
 @pytest.fixture
 def log():
-    """Lines that servers log; make it after the server, which sets up logging when it starts."""
+    """Lines that servers log. Request it after the server, which sets up logging when it starts."""
     handler = Log()
     yield handler.lines
     handler.detach()
@@ -149,7 +160,7 @@ def log():
 
 @pytest.fixture(scope="module")
 def server(model):
-    """One server for tests that leave nothing behind."""
+    """A server shared by tests that leave nothing behind."""
     served = Served(model)
     yield served
     served.stop()

@@ -23,14 +23,19 @@ from lmfusion.generation.options import Limits
 from lmfusion.generation.worker import EngineWorker
 from lmfusion.model.modeling import LMFusion
 from lmfusion.serving.http.app import build_app
-from lmfusion.serving.http.requests import RequestReader
+from lmfusion.serving.http.requests import RequestParser
 from lmfusion.serving.lifecycle import bind, run_server, url_of
-from tests.lmfusion.serving.conftest import CHAT_TEMPLATE
+from tests.lmfusion.serving.conftest import CHAT_TEMPLATE, build_chat_model
 
 pytestmark = pytest.mark.timeout(120)
 
 ROOT = Path(__file__).resolve().parents[3]
 HEADERS = {"Authorization": "Bearer k3y"}
+
+
+@pytest.fixture(scope="module")
+def model(tiny_llama):
+    return build_chat_model(tiny_llama)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +91,7 @@ def test_the_process_says_where_it_is_answers_and_ends_well(folder):
 def test_running_answers_may_go_on_for_a_while(model, number, seconds, num_steps, reason):
     """Here in this process, which is what gets the signal."""
     worker = EngineWorker(Engine(model, num_rows=1024))
-    app = build_app(worker, RequestReader(model, "tiny"))
+    app = build_app(worker, RequestParser(model, "tiny"))
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     received, refused = [], []
 
@@ -113,7 +118,7 @@ def test_running_answers_may_go_on_for_a_while(model, number, seconds, num_steps
 
 def test_without_clients_it_ends_at_once(model):
     worker = EngineWorker(Engine(model, num_rows=256))
-    app = build_app(worker, RequestReader(model, "tiny"))
+    app = build_app(worker, RequestParser(model, "tiny"))
     start = time.monotonic()
     stop = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
     run_server(app, worker, bind("127.0.0.1", 0), shutdown_seconds=30, on_ready=stop)
@@ -128,17 +133,17 @@ def run(folder, *arguments):
     ("arguments", "message"),
     [
         (["--default", "num_steps"], "--default is 'num_steps'; it must be FIELD=VALUE"),
-        (["--default", "steps=3"], "there is no field 'steps' to set"),
+        (["--default", "steps=3"], "got 'steps'"),
         (["--default", "num_steps=9", "--max-num-steps", "8"], "num_steps is 9; the limit here is 8"),
         (["--shutdown-seconds", "-1"], "--shutdown-seconds is -1"),
         (["--max-images", "-1"], "--max-images is -1"),
         (["--max-tokens", "-1"], "--max-tokens is -1"),
-        (["--max-body-mb", "0"], "max_body_bytes is 0"),
+        (["--max-body-mb", "0"], "max_body_bytes must be at least 1, got 0"),
         (["--max-waiting", "0"], "max_waiting is 0"),
         (["--max-batch", "0"], "max_batch is 0"),
         (["--cache-slots", "0"], "num_rows is 0"),
         (["--host", "256.1.1.1"], "cannot listen on 256.1.1.1, port 0"),
-        (["--port", "70000"], "--port is 70000; it is between 0 and 65535"),
+        (["--port", "70000"], "--port must be between 0 and 65535, got 70000"),
         (["--chat-template", "missing.jinja"], "missing.jinja"),
         (["--api-key-file", "missing.key"], "missing.key"),
     ],
@@ -175,9 +180,9 @@ def test_listening_for_others_is_warned_of(folder, key, words, monkeypatch, caps
         monkeypatch.setenv("LMFUSION_API_KEY", key)
     assert run(folder, "--host", "0.0.0.0") == 2
     error = capsys.readouterr().err
-    assert "0.0.0.0 is more than this machine" in error and words in error
+    assert "0.0.0.0 can be reached from other machines" in error and words in error
     assert run(folder) == 2
-    assert "more than this machine" not in capsys.readouterr().err
+    assert "can be reached" not in capsys.readouterr().err
 
 
 def _stop():
@@ -209,7 +214,7 @@ def test_the_help_and_the_reference_name_the_defaults(capsys):
     with pytest.raises(SystemExit):
         main(["serve", "--help"])
     help_text = " ".join(capsys.readouterr().out.split())
-    reference = (ROOT / "docs" / "server.md").read_text(encoding="utf-8")
+    reference = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     for action in parser._actions:

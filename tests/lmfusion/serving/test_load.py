@@ -1,4 +1,4 @@
-"""The load test itself: it finds answers that differ, memory that grows, streams that break off; and a short run."""
+"""Tests the load test: it finds different answers, growing memory and broken streams; and a short run."""
 
 import sys
 

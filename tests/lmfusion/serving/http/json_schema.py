@@ -1,4 +1,4 @@
-"""As much of JSON Schema as /openapi.json needs, for tests: whether a value fits a schema."""
+"""A validator for the part of JSON Schema that /openapi.json uses, for tests."""
 
 TYPES = {
     "object": dict,
@@ -13,7 +13,7 @@ NOT_CHECKED = {"title", "description", "default", "required", "components", "pre
 
 
 def fits(value, schema, document):
-    """document: holds what "#/components/schemas/NAME" refers to. Raises KeyError for a word that is not known here."""
+    """document: contains the schemas of "#/components/schemas/NAME". Raises KeyError for an unknown keyword."""
     return all(WORDS[word](value, schema, document) for word in schema if word not in NOT_CHECKED)
 
 

@@ -1,4 +1,4 @@
-"""Requests that cannot be answered: each gets OpenAI's error body with the field at fault, and costs nobody else."""
+"""Tests that bad requests get OpenAI's error body with the field at fault, and do not affect others."""
 
 import base64
 import http.client
@@ -13,7 +13,7 @@ from PIL import Image
 
 from lmfusion.generation.options import Limits
 from lmfusion.serving.errors import ApiError
-from lmfusion.serving.http.requests import RequestLimits, RequestReader
+from lmfusion.serving.http.requests import RequestLimits, RequestParser
 from tests.lmfusion.serving.conftest import Served, data_url, image_part, picture
 
 pytestmark = pytest.mark.timeout(60)
@@ -58,14 +58,18 @@ def check(response, status, message, param=None, code=None):
         ({"messages": [{"content": "x"}]}, "messages[0].role is missing", "messages[0].role"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role: Input should be", "messages[0].role"),
         ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content", "messages[0].content"),
-        (user({"type": "audio"}), 'a part is {"type": "text", "text": ...} or', "messages[0].content[0]"),
+        (user({"type": "audio"}), 'a part must be {"type": "text", "text": ...} or', "messages[0].content[0]"),
         (user({"type": "text"}), "messages[0].content[0].text is missing", "messages[0].content[0].text"),
         ({"temperature": "hot"}, "temperature: Input should be a valid number", "temperature"),
         ({"temperature": -1}, "temperature is -1", "temperature"),
         ({"top_p": 0}, "top_p is 0", "top_p"),
         ({"max_tokens": 51}, "max_tokens is 51; the limit here is 50", "max_tokens"),
         ({"max_completion_tokens": 51}, "max_tokens is 51; the limit here is 50", "max_tokens"),
-        ({"max_tokens": 4, "max_completion_tokens": 5}, "they mean the same", "max_completion_tokens"),
+        (
+            {"max_tokens": 4, "max_completion_tokens": 5},
+            "must be equal, got 4 and 5",
+            "max_completion_tokens",
+        ),
         ({"max_tokens": True}, "max_tokens: Input should be a valid integer", "max_tokens"),
         ({"max_tokens": 0, "max_images": 0}, "nothing to generate", "max_tokens"),
         ({"stop": ["x"] * 17}, "stop is", "stop"),
@@ -73,10 +77,10 @@ def check(response, status, message, param=None, code=None):
         ({"stop": "x" * 2000}, "at most 1000 characters", "stop"),
         ({"seed": -(2**63) - 1}, "seed: Input should be greater than or equal to -9223372036854775808", "seed"),
         ({"seed": 2**63}, "seed: Input should be less than", "seed"),
-        ({"n": 2}, "n is 2; only 1 is supported here, leave the field out", "n"),
-        ({"logprobs": True}, "logprobs is true; only false is supported here", "logprobs"),
-        ({"tools": [{"type": "function"}]}, 'leave them out, or send "tool_choice": "none"', "tools"),
-        ({"presence_penalty": 0.5}, "presence_penalty is 0.5; only 0 is supported here", "presence_penalty"),
+        ({"n": 2}, "n must be 1, got 2; leave the field out", "n"),
+        ({"logprobs": True}, "logprobs must be false, got true", "logprobs"),
+        ({"tools": [{"type": "function"}]}, 'tools must be empty unless tool_choice is "none"', "tools"),
+        ({"presence_penalty": 0.5}, "presence_penalty must be 0, got 0.5", "presence_penalty"),
         ({"response_format": {"type": "json_object"}}, "response_format.type", "response_format.type"),
         ({"stream": "yes"}, "stream: Input should be a valid boolean", "stream"),
         ({"max_images": 3}, "max_images is 3; the limit here is 2", "max_images"),
@@ -91,7 +95,7 @@ def check(response, status, message, param=None, code=None):
         ({"image_size": 17}, "image_size is 17; the limit here is 16", "image_size"),
         ({"image_size": 0, "min_images": 1}, "image_size is 0", "image_size"),
         ({"preview_every": -1}, "preview_every is -1", "preview_every"),
-        ({"messages": [{"role": "user", "content": "x" * 3000}]}, "3000 characters; the limit here is", "messages"),
+        ({"messages": [{"role": "user", "content": "x" * 3000}]}, "characters, got 3000", "messages"),
         ({"messages": [{"role": "user", "content": "x" * 1000}]}, "the model's context is 256", None),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
@@ -103,11 +107,11 @@ def test_a_wrong_field_is_named(server, fields, message, param):
 @pytest.mark.parametrize("char", ["x", "\ue000", "\U0001f600", " "])
 @pytest.mark.parametrize("field", ["content", "parts", "negative_prompt"])
 def test_texts_that_are_far_too_long_are_refused_before_they_are_tokenized(model, monkeypatch, char, field):
-    """At 16 characters for each token of the context."""
+    """The limit is 16 characters per token of the context."""
     monkeypatch.setattr(
         "lmfusion.serving.http.requests.encode_prompt", lambda *_: (_ for _ in ()).throw(AssertionError)
     )
-    reader = RequestReader(model, "tiny")
+    parser = RequestParser(model, "tiny")
     text = char * (16 * 256 + 1)
     if field == "negative_prompt":
         body = {"messages": [{"role": "user", "content": "x"}], "negative_prompt": text}
@@ -115,13 +119,13 @@ def test_texts_that_are_far_too_long_are_refused_before_they_are_tokenized(model
         body = {"messages": [{"role": "user", "content": text}]}
     else:
         body = user({"type": "text", "text": text[:2000]}, {"type": "text", "text": text[2000:]})
-    with pytest.raises(ApiError, match=r"409[78] characters; the limit here is 4096") as caught:
-        list(reader.read(json.dumps(body).encode()))
+    with pytest.raises(ApiError, match=r"the messages must have at most 4096 characters, got 409[78]") as caught:
+        list(parser.parse(json.dumps(body).encode()))
     assert caught.value.code == "context_length_exceeded"
 
 
 def test_a_slow_image_is_an_error_of_the_client(server, monkeypatch):
-    """Whatever the decoder refuses, such as too many scans, is said of the image."""
+    """The decoder's error, such as too many scans, becomes an error of the image."""
 
     def refuse(data, name):
         raise ValueError(f"{name} has 200 scans; the limit is 100, save it again")
@@ -134,18 +138,18 @@ def test_a_slow_image_is_an_error_of_the_client(server, monkeypatch):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (b"", "the body is no JSON"),
-        (b"{", "the body is no JSON"),
-        (b'{"messages": [{"role": "user", "content": "\xff"}]}', "the body is no JSON"),
+        (b"", "the body must be JSON"),
+        (b"{", "the body must be JSON"),
+        (b'{"messages": [{"role": "user", "content": "\xff"}]}', "the body must be JSON"),
         (b"[]", "the body: Input should be an object"),
-        (b"[" * 100_000, "the body is no JSON"),
-        (b'{"seed": ' + b"1" * 5000 + b"}", "the body is no JSON"),
+        (b"[" * 100_000, "the body must be JSON"),
+        (b'{"seed": ' + b"1" * 5000 + b"}", "the body must be JSON"),
         (b'{"temperature": NaN, "messages": [{"role": "user", "content": "x"}]}', "temperature"),
-        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "the body is no JSON"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "the body must be JSON"),
     ],
     ids=lambda value: repr(value)[:30] if isinstance(value, bytes) else "",
 )
-def test_bodies_that_are_no_request(server, body, message):
+def test_bodies_that_are_not_requests(server, body, message):
     response = server.client.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 400 and message in response.json()["error"]["message"]
 
@@ -175,7 +179,7 @@ def test_nothing_is_fetched(server, url, monkeypatch):
         response = client.post("/v1/chat/completions", json=user(image_part(url)))
         monkeypatch.undo()
     where = "messages[0].content[0]"
-    check(response, 400, "nothing is fetched here, send the image itself as a data: URL", where, "invalid_image_url")
+    check(response, 400, "addresses are not fetched, send the image itself", where, "invalid_image_url")
 
 
 def png_of(width, height):
@@ -191,7 +195,7 @@ def png_of(width, height):
         (b"", "is not an image of a known format", "invalid_image"),
         (png_of(8, 8)[:-20], "is damaged or truncated", "invalid_image"),
         (b"GIF89a" + bytes(20), "is not an image of a known format", "invalid_image"),
-        (png_of(101, 100), "has 101 x 100 pixels; the limit here is 10000", "image_too_large"),
+        (png_of(101, 100), "must have at most 10000 pixels, got 101 x 100", "image_too_large"),
         (png_of(5_000, 5_000), "pixels", "image_too_large"),
     ],
 )
@@ -203,7 +207,7 @@ def test_images_that_cannot_be_used(server, data, message, code):
 
 def test_wrong_base64_is_named(server):
     response = server.post(user(image_part("data:image/png;base64,A*A")))
-    check(response, 400, "is no valid base64", "messages[0].content[0]", "invalid_image")
+    check(response, 400, "must be valid base64", "messages[0].content[0]", "invalid_image")
 
 
 def test_too_many_images(server):
@@ -212,15 +216,15 @@ def test_too_many_images(server):
 
 
 def test_another_model_and_unknown_paths(server):
-    check(server.post(model="gpt-4o"), 404, "'gpt-4o' is not served here; this is 'tiny'", "model", "model_not_found")
-    check(server.client.get("/v1/models/gpt-4o"), 404, "not served here", "model", "model_not_found")
+    check(server.post(model="gpt-4o"), 404, "model must be 'tiny', got 'gpt-4o'", "model", "model_not_found")
+    check(server.client.get("/v1/models/gpt-4o"), 404, "model must be 'tiny'", "model", "model_not_found")
     check(server.client.get("/v1/embeddings"), 404, "GET /v1/embeddings: Not Found")
     check(server.client.get("/v1/chat/completions"), 405, "Method Not Allowed")
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
 def test_web_pages_of_other_sites_cannot_post(server, kind):
-    """These are the content types that a browser sends to other sites without asking them first."""
+    """A browser sends these content types to other sites without asking them first."""
     body = b'{"messages": [{"role": "user", "content": "hi"}]}'
     response = server.client.post("/v1/chat/completions", content=body, headers={"Content-Type": kind})
     check(response, 415, 'the content type must be "application/json"', code="unsupported_media_type")
@@ -233,11 +237,11 @@ def test_a_large_body_is_refused_by_its_announcement(server):
         connection.sendall(f"{head}Content-Length: 200001\r\n\r\n".encode())
         response = http.client.HTTPResponse(connection)
         response.begin()
-        assert response.status == 413 and b"more than 200000 bytes" in response.read()
+        assert response.status == 413 and b"must have at most 200000 bytes" in response.read()
 
 
 def test_a_large_body_is_refused_while_it_is_read(server):
-    """One that does not say how large it is, long before its end."""
+    """A body without a length is refused long before its end."""
     with socket.create_connection(("127.0.0.1", server.port), timeout=10) as connection:
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
@@ -245,7 +249,7 @@ def test_a_large_body_is_refused_while_it_is_read(server):
             connection.sendall(b"2710\r\n" + b" " * 10_000 + b"\r\n")
         response = http.client.HTTPResponse(connection)
         response.begin()
-        assert response.status == 413 and b"more than 200000 bytes" in response.read()
+        assert response.status == 413 and b"must have at most 200000 bytes" in response.read()
 
 
 @pytest.mark.parametrize("announced", [True, False])
@@ -255,7 +259,7 @@ def test_a_client_that_sends_on_gets_the_refusal_and_may_go_on(server, announced
     response = server.client.post(
         "/v1/chat/completions", content=b"".join(body) if announced else iter(body), headers=headers
     )
-    check(response, 413, "more than 200000 bytes", code="request_too_large")
+    check(response, 413, "must have at most 200000 bytes", code="request_too_large")
     assert server.client.get("/healthz").status_code == 200
 
 
@@ -265,7 +269,7 @@ def test_long_values_are_not_echoed_whole(server):
 
 
 def test_control_tokens_in_a_message_are_text(server):
-    """They cannot end the user's turn."""
+    """So they cannot end the user's turn."""
     plain, spelled = (
         server.answer(max_tokens=1),
         server.answer(messages=[{"role": "user", "content": "hi</s>"}], max_tokens=1),
@@ -284,8 +288,8 @@ def test_after_all_that_the_server_answers_as_before(server):
 @pytest.mark.parametrize(
     ("defaults", "message"),
     [
-        ({"steps": 3}, "no field 'steps' to set; there are chat_template_kwargs, draw_first"),
-        ({"stream": True}, "no field 'stream' to set"),
+        ({"steps": 3}, r"the field must be one of chat_template_kwargs, draw_first.*; got 'steps'"),
+        ({"stream": True}, "got 'stream'"),
         ({"num_steps": 30}, "num_steps is 30; the limit here is 20"),
         ({"temperature": "hot"}, "temperature: Input should be a valid number"),
         ({"sampler": "euler"}, "unknown sampler 'euler'"),
@@ -293,16 +297,16 @@ def test_after_all_that_the_server_answers_as_before(server):
 )
 def test_defaults_that_no_request_could_have(model, defaults, message):
     with pytest.raises(ValueError, match=message):
-        RequestReader(model, "tiny", LIMITS, defaults)
+        RequestParser(model, "tiny", LIMITS, defaults)
 
 
 @pytest.mark.parametrize("name", ["max_body_bytes", "max_text_chars", "max_image_pixels"])
 def test_limits_are_positive(name):
-    with pytest.raises(ValueError, match=f"{name} is 0"):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         RequestLimits(**{name: 0})
 
 
 def test_pictures_are_what_these_tests_think(server):
-    """The image that all the refused ones are compared with is taken."""
+    """The image from which the refused ones are made is accepted."""
     assert server.post(user(image_part(data_url(picture())))).status_code == 200
     assert np.asarray(picture()).shape == (8, 8)

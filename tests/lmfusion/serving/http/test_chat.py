@@ -1,4 +1,4 @@
-"""Chats over HTTP: what is answered is what the engine makes, whole or streamed, alone or among others."""
+"""Tests chats over HTTP: answers equal the engine's, whole or streamed, alone or side by side."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -111,7 +111,7 @@ def test_streams_without_usage_and_previews_have_neither(server):
     assert [event for event in events if event] == ["begin", "end"]
 
 
-def test_an_uploaded_image_is_seen(server, model):
+def test_an_uploaded_image_is_read(server, model):
     def answer(image):
         content = [image_part(data_url(image)), {"type": "text", "text": "what?"}]
         return server.answer(
@@ -127,7 +127,7 @@ def test_an_uploaded_image_is_seen(server, model):
 
 
 @pytest.mark.parametrize("kind", ["png", "webp", "jpeg"])
-def test_large_images_are_scaled_as_they_are_elsewhere(server, model, kind):
+def test_large_images_are_scaled_as_in_training(server, model, kind):
     large = picture(2, size=(40, 30))
     options = {"png": {}, "webp": {"lossless": True}, "jpeg": {"quality": 100}}[kind]
     content = [image_part(data_url(large, kind, **options))]
@@ -140,7 +140,7 @@ def test_large_images_are_scaled_as_they_are_elsewhere(server, model, kind):
     assert answer["choices"][0]["message"]["content"] == text_of(expected)
 
 
-def test_an_answer_can_be_sent_back_as_it_came(server, model):
+def test_an_answer_can_be_sent_back_unchanged(server, model):
     first = server.answer(**DRAWING)["choices"][0]["message"]
     question = {"role": "user", "content": "hi"}
     history = [question, first | {"refusal": None, "tool_calls": None}, {"role": "user", "content": "and now?"}]
@@ -153,7 +153,7 @@ def test_an_answer_can_be_sent_back_as_it_came(server, model):
     assert again["usage"]["prompt_tokens"] == expected[-1].num_prompt_tokens
 
 
-def test_developer_is_system_and_names_are_not_used(server):
+def test_developer_means_system_and_names_are_ignored(server):
     def answer(role, **more):
         messages = [{"role": role, "content": "be brief", **more}, {"role": "user", "content": "hi", **more}]
         return server.answer(messages=messages, max_tokens=8, temperature=1.0)["choices"][0]["message"]["content"]
@@ -198,7 +198,7 @@ def test_min_images_raises_the_default_of_max_images(server):
     assert answer["usage"]["images"] == 5
 
 
-def test_defaults_of_the_server_hold_where_a_request_says_nothing(serve):
+def test_defaults_of_the_server_apply_to_missing_fields(serve):
     server = serve(defaults={"num_steps": 2, "min_images": 1, "max_tokens": 3, "sampler": "ddim"})
     settings = drawn_settings(server.answer())
     assert (settings["num_steps"], settings["sampler"]) == (2, "ddim")
@@ -206,8 +206,8 @@ def test_defaults_of_the_server_hold_where_a_request_says_nothing(serve):
     assert server.answer(min_images=0, max_images=0)["usage"]["images"] == 0
 
 
-def test_events_of_the_engine_are_all_known(model):
-    """What the stream is made from, so that a new kind of event is not forgotten there."""
+def test_all_events_of_the_engine_are_known(model):
+    """Fails when there is a new kind of event, which `streaming` must handle."""
     kinds = {
         type(event)
         for event in engine_events(

@@ -1,4 +1,4 @@
-"""Every field of OpenAI's chat requests: what changes nothing is taken, what is not supported is named.
+"""Tests all fields of OpenAI's chat requests: values that change nothing are accepted, others are named.
 
 The fields are those of CompletionCreateParams and the message types in openai 3.57.0.
 """
@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 
 from lmfusion.serving.errors import ApiError
-from lmfusion.serving.http.requests import RequestReader, image_bytes
-from lmfusion.serving.http.schema import MAX_VALUES, ChatRequest, Message, TextPart, parse
+from lmfusion.serving.http.requests import RequestParser, parse_data_url
+from lmfusion.serving.http.schema import MAX_VALUES, ChatMessage, ChatRequest, TextPart, parse_request
 from tests.lmfusion.serving.conftest import data_url, image_of, image_part, picture
 
 CALL = {"name": "f", "arguments": "{}"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
 TEXT = {"type": "text", "text": "x"}
 
-TAKEN = {
+ACCEPTED = {
     "audio": [None],
     "frequency_penalty": [None, 0, 0.0, -0.0],
     "function_call": [None, "none", "auto"],
@@ -60,7 +60,7 @@ TAKEN = {
     "verbosity": [None, "medium"],
     "web_search_options": [None],
 }
-OTHERS_TAKEN = {
+OTHERS_ACCEPTED = {
     "top_k": [None, 0, -1],
     "min_p": [0, 0.0],
     "typical_p": [1],
@@ -115,13 +115,13 @@ REFUSED = {
 
 
 @pytest.fixture(scope="module")
-def reader(model):
-    return RequestReader(model, "tiny")
+def parser(model):
+    return RequestParser(model, "tiny")
 
 
-def read(reader, body=None, **fields):
+def read(parser, body=None, **fields):
     body = {"messages": [{"role": "user", "content": "hi"}], **fields} if body is None else body
-    steps = reader.read(json.dumps(body).encode() if isinstance(body, dict) else body)
+    steps = parser.parse(json.dumps(body).encode() if isinstance(body, dict) else body)
     while True:
         try:
             next(steps)
@@ -129,9 +129,9 @@ def read(reader, body=None, **fields):
             return end.value
 
 
-def meaning(reader, body=None, **fields):
-    """What a request comes to, with pixels as numbers."""
-    request, prompt, options = read(reader, body, **fields)
+def meaning(parser, body=None, **fields):
+    """The parsed request, with pixels as numbers."""
+    request, prompt, options = read(parser, body, **fields)
     parts = [np.asarray(part).tolist() if not isinstance(part, list) else part for part in prompt.parts]
     return parts, options, bool(request.stream)
 
@@ -141,10 +141,10 @@ def values(table):
 
 
 def test_all_fields_are_in_the_tables():
-    """OpenAI's are all known. Those of images are in the tests of their own."""
-    openai = set(TAKEN) | {"messages"}
+    """All of OpenAI's fields are known. Fields for images have tests of their own."""
+    openai = set(ACCEPTED) | {"messages"}
     assert len(openai) == 37 and openai <= set(ChatRequest.model_fields)
-    own = {name for name in ChatRequest.model_fields if name not in openai and name not in OTHERS_TAKEN}
+    own = {name for name in ChatRequest.model_fields if name not in openai and name not in OTHERS_ACCEPTED}
     assert own == {
         *("max_images", "min_images", "draw_first", "num_steps", "sampler", "guidance_scale", "image_guidance_scale"),
         *("guidance_interval", "guidance_rescale", "negative_prompt", "image_size", "preview_every"),
@@ -152,34 +152,34 @@ def test_all_fields_are_in_the_tables():
     }
 
 
-@pytest.mark.parametrize(("name", "value"), values(TAKEN) + values(OTHERS_TAKEN))
-def test_what_changes_nothing_is_taken(reader, name, value):
-    assert meaning(reader, **{name: value}) == meaning(reader)
+@pytest.mark.parametrize(("name", "value"), values(ACCEPTED) + values(OTHERS_ACCEPTED))
+def test_values_that_change_nothing_are_accepted(parser, name, value):
+    assert meaning(parser, **{name: value}) == meaning(parser)
 
 
 @pytest.mark.parametrize(("name", "value"), values(REFUSED))
-def test_what_would_change_an_answer_is_an_error_that_names_the_field(reader, name, value):
+def test_values_that_would_change_an_answer_are_named(parser, name, value):
     with pytest.raises(ApiError) as caught:
-        read(reader, **{name: value})
+        read(parser, **{name: value})
     error = caught.value
     assert error.status == 400 and name in error.message
     assert error.param.split(".")[0].split("[")[0] == name
 
 
 @pytest.mark.parametrize(("tools", "choice"), [("tools", "tool_choice"), ("functions", "function_call")])
-def test_tools_that_are_not_to_be_called_are_taken(reader, tools, choice):
-    assert meaning(reader, **{tools: [TOOL], choice: "none"}) == meaning(reader)
-    with pytest.raises(ApiError, match=f'{tools} are not supported here; leave them out, or send "{choice}": "none"'):
-        read(reader, **{tools: [TOOL], choice: "auto"})
+def test_tools_that_must_not_be_called_are_accepted(parser, tools, choice):
+    assert meaning(parser, **{tools: [TOOL], choice: "none"}) == meaning(parser)
+    with pytest.raises(ApiError, match=f'{tools} must be empty unless {choice} is "none"; tools are not supported'):
+        read(parser, **{tools: [TOOL], choice: "auto"})
 
 
-def test_negative_seeds_are_seeds(reader):
-    assert [read(reader, seed=seed)[2].seed for seed in (5, -5, -(2**63))] == [5, 2**63 - 5, 0]
+def test_negative_seeds_are_seeds(parser):
+    assert [read(parser, seed=seed)[2].seed for seed in (5, -5, -(2**63))] == [5, 2**63 - 5, 0]
 
 
 @pytest.mark.parametrize("stop", ["a", ["a"], ["a", "b", "c", "d"], "</s>", ["<|im_end|>", "\n\n"]])
-def test_stop_strings_of_all_kinds(reader, stop):
-    assert read(reader, stop=stop)[2].stop_strings == tuple([stop] if isinstance(stop, str) else stop)
+def test_stop_strings_of_all_kinds(parser, stop):
+    assert read(parser, stop=stop)[2].stop_strings == tuple([stop] if isinstance(stop, str) else stop)
 
 
 def test_a_control_token_may_be_a_stop_string(server):
@@ -187,14 +187,14 @@ def test_a_control_token_may_be_a_stop_string(server):
 
 
 def test_all_harmless_fields_at_once_over_http(server):
-    fields = {name: taken[-1] for table in (TAKEN, OTHERS_TAKEN) for name, taken in table.items()}
+    fields = {name: taken[-1] for table in (ACCEPTED, OTHERS_ACCEPTED) for name, taken in table.items()}
     fields |= {"max_tokens": 5, "max_completion_tokens": 5}
     assert server.answer(**fields)["choices"] == server.answer(max_tokens=5)["choices"]
 
 
-def test_a_body_may_begin_with_a_byte_order_mark(reader):
+def test_a_body_may_begin_with_a_byte_order_mark(parser):
     body = b'{"messages": [{"role": "user", "content": "hi"}]}'
-    assert meaning(reader, b"\xef\xbb\xbf" + body) == meaning(reader, body)
+    assert meaning(parser, b"\xef\xbb\xbf" + body) == meaning(parser, body)
 
 
 MANY = {
@@ -211,24 +211,24 @@ MANY = {
 
 @pytest.mark.parametrize("num", [30_000, 3_000_000])
 @pytest.mark.parametrize("name", MANY)
-def test_many_values_are_refused_in_no_time(name, num):
-    """To collect an error for each of 8 million took minutes and gigabytes."""
+def test_many_values_are_refused_quickly(name, num):
+    """Without the limit, an error for each of 8 million values takes minutes and gigabytes."""
     begin, item, end = MANY[name]
     items = ",".join([item] * num)
     body = f'{{"messages": [{{"role": "user", "content": "x"}}], "{name}": {begin}{items}{end}}}'.encode()
     start = time.process_time()
     if (name, num) == ("metadata", 30_000):
-        parse(body)
+        parse_request(body)
     else:
         with pytest.raises(ApiError) as caught:
-            parse(body)
+            parse_request(body)
         assert caught.value.status == 400 and (num < MAX_VALUES or caught.value.code == "too_many_values")
     assert time.process_time() - start < 5  # and not minutes, on a slow machine
 
 
 @pytest.mark.parametrize("text", [",", '\\"', "\\\\", '\\\\\\"', "[", '\\",'], ids=repr)
-def test_what_is_in_a_text_is_no_value(text):
-    parsed = parse(f'{{"messages": [{{"role": "user", "content": "{text * 60_000}"}}]}}'.encode())
+def test_commas_in_a_text_are_not_values(text):
+    parsed = parse_request(f'{{"messages": [{{"role": "user", "content": "{text * 60_000}"}}]}}'.encode())
     assert len(parsed.messages[0].content) == len(json.loads(f'"{text}"')) * 60_000
 
 
@@ -255,8 +255,8 @@ THINKING_TEMPLATE = (
 @pytest.mark.parametrize("default", [None, 7])
 def test_variables_reach_the_chat_template(model, monkeypatch, fields, text, default):
     monkeypatch.setattr(model.tokenizer, "chat_template", THINKING_TEMPLATE)
-    reader = RequestReader(model, "tiny", defaults=default and {"chat_template_kwargs": {"level": default}})
-    _, prompt, _ = read(reader, **fields)
+    parser = RequestParser(model, "tiny", defaults=default and {"chat_template_kwargs": {"level": default}})
+    _, prompt, _ = read(parser, **fields)
     if default is not None and "level" not in (fields.get("chat_template_kwargs") or {}):
         text += str(default)
     assert model.tokenizer.decode(prompt.parts[0]) == text
@@ -275,9 +275,9 @@ def test_variables_reach_the_chat_template(model, monkeypatch, fields, text, def
     ],
     ids=str,
 )
-def test_variables_that_cannot_be_are_named(reader, fields, message, param):
+def test_wrong_variables_are_named(parser, fields, message, param):
     with pytest.raises(ApiError) as caught:
-        read(reader, **fields)
+        read(parser, **fields)
     assert message in caught.value.message and caught.value.param == (param or "chat_template_kwargs")
 
 
@@ -328,22 +328,22 @@ ASSISTANT = [
 
 
 @pytest.mark.parametrize(("given", "same"), SAME_MESSAGES, ids=range(len(SAME_MESSAGES)))
-def test_messages_that_say_the_same(reader, given, same):
-    assert meaning(reader, messages=given) == meaning(reader, messages=same)
+def test_equivalent_messages(parser, given, same):
+    assert meaning(parser, messages=given) == meaning(parser, messages=same)
 
 
 @pytest.mark.parametrize("more", ASSISTANT, ids=str)
 @pytest.mark.parametrize("content", ["ok", "", None, []], ids=str)
-def test_answers_that_are_sent_back(reader, content, more):
+def test_answers_that_are_sent_back(parser, content, more):
     answer = {"role": "assistant", "content": content, **more}
     expected = {"role": "assistant", "content": content or ""}
-    assert meaning(reader, messages=[*HI, answer, *HI]) == meaning(reader, messages=[*HI, expected, *HI])
+    assert meaning(parser, messages=[*HI, answer, *HI]) == meaning(parser, messages=[*HI, expected, *HI])
 
 
-def test_an_answer_without_content(reader):
+def test_an_answer_without_content(parser):
     answer = {"role": "assistant", "refusal": None}
     expected = {"role": "assistant", "content": ""}
-    assert meaning(reader, messages=[*HI, answer, *HI]) == meaning(reader, messages=[*HI, expected, *HI])
+    assert meaning(parser, messages=[*HI, answer, *HI]) == meaning(parser, messages=[*HI, expected, *HI])
 
 
 @pytest.mark.parametrize(
@@ -363,14 +363,16 @@ def test_an_answer_without_content(reader):
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_messages_that_are_not_supported_are_named(reader, message, param):
+def test_messages_that_are_not_supported_are_named(parser, message, param):
     with pytest.raises(ApiError) as caught:
-        read(reader, messages=[message])
+        read(parser, messages=[message])
     assert (caught.value.status, caught.value.param) == (400, param)
 
 
 def test_messages_have_all_fields_of_openai():
-    assert {"role", "content", "name", "refusal", "audio", "function_call", "tool_calls"} <= set(Message.model_fields)
+    assert {"role", "content", "name", "refusal", "audio", "function_call", "tool_calls"} <= set(
+        ChatMessage.model_fields
+    )
     assert {"type", "text", "prompt_cache_breakpoint"} <= set(TextPart.model_fields)
 
 
@@ -409,13 +411,13 @@ SAME_URLS = {
 @pytest.mark.parametrize("kind", SAME_URLS)
 def test_urls_of_the_same_image(kind):
     assert {"+", "/", "="} <= set(ENCODED)
-    assert image_bytes(SAME_URLS[kind]) == ODD
+    assert parse_data_url(SAME_URLS[kind]) == ODD
 
 
 @pytest.mark.parametrize("bad", ["A*A=", "AAAAA", "AA=A", "\u00e9\u00e9\u00e9\u00e9", "%zz", "A%00A"])
 def test_wrong_base64_is_an_error(bad):
     with pytest.raises(ValueError):  # noqa: PT011
-        image_bytes(f"data:image/png;base64,{bad}")
+        parse_data_url(f"data:image/png;base64,{bad}")
 
 
 @pytest.mark.parametrize(
@@ -431,11 +433,11 @@ def test_wrong_base64_is_an_error(bad):
     ],
     ids=range(7),
 )
-def test_parts_of_the_same_image(reader, server, part):
+def test_parts_of_the_same_image(parser, server, part):
     def message(image):
         return [{"role": "user", "content": [image, {"type": "text", "text": "hi"}]}]
 
-    assert meaning(reader, messages=message(part)) == meaning(reader, messages=message(image_part(PNG)))
+    assert meaning(parser, messages=message(part)) == meaning(parser, messages=message(image_part(PNG)))
     assert server.post(messages=message(part), max_tokens=1).status_code == 200
 
 

@@ -1,14 +1,14 @@
-"""/openapi.json tells of every status, media type and body that the server answers with."""
+"""Tests that /openapi.json describes every status, media type and body of the server's responses."""
 
 import json
 
 import pytest
 
-from lmfusion.serving.http.openapi import ERRORS
-from lmfusion.serving.http.schema import parse
+from lmfusion.serving.http.openapi import PATH_ERRORS
+from lmfusion.serving.http.schema import parse_request
 from tests.lmfusion.serving.conftest import Served
 from tests.lmfusion.serving.http.json_schema import fits
-from tests.lmfusion.serving.http.test_fields import OTHERS_TAKEN, REFUSED, TAKEN
+from tests.lmfusion.serving.http.test_fields import ACCEPTED, OTHERS_ACCEPTED, REFUSED
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -76,7 +76,7 @@ def test_the_model_is_found_by_its_name(server, document):
     check(document, "/v1/models", "get", server.client.get("/v1/models/"))
 
 
-def test_trouble_is_as_described(serve, document, monkeypatch):
+def test_failures_are_as_described(serve, document, monkeypatch):
     server = serve(max_waiting=1, max_batch=1)
 
     def fail():
@@ -94,18 +94,18 @@ def test_trouble_is_as_described(serve, document, monkeypatch):
 
 
 def test_every_url_is_described(document):
-    assert set(document["paths"]) == set(ERRORS)
+    assert set(document["paths"]) == set(PATH_ERRORS)
     assert "422" not in json.dumps(document["paths"]) and "HTTPValidationError" not in json.dumps(document)
 
 
-def test_the_schema_of_requests_is_what_is_taken(document):
-    """As far as JSON Schema can say it: what a schema allows may still be beyond a limit."""
+def test_the_schema_of_requests_is_what_is_accepted(document):
+    """As far as JSON Schema can express it: a value that the schema allows may still be beyond a limit."""
     schema = document["paths"][CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    for table in (TAKEN, OTHERS_TAKEN):
+    for table in (ACCEPTED, OTHERS_ACCEPTED):
         for name, values in table.items():
             for value in values:
                 body = HI | {name: value}
-                parse(json.dumps(body).encode())
+                parse_request(json.dumps(body).encode())
                 assert fits(body, schema, document), (name, value)
     said = {"n", "logprobs", "store", "presence_penalty", "reasoning_effort", "verbosity", "modalities", "seed"}
     for name in said:
@@ -114,7 +114,7 @@ def test_the_schema_of_requests_is_what_is_taken(document):
     assert not fits(HI | {"x": 1}, schema, document) and not fits({}, schema, document)
 
 
-# --- whatever is sent, what comes back is short ---
+# --- errors are short, whatever was sent ---
 
 LONG = "x" * 500_000
 
@@ -158,7 +158,7 @@ def test_paths_hosts_and_keys_are_not_echoed_whole(server):
         assert 400 <= response.status_code < 500 and len(response.content) < 1500
 
 
-def test_heads_of_what_can_be_got(server):
+def test_head_requests(server):
     for path in ("/healthz", "/v1/models", "/v1/models/tiny", "/metrics", "/openapi.json"):
         response = server.client.head(path)
         assert response.status_code == 200 and response.content == b"" and int(response.headers["content-length"]) > 0

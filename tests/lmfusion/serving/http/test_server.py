@@ -1,19 +1,19 @@
-"""The server among its clients: full queues, clients that hang up or dawdle, strangers, its own death."""
+"""Tests the server with many clients: full queues, disconnects, slow readers, failures, access and metrics."""
 
 import json
 import re
 import socket
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
 from lmfusion.generation.request import Request
-from lmfusion.serving.guard import host_name, is_loopback
+from lmfusion.generation.worker import WorkerStats
 from lmfusion.serving.http import streaming
-from lmfusion.serving.http.metrics import Histogram
+from lmfusion.serving.http.metrics import ServerMetrics
+from lmfusion.serving.middleware import host_name, is_loopback
 from tests.lmfusion.serving.conftest import wait_until
 
 pytestmark = pytest.mark.timeout(60)
@@ -23,7 +23,7 @@ LONG_IMAGE = {"draw_first": True, "max_images": 1, "num_steps": 1000, "max_token
 
 
 def open_request(server, path="/v1/chat/completions", **fields):
-    """A raw connection with a request on its way."""
+    """A raw connection on which a request was sent."""
     body = json.dumps({"messages": [{"role": "user", "content": "hi"}], **fields}).encode()
     connection = socket.create_connection(("127.0.0.1", server.port), timeout=20)
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
@@ -59,7 +59,7 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_back(serve):
         response = server.post()
         assert response.status_code == 429 and response.headers["retry-after"] == "2"
         assert response.json()["error"] == {
-            "message": "2 requests are waiting, and no more may; try again in a few seconds",
+            "message": "2 requests are waiting, which is the limit; try again in a few seconds",
             "type": "rate_limit_error",
             "param": None,
             "code": "queue_full",
@@ -70,12 +70,12 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_back(serve):
     assert server.post(max_tokens=2).status_code == 200
 
 
-# --- clients that hang up ---
+# --- clients that disconnect ---
 
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("fields", [LONG, LONG_IMAGE], ids=["text", "image"])
-def test_a_client_that_hangs_up_is_cancelled_and_its_rows_are_free(serve, stream, fields):
+def test_a_disconnect_cancels_the_request_and_frees_its_slots(serve, stream, fields):
     server = serve()
     connection = open_request(server, stream=stream, **fields)
     if stream:
@@ -85,7 +85,7 @@ def test_a_client_that_hangs_up_is_cancelled_and_its_rows_are_free(serve, stream
     assert server.worker.stats().num_rows_used > 0
     server.gate.close()  # or it might have been finished
     connection.close()
-    time.sleep(0.1)
+    server.wait_until_idle()
     server.gate.open()
     wait_until(lambda: server.worker.stats().num_finished == {"cancelled": 1})
     stats = server.worker.stats()
@@ -93,7 +93,7 @@ def test_a_client_that_hangs_up_is_cancelled_and_its_rows_are_free(serve, stream
     assert server.post(max_tokens=2).status_code == 200
 
 
-def test_a_client_that_hangs_up_in_the_queue_leaves_it(serve):
+def test_a_disconnect_in_the_queue_leaves_it(serve):
     server = serve(max_batch=1)
     server.gate.close()
     first = open_request(server, **LONG)
@@ -101,14 +101,14 @@ def test_a_client_that_hangs_up_in_the_queue_leaves_it(serve):
     second = open_request(server, **LONG)
     wait_until(lambda: server.worker.stats().num_waiting + server.worker.stats().num_running == 2)
     second.close()
-    time.sleep(0.1)
+    wait_until(lambda: len(server.server.server_state.connections) == 1)
     server.gate.open()
     wait_until(lambda: server.worker.stats().num_finished.get("cancelled") == 1)
     assert b"200 OK" in read_until(first, rb'"finish_reason":"(length|stop)"')
     first.close()
 
 
-def test_one_that_hangs_up_does_not_disturb_the_others(serve):
+def test_a_disconnect_does_not_change_other_answers(serve):
     server = serve()
     alone = server.answer(seed=3, temperature=1.0, max_tokens=60, min_images=1, num_steps=20)["choices"]
     with ThreadPoolExecutor(2) as pool:
@@ -124,17 +124,17 @@ def test_one_that_hangs_up_does_not_disturb_the_others(serve):
     wait_until(lambda: server.worker.stats().num_finished.get("cancelled") == 3)
 
 
-# --- clients that dawdle ---
+# --- slow clients ---
 
 
-def test_previews_that_were_not_taken_give_way_to_newer_ones(serve):
-    """What waits for a slow client does not grow with the number of steps."""
+def test_an_unsent_preview_is_replaced_by_the_next_one(serve):
+    """So the queue of a slow client does not grow with the number of steps."""
     from lmfusion.generation.events import Done, ImageBegin, ImageEnd, ImagePreview, TextDelta
 
     server = serve()
 
     async def listen():
-        listener = streaming.Listener(_Ignore())
+        listener = streaming.EventListener(ServerMetrics(no_stats))
         begin, text = ImageBegin(0, 8, 8, 100), TextDelta("a")
         previews = [ImagePreview(0, step, 100, None) for step in range(1, 100)]
         for event in [text, begin, *previews, ImageEnd(0, None), text, Done("stop", 1, 2, 1, 0.1)]:
@@ -149,8 +149,8 @@ def test_previews_that_were_not_taken_give_way_to_newer_ones(serve):
     assert server.worker.stats().num_running == 0
 
 
-class _Ignore:
-    first_event = latency = Histogram()
+def no_stats():
+    return WorkerStats(0, 0, 0, 0)
 
 
 def test_a_quiet_stream_is_kept_alive(serve, monkeypatch):
@@ -158,13 +158,13 @@ def test_a_quiet_stream_is_kept_alive(serve, monkeypatch):
     server = serve()
     server.gate.close()
     connection = open_request(server, stream=True, max_tokens=2)
-    assert b": still at it\n\n" in read_until(connection, rb": still at it\n\n")
+    assert b": keep-alive\n\n" in read_until(connection, rb": keep-alive\n\n")
     server.gate.open()
     read_until(connection, rb"data: \[DONE\]")
     connection.close()
 
 
-# --- a server that is in trouble ---
+# --- failures ---
 
 
 def test_a_failed_answer_is_an_error_whole_or_streamed(serve, monkeypatch):
@@ -189,8 +189,8 @@ def test_a_failed_answer_is_an_error_whole_or_streamed(serve, monkeypatch):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_an_answer_that_fails_by_itself_spoils_no_other(serve, monkeypatch, stream):
-    """Such as one whose numbers are not finite: the engine ends it, and goes on with the others."""
+def test_a_failed_answer_does_not_change_others(serve, monkeypatch, stream):
+    """The engine ends an answer whose numbers are not finite, and continues with the others."""
     server = serve()
     asked = dict(temperature=1.0, max_tokens=20, min_images=1, max_images=1, num_steps=3)
     alone = server.answer(seed=3, **asked)["choices"]
@@ -217,7 +217,7 @@ def test_an_answer_that_fails_by_itself_spoils_no_other(serve, monkeypatch, stre
     assert metrics_of(server)['lmfusion_requests_finished_total{reason="error"}'] == 1
 
 
-def test_health_tells_of_a_dead_worker(serve, monkeypatch):
+def test_health_reports_a_dead_worker(serve, monkeypatch):
     server = serve()
     assert (server.client.get("/healthz").status_code, metrics_of(server)["lmfusion_engine_up"]) == (200, 1)
 
@@ -253,8 +253,8 @@ def test_health_tells_of_a_dead_worker(serve, monkeypatch):
         ("", False),
     ],
 )
-def test_names_that_a_web_page_could_bring_are_refused(serve, host, is_allowed):
-    """DNS rebinding: a page of evil.example lets its own name point at this machine."""
+def test_host_names_that_were_not_allowed_are_refused(serve, host, is_allowed):
+    """DNS rebinding: a page of evil.example lets its own name point to this machine."""
     server = serve(allowed_hosts=["models.example.com"])
     for path in ("/v1/models", "/healthz", "/metrics", "/nowhere"):
         response = server.client.get(path, headers={"Host": host})
@@ -271,7 +271,7 @@ def test_there_are_no_cors_headers(server):
     assert response.status_code == 405 and not [n for n in response.headers if n.startswith("access-control")]
 
 
-def test_a_key_is_demanded_everywhere_but_for_health(serve):
+def test_a_key_is_required_everywhere_except_for_health(serve):
     server = serve(api_key="s3cret")
     for header in (None, "Bearer wrong", "Bearer", "s3cret", "Basic s3cret", "Bearer s3cret2", "Bearer s\xe9cret"):
         headers = {} if header is None else {"Authorization": header.encode("latin-1")}
@@ -309,7 +309,7 @@ def test_loopback_addresses():
     assert {host: is_loopback(host) for host in hosts} == hosts
 
 
-# --- what it tells of itself ---
+# --- models, health and metrics ---
 
 
 def test_models_health_and_description(server):
@@ -320,7 +320,7 @@ def test_models_health_and_description(server):
     request = document["components"]["schemas"]["ChatRequest"]
     assert {"messages", "max_images", "num_steps"} <= set(request["properties"])
     references = set(re.findall(r'"\$ref": ?"#/components/schemas/(\w+)"', json.dumps(document)))
-    assert {"ChatRequest", "Message"} <= references <= set(document["components"]["schemas"])
+    assert {"ChatRequest", "ChatMessage"} <= references <= set(document["components"]["schemas"])
 
 
 def test_metrics_count_what_happened(serve):
@@ -339,8 +339,8 @@ def test_metrics_count_what_happened(serve):
         'lmfusion_http_responses_total{status="400"}': 1,
         "lmfusion_images_total": 2,
         "lmfusion_denoise_steps_total": 8,
-        "lmfusion_cache_rows": 4096,
-        "lmfusion_cache_rows_used": 0,
+        "lmfusion_cache_slots": 4096,
+        "lmfusion_cache_slots_used": 0,
         "lmfusion_first_event_seconds_count": 2,
         "lmfusion_request_seconds_count": 2,
         'lmfusion_request_seconds_bucket{le="+Inf"}': 2,
@@ -366,21 +366,20 @@ def test_the_cache_and_the_running_are_seen_while_they_run(serve):
         values = metrics_of(server)
         assert values["lmfusion_requests_running"] + values["lmfusion_requests_waiting"] == 1
         server.gate.open()
-        wait_until(lambda: metrics_of(server)["lmfusion_cache_rows_used"] > 0)
-    wait_until(lambda: metrics_of(server)["lmfusion_cache_rows_used"] == 0)
+        wait_until(lambda: metrics_of(server)["lmfusion_cache_slots_used"] > 0)
+    wait_until(lambda: metrics_of(server)["lmfusion_cache_slots_used"] == 0)
 
 
-def test_histograms_are_cumulative():
-    histogram = Histogram((1.0, 2.0))
-    for value in (0.5, 1.0, 1.5, 7.0):
-        histogram.observe(value)
-    assert histogram.lines("h") == [
-        'h_bucket{le="1.0"} 2',
-        'h_bucket{le="2.0"} 3',
-        'h_bucket{le="+Inf"} 4',
-        "h_sum 10.000000",
-        "h_count 4",
-    ]
+def test_two_servers_in_a_process_count_apart():
+    one, other = ServerMetrics(no_stats), ServerMetrics(no_stats)
+    one.count_status(429)
+    for seconds in (0.5, 1.0, 7.0):
+        one.latency.observe(seconds)
+    lines = one.render().decode().splitlines()
+    assert 'lmfusion_request_seconds_bucket{le="1.0"} 2.0' in lines and "lmfusion_request_seconds_sum 8.5" in lines
+    assert "lmfusion_requests_rejected_total 1.0" in lines
+    lines = other.render().decode().splitlines()
+    assert "lmfusion_request_seconds_count 0.0" in lines and "lmfusion_requests_rejected_total 0.0" in lines
 
 
 def test_many_clients_at_once_while_one_sends_rubbish(serve):

@@ -1,4 +1,4 @@
-"""A server of a vision-language model: what users show is seen at its own size, what was drawn stays the tower's."""
+"""Tests a server of a vision-language model: users' images keep their size, generated images go to the image tower."""
 
 import contextlib
 
@@ -16,14 +16,14 @@ def model(tmp_path_factory):
     return build(folder)
 
 
-def test_the_answer_is_that_to_the_same_conversation(model):
-    shown, drawn = picture(23, 9), picture(4, 4, seed=1)
+def test_the_answer_equals_that_of_the_engine(model):
+    given, generated = picture(23, 9), picture(4, 4, seed=1)
 
     def conversation(as_part):
         return [
             {"role": "user", "content": [{"type": "text", "text": "draw"}]},
-            {"role": "assistant", "content": [as_part(drawn)]},
-            {"role": "user", "content": [as_part(shown), {"type": "text", "text": "and this"}]},
+            {"role": "assistant", "content": [as_part(generated)]},
+            {"role": "user", "content": [as_part(given), {"type": "text", "text": "and this"}]},
         ]
 
     expected = model.generate(

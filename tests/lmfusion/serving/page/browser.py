@@ -1,4 +1,4 @@
-"""What does somebody at the page see and do? Headless Chromium, driven through selenium."""
+"""Drives the page in headless Chromium through selenium."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ new MutationObserver(() => {
 
 
 class Browser:
-    """A window on the page at `url`."""
+    """A browser window with the page."""
 
     def __init__(self, *arguments):
         from selenium import webdriver
@@ -46,7 +46,7 @@ class Browser:
         self.driver.execute_script(WATCH)
 
     def wait(self, condition, seconds=30):
-        """What `condition` answers once it is true."""
+        """Wait until `condition` returns something true, and return it."""
         from selenium.common.exceptions import StaleElementReferenceException
 
         end = time.monotonic() + seconds
@@ -55,7 +55,7 @@ class Browser:
                 if found := condition():
                     return found
             except StaleElementReferenceException:
-                pass  # the page has changed meanwhile
+                pass  # the page has changed in between
             assert time.monotonic() < end, f"it did not happen in time; the page says: {self.text('body')!r}"
             time.sleep(0.02)
 
@@ -68,7 +68,7 @@ class Browser:
         return self.wait(lambda: self.all(selector))[0]
 
     def text(self, selector):
-        """Of the last element that the selector finds; "" where there is none."""
+        """The text of the last element that the selector finds; "" if there is none."""
         found = "return [...document.querySelectorAll(arguments[0])].pop()?.innerText ?? ''"
         return self.driver.execute_script(found, selector)
 
@@ -76,7 +76,7 @@ class Browser:
         self.driver.execute_script("arguments[0].click()", self.one(selector))
 
     def set(self, name, value):
-        """Write `value` into a number of the settings, or tick and untick a box."""
+        """Set a number or a checkbox of the settings."""
         from selenium.webdriver.common.keys import Keys
 
         field = self.one(f"#{name} input[type=number], #{name} input[type=checkbox]")
@@ -95,7 +95,7 @@ class Browser:
         self.wait(lambda: len(self.all("#box .thumbnail-item, #box .thumbnail-image")) >= len(paths))
 
     def send(self, text):
-        """Write and press enter; the answer has begun when this returns."""
+        """Send a message. Returns once the answer has started."""
         from selenium.webdriver.common.keys import Keys
 
         num_answers = len(self.all("#chat .bot"))
@@ -114,17 +114,17 @@ class Browser:
         self.wait_for_answer()
 
     def seen(self):
-        """What changed on the page: {"texts": [...], "previews": [...]}, since it was opened or this was asked."""
+        """The texts and previews that were shown since the page was opened or `seen` was called."""
         return self.driver.execute_script("const found = seen; window.seen = {texts: [], previews: []}; return found")
 
-    def picture(self):
-        """The newest finished picture of the chat: its file's bytes."""
-        address = self.wait(lambda: self.all("#chat .bot img.picture"))[-1].get_attribute("src")
+    def image(self):
+        """The file of the newest finished image of the chat, as bytes."""
+        address = self.wait(lambda: self.all("#chat .bot img.image"))[-1].get_attribute("src")
         with urllib.request.urlopen(address) as response:
             return response.read()
 
     def complaints(self):
-        """Messages of the console, and requests to anything but the page's own server, since this was last asked."""
+        """Console messages, and requests to anything except the page's server, since the last call."""
         lines = [entry["message"] for entry in self.driver.get_log("browser")]
         for entry in self.driver.get_log("performance"):
             message = json.loads(entry["message"])["message"]

@@ -1,4 +1,4 @@
-"""What does `lmfusion demo` make, and what does it open?"""
+"""Tests `lmfusion demo`: the model it makes and the page it opens."""
 
 import re
 import signal
@@ -15,7 +15,7 @@ from lmfusion.cli.demo import EXAMPLES
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What would be trained and shown, in order."""
+    """The calls that would train a model and open the page, in order."""
     pytest.importorskip("gradio")
     calls = []
 
@@ -23,8 +23,8 @@ def calls(monkeypatch):
         calls.append(("made", str(output), list(overrides)))
         return {"text_identical": True}
 
-    def serve_page(worker, model, listener, *, host, name, examples, way, allowed_hosts):
-        calls.append(("shown", name, examples, way))
+    def serve_page(worker, model, listener, *, host, name, examples, prompt_mode, allowed_hosts):
+        calls.append(("shown", name, examples, prompt_mode))
 
     class Anything:
         plan = ""
@@ -51,7 +51,7 @@ def test_without_page_the_chain_alone(calls, tmp_path):
 def test_the_demos_model_is_made_once(calls, tmp_path):
     demo = ["demo", "--output", str(tmp_path), "--port", "0"]
     model = tmp_path / "run" / "model"
-    shown = [("loaded", str(model)), ("shown", "lmfusion demo", EXAMPLES, "message"), "closed"]
+    shown = [("loaded", str(model)), ("shown", "lmfusion demo", EXAMPLES, "last_message"), "closed"]
     assert main(demo) == 0
     assert calls == [("made", str(tmp_path), []), *shown]
     model.mkdir(parents=True)
@@ -74,7 +74,7 @@ def test_a_model_is_not_trained(calls, tmp_path, capsys, extra):
     assert "is about the demo's own model" in capsys.readouterr().err and calls == []
 
 
-def test_what_is_missing_is_told_before_the_work(calls, tmp_path, capsys, monkeypatch):
+def test_what_is_missing_is_reported_before_the_work(calls, tmp_path, capsys, monkeypatch):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -1,9 +1,9 @@
-"""What does the page's server give out, and what does it refuse?"""
+"""Tests what the page's server serves and what it refuses."""
 
 import contextlib
 import json
+import os
 import socket
-import time
 from http.client import HTTPConnection
 
 import httpx
@@ -11,7 +11,7 @@ import pytest
 
 from lmfusion.generation.options import Limits
 from lmfusion.serving.page import uploads as uploads_module
-from lmfusion.serving.page.guard import MAX_REQUEST_BYTES, names_address
+from lmfusion.serving.page.no_fetch import MAX_REQUEST_BYTES, names_address
 from lmfusion.serving.page.settings import build_settings
 from lmfusion.serving.page.uploads import MAX_UPLOAD_REQUEST_BYTES, make_room
 from tests.lmfusion.data.storage.stored import encoded, picture
@@ -25,7 +25,7 @@ PNG = encoded("PNG", picture(0))
 
 @pytest.fixture(scope="module")
 def named_client(model, tmp_path_factory):
-    """Of a page that may also be called page.example."""
+    """A client of a page that may also be called page.example."""
     page = Page(model, tmp_path_factory.mktemp("named"), allowed_hosts=["page.example"])
     with httpx.Client(base_url=page.url) as client:
         yield client
@@ -35,8 +35,8 @@ def named_client(model, tmp_path_factory):
 @pytest.fixture(scope="module")
 def client(model, tmp_path_factory):
     page = Page(model, tmp_path_factory.mktemp("page"))
-    (page.folder / "pictures").mkdir()
-    (page.folder / "pictures" / "one.png").write_bytes(b"one")
+    (page.folder / "images").mkdir()
+    (page.folder / "images" / "one.png").write_bytes(b"one")
     (page.folder / "secret.txt").write_text("nobody sees this")
     with httpx.Client(base_url=page.url) as client:
         client.folder, client.server = page.folder, page._server
@@ -51,8 +51,8 @@ def test_answers_forbid_browsers_to_load_from_elsewhere(client):
 
 
 def test_only_files_of_the_page_are_given_out(client):
-    assert client.get(f"/gradio_api/file={client.folder}/pictures/one.png").content == b"one"
-    for path in ("/etc/passwd", f"{client.folder}/secret.txt", f"{client.folder}/pictures/../secret.txt", "README.md"):
+    assert client.get(f"/gradio_api/file={client.folder}/images/one.png").content == b"one"
+    for path in ("/etc/passwd", f"{client.folder}/secret.txt", f"{client.folder}/images/../secret.txt", "README.md"):
         response = client.get(f"/gradio_api/file={path}")
         assert response.status_code in (403, 404) and b"nobody" not in response.content, path
 
@@ -149,7 +149,7 @@ def test_the_page_itself_may_ask(named_client, host):
     assert named_client.get("/", headers=link).status_code == 200
 
 
-def test_silent_connections_keep_nobody_out(client, monkeypatch):
+def test_silent_connections_lock_nobody_out(client, monkeypatch):
     monkeypatch.setattr(client.server._connections, "max_connections", 20)
     with contextlib.ExitStack() as stack:
         for _ in range(60):
@@ -158,8 +158,8 @@ def test_silent_connections_keep_nobody_out(client, monkeypatch):
             assert newcomer.get("/config").status_code == 200
 
 
-def test_a_body_that_does_not_end_is_given_up(client, monkeypatch):
-    monkeypatch.setattr("lmfusion.serving.page.guard.BODY_SECONDS", 0.2)
+def test_a_body_that_does_not_end_is_refused(client, monkeypatch):
+    monkeypatch.setattr("lmfusion.serving.bodies.BODY_SECONDS", 0.2)
     connection = HTTPConnection(client.base_url.host, client.base_url.port, timeout=20)
     connection.putrequest("POST", "/gradio_api/queue/join")
     connection.putheader("Content-Length", "100")
@@ -172,6 +172,30 @@ def test_a_body_that_does_not_end_is_given_up(client, monkeypatch):
 def test_nested_json_is_refused(client, depth):
     body = b"[" * depth + b"]" * depth
     assert client.post("/gradio_api/queue/join", content=body).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"", "must be JSON"),
+        (b"{", "must be JSON"),
+        (b"[]", "must be a JSON object, got list"),
+        (b"null", "must be a JSON object, got NoneType"),
+        (b'{"session_hash": "\\ud800", "fn_index": 0, "event_id": "x"}', "valid Unicode"),
+        (b'{"session_hash": "x", "fn_index": NaN, "event_id": "x"}', "finite numbers"),
+        (b'{"session_hash": "x", "fn_index": 1e999, "event_id": "x"}', "finite numbers"),
+        ('{"session_hash": "x"}'.encode("utf-16"), "must be JSON"),
+        (b'{"session_hash": "\xff"}', "must be JSON"),
+    ],
+)
+@pytest.mark.parametrize("route", ["cancel", "reset", "queue/join", "run/predict"])
+@pytest.mark.parametrize("kind", ["application/json", "text/plain"])
+def test_odd_json_is_refused_with_the_common_error_body(client, route, body, message, kind):
+    response = client.post(f"/gradio_api/{route}", content=body, headers={"Content-Type": kind})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+    assert message in error["message"] and response.json()["detail"] == error["message"]
 
 
 def test_other_names_are_refused(client):
@@ -211,17 +235,33 @@ def test_uploads_are_pictures(client, name):
     assert stored(client) == before
 
 
-def test_the_oldest_uploads_make_room(client, monkeypatch):
-    monkeypatch.setattr(uploads_module, "MAX_STORED_BYTES", 5 * len(PNG))
+def test_new_uploads_replace_the_oldest(client, monkeypatch):
+    # Multipart adds some hundred bytes to the announced length, so there is room for five files and one request.
+    monkeypatch.setattr(uploads_module, "MAX_STORED_BYTES", 5 * len(PNG) + 5 + len(PNG) + 500)
     for i in range(12):
         assert upload(client, (f"{i:02}.png", PNG + bytes([i]))).status_code == 200
-        time.sleep(0.01)
-    assert "11.png" in stored(client) and "00.png" not in stored(client)
-    assert sum(path.stat().st_size for path in (client.folder / "gradio").rglob("*.png")) <= 6 * len(PNG)
+        [path] = (client.folder / "gradio").rglob(f"{i:02}.png")
+        os.utime(path, (i, i))
+    assert stored(client) == [f"{i:02}.png" for i in range(6, 12)]
 
 
-def test_room_in_a_folder_that_is_not_there(tmp_path):
-    make_room(tmp_path / "missing", 10)
+@pytest.mark.parametrize(
+    ("num_bytes", "kept"), [(10, "abc"), (11, "bc"), (50, "bc"), (51, "c"), (70, "c"), (71, ""), (1000, "")]
+)
+def test_room_is_made_by_deleting_the_oldest_files(tmp_path, monkeypatch, num_bytes, kept):
+    monkeypatch.setattr(uploads_module, "MAX_STORED_BYTES", 100)
+    for i, (name, size) in enumerate({"c": 30, "a": 40, "b": 20}.items()):
+        path = tmp_path / str(i) / name
+        path.parent.mkdir()
+        path.write_bytes(b"x" * size)
+        os.utime(path, ns=(0, ord(name)))
+    make_room(tmp_path, num_bytes)
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == list(kept)
+
+
+def test_no_room_has_to_be_made_in_a_missing_folder(tmp_path):
+    make_room(tmp_path / "missing", 2**60)
+    assert not (tmp_path / "missing").exists()
 
 
 def test_a_model_without_chat_template(model, tmp_path, monkeypatch):
@@ -237,8 +277,8 @@ def test_a_model_without_chat_template(model, tmp_path, monkeypatch):
         worker.close()
     assert "has no chat template" in config
     with gr.Blocks():
-        plain = build_settings(model, worker.engine.limits)["reads"]
-    assert plain.value == "plain" and plain.interactive is False
+        mode = build_settings(model, worker.engine.limits)["prompt_mode"]
+    assert mode.value == "raw_text" and mode.interactive is False
 
 
 def test_models_of_larger_pictures_offer_sizes(model, monkeypatch):

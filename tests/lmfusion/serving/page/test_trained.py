@@ -1,7 +1,7 @@
-"""Does a model that was taught digits draw one on the page and say what it drew?
+"""Tests that a model trained on digits generates one on the page and says which.
 
-The model is that of `make demo`, in runs/demo/run/model, or the one that LMFUSION_DEMO_MODEL names. With
-LMFUSION_PAGE_SCREENSHOT=docs/images/page.png the picture of the documentation is made anew.
+The model is that of `make demo` in runs/demo/run/model, or the one in LMFUSION_DEMO_MODEL. With
+LMFUSION_PAGE_SCREENSHOT=docs/images/page.png the test also writes the screenshots of the documentation.
 """
 
 import io
@@ -28,8 +28,8 @@ pytestmark = [
 
 
 SEEDS = 5
-AROUND_THE_PICTURE = """
-const bot = [...document.querySelectorAll('#chat .bot')].pop(), picture = bot.querySelector('img.picture');
+AROUND_THE_IMAGE = """
+const bot = [...document.querySelectorAll('#chat .bot')].pop(), picture = bot.querySelector('img.image');
 const texts = [...bot.querySelectorAll('.message-content')].filter((part) => part.innerText.trim());
 const follows = (part) => picture.compareDocumentPosition(part) & Node.DOCUMENT_POSITION_FOLLOWING;
 const words = (parts) => parts.map((part) => part.innerText).join(' ').trim();
@@ -42,7 +42,9 @@ def page(tmp_path_factory):
     from lmfusion.cli.demo import EXAMPLES
 
     model = LMFusion.from_pretrained(MODEL)
-    page = Page(model, tmp_path_factory.mktemp("page"), name="lmfusion demo", examples=EXAMPLES, way="message")
+    page = Page(
+        model, tmp_path_factory.mktemp("page"), name="lmfusion demo", examples=EXAMPLES, prompt_mode="last_message"
+    )
     yield page
     page.close()
 
@@ -56,15 +58,15 @@ def browser(page):
 
 
 def draw(browser, digit, seed):
-    """Ask in a new conversation. What the page shows before the picture and after it, and what the judge reads."""
+    """Ask in a new conversation. Returns the texts before and after the image, and the digit that the judge reads."""
     from lmfusion.synthetic.digit_classifier import Judge
 
     browser.click("#clear")
     browser.wait(lambda: not browser.all("#chat .bot"))
     browser.set("seed", seed)
     browser.ask(f"Draw a {NAMES[digit]}, then say what you drew.")
-    [before, after] = browser.driver.execute_script(AROUND_THE_PICTURE)
-    return before, after, Judge().read([Image.open(io.BytesIO(browser.picture()))])[0]
+    [before, after] = browser.driver.execute_script(AROUND_THE_IMAGE)
+    return before, after, Judge().read([Image.open(io.BytesIO(browser.image()))])[0]
 
 
 def test_draws_a_seven_and_says_so(browser):
@@ -72,7 +74,7 @@ def test_draws_a_seven_and_says_so(browser):
     answers = [draw(browser, 7, seed) for seed in range(SEEDS)]
     for before, after, _ in answers:
         assert before == opening_of(7), "text comes first"
-        assert after == closing_of(7), "and text after the picture"
+        assert after == closing_of(7), "and text after the image"
     read = [digit for *_, digit in answers]
     assert read.count(7) >= 0.8 * SEEDS, f"sevens are read as {read}"
     assert browser.complaints() == []
@@ -84,6 +86,6 @@ def test_draws_a_seven_and_says_so(browser):
         browser.driver.save_screenshot(str(path))
         browser.click("#dark")
         browser.click("button[role=tab]:nth-of-type(2)")
-        browser.click("#pictures button:has(img)")
+        browser.click("#gallery button:has(img)")
         browser.wait(lambda: "Seed" in browser.text("#details"))
         browser.driver.save_screenshot(str(path.with_stem(f"{path.stem}-dark")))
