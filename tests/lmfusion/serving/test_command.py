@@ -25,17 +25,12 @@ from lmfusion.model.modeling import LMFusion
 from lmfusion.serving.http.app import build_app
 from lmfusion.serving.http.requests import RequestParser
 from lmfusion.serving.lifecycle import bind, run_server, url_of
-from tests.lmfusion.serving.conftest import CHAT_TEMPLATE, build_chat_model
+from tests.lmfusion.serving.conftest import CHAT_TEMPLATE
 
 pytestmark = pytest.mark.timeout(120)
 
 ROOT = Path(__file__).resolve().parents[3]
 HEADERS = {"Authorization": "Bearer k3y"}
-
-
-@pytest.fixture(scope="module")
-def model(tiny_llama):
-    return build_chat_model(tiny_llama)
 
 
 @pytest.fixture(scope="module")
