@@ -1,9 +1,10 @@
 """What is evaluated? One model and the suites that a recipe names, read as YAML with `key.sub=value` overrides."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lmfusion.evaluation.suites import SUITES
 from lmfusion.evaluation.suites.captions import CaptionsConfig
 from lmfusion.evaluation.suites.edits import EditsConfig
 from lmfusion.evaluation.suites.geneval import GenEvalConfig
@@ -55,15 +56,9 @@ class EvalConfig:
                 f"dtype is {short_repr(self.dtype)}; it must be one of {', '.join(DTYPES)}, or null for that of the file"
             )
         if not self.suites:
-            raise ValueError(f"the recipe names no suite; give one of {', '.join(suite_names())}, as `language: {{}}`")
+            raise ValueError(f"the recipe names no suite; give one of {', '.join(SUITES)}, as `language: {{}}`")
 
     @property
     def suites(self) -> dict[str, Any]:
         """Settings of the suites that are to be run, by name, in order."""
-        return {name: getattr(self, name) for name in suite_names() if getattr(self, name) is not None}
-
-
-def suite_names() -> list[str]:
-    """Of all suites: the fields of `EvalConfig` behind the model's."""
-    names = [item.name for item in fields(EvalConfig)]
-    return names[names.index("language") :]
+        return {name: getattr(self, name) for name in SUITES if getattr(self, name) is not None}

@@ -4,7 +4,6 @@
 of lmfusion are those of the file is not run again, so that a killed run goes on with what is left.
 """
 
-import importlib
 import json
 import os
 import time
@@ -20,6 +19,7 @@ from lmfusion.evaluation.config import EvalConfig
 from lmfusion.evaluation.identity import commit, model_digest, values_digest, versions
 from lmfusion.evaluation.report import render_page
 from lmfusion.evaluation.results import SuiteResult
+from lmfusion.evaluation.suites import Suite, load_suite
 from lmfusion.model.modeling import LMFusion
 from lmfusion.utils.config_values import to_values
 from lmfusion.utils.devices import choose_device, device_name
@@ -33,7 +33,7 @@ PACKAGES = ("torch", "transformers", "diffusers", "numpy", "lm-eval", "torchmetr
 
 
 def run_evaluation(
-    config: EvalConfig, command: str = "", say: Callable[[str], None] = lambda line: None
+    config: EvalConfig, command: str = "", log: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
     """Run the suites of `config` that are not finished yet; answer with what eval.json holds.
 
@@ -45,10 +45,9 @@ def run_evaluation(
     device = choose_device(config.device, "device")
     folder = Path(config.output)
     _check_output(folder)
-    for name, settings in config.suites.items():
-        check = getattr(_module(name), f"check_{name}", None)
-        if check is not None:
-            check(settings)
+    suites = {name: load_suite(name)(settings) for name, settings in config.suites.items()}
+    for suite in suites.values():
+        suite.check()
     model = _load(config, device)
     folder.mkdir(parents=True, exist_ok=True)
     digest = model_digest(model)
@@ -58,15 +57,15 @@ def run_evaluation(
         # Scores of another model or other settings must not stand beside those of this run, even for a while
         finished = {name: s for name, s in _finished(folder / RESULTS).items() if s["key"] == keys.get(name)}
         results: dict[str, Any] = {}
-        for name, settings in config.suites.items():
+        for name, suite in suites.items():
             if name in finished:
-                say(f"{name}: finished already, in {folder / RESULTS}")
+                log(f"{name}: finished already, in {folder / RESULTS}")
                 results[name] = finished[name]
             else:
-                say(f"{name}: running")
+                log(f"{name}: running")
                 made = {key: head[key] for key in ("commit", "device", "date")}
-                results[name] = {"key": keys[name], "made": made, **_run(name, model, settings, folder).to_json()}
-                say(f"{name}: {results[name]['seconds']:.0f} s")
+                results[name] = {"key": keys[name], "made": made, **_run(suite, model, folder / name).to_json()}
+                log(f"{name}: {results[name]['seconds']:.0f} s")
             waiting = {other: finished[other] for other in config.suites if other in finished and other not in results}
             values = {**head, "suites": {**results, **waiting}}
             _write(folder, values)
@@ -81,14 +80,10 @@ def _check_output(folder: Path) -> None:
         raise ValueError(f"output is {folder}, but {nearest} {what}; set output elsewhere")
 
 
-def _run(name: str, model: LMFusion, settings: Any, folder: Path) -> SuiteResult:
+def _run(suite: Suite, model: LMFusion, folder: Path) -> SuiteResult:
     start = time.perf_counter()
-    result: SuiteResult = getattr(_module(name), f"run_{name}")(model, settings, folder / name)
+    result = suite.run(model, folder)
     return replace(result, seconds=time.perf_counter() - start)
-
-
-def _module(name: str) -> Any:
-    return importlib.import_module(f"lmfusion.evaluation.suites.{name}")
 
 
 def _load(config: EvalConfig, device: torch.device) -> LMFusion:

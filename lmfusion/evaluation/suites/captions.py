@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -53,25 +53,32 @@ class CaptionsConfig:
         check_least(self, "captions", num_images=1, max_new_tokens=1, batch_size=1, seed=0, num_shown=0)
 
 
-def check_captions(config: CaptionsConfig) -> None:
-    """Look for the data. Raises ValueError, with the way out, where they are missing, damaged or fewer than asked."""
-    check_references(config.coco, "captions")
-    _references(config, image_size=8)
+@dataclass(frozen=True)
+class CaptionsSuite:
+    """Captions of images, compared with reference captions."""
 
+    config_type: ClassVar[type] = CaptionsConfig
+    config: CaptionsConfig
 
-def run_captions(model: "LMFusion", config: CaptionsConfig, folder: Path) -> SuiteResult:
-    """Describe images and compare. Raises ValueError for more images than there are, and what `References` raises."""
-    references = _references(config, model.codec.config.image_size)
-    indices = [index for index, _ in references.draw(config.num_images, config.seed)]
-    folder.mkdir(parents=True, exist_ok=True)
-    written = describe(model, references, indices, config, folder / FILE)
-    expected = [list(references[index].captions) for index in indices]
-    return SuiteResult(
-        "captions",
-        scores_of(written, expected),
-        to_values(config),
-        pictures=_examples(references, indices, written, expected, config.num_shown, folder),
-    )
+    def check(self) -> None:
+        """Look for the data. Raises ValueError where they are missing, damaged or fewer than `num_images`."""
+        check_references(self.config.coco, "captions")
+        _references(self.config, image_size=8)
+
+    def run(self, model: "LMFusion", folder: Path) -> SuiteResult:
+        """Caption images and compare. Raises ValueError as `check` does, and what `References` raises."""
+        config = self.config
+        references = _references(config, model.codec.config.image_size)
+        indices = [index for index, _ in references.draw(config.num_images, config.seed)]
+        folder.mkdir(parents=True, exist_ok=True)
+        written = describe(model, references, indices, config, folder / FILE)
+        expected = [list(references[index].captions) for index in indices]
+        return SuiteResult(
+            "captions",
+            scores_of(written, expected),
+            to_values(config),
+            pictures=_examples(references, indices, written, expected, config.num_shown, folder),
+        )
 
 
 def _references(config: CaptionsConfig, image_size: int) -> References:

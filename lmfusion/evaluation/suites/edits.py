@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -82,27 +82,38 @@ def judge(edit: SceneEdit, seen: Scene) -> Verdict:
     return Verdict(is_right, is_made, is_kept, seen == edit.source)
 
 
-def run_edits(model: "LMFusion", config: EditsConfig, folder: Path) -> SuiteResult:
-    """Make held-out edits of every kind and judge them; writes edits.png into `folder`.
+@dataclass(frozen=True)
+class EditsSuite:
+    """Held-out edits of images of coloured shapes, checked exactly."""
 
-    Scores are shares of right edits: one a kind, and "edits" over all of them; and "edits: did nothing". Raises
-    ValueError where the model's images are smaller than 16 pixels.
-    """
-    edits = held_out_edits(config.num_per_kind)
-    images = draw_edits(model, edits, config)
-    verdicts = [judge(edit, read_scene(image)) for edit, image in zip(edits, images, strict=True)]
-    scores, rows = [], []
-    for kind in (*EDITS, None):
-        of_kind = [verdict for edit, verdict in zip(edits, verdicts, strict=True) if kind in (edit.kind, None)]
-        example = next(edit.instruction for edit in edits if edit.kind == kind) if kind is not None else ""
-        scores.append(share("edits" if kind is None else f"edits: {kind}", [v.is_right for v in of_kind]))
-        made, kept, nothing = (f"{x:.2f}" for x in np.mean([v[1:] for v in of_kind], axis=0))
-        rows.append((kind or "together", example, str(scores[-1]), made, kept, nothing, str(len(of_kind))))
-    scores.append(share("edits: did nothing", [verdict.is_nothing for verdict in verdicts]))
-    columns = ("edit", "such as", "right", "change made", "rest kept", "did nothing", "edits")
-    pictures = _pictures(edits, images, verdicts, config, folder)
-    table = Table("Held-out edits, shares", columns, tuple(rows))
-    return SuiteResult("edits", tuple(scores), to_values(config), tables=(table,), pictures=pictures)
+    config_type: ClassVar[type] = EditsConfig
+    config: EditsConfig
+
+    def check(self) -> None:
+        """Nothing to look for: the suite needs neither files nor optional packages."""
+
+    def run(self, model: "LMFusion", folder: Path) -> SuiteResult:
+        """Make held-out edits of every kind and judge them; writes edits.png into `folder`.
+
+        Scores are shares of right edits: one a kind, and "edits" over all of them; and "edits: did nothing". Raises
+        ValueError where the model's images are smaller than 16 pixels.
+        """
+        config = self.config
+        edits = held_out_edits(config.num_per_kind)
+        images = draw_edits(model, edits, config)
+        verdicts = [judge(edit, read_scene(image)) for edit, image in zip(edits, images, strict=True)]
+        scores, rows = [], []
+        for kind in (*EDITS, None):
+            of_kind = [verdict for edit, verdict in zip(edits, verdicts, strict=True) if kind in (edit.kind, None)]
+            example = next(edit.instruction for edit in edits if edit.kind == kind) if kind is not None else ""
+            scores.append(share("edits" if kind is None else f"edits: {kind}", [v.is_right for v in of_kind]))
+            made, kept, nothing = (f"{x:.2f}" for x in np.mean([v[1:] for v in of_kind], axis=0))
+            rows.append((kind or "together", example, str(scores[-1]), made, kept, nothing, str(len(of_kind))))
+        scores.append(share("edits: did nothing", [verdict.is_nothing for verdict in verdicts]))
+        columns = ("edit", "such as", "right", "change made", "rest kept", "did nothing", "edits")
+        pictures = _pictures(edits, images, verdicts, config, folder)
+        table = Table("Held-out edits, shares", columns, tuple(rows))
+        return SuiteResult("edits", tuple(scores), to_values(config), tables=(table,), pictures=pictures)
 
 
 @cache

@@ -13,7 +13,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmfusion.evaluation.identity import model_digest
 from lmfusion.evaluation.references import read_lines
@@ -52,40 +52,47 @@ class GenEvalConfig:
         image_options(self, "geneval")
 
 
-def check_geneval(config: GenEvalConfig) -> None:
-    """Raise ValueError where the prompts are missing, damaged, or fewer than `num_prompts`."""
-    read_metadata(config)
+@dataclass(frozen=True)
+class GenEvalSuite:
+    """Images in the layout of GenEval's own scripts."""
 
+    config_type: ClassVar[type] = GenEvalConfig
+    config: GenEvalConfig
 
-def run_geneval(model: "LMFusion", config: GenEvalConfig, folder: Path) -> SuiteResult:
-    """Draw what is not there yet into `folder`, in GenEval's layout. Its scores are counts.
+    def check(self) -> None:
+        """Raise ValueError where the prompts are missing, damaged, or fewer than `num_prompts`."""
+        read_metadata(self.config)
 
-    A drawing is there if its PNG says that this model made it of the same prompt, seed and options.
+    def run(self, model: "LMFusion", folder: Path) -> SuiteResult:
+        """Draw what is not there yet into `folder`, in GenEval's layout. Its scores are counts.
 
-    Raises ValueError for what `check_geneval` refuses, and where `folder` holds prompts or samples beyond those asked
-    for, which the judge would count too.
-    """
-    metadata = read_metadata(config)
-    digest = model_digest(model)
-    _check_nothing_else(folder, len(metadata), config.num_images)
-    pictures, num_drawn, shown = [], 0, set()
-    for i, line in enumerate(metadata):
-        num_drawn += _draw(model, config, line, i, folder, digest)
-        if line["tag"] not in shown:
-            shown.add(line["tag"])
-            pictures += [
-                Picture(str(_sample(folder, i, k).relative_to(folder)), f"{line['tag']}: {line['prompt']}")
-                for k in range(config.num_images)
-            ]
-    tags = Counter(line["tag"] for line in metadata)
-    rows = tuple((tag, str(count), str(count * config.num_images)) for tag, count in tags.items())
-    details = {"judged by": JUDGE, "drawn now": num_drawn}
-    scores = (
-        Score("prompts", len(metadata), count=len(metadata), details=details),
-        Score("drawings", len(metadata) * config.num_images, count=len(metadata), details=details),
-    )
-    table = Table(f"Drawings to be judged by {JUDGE}", ("task", "prompts", "drawings"), rows)
-    return SuiteResult("geneval", scores, to_values(config), tables=(table,), pictures=tuple(pictures))
+        A drawing is there if its PNG says that this model made it of the same prompt, seed and options.
+
+        Raises ValueError for what `check_geneval` refuses, and where `folder` holds prompts or samples beyond those asked
+        for, which the judge would count too.
+        """
+        config = self.config
+        metadata = read_metadata(config)
+        digest = model_digest(model)
+        _check_nothing_else(folder, len(metadata), config.num_images)
+        pictures, num_drawn, shown = [], 0, set()
+        for i, line in enumerate(metadata):
+            num_drawn += _draw(model, config, line, i, folder, digest)
+            if line["tag"] not in shown:
+                shown.add(line["tag"])
+                pictures += [
+                    Picture(str(_sample(folder, i, k).relative_to(folder)), f"{line['tag']}: {line['prompt']}")
+                    for k in range(config.num_images)
+                ]
+        tags = Counter(line["tag"] for line in metadata)
+        rows = tuple((tag, str(count), str(count * config.num_images)) for tag, count in tags.items())
+        details = {"judged by": JUDGE, "drawn now": num_drawn}
+        scores = (
+            Score("prompts", len(metadata), count=len(metadata), details=details),
+            Score("drawings", len(metadata) * config.num_images, count=len(metadata), details=details),
+        )
+        table = Table(f"Drawings to be judged by {JUDGE}", ("task", "prompts", "drawings"), rows)
+        return SuiteResult("geneval", scores, to_values(config), tables=(table,), pictures=tuple(pictures))
 
 
 def read_metadata(config: GenEvalConfig) -> list[dict[str, Any]]:

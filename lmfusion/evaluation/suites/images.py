@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -88,63 +88,70 @@ class ImagesConfig:
         return image_options(self, "images", guidance_scale=guidance_scale)
 
 
-def check_images(config: ImagesConfig) -> None:
-    """Look for data, weights and packages. Raises ValueError or OSError, with the way out, where one is missing."""
-    check_references(config.coco, "images")
-    for source, coco in ((config.source, config.coco), (config.control, None)):
-        if source is not None or coco is not None:
-            load_references(source, coco, image_size=8)
-    _given_prompts(config)
-    for extractor in config.extractors:
-        try:
-            load_extractor(extractor)
-        except FileNotFoundError as error:
-            raise ValueError(f"{error}. {_WEIGHTS.get(extractor.kind, '')}") from error
-    if config.clip is not None:
-        from lmfusion.evaluation.metrics.clip_score import ClipScorer
+@dataclass(frozen=True)
+class ImagesSuite:
+    """Images generated from prompts, compared with real images and with the prompts."""
 
-        try:
-            ClipScorer(Path(config.clip))
-        except FileNotFoundError as error:
-            raise ValueError(f"images.clip: {error}. {_WEIGHTS['clip']}") from error
+    config_type: ClassVar[type] = ImagesConfig
+    config: ImagesConfig
 
+    def check(self) -> None:
+        """Look for data, weights and packages. Raises ValueError or OSError, with the way out, where one is missing."""
+        check_references(self.config.coco, "images")
+        for source, coco in ((self.config.source, self.config.coco), (self.config.control, None)):
+            if source is not None or coco is not None:
+                load_references(source, coco, image_size=8)
+        _given_prompts(self.config)
+        for extractor in self.config.extractors:
+            try:
+                load_extractor(extractor)
+            except FileNotFoundError as error:
+                raise ValueError(f"{error}. {_WEIGHTS.get(extractor.kind, '')}") from error
+        if self.config.clip is not None:
+            from lmfusion.evaluation.metrics.clip_score import ClipScorer
 
-def run_images(model: "LMFusion", config: ImagesConfig, folder: Path) -> SuiteResult:
-    """Draw into `folder`, a subfolder a guidance scale, and compare.
+            try:
+                ClipScorer(Path(self.config.clip))
+            except FileNotFoundError as error:
+                raise ValueError(f"images.clip: {error}. {_WEIGHTS['clip']}") from error
 
-    Real images are cropped and resized as for the model's training before they are compared. Raises ValueError for a
-    num_images beyond the lines of `prompts`, and what `References` raises.
-    """
-    size, channels = model.codec.config.image_size, model.codec.config.channels
-    references, prompts, indices = _prompts(config, size)
-    extractors = [load_extractor(extractor, model.device) for extractor in config.extractors]
-    real = []
-    if references is not None:
-        real = [extractor.features(_resized(references, indices, size, channels)) for extractor in extractors]
-    scores: list[Score] = []
-    pictures: list[Picture] = []
-    digest = model_digest(model)
-    for scale in config.guidance_scales:
-        options = config.options(scale)
-        files = draw_prompts(model, prompts, options, folder / f"guidance-{scale:g}", config.batch_size, digest)
-        made = {"guidance": scale, "sampler": config.sampler, "steps": config.num_steps, "seed": config.seed}
-        for extractor, of_real in zip(extractors, real, strict=True):
-            drawn = extractor.features(load_image(file) for file in files)
-            scores += distances(extractor, drawn, of_real, f", guidance {scale:g}", made | _real_details(size))
-        if config.clip is not None:
-            scores.append(_clip_score(model, Path(config.clip), files, prompts, f", guidance {scale:g}", made))
-        pictures += [
-            Picture(str(file.relative_to(folder)), f"{prompt} (guidance {scale:g})")
-            for file, prompt in list(zip(files, prompts, strict=True))[: config.num_shown]
-        ]
-    if config.control is not None:
-        others = load_references(config.control, None, size)
-        chosen = sorted({index for index, _ in others.draw(min(len(prompts), len(others)), config.seed)})
-        for extractor, of_real in zip(extractors, real, strict=True):
-            of_others = extractor.features(_resized(others, chosen, size, channels))
-            details = {"real images instead of drawings": config.control.name, **_real_details(size)}
-            scores += distances(extractor, of_others, of_real, ", of other real images", details)
-    return SuiteResult("images", tuple(scores), to_values(config), pictures=tuple(pictures))
+    def run(self, model: "LMFusion", folder: Path) -> SuiteResult:
+        """Draw into `folder`, a subfolder a guidance scale, and compare.
+
+        Real images are cropped and resized as for the model's training before they are compared. Raises ValueError for a
+        num_images beyond the lines of `prompts`, and what `References` raises.
+        """
+        config = self.config
+        size, channels = model.codec.config.image_size, model.codec.config.channels
+        references, prompts, indices = _prompts(config, size)
+        extractors = [load_extractor(extractor, model.device) for extractor in config.extractors]
+        real = []
+        if references is not None:
+            real = [extractor.features(_resized(references, indices, size, channels)) for extractor in extractors]
+        scores: list[Score] = []
+        pictures: list[Picture] = []
+        digest = model_digest(model)
+        for scale in config.guidance_scales:
+            options = config.options(scale)
+            files = draw_prompts(model, prompts, options, folder / f"guidance-{scale:g}", config.batch_size, digest)
+            made = {"guidance": scale, "sampler": config.sampler, "steps": config.num_steps, "seed": config.seed}
+            for extractor, of_real in zip(extractors, real, strict=True):
+                drawn = extractor.features(load_image(file) for file in files)
+                scores += distances(extractor, drawn, of_real, f", guidance {scale:g}", made | _real_details(size))
+            if config.clip is not None:
+                scores.append(_clip_score(model, Path(config.clip), files, prompts, f", guidance {scale:g}", made))
+            pictures += [
+                Picture(str(file.relative_to(folder)), f"{prompt} (guidance {scale:g})")
+                for file, prompt in list(zip(files, prompts, strict=True))[: config.num_shown]
+            ]
+        if config.control is not None:
+            others = load_references(config.control, None, size)
+            chosen = sorted({index for index, _ in others.draw(min(len(prompts), len(others)), config.seed)})
+            for extractor, of_real in zip(extractors, real, strict=True):
+                of_others = extractor.features(_resized(others, chosen, size, channels))
+                details = {"real images instead of drawings": config.control.name, **_real_details(size)}
+                scores += distances(extractor, of_others, of_real, ", of other real images", details)
+        return SuiteResult("images", tuple(scores), to_values(config), pictures=tuple(pictures))
 
 
 def distances(

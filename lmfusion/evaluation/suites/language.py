@@ -8,7 +8,7 @@ import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -53,50 +53,57 @@ class LanguageConfig:
             raise ValueError(f"language.data has {unknown[0]!r}, which is not in language.tasks: {self.tasks}")
 
 
-def check_language(config: LanguageConfig) -> None:
-    """Read the tasks and their data. Raises ValueError, with the way out, where something is missing."""
-    require("lm_eval", "the suite language", "lm-eval")
+@dataclass(frozen=True)
+class LanguageSuite:
+    """Language tasks, for a model and for its base LLM."""
 
-    from lmfusion.evaluation.suites.lm_harness import load_tasks
+    config_type: ClassVar[type] = LanguageConfig
+    config: LanguageConfig
 
-    load_tasks(config.tasks, config.data, config.include_path)
+    def check(self) -> None:
+        """Read the tasks and their data. Raises ValueError, with the way out, where something is missing."""
+        require("lm_eval", "the suite language", "lm-eval")
 
+        from lmfusion.evaluation.suites.lm_harness import load_tasks
 
-def run_language(model: "LMFusion", config: LanguageConfig, folder: Path) -> SuiteResult:
-    """Ask `model`, and its base LLM, all tasks. Nothing is written into `folder`.
+        load_tasks(self.config.tasks, self.config.data, self.config.include_path)
 
-    Raises ValueError for a model that was made without a base LLM where it is to be compared with it, and what
-    `lmfusion.conversion.open_base` raises where that is not there.
-    """
-    if model.base is None and (config.compare_with_base or config.verify):
-        raise ValueError(
-            "this model was made without a base LLM; set language.compare_with_base and language.verify to false"
-        )
-    if model.base is not None and (config.compare_with_base or config.verify):
-        open_base(model.base.name)  # complain of a base that is gone before any task is asked
+    def run(self, model: "LMFusion", folder: Path) -> SuiteResult:
+        """Ask `model`, and its base LLM, all tasks. Nothing is written into `folder`.
 
-    from lmfusion.evaluation.suites.lm_harness import LMFusionLM, ask, load_tasks
+        Raises ValueError for a model that was made without a base LLM where it is to be compared with it, and what
+        `lmfusion.conversion.open_base` raises where that is not there.
+        """
+        config = self.config
+        if model.base is None and (config.compare_with_base or config.verify):
+            raise ValueError(
+                "this model was made without a base LLM; set language.compare_with_base and language.verify to false"
+            )
+        if model.base is not None and (config.compare_with_base or config.verify):
+            open_base(model.base.name)  # complain of a base that is gone before any task is asked
 
-    tasks = load_tasks(config.tasks, config.data, config.include_path)
-    adapted = ask(LMFusionLM(model, config.batch_tokens), tasks, config.num_fewshot, config.limit)
-    scores = _scores(adapted)
-    columns: tuple[str, ...] = ("task and metric", "adapted", "95 % interval", "questions")
-    rows = [(score.name, f"{score.value:.4f}", _interval(score), str(score.count)) for score in scores]
-    table = Table("Language", columns, tuple(rows))
-    if config.compare_with_base:
-        base = LMFusionLM(base_model(model), config.batch_tokens)
-        asked = ask(base, tasks, config.num_fewshot, config.limit)
-        del base  # its weights
-        of_base, differences = _scores(asked), _differences(asked, adapted)
-        table = _compared(scores, of_base, differences)
-        scores += [Score(f"{score.name}, base LLM", *_numbers(score), score.details) for score in of_base]
-        scores += differences
-    tables = [table]
-    if config.verify:
-        found, proof = _verified(model)
-        scores += found
-        tables.append(proof)
-    return SuiteResult("language", tuple(scores), to_values(config), tables=tuple(tables))
+        from lmfusion.evaluation.suites.lm_harness import LMFusionLM, ask, load_tasks
+
+        tasks = load_tasks(config.tasks, config.data, config.include_path)
+        adapted = ask(LMFusionLM(model, config.batch_tokens), tasks, config.num_fewshot, config.limit)
+        scores = _scores(adapted)
+        columns: tuple[str, ...] = ("task and metric", "adapted", "95 % interval", "questions")
+        rows = [(score.name, f"{score.value:.4f}", _interval(score), str(score.count)) for score in scores]
+        table = Table("Language", columns, tuple(rows))
+        if config.compare_with_base:
+            base = LMFusionLM(base_model(model), config.batch_tokens)
+            asked = ask(base, tasks, config.num_fewshot, config.limit)
+            del base  # its weights
+            of_base, differences = _scores(asked), _differences(asked, adapted)
+            table = _compared(scores, of_base, differences)
+            scores += [Score(f"{score.name}, base LLM", *_numbers(score), score.details) for score in of_base]
+            scores += differences
+        tables = [table]
+        if config.verify:
+            found, proof = _verified(model)
+            scores += found
+            tables.append(proof)
+        return SuiteResult("language", tuple(scores), to_values(config), tables=tuple(tables))
 
 
 def base_model(model: "LMFusion") -> "LMFusion":

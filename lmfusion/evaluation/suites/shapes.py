@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -58,29 +58,40 @@ class Judged(NamedTuple):
     is_right: bool
 
 
-def run_shapes(model: "LMFusion", config: ShapesConfig, folder: Path) -> SuiteResult:
-    """Draw held-out captions of every skill and judge them; writes shapes.png into `folder`.
+@dataclass(frozen=True)
+class ShapesSuite:
+    """Images of held-out captions of coloured shapes, checked exactly."""
 
-    Scores are shares of right drawings: one a skill, and "shapes" over all of them. Raises ValueError where the model's
-    images are smaller than 16 pixels.
-    """
-    render(Scene(()), model.codec.config.image_size)  # complain of too small images before any is drawn
-    judged = draw_captions(model, held_out_captions(config.num_per_skill), config)
-    scores, rows = [], []
-    for skill in (*SKILLS, None):
-        of_skill = [item for item in judged if skill in (item.asked.skill, None)]
-        name = "shapes" if skill is None else f"shapes: {skill}"
-        scores.append(share(name, [item.is_right for item in of_skill]))
-        readable = np.mean([_is_clean(item.seen) for item in of_skill])
-        counted = np.mean([len(item.seen.shapes) == len(item.asked.scene.shapes) for item in of_skill])
-        example = str(of_skill[0].asked.description) if skill is not None else ""
-        rows.append(
-            (skill or "together", example, str(scores[-1]), f"{counted:.2f}", f"{readable:.2f}", str(len(of_skill)))
-        )
-    columns = ("skill", "such as", "right", "right number of things", "only clean shapes", "drawings")
-    pictures = _pictures(judged, config, folder)
-    table = Table("Held-out captions, shares of drawings", columns, tuple(rows))
-    return SuiteResult("shapes", tuple(scores), to_values(config), tables=(table,), pictures=pictures)
+    config_type: ClassVar[type] = ShapesConfig
+    config: ShapesConfig
+
+    def check(self) -> None:
+        """Nothing to look for: the suite needs neither files nor optional packages."""
+
+    def run(self, model: "LMFusion", folder: Path) -> SuiteResult:
+        """Draw held-out captions of every skill and judge them; writes shapes.png into `folder`.
+
+        Scores are shares of right drawings: one a skill, and "shapes" over all of them. Raises ValueError where the model's
+        images are smaller than 16 pixels.
+        """
+        config = self.config
+        render(Scene(()), model.codec.config.image_size)  # complain of too small images before any is drawn
+        judged = draw_captions(model, held_out_captions(config.num_per_skill), config)
+        scores, rows = [], []
+        for skill in (*SKILLS, None):
+            of_skill = [item for item in judged if skill in (item.asked.skill, None)]
+            name = "shapes" if skill is None else f"shapes: {skill}"
+            scores.append(share(name, [item.is_right for item in of_skill]))
+            readable = np.mean([_is_clean(item.seen) for item in of_skill])
+            counted = np.mean([len(item.seen.shapes) == len(item.asked.scene.shapes) for item in of_skill])
+            example = str(of_skill[0].asked.description) if skill is not None else ""
+            rows.append(
+                (skill or "together", example, str(scores[-1]), f"{counted:.2f}", f"{readable:.2f}", str(len(of_skill)))
+            )
+        columns = ("skill", "such as", "right", "right number of things", "only clean shapes", "drawings")
+        pictures = _pictures(judged, config, folder)
+        table = Table("Held-out captions, shares of drawings", columns, tuple(rows))
+        return SuiteResult("shapes", tuple(scores), to_values(config), tables=(table,), pictures=pictures)
 
 
 def _is_clean(scene: Scene) -> bool:

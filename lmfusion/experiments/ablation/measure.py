@@ -10,7 +10,7 @@ from lmfusion.evaluation.metrics.bootstrap import bootstrap
 from lmfusion.evaluation.results import Score
 from lmfusion.evaluation.scoring import text_loss
 from lmfusion.evaluation.suites.image_settings import drawing_values
-from lmfusion.evaluation.suites.language import LanguageConfig, check_language, run_language
+from lmfusion.evaluation.suites.language import LanguageConfig, LanguageSuite
 from lmfusion.experiments.ablation.config import MeasureConfig
 from lmfusion.experiments.ablation.texts import PLAIN_TEXTS
 from lmfusion.synthetic.shape_reader import check
@@ -37,10 +37,10 @@ class Measurer:
     def __init__(self, config: MeasureConfig) -> None:
         self.config = config
         self._texts = read_texts(config.texts)
-        self._language: LanguageConfig | None = None
+        self._language: LanguageSuite | None = None
         if config.task is not None:
-            self._language = LanguageConfig([config.task], compare_with_base=False, verify=False)
-            check_language(self._language)
+            self._language = LanguageSuite(LanguageConfig([config.task], compare_with_base=False, verify=False))
+            self._language.check()
 
     def identity(self) -> dict[str, Any]:
         """What the numbers depend on besides the model: equal ones can be compared."""
@@ -52,7 +52,7 @@ class Measurer:
         """Loss of plain text, and accuracy at the task with its bootstrap interval, by the model's text side."""
         values: dict[str, float | None] = {"text_loss": text_loss(model, self._texts)}
         if self._language is not None:
-            accuracy = _accuracy(self._language.tasks[0], run_language(model, self._language, folder).scores)
+            accuracy = _accuracy(self._language.config.tasks[0], self._language.run(model, folder).scores)
             values |= {"text_accuracy": accuracy.value}
             values |= {"text_accuracy_low": accuracy.low, "text_accuracy_high": accuracy.high}
         return values

@@ -2,6 +2,7 @@
 
 import json
 import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ import yaml
 from lmfusion import LMFusion
 from lmfusion.cli import main
 from lmfusion.evaluation import run as run_module
-from lmfusion.evaluation.config import EvalConfig, suite_names
+from lmfusion.evaluation.config import EvalConfig
 from lmfusion.evaluation.results import Picture, Score, SuiteResult, Table
 from lmfusion.evaluation.run import run_evaluation
-from lmfusion.evaluation.suites import captions
+from lmfusion.evaluation.suites import SUITES, load_suite
+from lmfusion.evaluation.suites.captions import CaptionsSuite
 from lmfusion.training.config import read_recipe
 from lmfusion.utils.config_values import from_values
 from tests.lmfusion.evaluation.coco_layout import save_coco
@@ -78,8 +80,8 @@ def test_finished_suites_are_kept_until_something_changes(recipe, out, capsys, m
     main(["eval", str(recipe)])
     before = results_of(out)
     ran = []
-    run = captions.run_captions
-    monkeypatch.setattr(captions, "run_captions", lambda *args: ran.append("captions") or run(*args))
+    run = CaptionsSuite.run
+    monkeypatch.setattr(CaptionsSuite, "run", lambda *args: ran.append("captions") or run(*args))
     capsys.readouterr()
     monkeypatch.setattr(run_module, "commit", lambda: "another")
     main(["eval", str(recipe), "images.batch_size=3"])
@@ -100,7 +102,7 @@ def test_finished_suites_are_kept_until_something_changes(recipe, out, capsys, m
 
 def test_a_killed_run_goes_on(recipe, out, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(captions, "run_captions", interrupted)
+        patch.setattr(CaptionsSuite, "run", interrupted)
         assert main(["eval", str(recipe)]) == 130
     first = results_of(out)
     assert list(first["suites"]) == ["images"]
@@ -116,7 +118,7 @@ def test_scores_of_another_model_are_not_shown_while_it_waits(recipe, out, tmp_p
     with torch.no_grad():
         other.image.norm.weight[0] += 1
     other.save_pretrained(tmp_path / "other")
-    monkeypatch.setattr(captions, "run_captions", interrupted)
+    monkeypatch.setattr(CaptionsSuite, "run", interrupted)
     assert main(["eval", str(recipe), "images.num_images=2", f"model={tmp_path / 'other'}"]) == 130
     assert list(results_of(out)["suites"]) == ["images"]
 
@@ -197,8 +199,14 @@ def test_every_recipe_of_the_guide_reads(block):
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_reads(path):
-    config = read_recipe(EvalConfig, path)
-    assert set(config.suites) <= set(suite_names())
+    assert read_recipe(EvalConfig, path).suites
+
+
+def test_each_suite_has_its_key_in_recipes():
+    hints = typing.get_type_hints(EvalConfig)
+    assert {name: hints[name] for name in SUITES} == {name: load_suite(name).config_type | None for name in SUITES}
+    assert [name for name in hints if name in SUITES] == list(SUITES)
+    assert len(hints) == 6 + len(SUITES)  # all others are the model's
 
 
 def test_the_papers_settings():

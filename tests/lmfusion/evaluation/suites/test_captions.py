@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from lmfusion import LMFusion
-from lmfusion.evaluation.suites.captions import FILE, CaptionsConfig, check_captions, run_captions, scores_of
+from lmfusion.evaluation.suites.captions import FILE, CaptionsConfig, CaptionsSuite, scores_of
 from lmfusion.utils.config_values import from_values
 
 DIGITS = {"kind": "digits", "split": "test"}
@@ -32,7 +32,7 @@ def captioned(monkeypatch):
 
 
 def test_the_model_writes_what_is_scored(tiny, config, tmp_path):
-    result = run_captions(tiny, config, tmp_path)
+    result = CaptionsSuite(config).run(tiny, tmp_path)
     assert [score.name for score in result.scores] == ["CIDEr-D", "BLEU-4", "ROUGE-L", "exact match"]
     assert all(score.low <= score.value <= score.high and score.count == 5 for score in result.scores)
     assert len(result.pictures) == 2
@@ -43,27 +43,27 @@ def test_the_model_writes_what_is_scored(tiny, config, tmp_path):
 
 
 def test_captions_that_are_there_are_kept(tiny, config, tmp_path, captioned):
-    first = run_captions(tiny, config, tmp_path)
+    first = CaptionsSuite(config).run(tiny, tmp_path)
     assert captioned == [5]
     file = tmp_path / FILE
     text = file.read_text()
     file.write_text(text[: text.rindex("\n", 0, -1) + 20])  # the last line is cut, as by a crash
-    second = run_captions(tiny, config, tmp_path)
+    second = CaptionsSuite(config).run(tiny, tmp_path)
     assert captioned == [5, 1]
     assert second.scores == first.scores
     assert file.read_text() == text
     file.write_bytes(b"\xff" + text.encode()[1:])
-    assert run_captions(tiny, config, tmp_path).scores == first.scores
+    assert CaptionsSuite(config).run(tiny, tmp_path).scores == first.scores
     assert captioned == [5, 1, 5]
     other = from_values(CaptionsConfig, {"source": DIGITS, "num_images": 5, "prompt": "a picture of"})
-    run_captions(tiny, other, tmp_path)
+    CaptionsSuite(other).run(tiny, tmp_path)
     assert captioned == [5, 1, 5, 5]
     assert json.loads(file.read_text().splitlines()[1])["caption"] == "a picture of a handwritten seven"
 
 
 def test_a_smaller_run_keeps_the_captions_of_a_larger_one(tiny, config, tmp_path, captioned):
     for num_images in (5, 2, 5):
-        run_captions(tiny, replace(config, num_images=num_images), tmp_path)
+        CaptionsSuite(replace(config, num_images=num_images)).run(tiny, tmp_path)
     assert captioned == [5]
 
 
@@ -73,7 +73,7 @@ def test_captions_of_another_folder_are_not_kept(tiny, tmp_path, captioned):
         Image.new("RGB", (8, 8)).save(tmp_path / folder / "same.png")
         (tmp_path / folder / "same.txt").write_text("a square")
         source = {"kind": "folder", "path": str(tmp_path / folder)}
-        run_captions(tiny, from_values(CaptionsConfig, {"source": source}), tmp_path / "out")
+        CaptionsSuite(from_values(CaptionsConfig, {"source": source})).run(tiny, tmp_path / "out")
     assert captioned == [1, 1]
 
 
@@ -99,6 +99,6 @@ def test_bad_settings(values, reason):
 
 def test_no_more_images_than_there_are(tiny, tmp_path):
     config = from_values(CaptionsConfig, {"source": DIGITS, "num_images": 100000})
-    for call in (lambda: check_captions(config), lambda: run_captions(tiny, config, tmp_path)):
+    for call in (lambda: CaptionsSuite(config).check(), lambda: CaptionsSuite(config).run(tiny, tmp_path)):
         with pytest.raises(ValueError, match="num_images is 100000, but there are"):
             call()

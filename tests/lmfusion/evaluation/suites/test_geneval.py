@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from lmfusion import LMFusion
-from lmfusion.evaluation.suites.geneval import GenEvalConfig, check_geneval, run_geneval
+from lmfusion.evaluation.suites.geneval import GenEvalConfig, GenEvalSuite
 from lmfusion.images.png import read_settings
 from lmfusion.utils.config_values import from_values
 
@@ -54,7 +54,7 @@ def judged(folder):
 
 def test_layout(model, config, tmp_path):
     folder = tmp_path / "out"
-    result = run_geneval(model, config, folder)
+    result = GenEvalSuite(config).run(model, folder)
     assert judged(folder) == [(line["prompt"], f"000{k}.png") for line in LINES for k in range(2)]
     assert [path.name for path in sorted(folder.iterdir())] == ["00000", "00001", "00002"]
     assert [json.loads((folder / f"0000{i}/metadata.jsonl").read_text()) for i in range(3)] == LINES
@@ -66,7 +66,7 @@ def test_layout(model, config, tmp_path):
 
 
 def test_drawings_are_those_of_their_seeds(model, config, tmp_path):
-    run_geneval(model, config, tmp_path / "out")
+    GenEvalSuite(config).run(model, tmp_path / "out")
     settings = read_settings(tmp_path / "out/00001/samples/0001.png")
     assert (settings["prompt"], settings["seed"], settings["index"]) == (LINES[1]["prompt"], 6, 1)
     expected = model.draw([LINES[1]["prompt"]] * 2, seed=6, num_steps=2, sampler="ddpm", guidance_scale=1.55)[1]
@@ -75,29 +75,29 @@ def test_drawings_are_those_of_their_seeds(model, config, tmp_path):
 
 def test_a_killed_run_goes_on(model, config, tmp_path, monkeypatch):
     folder = tmp_path / "out"
-    run_geneval(model, config, folder)
+    GenEvalSuite(config).run(model, folder)
     before = {path: path.read_bytes() for path in folder.rglob("*.png")}
     (folder / "00001/samples/0001.png").unlink()
     (folder / "00002/samples/0000.png").write_bytes(b"damaged")
     asked = []
     draw = LMFusion.draw
     monkeypatch.setattr(LMFusion, "draw", lambda *args, **options: asked.append(args[1]) or draw(*args, **options))
-    result = run_geneval(model, config, folder)
+    result = GenEvalSuite(config).run(model, folder)
     assert asked == [[LINES[1]["prompt"]] * 2, [LINES[2]["prompt"]] * 2]
     assert result.scores[1].details["drawn now"] == 4
     assert {path: path.read_bytes() for path in folder.rglob("*.png")} == before
     asked.clear()
-    run_geneval(model, from_values(GenEvalConfig, {**vars(config), "num_steps": 3}), folder)
+    GenEvalSuite(from_values(GenEvalConfig, {**vars(config), "num_steps": 3})).run(model, folder)
     assert len(asked) == 3
 
 
 def test_what_would_be_judged_too_is_refused(model, config, tmp_path):
     folder = tmp_path / "out"
-    run_geneval(model, config, folder)
+    GenEvalSuite(config).run(model, folder)
     with pytest.raises(ValueError, match="00002 is of another export"):
-        run_geneval(model, from_values(GenEvalConfig, {**vars(config), "num_prompts": 2}), folder)
+        GenEvalSuite(from_values(GenEvalConfig, {**vars(config), "num_prompts": 2})).run(model, folder)
     with pytest.raises(ValueError, match=r"samples/0001\.png is of another export"):
-        run_geneval(model, from_values(GenEvalConfig, {**vars(config), "num_images": 1}), folder)
+        GenEvalSuite(from_values(GenEvalConfig, {**vars(config), "num_images": 1})).run(model, folder)
 
 
 @pytest.mark.parametrize(
@@ -114,12 +114,12 @@ def test_bad_prompts_are_refused(tmp_path, text, message):
     file = tmp_path / "prompts.jsonl"
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
-        check_geneval(GenEvalConfig(str(file)))
+        GenEvalSuite(GenEvalConfig(str(file))).check()
 
 
 def test_a_missing_file_is_named_before_anything_is_drawn(tmp_path):
     with pytest.raises(ValueError, match=r"no such file; give prompts/evaluation_metadata\.jsonl"):
-        check_geneval(GenEvalConfig(str(tmp_path / "none.jsonl")))
+        GenEvalSuite(GenEvalConfig(str(tmp_path / "none.jsonl"))).check()
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from PIL import Image
 from lmfusion.evaluation.metrics.extractors import FeatureExtractor
 from lmfusion.evaluation.metrics.feature_distances import frechet_distance
 from lmfusion.evaluation.suites import images
-from lmfusion.evaluation.suites.images import ImagesConfig, check_images, draw_prompts, read_prompts, run_images
+from lmfusion.evaluation.suites.images import ImagesConfig, ImagesSuite, draw_prompts, read_prompts
 from lmfusion.images.png import read_settings
 from lmfusion.utils.config_values import from_values
 from tests.lmfusion.evaluation.metrics.clip_folder import save_clip
@@ -36,7 +36,7 @@ def means(monkeypatch):
 
 def test_drawn_and_real_images_are_compared(tiny, tmp_path, means):
     values = {**FAST, "source": DIGITS, "extractors": [{}], "guidance_scales": [1, 2], "control": {"kind": "digits"}}
-    result = run_images(tiny, from_values(ImagesConfig, values), tmp_path)
+    result = ImagesSuite(from_values(ImagesConfig, values)).run(tiny, tmp_path)
     real, first, _, others = means
     assert len(real) == len(first) == len(others) == 8
     assert real[0].shape == (8, 8)
@@ -101,13 +101,13 @@ def test_prompts_from_files_and_the_clip_score(tiny, tmp_path):
     values = {**FAST, "prompts": str(tmp_path / "prompts.txt"), "num_images": None}
     values["clip"] = str(save_clip(tmp_path / "clip"))
     config = from_values(ImagesConfig, values)
-    check_images(config)
-    [score] = run_images(tiny, config, tmp_path / "out").scores
+    ImagesSuite(config).check()
+    [score] = ImagesSuite(config).run(tiny, tmp_path / "out").scores
     assert score.name == "CLIP score, guidance 1.55"
     assert score.count == 2
     assert 0 <= score.low <= score.value <= score.high <= 100
     with pytest.raises(ValueError, match="has 2 prompts"):
-        check_images(from_values(ImagesConfig, {**values, "num_images": 3}))
+        ImagesSuite(from_values(ImagesConfig, {**values, "num_images": 3})).check()
 
 
 @pytest.mark.parametrize(
@@ -133,14 +133,14 @@ def test_bad_settings(values, reason):
 def test_what_is_missing_is_named(tmp_path):
     weights = [{"kind": "inception", "path": str(tmp_path / "none.pth")}]
     with pytest.raises(ValueError, match=r"none\.pth.*torch-fidelity/releases"):
-        check_images(from_values(ImagesConfig, {"source": DIGITS, "extractors": weights}))
+        ImagesSuite(from_values(ImagesConfig, {"source": DIGITS, "extractors": weights})).check()
     with pytest.raises(ValueError, match=r"images\.clip.*huggingface\.co"):
-        check_images(from_values(ImagesConfig, {"source": DIGITS, "clip": str(tmp_path / "none")}))
+        ImagesSuite(from_values(ImagesConfig, {"source": DIGITS, "clip": str(tmp_path / "none")})).check()
     for name, text in (("none.txt", None), ("a.csv", "a"), ("empty.txt", "\n")):
         if text is not None:
             (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=f"{name}.*(there|no prompts)"):
-            check_images(from_values(ImagesConfig, {"prompts": str(tmp_path / name)}))
+            ImagesSuite(from_values(ImagesConfig, {"prompts": str(tmp_path / name)})).check()
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n')
     with pytest.raises(ValueError, match="no object"):
         read_prompts(str(tmp_path / "bad.jsonl"))

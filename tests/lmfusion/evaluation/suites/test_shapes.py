@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from lmfusion.evaluation.suites.edits import EditsConfig, held_out_edits, run_edits
-from lmfusion.evaluation.suites.shapes import ShapesConfig, held_out_captions, picture_grid, run_shapes
+from lmfusion.evaluation.suites.edits import EditsConfig, EditsSuite, held_out_edits
+from lmfusion.evaluation.suites.shapes import ShapesConfig, ShapesSuite, held_out_captions, picture_grid
 from lmfusion.model.modeling import LMFusion
 from lmfusion.synthetic.shape_reader import read_scene
 from lmfusion.synthetic.shapes import EDITS, KINDS, NUM_SAMPLES, SKILLS, Scene, render
@@ -36,12 +36,12 @@ def drawn_as_asked(num_per_skill):
     return lambda caption: render(scenes[caption], SIZE)
 
 
-@pytest.mark.parametrize(("run", "config"), [(run_shapes, ShapesConfig), (run_edits, EditsConfig)])
-def test_images_too_small_to_be_read_are_refused_before_any_is_drawn(run, config, tmp_path):
+@pytest.mark.parametrize("suite", [ShapesSuite, EditsSuite])
+def test_images_too_small_to_be_read_are_refused_before_any_is_drawn(suite, tmp_path):
     painter = Painter(None)
     painter.codec.config.image_size = 8
     with pytest.raises(ValueError, match="image_size is 8; shapes cannot be told apart below 16 pixels"):
-        run(painter, config(1), tmp_path)
+        suite(suite.config_type(1)).run(painter, tmp_path)
 
 
 def test_captions_are_held_out_and_as_many_of_each_skill():
@@ -54,7 +54,7 @@ def test_captions_are_held_out_and_as_many_of_each_skill():
 def test_a_perfect_painter(tmp_path):
     model = Painter(drawn_as_asked(4))
     config = ShapesConfig(num_per_skill=4, guidance_scale=3.0, num_steps=7, seed=5, num_shown=2)
-    result = run_shapes(model, config, tmp_path)
+    result = ShapesSuite(config).run(model, tmp_path)
     assert values(result) == {f"shapes: {skill}": 1.0 for skill in SKILLS} | {"shapes": 1.0}
     assert [score.count for score in result.scores] == [4] * len(SKILLS) + [4 * len(SKILLS)]
     assert model.options == {
@@ -73,7 +73,7 @@ def test_a_painter_of_other_kinds_counts_rightly_and_is_wrong(tmp_path):
         scene = read_scene(perfect(caption))
         return render(Scene.of([s._replace(kind=KINDS[KINDS.index(s.kind) - 1]) for s in scene.shapes]), SIZE)
 
-    result = run_shapes(Painter(other), ShapesConfig(num_per_skill=4, num_shown=0), tmp_path)
+    result = ShapesSuite(ShapesConfig(num_per_skill=4, num_shown=0)).run(Painter(other), tmp_path)
     assert set(values(result).values()) == {0.0} and result.pictures == ()
     assert {row[3:5] for row in result.tables[0].rows} == {("1.00", "1.00")}
 
@@ -85,7 +85,7 @@ def test_a_painter_that_cannot_count(tmp_path):
         scene = read_scene(perfect(caption))
         return render(Scene(scene.shapes[: max(1, len(scene.shapes) - 1)]), SIZE)
 
-    result = values(run_shapes(Painter(one_too_few), ShapesConfig(num_per_skill=4), tmp_path))
+    result = values(ShapesSuite(ShapesConfig(num_per_skill=4)).run(Painter(one_too_few), tmp_path))
     assert [result[f"shapes: {skill}"] for skill in SKILLS] == [1, 1, 1, 0, 0, 0] and result["shapes"] == 0.5
 
 
@@ -97,7 +97,7 @@ def edited_as_told(num_per_kind):
 def test_a_perfect_editor(tmp_path):
     model = Painter(edited_as_told(3))
     config = EditsConfig(num_per_kind=3, image_guidance_scale=1.5, num_shown=1)
-    result = run_edits(model, config, tmp_path)
+    result = EditsSuite(config).run(model, tmp_path)
     expected = {f"edits: {kind}": 1.0 for kind in EDITS} | {"edits": 1.0, "edits: did nothing": 0.0}
     assert values(result) == expected and model.options["image_guidance_scale"] == 1.5
     assert (tmp_path / result.pictures[0].file).is_file()
@@ -105,7 +105,7 @@ def test_a_perfect_editor(tmp_path):
 
 
 def test_an_editor_that_copies_keeps_everything_and_is_wrong(tmp_path):
-    result = run_edits(Painter(lambda prompt: prompt[1]), EditsConfig(num_per_kind=3), tmp_path)
+    result = EditsSuite(EditsConfig(num_per_kind=3)).run(Painter(lambda prompt: prompt[1]), tmp_path)
     expected = {f"edits: {kind}": 0.0 for kind in EDITS} | {"edits": 0.0, "edits: did nothing": 1.0}
     assert values(result) == expected
     assert result.tables[0].rows[-1][3:6] == ("0.00", "1.00", "1.00")
@@ -118,7 +118,7 @@ def test_an_editor_that_loses_the_rest_is_wrong(tmp_path):
         source, target = read_scene(prompt[1]).shapes, read_scene(perfect(prompt)).shapes
         return render(Scene(tuple(s for s in target if s not in source)), SIZE)
 
-    result = run_edits(Painter(only_new), EditsConfig(num_per_kind=3), tmp_path)
+    result = EditsSuite(EditsConfig(num_per_kind=3)).run(Painter(only_new), tmp_path)
     assert values(result)["edits"] == 0.0
     assert result.tables[0].rows[-1][3:5] == ("1.00", "0.00")
 
@@ -151,8 +151,8 @@ def test_a_real_model_runs_through_both(tiny_llama, tmp_path):
         codec={"kind": "pixels", "image_size": 16},
     ).eval()
     quick = {"sampler": "ddim", "num_steps": 2}
-    shapes = run_shapes(model, ShapesConfig(num_per_skill=1, **quick), tmp_path / "new")
-    edits = run_edits(model, EditsConfig(num_per_kind=1, **quick), tmp_path / "new")
+    shapes = ShapesSuite(ShapesConfig(num_per_skill=1, **quick)).run(model, tmp_path / "new")
+    edits = EditsSuite(EditsConfig(num_per_kind=1, **quick)).run(model, tmp_path / "new")
     assert (len(shapes.scores), len(edits.scores)) == (7, 6)
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"shapes.png", "edits.png"}
 
