@@ -30,7 +30,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Picture:
+class SampleImage:
     """A picture of the page."""
 
     file: str
@@ -62,7 +62,7 @@ class SuiteResult:
     """What was asked for, as the recipe has it."""
     seconds: float = 0.0
     tables: tuple[Table, ...] = ()
-    pictures: tuple[Picture, ...] = ()
+    pictures: tuple[SampleImage, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Values that JSON knows; numbers that are none, such as nan, become null."""
@@ -77,7 +77,7 @@ class SuiteResult:
         tables = tuple(
             Table(t["title"], tuple(t["columns"]), tuple(tuple(row) for row in t["rows"])) for t in values["tables"]
         )
-        pictures = tuple(Picture(**picture) for picture in values["pictures"])
+        pictures = tuple(SampleImage(**picture) for picture in values["pictures"])
         return cls(values["suite"], scores, values["settings"], values["seconds"], tables, pictures)
 
 

@@ -17,7 +17,7 @@ import torch
 from lmfusion import __version__
 from lmfusion.evaluation.config import EvalConfig
 from lmfusion.evaluation.identity import commit, model_digest, values_digest, versions
-from lmfusion.evaluation.report import render_page
+from lmfusion.evaluation.report import render_report
 from lmfusion.evaluation.results import SuiteResult
 from lmfusion.evaluation.suites import Suite, load_suite
 from lmfusion.model.modeling import LMFusion
@@ -143,4 +143,4 @@ def _finished(file: Path) -> dict[str, dict[str, Any]]:
 def _write(folder: Path, values: dict[str, Any]) -> None:
     replace_text(folder / RESULTS, json.dumps(values, indent=1) + "\n")
     results = [SuiteResult.from_json(suite) for suite in values["suites"].values()]
-    replace_text(folder / PAGE, render_page(values, results, folder))
+    replace_text(folder / PAGE, render_report(values, results, folder))

@@ -16,7 +16,8 @@ from lmfusion.evaluation.identity import model_digest, values_digest
 from lmfusion.evaluation.metrics.bootstrap import bootstrap
 from lmfusion.evaluation.metrics.caption_metrics import bleu, score_captions
 from lmfusion.evaluation.references import CocoConfig, References, check_references, load_references
-from lmfusion.evaluation.results import Picture, Score, SuiteResult
+from lmfusion.evaluation.results import SampleImage, Score, SuiteResult
+from lmfusion.reports.pictures import save_picture
 from lmfusion.utils.config_values import check_least, to_values
 from lmfusion.utils.files import replace_text
 
@@ -159,11 +160,11 @@ def _examples(
     expected: Sequence[Sequence[str]],
     num_shown: int,
     folder: Path,
-) -> tuple[Picture, ...]:
+) -> tuple[SampleImage, ...]:
     pictures = []
     for index, text, captions in list(zip(indices, written, expected, strict=True))[:num_shown]:
         file = folder / f"{index:06d}.png"
-        references[index].load_image().save(file)
+        save_picture(references[index].load_image(), file)
         verdict = "" if text in captions else f" (reference: {captions[0]})"
-        pictures.append(Picture(file.name, f"{text or '(nothing)'}{verdict}"))
+        pictures.append(SampleImage(file.name, f"{text or '(nothing)'}{verdict}"))
     return tuple(pictures)

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 import numpy as np
 from PIL import Image
 
-from lmfusion.evaluation.results import Picture, SuiteResult, Table
+from lmfusion.evaluation.results import SampleImage, SuiteResult, Table
 from lmfusion.evaluation.suites.image_settings import drawing_values, image_options
-from lmfusion.evaluation.suites.shapes import picture_grid, share
+from lmfusion.evaluation.suites.shapes import share
+from lmfusion.reports.pictures import captioned_grid, save_picture
 from lmfusion.synthetic.shape_reader import read_scene
 from lmfusion.synthetic.shapes import EDITS, Scene, SceneEdit, ShapeEdits, render
 from lmfusion.utils.config_values import check_least, to_values
@@ -146,7 +147,7 @@ def _pictures(
     verdicts: Sequence[Verdict],
     config: EditsConfig,
     folder: Path,
-) -> tuple[Picture, ...]:
+) -> tuple[SampleImage, ...]:
     done = list(zip(edits, images, verdicts, strict=True))
     shown = [
         ((render(edit.source, image.width), image), edit.instruction, verdict.is_right)
@@ -155,6 +156,6 @@ def _pictures(
     ]
     if not shown:
         return ()
-    folder.mkdir(parents=True, exist_ok=True)
-    picture_grid(shown, min(config.num_shown, config.num_per_kind)).save(folder / "edits.png")
-    return (Picture("edits.png", "Held-out edits, a row a kind: the source and what came of it; green: right"),)
+    grid = captioned_grid(shown, min(config.num_shown, config.num_per_kind))
+    save_picture(grid, folder / "edits.png")
+    return (SampleImage("edits.png", "Held-out edits, a row a kind: the source and what came of it; green: right"),)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmfusion.evaluation.identity import model_digest
 from lmfusion.evaluation.references import read_lines
-from lmfusion.evaluation.results import Picture, Score, SuiteResult, Table
+from lmfusion.evaluation.results import SampleImage, Score, SuiteResult, Table
 from lmfusion.evaluation.suites.image_settings import drawing_values, image_options
 from lmfusion.images.png import holds, save_png
 from lmfusion.utils.config_values import check_least, to_values
@@ -81,7 +81,7 @@ class GenEvalSuite:
             if line["tag"] not in shown:
                 shown.add(line["tag"])
                 pictures += [
-                    Picture(str(_sample(folder, i, k).relative_to(folder)), f"{line['tag']}: {line['prompt']}")
+                    SampleImage(str(_sample(folder, i, k).relative_to(folder)), f"{line['tag']}: {line['prompt']}")
                     for k in range(config.num_images)
                 ]
         tags = Counter(line["tag"] for line in metadata)

@@ -19,7 +19,7 @@ from lmfusion.evaluation.metrics.bootstrap import PERCENTILES, bootstrap
 from lmfusion.evaluation.metrics.extractors import ExtractorConfig, FeatureExtractor, load_extractor
 from lmfusion.evaluation.metrics.feature_distances import frechet_distance, kernel_distances_of_subsets
 from lmfusion.evaluation.references import CocoConfig, References, check_references, load_references, read_lines
-from lmfusion.evaluation.results import Picture, Score, SuiteResult
+from lmfusion.evaluation.results import SampleImage, Score, SuiteResult
 from lmfusion.evaluation.suites.image_settings import image_options
 from lmfusion.generation.options import GenerationOptions
 from lmfusion.images.png import holds, save_png
@@ -129,7 +129,7 @@ class ImagesSuite:
         if references is not None:
             real = [extractor.features(_resized(references, indices, size, channels)) for extractor in extractors]
         scores: list[Score] = []
-        pictures: list[Picture] = []
+        pictures: list[SampleImage] = []
         digest = model_digest(model)
         for scale in config.guidance_scales:
             options = config.options(scale)
@@ -141,7 +141,7 @@ class ImagesSuite:
             if config.clip is not None:
                 scores.append(_clip_score(model, Path(config.clip), files, prompts, f", guidance {scale:g}", made))
             pictures += [
-                Picture(str(file.relative_to(folder)), f"{prompt} (guidance {scale:g})")
+                SampleImage(str(file.relative_to(folder)), f"{prompt} (guidance {scale:g})")
                 for file, prompt in list(zip(files, prompts, strict=True))[: config.num_shown]
             ]
         if config.control is not None:

@@ -12,20 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from lmfusion.evaluation.metrics.bootstrap import bootstrap
-from lmfusion.evaluation.results import Picture, Score, SuiteResult, Table
+from lmfusion.evaluation.results import SampleImage, Score, SuiteResult, Table
 from lmfusion.evaluation.suites.image_settings import drawing_values, image_options
+from lmfusion.reports.pictures import captioned_grid, save_picture
 from lmfusion.synthetic.shape_reader import UNKNOWN, check, read_scene
 from lmfusion.synthetic.shapes import SKILLS, CaptionedScene, Scene, Shapes, render
 from lmfusion.utils.config_values import check_least, to_values
 
 if TYPE_CHECKING:
     from lmfusion.model.modeling import LMFusion
-
-RIGHT, WRONG = (30, 150, 60), (210, 40, 40)
-"""Frames of drawings, RGB."""
 
 
 @dataclass
@@ -131,42 +129,7 @@ def share(name: str, is_right: Sequence[bool]) -> Score:
     return Score(name, float(values.mean()), low, high, len(values))
 
 
-def picture_grid(
-    cells: Sequence[tuple[Sequence[Image.Image], str, bool]], num_columns: int, *, pixels: int = 96
-) -> Image.Image:
-    """Pictures with their captions, in frames that tell whether the last picture of a cell is right.
-
-    cells: pictures that stand side by side, what stands below them, and whether they are right. pixels: of a picture.
-    """
-    gap, line = 6, 14
-    width = max(len(images) for images, _, _ in cells) * (pixels + gap) + gap
-    height = pixels + 3 * line + 2 * gap
-    grid = Image.new("RGB", (num_columns * width, -(-len(cells) // num_columns) * height), "white")
-    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
-    for number, (images, words, is_right) in enumerate(cells):
-        x, y = number % num_columns * width + gap, number // num_columns * height + gap
-        for place, image in enumerate(images):
-            left = x + place * (pixels + gap)
-            grid.paste(image.convert("RGB").resize((pixels, pixels), Image.Resampling.NEAREST), (left, y))
-            colour = "lightgray" if place < len(images) - 1 else RIGHT if is_right else WRONG
-            draw.rectangle((left - 2, y - 2, left + pixels + 1, y + pixels + 1), outline=colour, width=2)
-        for i, text in enumerate(_lines(words, font, width - 2 * gap)):
-            draw.text((x, y + pixels + 2 + i * line), text, fill="black", font=font)
-    return grid
-
-
-def _lines(words: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    lines = [""]
-    for word in words.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if font.getlength(longer) <= width:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-    return lines
-
-
-def _pictures(judged: Sequence[Judged], config: ShapesConfig, folder: Path) -> tuple[Picture, ...]:
+def _pictures(judged: Sequence[Judged], config: ShapesConfig, folder: Path) -> tuple[SampleImage, ...]:
     shown = [
         ((item.image,), str(item.asked.description), item.is_right)
         for skill in SKILLS
@@ -174,6 +137,6 @@ def _pictures(judged: Sequence[Judged], config: ShapesConfig, folder: Path) -> t
     ]
     if not shown:
         return ()
-    folder.mkdir(parents=True, exist_ok=True)
-    picture_grid(shown, min(config.num_shown, config.num_per_skill)).save(folder / "shapes.png")
-    return (Picture("shapes.png", "Drawings of held-out captions, a row a skill; green: right"),)
+    grid = captioned_grid(shown, min(config.num_shown, config.num_per_skill))
+    save_picture(grid, folder / "shapes.png")
+    return (SampleImage("shapes.png", "Drawings of held-out captions, a row a skill; green: right"),)

@@ -13,7 +13,7 @@ from lmfusion import LMFusion
 from lmfusion.cli import main
 from lmfusion.evaluation import run as run_module
 from lmfusion.evaluation.config import EvalConfig
-from lmfusion.evaluation.results import Picture, Score, SuiteResult, Table
+from lmfusion.evaluation.results import SampleImage, Score, SuiteResult, Table
 from lmfusion.evaluation.run import run_evaluation
 from lmfusion.evaluation.suites import SUITES, load_suite
 from lmfusion.evaluation.suites.captions import CaptionsSuite
@@ -224,7 +224,7 @@ def test_results_survive_json():
         {"steps": 3},
         2.5,
         (Table("t", ("p", "q"), (("1", "2"),)),),
-        (Picture("x.png", "y"),),
+        (SampleImage("x.png", "y"),),
     )
     text = json.dumps(result.to_json(), allow_nan=False)
     again = SuiteResult.from_json(json.loads(text))

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from lmfusion.evaluation.suites.edits import EditsConfig, EditsSuite, held_out_edits
-from lmfusion.evaluation.suites.shapes import ShapesConfig, ShapesSuite, held_out_captions, picture_grid
+from lmfusion.evaluation.suites.shapes import ShapesConfig, ShapesSuite, held_out_captions
 from lmfusion.model.modeling import LMFusion
 from lmfusion.synthetic.shape_reader import read_scene
 from lmfusion.synthetic.shapes import EDITS, KINDS, NUM_SAMPLES, SKILLS, Scene, render
@@ -155,10 +155,3 @@ def test_a_real_model_runs_through_both(tiny_llama, tmp_path):
     edits = EditsSuite(EditsConfig(num_per_kind=1, **quick)).run(model, tmp_path / "new")
     assert (len(shapes.scores), len(edits.scores)) == (7, 6)
     assert {path.name for path in (tmp_path / "new").iterdir()} == {"shapes.png", "edits.png"}
-
-
-def test_the_grid_frames_what_is_right():
-    image = Image.new("RGB", (8, 8), "white")
-    grid = picture_grid([((image,), "a very " * 9, True), ((image, image), "b", False)], 2, pixels=40)
-    colours = {colour for _, colour in grid.getcolors(10**6)}
-    assert {(30, 150, 60), (210, 40, 40)} <= colours
