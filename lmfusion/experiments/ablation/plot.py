@@ -28,7 +28,7 @@ COLOURS = (
 """The palette of Okabe and Ito, which colour-blind readers can tell apart, and three more."""
 MARKERS = "osD^vP*Xdh"
 DASHES = ("-", (0, (6, 6)), (0, (2, 4)))
-"""Curves of frozen text are the same for several variants: those below show through the gaps of those above."""
+"""Several variants with frozen text have the same curve: the lower ones show through the gaps of the upper ones."""
 FORMATS = ("svg", "png")
 
 

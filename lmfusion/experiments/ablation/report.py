@@ -12,7 +12,7 @@ COLUMNS = {
     "caption_loss": "caption loss",
     "text_loss": "text loss",
     "text_accuracy": "accuracy",
-    "drawings_right": "drawings right",
+    "image_accuracy": "image accuracy",
 }
 ANSWERS = {True: "found", False: "NOT found", None: "not measured"}
 
@@ -52,7 +52,7 @@ def _value(metric: str, values: Mapping[str, Any]) -> str:
     value = values.get(metric)
     if value is None:
         return "–"
-    if metric not in ("text_accuracy", "drawings_right"):
+    if metric not in ("text_accuracy", "image_accuracy"):
         return f"{value:.4f}"
     low, high = values.get(f"{metric}_low"), values.get(f"{metric}_high")
     return f"{value:.3f}" + ("" if low is None else f" ({low:.3f} to {high:.3f})")

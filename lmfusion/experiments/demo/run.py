@@ -13,8 +13,8 @@ from lmfusion.experiments.demo.chat_eval import (
     UNSEEN_REQUESTS,
     Reply,
     answer_questions,
-    ask_for_digits,
     openings_as_taught,
+    request_digits,
 )
 from lmfusion.experiments.demo.report import digits_picture, render_report
 from lmfusion.model.modeling import LMFusion
@@ -31,15 +31,15 @@ from lmfusion.utils.files import replace_text
 IMAGES_PER_DIGIT = 10
 SAMPLING = {"sampler": "dpm-solver", "num_steps": 20, "guidance_scale": 2.0, "seed": 0, "batch_size": 100}
 NUM_SHOWN = 24
-"""Captions of each kind in the report."""
+"""Number of right and of wrong captions in the report."""
 PACKAGES = ("lmfusion", "torch", "transformers", "diffusers", "scikit-learn", "numpy")
 
 
 def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Run all stages and write report.html, summary.json and digits.png into `output`; answer with the summary.
+    """Run all stages, write report.html, summary.json and digits.png into `output`, and return the summary.
 
-    overrides: changes to recipes/digits.yaml, as `lmfusion train` takes them. The held-out digits are used once: for
-    the captions of the report.
+    overrides: changes to recipes/digits.yaml, as for `lmfusion train`. The held-out digits are used once, for the
+    captions of the report.
     """
     check_matplotlib("the demo's report")
     folder = Path(output)
@@ -52,7 +52,7 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
     num_digits = len(Digits("train"))
     print(f"{num_trained / 1e6:.1f} M parameters to train on {num_digits} digits, on {model.device}")
     if trainer.step:
-        print(f"continuing from step {trainer.step} in {trainer.folder}; delete that folder to train anew")
+        print(f"continuing from step {trainer.step} in {trainer.folder}; delete that folder to train again")
     with _stage("train", times):
         is_finished = trainer.run()
     if not is_finished:
@@ -60,7 +60,7 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
     metrics = [json.loads(line) for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()]
     num_images, train_seconds = metrics[-1]["num_samples"], _train_seconds(metrics)
 
-    # What is shown is the saved model, read back as a user would.
+    # The report shows the saved model, loaded as a user would load it
     model = LMFusion.from_pretrained(trainer.folder / "model").to(model.device)  # type: ignore[arg-type]
     classifier = Judge()
     with _stage("generate", times):
@@ -76,8 +76,8 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
     right = [example for example in examples if example[1] == example[2]]
     wrong = [example for example in examples if example[1] != example[2]]
     with _stage("chat", times):
-        seen = ask_for_digits(model, classifier, REQUESTS, **SAMPLING)
-        unseen = ask_for_digits(model, classifier, UNSEEN_REQUESTS, **SAMPLING)
+        in_training_words = request_digits(model, classifier, REQUESTS, **SAMPLING)
+        in_other_words = request_digits(model, classifier, UNSEEN_REQUESTS, **SAMPLING)
         questions = answer_questions(model)
         openings = openings_as_taught(model)
     with _stage("verify", times):
@@ -89,8 +89,8 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
         "text_identical": verification.text_identical,
         "digit_accuracy": num_right / len(requested),
         "caption_accuracy": len(right) / len(examples),
-        "chat_accuracy": _share_right(seen),
-        "chat_accuracy_in_other_words": _share_right(unseen),
+        "chat_accuracy": _share_right(in_training_words),
+        "chat_accuracy_in_other_words": _share_right(in_other_words),
         "answers_without_image": sum(is_plain for _, _, is_plain in questions) / len(questions),
         "openings_as_taught": openings,
         "train_seconds": round(train_seconds, 3),
@@ -113,7 +113,7 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
         generated,
         captions_right=right[:NUM_SHOWN],
         captions_wrong=wrong[:NUM_SHOWN],
-        replies={"In words of the training": seen, "In other words": unseen},
+        replies={"In the words of the training data": in_training_words, "In other words": in_other_words},
         questions=questions,
         text_checks=_text_checks(verification),
         times={stage: round(seconds, 1) for stage, seconds in times.items()},
@@ -129,7 +129,10 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
 def _recipe() -> Path:
     here = Path(__file__).resolve().parents[3] / "recipes" / "digits.yaml"
     if not here.is_file():
-        raise ValueError("the demo reads recipes/digits.yaml of a checkout of lmfusion; clone it and install with -e")
+        raise ValueError(
+            "the demo must run from a checkout of lmfusion, whose recipes/digits.yaml it reads, got none; clone it and "
+            "install it with -e"
+        )
     return here
 
 
@@ -142,7 +145,7 @@ def _stage(name: str, times: dict[str, float]) -> Iterator[None]:
 
 
 def _train_seconds(metrics: Sequence[dict[str, Any]]) -> float:
-    """Seconds in training steps, over all the runs that led here if training was interrupted."""
+    """Seconds of training steps, summed over all runs if training was interrupted."""
     counts = [0, *(line["num_samples"] for line in metrics)]
     return sum((b - a) / line["images_per_second"] for (a, b), line in zip(pairwise(counts), metrics, strict=True))
 

@@ -1,4 +1,4 @@
-"""The page of an evaluation: what it says once, and that it shows any text as text."""
+"""The page of an evaluation gives shared details once, and shows any text as text."""
 
 import pytest
 from PIL import Image

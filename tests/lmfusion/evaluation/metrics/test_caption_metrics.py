@@ -1,4 +1,4 @@
-"""Are captions scored as the COCO evaluation scores them, on the same words?"""
+"""Captions get the scores of the COCO evaluation for the same words."""
 
 import math
 
@@ -108,10 +108,10 @@ def test_captions_are_tokenized():
 @pytest.mark.parametrize(
     ("candidates", "references", "message"),
     [
-        ([], [], "0 captions"),
-        (["a"], [["a"], ["b"]], "1 captions and references of 2 images"),
-        (["a", "b"], [["a"], []], "no references of image 1"),
-        (["a", "b"], ["a", ["b"]], "references of image 0 are the text 'a'"),
+        ([], [], "got 0 captions and references of 0 images"),
+        (["a"], [["a"], ["b"]], "got 1 captions and references of 2 images"),
+        (["a", "b"], [["a"], []], "image 1 must have at least one reference"),
+        (["a", "b"], ["a", ["b"]], "references of image 0 must be a list of captions, got the text 'a'"),
     ],
 )
 def test_bad_captions_are_refused(candidates, references, message):

@@ -1,4 +1,4 @@
-"""Are captions written once, scored against all references, and shown?"""
+"""Captions are generated once, scored against all references, and shown."""
 
 import json
 from dataclasses import replace
@@ -20,15 +20,15 @@ def config():
 
 @pytest.fixture
 def captioned(monkeypatch):
-    """How many images the model was asked for, and captions that are the same every time."""
-    asked = []
+    """Counts the images of each call, and makes the same caption for all of them."""
+    counts = []
 
     def caption(self, images, **options):
-        asked.append(len(images))
+        counts.append(len(images))
         return ["a handwritten seven"] * len(images)
 
     monkeypatch.setattr(LMFusion, "caption", caption)
-    return asked
+    return counts
 
 
 def test_the_model_writes_what_is_scored(tiny, config, tmp_path):
@@ -47,7 +47,7 @@ def test_captions_that_are_there_are_kept(tiny, config, tmp_path, captioned):
     assert captioned == [5]
     file = tmp_path / FILE
     text = file.read_text()
-    file.write_text(text[: text.rindex("\n", 0, -1) + 20])  # the last line is cut, as by a crash
+    file.write_text(text[: text.rindex("\n", 0, -1) + 20])  # the last line is truncated, as by a crash
     second = CaptionsSuite(config).run(tiny, tmp_path)
     assert captioned == [5, 1]
     assert second.scores == first.scores
@@ -81,7 +81,7 @@ def test_exact_matches_are_of_any_reference():
     references = [["one dog", "a dog"], ["a cat"], ["a bird"], ["a fish"]]
     scores = {score.name: score for score in scores_of(["a dog", "a cat", "a cat", "a fish "], references)}
     assert scores["exact match"].value == 0.5
-    assert scores["exact match"].details["references an image"] == 1.25
+    assert scores["exact match"].details["references per image"] == 1.25
 
 
 @pytest.mark.parametrize(
@@ -100,5 +100,5 @@ def test_bad_settings(values, reason):
 def test_no_more_images_than_there_are(tiny, tmp_path):
     config = from_values(CaptionsConfig, {"source": DIGITS, "num_images": 100000})
     for call in (lambda: CaptionsSuite(config).check(), lambda: CaptionsSuite(config).run(tiny, tmp_path)):
-        with pytest.raises(ValueError, match="num_images is 100000, but there are"):
+        with pytest.raises(ValueError, match=r"captions.num_images must be at most 359, .* got 100000"):
             call()

@@ -1,4 +1,4 @@
-"""Does the demo run from end to end, and does its report say what happened?"""
+"""The demo runs from end to end, and its report says what happened."""
 
 import base64
 import json
@@ -76,7 +76,7 @@ def test_a_finished_demo_does_not_train_again(demo, capsys):
     assert "continuing from step 4" in capsys.readouterr().out
 
 
-def test_judge_reads_real_digits():
+def test_the_classifier_reads_real_digits():
     digits = Digits("test")
     read = Judge().read([digits[i].load_image() for i in range(100)])
     assert sum(a == b for a, b in zip(read, digits.labels, strict=False)) >= 95
