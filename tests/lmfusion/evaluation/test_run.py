@@ -17,6 +17,7 @@ from lmfusion.evaluation.results import SampleImage, Score, SuiteResult, Table
 from lmfusion.evaluation.run import run_evaluation
 from lmfusion.evaluation.suites import SUITES, load_suite
 from lmfusion.evaluation.suites.captions import CaptionsSuite
+from lmfusion.experiments.ablation.config import ClaimConfig, MeasureConfig
 from lmfusion.training.config import read_recipe
 from lmfusion.utils.config_values import from_values
 from tests.lmfusion.evaluation.coco_layout import save_coco
@@ -197,7 +198,13 @@ def test_the_papers_protocol_on_data_of_its_layout(tiny_folder, tmp_path, own_ca
 
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", GUIDE.read_text(), re.DOTALL))
 def test_every_recipe_of_the_guide_reads(block):
-    assert from_values(EvalConfig, {"output": "out", "model": "model", **yaml.safe_load(block)}).suites
+    values = yaml.safe_load(block)
+    if "variants" in values:  # an ablation, whose base is left out
+        assert from_values(MeasureConfig, values.pop("measure"))
+        assert all(from_values(ClaimConfig, claim) for claim in values.pop("claims"))
+        assert set(values) == {"output", "base", "variants"}
+    else:
+        assert from_values(EvalConfig, {"output": "out", "model": "model", **values}).suites
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
