@@ -30,7 +30,7 @@ class EvalConfig:
     codec_path: str | None = None
     """Path of the autoencoder, if it has moved."""
     device: str = "auto"
-    """"auto" (a GPU where there is one), "cpu" or "cuda"."""
+    """"auto" (a GPU if there is one), "cpu" or "cuda"."""
     dtype: str | None = None
     """Of the weights; None: as they were saved."""
     language: LanguageConfig | None = None

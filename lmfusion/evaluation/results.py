@@ -12,7 +12,7 @@ class Score:
     name: str
     value: float
     low: float | None = None
-    """Lower end of a 95 % bootstrap interval; None where there is none."""
+    """Lower end of a 95 % bootstrap interval; None if there is no interval."""
     high: float | None = None
     count: int = 0
     """Samples it was computed from."""

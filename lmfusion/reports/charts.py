@@ -41,7 +41,7 @@ class Panel:
 
 
 def check_matplotlib(user: str) -> None:
-    """Raise ValueError where matplotlib is missing. user: what needs it, for the message."""
+    """Raise ValueError if matplotlib is missing. user: what needs it, for the message."""
     require("matplotlib", user, "matplotlib")
 
 

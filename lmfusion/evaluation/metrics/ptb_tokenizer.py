@@ -1,7 +1,7 @@
 """Splits captions into words as the COCO caption evaluation does, with rules of the Penn Treebank.
 
 That evaluation (Chen et al. 2015, section 3) uses the tokens of Stanford's PTBTokenizer in lower case, without
-punctuation. This file has those of its rules that matter for captions, as regular expressions, and needs no Java. Like
+punctuation. This file has the rules that matter for captions, as regular expressions, and needs no Java. Like
 the original it
 
 - splits contractions: do n't, it 's, they 'll, can not, gon na;

@@ -23,7 +23,7 @@ class Suite(Protocol):
     def check(self) -> None:
         """Look for data, weights and packages before a model is loaded.
 
-        Raises ValueError or OSError, with the way out, where something is missing.
+        Raises ValueError or OSError, with the way out, if something is missing.
         """
 
     def run(self, model: "LMFusion", folder: Path) -> "SuiteResult":

@@ -63,7 +63,7 @@ class CaptionsSuite:
     config: CaptionsConfig
 
     def check(self) -> None:
-        """Look for the data. Raises ValueError where they are missing, damaged or fewer than `num_images`."""
+        """Look for the data. Raises ValueError if they are missing, damaged or fewer than `num_images`."""
         check_references(self.config.coco, "captions")
         _references(self.config, image_size=8)
 

@@ -74,9 +74,8 @@ class ShapesSuite:
         model's images are smaller than 16 pixels.
         """
         config = self.config
-        render(
-            Scene(()), model.codec.config.image_size
-        )  # raises for images that are too small, before any is generated
+        # Raises for images that are too small, before any is generated
+        render(Scene(()), model.codec.config.image_size)
         checked = check_captions(model, held_out_captions(config.num_per_skill), config)
         scores, rows = [], []
         for skill in (*SKILLS, None):

@@ -33,14 +33,14 @@ FORMATS = ("svg", "png")
 
 
 def check_plot() -> None:
-    """Raise ValueError where matplotlib is missing."""
+    """Raise ValueError if matplotlib is missing."""
     check_matplotlib("the plot of an ablation")
 
 
 def draw_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], title: str, folder: Path) -> list[Path]:
     """Write ablation.svg and ablation.png into `folder`, and return their paths.
 
-    curves: the lines of `read_curve` for each variant. A panel is left out where no variant has its metric.
+    curves: the lines of `read_curve` for each variant. A panel is left out if no variant has its metric.
     """
     check_plot()
     shown = [metric for metric in TITLES if any(_points(curve, metric) for curve in curves.values())]

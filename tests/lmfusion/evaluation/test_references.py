@@ -14,7 +14,7 @@ def coco(tmp_path_factory):
     return save_coco(tmp_path_factory.mktemp("coco") / "coco")
 
 
-def test_captions_of_coco(coco):
+def test_coco_captions(coco):
     found = read_coco(CocoConfig(str(coco / "annotations" / "captions_val2014.json"), str(coco / "val2014")))
     assert len(found) == NUM_IMAGES
     assert found[2].captions == tuple(f"Thing 2 seen in way {i}." for i in range(5))

@@ -9,7 +9,7 @@ from lmfusion.evaluation.results import SampleImage, Score, SuiteResult, Table
 HOSTILE = '<b>bold</b> & "quoted"'
 
 
-def test_what_holds_for_a_few_scores_is_not_said_of_all():
+def test_details_of_a_few_scores_are_not_shared():
     generated = [
         Score(f"distance {i}", 1.0, details={"extractor": "a", "sampler": "ddpm", "guidance": i}) for i in range(4)
     ]

@@ -101,7 +101,7 @@ def test_finished_suites_are_kept_until_something_changes(recipe, out, capsys, m
     assert ran == ["captions"] * 3
 
 
-def test_a_killed_run_goes_on(recipe, out, monkeypatch):
+def test_a_killed_run_continues(recipe, out, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(CaptionsSuite, "run", interrupted)
         assert main(["eval", str(recipe)]) == 130
@@ -113,7 +113,7 @@ def test_a_killed_run_goes_on(recipe, out, monkeypatch):
     assert list(results_of(out)["suites"]) == ["images", "captions"]
 
 
-def test_scores_of_another_model_are_not_shown_while_it_waits(recipe, out, tmp_path, tiny_folder, monkeypatch):
+def test_scores_of_another_model_are_dropped_at_once(recipe, out, tmp_path, tiny_folder, monkeypatch):
     main(["eval", str(recipe), "images.num_images=2"])
     other = LMFusion.from_pretrained(tiny_folder)
     with torch.no_grad():
@@ -144,14 +144,14 @@ def interrupted(*args):
         (["imagse={}"], "did you mean images"),
     ],
 )
-def test_what_is_missing_is_said_before_anything_runs(recipe, out, overrides, reason, capsys):
+def test_errors_are_reported_before_anything_runs(recipe, out, overrides, reason, capsys):
     assert main(["eval", str(recipe), *overrides]) == 2
     assert reason in capsys.readouterr().err
     assert not out.exists()
 
 
 @pytest.mark.slow
-def test_an_output_that_is_a_file_is_said_before_the_model_is_loaded(recipe, tmp_path, capsys):
+def test_a_bad_output_is_reported_before_the_model_is_loaded(recipe, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     for output in ("file", "file/inside"):
         assert main(["eval", str(recipe), "model=nowhere", f"output={tmp_path / output}"]) == 2

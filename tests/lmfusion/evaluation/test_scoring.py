@@ -55,7 +55,7 @@ def test_text_loss_is_transformers_cross_entropy(tiny, llama, tokenizer):
         text_loss(tiny, [""])
 
 
-def test_each_token_of_a_long_text_is_predicted_once_with_all_context_there_is():
+def test_each_token_of_a_long_text_is_predicted_once():
     ids = list(range(100, 110))
     windows = rolling_windows(ids, 1, limit=4)
     assert windows == [
@@ -111,7 +111,7 @@ class TestHarness:
         [cut] = models[0].generate_until(self.requests("generate_until", [("The sky is", {**settings, "until": stop})]))
         assert cut == ours[0].split(stop)[0]
 
-    def test_what_a_task_may_not_ask_for(self, models):
+    def test_unsupported_settings_of_a_task_are_refused(self, models):
         with pytest.raises(ValueError, match="num_beams in generation_kwargs of a task must be 1 or left out, got 4"):
             models[0].generate_until(self.requests("generate_until", [("a", {"num_beams": 4})]))
         with pytest.raises(ValueError, match="below the LLM's context of 256 tokens, got 256"):

@@ -151,4 +151,8 @@ def test_what_is_added_may_be_in_any_free_cell():
             scene = Scene.of([*edit.source.shapes, edit.after._replace(row=row, column=column)])
             assert score_edit(edit, scene).is_right
     other = "red" if edit.after.colour != "red" else "blue"
-    assert score_edit(edit, Scene.of([*edit.source.shapes, edit.after._replace(colour=other)]))[:3] == (False, False, True)
+    assert score_edit(edit, Scene.of([*edit.source.shapes, edit.after._replace(colour=other)]))[:3] == (
+        False,
+        False,
+        True,
+    )

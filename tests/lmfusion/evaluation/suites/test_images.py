@@ -82,7 +82,7 @@ def test_existing_images_are_not_generated_again(tiny, tmp_path):
     files[2].write_bytes(b"damaged")
     assert generate_images(tiny, prompts, options, tmp_path, 8, "digest") == files
     assert files[0].stat().st_mtime_ns == before[0]
-    assert np.array_equal(np.asarray(Image.open(files[1])), pixels)  # whatever it is batched with
+    assert np.array_equal(np.asarray(Image.open(files[1])), pixels)  # in any batch
     assert read_settings(files[2])["index"] == 2
     generate_images(tiny, prompts, options, tmp_path, 8, "another model")
     assert files[0].stat().st_mtime_ns != before[0]
@@ -130,7 +130,7 @@ def test_bad_settings(values, reason):
         from_values(ImagesConfig, values)
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_errors_name_what_is_missing(tmp_path):
     weights = [{"kind": "inception", "path": str(tmp_path / "none.pth")}]
     with pytest.raises(ValueError, match=r"none\.pth.*torch-fidelity/releases"):
         ImagesSuite(from_values(ImagesConfig, {"source": DIGITS, "extractors": weights})).check()

@@ -54,7 +54,7 @@ def test_the_packaged_questions_are_sound():
     assert max(places.values()) - min(places.values()) <= 1  # always answering the same one is right by chance
 
 
-def test_an_own_task_beside_the_base_llm(tiny, task, tmp_path):
+def test_a_custom_task_is_compared_with_the_base_llm(tiny, task, tmp_path):
     result = LanguageSuite(LanguageConfig(tasks=[str(task)])).run(tiny, tmp_path)
     scores = {score.name: score for score in result.scores}
     accuracy = scores["mine acc"]
@@ -71,7 +71,7 @@ def test_an_own_task_beside_the_base_llm(tiny, task, tmp_path):
     assert proof.rows[1][1] == "identical"
 
 
-def test_a_changed_text_side_shows(tiny_folder, task, tmp_path):
+def test_a_changed_text_tower_shows(tiny_folder, task, tmp_path):
     model = LMFusion.from_pretrained(tiny_folder)
     with torch.no_grad():
         model.text.norm.weight[0] += 1
@@ -112,7 +112,7 @@ def test_a_missing_base_is_reported_before_any_task_runs(tiny_folder, task, tmp_
             LanguageSuite(LanguageConfig([str(task)], **options)).run(model, tmp_path)
 
 
-def test_data_may_lie_elsewhere(tiny, task, tmp_path):
+def test_data_may_be_elsewhere(tiny, task, tmp_path):
     others = tmp_path / "others.jsonl"
     others.write_text(json.dumps(QUESTIONS[0]) + "\n")
     text = yaml.safe_load(task.read_text())
@@ -156,7 +156,7 @@ def test_each_filter_of_a_task_has_its_own_questions(tiny, task, tmp_path):
         assert by_name[f"{name}, adapted minus base"].low == 0
 
 
-def test_what_is_missing_is_named_with_the_way_out(task, tmp_path, monkeypatch):
+def test_errors_name_what_is_missing_and_the_way_out(task, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"language.tasks must name existing YAML files, got .*none.yaml"):
         LanguageSuite(LanguageConfig([str(tmp_path / "none.yaml")])).check()
     with pytest.raises(ValueError, match=r"must name tasks that lm-evaluation-harness has, got 'no_such_task'"):

@@ -55,7 +55,7 @@ def test_settings_are_read_as_its_own_models_read_them(lm, settings):
         ({"nonsense": 1}, "must have keys out of do_sample, .* got 'nonsense'"),
     ],
 )
-def test_settings_that_would_change_something_are_refused(lm, settings, message):
+def test_settings_with_an_effect_are_refused(lm, settings, message):
     with pytest.raises(ValueError, match=message):
         options(lm, **settings)
 
@@ -70,7 +70,7 @@ def test_settings_that_would_change_something_are_refused(lm, settings, message)
         (["x"] * 20 + ["</s>"], ["</s>"] + ["x"] * 15),
     ],
 )
-def test_texts_to_stop_at(lm, until, expected):
+def test_stop_strings(lm, until, expected):
     assert options(lm, until=until)["stop_strings"] == expected
     [text] = lm._generate(["The sky"], {"until": until, "max_gen_toks": 4})
     assert all(stop not in text for stop in ([until] if isinstance(until, str) else until) if stop)

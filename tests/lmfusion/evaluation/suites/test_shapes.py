@@ -44,7 +44,7 @@ def test_images_too_small_to_be_read_are_refused_before_any_is_generated(suite, 
         suite(suite.config_type(1)).run(painter, tmp_path)
 
 
-def test_captions_are_held_out_and_as_many_of_each_skill():
+def test_captions_are_held_out_and_equally_many_of_each_skill():
     chosen = held_out_captions(20)
     assert [e.skill for e in chosen] == [skill for skill in SKILLS for _ in range(20)]
     with pytest.raises(ValueError, match=r"shapes.num_per_skill must be at most .* in the test split, got 400"):
@@ -66,7 +66,7 @@ def test_a_perfect_painter(tmp_path):
     assert result.settings["num_steps"] == 7 and result.from_json(result.to_json()).scores == result.scores
 
 
-def test_a_painter_of_other_kinds_counts_rightly_and_is_wrong(tmp_path):
+def test_a_painter_of_other_kinds_gets_the_count_right_and_the_rest_wrong(tmp_path):
     perfect = follow_captions(4)
 
     def other(caption):
@@ -138,7 +138,7 @@ def test_bad_settings(make, message):
         make()
 
 
-def test_more_edits_than_there_are(monkeypatch):
+def test_too_many_edits_are_refused(monkeypatch):
     monkeypatch.setitem(NUM_SAMPLES, "test", 12)
     with pytest.raises(ValueError, match=r"edits.num_per_kind must be at most .* in the test split, got 13"):
         EditsConfig(num_per_kind=13)

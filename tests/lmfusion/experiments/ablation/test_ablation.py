@@ -81,7 +81,7 @@ def test_the_command_trains_measures_and_reports(recipe, values, capsys):
     LMFusion.from_pretrained(folder / "deep-0" / "model")
 
 
-def test_finished_variants_are_left_and_changes_are_noticed(values, tmp_path, monkeypatch, capsys):
+def test_finished_variants_are_kept_and_changes_are_refused(values, tmp_path, monkeypatch, capsys):
     values["variants"].pop("none-1")
     values["claims"].pop(1)
     summary = run_ablation(config_of(values))
@@ -124,7 +124,7 @@ def test_what_no_number_depends_on_may_change(values):
 
 
 @pytest.mark.slow
-def test_a_killed_ablation_goes_on_to_the_same_numbers(values, tmp_path):
+def test_a_killed_ablation_continues_to_the_same_numbers(values, tmp_path):
     values["variants"].pop("deep-0")
     values["claims"] = []
     unbroken = run_ablation(config_of(values))
@@ -263,13 +263,13 @@ def test_plot_shows_only_what_was_measured_and_more_variants_than_colours(tmp_pa
     assert (svg.read_bytes(), png.read_bytes()) == first
 
 
-def test_the_plot_says_what_it_needs(values, monkeypatch):
+def test_a_missing_matplotlib_is_reported_first(values, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs matplotlib, which is not installed; pip install matplotlib"):
         run_ablation(config_of(values))
 
 
-def test_the_recipe_compares_what_the_paper_compares():
+def test_the_recipe_has_the_papers_variants():
     config = read_recipe(AblationConfig, RECIPES / "ablation.yaml")
     cells = {(run.model.image.separation, run.train.text_learning_rate_ratio) for run in config.runs().values()}
     assert cells == {("none", 0), ("shallow", 0), ("deep", 0), ("none", 0.1), ("none", 1), ("deep", 0.1), ("deep", 1)}

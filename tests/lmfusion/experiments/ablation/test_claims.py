@@ -37,7 +37,7 @@ def test_order(metric, order, expected):
     assert found(metric, order=order) is expected
 
 
-def test_a_broken_pair_outweighs_an_unknown_one():
+def test_a_violated_pair_outweighs_an_unknown_one():
     final = {"a": {"caption_loss": 2.0}, "b": {"caption_loss": 1.0}, "c": {}}
     assert found("caption_loss", final, order=["a", "b", "c"]) is False
     assert found("caption_loss", final, order=["b", "a", "c"]) is None
@@ -58,11 +58,11 @@ def test_loses():
     assert found("text_accuracy", loses=["none"]) is False
 
 
-def test_the_report_says_what_was_found_and_the_numbers():
+def test_the_report_has_findings_and_numbers():
     order = ClaimConfig("deeper is better", "diffusion_loss", order=["deep", "none"])
     wrong = ClaimConfig("accuracy | falls", "text_accuracy", loses=["deep"])
     keeps = ClaimConfig("nothing is lost", "text_loss", keeps=["deep"])
-    unknown = ClaimConfig("drawings", "image_accuracy", order=["deep", "none"])
+    unknown = ClaimConfig("images are right", "image_accuracy", order=["deep", "none"])
     spent = {"step": 8, "tokens": 12345, "seconds": 7.2}
     variants = {
         name: {"final": final | spent, "start": START[name], "trained_parameters": 1_500_000}
@@ -91,6 +91,6 @@ def test_the_report_says_what_was_found_and_the_numbers():
         ({"metric": "diffusion_loss", "keeps": ["a"]}, "use order"),
     ],
 )
-def test_a_claim_that_says_nothing_is_refused(values, message):
+def test_invalid_claims_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         ClaimConfig("a claim", **values)

@@ -163,7 +163,7 @@ def test_there_is_a_chart_for_each_loss():
     assert loss_charts(metrics[:1]) == []
 
 
-def test_picture_has_a_column_a_digit():
+def test_the_picture_has_a_column_per_digit():
     white = Image.new("L", (8, 8), 255)
     black = Image.new("L", (8, 8), 0)
     picture = digits_picture({name: [white] * 3 for name in NAMES}, {name: [black] * 5 for name in NAMES})
