@@ -133,6 +133,10 @@ def _pixels(load: Callable[[], Any], name: str) -> Image.Image:
     return image
 
 
+class _SplitError(ValueError):
+    """A split that the file does not have. The layout of the file is right."""
+
+
 def read_coco(config: CocoConfig) -> list[ReferenceImage]:
     """The images of an annotation file with their captions, in the order of the file.
 
@@ -144,9 +148,9 @@ def read_coco(config: CocoConfig) -> list[ReferenceImage]:
         is_karpathy = "annotations" not in values
         read = _read_karpathy if is_karpathy else _read_captions
         found = read(values, config)
+    except _SplitError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, ValueError) and str(error).startswith(_SPLIT_ERROR):
-            raise
         raise ValueError(
             f"{path} must hold COCO captions (`images` and `annotations`, or in Karpathy's layout `images` with "
             f"`sentences`), got {type(error).__name__}: {error}"
@@ -157,14 +161,11 @@ def read_coco(config: CocoConfig) -> list[ReferenceImage]:
     return found
 
 
-_SPLIT_ERROR = "coco.split"
-
-
 def _read_captions(values: dict[str, Any], config: CocoConfig) -> list[ReferenceImage]:
     """captions_val2014.json: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}."""
     if config.split is not None:
-        raise ValueError(
-            f"{_SPLIT_ERROR} must be left out because {config.annotations} has no splits, got {config.split!r}"
+        raise _SplitError(
+            f"coco.split must be left out because {config.annotations} has no splits, got {config.split!r}"
         )
     captions: dict[int, list[str]] = {}
     for annotation in values["annotations"]:
@@ -180,8 +181,8 @@ def _read_karpathy(values: dict[str, Any], config: CocoConfig) -> list[Reference
     """dataset_coco.json: {"images": [{"filepath", "filename", "split", "sentences": [{"raw"}]}]}."""
     splits = sorted({image["split"] for image in values["images"]})
     if config.split not in splits:
-        raise ValueError(
-            f"{_SPLIT_ERROR} must be one of {', '.join(splits)}, as in {config.annotations}, got {config.split!r}"
+        raise _SplitError(
+            f"coco.split must be one of {', '.join(splits)}, as in {config.annotations}, got {config.split!r}"
         )
     return [
         _reference(

@@ -20,7 +20,7 @@ from lmfusion.evaluation.references import read_lines
 from lmfusion.evaluation.results import SampleImage, Score, SuiteResult, Table
 from lmfusion.evaluation.suites.image_settings import image_options, sampling_options
 from lmfusion.images.png import holds, save_png
-from lmfusion.utils.config_values import check_least, to_values
+from lmfusion.utils.config_values import check_least, read_json_object, to_values
 from lmfusion.utils.files import replace_text
 
 if TYPE_CHECKING:
@@ -112,15 +112,15 @@ def read_metadata(config: GenEvalConfig) -> list[dict[str, Any]]:
 
 def _read_line(file: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        values = json.loads(line)
+        values = read_json_object(line)
     except ValueError as error:
-        raise ValueError(f"{file}: line {number} must be JSON, got {line[:80]!r}: {error}") from error
-    is_text = isinstance(values, dict) and all(isinstance(values.get(key), str) for key in ("tag", "prompt"))
+        raise ValueError(f"{file}: line {number} must be a JSON object, got {line[:80]!r}: {error}") from error
+    is_text = all(isinstance(values.get(key), str) for key in ("tag", "prompt"))
     if not is_text or not values["prompt"].strip() or not isinstance(values.get("include"), list):
         raise ValueError(
             f'{file}: line {number} must be {{"tag": text, "include": [...], "prompt": text}}, got {line[:80]!r}'
         )
-    return dict(values)
+    return values
 
 
 def _folder(folder: Path, index: int) -> Path:

@@ -104,7 +104,7 @@ def test_images_of_another_export_are_refused(model, config, tmp_path):
     ("text", "message"),
     [
         ("", "must have at least 1 prompts, got 0"),
-        ("{", "line 1 must be JSON"),
+        ("{", "line 1 must be a JSON object"),
         ('{"prompt": "a dog"}', "line 1 must be"),
         ('{"tag": "x", "include": [], "prompt": " "}', "line 1 must be"),
         ("[]", "line 1 must be"),
