@@ -1,7 +1,7 @@
 """Train variants of one recipe, one after the other, measure all alike, and say how they compare.
 
 A recipe names the training run that all share (`base`), what each variant changes in it (`variants`), what is measured
-(`measure`) and what is claimed of the outcome (`orderings`), which is reported as found or not found. The folder
+(`measure`) and what is claimed of the outcome (`claims`), which is reported as found or not found. The folder
 `output` then holds a run a variant, and ablation.json, .md, .svg and .png. The same command goes on where it was
 stopped; finished variants are not trained again. Exit code: 0 finished, 75 interrupted, 2 bad input.
 

@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from lmfusion.evaluation.run import PAGE, run_evaluation
 
     command = shlex.join(["lmfusion", "eval", args.recipe, *args.overrides])
-    values = run_evaluation(config, command, say=lambda line: print(line, flush=True))
+    values = run_evaluation(config, command, log=lambda line: print(line, flush=True))
     for suite in values["suites"].values():
         print(f"\n{suite['suite']}")
         for score in SuiteResult.from_json(suite).scores:

@@ -1,7 +1,6 @@
-"""How good is a trained model? Suites that score its language, images, captions and obedience, each on its own.
+"""Evaluation of a trained model: language, image generation, captioning, and instruction following.
 
-A suite is a module of this package: a dataclass of its settings (`LanguageConfig`), `run_language(model, config,
-folder)` that answers with a `SuiteResult`, and, where data, weights or packages are needed, `check_language(config)`,
-which looks for them before anything slow happens. `lmfusion.evaluation.run` puts suites together; `lmfusion eval` is
-its command.
+`lmfusion.evaluation.run` runs the suites of a recipe; `lmfusion eval` is its command. Suites are in
+`lmfusion.evaluation.suites`, whose `Suite` says what one consists of, and their metrics in
+`lmfusion.evaluation.metrics`.
 """

@@ -1,9 +1,10 @@
-"""What is evaluated? One model and the suites that a recipe names, read as YAML with `key.sub=value` overrides."""
+"""The configuration of an evaluation: a model and its suites, read from YAML with `key.sub=value` overrides."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lmfusion.evaluation.suites import SUITES
 from lmfusion.evaluation.suites.captions import CaptionsConfig
 from lmfusion.evaluation.suites.edits import EditsConfig
 from lmfusion.evaluation.suites.geneval import GenEvalConfig
@@ -18,52 +19,47 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass
 class EvalConfig:
-    """One evaluation. Raises ValueError without a suite, and for an unknown device or dtype."""
+    """One evaluation. Raises ValueError for a recipe without suites, and for an unknown device or dtype."""
 
     output: str
-    """Folder of eval.json, index.html and pictures. Suites that it holds with the same settings are not run again."""
+    """Folder for eval.json, index.html and images. Suites that it already holds, with the same settings, are kept."""
     model: str
     """Folder of a trained model."""
     base: str | None = None
-    """Where its base LLM is now, if it has moved since the model was saved."""
+    """Path of the base LLM, if it has moved since the model was saved."""
     codec_path: str | None = None
-    """The same of the folder of its autoencoder."""
+    """Path of the autoencoder, if it has moved."""
     device: str = "auto"
-    """"auto" (a GPU where there is one), "cpu" or "cuda"."""
+    """"auto" (a GPU if there is one), "cpu" or "cuda"."""
     dtype: str | None = None
     """Of the weights; None: as they were saved."""
     language: LanguageConfig | None = None
-    """Tasks for the text side. A suite that is left out is not run; `{}` runs it as its defaults say."""
-
+    """Language tasks. A suite that is left out does not run; `{}` runs it with its defaults."""
     images: ImagesConfig | None = None
-    """Drawings of prompts, compared with real images and with the prompts."""
+    """Images generated from prompts, compared with real images and with the prompts."""
     captions: CaptionsConfig | None = None
-    """Descriptions of images, compared with references."""
+    """Captions of images, compared with reference captions."""
     shapes: ShapesConfig | None = None
-    """Drawings of coloured shapes, judged exactly."""
+    """Images of coloured shapes, checked exactly."""
     edits: EditsConfig | None = None
-    """Edits of coloured shapes, judged exactly."""
+    """Edits of images of coloured shapes, checked exactly."""
     geneval: GenEvalConfig | None = None
-    """Drawings in GenEval's layout, for its own judge."""
+    """Images in GenEval's layout, to be scored by GenEval's own scripts."""
 
     def __post_init__(self) -> None:
         self.output = str(Path(self.output).expanduser())
         if self.device not in DEVICES:
-            raise ValueError(f"device is {short_repr(self.device)}; it must be one of {', '.join(DEVICES)}")
+            raise ValueError(f"device must be one of {', '.join(DEVICES)}, got {short_repr(self.device)}")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(
-                f"dtype is {short_repr(self.dtype)}; it must be one of {', '.join(DTYPES)}, or null for that of the file"
+                f"dtype must be one of {', '.join(DTYPES)}, or null for that of the file, got {short_repr(self.dtype)}"
             )
         if not self.suites:
-            raise ValueError(f"the recipe names no suite; give one of {', '.join(suite_names())}, as `language: {{}}`")
+            raise ValueError(
+                f"the recipe must name at least one suite, such as `language: {{}}`: one of {', '.join(SUITES)}"
+            )
 
     @property
     def suites(self) -> dict[str, Any]:
-        """Settings of the suites that are to be run, by name, in order."""
-        return {name: getattr(self, name) for name in suite_names() if getattr(self, name) is not None}
-
-
-def suite_names() -> list[str]:
-    """Of all suites: the fields of `EvalConfig` behind the model's."""
-    names = [item.name for item in fields(EvalConfig)]
-    return names[names.index("language") :]
+        """Configurations of the suites to run, by name, in the order in which they run."""
+        return {name: getattr(self, name) for name in SUITES if getattr(self, name) is not None}

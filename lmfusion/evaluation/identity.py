@@ -1,4 +1,4 @@
-"""Which model, settings and software was it? Digests, so that stored answers are never those of others; versions."""
+"""Identifies a model, settings and software: digests, by which stored results are found again, and versions."""
 
 import hashlib
 import importlib.metadata
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def model_digest(model: "LMFusion") -> str:
-    """One sha256 for every tensor, with its dtype, the configuration and the dtype that is computed in."""
+    """sha256 over every tensor with its dtype, the configuration, and the compute dtype."""
     tensors = digests(dict(model.state_dict()))
     dtypes = {name: str(tensor.dtype) for name, tensor in model.state_dict().items()}
     config = {key: value for key, value in model.config.to_dict().items() if "name_or_path" not in key}
@@ -24,12 +24,12 @@ def model_digest(model: "LMFusion") -> str:
 
 
 def values_digest(values: Any) -> str:
-    """sha256 of values that JSON knows; others count as their text."""
+    """sha256 of JSON values. Other values are hashed as their `str`."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def commit() -> str | None:
-    """Of the checkout that this package is in, with "+changes" if its files differ from it; None outside of one."""
+    """The commit of this package's checkout, with "+changes" if files differ from it; None outside a checkout."""
     here = Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str | None:
@@ -39,14 +39,14 @@ def commit() -> str | None:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    if not git("ls-files", str(Path(__file__).resolve())):  # a package installed inside somebody else's checkout
+    if not git("ls-files", str(Path(__file__).resolve())):  # installed inside the checkout of another project
         return None
     head = git("rev-parse", "HEAD")
     return f"{head}+changes" if head and git("status", "--porcelain", "--untracked-files=no") else head
 
 
 def versions(packages: Sequence[str]) -> dict[str, str]:
-    """Of Python and of those of `packages` that are installed."""
+    """Versions of Python and of each of `packages` that is installed."""
     found = {"python": platform.python_version()}
     for package in packages:
         try:

@@ -1,7 +1,4 @@
-"""Which images and captions is a model compared with? Those of a data source, or of a file in COCO's layout.
-
-Files of prompts, one a line, are read here too.
-"""
+"""Reference images and captions, from a data source or a file in COCO's layout, and files of prompts."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -26,19 +23,19 @@ COCO_DOWNLOADS = (
 
 @dataclass
 class CocoConfig:
-    """Images and captions as COCO has them."""
+    """Images and captions in COCO's layout."""
 
     annotations: str
-    """captions_val2014.json, or Karpathy's dataset_coco.json, or a file of the same layout."""
+    """captions_val2014.json, Karpathy's dataset_coco.json, or a file of the same layout."""
     images: str
-    """The folder of the images: val2014; for dataset_coco.json the folder that holds val2014 and train2014."""
+    """Folder of the images: val2014, or for dataset_coco.json the folder that holds val2014 and train2014."""
     split: str | None = None
-    """Of dataset_coco.json: "test", "val", "train" or "restval". captions_val2014.json has none."""
+    """Split of dataset_coco.json: "test", "val", "train" or "restval". captions_val2014.json has no splits."""
 
 
 @dataclass
-class Reference:
-    """An image of the reference."""
+class ReferenceImage:
+    """An image with its reference captions."""
 
     sample_id: str
     load_image: Callable[[], Image.Image]
@@ -46,30 +43,30 @@ class Reference:
 
 
 def read_lines(file: Path) -> list[str]:
-    """The lines of a text file that hold something, without a byte order mark. Raises ValueError unless it is UTF-8."""
+    """The lines of a text file that are not blank, without a byte order mark. Raises ValueError unless it is UTF-8."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error}); save it as UTF-8") from error
+        raise ValueError(f"{file} must be UTF-8 text, got {error}; save it as UTF-8") from error
     return [line for line in text.split("\n") if line.strip()]
 
 
 def check_references(coco: CocoConfig | None, suite: str) -> None:
-    """Raise ValueError, with the way out, where the files of `coco` are not there. suite: its name, for the message."""
+    """Raise ValueError if a file of `coco` is missing, saying where to get it. suite: its name, for the message."""
     for name in ("annotations", "images") if coco is not None else ():
         path = Path(getattr(coco, name))
         kind, is_there = ("folder", path.is_dir()) if name == "images" else ("file", path.is_file())
         if not is_there:
             raise ValueError(
-                f"{suite}.coco.{name} is {path}, and there is no such {kind}; download it and give its place "
+                f"{suite}.coco.{name} must be an existing {kind}, got {path}; download it and give its path "
                 f"({suite}.coco.{name}=PATH). {COCO_DOWNLOADS}"
             )
 
 
 def load_references(source: SourceConfig | None, coco: CocoConfig | None, image_size: int) -> "References":
-    """The references of a data source or of `coco`, of which one is given. image_size: that drawings are made at.
+    """The references of a data source or of `coco`; exactly one of them is given.
 
-    Raises ValueError where there are none, or they are damaged.
+    image_size: pixels on a side of images that a source renders. Raises ValueError for empty or damaged references.
     """
     if coco is not None:
         return References(read_coco(coco))
@@ -78,40 +75,40 @@ def load_references(source: SourceConfig | None, coco: CocoConfig | None, image_
 
 
 class References:
-    """References in their order, and some drawn by chance."""
+    """Reference images in their order, and random samples of them. Raises ValueError for an empty sequence."""
 
-    def __init__(self, items: Sequence[Reference]) -> None:
+    def __init__(self, items: Sequence[ReferenceImage]) -> None:
         self._items = items
         if not len(items):
-            raise ValueError("the references are empty; give some images with captions")
+            raise ValueError("references must hold at least one image with captions, got none")
 
     def __len__(self) -> int:
         return len(self._items)
 
-    def __getitem__(self, index: int) -> Reference:
+    def __getitem__(self, index: int) -> ReferenceImage:
         return self._items[index]
 
-    def draw(self, count: int | None, seed: int) -> list[tuple[int, str]]:
-        """`count` pairs of an index and one of its captions; None: as many as there are images.
+    def sample(self, count: int | None, seed: int) -> list[tuple[int, str]]:
+        """`count` pairs of an image's index and one of its captions; None: as many as there are images.
 
-        Images come in an order drawn with `seed`, none twice before all have come once; so does the caption of each.
+        Images come in a random order by `seed`, none a second time before all have come once. Captions are random too.
         """
         count = len(self) if count is None else count
         orders: dict[int, Permutation] = {}
         pairs = []
         for position in range(count):
-            turn, place = divmod(position, len(self))
-            if turn not in orders:
-                orders[turn] = Permutation(len(self), seed, turn, "evaluation")
-            index = orders[turn][place]
+            epoch, offset = divmod(position, len(self))
+            if epoch not in orders:
+                orders[epoch] = Permutation(len(self), seed, epoch, "evaluation")
+            index = orders[epoch][offset]
             captions = self[index].captions
-            choice = int(generator(seed, turn, self[index].sample_id, "caption").integers(len(captions)))
+            choice = int(generator(seed, epoch, self[index].sample_id, "caption").integers(len(captions)))
             pairs.append((index, captions[choice]))
         return pairs
 
 
-class _Samples(Sequence[Reference]):
-    """The samples of a data source. Raises ValueError for one that is no image with captions in words."""
+class _Samples(Sequence[ReferenceImage]):
+    """The samples of a data source. Raises ValueError for one that is not an image with captions of text."""
 
     def __init__(self, source: Any, name: str) -> None:
         self._source, self._name = source, name
@@ -124,22 +121,26 @@ class _Samples(Sequence[Reference]):
         is_captioned = isinstance(sample, CaptionedImage) and all(isinstance(text, str) for text in sample.captions)
         if not is_captioned:
             raise ValueError(
-                f"{self._name} holds samples that are no images with captions; give another source to compare with"
+                f"source {self._name} must hold images with captions, got {type(sample).__name__}; give another source"
             )
-        return Reference(sample.sample_id, partial(_picture, sample.load_image, sample.sample_id), sample.captions)
+        return ReferenceImage(sample.sample_id, partial(_pixels, sample.load_image, sample.sample_id), sample.captions)
 
 
-def _picture(load: Callable[[], Any], name: str) -> Image.Image:
+def _pixels(load: Callable[[], Any], name: str) -> Image.Image:
     image = load()
     if not isinstance(image, Image.Image):
-        raise ValueError(f"{name} holds latents; give a source of images to compare with")
+        raise ValueError(f"{name} must be an image, got latents; give a source of images")
     return image
 
 
-def read_coco(config: CocoConfig) -> list[Reference]:
-    """The images of a file of annotations with their captions, in the file's order.
+class _SplitError(ValueError):
+    """A split that the file does not have. The layout of the file is right."""
 
-    Raises ValueError for a file that is no such JSON, for a split that it does not have, and for no images.
+
+def read_coco(config: CocoConfig) -> list[ReferenceImage]:
+    """The images of an annotation file with their captions, in the order of the file.
+
+    Raises ValueError for a file of another layout, for an unknown split, and if there are no images with captions.
     """
     path = Path(config.annotations)
     try:
@@ -147,25 +148,25 @@ def read_coco(config: CocoConfig) -> list[Reference]:
         is_karpathy = "annotations" not in values
         read = _read_karpathy if is_karpathy else _read_captions
         found = read(values, config)
+    except _SplitError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, ValueError) and str(error).startswith(_SPLIT_ERROR):
-            raise
         raise ValueError(
-            f"{path} is no file of COCO's captions ({type(error).__name__}: {error}); it holds `images` and "
-            "`annotations`, or, in Karpathy's layout, `images` with `sentences`"
+            f"{path} must hold COCO captions (`images` and `annotations`, or in Karpathy's layout `images` with "
+            f"`sentences`), got {type(error).__name__}: {error}"
         ) from error
     if not found:
-        raise ValueError(f"{path} has no image with captions" + (f" in split {config.split!r}" if config.split else ""))
+        in_split = f" in split {config.split!r}" if config.split else ""
+        raise ValueError(f"{path} must hold at least one image with captions{in_split}, got none")
     return found
 
 
-_SPLIT_ERROR = "coco.split"
-
-
-def _read_captions(values: dict[str, Any], config: CocoConfig) -> list[Reference]:
+def _read_captions(values: dict[str, Any], config: CocoConfig) -> list[ReferenceImage]:
     """captions_val2014.json: {"images": [{"id", "file_name"}], "annotations": [{"image_id", "caption"}]}."""
     if config.split is not None:
-        raise ValueError(f"{_SPLIT_ERROR} is {config.split!r}, but {config.annotations} has no splits; leave it out")
+        raise _SplitError(
+            f"coco.split must be left out because {config.annotations} has no splits, got {config.split!r}"
+        )
     captions: dict[int, list[str]] = {}
     for annotation in values["annotations"]:
         captions.setdefault(annotation["image_id"], []).append(annotation["caption"].strip())
@@ -176,11 +177,13 @@ def _read_captions(values: dict[str, Any], config: CocoConfig) -> list[Reference
     ]
 
 
-def _read_karpathy(values: dict[str, Any], config: CocoConfig) -> list[Reference]:
+def _read_karpathy(values: dict[str, Any], config: CocoConfig) -> list[ReferenceImage]:
     """dataset_coco.json: {"images": [{"filepath", "filename", "split", "sentences": [{"raw"}]}]}."""
     splits = sorted({image["split"] for image in values["images"]})
     if config.split not in splits:
-        raise ValueError(f"{_SPLIT_ERROR} is {config.split!r}; {config.annotations} has {', '.join(splits)}")
+        raise _SplitError(
+            f"coco.split must be one of {', '.join(splits)}, as in {config.annotations}, got {config.split!r}"
+        )
     return [
         _reference(
             config,
@@ -192,6 +195,6 @@ def _read_karpathy(values: dict[str, Any], config: CocoConfig) -> list[Reference
     ]
 
 
-def _reference(config: CocoConfig, file: str, captions: Sequence[str]) -> Reference:
+def _reference(config: CocoConfig, file: str, captions: Sequence[str]) -> ReferenceImage:
     folder = Path(config.images)
-    return Reference(file, partial(load_image, folder / file), tuple(captions))
+    return ReferenceImage(file, partial(load_image, folder / file), tuple(captions))

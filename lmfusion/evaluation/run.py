@@ -1,10 +1,10 @@
-"""How does an evaluation run? Checks first, then one suite after the other, each kept as soon as it is finished.
+"""Runs an evaluation: checks first, then one suite after the other. Each result is saved as soon as it is there.
 
-<output>/eval.json is written whole after every suite, and index.html from it. A suite whose settings, model and version
-of lmfusion are those of the file is not run again, so that a killed run goes on with what is left.
+<output>/eval.json is replaced as a whole after every suite, and index.html with it. A suite is not run again if the
+file already has its result for the same settings, model and version of lmfusion, so a killed run continues with the
+rest.
 """
 
-import importlib
 import json
 import os
 import time
@@ -18,91 +18,89 @@ import torch
 from lmfusion import __version__
 from lmfusion.evaluation.config import EvalConfig
 from lmfusion.evaluation.identity import commit, model_digest, values_digest, versions
-from lmfusion.evaluation.report import render_page
+from lmfusion.evaluation.report import render_report
 from lmfusion.evaluation.results import SuiteResult
+from lmfusion.evaluation.suites import Suite, load_suite
 from lmfusion.model.modeling import LMFusion
-from lmfusion.utils.config_values import to_values
+from lmfusion.utils.config_values import read_json_object, to_values
 from lmfusion.utils.devices import choose_device, device_name
 from lmfusion.utils.files import full_path, locked, replace_text
 from lmfusion.utils.folders import current_folder
 
 RESULTS, PAGE = "eval.json", "index.html"
 SCHEMA = 1
-"""Of eval.json; another number is another layout."""
+"""Version of the layout of eval.json."""
 PACKAGES = ("torch", "transformers", "diffusers", "numpy", "lm-eval", "torchmetrics", "efficientnet-lite-pytorch")
 
 
 def run_evaluation(
-    config: EvalConfig, command: str = "", say: Callable[[str], None] = lambda line: None
+    config: EvalConfig, command: str = "", log: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
-    """Run the suites of `config` that are not finished yet; answer with what eval.json holds.
+    """Run the suites of `config` that are not finished yet, and return the content of eval.json.
 
-    command: what to type for the same, for the page. say: is told what happens.
+    command: the shell command shown in the report. log: called with progress messages.
 
-    Raises ValueError or OSError for what is missing before anything slow runs, and what suites raise; those that are
-    finished by then are kept.
+    Raises ValueError or OSError for missing data, weights or packages, before anything slow runs, and what suites
+    raise. Results of suites that finished before an error are kept.
     """
     device = choose_device(config.device, "device")
     folder = Path(config.output)
     _check_output(folder)
-    for name, settings in config.suites.items():
-        check = getattr(_module(name), f"check_{name}", None)
-        if check is not None:
-            check(settings)
+    suites = {name: load_suite(name)(settings) for name, settings in config.suites.items()}
+    for suite in suites.values():
+        suite.check()
     model = _load(config, device)
     folder.mkdir(parents=True, exist_ok=True)
     digest = model_digest(model)
     head = _head(config, model, digest, command)
     keys = {name: values_digest([to_values(s), digest, __version__]) for name, s in config.suites.items()}
     with locked(folder):
-        # Scores of another model or other settings must not stand beside those of this run, even for a while
+        # Drop scores of another model or other settings at once: the file must not mix them with this run's scores,
+        # not even until their suites have run again
         finished = {name: s for name, s in _finished(folder / RESULTS).items() if s["key"] == keys.get(name)}
         results: dict[str, Any] = {}
-        for name, settings in config.suites.items():
+        for name, suite in suites.items():
             if name in finished:
-                say(f"{name}: finished already, in {folder / RESULTS}")
+                log(f"{name}: already in {folder / RESULTS}")
                 results[name] = finished[name]
             else:
-                say(f"{name}: running")
+                log(f"{name}: running")
                 made = {key: head[key] for key in ("commit", "device", "date")}
-                results[name] = {"key": keys[name], "made": made, **_run(name, model, settings, folder).to_json()}
-                say(f"{name}: {results[name]['seconds']:.0f} s")
-            waiting = {other: finished[other] for other in config.suites if other in finished and other not in results}
-            values = {**head, "suites": {**results, **waiting}}
+                results[name] = {"key": keys[name], "made": made, **_run(suite, model, folder / name).to_json()}
+                log(f"{name}: {results[name]['seconds']:.0f} s")
+            later = {other: finished[other] for other in config.suites if other in finished and other not in results}
+            values = {**head, "suites": {**results, **later}}
             _write(folder, values)
     return values
 
 
 def _check_output(folder: Path) -> None:
-    """Raise ValueError, before a model is loaded, where `folder` is a file or cannot be made."""
+    """Raise ValueError, before a model is loaded, if `folder` is a file or cannot be made."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        what = "cannot be written to" if nearest.is_dir() else "is a file"
-        raise ValueError(f"output is {folder}, but {nearest} {what}; set output elsewhere")
+        reason = "cannot be written to" if nearest.is_dir() else "is a file"
+        raise ValueError(f"output must be a folder that can be written, got {folder}: {nearest} {reason}")
 
 
-def _run(name: str, model: LMFusion, settings: Any, folder: Path) -> SuiteResult:
+def _run(suite: Suite, model: LMFusion, folder: Path) -> SuiteResult:
     start = time.perf_counter()
-    result: SuiteResult = getattr(_module(name), f"run_{name}")(model, settings, folder / name)
+    result = suite.run(model, folder)
     return replace(result, seconds=time.perf_counter() - start)
-
-
-def _module(name: str) -> Any:
-    return importlib.import_module(f"lmfusion.evaluation.suites.{name}")
 
 
 def _load(config: EvalConfig, device: torch.device) -> LMFusion:
     dtype = None if config.dtype is None else getattr(torch, config.dtype)
     if not current_folder(full_path(config.model)).is_dir():
         raise ValueError(
-            f"model is {config.model}, and there is no such folder; train one, or give the folder of one (model=PATH)"
+            f"model must be the folder of a trained model, got {config.model}, which does not exist; train one, "
+            "or give its path (model=PATH)"
         )
     model = LMFusion.from_pretrained(config.model, base=config.base, dtype=dtype, codec_path=config.codec_path)
     return model.to(device).eval()  # type: ignore[arg-type]
 
 
 def _head(config: EvalConfig, model: LMFusion, digest: str, command: str) -> dict[str, Any]:
-    """What stands with every score: which model, which settings, where and with what."""
+    """What identifies the scores: the model, the settings, the device and the versions of packages."""
     base = model.base
     return {
         "schema": SCHEMA,
@@ -126,19 +124,15 @@ def _head(config: EvalConfig, model: LMFusion, digest: str, command: str) -> dic
 
 
 def _finished(file: Path) -> dict[str, dict[str, Any]]:
-    """The suites that `file` holds and whose pictures are there; none if it is damaged or of another layout."""
+    """The suites in `file` whose images exist. None if the file is missing, damaged or of another SCHEMA."""
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json_object(file.read_bytes())
         if values["schema"] != SCHEMA:
             return {}
         found = {}
         for name, suite in values["suites"].items():
-            pictures = SuiteResult.from_json(suite).pictures
-            if (
-                suite["key"]
-                and suite["made"]
-                and all((file.parent / name / picture.file).is_file() for picture in pictures)
-            ):
+            files = [file.parent / name / picture.file for picture in SuiteResult.from_json(suite).pictures]
+            if suite["key"] and suite["made"] and all(path.is_file() for path in files):
                 found[name] = suite
         return found
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -148,4 +142,4 @@ def _finished(file: Path) -> dict[str, dict[str, Any]]:
 def _write(folder: Path, values: dict[str, Any]) -> None:
     replace_text(folder / RESULTS, json.dumps(values, indent=1) + "\n")
     results = [SuiteResult.from_json(suite) for suite in values["suites"].values()]
-    replace_text(folder / PAGE, render_page(values, results, folder))
+    replace_text(folder / PAGE, render_report(values, results, folder))

@@ -1,4 +1,4 @@
-"""How likely does a model's text side find a text? Log-likelihoods of tokens, many texts packed into one forward."""
+"""Log-likelihoods of texts by a model's text tower, with many texts packed into one forward pass."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,69 +14,71 @@ if TYPE_CHECKING:
     from lmfusion.model.modeling import LMFusion
 
 BATCH_TOKENS = 2048
-"""Rows of one forward, unless a single text is longer."""
+"""Tokens of one forward pass, unless a single text is longer."""
 NO_LIMIT = 4096
-"""Tokens of a window where the LLM says of no limit."""
+"""Tokens of a window if the LLM does not say what its limit is."""
 _MAX_LOGITS = 2**25
-"""Held at a time: 128 MiB in float32."""
+"""Logits in memory at a time: 128 MiB in float32."""
 
 
 class Likelihood(NamedTuple):
-    """Of a continuation after its context."""
+    """Likelihood of a continuation after its context."""
 
     log_prob: float
-    """Summed over the tokens, in nats."""
+    """Sum over the tokens, in nats."""
     is_greedy: bool
-    """Whether each token is the likeliest one."""
+    """Whether each token is the most likely one."""
 
 
 class Window(NamedTuple):
-    """Tokens of which the last `num_scored` are predicted from those before them."""
+    """Tokens, the last `num_scored` of which are predicted from those before them."""
 
     token_ids: list[int]
     num_scored: int
 
 
 def max_length(model: "LMFusion") -> int:
-    """Tokens that the text side reads at most."""
+    """The context limit of the text tower, in tokens."""
     return context_limit(model) or NO_LIMIT
 
 
 @torch.no_grad()
 def score_windows(model: "LMFusion", windows: Sequence[Window], batch_tokens: int = BATCH_TOKENS) -> list[Likelihood]:
-    """The likelihood of the scored tokens of each window, by the text side alone.
+    """The likelihood of the scored tokens of each window, by the text tower alone.
 
-    Windows are packed into forwards of up to `batch_tokens` rows, longest first, without padding; the LM head reads the
-    scored rows only. Windows beyond `max_length(model)` + 1 tokens lose their first ones.
+    Windows are packed into forward passes of up to `batch_tokens` tokens, longest first, without padding. The LM head
+    runs on scored positions only. Windows of more than `max_length(model)` + 1 tokens lose their first ones.
 
-    Raises ValueError for a window that scores no token, or all of its tokens: the first has nothing before it.
+    Raises ValueError for a window that scores none or all of its tokens: nothing comes before the first one.
     """
     limit = max_length(model)
-    cut = []
+    truncated = []
     for ids, num_scored in windows:
         ids = ids[-(limit + 1) :]
         if not 1 <= num_scored < len(ids):
-            raise ValueError(f"{num_scored} of {len(ids)} tokens are to be scored; it takes one, and one before it")
-        cut.append(Window(ids, num_scored))
-    order = sorted(range(len(cut)), key=lambda i: (-len(cut[i].token_ids), cut[i].token_ids))
+            raise ValueError(
+                f"num_scored must be at least 1 and below the {len(ids)} tokens of the window, got {num_scored}"
+            )
+        truncated.append(Window(ids, num_scored))
+    order = sorted(range(len(truncated)), key=lambda i: (-len(truncated[i].token_ids), truncated[i].token_ids))
     found: dict[int, Likelihood] = {}
     with evaluating(model):
         batch: list[int] = []
         num_tokens = 0
         for i in order:
-            length = len(cut[i].token_ids) - 1
+            length = len(truncated[i].token_ids) - 1
             if batch and num_tokens + length > batch_tokens:
-                found.update(zip(batch, _score_batch(model, [cut[j] for j in batch]), strict=True))
+                found.update(zip(batch, _score_batch(model, [truncated[j] for j in batch]), strict=True))
                 batch, num_tokens = [], 0
             batch.append(i)
             num_tokens += length
         if batch:
-            found.update(zip(batch, _score_batch(model, [cut[j] for j in batch]), strict=True))
+            found.update(zip(batch, _score_batch(model, [truncated[j] for j in batch]), strict=True))
     return [found[i] for i in range(len(windows))]
 
 
 def rolling_windows(ids: Sequence[int], prefix: int, limit: int) -> list[Window]:
-    """Windows in which each of `ids` is predicted once: of `limit` tokens, and the last with all the context it can.
+    """Windows in which each of `ids` is predicted once. The last one reaches back as far as `limit` tokens allow.
 
     prefix: the token before the first.
     """
@@ -90,10 +92,10 @@ def rolling_windows(ids: Sequence[int], prefix: int, limit: int) -> list[Window]
 
 
 def text_loss(model: "LMFusion", texts: Sequence[str], batch_tokens: int = BATCH_TOKENS) -> float:
-    """Cross-entropy of plain texts by the model's text side, in nats a token, over the tokens of all texts.
+    """Cross-entropy of plain texts by the model's text tower, in nats per token, over the tokens of all texts.
 
-    Each text is a document of its own, after bos (where the tokenizer has none: after eos). Texts longer than the
-    context are read in windows.
+    Each text is a document of its own, after bos (eos if the tokenizer has no bos). Texts longer than the context are
+    read in windows.
 
     Raises ValueError for texts without a token, and for a model without a tokenizer.
     """
@@ -106,19 +108,19 @@ def text_loss(model: "LMFusion", texts: Sequence[str], batch_tokens: int = BATCH
         for window in rolling_windows(ids, prefix, limit)
     ]
     if not windows:
-        raise ValueError("the texts hold no token; give some text to score")
+        raise ValueError("texts must hold at least one token, got none; give some text to score")
     total = sum(found.log_prob for found in score_windows(model, windows, batch_tokens))
     return -total / sum(window.num_scored for window in windows)
 
 
 def prefix_token_id(model: "LMFusion") -> int:
-    """The token before a text that has none before it: bos, or else eos. Raises ValueError where there is neither."""
+    """The token before the first one of a text: bos, or else eos. Raises ValueError if there is neither."""
     tokenizer = require_tokenizer(model)
     for token_id in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token_id is not None:
             return int(token_id)
     raise ValueError(
-        "the tokenizer has neither bos nor eos, one of which a text is scored after; set tokenizer.bos_token"
+        "the tokenizer must have a bos or eos token, after which a text is scored, got neither; set tokenizer.bos_token"
     )
 
 
@@ -128,17 +130,17 @@ def _score_batch(model: "LMFusion", windows: Sequence[Window]) -> list[Likelihoo
     layout = lk.TokenLayout.from_spans(
         [[("text", len(ids))] for ids in inputs], frozen_text=model.frozen_text, device=device
     )
-    rows: list[int] = []
+    scored: list[int] = []
     targets: list[int] = []
     start = 0
     for ids, window in zip(inputs, windows, strict=True):
         end = start + len(ids)
-        rows += range(end - window.num_scored, end)
+        scored += range(end - window.num_scored, end)
         targets += window.token_ids[-window.num_scored :]
         start = end
     x_text = model.embed(torch.tensor([token for ids in inputs for token in ids], device=device))
     h_text, _ = model.run_layers(x_text, x_text.new_zeros(0, model.config.image_hidden_size), layout)
-    h_text = h_text[torch.tensor(rows, device=device)]
+    h_text = h_text[torch.tensor(scored, device=device)]
     log_probs, likeliest = _log_probs(model, h_text, torch.tensor(targets, device=device))
     answers, start = [], 0
     for window in windows:
@@ -149,13 +151,14 @@ def _score_batch(model: "LMFusion", windows: Sequence[Window]) -> list[Likelihoo
 
 
 def _log_probs(model: "LMFusion", h_text: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities float32 [n] of `targets` [n] after text rows [n, d], and whether each is the likeliest."""
+    """Log-probabilities float64 [n] of `targets` [n] after hidden states [n, d], and whether each is the likeliest."""
     vocab_size = model.boi_token_id
     found = []
     size = max(1, _MAX_LOGITS // vocab_size)
-    for rows, wanted in zip(h_text.split(size), targets.split(size), strict=True):
-        logits = model.text_logits(rows)[:, :vocab_size].float()  # BOI and EOI are no words
-        log_probs = logits.log_softmax(dim=-1).gather(1, wanted[:, None])[:, 0]
-        found.append((log_probs, logits.argmax(dim=-1) == wanted))
+    for hidden, target_ids in zip(h_text.split(size), targets.split(size), strict=True):
+        # BOI and EOI come after the vocabulary of the base LLM. They must not take probability from its tokens
+        logits = model.text_logits(hidden)[:, :vocab_size].float()
+        log_probs = logits.log_softmax(dim=-1).gather(1, target_ids[:, None])[:, 0]
+        found.append((log_probs, logits.argmax(dim=-1) == target_ids))
     log_probs, likeliest = (torch.cat(parts) for parts in zip(*found, strict=True))
     return log_probs.double().cpu(), likeliest.cpu()

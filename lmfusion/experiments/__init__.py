@@ -1,1 +1,1 @@
-"""The demo and the ablation: complete experiments built on the library."""
+"""Complete experiments built on the library: the demo and the ablation."""

@@ -1,1 +1,1 @@
-"""Metrics of images and captions, and their confidence intervals."""
+"""Metrics of images and captions, and confidence intervals."""

@@ -1,14 +1,14 @@
-"""How close are captions to those that people wrote? CIDEr-D, BLEU-4 and ROUGE-L, as the COCO evaluation has them.
+"""CIDEr-D, BLEU-4 and ROUGE-L of captions against reference captions, as in the COCO caption evaluation.
 
-| score | what is compared | of many captions |
+| score | what it compares | over many captions |
 | --- | --- | --- |
 | CIDEr-D (Vedantam et al. 2015, section 6) | n-grams, weighted by how rare they are; 0 to 10 | mean |
-| BLEU-4 (Papineni et al. 2002) | n-grams and lengths; 0 to 1 | of the sums over all captions |
+| BLEU-4 (Papineni et al. 2002) | n-grams and lengths; 0 to 1 | from the sums over all captions |
 | ROUGE-L (Lin 2004, section 3) | longest common subsequence; 0 to 1 | mean |
 
-Papers print 100 times these numbers. They are the same as pycocoevalcap's on the same words, which are those of
-`lmfusion.evaluation.metrics.ptb_tokenizer`. CIDEr-D takes how rare words are from the references given, so it is comparable
-over the same set of images alone, and it is 0 where there is one image.
+Papers print 100 times these numbers. They equal those of pycocoevalcap for the same words; words come from
+`lmfusion.evaluation.metrics.ptb_tokenizer`. CIDEr-D weights n-grams by how rare they are in the given references. So it
+can only be compared over the same set of images, and it is 0 for a single image.
 """
 
 import math
@@ -22,14 +22,14 @@ import numpy as np
 from lmfusion.evaluation.metrics.ptb_tokenizer import tokenize
 
 MAX_N = 4
-"""Words of the longest n-grams."""
+"""Number of words of the longest n-grams."""
 CIDER_SIGMA = 6.0
-"""Words by which lengths may differ before CIDEr-D falls."""
+"""Standard deviation of the Gaussian penalty of CIDEr-D for a difference in length, in words."""
 ROUGE_BETA = 1.2
-"""How much more recall counts than precision."""
+"""Weight of recall relative to precision."""
 
 TINY, SMALL = 1e-15, 1e-9
-"""What the COCO evaluation adds to counts and to totals of BLEU, so that nothing is divided by zero."""
+"""The COCO evaluation adds these to the counts and totals of BLEU to avoid division by zero."""
 
 Words = Sequence[str]
 NGram = tuple[str, ...]
@@ -37,40 +37,40 @@ NGram = tuple[str, ...]
 
 @dataclass(frozen=True, eq=False)
 class CaptionScores:
-    """Scores of captions, and what their intervals are computed from by `lmfusion.evaluation.metrics.bootstrap`."""
+    """Scores of captions, and the values that `lmfusion.evaluation.metrics.bootstrap` needs for their intervals."""
 
     cider_d: float
     bleu_4: float
     rouge_l: float
     cider_d_by_image: np.ndarray
-    """float64 [n]; the rarity of words is that of all references, in every resample."""
+    """float64 [n]. Every resample uses the rarity of n-grams in all references."""
     rouge_l_by_image: np.ndarray
     """float64 [n]"""
     bleu_counts: np.ndarray
-    """int64 [n, 10]; `bleu` of them, or of rows of them, is the score."""
+    """int64 [n, 10]. `bleu` maps them, or some of their rows, to the score."""
 
 
 def score_captions(candidates: Sequence[str], references: Sequence[Sequence[str]]) -> CaptionScores:
-    """Scores of one caption an image against its references, one or more an image.
+    """Scores of one caption per image against the references of the image, one or more.
 
-    Raises ValueError where there are no captions, not as many lists of references as captions, or a list that is empty.
+    Raises ValueError for no captions, for a different number of images in both arguments, and for no references.
     """
     for i, refs in enumerate(references):
         if isinstance(refs, str):
-            raise ValueError(f"the references of image {i} are the text {refs!r}; give a list of captions")
+            raise ValueError(f"references of image {i} must be a list of captions, got the text {refs!r}")
     return score_words([tokenize(c) for c in candidates], [[tokenize(r) for r in refs] for refs in references])
 
 
 def score_words(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> CaptionScores:
-    """`score_captions` of captions that are words already."""
+    """`score_captions` for captions that are already split into words."""
     if len(candidates) == 0 or len(candidates) != len(references):
         raise ValueError(
-            f"there are {len(candidates)} captions and references of {len(references)} images; "
-            "give one caption an image, and at least one image"
+            f"captions and references must be for the same images, at least one, got {len(candidates)} captions and "
+            f"references of {len(references)} images"
         )
     for i, refs in enumerate(references):
         if len(refs) == 0:
-            raise ValueError(f"there are no references of image {i}; give at least one, or leave the image out")
+            raise ValueError(f"image {i} must have at least one reference, got none; give one, or leave the image out")
     cider_d = _cider_d(candidates, references)
     counts = np.array([_bleu_counts(c, refs) for c, refs in zip(candidates, references, strict=True)])
     rouge_l = np.array([_rouge_l(c, refs) for c, refs in zip(candidates, references, strict=True)])
@@ -78,7 +78,7 @@ def score_words(candidates: Sequence[Words], references: Sequence[Sequence[Words
 
 
 def bleu(counts: np.ndarray) -> float:
-    """BLEU-4 of the captions whose `CaptionScores.bleu_counts` [n, 10] are given."""
+    """BLEU-4 from `CaptionScores.bleu_counts` [n, 10]."""
     totals = counts.sum(axis=0)
     matched, found = totals[:MAX_N], totals[MAX_N : 2 * MAX_N]
     length, reference_length = totals[2 * MAX_N :]
@@ -88,20 +88,23 @@ def bleu(counts: np.ndarray) -> float:
 
 
 def ngrams(words: Words) -> Counter[NGram]:
-    """How often each n-gram of up to four words occurs."""
+    """The number of times that each n-gram of up to four words occurs."""
     return Counter(tuple(words[i : i + n]) for n in range(1, MAX_N + 1) for i in range(len(words) - n + 1))
 
 
 def _bleu_counts(candidate: Words, references: Sequence[Words]) -> list[int]:
-    """By n, n-grams that a reference has too (as often as the one with the most), and all of them; then the caption's
-    words, and those of the reference nearest in length, the shorter of two."""
-    most: Counter[NGram] = Counter()
+    """Counts of one caption: for each n the n-grams that match a reference, for each n all n-grams, the caption's
+    words, and the words of the reference of nearest length (of two equally near ones the shorter).
+
+    An n-gram matches at most as often as it occurs in the reference that has it most often.
+    """
+    highest: Counter[NGram] = Counter()
     for reference in references:
-        most |= ngrams(reference)
+        highest |= ngrams(reference)
     matched, found = [0] * MAX_N, [0] * MAX_N
     for ngram, count in ngrams(candidate).items():
         found[len(ngram) - 1] += count
-        matched[len(ngram) - 1] += min(count, most[ngram])
+        matched[len(ngram) - 1] += min(count, highest[ngram])
     length = len(candidate)
     nearest = min((abs(len(reference) - length), len(reference)) for reference in references)[1]
     return [*matched, *found, length, nearest]
@@ -119,7 +122,7 @@ def _rouge_l(candidate: Words, references: Sequence[Words]) -> float:
 
 
 def _longest_common(a: Words, b: Words) -> int:
-    """Words of the longest common subsequence."""
+    """Number of words of the longest common subsequence."""
     row = [0] * (len(b) + 1)
     for word in a:
         diagonal = 0
@@ -129,17 +132,17 @@ def _longest_common(a: Words, b: Words) -> int:
 
 
 class _Vector(NamedTuple):
-    """A caption as CIDEr-D sees it."""
+    """A caption as a vector of n-grams, for CIDEr-D."""
 
     weights: list[dict[NGram, float]]
-    """By n: of each n-gram, how often it occurs times how rare it is."""
+    """For each n: how often each n-gram occurs, times how rare it is (TF-IDF)."""
     norms: list[float]
     length: int
-    """In pairs of words, as the COCO evaluation counts it."""
+    """Number of 2-grams, by which the COCO evaluation measures length."""
 
 
 def _cider_d(candidates: Sequence[Words], references: Sequence[Sequence[Words]]) -> np.ndarray:
-    """Of each caption, float64 [n]: equation 6 of the paper, times 10."""
+    """CIDEr-D of each caption, float64 [n]: equation 6 of the paper, times 10."""
     counted = [[ngrams(reference) for reference in refs] for refs in references]
     num_images_with: Counter[NGram] = Counter()
     for refs in counted:
@@ -163,7 +166,7 @@ def _cider_d(candidates: Sequence[Words], references: Sequence[Sequence[Words]])
 
 
 def _similarity(candidate: _Vector, reference: _Vector) -> float:
-    """Summed over n. A caption gains nothing by saying a word more often than the reference."""
+    """Sum over n. Counts are clipped to the reference's, so repeating a word gains nothing."""
     total = 0.0
     for of_candidate, of_reference, a, b in zip(
         candidate.weights, reference.weights, candidate.norms, reference.norms, strict=True

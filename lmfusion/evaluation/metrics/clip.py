@@ -1,7 +1,7 @@
-"""How does CLIP (Radford et al. 2021) see images and texts? A folder of transformers, read without a network.
+"""Features of images and texts by CLIP (Radford et al. 2021), loaded from a local folder in transformers' format.
 
-Images are resized and normalised here, as the paper's code does it: the shorter side by Pillow's bicubic filter, a
-square from the centre, mean and deviation of the folder's preprocessor_config.json.
+Images are resized and normalised here as in the paper's code: the shorter side with Pillow's bicubic filter, a square
+from the centre, then mean and standard deviation from the folder's preprocessor_config.json.
 """
 
 import json
@@ -17,12 +17,12 @@ from torch import Tensor
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of pixel values 0 to 1, where a folder has no preprocessor_config.json: those that CLIP was trained with."""
+"""Mean and standard deviation of pixel values in [0, 1], as CLIP was trained. Used without preprocessor_config.json."""
 
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """Both sides of a CLIP."""
+    """A CLIP model: its image and text encoders."""
 
     model: Any
     """transformers.CLIPModel, frozen."""
@@ -30,7 +30,7 @@ class Clip:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     weights: tuple[Path, ...]
-    """Files, by name."""
+    """Weight files, sorted by name."""
 
     @property
     def device(self) -> torch.device:
@@ -43,12 +43,12 @@ class Clip:
 
     @property
     def width(self) -> int:
-        """Features of an image or a text."""
+        """Number of features of an image or a text."""
         return int(self.model.config.projection_dim)
 
     @property
     def max_tokens(self) -> int:
-        """Longer texts are cut."""
+        """Longer texts are truncated."""
         return int(self.model.config.text_config.max_position_embeddings)
 
     @property
@@ -60,7 +60,7 @@ class Clip:
         return f"(pixel / 255 - {list(self.mean)}) / {list(self.std)}"
 
     def prepare(self, image: Image.Image) -> Tensor:
-        """float32 [3, size, size] of an image."""
+        """An image as network input, float32 [3, size, size]."""
         size = self.input_size
         width, height = image.size
         shorter = min(width, height)
@@ -75,14 +75,14 @@ class Clip:
 
     @torch.inference_mode()
     def image_features(self, pixels: Tensor) -> Tensor:
-        """[B, width] of prepared images [B, 3, size, size], not normalised to length 1."""
+        """Features [B, width] of prepared images [B, 3, size, size], not normalised to length 1."""
         output = self.model.vision_model(pixel_values=pixels.to(self.device))
         features: Tensor = self.model.visual_projection(output.pooler_output)
         return features
 
     @torch.inference_mode()
     def text_features(self, texts: Sequence[str]) -> Tensor:
-        """[B, width] of texts, not normalised to length 1."""
+        """Features [B, width] of texts, not normalised to length 1."""
         tokens = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt"
         ).to(self.device)
@@ -94,7 +94,7 @@ class Clip:
 def load_clip(folder: Path, device: torch.device | str = "cpu") -> Clip:
     """The CLIP in `folder`, in float32.
 
-    Raises FileNotFoundError where there is no such folder, ValueError where it holds no CLIP.
+    Raises FileNotFoundError if the folder does not exist, ValueError if it does not hold a CLIP.
     """
     from transformers import CLIPConfig, CLIPModel
 
@@ -103,13 +103,15 @@ def load_clip(folder: Path, device: torch.device | str = "cpu") -> Clip:
 
     config_file = folder / "config.json"
     if not config_file.is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json; give a folder with a CLIP that transformers can load")
+        raise FileNotFoundError(
+            f"{folder} must hold a config.json, got none; give a folder with a CLIP that transformers can load"
+        )
     settings = _read_json(config_file)
     if settings.get("model_type") != "clip":
-        raise ValueError(f"{folder} holds a model of type {settings.get('model_type')!r}; a CLIP is needed")
+        raise ValueError(f"{folder} must hold a model of type 'clip', got {settings.get('model_type')!r}")
     weights = tuple(sorted(folder.glob("*.safetensors")))
     if not weights:
-        raise ValueError(f"{folder} holds no safetensors; save the CLIP with save_pretrained")
+        raise ValueError(f"{folder} must hold weights as safetensors, got none; save the CLIP with save_pretrained")
     processor_file = folder / "preprocessor_config.json"
     processor = _read_json(processor_file) if processor_file.is_file() else {}
     try:
@@ -121,10 +123,10 @@ def load_clip(folder: Path, device: torch.device | str = "cpu") -> Clip:
             dtype=torch.float32,
         )
         tokenizer = read_tokenizer(folder)
-    except Exception as error:  # whatever transformers raises on files that do not belong together
-        raise ValueError(f"{folder} holds no CLIP that transformers can load: {error}") from error
+    except Exception as error:  # transformers raises many types for files that do not fit together
+        raise ValueError(f"{folder} must hold a CLIP that transformers can load, got {error}") from error
     if tokenizer is None:
-        raise ValueError(f"{folder} holds no tokenizer; save that of the CLIP beside it with save_pretrained")
+        raise ValueError(f"{folder} must hold the tokenizer of the CLIP, got none; save it with save_pretrained")
     model.eval().requires_grad_(False).to(device)
     mean, std = (tuple(processor.get(key, given)) for key, given in (("image_mean", MEAN), ("image_std", STD)))
     return Clip(model, tokenizer, mean, std, weights)
@@ -134,5 +136,5 @@ def _read_json(file: Path) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is no valid JSON: {error}") from error
+        raise ValueError(f"{file} must be valid JSON, got {error}") from error
     return values

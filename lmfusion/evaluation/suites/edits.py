@@ -1,22 +1,23 @@
-"""Does a model edit as it is told? Held-out instructions on coloured shapes, each result read and judged exactly.
+"""The suite `edits`: instruction following on held-out edits of coloured shapes, each result checked exactly.
 
-An edit is right where the change was made and everything else is as it was: the same shapes, colours, sizes and cells.
-A shape that is added may be in any free cell. As a model that copies its source keeps everything, the share that did
-nothing stands beside the others.
+Results are read from their pixels by `lmfusion.synthetic.shape_reader`, so no network takes part. An edit is right if
+the change was made and everything else stayed: the same shapes, colours, sizes and cells. An added shape may be in any
+free cell. A model that copies its input image keeps everything, so the share of copies is reported as well.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from lmfusion.evaluation.results import Picture, SuiteResult, Table
-from lmfusion.evaluation.suites.image_settings import drawing_values, image_options
-from lmfusion.evaluation.suites.shapes import picture_grid, share
+from lmfusion.evaluation.results import SampleImage, SuiteResult, Table
+from lmfusion.evaluation.suites.image_settings import image_options, sampling_options
+from lmfusion.evaluation.suites.shapes import share
+from lmfusion.reports.pictures import captioned_grid, save_picture
 from lmfusion.synthetic.shape_reader import read_scene
 from lmfusion.synthetic.shapes import EDITS, Scene, SceneEdit, ShapeEdits, render
 from lmfusion.utils.config_values import check_least, to_values
@@ -27,21 +28,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class EditsConfig:
-    """What is edited. Raises ValueError for an unknown sampler and for numbers out of range."""
+    """Which edits to make, and how. Raises ValueError for an unknown sampler and for numbers out of range."""
 
     num_per_kind: int = 32
-    """Edits of each kind: the first ones of the test split, neither scene of which is ever trained on."""
+    """Edits of each kind: the first ones of the test split, whose scenes are in no training split."""
     guidance_scale: float = 2.0
     """How closely to follow the instruction."""
     image_guidance_scale: float | None = 1.0
-    """How closely to follow the source; null: it is dropped together with the instruction."""
+    """How closely to follow the input image; null: it is dropped together with the instruction."""
     sampler: str = "dpm-solver"
     num_steps: int = 25
     seed: int = 0
     batch_size: int = 32
-    """Drawn at a time; changes speed and memory only."""
+    """Images generated at a time; changes speed and memory only."""
     num_shown: int = 10
-    """Edits of each kind on the page."""
+    """Number of edits of each kind on the page."""
 
     def __post_init__(self) -> None:
         check_least(self, "edits", num_per_kind=1, batch_size=1, num_shown=0)
@@ -49,65 +50,76 @@ class EditsConfig:
         held_out_edits(self.num_per_kind)
 
 
-class Verdict(NamedTuple):
-    """What became of an edit."""
+class EditScore(NamedTuple):
+    """Whether an edit was made, and made right."""
 
     is_right: bool
-    """The change was made, and nothing else."""
+    """The change was made, and nothing else changed."""
     is_made: bool
-    """The change was made, whatever else there is."""
+    """The change was made, whatever else changed."""
     is_kept: bool
-    """All that was not to be changed is as it was, whatever else there is."""
-    is_nothing: bool
-    """The picture still shows the source."""
+    """Everything that the instruction does not change is still there, whatever was added."""
+    is_copy: bool
+    """The result shows the same as the input image."""
 
 
-def judge(edit: SceneEdit, seen: Scene) -> Verdict:
-    """What became of `edit` where its result shows `seen`."""
+def score_edit(edit: SceneEdit, result: Scene) -> EditScore:
+    """The score of `edit` for the scene that was read from its result."""
     source, before, after = edit.source.shapes, edit.before, edit.after
     others = [shape for shape in source if shape != before]
     occupied = {shape.cell for shape in source}
     if after is None:
         assert before is not None
-        is_made = before.cell not in {shape.cell for shape in seen.shapes}
-        is_right = seen == edit.target
+        is_made = before.cell not in {shape.cell for shape in result.shapes}
+        is_right = result == edit.target
     elif before is None:
-        added = [shape for shape in seen.shapes if shape[:3] == after[:3] and shape.cell not in occupied]
+        added = [shape for shape in result.shapes if shape[:3] == after[:3] and shape.cell not in occupied]
         is_made = len(added) > 0
-        is_right = any(seen == Scene.of([*source, shape]) for shape in added)
+        is_right = any(result == Scene.of([*source, shape]) for shape in added)
     else:
-        is_made = after in seen.shapes and before not in seen.shapes
-        is_right = seen == edit.target
-    is_kept = all(shape in seen.shapes for shape in others)
-    return Verdict(is_right, is_made, is_kept, seen == edit.source)
+        is_made = after in result.shapes and before not in result.shapes
+        is_right = result == edit.target
+    is_kept = all(shape in result.shapes for shape in others)
+    return EditScore(is_right, is_made, is_kept, result == edit.source)
 
 
-def run_edits(model: "LMFusion", config: EditsConfig, folder: Path) -> SuiteResult:
-    """Make held-out edits of every kind and judge them; writes edits.png into `folder`.
+@dataclass(frozen=True)
+class EditsSuite:
+    """Held-out edits of images of coloured shapes, checked exactly."""
 
-    Scores are shares of right edits: one a kind, and "edits" over all of them; and "edits: did nothing". Raises
-    ValueError where the model's images are smaller than 16 pixels.
-    """
-    edits = held_out_edits(config.num_per_kind)
-    images = draw_edits(model, edits, config)
-    verdicts = [judge(edit, read_scene(image)) for edit, image in zip(edits, images, strict=True)]
-    scores, rows = [], []
-    for kind in (*EDITS, None):
-        of_kind = [verdict for edit, verdict in zip(edits, verdicts, strict=True) if kind in (edit.kind, None)]
-        example = next(edit.instruction for edit in edits if edit.kind == kind) if kind is not None else ""
-        scores.append(share("edits" if kind is None else f"edits: {kind}", [v.is_right for v in of_kind]))
-        made, kept, nothing = (f"{x:.2f}" for x in np.mean([v[1:] for v in of_kind], axis=0))
-        rows.append((kind or "together", example, str(scores[-1]), made, kept, nothing, str(len(of_kind))))
-    scores.append(share("edits: did nothing", [verdict.is_nothing for verdict in verdicts]))
-    columns = ("edit", "such as", "right", "change made", "rest kept", "did nothing", "edits")
-    pictures = _pictures(edits, images, verdicts, config, folder)
-    table = Table("Held-out edits, shares", columns, tuple(rows))
-    return SuiteResult("edits", tuple(scores), to_values(config), tables=(table,), pictures=pictures)
+    config_type: ClassVar[type] = EditsConfig
+    config: EditsConfig
+
+    def check(self) -> None:
+        """Does nothing: the suite needs neither files nor optional packages."""
+
+    def run(self, model: "LMFusion", folder: Path) -> SuiteResult:
+        """Make held-out edits of every kind and score them. Writes edits.png into `folder`.
+
+        Scores are shares of right edits: one per kind, "edits" over all of them, and the share "edits: did nothing".
+        Raises ValueError if the model's images are smaller than 16 pixels.
+        """
+        config = self.config
+        edits = held_out_edits(config.num_per_kind)
+        images = generate_edits(model, edits, config)
+        edit_scores = [score_edit(edit, read_scene(image)) for edit, image in zip(edits, images, strict=True)]
+        scores, rows = [], []
+        for kind in (*EDITS, None):
+            of_kind = [score for edit, score in zip(edits, edit_scores, strict=True) if kind in (edit.kind, None)]
+            example = next(edit.instruction for edit in edits if edit.kind == kind) if kind is not None else ""
+            scores.append(share("edits" if kind is None else f"edits: {kind}", [v.is_right for v in of_kind]))
+            made, kept, copied = (f"{x:.2f}" for x in np.mean([v[1:] for v in of_kind], axis=0))
+            rows.append((kind or "together", example, str(scores[-1]), made, kept, copied, str(len(of_kind))))
+        scores.append(share("edits: did nothing", [score.is_copy for score in edit_scores]))
+        columns = ("edit", "such as", "right", "change made", "rest kept", "did nothing", "edits")
+        pictures = _pictures(edits, images, edit_scores, config, folder)
+        table = Table("Held-out edits, shares", columns, tuple(rows))
+        return SuiteResult("edits", tuple(scores), to_values(config), tables=(table,), pictures=pictures)
 
 
 @cache
 def held_out_edits(num_per_kind: int) -> tuple[SceneEdit, ...]:
-    """The first edits of each kind in the test split. Raises ValueError where there are fewer."""
+    """The first edits of each kind in the test split. Raises ValueError if there are fewer."""
     source = ShapeEdits(image_size=16, split="test")
     chosen: dict[str, list[SceneEdit]] = {kind: [] for kind in EDITS}
     for index in range(len(source)):
@@ -118,32 +130,35 @@ def held_out_edits(num_per_kind: int) -> tuple[SceneEdit, ...]:
             break
     for kind, of_kind in chosen.items():
         if len(of_kind) < num_per_kind:
-            raise ValueError(f"edits.num_per_kind is {num_per_kind}; the test split has {len(of_kind)} of {kind!r}")
+            raise ValueError(
+                f"edits.num_per_kind must be at most {len(of_kind)}, the edits of kind {kind!r} in the test split, got "
+                f"{num_per_kind}"
+            )
     return tuple(edit for of_kind in chosen.values() for edit in of_kind)
 
 
-def draw_edits(model: "LMFusion", edits: Sequence[SceneEdit], config: EditsConfig) -> list[Image.Image]:
-    """What `model` makes of each source and instruction."""
+def generate_edits(model: "LMFusion", edits: Sequence[SceneEdit], config: EditsConfig) -> list[Image.Image]:
+    """The result of `model` for each input image and instruction."""
     image_size = model.codec.config.image_size
     prompts: list[list[str | Image.Image]] = [[edit.instruction, render(edit.source, image_size)] for edit in edits]
-    return model.draw(prompts, batch_size=config.batch_size, **drawing_values(config))
+    return model.draw(prompts, batch_size=config.batch_size, **sampling_options(config))
 
 
 def _pictures(
     edits: Sequence[SceneEdit],
     images: Sequence[Image.Image],
-    verdicts: Sequence[Verdict],
+    edit_scores: Sequence[EditScore],
     config: EditsConfig,
     folder: Path,
-) -> tuple[Picture, ...]:
-    done = list(zip(edits, images, verdicts, strict=True))
+) -> tuple[SampleImage, ...]:
+    done = list(zip(edits, images, edit_scores, strict=True))
     shown = [
-        ((render(edit.source, image.width), image), edit.instruction, verdict.is_right)
+        ((render(edit.source, image.width), image), edit.instruction, score.is_right)
         for kind in EDITS
-        for edit, image, verdict in [item for item in done if item[0].kind == kind][: config.num_shown]
+        for edit, image, score in [item for item in done if item[0].kind == kind][: config.num_shown]
     ]
     if not shown:
         return ()
-    folder.mkdir(parents=True, exist_ok=True)
-    picture_grid(shown, min(config.num_shown, config.num_per_kind)).save(folder / "edits.png")
-    return (Picture("edits.png", "Held-out edits, a row a kind: the source and what came of it; green: right"),)
+    grid = captioned_grid(shown, min(config.num_shown, config.num_per_kind))
+    save_picture(grid, folder / "edits.png")
+    return (SampleImage("edits.png", "Held-out edits, a row per kind: the input image and the result; green: right"),)

@@ -1,119 +1,126 @@
-"""Which drawings does GenEval (Ghosh et al. 2023) ask for? Those of its prompts, in the folders that its judge reads.
+"""The suite `geneval`: images for the prompts of GenEval (Ghosh et al. 2023), in the folders that its scripts read.
 
     <folder>/00000/metadata.jsonl       line 0 of evaluation_metadata.jsonl, as it is
     <folder>/00000/samples/0000.png     and so on, four of each prompt in the paper
 
-Whether a drawing shows what was asked for is judged by GenEval itself, with an object detector that is no part of this
-project: `python evaluation/evaluate_images.py <folder> --outfile results.jsonl --model-path <detector>`, then
+GenEval itself scores whether an image shows its prompt, with an object detector that is not part of this project:
+`python evaluation/evaluate_images.py <folder> --outfile results.jsonl --model-path <detector>`, then
 `python evaluation/summary_scores.py results.jsonl`, both in https://github.com/djghosh13/geneval. The scores here are
-counts. `lmfusion.evaluation.suites.shapes` asks for the same skills and judges by itself.
+counts of images. `lmfusion.evaluation.suites.shapes` tests the same skills and scores them itself.
 """
 
 import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from lmfusion.evaluation.identity import model_digest
 from lmfusion.evaluation.references import read_lines
-from lmfusion.evaluation.results import Picture, Score, SuiteResult, Table
-from lmfusion.evaluation.suites.image_settings import drawing_values, image_options
+from lmfusion.evaluation.results import SampleImage, Score, SuiteResult, Table
+from lmfusion.evaluation.suites.image_settings import image_options, sampling_options
 from lmfusion.images.png import holds, save_png
-from lmfusion.utils.config_values import check_least, to_values
+from lmfusion.utils.config_values import check_least, read_json_object, to_values
 from lmfusion.utils.files import replace_text
 
 if TYPE_CHECKING:
     from lmfusion.model.modeling import LMFusion
 
 PROMPTS = "prompts/evaluation_metadata.jsonl of https://github.com/djghosh13/geneval"
-JUDGE = "GenEval's own evaluation/evaluate_images.py"
+SCORER = "GenEval's own evaluation/evaluate_images.py"
 NUM_DIGITS_OF_FOLDERS, NUM_DIGITS_OF_SAMPLES = 5, 4
 
 
 @dataclass
 class GenEvalConfig:
-    """What is drawn for GenEval. Raises ValueError for numbers out of range."""
+    """Which images to generate for GenEval. Raises ValueError for an unknown sampler and for numbers out of range."""
 
     prompts: str
-    """evaluation_metadata.jsonl of GenEval: a line {"tag": ..., "include": [...], "prompt": ...} a prompt."""
+    """evaluation_metadata.jsonl of GenEval, with a line {"tag": ..., "include": [...], "prompt": ...} per prompt."""
     num_prompts: int | None = None
-    """The first ones of the file; None: all 553."""
+    """The first ones of the file; None: all, which are 553."""
     num_images: int = 4
-    """Drawings of each prompt."""
+    """Images of each prompt."""
     guidance_scale: float = 1.55
     sampler: str = "ddpm"
     num_steps: int = 250
     seed: int = 0
-    """Noise depends on (seed + number of the prompt, number of the drawing) alone."""
+    """The noise depends only on seed + number of the prompt, and on the number of the image."""
 
     def __post_init__(self) -> None:
         check_least(self, "geneval", num_prompts=1, num_images=1)
         image_options(self, "geneval")
 
 
-def check_geneval(config: GenEvalConfig) -> None:
-    """Raise ValueError where the prompts are missing, damaged, or fewer than `num_prompts`."""
-    read_metadata(config)
+@dataclass(frozen=True)
+class GenEvalSuite:
+    """Images in the layout of GenEval's own scripts."""
 
+    config_type: ClassVar[type] = GenEvalConfig
+    config: GenEvalConfig
 
-def run_geneval(model: "LMFusion", config: GenEvalConfig, folder: Path) -> SuiteResult:
-    """Draw what is not there yet into `folder`, in GenEval's layout. Its scores are counts.
+    def check(self) -> None:
+        """Raise ValueError if the prompts are missing, damaged, or fewer than `num_prompts`."""
+        read_metadata(self.config)
 
-    A drawing is there if its PNG says that this model made it of the same prompt, seed and options.
+    def run(self, model: "LMFusion", folder: Path) -> SuiteResult:
+        """Generate the images that are missing in `folder`, in GenEval's layout. The scores are counts.
 
-    Raises ValueError for what `check_geneval` refuses, and where `folder` holds prompts or samples beyond those asked
-    for, which the judge would count too.
-    """
-    metadata = read_metadata(config)
-    digest = model_digest(model)
-    _check_nothing_else(folder, len(metadata), config.num_images)
-    pictures, num_drawn, shown = [], 0, set()
-    for i, line in enumerate(metadata):
-        num_drawn += _draw(model, config, line, i, folder, digest)
-        if line["tag"] not in shown:
-            shown.add(line["tag"])
-            pictures += [
-                Picture(str(_sample(folder, i, k).relative_to(folder)), f"{line['tag']}: {line['prompt']}")
-                for k in range(config.num_images)
-            ]
-    tags = Counter(line["tag"] for line in metadata)
-    rows = tuple((tag, str(count), str(count * config.num_images)) for tag, count in tags.items())
-    details = {"judged by": JUDGE, "drawn now": num_drawn}
-    scores = (
-        Score("prompts", len(metadata), count=len(metadata), details=details),
-        Score("drawings", len(metadata) * config.num_images, count=len(metadata), details=details),
-    )
-    table = Table(f"Drawings to be judged by {JUDGE}", ("task", "prompts", "drawings"), rows)
-    return SuiteResult("geneval", scores, to_values(config), tables=(table,), pictures=tuple(pictures))
+        An image is kept if its PNG says that this model made it from the same prompt, seed and options.
+
+        Raises ValueError as `check` does, and if `folder` holds prompts or images beyond those of `config`, which
+        GenEval's script would count too.
+        """
+        config = self.config
+        metadata = read_metadata(config)
+        digest = model_digest(model)
+        _check_nothing_else(folder, len(metadata), config.num_images)
+        pictures, num_generated, shown = [], 0, set()
+        for i, line in enumerate(metadata):
+            num_generated += _generate(model, config, line, i, folder, digest)
+            if line["tag"] not in shown:
+                shown.add(line["tag"])
+                pictures += [
+                    SampleImage(str(_sample(folder, i, k).relative_to(folder)), f"{line['tag']}: {line['prompt']}")
+                    for k in range(config.num_images)
+                ]
+        tags = Counter(line["tag"] for line in metadata)
+        rows = tuple((tag, str(count), str(count * config.num_images)) for tag, count in tags.items())
+        details = {"to be scored by": SCORER, "generated now": num_generated}
+        scores = (
+            Score("prompts", len(metadata), count=len(metadata), details=details),
+            Score("images", len(metadata) * config.num_images, count=len(metadata), details=details),
+        )
+        table = Table(f"Images to be scored by {SCORER}", ("task", "prompts", "images"), rows)
+        return SuiteResult("geneval", scores, to_values(config), tables=(table,), pictures=tuple(pictures))
 
 
 def read_metadata(config: GenEvalConfig) -> list[dict[str, Any]]:
-    """The lines of `config.prompts` that are drawn.
+    """The first `num_prompts` lines of `config.prompts`.
 
-    Raises ValueError for a file that is missing or holds anything else, and for more prompts than it has.
+    Raises ValueError for a file that is missing or holds anything else, and if it has fewer prompts.
     """
     file = Path(config.prompts)
     if not file.is_file():
-        raise ValueError(f"geneval.prompts is {file}, and there is no such file; give {PROMPTS}")
+        raise ValueError(f"geneval.prompts must be an existing file, got {file}; give {PROMPTS}")
     metadata = [_read_line(file, number, line) for number, line in enumerate(read_lines(file), start=1)]
-    wanted = config.num_prompts or max(1, len(metadata))
-    if wanted > len(metadata):
-        raise ValueError(f"geneval.prompts is {file}, which has {len(metadata)} prompts; {wanted} are asked for")
-    return metadata[:wanted]
+    num_prompts = config.num_prompts or max(1, len(metadata))
+    if num_prompts > len(metadata):
+        raise ValueError(f"geneval.prompts must have at least {num_prompts} prompts, got {len(metadata)} in {file}")
+    return metadata[:num_prompts]
 
 
 def _read_line(file: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        values = json.loads(line)
+        values = read_json_object(line)
     except ValueError as error:
-        raise ValueError(f"{file}: line {number} is no JSON: {error}") from error
-    is_text = isinstance(values, dict) and all(isinstance(values.get(key), str) for key in ("tag", "prompt"))
+        raise ValueError(f"{file}: line {number} must be a JSON object, got {line[:80]!r}: {error}") from error
+    is_text = all(isinstance(values.get(key), str) for key in ("tag", "prompt"))
     if not is_text or not values["prompt"].strip() or not isinstance(values.get("include"), list):
         raise ValueError(
-            f'{file}: line {number} is {line[:80]!r}; GenEval has {{"tag": text, "include": [...], "prompt": text}}'
+            f'{file}: line {number} must be {{"tag": text, "include": [...], "prompt": text}}, got {line[:80]!r}'
         )
-    return dict(values)
+    return values
 
 
 def _folder(folder: Path, index: int) -> Path:
@@ -134,21 +141,24 @@ def _check_nothing_else(folder: Path, num_prompts: int, num_images: int) -> None
     others += beyond(list(folder.glob("*/samples/*.png")), num_images)
     if others:
         raise ValueError(
-            f"{min(others)} is of another export, and would be judged too; delete it, or set output elsewhere"
+            f"{folder} must hold only the images of this export, got {min(others)}, which GenEval would count too; "
+            "delete it, or set output elsewhere"
         )
 
 
-def _draw(model: "LMFusion", config: GenEvalConfig, line: dict[str, Any], index: int, folder: Path, digest: str) -> int:
-    """Draw the samples of one prompt unless all are there. Answers with how many were drawn."""
+def _generate(
+    model: "LMFusion", config: GenEvalConfig, line: dict[str, Any], index: int, folder: Path, digest: str
+) -> int:
+    """Generate the images of one prompt unless all are there. Returns how many were generated."""
     files = [_sample(folder, index, number) for number in range(config.num_images)]
-    options = {**drawing_values(config), "seed": config.seed + index}
+    options = {**sampling_options(config), "seed": config.seed + index}
     made = {"prompt": line["prompt"], **options, "model_sha256": digest}
-    wanted = [{**made, "index": number} for number in range(config.num_images)]
+    expected = [{**made, "index": number} for number in range(config.num_images)]
     files[0].parent.mkdir(parents=True, exist_ok=True)
     replace_text(_folder(folder, index) / "metadata.jsonl", json.dumps(line))
-    if all(holds(file, settings) for file, settings in zip(files, wanted, strict=True)):
+    if all(holds(file, settings) for file, settings in zip(files, expected, strict=True)):
         return 0
     images = model.draw([line["prompt"]] * config.num_images, batch_size=config.num_images, **options)
-    for file, image, settings in zip(files, images, wanted, strict=True):
+    for file, image, settings in zip(files, images, expected, strict=True):
         save_png(file, image, settings)
     return len(files)

@@ -1,14 +1,15 @@
-"""Does the LLM still know what it knew? Tasks of lm-evaluation-harness on the adapted model and on its base LLM.
+"""The suite `language`: tasks of lm-evaluation-harness for a model and its base LLM.
 
-Scores come with those of the base LLM, read again from where the model was made from and run through the same code, and
-with the comparison of every text tensor and of logits with the base's. See docs/evaluation.md.
+The harness is https://github.com/EleutherAI/lm-evaluation-harness. The base LLM is read again from where the model was
+made from, and runs through the same code, so differences come from the weights. The suite also compares every text
+tensor and some logits with those of the base. See docs/evaluation.md.
 """
 
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -24,91 +25,99 @@ if TYPE_CHECKING:
 
 @dataclass
 class LanguageConfig:
-    """Which tasks, and compared with what. Raises ValueError for no tasks and for numbers out of range."""
+    """Which tasks, and whether to compare with the base. Raises ValueError for no tasks and bad numbers."""
 
     tasks: list[str] = field(default_factory=lambda: ["everyday"])
-    """Names of lm-evaluation-harness's tasks, YAML files of tasks, or "everyday": our own, which needs no download."""
+    """Names of lm-evaluation-harness's tasks, YAML files of tasks, or "everyday", which comes with lmfusion."""
     data: dict[str, str] = field(default_factory=dict)
-    """By task, where its data are: a folder as the hub has it, or a json, jsonl, csv or parquet file. Others come from
+    """Path of the data of a task: a folder as on the hub, or a json, jsonl, csv or parquet file. Other data come from
     where the task says, which is mostly the hub."""
     include_path: str | None = None
-    """A folder with YAML files of tasks, which come before lm-evaluation-harness's of the same names."""
+    """A folder with YAML files of tasks. They replace lm-evaluation-harness's tasks of the same names."""
     num_fewshot: int | None = None
-    """Examples before each question; None: as each task says, which is mostly none."""
+    """Examples before each question; None: as the task says, which is mostly none."""
     limit: int | None = None
-    """Questions a task, the first ones; None: all."""
+    """Number of questions per task, the first ones; None: all."""
     batch_tokens: int = BATCH_TOKENS
-    """Rows of a forward: changes speed and memory only."""
+    """Tokens of a forward pass; changes speed and memory only."""
     compare_with_base: bool = True
-    """Ask the base LLM the same."""
+    """Run the same tasks for the base LLM."""
     verify: bool = True
-    """Compare each text tensor's sha256, and logits of some prompts, with the base LLM's."""
+    """Compare the sha256 of each text tensor, and the logits of some prompts, with the base LLM's."""
 
     def __post_init__(self) -> None:
         if not self.tasks or len(set(self.tasks)) < len(self.tasks):
-            raise ValueError(f"language.tasks is {self.tasks}; name at least one task, and each once")
+            raise ValueError(f"language.tasks must name at least one task, and each once, got {self.tasks}")
         check_least(self, "language", num_fewshot=0, limit=1, batch_tokens=1)
         unknown = sorted(set(self.data) - set(self.tasks))
         if unknown:
-            raise ValueError(f"language.data has {unknown[0]!r}, which is not in language.tasks: {self.tasks}")
+            raise ValueError(f"keys of language.data must be in language.tasks {self.tasks}, got {unknown[0]!r}")
 
 
-def check_language(config: LanguageConfig) -> None:
-    """Read the tasks and their data. Raises ValueError, with the way out, where something is missing."""
-    require("lm_eval", "the suite language", "lm-eval")
+@dataclass(frozen=True)
+class LanguageSuite:
+    """Language tasks, for a model and for its base LLM."""
 
-    from lmfusion.evaluation.suites.lm_harness import load_tasks
+    config_type: ClassVar[type] = LanguageConfig
+    config: LanguageConfig
 
-    load_tasks(config.tasks, config.data, config.include_path)
+    def check(self) -> None:
+        """Read the tasks and their data. Raises ValueError, with the way out, if something is missing."""
+        require("lm_eval", "the suite language", "lm-eval")
 
+        from lmfusion.evaluation.suites.lm_harness import load_tasks
 
-def run_language(model: "LMFusion", config: LanguageConfig, folder: Path) -> SuiteResult:
-    """Ask `model`, and its base LLM, all tasks. Nothing is written into `folder`.
+        load_tasks(self.config.tasks, self.config.data, self.config.include_path)
 
-    Raises ValueError for a model that was made without a base LLM where it is to be compared with it, and what
-    `lmfusion.conversion.open_base` raises where that is not there.
-    """
-    if model.base is None and (config.compare_with_base or config.verify):
-        raise ValueError(
-            "this model was made without a base LLM; set language.compare_with_base and language.verify to false"
-        )
-    if model.base is not None and (config.compare_with_base or config.verify):
-        open_base(model.base.name)  # complain of a base that is gone before any task is asked
+    def run(self, model: "LMFusion", folder: Path) -> SuiteResult:
+        """Run all tasks for `model` and its base LLM. Nothing is written into `folder`.
 
-    from lmfusion.evaluation.suites.lm_harness import LMFusionLM, ask, load_tasks
+        Raises ValueError for a model without a base LLM if the configuration compares with it, and what
+        `lmfusion.conversion.open_base` raises if the base is missing.
+        """
+        config = self.config
+        if model.base is None and (config.compare_with_base or config.verify):
+            raise ValueError(
+                "the model must have a base LLM to compare with, but was made without one; set "
+                "language.compare_with_base and language.verify to false"
+            )
+        if model.base is not None and (config.compare_with_base or config.verify):
+            open_base(model.base.name)  # raises for a missing base before any task runs
 
-    tasks = load_tasks(config.tasks, config.data, config.include_path)
-    adapted = ask(LMFusionLM(model, config.batch_tokens), tasks, config.num_fewshot, config.limit)
-    scores = _scores(adapted)
-    columns: tuple[str, ...] = ("task and metric", "adapted", "95 % interval", "questions")
-    rows = [(score.name, f"{score.value:.4f}", _interval(score), str(score.count)) for score in scores]
-    table = Table("Language", columns, tuple(rows))
-    if config.compare_with_base:
-        base = LMFusionLM(base_model(model), config.batch_tokens)
-        asked = ask(base, tasks, config.num_fewshot, config.limit)
-        del base  # its weights
-        of_base, differences = _scores(asked), _differences(asked, adapted)
-        table = _compared(scores, of_base, differences)
-        scores += [Score(f"{score.name}, base LLM", *_numbers(score), score.details) for score in of_base]
-        scores += differences
-    tables = [table]
-    if config.verify:
-        found, proof = _verified(model)
-        scores += found
-        tables.append(proof)
-    return SuiteResult("language", tuple(scores), to_values(config), tables=tuple(tables))
+        from lmfusion.evaluation.suites.lm_harness import LMFusionLM, load_tasks, run_tasks
+
+        tasks = load_tasks(config.tasks, config.data, config.include_path)
+        adapted = run_tasks(LMFusionLM(model, config.batch_tokens), tasks, config.num_fewshot, config.limit)
+        scores = _scores(adapted)
+        columns: tuple[str, ...] = ("task and metric", "adapted", "95 % interval", "questions")
+        rows = [(score.name, f"{score.value:.4f}", _interval(score), str(score.count)) for score in scores]
+        table = Table("Language", columns, tuple(rows))
+        if config.compare_with_base:
+            base = LMFusionLM(base_model(model), config.batch_tokens)
+            base_results = run_tasks(base, tasks, config.num_fewshot, config.limit)
+            del base  # frees its weights
+            of_base, differences = _scores(base_results), _differences(base_results, adapted)
+            table = _compared(scores, of_base, differences)
+            scores += [Score(f"{score.name}, base LLM", *_numbers(score), score.details) for score in of_base]
+            scores += differences
+        tables = [table]
+        if config.verify:
+            comparison, comparison_table = _compare_tensors(model)
+            scores += comparison
+            tables.append(comparison_table)
+        return SuiteResult("language", tuple(scores), to_values(config), tables=tuple(tables))
 
 
 def base_model(model: "LMFusion") -> "LMFusion":
-    """The base LLM of `model`, read again from its place, in the same dtypes and on the same device.
+    """The base LLM of `model`, read again from its folder, in the same dtypes and on the same device.
 
-    It is a model with the smallest image side there is, so that its text runs through the same code. Raises ValueError
-    for a model without a base, and what `LMFusion.from_llm` raises where it is not there.
+    It is an `LMFusion` with the smallest possible image tower, so that its text runs through the same code. Raises
+    ValueError for a model without a base, and what `LMFusion.from_llm` raises if the base is missing.
     """
     from lmfusion.model.modeling import LMFusion
 
     if model.base is None:
-        raise ValueError("this model was made without a base LLM, so there is nothing to compare it with")
+        raise ValueError("the model must have a base LLM to compare with, but was made without one")
     make = LMFusion.from_llm if model.vision is None else LMFusion.from_vlm
     base = make(
         model.base.name,
@@ -129,7 +138,7 @@ def _scores(results: Mapping[str, Any]) -> list[Score]:
 
 
 def _measured(results: Mapping[str, Any]) -> list[tuple[Score, np.ndarray | None]]:
-    """A score for each metric of each task, and what it is the mean of; None where it is something else."""
+    """A score for each metric of each task, with the values whose mean it is; None if it is not a mean."""
     from lmfusion.evaluation.metrics.bootstrap import bootstrap
 
     found = []
@@ -144,7 +153,7 @@ def _measured(results: Mapping[str, Any]) -> list[tuple[Score, np.ndarray | None
             metric, _, filter_name = key.partition(",")
             if not filter_name or metric.endswith("_stderr") or not isinstance(value, (int, float)):
                 continue
-            # Where a task reads its answers with several filters, each question is there once a filter
+            # A task with several filters for its answers has every question once per filter
             samples = [s for s in results.get("samples", {}).get(task, []) if s["filter"] == filter_name]
             values = _values_of(samples, metric, float(value))
             low, high = bootstrap(values) if values is not None and len(values) > 1 else (None, None)
@@ -154,7 +163,7 @@ def _measured(results: Mapping[str, Any]) -> list[tuple[Score, np.ndarray | None
 
 
 def _values_of(samples: Sequence[Mapping[str, Any]], metric: str, mean: float) -> np.ndarray | None:
-    """The metric of each sample, where the score is their mean; None where it is something else."""
+    """The metric of each sample if the score is their mean, else None."""
     values = [sample.get(metric) for sample in samples]
     if not values or not all(isinstance(value, (bool, int, float)) for value in values):
         return None
@@ -163,7 +172,7 @@ def _values_of(samples: Sequence[Mapping[str, Any]], metric: str, mean: float) -
 
 
 def _differences(base: Mapping[str, Any], adapted: Mapping[str, Any]) -> list[Score]:
-    """Adapted minus base of each score, with a bootstrap over the questions, which are the same ones."""
+    """Adapted minus base of each score, with a paired bootstrap: both answered the same questions."""
     from lmfusion.evaluation.metrics.bootstrap import bootstrap
 
     found = []
@@ -184,8 +193,8 @@ def _compared(adapted: Sequence[Score], base: Sequence[Score], differences: Sequ
     return Table("Language", columns, tuple(rows))
 
 
-def _verified(model: "LMFusion") -> tuple[list[Score], Table]:
-    """Whether tensors and logits are the base LLM's, as scores and a table."""
+def _compare_tensors(model: "LMFusion") -> tuple[list[Score], Table]:
+    """Whether tensors and logits are those of the base LLM, as scores and a table."""
     from lmfusion.model.verification import verify
 
     verification = verify(model)
@@ -203,11 +212,11 @@ def _verified(model: "LMFusion") -> tuple[list[Score], Table]:
         (
             f"logits of {check.prompt.splitlines()[0]!r}, {check.num_tokens} tokens",
             "identical" if check.identical else "CHANGED",
-            f"{check.max_difference:.2g} from transformers' own, where rounding allows {check.tolerance:.2g}",
+            f"{check.max_difference:.2g} from transformers' implementation; rounding allows {check.tolerance:.2g}",
         )
         for check in verification.prompts
     ]
-    return scores, Table("Is the text side unchanged?", ("what", "result", "beside"), tuple(rows))
+    return scores, Table("Is the text tower unchanged?", ("check", "result", "detail"), tuple(rows))
 
 
 def _data_of(results: Mapping[str, Any], task: str) -> str | None:

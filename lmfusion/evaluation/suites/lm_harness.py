@@ -1,6 +1,6 @@
-"""How does lm-evaluation-harness ask our models? `LMFusionLM`, its `LM` on a model's text side, and its tasks.
+"""Connects models to lm-evaluation-harness: its `LM` interface for a model's text tower, and its tasks.
 
-Imports lm_eval: `lmfusion.evaluation.suites.language` imports this module where it is needed.
+This module imports lm_eval, an optional package: `lmfusion.evaluation.suites.language` imports it only when it runs.
 """
 
 import functools
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from lmfusion.model.modeling import LMFusion
 
 PACKAGED = Path(__file__).parents[1] / "tasks"
-"""Our own tasks."""
+"""Tasks that come with lmfusion."""
 LOADERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-"""Which loader of `datasets` reads a file."""
+"""The loader of `datasets` for a file, by suffix."""
 _GENERATION_KEYS = {"until", "do_sample", "temperature", "top_p", "top_k", "max_gen_toks"}
-_WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
     "num_beam_groups": (1,),
     "num_return_sequences": (1,),
@@ -59,26 +59,26 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "remove_invalid_values": (False,),
     "renormalize_logits": (False,),
 }
-"""Settings of transformers' `generate` that our answers do not have, and the values with which they change nothing."""
+"""Settings of transformers' `generate` that are not supported here, and the values with which they have no effect."""
 _IGNORED = {"use_cache", "early_stopping", "length_penalty"}
-"""Settings that change nothing without beams, whatever they are."""
+"""Settings without effect as long as there are no beams."""
 _TODAY = "2024-07-26"
-"""What chat templates are told: the date that Llama 3's own names without a clock."""
-_HERE = "\ue000\ue001"
-"""Marks the end of a last message that the model is to continue."""
+"""The date for chat templates: the one that Llama 3's template uses if it gets none."""
+_END_MARK = "\ue000\ue001"
+"""Marks the end of the last message, which the model continues."""
 _MAX_NEW_TOKENS = 256
-"""Where a task says nothing else: lm-evaluation-harness's own default."""
+"""Default of lm-evaluation-harness for tasks that give no number."""
 
 
 class LMFusionLM(TemplateLM):
-    """The text side of a model: the image side takes no part in any answer.
+    """The text tower of a model as an `LM` of lm-evaluation-harness. The image tower has no part in any answer.
 
-    Texts become tokens as lm-evaluation-harness does it for transformers' models, so scores can be compared with its
+    Texts are tokenized as lm-evaluation-harness does it for models of transformers, so scores can be compared with its
     `hf` models. Raises ValueError for a model without a tokenizer.
     """
 
     def __init__(self, model: "LMFusion", batch_tokens: int = BATCH_TOKENS, batch_size: int = 8) -> None:
-        """batch_tokens: rows of a forward that scores. batch_size: answers that are written at a time."""
+        """batch_tokens: tokens of a forward pass for likelihoods. batch_size: answers generated at a time."""
         super().__init__()
         self.model = model
         self.tokenizer = require_tokenizer(model)
@@ -103,24 +103,27 @@ class LMFusionLM(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; None: with bos where the tokenizer puts one, and the text does not begin with it."""
+        """Token ids. add_special_tokens: None adds bos if the tokenizer does so and the text does not begin with it."""
         if add_special_tokens is None:
             add_special_tokens = not string.startswith(self._bos)
         [ids] = token_ids(self.tokenizer, [string], control_tokens=True, add_special_tokens=add_special_tokens)
         return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The conversation in the model's chat template, with the variables saved with it; `today` is _TODAY unless
-        these name another, so that scores do not depend on the day."""
+        """The conversation in the model's chat template, with the template variables saved with the model. `today` is
+        _TODAY unless they set it, so that scores do not depend on the day."""
         variables = {TODAY: _TODAY, **self.model.config.template_variables}
         if add_generation_prompt:
             return render(self.tokenizer, chat_history, add_generation_prompt=True, template_variables=variables)
         *before, last = chat_history
-        begun = [*before, {**last, "content": last["content"] + _HERE}]
+        begun = [*before, {**last, "content": last["content"] + _END_MARK}]
         written = render(self.tokenizer, begun, add_generation_prompt=False, template_variables=variables)
-        if _HERE not in written:
-            raise ValueError("the chat template changes the last message, so the model cannot continue it")
-        return written[: written.rindex(_HERE)]
+        if _END_MARK not in written:
+            raise ValueError(
+                "the chat template must keep the last message as it is, so that the model can continue it, "
+                "but it changes it"
+            )
+        return written[: written.rindex(_END_MARK)]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
@@ -155,42 +158,43 @@ class LMFusionLM(TemplateLM):
         for i, request in enumerate(requests):
             groups[repr(sorted(request.args[1].items()))].append(i)
         for members in groups.values():
-            written = self._write([requests[i].args[0] for i in members], requests[members[0]].args[1])
+            written = self._generate([requests[i].args[0] for i in members], requests[members[0]].args[1])
             for i, text in zip(members, written, strict=True):
                 answers[i] = text
                 self.cache_hook.add_partial("generate_until", requests[i].args, text)
         return answers
 
-    def _write(self, contexts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
-        """What the LLM writes after each context, up to the first of the texts in settings["until"]."""
+    def _generate(self, contexts: Sequence[str], settings: Mapping[str, Any]) -> list[str]:
+        """What the LLM generates after each context, up to the first of the texts in settings["until"]."""
         options, stops = self._options(settings)
         room = self.max_length - options["max_new_tokens"]
         if room < 1:
             raise ValueError(
-                f"a task asks for {options['max_new_tokens']} new tokens, but the LLM reads {self.max_length} in all; "
-                "set max_gen_toks in its generation_kwargs"
+                f"max_gen_toks of a task must be below the LLM's context of {self.max_length} tokens, got "
+                f"{options['max_new_tokens']}; set it in the task's generation_kwargs"
             )
-        prompts = [self._cut(context, room) for context in contexts]
+        prompts = [self._truncate(context, room) for context in contexts]
         written = self.model.generate(prompts, batch_size=self._batch_size, max_images=0, **options)
         texts = [answer.text for answer in written]
         return [min((text.split(stop)[0] for stop in stops), key=len, default=text) for text in texts]
 
     def _options(self, settings: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Our options, and all texts to stop at, of a task's generation_kwargs as `lm_eval`'s own models read them."""
+        """Generation options and stop texts from a task's generation_kwargs, read as `lm_eval`'s own models do."""
         values = dict(normalize_gen_kwargs({k: v for k, v in settings.items() if v is not None}, _MAX_NEW_TOKENS))
         for name, value in values.items():
-            if name in _GENERATION_KEYS or name in _IGNORED or value in _WITHOUT_EFFECT.get(name, ()):
+            if name in _GENERATION_KEYS or name in _IGNORED or value in _NEUTRAL_VALUES.get(name, ()):
                 continue
             known = ", ".join(sorted(_GENERATION_KEYS))
-            if name in _WITHOUT_EFFECT:
+            if name in _NEUTRAL_VALUES:
                 raise ValueError(
-                    f"a task sets {name} to {value!r} in generation_kwargs, which is not supported here; it must be "
-                    f"{_WITHOUT_EFFECT[name][0]}, or left out"
+                    f"{name} in generation_kwargs of a task must be {_NEUTRAL_VALUES[name][0]} or left out, "
+                    f"got {value!r}, which is not supported"
                 )
-            raise ValueError(f"a task sets {name!r} in generation_kwargs; known: {known}")
+            raise ValueError(f"generation_kwargs of a task must have keys out of {known}, got {name!r}")
         until = values.get("until") or []
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
-        # Control tokens first: the text is searched for all others afterwards, and they are not in it
+        # At most MAX_STOP_STRINGS go to the engine. Control tokens come first because they are not in the generated
+        # text: the caller can search it for all others, but not for these
         control = set(control_tokens(self.tokenizer).values())
         stops.sort(key=lambda stop: stop not in control)
         temperature = float(values.get("temperature", 1.0))
@@ -204,8 +208,8 @@ class LMFusionLM(TemplateLM):
             "stop_strings": stops[:MAX_STOP_STRINGS],
         }, stops
 
-    def _cut(self, context: str, room: int) -> str:
-        """The end of a context, in up to `room` tokens; an empty one becomes bos."""
+    def _truncate(self, context: str, room: int) -> str:
+        """The end of a context, of up to `room` tokens. An empty context becomes bos."""
         if not context:
             return self._bos
         ids = self.tok_encode(context)
@@ -213,29 +217,31 @@ class LMFusionLM(TemplateLM):
 
 
 def load_tasks(names: Sequence[str], data: Mapping[str, str], include_path: str | None) -> list[Task]:
-    """lm-evaluation-harness's tasks, with their data read.
+    """Tasks of lm-evaluation-harness, with their data read.
 
-    names: of its own tasks or ours, or YAML files of tasks, whose `data_files` are beside them. data: by name of the
-    task, where its data are: a folder as the hub has it, or a json, jsonl, csv or parquet file of the split that is
-    asked. include_path: a folder of YAML files, which come before the tasks of the same names.
+    names: of its own tasks or ours, or YAML files of tasks, whose `data_files` are beside them. data: paths of data by
+    name of the task: a folder as on the hub, or a json, jsonl, csv or parquet file of the split that is used.
+    include_path: a folder of YAML files, which replace tasks of the same names.
 
-    Raises ValueError, with the way out, for a name that is none, and for data that cannot be read.
+    Raises ValueError, with the way out, for an unknown name, and for data that cannot be read.
     """
     if include_path is not None and not Path(include_path).is_dir():
-        raise ValueError(f"language.include_path is {include_path}, and there is no such folder")
-    loud = logging.getLogger("lm_eval")
-    level = loud.level
-    loud.setLevel(logging.ERROR)
+        raise ValueError(f"language.include_path must be an existing folder, got {include_path}")
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
-        given = TaskManager(include_path=[PACKAGED, *([include_path] if include_path else [])], include_defaults=False)
-        return [task for name in names for task in _load(given, name, data.get(name))]
+        manager = TaskManager(
+            include_path=[PACKAGED, *([include_path] if include_path else [])], include_defaults=False
+        )
+        return [task for name in names for task in _load(manager, name, data.get(name))]
     finally:
-        loud.setLevel(level)
+        logger.setLevel(level)
 
 
 @functools.cache
 def _all_tasks() -> TaskManager:
-    """With lm-evaluation-harness's own tasks: thousands of files are read, which takes seconds."""
+    """With all tasks of lm-evaluation-harness. It reads thousands of files, which takes seconds."""
     return TaskManager()
 
 
@@ -243,54 +249,57 @@ def _load(manager: TaskManager, name: str, data: str | None) -> list[Task]:
     if name.endswith((".yaml", ".yml")):
         path: Path | None = Path(name)
         if not Path(name).is_file():
-            raise ValueError(f"language.tasks names {name}, and there is no such file")
+            raise ValueError(f"language.tasks must name existing YAML files, got {name}")
     else:
         if name not in manager.task_index:
             manager = _all_tasks()
         if name not in manager.task_index:
             raise ValueError(
-                f"language.tasks names {name!r}, which lm-evaluation-harness does not know; `lm-eval ls tasks` lists "
-                "its tasks, and a YAML file is given by a path that ends in .yaml"
+                f"language.tasks must name tasks that lm-evaluation-harness has, got {name!r}; `lm-eval ls tasks` "
+                "lists them, and a YAML file is given by a path that ends in .yaml"
             )
         path = manager.task_index[name].yaml_path
     spec: str | dict[str, Any] = name
     if path is not None and isinstance((values := _read_task(path)).get("task"), str):
         spec = _with_data(values, path.parent, data, name)
     elif data is not None:
-        raise ValueError(f"language.data has {name!r}, which is a group of tasks; name them one by one")
+        raise ValueError(
+            f"keys of language.data must be single tasks, got the group {name!r}; name its tasks one by one"
+        )
     where = spec.get("dataset_path") if isinstance(spec, dict) else name
     try:
         return list(manager.load([spec])["tasks"].values())
-    except Exception as error:  # datasets raises many types for the one fact that there are no data
+    except Exception as error:  # `datasets` raises many types if data are missing
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
-            f"the data of task {name} ({where}) cannot be read: {reason}. Without the hub, download them elsewhere and "
-            f"give the folder or file in language.data, as {{{name}: PATH}}, or leave the task out of language.tasks"
+            f"the data of task {name} must be readable, got {reason} for {where}. Without the hub, download them "
+            f"elsewhere and give the folder or file in language.data, as {{{name}: PATH}}, or leave the task out of "
+            "language.tasks"
         ) from error
 
 
 def _read_task(path: Path) -> dict[str, Any]:
     try:
         return load_yaml(path, resolve_func=True)
-    except Exception as error:  # a `!function` in it imports what it names
+    except Exception as error:  # `!function` in a file imports a module, which may raise anything
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ValueError(f"the task file {path} cannot be read: {reason}") from error
+        raise ValueError(f"the task file {path} must be readable, got {reason}") from error
 
 
 def _with_data(values: dict[str, Any], folder: Path, given: str | None, name: str) -> dict[str, Any]:
-    """A task's settings with the place of its data: `given`, or files beside its YAML, or what it says itself."""
+    """A task's settings with the path of its data: `given`, or files beside its YAML, or what the task says."""
     values = dict(values)
     if given is not None:
         if not Path(given).exists():
-            raise ValueError(f"language.data.{name} is {given}, and there is nothing there")
+            raise ValueError(f"language.data.{name} must be an existing folder or file, got {given}")
         loader = LOADERS.get(Path(given).suffix)
         if Path(given).is_file() and loader is None:
-            raise ValueError(f"language.data.{name} is {given}; a file is one of {', '.join(LOADERS)}")
+            raise ValueError(f"language.data.{name} must be a folder or one of {', '.join(LOADERS)}, got {given}")
         split = values.get("test_split") or values.get("validation_split") or values.get("training_split")
         if loader is None:
             values["dataset_path"] = str(Path(given).resolve())
         else:
-            # the other splits are not in the file; without few-shot examples they are not read
+            # The file holds one split. The others are unset: they are needed for few-shot examples only
             values |= {"training_split": None, "validation_split": None, "test_split": split, "fewshot_split": None}
             values |= {"dataset_path": loader, "dataset_name": None}
             values["dataset_kwargs"] = {"data_files": {split: str(Path(given).resolve())}}
@@ -310,12 +319,14 @@ def _beside(folder: Path, file: str) -> Path:
     return (folder / file).resolve() if (folder / file).exists() else Path(file)
 
 
-def ask(lm: LMFusionLM, tasks: Sequence[Task], num_fewshot: int | None, limit: int | None) -> dict[str, Any]:
-    """Results of `tasks` as `lm_eval.simple_evaluate` gives them, samples included. Its seeds and bootstrap are off:
-    nothing here is drawn from a global generator, and intervals are ours."""
-    loud = logging.getLogger("lm_eval")
-    level = loud.level
-    loud.setLevel(logging.ERROR)
+def run_tasks(lm: LMFusionLM, tasks: Sequence[Task], num_fewshot: int | None, limit: int | None) -> dict[str, Any]:
+    """Results of `tasks` as `lm_eval.simple_evaluate` returns them, with samples.
+
+    Its seeds and its bootstrap are off: nothing here uses a global random generator, and intervals are our own.
+    """
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         results = evaluator.simple_evaluate(
             model=lm,
@@ -329,6 +340,6 @@ def ask(lm: LMFusionLM, tasks: Sequence[Task], num_fewshot: int | None, limit: i
             task_manager=TaskManager(include_defaults=False),
         )
     finally:
-        loud.setLevel(level)
+        logger.setLevel(level)
     assert results is not None
     return dict(results)

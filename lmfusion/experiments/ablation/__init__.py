@@ -1,1 +1,1 @@
-"""What does each part of a design bring? The same training run in variants, measured alike, side by side."""
+"""Ablations: variants of one training run, trained and measured in the same way, and compared."""

@@ -1,60 +1,60 @@
-"""Did it turn out as claimed? Orderings of variants, judged on the values they ended with."""
+"""Checks claims about variants, such as an order of them, on the values that the variants ended with."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
-from lmfusion.experiments.ablation.config import METRICS, OrderingConfig
+from lmfusion.experiments.ablation.config import METRICS, ClaimConfig
 
 Values = Mapping[str, float | None]
-"""Of one variant: metrics by name; None, or no key, where one was not measured."""
+"""Metrics of one variant by name. One that was not measured is None or missing."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one claim."""
+    """The outcome of checking one claim."""
 
     claim: str
     metric: str
     expected: str
-    """In terms of the variants."""
+    """The claim in terms of the variants."""
     found: bool | None
-    """None: a value that it needs was not measured."""
+    """Whether the claim holds. None: a value that it needs was not measured."""
     is_exact: bool
-    """Whether it is a matter of the last bit."""
+    """Whether values must agree to the last bit."""
     values: dict[str, float | None]
-    """What it was judged on: the variants' final values and, where they were compared with it, "<variant> at the
-    start"."""
+    """The values that decided: the final ones of the variants, and "<variant> at the start" if the claim is about a
+    change."""
 
 
-def judge(ordering: OrderingConfig, final: Mapping[str, Values], start: Mapping[str, Values]) -> Finding:
-    """Whether a claim holds of the `final` values of the variants and, before their first step, their `start`."""
-    metric = ordering.metric
-    values = {name: final.get(name, {}).get(metric) for name in ordering.variants}
-    if ordering.order is not None:
+def check_claim(config: ClaimConfig, final: Mapping[str, Values], start: Mapping[str, Values]) -> Finding:
+    """Check a claim. final, start: values of each variant after its last and before its first step."""
+    metric = config.metric
+    values = {name: final.get(name, {}).get(metric) for name in config.variants}
+    if config.order is not None:
         sign = " ≤ " if METRICS[metric] == "lower" else " ≥ "
-        expected = sign.join(ordering.order)
-        found = _all(_is_no_worse(metric, values[a], values[b]) for a, b in pairwise(ordering.order))
-        return Finding(ordering.claim, metric, expected, found, False, values)
-    names = ", ".join(ordering.variants)
-    before = {name: start.get(name, {}).get(metric) for name in ordering.variants}
-    if ordering.keeps is not None:
+        expected = sign.join(config.order)
+        found = _all(_is_no_worse(metric, values[a], values[b]) for a, b in pairwise(config.order))
+        return Finding(config.claim, metric, expected, found, False, values)
+    names = ", ".join(config.variants)
+    before = {name: start.get(name, {}).get(metric) for name in config.variants}
+    if config.keeps is not None:
         expected = f"{names}: as before the first step, to the last bit"
-        found = _all(_is_equal(before[name], values[name]) for name in ordering.variants)
+        found = _all(_is_equal(before[name], values[name]) for name in config.variants)
     else:
         expected = f"{names}: worse than before the first step"
-        found = _all(_is_worse(metric, values[name], before[name]) for name in ordering.variants)
+        found = _all(_is_worse(metric, values[name], before[name]) for name in config.variants)
     both = {
         key: value
-        for name in ordering.variants
+        for name in config.variants
         for key, value in ((f"{name} at the start", before[name]), (name, values[name]))
     }
-    return Finding(ordering.claim, metric, expected, found, ordering.keeps is not None, both)
+    return Finding(config.claim, metric, expected, found, config.keeps is not None, both)
 
 
-def _all(answers: Iterable[bool | None]) -> bool | None:
-    """False if one of them is; else None if one is unknown."""
-    known = list(answers)
+def _all(holds: Iterable[bool | None]) -> bool | None:
+    """False if one of them is False, else None if one is unknown, else True."""
+    known = list(holds)
     if False in known:
         return False
     return None if None in known else True

@@ -1,4 +1,4 @@
-"""What did a variant's run write down? Its losses, tokens and seconds, step by step, out of the files of its folder."""
+"""Reads the curve of a variant from its run folder: losses, tokens and seconds at each measured step."""
 
 import json
 from pathlib import Path
@@ -11,18 +11,18 @@ Line = dict[str, Any]
 
 
 def read_curve(run: RunConfig) -> list[Line]:
-    """A line for each measured step of a run, from 0 on: step, tokens, seconds, and what was measured.
+    """A line for each measured step of a run, from 0 on: step, tokens, seconds, and the metrics.
 
-    tokens: of text and rows of images that were trained on so far. seconds: of training steps, without measurements,
-    checkpoints and what came before the first step.
+    tokens: text and image tokens trained on so far. seconds: of training steps, without measurements, checkpoints and
+    the time before the first step.
     """
     folder = Path(run.output)
     measured = {line["step"]: line for line in _lines(folder / MEASURED)}
     validated = {line["step"]: line for line in _lines(folder / "validation.jsonl")}
-    spent = _spent(_lines(folder / "metrics.jsonl"), run.train.batch_tokens)
+    totals = _totals(_lines(folder / "metrics.jsonl"), run.train.batch_tokens)
     curve = []
     for step in sorted(measured.keys() | validated.keys()):
-        tokens, seconds = spent[step]
+        tokens, seconds = totals[step]
         line: Line = {"step": step, "tokens": tokens, "seconds": round(seconds, 2)}
         if step in validated:
             losses = validated[step]
@@ -32,15 +32,15 @@ def read_curve(run: RunConfig) -> list[Line]:
     return curve
 
 
-def _spent(metrics: list[Line], batch_tokens: int) -> dict[int, tuple[int, float]]:
-    """Tokens and seconds up to each step that has a line of metrics.jsonl."""
+def _totals(metrics: list[Line], batch_tokens: int) -> dict[int, tuple[int, float]]:
+    """Tokens and seconds up to each step that has a line in metrics.jsonl."""
     step, tokens, seconds = 0, 0, 0.0
-    spent = {0: (0, 0.0)}
+    totals = {0: (0, 0.0)}
     for line in metrics:
         num_tokens = round(line["packing"] * batch_tokens * (line["step"] - step))
         step, tokens, seconds = line["step"], tokens + num_tokens, seconds + num_tokens / line["tokens_per_second"]
-        spent[step] = (tokens, seconds)
-    return spent
+        totals[step] = (tokens, seconds)
+    return totals
 
 
 def _lines(path: Path) -> list[Line]:

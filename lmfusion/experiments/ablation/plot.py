@@ -1,15 +1,16 @@
-"""How do the variants compare at a glance? One panel a metric, its curves over the steps, one colour a variant."""
+"""The plot of an ablation: one panel per metric, with its curves over the steps in one colour per variant."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lmfusion.utils.packages import require
+from lmfusion.reports.charts import Line, Panel, check_matplotlib, line_charts
+from lmfusion.utils.files import replacing
 
 TITLES = {
     "diffusion_loss": "Diffusion loss, held-out images\n(squared error; lower is better)",
-    "caption_loss": "Caption loss, held-out images\n(nats a token; lower is better)",
-    "text_loss": "Loss of plain text\n(nats a token; lower is better)",
+    "caption_loss": "Caption loss, held-out images\n(nats per token; lower is better)",
+    "text_loss": "Loss of plain text\n(nats per token; lower is better)",
     "text_accuracy": "Multiple-choice task\n(share right; higher is better)",
 }
 COLOURS = (
@@ -24,68 +25,48 @@ COLOURS = (
     "#7a4a00",
     "#8a2be2",
 )
-"""Okabe and Ito's, which colour-blind readers can tell apart, and three more."""
+"""The palette of Okabe and Ito, which colour-blind readers can tell apart, and three more."""
 MARKERS = "osD^vP*Xdh"
 DASHES = ("-", (0, (6, 6)), (0, (2, 4)))
-"""Where curves are the same, as those of frozen text, the ones below show in the gaps."""
-WIDTH, PANEL_HEIGHT, LEGEND_LINE = 9.6, 3.3, 0.25
-"""In inches."""
+"""Several variants with frozen text have the same curve: the lower ones show through the gaps of the upper ones."""
+FORMATS = ("svg", "png")
 
 
 def check_plot() -> None:
-    """Raise ValueError where matplotlib is missing."""
-    require("matplotlib", "the plot of an ablation", "matplotlib")
+    """Raise ValueError if matplotlib is missing."""
+    check_matplotlib("the plot of an ablation")
 
 
 def draw_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], title: str, folder: Path) -> list[Path]:
-    """Write ablation.svg and ablation.png into `folder`; answer with their paths.
+    """Write ablation.svg and ablation.png into `folder`, and return their paths.
 
-    curves: of each variant the lines of `read_curve`. A panel is left out where no variant has its metric.
+    curves: the lines of `read_curve` for each variant. A panel is left out if no variant has its metric.
     """
     check_plot()
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     shown = [metric for metric in TITLES if any(_points(curve, metric) for curve in curves.values())]
-    num_rows = max(1, -(-len(shown) // 2))
-    num_columns = min(4, len(curves))
-    legend_height = LEGEND_LINE * -(-len(curves) // num_columns) + 0.1
-    height = num_rows * PANEL_HEIGHT + legend_height + 0.3
-    # Letters as text: readers can search them, and the file is small
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "ablation", "font.size": 9.5}):
-        figure = Figure(figsize=(WIDTH, height), facecolor="white")
-        FigureCanvasAgg(figure)
-        figure.suptitle(title, y=1 - 0.12 / height, va="top", fontsize=11.5)
-        for i, metric in enumerate(shown):
-            axes = figure.add_subplot(num_rows, 2, i + 1)
-            for number, (name, curve) in enumerate(curves.items()):
-                points = _points(curve, metric)
-                axes.plot(
-                    [step for step, _ in points],
-                    [value for _, value in points],
-                    color=COLOURS[number % len(COLOURS)],
-                    marker=MARKERS[number % len(MARKERS)],
-                    linestyle=DASHES[number % len(DASHES)],
-                    markersize=max(4.0, 8.0 - 0.6 * number),
-                    linewidth=1.6,
-                    label=name,
-                )
-            axes.set_title(TITLES[metric], fontsize=9.5)
-            axes.set_xlabel("steps")
-            axes.set_xlim(left=0)
-            axes.margins(x=0.03)
-            axes.grid(alpha=0.25)
-            axes.spines[["top", "right"]].set_visible(False)
-        if shown:
-            handles, labels = figure.axes[0].get_legend_handles_labels()
-            figure.legend(handles, labels, loc="lower center", ncol=num_columns, frameon=False)
-        figure.tight_layout(rect=(0, legend_height / height, 1, 1 - 0.3 / height))
-        paths = [folder / f"ablation.{suffix}" for suffix in ("svg", "png")]
-        for path in paths:
-            metadata = {"Date": None} if path.suffix == ".svg" else None  # the same picture, the same bytes
-            figure.savefig(path, dpi=110, metadata=metadata)
+    panels = [
+        Panel(
+            TITLES[metric], [_line(i, name, _points(curve, metric)) for i, (name, curve) in enumerate(curves.items())]
+        )
+        for metric in shown
+    ]
+    pictures = line_charts(panels, FORMATS, title=title, num_columns=2, legend_columns=min(4, len(curves)))
+    paths = [folder / f"ablation.{file_format}" for file_format in FORMATS]
+    for path, content in zip(paths, pictures, strict=True):
+        with replacing(path) as file:
+            file.write(content)
     return paths
+
+
+def _line(number: int, name: str, points: Sequence[tuple[int, float]]) -> Line:
+    style = {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": DASHES[number % len(DASHES)],
+        "markersize": max(4.0, 8.0 - 0.6 * number),
+        "linewidth": 1.6,
+    }
+    return Line(name, [step for step, _ in points], [value for _, value in points], style)
 
 
 def _points(curve: Sequence[Mapping[str, Any]], metric: str) -> list[tuple[int, float]]:

@@ -1,4 +1,4 @@
-"""In which order does all of it happen? One variant after the other; what is done stays done, and the report grows."""
+"""Runs an ablation: one variant after the other. Finished variants are kept, and the report grows with each."""
 
 import dataclasses
 import gc
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lmfusion.evaluation.identity import commit, versions
-from lmfusion.experiments.ablation.claims import judge
+from lmfusion.experiments.ablation.claims import check_claim
 from lmfusion.experiments.ablation.config import AblationConfig
 from lmfusion.experiments.ablation.curves import read_curve
 from lmfusion.experiments.ablation.measure import MeasuredTrainer, Measurer
@@ -25,9 +25,9 @@ from lmfusion.utils.files import locked, replace_text
 from lmfusion.utils.yaml_files import read_yaml
 
 RESULT = "result.json"
-"""In the folder of a finished variant."""
+"""File in the folder of a finished variant."""
 MEASURE = "measure.json"
-"""In the folder of the ablation: what is measured."""
+"""File in the folder of the ablation that says what is measured."""
 MAY_CHANGE = (
     "output",
     "checkpoint",
@@ -35,20 +35,20 @@ MAY_CHANGE = (
     "data.cache_megabytes",
     "train.tensorboard",
     "train.wandb",
-    "model.codec.sha256",  # filled in when the codec is loaded
+    "model.codec.sha256",  # set when the codec is loaded
 )
-"""Keys, or sections of keys, that no number depends on."""
+"""Keys and sections of a recipe that no number depends on."""
 PACKAGES = ("lmfusion", "torch", "transformers", "diffusers", "numpy")
 
 
 def run_ablation(config: AblationConfig) -> dict[str, Any] | None:
     """Train and measure every variant that is not finished yet, and write ablation.json, .md, .svg and .png.
 
-    Answers with what ablation.json holds; None where SIGTERM or SIGINT stopped a variant, which the same call goes on
-    with. The files are written anew before each variant, so that they show what there is so far.
+    Returns the content of ablation.json, or None if SIGTERM or SIGINT stopped a variant; the same call continues it.
+    The files are written again before each variant, so that they always show the finished ones.
 
-    Raises ValueError where a package, text or task is missing, for a recipe that has changed since variants were
-    trained, and what a training run raises.
+    Raises ValueError if a package, text or task is missing, for a recipe that has changed since variants were trained,
+    and what a training run raises.
     """
     check_plot()
     measurer = Measurer(config.measure)
@@ -74,7 +74,7 @@ def run_ablation(config: AblationConfig) -> dict[str, Any] | None:
 
 
 def _train(run: RunConfig, measurer: Measurer) -> dict[str, Any] | None:
-    """Train one variant, or go on with it, and write its result; None where a signal stopped it."""
+    """Train or continue one variant, and write its result. Returns None if a signal stopped it."""
     start, folder = time.perf_counter(), Path(run.output)
     trainer = MeasuredTrainer(run, measurer)
     first_step = trainer.step
@@ -83,7 +83,7 @@ def _train(run: RunConfig, measurer: Measurer) -> dict[str, Any] | None:
     if not trainer.run():
         return None
     del trainer
-    gc.collect()  # the next variant needs the memory
+    gc.collect()  # frees the model at once, because the next variant needs the memory
     curve = read_curve(run)
     result = {
         "config": to_values(run),
@@ -98,24 +98,26 @@ def _train(run: RunConfig, measurer: Measurer) -> dict[str, Any] | None:
         "versions": versions(PACKAGES),
     }
     replace_text(folder / RESULT, json.dumps(result, indent=2) + "\n")
-    _drop_checkpoints(folder)
+    _delete_checkpoints(folder)
     return result
 
 
 def _finished(run: RunConfig) -> dict[str, Any] | None:
-    """The result of a variant that is finished."""
+    """The result of a variant, or None if it is not finished."""
     path = Path(run.output) / RESULT
     if not path.is_file():
         return None
-    _drop_checkpoints(path.parent)
+    _delete_checkpoints(path.parent)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete {path.parent} to train this variant anew") from error
+        raise ValueError(
+            f"{path} must be valid JSON, got {error}; delete {path.parent} to train this variant again"
+        ) from error
 
 
-def _drop_checkpoints(folder: Path) -> None:
-    """They are as large as three models each, and the model of a finished run is exported."""
+def _delete_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints of a finished run. Each is as large as three models, and the model itself is saved."""
     if (folder / "checkpoints").is_dir():
         shutil.rmtree(folder / "checkpoints")
 
@@ -125,7 +127,7 @@ def _write_report(config: AblationConfig, variants: Mapping[str, Any]) -> dict[s
     variants = {name: variants[name] for name in config.variants if name in variants}
     final = {name: variant["final"] for name, variant in variants.items()}
     start = {name: variant["start"] for name, variant in variants.items()}
-    findings = [judge(ordering, final, start) for ordering in config.orderings]
+    findings = [check_claim(claim, final, start) for claim in config.claims]
     summary = {
         "title": config.title,
         "recipe": to_values(config),
@@ -139,7 +141,7 @@ def _write_report(config: AblationConfig, variants: Mapping[str, Any]) -> dict[s
 
 
 def _check_measure(folder: Path, measurer: Measurer) -> None:
-    """Raises ValueError where variants have been measured on other things."""
+    """Raise ValueError if variants have been measured on other data or settings."""
     path, identity = folder / MEASURE, measurer.identity()
     if not path.is_file():
         replace_text(path, json.dumps(identity, indent=2) + "\n")
@@ -149,22 +151,22 @@ def _check_measure(folder: Path, measurer: Measurer) -> None:
 
 
 def check_unchanged(name: str, run: RunConfig) -> None:
-    """Raises ValueError where a variant was begun with other settings."""
-    path = Path(run.output) / "config.yaml"  # which a run writes as it begins
+    """Raise ValueError if a variant was started with other settings."""
+    path = Path(run.output) / "config.yaml"  # every run writes it when it starts
     if path.is_file():
         saved = read_yaml(path.read_text(encoding="utf-8"))
         _raise_changes(f"variants.{name}", saved, to_values(run), path.parent)
 
 
-def _raise_changes(what: str, saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+def _raise_changes(section: str, saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
     old, new = _flat(saved), _flat(now)
     changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     changed = [key for key in changed if not any(key == k or key.startswith(f"{k}.") for k in MAY_CHANGE)]
     if changed:
-        was = ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)
+        changes = ", ".join(f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in changed)
         raise ValueError(
-            f"{what} has changed since {folder} was begun: {was}. Change it back, set output to another folder, or "
-            f"delete {folder}"
+            f"{section} must be as when {folder} was started, got changes: {changes}. Change it back, set output to "
+            f"another folder, or delete {folder}"
         )
 
 
@@ -176,7 +178,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Its name as Linux gives it, or its architecture."""
+    """The name of the processor as Linux gives it, or its architecture."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

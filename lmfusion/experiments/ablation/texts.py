@@ -1,4 +1,4 @@
-"""Which plain texts tell whether an LLM still writes? Short ones on everyday matters, written for this project."""
+"""Plain texts on everyday matters, written for this project, to measure whether an LLM still models language."""
 
 PLAIN_TEXTS = (
     "The baker opens her shop at six in the morning, long before the street wakes up. She has been at work since "

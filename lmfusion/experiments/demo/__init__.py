@@ -1,1 +1,1 @@
-"""The whole chain on real data: adapt an LLM, train on digits, draw, caption, prove the text unchanged."""
+"""The demo: adapt an LLM, train on real digits, generate images and captions, and verify that its text is unchanged."""

@@ -1,4 +1,4 @@
-"""`python -m lmfusion.experiments.demo` is `lmfusion demo`."""
+"""Runs `lmfusion demo` as `python -m lmfusion.experiments.demo`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Does the model draw when it is asked to, and only then? Conversations in greedy decoding, counted."""
+"""Chat evaluation of the demo: whether the model generates an image if, and only if, it is asked for one."""
 
 import re
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ UNSEEN_REQUESTS = (
     "Could you please draw {} for me?",
     "I would like a picture of {}.",
 )
-"""Words in which no digit is asked for in training."""
+"""Requests in words that are not in the training data."""
 QUESTIONS = (
     "What is the capital of France?",
     "Hello!",
@@ -28,13 +28,13 @@ QUESTIONS = (
     "What is a prime number?",
     "How many days does a week have?",
 )
-"""Nothing to draw here."""
+"""Questions that need no image."""
 MAX_NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What the model answered to a request for a digit."""
+    """The model's answer to a request for a digit."""
 
     request: str
     digit: int
@@ -44,41 +44,43 @@ class Reply:
     after: str
     """Text after it."""
     read_as: int | None
-    """What the judge takes the image for."""
+    """The digit that the classifier reads in the image."""
 
     @property
     def is_right(self) -> bool:
-        """Text, an image that the judge reads as asked, and text that names this digit and no other."""
+        """Whether there is text, an image that is read as the digit, and text that names this digit and no other."""
         named = [name for name in NAMES if re.search(rf"\b{name}\b", self.after)]
         return bool(self.before.strip()) and self.read_as == self.digit and named == [NAMES[self.digit]]
 
 
-def ask_for_digits(model: LMFusion, judge: Judge, requests: Sequence[str], **sampling: Any) -> list[Reply]:
-    """The answers to every one of `requests` ({} is the digit) for all ten digits; an image is never forced."""
-    asked = [(request.format(with_article(digit)), digit) for request in requests for digit in range(10)]
-    prompts = [prompt for prompt, _ in asked]
+def request_digits(model: LMFusion, classifier: Judge, requests: Sequence[str], **sampling: Any) -> list[Reply]:
+    """The answers to each of `requests` ({} is the digit) for all ten digits. The model decides about images."""
+    prompted = [(request.format(with_article(digit)), digit) for request in requests for digit in range(10)]
+    prompts = [prompt for prompt, _ in prompted]
     answers = model.generate(prompts, chat=True, max_images=1, max_new_tokens=MAX_NEW_TOKENS, **sampling)
     replies = []
-    for (prompt, digit), answer in zip(asked, answers, strict=True):
-        place = next((i for i, part in enumerate(answer.parts) if not isinstance(part, str)), len(answer.parts))
-        before, after = ("".join(map(str, parts)) for parts in (answer.parts[:place], answer.parts[place + 1 :]))
+    for (prompt, digit), answer in zip(prompted, answers, strict=True):
+        first = next((i for i, part in enumerate(answer.parts) if not isinstance(part, str)), len(answer.parts))
+        before, after = ("".join(map(str, parts)) for parts in (answer.parts[:first], answer.parts[first + 1 :]))
         image = answer.images[0] if answer.images else None
-        replies.append(Reply(prompt, digit, before, image, after, judge.read([image])[0] if image else None))
+        replies.append(Reply(prompt, digit, before, image, after, classifier.read([image])[0] if image else None))
     return replies
 
 
 def openings_as_taught(model: LMFusion) -> float:
-    """For how many of the requests of training the base LLM itself, without images, opens its answer as taught."""
-    asked = [(request.format(with_article(digit)), digit) for request in REQUESTS for digit in range(10)]
-    answers = model.generate([prompt for prompt, _ in asked], chat=True, max_new_tokens=8, batch_size=len(asked))
-    taught = [str(answer).startswith(opening_of(digit)) for answer, (_, digit) in zip(answers, asked, strict=True)]
-    return sum(taught) / len(taught)
+    """The share of training requests that the base LLM, without images, begins to answer as the training data do."""
+    prompted = [(request.format(with_article(digit)), digit) for request in REQUESTS for digit in range(10)]
+    answers = model.generate([prompt for prompt, _ in prompted], chat=True, max_new_tokens=8, batch_size=len(prompted))
+    as_taught = [
+        str(answer).startswith(opening_of(digit)) for answer, (_, digit) in zip(answers, prompted, strict=True)
+    ]
+    return sum(as_taught) / len(as_taught)
 
 
 def answer_questions(model: LMFusion) -> list[tuple[str, str, bool]]:
-    """To each of QUESTIONS the answer where an image is allowed, and whether it came without one.
+    """Each of QUESTIONS with its answer if images are allowed, and whether the answer has none.
 
-    Every word up to an image is the base LLM's.
+    Every token before an image is the base LLM's.
     """
     options: dict[str, Any] = {"chat": True, "max_new_tokens": MAX_NEW_TOKENS, "batch_size": len(QUESTIONS)}
     answers = model.generate(QUESTIONS, max_images=1, num_steps=1, **options)

@@ -13,12 +13,14 @@ from lmfusion.experiments.demo.chat_eval import (
     UNSEEN_REQUESTS,
     Reply,
     answer_questions,
-    ask_for_digits,
     openings_as_taught,
+    request_digits,
 )
-from lmfusion.experiments.demo.report import render_picture, render_report
+from lmfusion.experiments.demo.report import digits_picture, render_report
 from lmfusion.model.modeling import LMFusion
 from lmfusion.model.verification import verify
+from lmfusion.reports.charts import check_matplotlib
+from lmfusion.reports.pictures import save_picture
 from lmfusion.synthetic.digit_classifier import Judge, pictures
 from lmfusion.synthetic.digits import NAMES, REQUESTS, Digits, caption_of
 from lmfusion.training.config import load_config
@@ -26,19 +28,20 @@ from lmfusion.training.trainer import Trainer
 from lmfusion.utils.devices import device_name
 from lmfusion.utils.files import replace_text
 
-DRAWINGS_PER_DIGIT = 10
+IMAGES_PER_DIGIT = 10
 SAMPLING = {"sampler": "dpm-solver", "num_steps": 20, "guidance_scale": 2.0, "seed": 0, "batch_size": 100}
 NUM_SHOWN = 24
-"""Captions of each kind in the report."""
+"""Number of right and of wrong captions in the report."""
 PACKAGES = ("lmfusion", "torch", "transformers", "diffusers", "scikit-learn", "numpy")
 
 
 def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Run all stages and write report.html, summary.json and digits.png into `output`; answer with the summary.
+    """Run all stages, write report.html, summary.json and digits.png into `output`, and return the summary.
 
-    overrides: changes to recipes/digits.yaml, as `lmfusion train` takes them. The held-out digits are used once: for
-    the captions of the report.
+    overrides: changes to recipes/digits.yaml, as for `lmfusion train`. The held-out digits are used once, for the
+    captions of the report.
     """
+    check_matplotlib("the demo's report")
     folder = Path(output)
     config = load_config(_recipe(), [*overrides, f"output={folder / 'run'}"])
     times: dict[str, float] = {}
@@ -49,7 +52,7 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
     num_digits = len(Digits("train"))
     print(f"{num_trained / 1e6:.1f} M parameters to train on {num_digits} digits, on {model.device}")
     if trainer.step:
-        print(f"continuing from step {trainer.step} in {trainer.folder}; delete that folder to train anew")
+        print(f"continuing from step {trainer.step} in {trainer.folder}; delete that folder to train again")
     with _stage("train", times):
         is_finished = trainer.run()
     if not is_finished:
@@ -57,24 +60,24 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
     metrics = [json.loads(line) for line in (trainer.folder / "metrics.jsonl").read_text().splitlines()]
     num_images, train_seconds = metrics[-1]["num_samples"], _train_seconds(metrics)
 
-    # What is shown is the saved model, read back as a user would.
+    # The report shows the saved model, loaded as a user would load it
     model = LMFusion.from_pretrained(trainer.folder / "model").to(model.device)  # type: ignore[arg-type]
-    judge = Judge()
-    with _stage("draw", times):
-        wanted = [digit for digit in range(10) for _ in range(DRAWINGS_PER_DIGIT)]
-        drawings = model.draw([caption_of(digit) for digit in wanted], **SAMPLING)
-    num_read = sum(read == digit for read, digit in zip(judge.read(drawings), wanted, strict=True))
+    classifier = Judge()
+    with _stage("generate", times):
+        requested = [digit for digit in range(10) for _ in range(IMAGES_PER_DIGIT)]
+        images = model.draw([caption_of(digit) for digit in requested], **SAMPLING)
+    num_right = sum(read == digit for read, digit in zip(classifier.read(images), requested, strict=True))
     with _stage("caption", times):
         held_out = Digits("test")
-        images = pictures(held_out)
-        written = model.caption(images, max_new_tokens=8, batch_size=64)
+        held_out_images = pictures(held_out)
+        written = model.caption(held_out_images, max_new_tokens=8, batch_size=64)
     expected = [caption_of(digit) for digit in held_out.labels]
-    examples = list(zip(images, expected, written, strict=True))
+    examples = list(zip(held_out_images, expected, written, strict=True))
     right = [example for example in examples if example[1] == example[2]]
     wrong = [example for example in examples if example[1] != example[2]]
-    with _stage("talk", times):
-        seen = ask_for_digits(model, judge, REQUESTS, **SAMPLING)
-        unseen = ask_for_digits(model, judge, UNSEEN_REQUESTS, **SAMPLING)
+    with _stage("chat", times):
+        in_training_words = request_digits(model, classifier, REQUESTS, **SAMPLING)
+        in_other_words = request_digits(model, classifier, UNSEEN_REQUESTS, **SAMPLING)
         questions = answer_questions(model)
         openings = openings_as_taught(model)
     with _stage("verify", times):
@@ -84,10 +87,10 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
     summary: dict[str, Any] = {
         "model": Path(verification.base).name,
         "text_identical": verification.text_identical,
-        "digit_accuracy": num_read / len(wanted),
+        "digit_accuracy": num_right / len(requested),
         "caption_accuracy": len(right) / len(examples),
-        "chat_accuracy": _share_right(seen),
-        "chat_accuracy_in_other_words": _share_right(unseen),
+        "chat_accuracy": _share_right(in_training_words),
+        "chat_accuracy_in_other_words": _share_right(in_other_words),
         "answers_without_image": sum(is_plain for _, _, is_plain in questions) / len(questions),
         "openings_as_taught": openings,
         "train_seconds": round(train_seconds, 3),
@@ -102,20 +105,20 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
     }
     training = Digits("train")
     real = _by_digit(pictures(training), training.labels)
-    drawn = _by_digit(drawings, wanted)
+    generated = _by_digit(images, requested)
     page = render_report(
         summary,
         metrics,
         real,
-        drawn,
+        generated,
         captions_right=right[:NUM_SHOWN],
         captions_wrong=wrong[:NUM_SHOWN],
-        replies={"In words of the training": seen, "In other words": unseen},
+        replies={"In the words of the training data": in_training_words, "In other words": in_other_words},
         questions=questions,
         text_checks=_text_checks(verification),
         times={stage: round(seconds, 1) for stage, seconds in times.items()},
     )
-    render_picture(real, drawn).save(folder / "digits.png")
+    save_picture(digits_picture(real, generated), folder / "digits.png")
     replace_text(folder / "report.html", page)
     replace_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))
@@ -126,7 +129,10 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
 def _recipe() -> Path:
     here = Path(__file__).resolve().parents[3] / "recipes" / "digits.yaml"
     if not here.is_file():
-        raise ValueError("the demo reads recipes/digits.yaml of a checkout of lmfusion; clone it and install with -e")
+        raise ValueError(
+            "the demo must run from a checkout of lmfusion, whose recipes/digits.yaml it reads, got none; clone it and "
+            "install it with -e"
+        )
     return here
 
 
@@ -139,7 +145,7 @@ def _stage(name: str, times: dict[str, float]) -> Iterator[None]:
 
 
 def _train_seconds(metrics: Sequence[dict[str, Any]]) -> float:
-    """Seconds in training steps, over all the runs that led here if training was interrupted."""
+    """Seconds of training steps, summed over all runs if training was interrupted."""
     counts = [0, *(line["num_samples"] for line in metrics)]
     return sum((b - a) / line["images_per_second"] for (a, b), line in zip(pairwise(counts), metrics, strict=True))
 
@@ -150,7 +156,7 @@ def _share_right(replies: Sequence[Reply]) -> float:
 
 def _by_digit(images: Sequence[Any], digits: Sequence[int]) -> dict[str, list[Any]]:
     return {
-        name: [image for image, shown in zip(images, digits, strict=True) if shown == digit][:DRAWINGS_PER_DIGIT]
+        name: [image for image, shown in zip(images, digits, strict=True) if shown == digit][:IMAGES_PER_DIGIT]
         for digit, name in enumerate(NAMES)
     }
 

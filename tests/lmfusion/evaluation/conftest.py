@@ -1,4 +1,4 @@
-"""A model of random weights that suites can be run on, and a cache for the data sets that tests make."""
+"""A model of random weights to run suites on, and a cache for the data sets that tests make."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from lmfusion import LMFusion
 
 @pytest.fixture(scope="session")
 def tiny_folder(tiny_llama, tmp_path_factory):
-    """Folder of a random model that draws grey 8 x 8 images."""
+    """Folder of a random model that generates grey 8 x 8 images."""
     model = LMFusion.from_llm(
         tiny_llama,
         image={"hidden_size": 16, "patch_coder": {"kind": "linear", "patch_size": 4}},
@@ -25,6 +25,6 @@ def tiny(tiny_folder):
 
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
-    """Data sets are prepared below tmp_path, not in the cache of whoever runs the tests."""
+    """Data sets are prepared below tmp_path, not in the user's cache."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))

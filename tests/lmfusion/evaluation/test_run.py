@@ -1,7 +1,8 @@
-"""Does `lmfusion eval` check first, keep what is finished, and leave a page that tells all?"""
+"""`lmfusion eval` checks first, keeps finished suites, and writes a complete page."""
 
 import json
 import re
+import typing
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,12 @@ import yaml
 from lmfusion import LMFusion
 from lmfusion.cli import main
 from lmfusion.evaluation import run as run_module
-from lmfusion.evaluation.config import EvalConfig, suite_names
-from lmfusion.evaluation.results import Picture, Score, SuiteResult, Table
+from lmfusion.evaluation.config import EvalConfig
+from lmfusion.evaluation.results import SampleImage, Score, SuiteResult, Table
 from lmfusion.evaluation.run import run_evaluation
-from lmfusion.evaluation.suites import captions
+from lmfusion.evaluation.suites import SUITES, load_suite
+from lmfusion.evaluation.suites.captions import CaptionsSuite
+from lmfusion.experiments.ablation.config import ClaimConfig, MeasureConfig
 from lmfusion.training.config import read_recipe
 from lmfusion.utils.config_values import from_values
 from tests.lmfusion.evaluation.coco_layout import save_coco
@@ -54,9 +57,9 @@ def results_of(out):
 
 def test_the_command_writes_results_and_a_page(recipe, out, capsys):
     assert main(["eval", str(recipe), "captions.num_shown=1"]) == 0
-    said = capsys.readouterr().out
-    assert "CIDEr-D" in said
-    assert f"open {out}/index.html" in said
+    printed = capsys.readouterr().out
+    assert "CIDEr-D" in printed
+    assert f"open {out}/index.html" in printed
     values = results_of(out)
     assert list(values["suites"]) == ["images", "captions"]
     assert values["suites"]["captions"]["seconds"] > 0
@@ -78,15 +81,15 @@ def test_finished_suites_are_kept_until_something_changes(recipe, out, capsys, m
     main(["eval", str(recipe)])
     before = results_of(out)
     ran = []
-    run = captions.run_captions
-    monkeypatch.setattr(captions, "run_captions", lambda *args: ran.append("captions") or run(*args))
+    run = CaptionsSuite.run
+    monkeypatch.setattr(CaptionsSuite, "run", lambda *args: ran.append("captions") or run(*args))
     capsys.readouterr()
     monkeypatch.setattr(run_module, "commit", lambda: "another")
     main(["eval", str(recipe), "images.batch_size=3"])
     assert ran == []
     made = {name: suite["made"]["commit"] for name, suite in results_of(out)["suites"].items()}
     assert made == {"images": "another", "captions": before["commit"]}
-    assert "captions: finished already" in capsys.readouterr().out
+    assert "captions: already in" in capsys.readouterr().out
     assert results_of(out)["suites"]["captions"] == before["suites"]["captions"]
     main(["eval", str(recipe), "captions.num_images=2"])
     assert ran == ["captions"]
@@ -98,9 +101,9 @@ def test_finished_suites_are_kept_until_something_changes(recipe, out, capsys, m
     assert ran == ["captions"] * 3
 
 
-def test_a_killed_run_goes_on(recipe, out, monkeypatch):
+def test_a_killed_run_continues(recipe, out, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(captions, "run_captions", interrupted)
+        patch.setattr(CaptionsSuite, "run", interrupted)
         assert main(["eval", str(recipe)]) == 130
     first = results_of(out)
     assert list(first["suites"]) == ["images"]
@@ -110,13 +113,13 @@ def test_a_killed_run_goes_on(recipe, out, monkeypatch):
     assert list(results_of(out)["suites"]) == ["images", "captions"]
 
 
-def test_scores_of_another_model_are_not_shown_while_it_waits(recipe, out, tmp_path, tiny_folder, monkeypatch):
+def test_scores_of_another_model_are_dropped_at_once(recipe, out, tmp_path, tiny_folder, monkeypatch):
     main(["eval", str(recipe), "images.num_images=2"])
     other = LMFusion.from_pretrained(tiny_folder)
     with torch.no_grad():
         other.image.norm.weight[0] += 1
     other.save_pretrained(tmp_path / "other")
-    monkeypatch.setattr(captions, "run_captions", interrupted)
+    monkeypatch.setattr(CaptionsSuite, "run", interrupted)
     assert main(["eval", str(recipe), "images.num_images=2", f"model={tmp_path / 'other'}"]) == 130
     assert list(results_of(out)["suites"]) == ["images"]
 
@@ -128,28 +131,31 @@ def interrupted(*args):
 @pytest.mark.parametrize(
     ("overrides", "reason"),
     [
-        (["model=nowhere"], "no such folder"),
+        (["model=nowhere"], "model must be the folder of a trained model, got nowhere"),
         (["images.clip=nowhere"], "images.clip"),
-        (["captions.coco={annotations: a, images: b}", "captions.source=null"], "captions.coco.annotations is a"),
-        (["language={tasks: [none.yaml]}"], "no such file"),
-        (["images=null", "captions=null"], "names no suite"),
-        (["device=tpu"], "device is 'tpu'"),
-        (["dtype=float8"], "dtype is 'float8'"),
+        (
+            ["captions.coco={annotations: a, images: b}", "captions.source=null"],
+            "captions.coco.annotations must be an existing file, got a",
+        ),
+        (["language={tasks: [none.yaml]}"], "existing YAML files, got none.yaml"),
+        (["images=null", "captions=null"], "must name at least one suite"),
+        (["device=tpu"], "device must be one of auto, cpu, cuda, got 'tpu'"),
+        (["dtype=float8"], "for that of the file, got 'float8'"),
         (["imagse={}"], "did you mean images"),
     ],
 )
-def test_what_is_missing_is_said_before_anything_runs(recipe, out, overrides, reason, capsys):
+def test_errors_are_reported_before_anything_runs(recipe, out, overrides, reason, capsys):
     assert main(["eval", str(recipe), *overrides]) == 2
     assert reason in capsys.readouterr().err
     assert not out.exists()
 
 
 @pytest.mark.slow
-def test_an_output_that_is_a_file_is_said_before_the_model_is_loaded(recipe, tmp_path, capsys):
+def test_a_bad_output_is_reported_before_the_model_is_loaded(recipe, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     for output in ("file", "file/inside"):
         assert main(["eval", str(recipe), "model=nowhere", f"output={tmp_path / output}"]) == 2
-        assert "file is a file; set output elsewhere" in capsys.readouterr().err
+        assert "file is a file" in capsys.readouterr().err
     assert (tmp_path / "file").read_text() == "mine"
 
 
@@ -181,24 +187,36 @@ def test_the_papers_protocol_on_data_of_its_layout(tiny_folder, tmp_path, own_ca
     values = run_evaluation(config)
     scores = {suite: {s["name"]: s for s in found["scores"]} for suite, found in values["suites"].items()}
     assert scores["language"]["piqa acc"]["count"] == 1
-    drawn = scores["images"]["Frechet distance (EfficientNet-Lite0), guidance 1.55"]
-    assert drawn["count"] == 7
-    assert drawn["details"]["real images"] == 6
-    assert drawn["details"]["steps"] == 2
+    frechet = scores["images"]["Frechet distance (EfficientNet-Lite0), guidance 1.55"]
+    assert frechet["count"] == 7
+    assert frechet["details"]["real images"] == 6
+    assert frechet["details"]["steps"] == 2
     assert scores["images"]["CLIP score, guidance 1"]["count"] == 7
     assert scores["captions"]["CIDEr-D"]["count"] == 4
-    assert scores["captions"]["CIDEr-D"]["details"]["references an image"] == 5
+    assert scores["captions"]["CIDEr-D"]["details"]["references per image"] == 5
 
 
 @pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", GUIDE.read_text(), re.DOTALL))
 def test_every_recipe_of_the_guide_reads(block):
-    assert from_values(EvalConfig, {"output": "out", "model": "model", **yaml.safe_load(block)}).suites
+    values = yaml.safe_load(block)
+    if "variants" in values:  # an ablation, whose base is left out
+        assert from_values(MeasureConfig, values.pop("measure"))
+        assert all(from_values(ClaimConfig, claim) for claim in values.pop("claims"))
+        assert set(values) == {"output", "base", "variants"}
+    else:
+        assert from_values(EvalConfig, {"output": "out", "model": "model", **values}).suites
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_reads(path):
-    config = read_recipe(EvalConfig, path)
-    assert set(config.suites) <= set(suite_names())
+    assert read_recipe(EvalConfig, path).suites
+
+
+def test_each_suite_has_its_key_in_recipes():
+    hints = typing.get_type_hints(EvalConfig)
+    assert {name: hints[name] for name in SUITES} == {name: load_suite(name).config_type | None for name in SUITES}
+    assert [name for name in hints if name in SUITES] == list(SUITES)
+    assert len(hints) == 6 + len(SUITES)  # all others are the model's
 
 
 def test_the_papers_settings():
@@ -216,7 +234,7 @@ def test_results_survive_json():
         {"steps": 3},
         2.5,
         (Table("t", ("p", "q"), (("1", "2"),)),),
-        (Picture("x.png", "y"),),
+        (SampleImage("x.png", "y"),),
     )
     text = json.dumps(result.to_json(), allow_nan=False)
     again = SuiteResult.from_json(json.loads(text))
@@ -225,7 +243,7 @@ def test_results_survive_json():
     assert again.tables == result.tables
     assert again.pictures == result.pictures
     assert str(again.scores[1]) == "1.5 [1, 2]"
-    with pytest.raises(ValueError, match="one end of an interval"):
+    with pytest.raises(ValueError, match="must have both ends of its interval"):
         Score("c", 1.0, low=0.5)
-    with pytest.raises(ValueError, match="a row of 1"):
+    with pytest.raises(ValueError, match="must have 2 cells, got 1"):
         Table("t", ("p", "q"), (("1",),))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from lmfusion.evaluation.suites.edits import judge
+from lmfusion.evaluation.suites.edits import score_edit
 from lmfusion.synthetic.shape_reader import UNKNOWN, check, read_scene
 from lmfusion.synthetic.shapes import COLOURS, KINDS, SIZES, Scene, Shape, ShapeEdits, Shapes, describe, render
 
@@ -127,20 +127,20 @@ def test_a_picture_that_is_not_square():
 def test_an_edit_is_right_where_it_was_made_and_nothing_else():
     for i in range(80):
         edit = ShapeEdits(32, "test").example(i)
-        assert judge(edit, edit.target) == (True, True, True, False)
-        nothing = judge(edit, edit.source)
-        assert (nothing.is_right, nothing.is_made, nothing.is_kept, nothing.is_nothing) == (False, False, True, True)
+        assert score_edit(edit, edit.target) == (True, True, True, False)
+        copied = score_edit(edit, edit.source)
+        assert (copied.is_right, copied.is_made, copied.is_kept, copied.is_copy) == (False, False, True, True)
         for number, other in enumerate(edit.target.shapes):
             if other == edit.after:
                 continue
             size = "small" if other.size == "large" else "large"
             changed = list(edit.target.shapes)
             changed[number] = other._replace(size=size)
-            assert judge(edit, Scene.of(changed))[:3] == (False, True, False)
+            assert score_edit(edit, Scene.of(changed))[:3] == (False, True, False)
         free = {(0, 0), (0, 1), (1, 0), (1, 1)} - {s.cell for s in edit.target.shapes}
         if free:
             more = Scene.of([*edit.target.shapes, Shape("circle", "black", "small", *min(free))])
-            assert not judge(edit, more).is_right
+            assert not score_edit(edit, more).is_right
 
 
 def test_what_is_added_may_be_in_any_free_cell():
@@ -149,6 +149,10 @@ def test_what_is_added_may_be_in_any_free_cell():
     for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
         if (row, column) not in taken:
             scene = Scene.of([*edit.source.shapes, edit.after._replace(row=row, column=column)])
-            assert judge(edit, scene).is_right
+            assert score_edit(edit, scene).is_right
     other = "red" if edit.after.colour != "red" else "blue"
-    assert judge(edit, Scene.of([*edit.source.shapes, edit.after._replace(colour=other)]))[:3] == (False, False, True)
+    assert score_edit(edit, Scene.of([*edit.source.shapes, edit.after._replace(colour=other)]))[:3] == (
+        False,
+        False,
+        True,
+    )

@@ -1,4 +1,4 @@
-"""Do intervals hold what they promise, and are they the same each time?"""
+"""Bootstrap intervals cover what they should, and are the same for the same seed."""
 
 import numpy as np
 import pytest
@@ -29,9 +29,9 @@ def test_the_seed_decides():
     assert bootstrap(values, seed=1) != bootstrap(values, seed=2)
 
 
-def test_rows_are_drawn_whole():
+def test_rows_are_sampled_whole():
     rows = np.arange(30)[:, None] * np.array([1, -1])
-    assert bootstrap(rows, lambda drawn: float(drawn.sum())) == (0.0, 0.0)
+    assert bootstrap(rows, lambda resample: float(resample.sum())) == (0.0, 0.0)
 
 
 def test_a_single_sample_has_no_width():
@@ -41,10 +41,10 @@ def test_a_single_sample_has_no_width():
 @pytest.mark.parametrize(
     ("values", "options", "message"),
     [
-        (np.array([]), {}, "one sample or more"),
-        (np.array(3.0), {}, "one sample or more"),
-        (np.ones(3), {"num_resamples": 0}, "num_resamples is 0"),
-        (np.array([1.0, np.nan]), {}, "not finite"),
+        (np.array([]), {}, "at least one sample"),
+        (np.array(3.0), {}, "at least one sample"),
+        (np.ones(3), {"num_resamples": 0}, "num_resamples must be at least 1, .* got 0"),
+        (np.array([1.0, np.nan]), {}, "must be finite"),
     ],
 )
 def test_bad_input_is_refused(values, options, message):

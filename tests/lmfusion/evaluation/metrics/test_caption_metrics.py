@@ -1,4 +1,4 @@
-"""Are captions scored as the COCO evaluation scores them, on the same words?"""
+"""Captions get the scores of the COCO evaluation for the same words."""
 
 import math
 
@@ -55,7 +55,7 @@ def test_equal_to_pycocoevalcap(num_images, seed):
     assert scores.rouge_l == pytest.approx(np.mean(rouge), rel=1e-12)
 
 
-def test_equal_to_pycocoevalcap_where_nothing_fits():
+def test_equal_to_pycocoevalcap_if_nothing_matches():
     candidates, references = [["dog"], ["cat"]], [[["red", "bus"]], [["a", "blue", "kite"], ["wave"]]]
     bleu_4, cider, rouge = scores_of_pycocoevalcap(candidates, references)
     scores = score_words(candidates, references)
@@ -75,13 +75,13 @@ def test_by_hand():
     assert scores.cider_d_by_image[0] == pytest.approx(10 / 4 * (2 / 3 + 1 / 2))
 
 
-def test_the_best_captions_get_all_there_is():
+def test_perfect_captions_get_the_highest_scores():
     captions = ["A man rides a red bike.", "Two dogs sleep on the old couch.", "The kitchen has a stove and a sink."]
     scores = score_captions(captions, [[caption] for caption in captions])
     assert (scores.cider_d, scores.bleu_4, scores.rouge_l) == pytest.approx((10, 1, 1), rel=1e-6)
 
 
-def test_short_captions_pay_for_it():
+def test_short_captions_are_penalised():
     long = [["a", "b", "c", "d", "e", "f", "g", "h"]] * 2
     scores = score_words([words[:5] for words in long], [[words] for words in long])
     assert scores.bleu_4 == pytest.approx(math.exp(1 - 8 / 5), rel=1e-6)
@@ -108,10 +108,10 @@ def test_captions_are_tokenized():
 @pytest.mark.parametrize(
     ("candidates", "references", "message"),
     [
-        ([], [], "0 captions"),
-        (["a"], [["a"], ["b"]], "1 captions and references of 2 images"),
-        (["a", "b"], [["a"], []], "no references of image 1"),
-        (["a", "b"], ["a", ["b"]], "references of image 0 are the text 'a'"),
+        ([], [], "got 0 captions and references of 0 images"),
+        (["a"], [["a"], ["b"]], "got 1 captions and references of 2 images"),
+        (["a", "b"], [["a"], []], "image 1 must have at least one reference"),
+        (["a", "b"], ["a", ["b"]], "references of image 0 must be a list of captions, got the text 'a'"),
     ],
 )
 def test_bad_captions_are_refused(candidates, references, message):

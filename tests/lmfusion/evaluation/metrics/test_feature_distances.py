@@ -1,4 +1,4 @@
-"""Are distances of features what their formulas say, with many images and with few?"""
+"""Distances of features are what their formulas say, for many images and for few."""
 
 import numpy as np
 import pytest
@@ -45,7 +45,7 @@ def test_frechet_distance_of_covariances_that_commute_is_known():
     assert frechet_distance(a, 3 * a + 1) == pytest.approx(expected, rel=1e-10)
 
 
-def test_frechet_distance_of_a_set_to_itself_is_zero_also_where_it_is_wide():
+def test_frechet_distance_of_a_set_to_itself_is_zero_with_more_features_than_images():
     a = features(30, 100, 0).astype(np.float32)
     assert 0 <= frechet_distance(a, a) < 1e-9 * np.square(a).sum()
     assert frechet_distance(a + 1e4, a + 1e4) < 1e-6
@@ -105,7 +105,7 @@ def test_subsets_of_all_images_are_all_images():
     assert subsets == pytest.approx([kernel_distance(a, b)] * 3, rel=1e-9)
 
 
-def test_subsets_are_by_the_seed_and_about_the_whole():
+def test_subsets_depend_on_the_seed_and_average_to_the_whole():
     a, b = features(120, 4, 0), features(150, 4, 0, shift=1.0)
     subsets = kernel_distances_of_subsets(a, b, num_subsets=200, subset_size=40, seed=1)
     assert np.array_equal(subsets, kernel_distances_of_subsets(a, b, num_subsets=200, subset_size=40, seed=1))
@@ -117,10 +117,14 @@ def test_subsets_are_by_the_seed_and_about_the_whole():
 @pytest.mark.parametrize(
     ("a", "b", "message"),
     [
-        (np.ones((3, 4)), np.ones((3, 5)), "the same d"),
-        (np.ones(3), np.ones(3), "the same d"),
-        (np.ones((3, 4)), np.ones((1, 4)), "at least two"),
-        (np.ones((3, 4)), np.array([[1.0, 2, 3, 4], [1, np.nan, 3, 4]]), "image 1 are not finite"),
+        (np.ones((3, 4)), np.ones((3, 5)), "with the same d"),
+        (np.ones(3), np.ones(3), "with the same d"),
+        (np.ones((3, 4)), np.ones((1, 4)), "at least two images, got 3 and 1"),
+        (
+            np.ones((3, 4)),
+            np.array([[1.0, 2, 3, 4], [1, np.nan, 3, 4]]),
+            "must be finite, got nan or infinity for image 1",
+        ),
     ],
 )
 def test_bad_features_are_refused(distance, a, b, message):
@@ -131,9 +135,9 @@ def test_bad_features_are_refused(distance, a, b, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"subset_size": 11}, "it is 2 to 10"),
-        ({"subset_size": 1}, "it is 2 to 10"),
-        ({"num_subsets": 0}, "num_subsets"),
+        ({"subset_size": 11}, "subset_size must be 2 to 10 .* got 11"),
+        ({"subset_size": 1}, "subset_size must be 2 to 10 .* got 1"),
+        ({"num_subsets": 0}, "num_subsets must be at least 1, got 0"),
     ],
 )
 def test_bad_subsets_are_refused(options, message):

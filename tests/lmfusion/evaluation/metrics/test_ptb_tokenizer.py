@@ -1,4 +1,4 @@
-"""Are the words of a caption those that the COCO evaluation finds, with Stanford's tokenizer and Java?"""
+"""The words of a caption are those of the COCO evaluation, compared with Stanford's tokenizer if there is Java."""
 
 import os
 import shutil

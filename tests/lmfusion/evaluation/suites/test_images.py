@@ -1,4 +1,4 @@
-"""Are drawings made once, with chance by prompt alone, and compared with the right images?"""
+"""Images are generated once, with noise by prompt alone, and compared with the right images."""
 
 import json
 
@@ -9,7 +9,7 @@ from PIL import Image
 from lmfusion.evaluation.metrics.extractors import FeatureExtractor
 from lmfusion.evaluation.metrics.feature_distances import frechet_distance
 from lmfusion.evaluation.suites import images
-from lmfusion.evaluation.suites.images import ImagesConfig, check_images, draw_prompts, read_prompts, run_images
+from lmfusion.evaluation.suites.images import ImagesConfig, ImagesSuite, generate_images, read_prompts
 from lmfusion.images.png import read_settings
 from lmfusion.utils.config_values import from_values
 from tests.lmfusion.evaluation.metrics.clip_folder import save_clip
@@ -34,9 +34,9 @@ def means(monkeypatch):
     return seen
 
 
-def test_drawn_and_real_images_are_compared(tiny, tmp_path, means):
+def test_generated_and_real_images_are_compared(tiny, tmp_path, means):
     values = {**FAST, "source": DIGITS, "extractors": [{}], "guidance_scales": [1, 2], "control": {"kind": "digits"}}
-    result = run_images(tiny, from_values(ImagesConfig, values), tmp_path)
+    result = ImagesSuite(from_values(ImagesConfig, values)).run(tiny, tmp_path)
     real, first, _, others = means
     assert len(real) == len(first) == len(others) == 8
     assert real[0].shape == (8, 8)
@@ -65,26 +65,26 @@ def test_the_interval_of_the_kernel_distance_covers_what_other_samples_give(mean
     truth = images.distances(extractor, generator.normal(0.7, 1, size=(2000, 2)), real, "", {})[1].value
     covered = 0
     for _ in range(20):
-        drawn = generator.normal(0.7, 1, size=(60, 2))
-        score = images.distances(extractor, drawn, generator.normal(size=(60, 2)), "", {})[1]
+        generated = generator.normal(0.7, 1, size=(60, 2))
+        score = images.distances(extractor, generated, generator.normal(size=(60, 2)), "", {})[1]
         covered += score.low <= truth <= score.high
     assert covered >= 16  # 19 are expected; below 16 one time in 400
 
 
-def test_what_is_there_is_not_drawn_again(tiny, tmp_path):
+def test_existing_images_are_not_generated_again(tiny, tmp_path):
     prompts = ["a seven", "an eight", "a nine"]
     options = from_values(ImagesConfig, {**FAST, "source": DIGITS}).options(2.0)
-    files = draw_prompts(tiny, prompts, options, tmp_path, 2, "digest")
+    files = generate_images(tiny, prompts, options, tmp_path, 2, "digest")
     assert read_settings(files[1])["prompt"] == "an eight"
     before = [file.stat().st_mtime_ns for file in files]
     pixels = np.asarray(Image.open(files[1]))
     files[1].unlink()
     files[2].write_bytes(b"damaged")
-    assert draw_prompts(tiny, prompts, options, tmp_path, 8, "digest") == files
+    assert generate_images(tiny, prompts, options, tmp_path, 8, "digest") == files
     assert files[0].stat().st_mtime_ns == before[0]
-    assert np.array_equal(np.asarray(Image.open(files[1])), pixels)  # whatever it is drawn with
+    assert np.array_equal(np.asarray(Image.open(files[1])), pixels)  # in any batch
     assert read_settings(files[2])["index"] == 2
-    draw_prompts(tiny, prompts, options, tmp_path, 8, "another model")
+    generate_images(tiny, prompts, options, tmp_path, 8, "another model")
     assert files[0].stat().st_mtime_ns != before[0]
 
 
@@ -96,31 +96,31 @@ def test_prompts_from_files_and_the_clip_score(tiny, tmp_path):
     (tmp_path / "mark.txt").write_text("\ufeffa cat\n", encoding="utf-8")
     assert read_prompts(str(tmp_path / "mark.txt")) == ["a cat"]
     (tmp_path / "latin.txt").write_text("ein Bär\n", encoding="latin-1")
-    with pytest.raises(ValueError, match=r"latin.txt is not UTF-8"):
+    with pytest.raises(ValueError, match=r"latin.txt must be UTF-8"):
         read_prompts(str(tmp_path / "latin.txt"))
     values = {**FAST, "prompts": str(tmp_path / "prompts.txt"), "num_images": None}
     values["clip"] = str(save_clip(tmp_path / "clip"))
     config = from_values(ImagesConfig, values)
-    check_images(config)
-    [score] = run_images(tiny, config, tmp_path / "out").scores
+    ImagesSuite(config).check()
+    [score] = ImagesSuite(config).run(tiny, tmp_path / "out").scores
     assert score.name == "CLIP score, guidance 1.55"
     assert score.count == 2
     assert 0 <= score.low <= score.value <= score.high <= 100
-    with pytest.raises(ValueError, match="has 2 prompts"):
-        check_images(from_values(ImagesConfig, {**values, "num_images": 3}))
+    with pytest.raises(ValueError, match=r"images.num_images must be at most 2, the prompts of .* got 3"):
+        ImagesSuite(from_values(ImagesConfig, {**values, "num_images": 3})).check()
 
 
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({}, "no prompts"),
-        ({"source": DIGITS, "coco": {"annotations": "a", "images": "b"}}, "source and coco"),
-        ({"prompts": "a.txt", "extractors": [{}]}, "compare with real images"),
-        ({"source": DIGITS, "control": DIGITS}, "compared through images.extractors"),
-        ({"source": DIGITS, "guidance_scales": [1, 1]}, "each once"),
-        ({"source": DIGITS, "guidance_scales": []}, "one or more"),
+        ({}, "images must have prompts, got none"),
+        ({"source": DIGITS, "coco": {"annotations": "a", "images": "b"}}, "source or coco, got both"),
+        ({"prompts": "a.txt", "extractors": [{}]}, "need real images to compare with"),
+        ({"source": DIGITS, "control": DIGITS}, "needs images.extractors"),
+        ({"source": DIGITS, "guidance_scales": [1, 1]}, r"one or more different numbers, got \[1"),
+        ({"source": DIGITS, "guidance_scales": []}, r"one or more different numbers, got \[\]"),
         ({"source": DIGITS, "guidance_scales": [-1]}, "guidance_scale"),
-        ({"source": DIGITS, "sampler": "magic"}, "images.sampler is 'magic'"),
+        ({"source": DIGITS, "sampler": "magic"}, "images.sampler must be one of .* got 'magic'"),
         ({"source": DIGITS, "num_steps": 5000}, "images.num_steps is 5000; the limit here is 1000"),
         ({"source": DIGITS, "num_images": 1}, "images.num_images is 1"),
     ],
@@ -130,17 +130,20 @@ def test_bad_settings(values, reason):
         from_values(ImagesConfig, values)
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_errors_name_what_is_missing(tmp_path):
     weights = [{"kind": "inception", "path": str(tmp_path / "none.pth")}]
     with pytest.raises(ValueError, match=r"none\.pth.*torch-fidelity/releases"):
-        check_images(from_values(ImagesConfig, {"source": DIGITS, "extractors": weights}))
+        ImagesSuite(from_values(ImagesConfig, {"source": DIGITS, "extractors": weights})).check()
     with pytest.raises(ValueError, match=r"images\.clip.*huggingface\.co"):
-        check_images(from_values(ImagesConfig, {"source": DIGITS, "clip": str(tmp_path / "none")}))
+        ImagesSuite(from_values(ImagesConfig, {"source": DIGITS, "clip": str(tmp_path / "none")})).check()
     for name, text in (("none.txt", None), ("a.csv", "a"), ("empty.txt", "\n")):
         if text is not None:
             (tmp_path / name).write_text(text)
-        with pytest.raises(ValueError, match=f"{name}.*(there|no prompts)"):
-            check_images(from_values(ImagesConfig, {"prompts": str(tmp_path / name)}))
+        with pytest.raises(
+            ValueError,
+            match=f"(existing .* got|must hold at least one prompt).*{name}|{name} must hold at least one prompt",
+        ):
+            ImagesSuite(from_values(ImagesConfig, {"prompts": str(tmp_path / name)})).check()
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n')
-    with pytest.raises(ValueError, match="no object"):
+    with pytest.raises(ValueError, match="must hold an object"):
         read_prompts(str(tmp_path / "bad.jsonl"))

@@ -1,4 +1,4 @@
-"""Do tasks come from where they are said to, and does the table tell what became of the base LLM?"""
+"""Tasks read the right data, and the table compares a model with its base LLM."""
 
 import json
 import math
@@ -13,7 +13,7 @@ import yaml
 import lmfusion.evaluation
 from lmfusion import LMFusion
 from lmfusion.evaluation.scoring import text_loss
-from lmfusion.evaluation.suites.language import LanguageConfig, base_model, check_language, run_language
+from lmfusion.evaluation.suites.language import LanguageConfig, LanguageSuite, base_model
 from lmfusion.utils.config_values import from_values
 from tests.lmfusion import vlms
 
@@ -54,8 +54,8 @@ def test_the_packaged_questions_are_sound():
     assert max(places.values()) - min(places.values()) <= 1  # always answering the same one is right by chance
 
 
-def test_an_own_task_beside_the_base_llm(tiny, task, tmp_path):
-    result = run_language(tiny, LanguageConfig(tasks=[str(task)]), tmp_path)
+def test_a_custom_task_is_compared_with_the_base_llm(tiny, task, tmp_path):
+    result = LanguageSuite(LanguageConfig(tasks=[str(task)])).run(tiny, tmp_path)
     scores = {score.name: score for score in result.scores}
     accuracy = scores["mine acc"]
     assert accuracy.value in (0, 0.5, 1)
@@ -71,11 +71,11 @@ def test_an_own_task_beside_the_base_llm(tiny, task, tmp_path):
     assert proof.rows[1][1] == "identical"
 
 
-def test_a_changed_text_side_shows(tiny_folder, task, tmp_path):
+def test_a_changed_text_tower_shows(tiny_folder, task, tmp_path):
     model = LMFusion.from_pretrained(tiny_folder)
     with torch.no_grad():
         model.text.norm.weight[0] += 1
-    result = run_language(model, LanguageConfig(tasks=[str(task)]), tmp_path)
+    result = LanguageSuite(LanguageConfig(tasks=[str(task)])).run(model, tmp_path)
     scores = {score.name: score.value for score in result.scores}
     assert scores["share of tensors with the base's sha256"] < 1
     assert scores["share of prompts with the base's logits, bit for bit"] == 0
@@ -94,23 +94,25 @@ def test_the_base_of_a_vision_language_model_is_its_llm(tmp_path):
 def test_without_comparison_nothing_of_the_base_is_read(tiny_folder, task, tmp_path):
     model = LMFusion.from_pretrained(tiny_folder)
     model.base = None
-    with pytest.raises(ValueError, match="made without a base LLM"):
-        run_language(model, LanguageConfig(tasks=[str(task)]), tmp_path)
-    result = run_language(model, LanguageConfig([str(task)], limit=1, compare_with_base=False, verify=False), tmp_path)
+    with pytest.raises(ValueError, match="must have a base LLM to compare with"):
+        LanguageSuite(LanguageConfig(tasks=[str(task)])).run(model, tmp_path)
+    result = LanguageSuite(LanguageConfig([str(task)], limit=1, compare_with_base=False, verify=False)).run(
+        model, tmp_path
+    )
     assert {score.name for score in result.scores} == {"mine acc", "mine acc_norm"}
     assert result.scores[0].count == 1
 
 
-def test_a_base_that_is_gone_is_said_before_any_task_is_asked(tiny_folder, task, tmp_path, monkeypatch):
+def test_a_missing_base_is_reported_before_any_task_runs(tiny_folder, task, tmp_path, monkeypatch):
     model = LMFusion.from_pretrained(tiny_folder)
     model.base = replace(model.base, name=str(tmp_path / "gone"))
-    monkeypatch.setattr("lmfusion.evaluation.suites.lm_harness.ask", lambda *args: pytest.fail("a task is asked"))
+    monkeypatch.setattr("lmfusion.evaluation.suites.lm_harness.run_tasks", lambda *args: pytest.fail("a task runs"))
     for options in ({"compare_with_base": False}, {"verify": False}):
         with pytest.raises(FileNotFoundError, match="gone"):
-            run_language(model, LanguageConfig([str(task)], **options), tmp_path)
+            LanguageSuite(LanguageConfig([str(task)], **options)).run(model, tmp_path)
 
 
-def test_data_may_lie_elsewhere(tiny, task, tmp_path):
+def test_data_may_be_elsewhere(tiny, task, tmp_path):
     others = tmp_path / "others.jsonl"
     others.write_text(json.dumps(QUESTIONS[0]) + "\n")
     text = yaml.safe_load(task.read_text())
@@ -119,7 +121,7 @@ def test_data_may_lie_elsewhere(tiny, task, tmp_path):
     (tmp_path / "tasks").mkdir()
     (tmp_path / "tasks" / "mine.yaml").write_text(yaml.safe_dump(text))
     config = LanguageConfig(["mine"], {"mine": str(others)}, str(tmp_path / "tasks"))
-    assert run_language(tiny, config, tmp_path).scores[0].count == 1
+    assert LanguageSuite(config).run(tiny, tmp_path).scores[0].count == 1
 
 
 def test_perplexities_have_no_interval_of_a_mean(tiny, task, tmp_path):
@@ -128,7 +130,9 @@ def test_perplexities_have_no_interval_of_a_mean(tiny, task, tmp_path):
     values |= {"output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{question}}"}
     values["metric_list"] = [{"metric": "word_perplexity"}]
     task.write_text(yaml.safe_dump(values))
-    [score] = run_language(tiny, LanguageConfig([str(task)], compare_with_base=False, verify=False), tmp_path).scores
+    [score] = (
+        LanguageSuite(LanguageConfig([str(task)], compare_with_base=False, verify=False)).run(tiny, tmp_path).scores
+    )
     assert math.isfinite(score.value)
     assert score.low is None
 
@@ -144,7 +148,7 @@ def test_each_filter_of_a_task_has_its_own_questions(tiny, task, tmp_path):
     ]
     values["metric_list"] = [{"metric": "exact_match"}]
     task.write_text(yaml.safe_dump(values))
-    scores = run_language(tiny, LanguageConfig([str(task)], verify=False), tmp_path).scores
+    scores = LanguageSuite(LanguageConfig([str(task)], verify=False)).run(tiny, tmp_path).scores
     by_name = {score.name: score for score in scores}
     for name in ("mine exact_match (first)", "mine exact_match (never)"):
         assert by_name[name].count == len(QUESTIONS)
@@ -152,29 +156,32 @@ def test_each_filter_of_a_task_has_its_own_questions(tiny, task, tmp_path):
         assert by_name[f"{name}, adapted minus base"].low == 0
 
 
-def test_what_is_missing_is_named_with_the_way_out(task, tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match="no such file"):
-        check_language(LanguageConfig([str(tmp_path / "none.yaml")]))
-    with pytest.raises(ValueError, match=r"no_such_task.*does not know"):
-        check_language(LanguageConfig(["no_such_task"]))
+def test_errors_name_what_is_missing_and_the_way_out(task, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"language.tasks must name existing YAML files, got .*none.yaml"):
+        LanguageSuite(LanguageConfig([str(tmp_path / "none.yaml")])).check()
+    with pytest.raises(ValueError, match=r"must name tasks that lm-evaluation-harness has, got 'no_such_task'"):
+        LanguageSuite(LanguageConfig(["no_such_task"])).check()
     for text, reason in (
-        ("task: [", "cannot be read: .*line 2"),
-        ("- a", "cannot be read: .*list"),
-        ("", "cannot be read: .*NoneType"),
+        ("task: [", "must be readable, got .*line 2"),
+        ("- a", "must be readable, got .*list"),
+        ("", "must be readable, got .*NoneType"),
     ):
         (tmp_path / "broken.yaml").write_text(text)
         with pytest.raises(ValueError, match=f"broken.yaml {reason}"):
-            check_language(LanguageConfig([str(tmp_path / "broken.yaml")]))
-    with pytest.raises(ValueError, match=r"include_path is .*none, and there is no such folder"):
-        check_language(LanguageConfig([str(task)], include_path=str(tmp_path / "none")))
+            LanguageSuite(LanguageConfig([str(tmp_path / "broken.yaml")])).check()
+    with pytest.raises(ValueError, match=r"include_path must be an existing folder, got .*none"):
+        LanguageSuite(LanguageConfig([str(task)], include_path=str(tmp_path / "none"))).check()
     monkeypatch.setattr("datasets.load_dataset", unreachable)
-    with pytest.raises(ValueError, match=r"hellaswag \(Rowan/hellaswag\).*language.data, as {hellaswag: PATH}"):
-        check_language(LanguageConfig(["hellaswag"]))
-    with pytest.raises(ValueError, match="nothing there"):
-        check_language(LanguageConfig(["hellaswag"], data={"hellaswag": str(tmp_path / "none")}))
+    with pytest.raises(
+        ValueError,
+        match=r"task hellaswag must be readable, got .* for Rowan/hellaswag.*language.data, as {hellaswag: PATH}",
+    ):
+        LanguageSuite(LanguageConfig(["hellaswag"])).check()
+    with pytest.raises(ValueError, match=r"language.data.hellaswag must be an existing folder or file, got .*none"):
+        LanguageSuite(LanguageConfig(["hellaswag"], data={"hellaswag": str(tmp_path / "none")})).check()
     (tmp_path / "data.txt").write_text("text")
-    with pytest.raises(ValueError, match=r"a file is one of \.json"):
-        check_language(LanguageConfig(["hellaswag"], data={"hellaswag": str(tmp_path / "data.txt")}))
+    with pytest.raises(ValueError, match=r"must be a folder or one of \.json"):
+        LanguageSuite(LanguageConfig(["hellaswag"], data={"hellaswag": str(tmp_path / "data.txt")})).check()
 
 
 def unreachable(*args, **kwargs):
@@ -185,9 +192,9 @@ def unreachable(*args, **kwargs):
     ("values", "reason"),
     [
         ({"tasks": []}, "at least one task"),
-        ({"tasks": ["everyday", "everyday"]}, "each once"),
+        ({"tasks": ["everyday", "everyday"]}, "and each once, got"),
         ({"limit": 0}, "language.limit is 0"),
-        ({"data": {"piqa": "here"}}, "'piqa', which is not in language.tasks"),
+        ({"data": {"piqa": "here"}}, "keys of language.data must be in language.tasks .* got 'piqa'"),
     ],
 )
 def test_bad_settings(values, reason):

@@ -1,4 +1,4 @@
-"""What tasks of lm-evaluation-harness ask of answers: as its own models take it, or a clear error."""
+"""Settings of lm-evaluation-harness's tasks are read as its own models read them, or refused."""
 
 import pytest
 from lm_eval.models.utils import normalize_gen_kwargs
@@ -49,13 +49,13 @@ def test_settings_are_read_as_its_own_models_read_them(lm, settings):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_beams": 10}, "sets num_beams to 10 in generation_kwargs, which is not supported here; it must be 1"),
-        ({"repetition_penalty": 1.2}, "it must be 1, or left out"),
-        ({"presence_penalty": 0.5}, "it must be 0, or left out"),
-        ({"nonsense": 1}, "a task sets 'nonsense' in generation_kwargs; known: do_sample"),
+        ({"num_beams": 10}, "num_beams in generation_kwargs of a task must be 1 or left out, got 10"),
+        ({"repetition_penalty": 1.2}, "must be 1 or left out, got 1.2"),
+        ({"presence_penalty": 0.5}, "must be 0 or left out, got 0.5"),
+        ({"nonsense": 1}, "must have keys out of do_sample, .* got 'nonsense'"),
     ],
 )
-def test_settings_that_would_change_something_are_refused(lm, settings, message):
+def test_settings_with_an_effect_are_refused(lm, settings, message):
     with pytest.raises(ValueError, match=message):
         options(lm, **settings)
 
@@ -70,18 +70,18 @@ def test_settings_that_would_change_something_are_refused(lm, settings, message)
         (["x"] * 20 + ["</s>"], ["</s>"] + ["x"] * 15),
     ],
 )
-def test_texts_to_stop_at(lm, until, expected):
+def test_stop_strings(lm, until, expected):
     assert options(lm, until=until)["stop_strings"] == expected
-    [text] = lm._write(["The sky"], {"until": until, "max_gen_toks": 4})
+    [text] = lm._generate(["The sky"], {"until": until, "max_gen_toks": 4})
     assert all(stop not in text for stop in ([until] if isinstance(until, str) else until) if stop)
 
 
 def test_conversations_do_not_depend_on_the_day(lm, monkeypatch):
     monkeypatch.setattr(lm.tokenizer, "chat_template", DATED)
     turns = [{"role": "user", "content": "Hi."}]
-    asked = lm.apply_chat_template(turns)
-    assert asked == "Today is 26 Jul 2024. <|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n"
+    prompt = lm.apply_chat_template(turns)
+    assert prompt == "Today is 26 Jul 2024. <|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n"
     begun = [*turns, {"role": "assistant", "content": "I say "}]
-    assert lm.apply_chat_template(begun, add_generation_prompt=False) == asked + "I say "
+    assert lm.apply_chat_template(begun, add_generation_prompt=False) == prompt + "I say "
     monkeypatch.setattr(lm.model.config, "template_variables", {"today": "2025-01-02"})
     assert lm.apply_chat_template(turns).startswith("Today is 02 Jan 2025.")

@@ -31,8 +31,8 @@ VALUES = {
         "deep-0": {"model.image.separation": "deep"},
         "none-1": {"model.image.separation": "none", "train.text_learning_rate_ratio": 1},
     },
-    "measure": {"every": 2, "task": None, "drawings": {"num_images": 2, "num_steps": 2}},
-    "orderings": [
+    "measure": {"every": 2, "task": None, "images": {"num_images": 2, "num_steps": 2}},
+    "claims": [
         {"claim": "frozen text stays", "metric": "text_loss", "keeps": ["none-0", "deep-0"]},
         {"claim": "a trained LLM moves", "metric": "text_loss", "keeps": ["none-1"]},
         {"claim": "deeper is better", "metric": "diffusion_loss", "order": ["deep-0", "none-0"]},

@@ -1,4 +1,4 @@
-"""An ablation in a process of its own, which kills itself at a given step."""
+"""Runs an ablation in a process of its own, which kills itself at a given step."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""Does an ablation train, measure and compare its variants, and go on where it was killed?"""
+"""An ablation trains, measures and compares its variants, and continues after a kill."""
 
 import json
 import multiprocessing
@@ -64,10 +64,10 @@ def test_the_command_trains_measures_and_reports(recipe, values, capsys):
         assert "diffusion_loss" not in start and middle["diffusion_loss"] > 0 and final["caption_loss"] > 0
         assert ("text_loss" in middle) == trains_text  # frozen text cannot have moved
         assert (final["text_loss"] == start["text_loss"]) != trains_text
-        assert 0 <= final["drawings_right_low"] <= final["drawings_right"] <= final["drawings_right_high"] <= 1
+        assert 0 <= final["image_accuracy_low"] <= final["image_accuracy"] <= final["image_accuracy_high"] <= 1
         assert variant["config"]["output"] == str(folder / name)
         assert variant["versions"]["torch"] and "commit" in variant
-        assert (folder / name / "drawings.png").is_file() and not (folder / name / "checkpoints").exists()
+        assert (folder / name / "images.png").is_file() and not (folder / name / "checkpoints").exists()
     assert len({variant["start"]["text_loss"] for variant in summary["variants"].values()}) == 1
     trained = {name: variant["trained_parameters"] for name, variant in summary["variants"].items()}
     assert trained["none-0"] < trained["deep-0"] and trained["none-0"] < trained["none-1"]
@@ -81,27 +81,27 @@ def test_the_command_trains_measures_and_reports(recipe, values, capsys):
     LMFusion.from_pretrained(folder / "deep-0" / "model")
 
 
-def test_finished_variants_are_left_and_changes_are_noticed(values, tmp_path, monkeypatch, capsys):
+def test_finished_variants_are_kept_and_changes_are_refused(values, tmp_path, monkeypatch, capsys):
     values["variants"].pop("none-1")
-    values["orderings"].pop(1)
+    values["claims"].pop(1)
     summary = run_ablation(config_of(values))
     began = []
     monkeypatch.setattr(ablation_run, "MeasuredTrainer", lambda run, measurer: began.append(run))
     assert run_ablation(config_of(values)) == summary and not began
 
-    values["orderings"] = values["orderings"][:1]  # what is claimed may change
+    values["claims"] = values["claims"][:1]  # what is claimed may change
     assert len(run_ablation(config_of(values))["claims"]) == 1
 
     recipe = write(values, tmp_path)
     assert main(["ablate", recipe, "base.train.learning_rate=0.02"]) == 2
     assert "train.learning_rate was 0.01, is 0.02" in capsys.readouterr().err
     assert main(["ablate", recipe, "variants.deep-0={model.image.separation: shallow}"]) == 2
-    assert "variants.deep-0 has changed" in capsys.readouterr().err
+    assert "variants.deep-0 must be as when" in capsys.readouterr().err
     assert main(["ablate", recipe, "measure.texts=null"]) == 2
-    assert "measure has changed" in capsys.readouterr().err
+    assert "measure must be as when" in capsys.readouterr().err
 
     (Path(values["output"]) / "deep-0" / "result.json").write_text("{")
-    with pytest.raises(ValueError, match=r"result.json is damaged .* delete .*deep-0"):
+    with pytest.raises(ValueError, match=r"result.json must be valid JSON, .* delete .*deep-0"):
         run_ablation(config_of(values))
 
 
@@ -117,14 +117,16 @@ def test_what_no_number_depends_on_may_change(values):
     check_unchanged("deep-0", run)
     begun["data"]["image_first"] = 0.5
     path.write_text(yaml.safe_dump(begun))
-    with pytest.raises(ValueError, match=r"variants.deep-0 has changed .* data.image_first was 0.5, is 0.2. Change it"):
+    with pytest.raises(
+        ValueError, match=r"variants.deep-0 must be as when .* data.image_first was 0.5, is 0.2. Change it"
+    ):
         check_unchanged("deep-0", run)
 
 
 @pytest.mark.slow
-def test_a_killed_ablation_goes_on_to_the_same_numbers(values, tmp_path):
+def test_a_killed_ablation_continues_to_the_same_numbers(values, tmp_path):
     values["variants"].pop("deep-0")
-    values["orderings"] = []
+    values["claims"] = []
     unbroken = run_ablation(config_of(values))
     again = values | {"output": str(tmp_path / "killed")}
     process = multiprocessing.get_context("forkserver").Process(target=ablate_and_die, args=(again, "none-1", 3))
@@ -150,7 +152,7 @@ def test_a_signal_interrupts_with_exit_code_75(recipe, values, monkeypatch, caps
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(MeasuredTrainer, "_advance", advance)
-    command = ["ablate", recipe, "variants={deep-0: {model.image.separation: deep}}", "orderings=[]"]
+    command = ["ablate", recipe, "variants={deep-0: {model.image.separation: deep}}", "claims=[]"]
     assert main(command) == 75
     assert "interrupted" in capsys.readouterr().out
     assert not (Path(values["output"]) / "ablation.json").exists()
@@ -160,7 +162,7 @@ def test_a_signal_interrupts_with_exit_code_75(recipe, values, monkeypatch, caps
 
 def test_measuring_changes_nothing_of_a_run(values, tmp_path):
     """The weights of a measured run are those of `lmfusion train` with the same configuration."""
-    run_ablation(config_of(values | {"variants": {"none-1": values["variants"]["none-1"]}, "orderings": []}))
+    run_ablation(config_of(values | {"variants": {"none-1": values["variants"]["none-1"]}, "claims": []}))
     plain = config_of(values | {"output": str(tmp_path / "plain")}).runs()["none-1"]
     assert Trainer(plain).run()
     ours, theirs = (Path(values["output"]) / "none-1", Path(plain.output))
@@ -171,50 +173,68 @@ def test_measuring_changes_nothing_of_a_run(values, tmp_path):
 
 def test_accuracy_of_a_task_is_measured(values):
     pytest.importorskip("lm_eval")
-    values["measure"] |= {"task": "everyday", "drawings": {}}
+    values["measure"] |= {"task": "everyday", "images": {}}
     values["variants"] = {"deep-0": values["variants"]["deep-0"]}
-    values["orderings"] = [{"claim": "knows the same", "metric": "text_accuracy", "keeps": ["deep-0"]}]
+    values["claims"] = [{"claim": "knows the same", "metric": "text_accuracy", "keeps": ["deep-0"]}]
     summary = run_ablation(config_of(values))
     final = summary["variants"]["deep-0"]["final"]
     assert 0 < final["text_accuracy_low"] < final["text_accuracy"] < final["text_accuracy_high"] < 1
     assert summary["claims"][0]["found"] is True
-    assert "drawings_right" not in final
+    assert "image_accuracy" not in final
 
 
 def test_accuracy_is_that_of_one_task_and_nothing_else():
     right, others = Score("piqa acc", 0.5), (Score("piqa acc_norm", 0.6), Score("gsm8k exact_match (strict)", 0.1))
     assert _accuracy("piqa", (right, *others)) is right
     for scores in (others, (right, Score("mmlu_law acc", 0.3)), ()):
-        with pytest.raises(ValueError, match=r"measure.task is mine, .* name one multiple-choice task"):
+        with pytest.raises(ValueError, match=r"measure.task must be one multiple-choice task .* got mine"):
             _accuracy("mine", scores)
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("variants={}", "variants is empty"),
-        ("variants={a/b: {}}", "'a/b', which is to be the name of a folder"),
-        ("variants.deep-0={train.num_step: 3}", "variants.deep-0 is no training run: unknown key train.num_step"),
-        ("variants.deep-0={output: x}", "variants.deep-0.output is given"),
-        ("variants.deep-0={train.seed: 2, train.seed.x: 1}", "variants.deep-0.train.seed.x: train.seed is a value"),
-        ("base.output=x", "base.output is given, but it is <output of the ablation>"),
-        ("base.validation.every=3", "base.validation.every is given, but measure.every says it"),
-        ("base.validation.sources=[]", "base.validation.sources is empty"),
-        ("measure.every=3", "variants.none-0 has 4 steps, no multiple of measure.every, 3"),
-        ("base.train.log_every=4", "measure.every is 2, no multiple of train.log_every, 4"),
-        ("measure.texts=nowhere.txt", "measure.texts is nowhere.txt, and there is no such file"),
-        ("measure.task=nowhere.yaml", "names nowhere.yaml, and there is no such file"),
-        ("measure.drawings.sampler=best", "measure.drawings.sampler is 'best'"),
-        ("measure.drawings.num_images=100000", "there are 1000 held-out captions"),
+        ("variants={}", "variants must name at least one"),
+        ("variants={a/b: {}}", "must be valid names of folders, got 'a/b'"),
+        (
+            "variants.deep-0={train.num_step: 3}",
+            "variants.deep-0 must be a valid training run: unknown key train.num_step",
+        ),
+        ("variants.deep-0={output: x}", "variants.deep-0.output must be left out"),
+        (
+            "variants.deep-0={train.seed: 2, train.seed.x: 1}",
+            "variants.deep-0.train.seed.x must be below a section, but train.seed is a value",
+        ),
+        ("base.output=x", "base.output must be left out: it is always <output of the ablation>"),
+        ("base.validation.every=3", "base.validation.every must be left out: measure.every sets it"),
+        ("base.validation.sources=[]", "base.validation.sources must name held-out images"),
+        (
+            "measure.every=3",
+            "train.num_steps of variants.none-0 must be a multiple of measure.every, 3, so that",
+        ),
+        ("base.train.log_every=4", "measure.every must be a multiple of train.log_every, 4,"),
+        ("measure.texts=nowhere.txt", "measure.texts must be an existing file, got nowhere.txt"),
+        ("measure.task=nowhere.yaml", "must name existing YAML files, got nowhere.yaml"),
+        ("measure.images.sampler=best", "measure.images.sampler must be one of "),
+        (
+            "measure.images.num_images=100000",
+            "measure.images.num_images must be at most 1000, the held-out captions, got 100000",
+        ),
         ("base.model.codec.image_size=8", "image_size is 8; shapes cannot be told apart below 16 pixels"),
-        ("orderings=[{claim: c, metric: text_loss, keeps: [other]}]", "names other, which is no variant"),
-        ("orderings=[{claim: c, metric: drawings_right, order: [none-0, deep-0]}]", "num_images above 0"),
+        (
+            "claims=[{claim: c, metric: text_loss, keeps: [other]}]",
+            "must name variants out of none-0, deep-0, none-1, got other",
+        ),
+        (
+            "claims=[{claim: c, metric: image_accuracy, order: [none-0, deep-0]}]",
+            "measure.images.num_images must be above 0 for the claim",
+        ),
         ("colour=red", "unknown key colour"),
     ],
 )
 def test_bad_recipes_give_one_clear_error(recipe, override, message, capsys, values):
-    without_drawings = ["measure.drawings.num_images=0"] if "drawings_right" in override else []
-    assert main(["ablate", recipe, *without_drawings, override]) == 2
+    without_images = ["measure.images.num_images=0"] if "image_accuracy" in override else []
+    assert main(["ablate", recipe, *without_images, override]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not list(Path(values["output"]).glob("*/config.yaml"))
@@ -226,10 +246,10 @@ def test_texts(tmp_path):
     assert read_texts(str(path)) == ["One\ntext.", "Another."]
     assert read_texts(None) == list(PLAIN_TEXTS)
     path.write_text(" \n\n")
-    with pytest.raises(ValueError, match="holds no text"):
+    with pytest.raises(ValueError, match="must hold texts"):
         read_texts(str(path))
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="is not UTF-8"):
+    with pytest.raises(ValueError, match="must be UTF-8"):
         read_texts(str(path))
 
 
@@ -243,13 +263,13 @@ def test_plot_shows_only_what_was_measured_and_more_variants_than_colours(tmp_pa
     assert (svg.read_bytes(), png.read_bytes()) == first
 
 
-def test_the_plot_says_what_it_needs(values, monkeypatch):
+def test_a_missing_matplotlib_is_reported_first(values, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs matplotlib, which is not installed; pip install matplotlib"):
         run_ablation(config_of(values))
 
 
-def test_the_recipe_compares_what_the_paper_compares():
+def test_the_recipe_has_the_papers_variants():
     config = read_recipe(AblationConfig, RECIPES / "ablation.yaml")
     cells = {(run.model.image.separation, run.train.text_learning_rate_ratio) for run in config.runs().values()}
     assert cells == {("none", 0), ("shallow", 0), ("deep", 0), ("none", 0.1), ("none", 1), ("deep", 0.1), ("deep", 1)}

@@ -1,5 +1,6 @@
-"""Does the demo run from end to end, and does its report say what happened?"""
+"""The demo runs from end to end, and its report says what happened."""
 
+import base64
 import json
 import re
 import shutil
@@ -10,7 +11,7 @@ from PIL import Image
 
 from lmfusion.cli import main
 from lmfusion.experiments.demo.chat_eval import Reply, openings_as_taught
-from lmfusion.experiments.demo.report import captioned, conversations, line_chart, render_picture, table
+from lmfusion.experiments.demo.report import digits_picture, loss_charts, render_report
 from lmfusion.experiments.demo.run import run_demo
 from lmfusion.model.modeling import LMFusion
 from lmfusion.synthetic.digit_classifier import Judge
@@ -59,7 +60,7 @@ def test_summary_and_report(demo):
     page = (folder / "report.html").read_text()
     assert not re.search(r'(src|href)="(?!data:)', page), "the page must carry everything it shows"
     assert page.count("<img") >= 10 * 10 + 10 * 10
-    assert page.count("<svg") == 3
+    assert page.count("data:image/svg+xml;base64,") == 3
     assert "Draw ..., then say what you drew." in page and "What is the capital of France?" in page
     assert "identical" in page and "CHANGED" not in page
     assert Image.open(folder / "digits.png").size[0] == 520
@@ -75,19 +76,12 @@ def test_a_finished_demo_does_not_train_again(demo, capsys):
     assert "continuing from step 4" in capsys.readouterr().out
 
 
-def test_judge_reads_real_digits():
+def test_the_classifier_reads_real_digits():
     digits = Digits("test")
     read = Judge().read([digits[i].load_image() for i in range(100)])
     assert sum(a == b for a, b in zip(read, digits.labels, strict=False)) >= 95
     blank = Image.new("L", (8, 8))
     assert len(set(Judge().read([blank, blank]))) == 1
-
-
-def test_wrong_captions_say_what_was_expected():
-    image = Image.new("L", (8, 8))
-    shown = captioned([(image, "a three", "a three"), (image, "a <four>", "a five")])
-    assert shown.count("right") == 1 and shown.count("wrong") == 1
-    assert "expected: a &lt;four&gt;" in shown and "<four>" not in shown
 
 
 def reply(**changed):
@@ -108,11 +102,40 @@ def test_a_reply_is_right_when_text_image_and_text_are():
         assert not reply(**changed).is_right, changed
 
 
+def report(**changed):
+    """The report of a demo that generated and captioned nothing."""
+    summary = {"model": "<Llama>", "text_identical": True, "train_seconds": 1.5, "versions": {"torch": "2"}}
+    shares = ("digit_accuracy", "caption_accuracy", "chat_accuracy", "chat_accuracy_in_other_words")
+    counts = ("trainable_parameters", "train_images", "text_parameters", "held_out_images")
+    summary |= dict.fromkeys(shares, 0.5) | dict.fromkeys(counts, 1234)
+    empty = {"metrics": [], "real": {}, "generated": {}, "captions_right": [], "captions_wrong": [], "replies": {}}
+    rest = {"questions": [], "text_checks": [], "times": {}}
+    return render_report(**{"summary": summary, **empty, **rest, **changed})
+
+
+def test_wrong_captions_say_what_was_expected():
+    image = Image.new("L", (8, 8))
+    page = report(captions_right=[(image, "a three", "a three")], captions_wrong=[(image, "a <four>", "")])
+    assert page.count('<span class="right">a three</span>') == 1
+    assert '<span class="wrong">(nothing)</span><br>expected: a &lt;four&gt;' in page and "<four>" not in page
+    assert "<p>None.</p>" in report() and "<p>None.</p>" not in page
+
+
 def test_wrong_replies_are_shown_in_full():
-    shown = conversations([reply(), reply(after="I drew a <four>.")], "EngineRequest")
-    assert "1 of 2" in shown and shown.count("<tr>") == 2 and shown.count('class="talk"') == 1
-    assert "&lt;four&gt;" in shown and "Here is &lt;a&gt; seven:" in shown and 'class="wrong"' in shown
-    assert 'class="right"' in conversations([reply()], "EngineRequest")
+    page = report(replies={"<Title>": [reply(), reply(after="I drew a <four>.")]})
+    assert "<td>1 of 2</td>" in page and page.count("<td>Draw ....</td>") == 1 and page.count('class="reply"') == 1
+    assert "&lt;four&gt;" in page and "Here is &lt;a&gt; seven:" in page and "<h3>&lt;Title&gt;</h3>" in page
+    assert '<span class="wrong">' in page and '<span class="right">' not in page
+    assert '<span class="right">' in report(replies={"Title": [reply()]})
+    assert "∅" in report(replies={"Title": [reply(image=None, read_as=None)]})
+
+
+def test_numbers_and_markup_of_the_summary():
+    page = report(questions=[("<who>", "an <answer>", False)], times={"train": 12.5})
+    assert "&lt;Llama&gt; was given an image tower of 1,234 parameters" in page and "<Llama>" not in page
+    assert "<td>&lt;who&gt;</td><td>an &lt;answer&gt;</td><td>GENERATED</td>" in page
+    assert '<td>train</td><td class="number">12.5</td>' in page
+    assert "<td>version of torch</td><td>2</td>" in page
 
 
 def test_the_recipes_system_prompt_is_that_of_the_conversations():
@@ -131,15 +154,17 @@ def test_conversations_are_in_the_words_of_the_llm_itself():
     assert sum(same) >= 0.8 * len(PLAIN)  # in another dtype it may choose another word
 
 
-def test_chart_and_table():
-    chart = line_chart([0, 5, 10], [3.0, 2.0, 1.0], "loss")
-    assert chart.count("<polyline") == 2 and "step 0" in chart and ">10<" in chart
-    assert line_chart([0], [1.0], "loss") == ""
-    assert '<td class="number">1,234</td>' in table([("n", 1234)])
+def test_there_is_a_chart_for_each_loss():
+    metrics = [{"step": step, "diffusion_loss": 3.0, "lm_loss": 2.0, "boi_loss": 1.0} for step in (0, 5, 10)]
+    charts = loss_charts(metrics)
+    assert [chart.title.split()[0] for chart in charts] == ["diffusion", "language", "loss"]
+    svg = base64.b64decode(charts[0].source.removeprefix("data:image/svg+xml;base64,")).decode()
+    assert ">diffusion loss (images)<" in svg and ">steps<" in svg and ">10<" in svg
+    assert loss_charts(metrics[:1]) == []
 
 
-def test_picture_has_a_column_a_digit():
+def test_the_picture_has_a_column_per_digit():
     white = Image.new("L", (8, 8), 255)
     black = Image.new("L", (8, 8), 0)
-    picture = render_picture({name: [white] * 3 for name in NAMES}, {name: [black] * 5 for name in NAMES})
+    picture = digits_picture({name: [white] * 3 for name in NAMES}, {name: [black] * 5 for name in NAMES})
     assert picture.getpixel((26, 26)) == 255 and picture.getpixel((26, picture.height - 26)) == 0
