@@ -16,7 +16,8 @@ from lmfusion.model.configuration import LMFusionConfig
 from lmfusion.model.flops import products_of
 from lmfusion.model.saved_files import read_config
 from lmfusion.model.vision import VisionEncoder
-from lmfusion.training.config import ModelConfig, resolve_path
+from lmfusion.training.config import ModelConfig
+from lmfusion.utils.recipes import resolve_path
 
 LLMS: dict[str, dict[str, Any]] = {
     "llama3-8b": {

@@ -8,8 +8,9 @@ from lmfusion.data.samples import DataConfig
 from lmfusion.model.batch import SpecialTokens
 from lmfusion.model.modeling import LMFusion
 from lmfusion.model.saving import from_base
-from lmfusion.training.config import RunConfig, resolve_path
+from lmfusion.training.config import RunConfig
 from lmfusion.training.distributed import World
+from lmfusion.utils.recipes import resolve_path
 
 
 def build_model(config: RunConfig) -> LMFusion:

@@ -1,11 +1,10 @@
 """What does a run consist of? Dataclasses, read from a YAML recipe and `key.sub=value` overrides."""
 
-import importlib.util
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lmfusion.data.samples import DataConfig, SourceConfig
 from lmfusion.generation.samplers import SAMPLERS
@@ -13,16 +12,14 @@ from lmfusion.model.codec import CodecConfig
 from lmfusion.model.configuration import ImageTowerConfig
 from lmfusion.model.diffusion import DiffusionConfig
 from lmfusion.text.chat_template import check_template_variables
-from lmfusion.utils.config_values import check_least, field_names, from_values, short_repr
+from lmfusion.utils.config_values import check_least, short_repr
 from lmfusion.utils.devices import has_fast_bfloat16
-from lmfusion.utils.files import name_os_errors
-from lmfusion.utils.yaml_files import read_yaml
+from lmfusion.utils.recipes import read_recipe
 from lmfusion_kernels.block.routed_block import RECOMPUTE
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16")
 
-T = TypeVar("T")
 OPTIMIZERS = ("adamw", "adamw_8bit")
 
 
@@ -233,62 +230,6 @@ class RunConfig:
 def load_config(recipe: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
     """The training run that a YAML recipe describes; see `read_recipe`."""
     return read_recipe(RunConfig, recipe, overrides)
-
-
-def read_recipe(cls: type[T], recipe: str | Path, overrides: Iterable[str] = ()) -> T:
-    """The dataclass `cls` out of a YAML recipe, changed by overrides like "train.num_steps=100" (values are YAML).
-
-    Raises ValueError, naming the key, for one that does not exist or has a value of the wrong type or out of range.
-    """
-    path = Path(recipe)
-    if not path.is_file():
-        raise ValueError(f"no recipe at {path}")
-    try:
-        with name_os_errors(path):
-            values = read_yaml(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no keys; a recipe has {field_names(cls)}")
-    for override in overrides:
-        _override(values, override)
-    return from_values(cls, values)
-
-
-def resolve_path(path: str) -> str:
-    """`path`, or, for `package:name/file`, the file inside the installed package `name`, which is not imported.
-
-    Raises ValueError where the package is not installed or holds no such file.
-    """
-    if not path.startswith("package:"):
-        return path
-    package, _, file = path.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"{path}: the package {package} is not installed; pip install {package.replace('_', '-')}")
-    for location in spec.submodule_search_locations:
-        found = Path(location, file)
-        if file and found.exists():
-            return str(found)
-    raise ValueError(f"{path}: the package {package} has no file {file!r}")
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    """Change one key of nested `values`, by "key.sub=value". Raises ValueError for what is no such thing."""
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ValueError(f"{short_repr(override)} is not an override; write key.sub=value")
-    *parents, last = key.split(".")
-    for parent in parents:
-        values = values.setdefault(parent, {})
-        if not isinstance(values, dict):
-            raise ValueError(f"{key}: {parent} is a value and has nothing below it")
-    try:
-        values[last] = read_yaml(text)
-    except ValueError as error:
-        raise ValueError(f"{short_repr(override)}: {error}") from error
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

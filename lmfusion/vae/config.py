@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lmfusion.data.samples import SourceConfig
-from lmfusion.training.config import DEVICES, DTYPES, CheckpointConfig, ValidationConfig, read_recipe
+from lmfusion.training.config import DEVICES, DTYPES, CheckpointConfig, ValidationConfig
 from lmfusion.utils.config_values import check_least, short_repr
+from lmfusion.utils.recipes import read_recipe
 from lmfusion.vae import discriminator, lpips
 
 

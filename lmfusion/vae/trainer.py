@@ -17,7 +17,7 @@ from tqdm import tqdm
 from lmfusion.data.pipeline.skip_log import SkipLog
 from lmfusion.images.preprocessing import to_pil
 from lmfusion.training import checkpoint
-from lmfusion.training.config import TrainConfig, resolve_path
+from lmfusion.training.config import TrainConfig
 from lmfusion.training.distributed import World
 from lmfusion.training.ema import EMA
 from lmfusion.training.metrics import Clock
@@ -29,6 +29,7 @@ from lmfusion.utils.config_values import to_values
 from lmfusion.utils.devices import choose_device
 from lmfusion.utils.files import lock_existing, locked, replace_text
 from lmfusion.utils.json_lines import JsonLines
+from lmfusion.utils.recipes import resolve_path
 from lmfusion.utils.signals import stop_signals
 from lmfusion.vae import losses
 from lmfusion.vae.autoencoder import Autoencoder, build_discriminator, export, measure_latents

@@ -15,8 +15,8 @@ from lmfusion.evaluation.config import EvalConfig, suite_names
 from lmfusion.evaluation.results import Picture, Score, SuiteResult, Table
 from lmfusion.evaluation.run import run_evaluation
 from lmfusion.evaluation.suites import captions
-from lmfusion.training.config import read_recipe
 from lmfusion.utils.config_values import from_values
+from lmfusion.utils.recipes import read_recipe
 from tests.lmfusion.evaluation.coco_layout import save_coco
 from tests.lmfusion.evaluation.metrics.clip_folder import save_clip
 

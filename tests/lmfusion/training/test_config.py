@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lmfusion.training.config import RunConfig, load_config, resolve_path
+from lmfusion.training.config import RunConfig, load_config
 from lmfusion.utils.config_values import from_values, to_values
+from lmfusion.utils.recipes import resolve_path
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 
@@ -72,9 +73,9 @@ def test_resolved_config_reads_back(recipe):
         ("sample.prompts=cat", "sample.prompts is 'cat'; it must be a list"),
         ("train.betas=[0.9]", r"train.betas is \[0.9\]; it must be a list of 2"),
         ("train=5", "train is 5; it must be a mapping with the keys num_steps"),
-        ("output.x=5", r"output.x: output is a value and has nothing below it"),
+        ("output.x=5", r"output.x: output is a single value and has no keys below it"),
         ("train.num_steps=[", "not valid YAML"),
-        ("train.num_steps", "is not an override; write key.sub=value"),
+        ("train.num_steps", "an override must have the form key.sub=value, got 'train.num_steps'"),
         ("train.num_steps=0", "train.num_steps is 0; it must be at least 1"),
         ("train.batch_tokens=-4", "train.batch_tokens is -4"),
         ("train.batch_tokens=5000", "train.batch_tokens is 5000, which is no multiple of data.seq_len, 4096"),
