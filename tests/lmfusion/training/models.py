@@ -1,4 +1,4 @@
-"""Models without files, and batches for them: what FLOPs and memory are counted on."""
+"""Models without files, and batches for them, on which FLOPs and memory are counted."""
 
 import torch
 from transformers import LlamaConfig

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, which can be killed: at a given moment from outside, or by themselves in a write.
+"""Runs in separate processes that can be killed: at a given moment from outside, or by themselves during a write.
 
 As a program it is `lmfusion train` that also writes down what it trains on, for torchrun.
 """

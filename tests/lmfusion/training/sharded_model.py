@@ -1,4 +1,4 @@
-"""What each of two processes measures for test_distributed.py: torchrun starts this, and each writes FOLDER/RANK.json.
+"""Measurements of two processes for test_distributed.py: torchrun starts this, and each writes FOLDER/RANK.json.
 
 FOLDER holds the LLMs. Beside the sharded model each process has a whole one of its own, which sees the rows of both.
 """

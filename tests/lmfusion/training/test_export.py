@@ -1,4 +1,4 @@
-"""Is the model that a run exports, from a checkpoint alone, the one that it trained?"""
+"""The model that a run exports, from a checkpoint alone, is the one that it trained."""
 
 import json
 from pathlib import Path
@@ -98,7 +98,9 @@ def test_an_export_tells_how_it_was_trained(config, unbroken, tmp_path):
 def test_damage_and_other_models_are_named(config, unbroken, tmp_path):
     path = checkpoint_path(Path(unbroken.output) / "checkpoints", 12)
     other = config(model__image={"hidden_size": 24, "patch_coder": {"kind": "linear", "patch_size": 4}})
-    with pytest.raises(ValueError, match=r"has 1?\d rows of ema/image\..*, not .*: it is of another model"):
+    with pytest.raises(
+        ValueError, match=r"must hold .* rows of ema/image\..*, got 1?\d rows: it belongs to another model"
+    ):
         export.save_model(other, path, tmp_path / "model")
     (file,) = path.glob("ema.*")
     file.write_bytes(file.read_bytes()[:-1] + b"x")

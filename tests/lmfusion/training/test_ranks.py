@@ -1,4 +1,4 @@
-"""Do several processes train as one does, and does a run go on when their number changes or one of them dies?"""
+"""Several processes train as one does, and a run continues when their number changes or one of them dies."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Every recipe of a run, with all the kinds of parts it names, at a size for a test."""
+"""Every training recipe, with all kinds of parts that it names, at a size for a test."""
 
 import io
 import shutil

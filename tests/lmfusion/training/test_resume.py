@@ -1,4 +1,4 @@
-"""Does a run that was stopped, killed or damaged go on to the same numbers, and is another run refused?"""
+"""A run that was stopped, killed or damaged continues to the same numbers; another run is refused."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ from lmfusion.training.trainer import Trainer
 from lmfusion.utils.config_values import from_values, to_values
 from lmfusion.utils.files import locked
 from tests.lmfusion.training.processes import OPERATIONS, Forks, Kill
-from tests.lmfusion.training.runs import assert_same_run, read_metrics
+from tests.lmfusion.training.runs import assert_same_run, read_metrics, set_format
 
 
 @pytest.mark.parametrize("stopped_at", [1, 4, 7])
@@ -41,6 +41,16 @@ def test_resume_between_lines_of_metrics(config):
         Trainer(broken).run(max_steps=max_steps)
     assert [line["step"] for line in read_metrics(whole)] == [5, 10]
     assert_same_run(whole, broken)
+
+
+def test_a_run_of_the_former_format_is_refused_with_the_way_out(config):
+    run = config()
+    Trainer(run).run(max_steps=4)
+    set_format(Path(run.output) / "checkpoints" / "step-00000004", 2)
+    with pytest.raises(
+        ValueError, match="start a new run in another folder, or finish this one with the version that began"
+    ):
+        Trainer(run)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -66,7 +76,7 @@ def test_signal_stops_at_the_step_with_a_checkpoint(config, unbroken, number):
 
 
 class Life:
-    """A run that is started again and again in processes of its own, each with other settings, until it is done."""
+    """A run that is started repeatedly in new processes, each with other settings, until it is done."""
 
     def __init__(self, run, tmp_path, seed):
         self.recipe = tmp_path / "recipe.yaml"
@@ -159,7 +169,7 @@ def test_finished_run_has_nothing_to_do(config, unbroken):
         ({"train__batch_tokens": 512}, "train.batch_tokens was 256, is 512"),
         ({"train__optimizer": "adamw_8bit"}, "train.optimizer was 'adamw', is 'adamw_8bit'"),
         ({"train__dtype": "bfloat16"}, "train.dtype was 'float32', is 'bfloat16'"),
-        ({"data__row_tokens": 256}, "data.seq_len was 128, is 256"),
+        ({"data__seq_len": 256}, "data.seq_len was 128, is 256"),
         ({"data__caption_drop": 0.5}, "data.caption_drop was 0.1, is 0.5"),
         ({"data__sources": [{"kind": "digits", "weight": 2.0}]}, "data.sources was .*'weight': 1.0"),
         ({"model__diffusion": {"prediction_type": "epsilon"}}, "model.diffusion was"),

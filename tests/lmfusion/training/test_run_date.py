@@ -57,7 +57,7 @@ def talking(config, tiny_llama, tmp_path):
     (folder / "chat_template.jinja").write_text(DATED)
 
     def make(output="run", **overrides):
-        settings = {"model__base": str(folder), "data__row_tokens": 512, "train__batch_tokens": 512}
+        settings = {"model__base": str(folder), "data__seq_len": 512, "train__batch_tokens": 512}
         settings |= {"data__sources": [{"kind": "digit_conversations"}], "train__num_steps": 4, "checkpoint__every": 2}
         return config(output, **settings | overrides)
 

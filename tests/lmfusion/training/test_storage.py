@@ -1,4 +1,4 @@
-"""A run that cannot read its data stops before any number changes, and goes on to those of a run that could."""
+"""A run that cannot read its data stops before any number changes, and continues to those of a run that could."""
 
 import errno
 import os

@@ -13,7 +13,7 @@ from lmfusion.data.pipeline.loader import LoaderState, Step
 from lmfusion.training.config import RunConfig
 from lmfusion.training.distributed import World
 from lmfusion.training.optimizer import learning_rate
-from lmfusion.training.step import CollectiveError, NonFiniteError, agreed_steps, read
+from lmfusion.training.step import CollectiveError, NonFiniteError, agreed_steps, fetch_metrics
 from lmfusion.training.trainer import Trainer
 from lmfusion.utils.config_values import from_values
 from tests.lmfusion.training.poison import poison
@@ -68,7 +68,7 @@ def test_rows_add_up_to_the_means_over_the_whole_step(config):
         return real(*args)
 
     trainer.optimizer.step = step_with_gradients
-    trainer._updater.update(trainer.progress, step, totals, num_slots=256)
+    trainer._updater.update(trainer.progress, step, totals, batch_tokens=256)
     for name, gradient in zip(names, expected, strict=True):
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
@@ -107,11 +107,11 @@ def test_nothing_is_read_from_the_device_between_lines(config, monkeypatch):
     trainer._updater.update = update_without_reading
     reads = []
 
-    def counted_read(updates, model):
+    def counted_fetch(updates, model):
         reads.append(len(updates))
-        return read(updates, model)
+        return fetch_metrics(updates, model)
 
-    monkeypatch.setattr("lmfusion.training.trainer.read", counted_read)
+    monkeypatch.setattr("lmfusion.training.trainer.fetch_metrics", counted_fetch)
     assert trainer.run(max_steps=12)
     assert reads_in_updates == [0] * 12
     assert [n for n in reads if n] == [5, 5, 2], "a line each five steps, and the checkpoint at the end"
@@ -323,7 +323,9 @@ class OtherTexts(World):
 def test_ranks_that_read_other_texts_stop():
     step = Step([], LoaderState(0, 1), 0.1, 10, 200, 0, ())
     steps = agreed_steps(iter([step]), OtherTexts(0, 2, torch.device("cpu")), lambda row: 0)
-    with pytest.raises(CollectiveError, match="of 19 samples this one has 10, of 380 slots 200"):
+    with pytest.raises(
+        CollectiveError, match="must read the same texts, got 10 of 19 samples and 200 of 380 tokens on this rank"
+    ):
         next(steps)
 
 
@@ -331,5 +333,5 @@ def test_an_output_that_is_a_file_is_refused_before_anything_slow(config):
     run = config()
     Path(run.output).write_text("mine")
     run.model.base = "nowhere"
-    with pytest.raises(ValueError, match="which is a file; a run needs a folder"):
+    with pytest.raises(ValueError, match="output must be a folder, got the file"):
         Trainer(run)

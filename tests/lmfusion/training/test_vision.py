@@ -1,4 +1,4 @@
-"""Training beside a vision-language model: what it reads, sees and writes stays what it was, bit for bit."""
+"""Training with a vision-language base, whose text and input images keep their results, bit for bit."""
 
 import json
 import os

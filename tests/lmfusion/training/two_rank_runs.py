@@ -1,4 +1,4 @@
-"""What two ranks do together for test_trainer_ranks.py: torchrun starts this with a folder, which holds recipe.yaml."""
+"""Runs of two ranks for test_trainer_ranks.py: torchrun starts this with a folder that holds recipe.yaml."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Runs of a tiny autoencoder, and what they left behind."""
+"""Runs of a tiny autoencoder, and what they wrote."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Does a step see the images it should, whatever workers, memory and damaged files there are?"""
+"""Each step gets the right images, whatever the workers, the cache and damaged files."""
 
 import json
 
@@ -108,8 +108,8 @@ def test_a_document_of_several_images_gives_one_that_the_epoch_picks(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"kind": "latents", "path": "cache"}, "latents cache holds latents; an autoencoder is trained on images"),
-        ({"kind": "folder", "path": "nowhere"}, "no folder of images at nowhere"),
+        ({"kind": "latents", "path": "cache"}, "latents cache must hold images, got latents"),
+        ({"kind": "folder", "path": "nowhere"}, "there must be a folder of images at nowhere"),
     ],
 )
 def test_sources_without_images_are_refused(source, message):
@@ -118,5 +118,5 @@ def test_sources_without_images_are_refused(source, message):
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="has no samples"):
+    with pytest.raises(ValueError, match="must have samples, got none"):
         loader({"kind": "folder", "path": str(tmp_path)})

@@ -1,4 +1,4 @@
-"""Are the terms of an autoencoder's loss what they are called?"""
+"""The terms of an autoencoder's loss, compared with their definitions."""
 
 import pytest
 import torch
@@ -25,12 +25,12 @@ def test_posterior_is_a_normal_distribution():
     standard = torch.distributions.Normal(0.0, 1.0)
     torch.testing.assert_close(posterior.kl(), torch.distributions.kl_divergence(normal, standard).mean())
     noise = random(2, 3, 4, 4, seed=1)
-    torch.testing.assert_close(posterior.draw(noise), normal.mean + normal.stddev * noise)
+    torch.testing.assert_close(posterior.sample(noise), normal.mean + normal.stddev * noise)
 
 
 def test_posterior_limits_its_variance():
     posterior = Posterior.of(torch.full((1, 2, 1, 1), 1e4))
-    assert torch.isfinite(posterior.draw(torch.ones(1, 1, 1, 1))).all()
+    assert torch.isfinite(posterior.sample(torch.ones(1, 1, 1, 1))).all()
     assert torch.isfinite(posterior.kl())
 
 
@@ -114,14 +114,16 @@ def test_lpips_passes_finite_gradients_to_images_alone(vgg16):
 
 
 def test_lpips_refuses_what_is_no_vgg16(tmp_path, vgg16):
-    with pytest.raises(FileNotFoundError, match=r"loss\.vgg16: there is no file .*docs/vae\.md"):
+    with pytest.raises(
+        FileNotFoundError, match=r"loss\.vgg16 must be a safetensors file of VGG-16, got .*docs/vae\.md"
+    ):
         LPIPS(str(tmp_path / "none"))
     (tmp_path / "text").write_text("no tensors")
-    with pytest.raises(ValueError, match="is no safetensors file"):
+    with pytest.raises(ValueError, match="loss.vgg16 must be a safetensors file, got"):
         LPIPS(str(tmp_path / "text"))
     tensors = load_file(vgg16[0])
     save_file({"features.0.weight": tensors["features.0.weight"]}, tmp_path / "one")
-    with pytest.raises(ValueError, match=r"is no VGG-16: features\.0\.bias is missing"):
+    with pytest.raises(ValueError, match=r"features\.0\.bias must be \[64\] as in VGG-16, got missing"):
         LPIPS(str(tmp_path / "one"))
     save_file({"features.0.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "other")
     with pytest.raises(ValueError, match=r"features\.0\.weight is \[64, 3, 7, 7\], it must be \[64, 3, 3, 3\]"):

@@ -1,4 +1,4 @@
-"""Does an autoencoder learn, resume to the same numbers, and become a codec that a model is trained with?"""
+"""An autoencoder learns, resumes to the same numbers, and becomes a codec that a model is trained with."""
 
 import json
 import multiprocessing
@@ -25,7 +25,7 @@ from tests.lmfusion.vae.runs import assert_same_run, read_metrics, values_of_a_r
 
 @pytest.fixture
 def train(tmp_path):
-    """Trains in a folder named `output` and answers with the trainer."""
+    """Trains in a folder named `output` and returns the trainer."""
 
     def run(output, max_steps=None, **overrides):
         trainer = VAETrainer(from_values(VAEConfig, values_of_a_run(tmp_path / output, **overrides)))
@@ -61,7 +61,7 @@ def test_a_run_that_another_has_continued_since_it_was_read(train, tmp_path):
 
 
 def adversarial(vgg16):
-    """All terms, on images large enough for them: the adversary from the fourth of six steps on."""
+    """All terms, on images large enough for them, with the discriminator from the fourth of six steps on."""
     return {
         "autoencoder__image_size": 16,
         "loss__lpips_weight": 0.1,
@@ -165,7 +165,7 @@ def test_kl_is_weighed_by_image_value(train):
     assert line["loss"] == pytest.approx(line["l1"] + 3 * line["kl"] * (4 * 4 * 4) / (1 * 8 * 8), rel=1e-5)
 
 
-def test_kl_draws_the_posterior_to_a_normal(train):
+def test_kl_pulls_the_posterior_towards_a_normal(train):
     last = {weight: read_metrics(train(f"run{weight}", loss__kl_weight=weight).folder)[-1] for weight in (0, 1.0)}
     assert last[1.0]["kl"] < 0.5 * last[0]["kl"]
 
@@ -247,7 +247,7 @@ def test_another_run_is_refused(train, change, named):
 
 def test_several_processes_are_refused(train, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="trained by one process; start it without torchrun"):
+    with pytest.raises(ValueError, match="must be trained by one process; start it without torchrun"):
         train("run")
 
 
