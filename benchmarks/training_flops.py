@@ -4,8 +4,8 @@
     python -m benchmarks.training_flops --keep     writes them into docs/planning.md
 
 Every matrix product, convolution and attention of a real forward and backward is counted as it passes torch's
-dispatcher, with the formulas of torch.utils.flop_counter. On the meta device the same code runs without numbers, so that
-a model of 8 billion parameters can be counted on any machine; tests/benchmarks/test_training_flops.py compares both.
+dispatcher, with the formulas of torch.utils.flop_counter. On the meta device the same code runs without numbers, so
+that a model of 8 billion parameters can be counted anywhere; tests/benchmarks/test_training_flops.py compares both.
 """
 
 import argparse

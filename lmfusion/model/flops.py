@@ -38,7 +38,7 @@ CPU_MATMUL_SIZE, GPU_MATMUL_SIZE = 1024, 8192
 
 
 @dataclass(frozen=True)
-class TokenCounts:
+class SequenceCounts:
     """What the FLOPs and memory of a packed sequence depend on. Expected values, too, so not always whole numbers."""
 
     num_constant: float
@@ -60,7 +60,7 @@ class TokenCounts:
     """(C, h, w) of one image."""
 
     @classmethod
-    def of(cls, batch: Batch) -> "TokenCounts":
+    def of(cls, batch: Batch) -> "SequenceCounts":
         """The counts of a batch on the CPU; on a GPU this would wait for the device."""
         layout = batch.layout
         channels, height, width = batch.latents.shape[1:]
@@ -116,12 +116,12 @@ class Flops:
 
 def batch_flops(config: LMFusionConfig, batch: Batch, *, frozen_text: bool) -> int:
     """FLOPs of training on `batch` (on the CPU), forward and backward, without recomputed operations."""
-    parts = flops_by_part(config, TokenCounts.of(batch), frozen_text=frozen_text)
+    parts = flops_by_part(config, SequenceCounts.of(batch), frozen_text=frozen_text)
     return int(sum(part.model for part in parts.values()))
 
 
 def flops_by_part(
-    config: LMFusionConfig, counts: TokenCounts, *, frozen_text: bool, recompute: str = "none"
+    config: LMFusionConfig, counts: SequenceCounts, *, frozen_text: bool, recompute: str = "none"
 ) -> dict[str, Flops]:
     """FLOPs of a packed sequence, forward and backward, by class of its tokens and by part of the model."""
     text = config.text_config

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lmfusion.model.batch import SpecialTokens, caption_first_document, image_first_document, pack
-from lmfusion.model.flops import Flops, TokenCounts, flops_by_part
+from lmfusion.model.flops import Flops, SequenceCounts, flops_by_part
 from lmfusion.model.patch_coder import build_patch_coder
 from lmfusion.planning.memory import RESERVED, Setup, checkpoint_bytes, memory_by_part
 from lmfusion.planning.model_shape import ModelShape, count_parameters
@@ -169,7 +169,7 @@ def setup_of(train: TrainConfig, num_gpus: int) -> Setup:
     )
 
 
-def expected_counts(shape: ModelShape, run: RunConfig, caption_tokens: int) -> TokenCounts:
+def expected_counts(shape: ModelShape, run: RunConfig, caption_tokens: int) -> SequenceCounts:
     """Mean counts of a full packed sequence of captioned images, whose captions have `caption_tokens` tokens.
 
     Raises ValueError if the latents do not divide into patches, or if a caption and its image do not fit.
@@ -193,16 +193,16 @@ def expected_counts(shape: ModelShape, run: RunConfig, caption_tokens: int) -> T
             "raise it, or use smaller images or larger patches"
         )
     is_frozen = run.train.text_learning_rate_ratio == 0
-    sums = dict.fromkeys((f.name for f in fields(TokenCounts) if f.name != "latent_shape"), 0.0)
+    sums = dict.fromkeys((f.name for f in fields(SequenceCounts) if f.name != "latent_shape"), 0.0)
     for share, document in kinds:
         latents = torch.empty(1, *latent_shape, device="meta")
         timesteps = torch.empty(1, dtype=torch.int64, device="meta")
         batch = pack([document], latents, latents, timesteps, frozen_text=is_frozen)
-        counts = TokenCounts.of(batch)
+        counts = SequenceCounts.of(batch)
         for name in sums:
             sums[name] += share * getattr(counts, name)
     fill = data.seq_len / (sums["num_constant"] + sums["num_live"] + sums["num_image"])
-    return TokenCounts(**{name: fill * value for name, value in sums.items()}, latent_shape=latent_shape)
+    return SequenceCounts(**{name: fill * value for name, value in sums.items()}, latent_shape=latent_shape)
 
 
 def _num_parameters(shape: ModelShape, frozen_text: bool) -> dict[str, int]:
@@ -219,7 +219,7 @@ def _num_parameters(shape: ModelShape, frozen_text: bool) -> dict[str, int]:
     }
 
 
-def _flops_per_item(parts: dict[str, Flops], counts: TokenCounts) -> dict[str, dict[str, float]]:
+def _flops_per_item(parts: dict[str, Flops], counts: SequenceCounts) -> dict[str, dict[str, float]]:
     num_items = {
         "constant text": counts.num_constant,
         "live text": counts.num_live,

@@ -8,7 +8,7 @@ It is calculated from configurations; nothing is loaded. On one device:
 | gradients, EMA | 4 per trained parameter, each |
 | optimizer | 8 per trained parameter (AdamW), or a little over 2 (8 bit) |
 | weights cast | trained weights of the layers in `train.dtype`: the backward of each micro-batch reads them |
-| activations | what autograd keeps of one micro-batch: in layers (see routed_block.py), around them, in the patch coder |
+| activations | what autograd keeps of a micro-batch: in layers (see routed_block.py), around them, in the patch coder |
 | working memory | what the step needs beyond these at its peak: gradients inside one layer, or of the logits |
 
 With several ranks, weights, gradients, optimizer and EMA are divided along their first dimension. Instead of the casts
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from lmfusion.model.configuration import LMFusionConfig
-from lmfusion.model.flops import CoderFields, TokenCounts, coder_fields
+from lmfusion.model.flops import CoderFields, SequenceCounts, coder_fields
 from lmfusion.model.patch_coder import PatchCoderConfig, build_patch_coder
 from lmfusion.planning.model_shape import ModelShape, WeightShape, count_parameters
 from lmfusion.training.optimizer import state_block
@@ -50,7 +50,7 @@ class Setup:
     """"cuda" or "cpu": a CPU computes logits of labelled tokens only."""
 
 
-def memory_by_part(shape: ModelShape, counts: TokenCounts, setup: Setup) -> dict[str, int]:
+def memory_by_part(shape: ModelShape, counts: SequenceCounts, setup: Setup) -> dict[str, int]:
     """Bytes on one device while it trains on micro-batches of `counts`, by part."""
     trained = shape.trained(setup.frozen_text)
     num_trained = sum(weight.on_largest_rank(setup.num_ranks) for weight in trained)
@@ -82,7 +82,7 @@ def checkpoint_bytes(shape: ModelShape, setup: Setup) -> int:
     )
 
 
-def activation_bytes(shape: ModelShape, counts: TokenCounts, setup: Setup) -> dict[str, float]:
+def activation_bytes(shape: ModelShape, counts: SequenceCounts, setup: Setup) -> dict[str, float]:
     """What autograd keeps of one micro-batch between its forward and its backward, without weights."""
     config = shape.config
     text, e = config.text_config, setup.dtype.itemsize
@@ -108,7 +108,7 @@ def activation_bytes(shape: ModelShape, counts: TokenCounts, setup: Setup) -> di
     }
 
 
-def _active_tokens(config: LMFusionConfig, counts: TokenCounts) -> tuple[tuple[float, int, int], ...]:
+def _active_tokens(config: LMFusionConfig, counts: SequenceCounts) -> tuple[tuple[float, int, int], ...]:
     """For each tower: how many of its tokens have a backward, its width, and that of its feed-forward network."""
     text = config.text_config
     return (
@@ -117,7 +117,7 @@ def _active_tokens(config: LMFusionConfig, counts: TokenCounts) -> tuple[tuple[f
     )
 
 
-def _num_head_tokens(counts: TokenCounts, device: str) -> float:
+def _num_head_tokens(counts: SequenceCounts, device: str) -> float:
     """Tokens that get logits. Selecting only the labelled ones would make the host wait for the GPU."""
     if not counts.num_labels:
         return 0
@@ -178,7 +178,7 @@ def _gathered_bytes(shape: ModelShape, setup: Setup) -> int:
     return weights + (e + 4) * num_trained_layer + 4 * num_trained_root
 
 
-def _working_bytes(shape: ModelShape, counts: TokenCounts, setup: Setup) -> float:
+def _working_bytes(shape: ModelShape, counts: SequenceCounts, setup: Setup) -> float:
     """What the largest of three peaks needs beyond all activations: the loss, a layer, the embedding's gradient."""
     config = shape.config
     text, e = config.text_config, setup.dtype.itemsize

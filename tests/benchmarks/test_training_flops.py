@@ -13,7 +13,7 @@ from benchmarks.harness import shapes
 from benchmarks.harness.compare import UnavailableError
 from benchmarks.harness.layer import make_case
 from benchmarks.peers.bagel import bagel
-from lmfusion.model.flops import TokenCounts, flops_by_part
+from lmfusion.model.flops import SequenceCounts, flops_by_part
 
 TINY_LLM = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -63,7 +63,7 @@ def test_parts_are_those_that_training_reports(frozen_text):
     model = flops.make_model(TINY, way, "cpu")
     counts = flops.count(model, PAIRS)
     batch = flops.make_batch(model, PAIRS, frozen_text)
-    parts = flops_by_part(model.config, TokenCounts.of(batch), frozen_text=frozen_text)
+    parts = flops_by_part(model.config, SequenceCounts.of(batch), frozen_text=frozen_text)
     text = parts["constant text"] + parts["live text"]
     for names, expected in (
         ((BEFORE, AFTER), text),

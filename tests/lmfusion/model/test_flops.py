@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lmfusion.model.batch import Document, SpecialTokens, pack
-from lmfusion.model.flops import TokenCounts, batch_flops, flops_by_part, matmul_rate
+from lmfusion.model.flops import SequenceCounts, batch_flops, flops_by_part, matmul_rate
 from tests.lmfusion.training.models import LINEAR, SMOLLM2_LAYERS, UNET, make_batch, make_model
 
 SEPARATIONS = ("deep", "shallow", "none")
@@ -21,7 +21,9 @@ def counted(model, batch):
 
 
 def total(model, batch):
-    parts = flops_by_part(model.config, TokenCounts.of(batch), frozen_text=model.frozen_text, recompute=model.recompute)
+    parts = flops_by_part(
+        model.config, SequenceCounts.of(batch), frozen_text=model.frozen_text, recompute=model.recompute
+    )
     return sum(part.total for part in parts.values())
 
 
@@ -66,7 +68,7 @@ def test_counts_input_images(patch_coder, num_edits):
     batch = make_edits(model, num_edits)
     assert (batch.num_images, batch.num_target_images) == (2 * num_edits + 1, num_edits)
     assert total(model, batch) == pytest.approx(counted(model, batch), rel=1e-3)
-    counts = TokenCounts.of(batch)
+    counts = SequenceCounts.of(batch)
     all_targets = replace(counts, num_target_images=counts.num_images)
     mixed, expected = (flops_by_part(model.config, c, frozen_text=True)["patch coder"] for c in (counts, all_targets))
     assert mixed.total < 0.9 * expected.total
@@ -83,7 +85,7 @@ def test_a_batch_does_not_count_recomputed_operations():
     model = make_model(recompute="layer")
     batch = make_batch(model)
     assert isinstance(batch_flops(model.config, batch, frozen_text=True), int)
-    parts = flops_by_part(model.config, TokenCounts.of(batch), frozen_text=True, recompute="layer")
+    parts = flops_by_part(model.config, SequenceCounts.of(batch), frozen_text=True, recompute="layer")
     recomputed = sum(part.recomputed for part in parts.values())
     assert recomputed > 0
     assert batch_flops(model.config, batch, frozen_text=True) == pytest.approx(total(model, batch) - recomputed)
@@ -91,7 +93,7 @@ def test_a_batch_does_not_count_recomputed_operations():
 
 def test_constant_text_costs_a_forward_and_live_text_no_weight_gradients():
     model = make_model()
-    counts = TokenCounts.of(make_batch(model))
+    counts = SequenceCounts.of(make_batch(model))
     parts = flops_by_part(model.config, counts, frozen_text=True)
     constant, live, image = (parts[name] for name in ("constant text", "live text", "image tokens"))
     assert constant.backward == 0

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from lmfusion.model.flops import TokenCounts
+from lmfusion.model.flops import SequenceCounts
 from lmfusion.planning.memory import (
     Setup,
     activation_bytes,
@@ -35,13 +35,13 @@ def shape_of(model, batch, codec_parameters=0):
 
 def memory_of(model, batch, codec_parameters=0, **options):
     shape = shape_of(model, batch, codec_parameters)
-    return memory_by_part(shape, TokenCounts.of(batch), setup_of(model, **options))
+    return memory_by_part(shape, SequenceCounts.of(batch), setup_of(model, **options))
 
 
 def calculated(model, batch):
     """What autograd keeps of a micro-batch, with the weights that are cast for it."""
     shape, setup = shape_of(model, batch), setup_of(model)
-    return sum(activation_bytes(shape, TokenCounts.of(batch), setup).values()) + cast_bytes(shape, setup)
+    return sum(activation_bytes(shape, SequenceCounts.of(batch), setup).values()) + cast_bytes(shape, setup)
 
 
 def measured(model, batch):

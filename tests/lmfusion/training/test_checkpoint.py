@@ -32,7 +32,7 @@ ALONE = World(0, 1, CPU)
 
 
 class ThreadWorld(World):
-    """One rank of several that are threads of this process."""
+    """One of several ranks that are threads of this process."""
 
     @classmethod
     def of(cls, size):
@@ -52,7 +52,7 @@ class ThreadWorld(World):
 
 
 def on_ranks(size, function):
-    """What `function(world)` answers on each of `size` ranks, or the exceptions."""
+    """Results of `function(world)` on each of `size` ranks, or the exceptions."""
     with ThreadPoolExecutor(size) as pool:
         futures = [pool.submit(function, world) for world in ThreadWorld.of(size)]
         return [future.exception() or future.result() for future in futures]
@@ -141,7 +141,7 @@ def test_a_complete_checkpoint_is_not_rewritten(tmp_path):
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
-    """The weights move on, the caller's state too; what is written is what they were."""
+    """The weights and the caller's state change meanwhile; the checkpoint has their earlier values."""
     go_on = threading.Event()
     real = checkpoint._write_tensors
     monkeypatch.setattr(checkpoint, "_write_tensors", lambda *a: go_on.wait(30) and real(*a))
@@ -210,7 +210,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_does_not_stop_the_run(tmp_path
     assert list_steps(tmp_path) == [3]
 
 
-def test_a_disk_that_does_not_keep_what_is_written_is_found_out(tmp_path, monkeypatch):
+def test_a_disk_that_loses_what_is_written_is_detected(tmp_path, monkeypatch):
     real = checkpoint._write
 
     def write(path, contents):
@@ -319,7 +319,7 @@ def test_complete_only_when_the_slowest_rank_has_written(tmp_path, monkeypatch):
     assert on_ranks(2, train) == [[[], [], [], [1]]] * 2
 
 
-def test_ranks_without_a_shared_folder_are_told(tmp_path):
+def test_ranks_without_a_shared_folder_are_refused(tmp_path):
     def write(world):
         folder = tmp_path / str(world.rank)
         writer = CheckpointWriter(folder, 2, world)
@@ -331,7 +331,7 @@ def test_ranks_without_a_shared_folder_are_told(tmp_path):
     assert "all ranks must write to one shared folder; rank 0 does not see that of rank 1" in str(on_ranks(2, write)[0])
 
 
-def test_each_rank_looks_at_the_files_it_reads_and_all_at_what_is_missing(tmp_path):
+def test_each_rank_checks_the_files_it_reads_and_all_check_for_missing_ones(tmp_path):
     save_on_ranks(tmp_path, 2)
     path = checkpoint_path(tmp_path, 1)
     file = path / "weights.00000-of-00002.safetensors"
@@ -367,7 +367,7 @@ def test_tensors_of_another_model_are_named(tmp_path, wanted, message):
         load_checkpoint(save(tmp_path, 1), wanted)
 
 
-def test_rows_go_back_where_they_were_or_nowhere(tmp_path):
+def test_rows_are_restored_in_place_or_refused(tmp_path):
     parts, _ = load_checkpoint(save(tmp_path, 4))
     weights = {"a": torch.nn.Parameter(torch.zeros(3)), "b": Slice(torch.zeros(2, 1), (0, 2, 2))}
     restore(weights, parts["weights"])
@@ -379,7 +379,7 @@ def test_rows_go_back_where_they_were_or_nowhere(tmp_path):
             restore({"b": other}, parts["weights"])
 
 
-def test_rows_that_no_rank_wrote_are_missed(tmp_path):
+def test_rows_that_no_rank_wrote_are_an_error(tmp_path):
     writer = CheckpointWriter(tmp_path, 1, ALONE)
     writer.save(1, {"weights": {"a": Slice(torch.arange(4.0), (2, 6, 8))}}, {})
     writer.finish()
@@ -398,7 +398,7 @@ def test_another_format_is_refused(tmp_path):
 
 
 def damages(path):
-    """(name, damage) of many ways in which a file of the checkpoint at `path` may come to harm."""
+    """(name, damage) for many kinds of damage to a file of the checkpoint at `path`."""
     other = path.with_name("step-00000003")
     for file in sorted(path.iterdir()):
         size = file.stat().st_size
@@ -462,7 +462,7 @@ def test_damage_of_every_kind_is_named(tmp_path):
     assert num_tried > 100
 
 
-def test_damage_after_the_files_were_looked_at_is_named(tmp_path):
+def test_damage_after_the_files_were_checked_is_named(tmp_path):
     path = save(tmp_path, 4)
     parts, _ = load_checkpoint(path)
     (path / "ema.00000-of-00001.safetensors").write_bytes(b"")

@@ -24,7 +24,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def fail(monkeypatch, numbers):
-    """Let the reads of these numbers fail."""
+    """Make the reads with these numbers fail."""
     pread, count = os.pread, iter(range(10**9))
 
     def read(*arguments):

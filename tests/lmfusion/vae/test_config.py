@@ -51,7 +51,7 @@ RECIPE = Path(__file__).resolve().parents[3] / "recipes" / "vae.yaml"
         ({"validation__every": 0}, "validation.every .*at least 1"),
     ],
 )
-def test_values_that_make_no_sense_are_refused(change, message):
+def test_bad_values_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         from_values(VAEConfig, values_of_a_run("run", **change))
 
@@ -77,7 +77,7 @@ def test_recipe_is_the_autoencoder_of_the_paper():
     assert 80e6 < sum(weight.numel() for weight in model.parameters()) < 90e6
 
 
-def test_emoji_part_of_the_recipe_is_a_recipe_too():
+def test_the_emoji_recipe_in_the_comment_is_valid():
     _, _, comment = RECIPE.read_text().partition("# For emoji")
     lines = [line.removeprefix("#   ") for line in comment.splitlines() if line.startswith("#   ")]
     config = from_values(VAEConfig, yaml.safe_load("\n".join(lines)))

@@ -91,7 +91,7 @@ def held_out(trainer):
     return batch.images
 
 
-def test_held_out_images_become_much_nearer_than_their_mean(trained):
+def test_reconstructions_are_much_better_than_the_mean_image(trained):
     ratios = [line["psnr"] for line in read_metrics(trained.folder) if line["psnr"] is not None]
     images = held_out(trained)
     mean_image = losses.psnr(images.mean(0, keepdim=True).expand_as(images), images).mean().item()
@@ -145,7 +145,7 @@ def test_resume_between_lines_of_metrics(train):
     assert_same_run(whole.folder, broken.folder)
 
 
-def test_all_terms_at_work_in_bfloat16_resume_too(train, vgg16):
+def test_resume_with_all_terms_in_bfloat16(train, vgg16):
     whole = train("whole", **adversarial(vgg16))
     for max_steps in (4, 6):
         broken = train("broken", max_steps=max_steps, **adversarial(vgg16))
@@ -204,13 +204,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(train, tmp_path, monk
     assert_same_run(whole.folder, train("broken").folder)
 
 
-def test_damaged_images_are_left_out_and_counted_once(train, tmp_path):
+def test_damaged_images_are_skipped_and_counted_once(train, tmp_path):
     folder = {"data__sources": folder_with_a_broken_image(tmp_path / "images", num_good=9), "train__num_steps": 10}
     whole = train("whole", **folder)
     for max_steps in (3, 10):
         broken = train("broken", max_steps=max_steps, **folder)
     assert_same_run(whole.folder, broken.folder, step=10)
-    assert read_metrics(whole.folder)[-1]["num_damaged"] == 8  # 80 images are eight epochs
+    assert read_metrics(whole.folder)[-1]["num_damaged"] == 8  # 80 images in eight epochs
     named = [json.loads(line) for line in (broken.folder / "damaged.jsonl").read_text().splitlines()]
     assert len(named) == 8 and {line["sample_id"] for line in named} == {"broken.png"}
 
@@ -251,7 +251,7 @@ def test_several_processes_are_refused(train, monkeypatch):
         train("run")
 
 
-def test_command_line_stops_at_a_signal_and_goes_on(tmp_path, train, monkeypatch, capsys):
+def test_command_line_stops_at_a_signal_and_continues(tmp_path, train, monkeypatch, capsys):
     whole = train("whole")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(values_of_a_run(tmp_path / "run")))
@@ -277,7 +277,7 @@ def test_killed_run_equals_an_unbroken_one(tmp_path, train, monkeypatch):
     whole = train("whole", checkpoint__every=2)
     recipe, metrics = tmp_path / "recipe.yaml", tmp_path / "run" / "metrics.jsonl"
     recipe.write_text(yaml.safe_dump(values_of_a_run(tmp_path / "run", checkpoint__every=2)))
-    # Forked from a fresh process: this one has threads, which a fork may leave holding a lock
+    # Forked from a new process: this one has threads, and a fork may copy a lock that one of them holds
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["lmfusion.vae.trainer", "diffusers"])
