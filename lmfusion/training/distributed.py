@@ -100,8 +100,8 @@ def init_distributed(device: str) -> Iterator[World]:
     try:
         yield World(rank, size, chosen, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
     except BaseException as error:
-        # If only this rank fails, others may be in the middle of a collective. NCCL would wait for them forever, so
-        # the group is destroyed only for errors that all ranks raise.
+        # If only this rank fails, others may be in the middle of a collective, and destroying an NCCL group would wait
+        # for them. So on GPUs it is destroyed only for ValueErrors, which all ranks raise together.
         if chosen.type == "cpu" or isinstance(error, ValueError):
             dist.destroy_process_group()
         raise
@@ -167,9 +167,8 @@ def _groups(model: LMFusion) -> Iterator[list[nn.Module]]:
 def _move(modules: list[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
     for module in modules:
         for name, parameter in module.named_parameters():
-            if isinstance(parameter, DTensor) or name.startswith(
-                "codec."
-            ):  # sharded with its layer, or in a dtype of its own
+            # DTensors were sharded with their layer; the codec keeps its own dtype
+            if isinstance(parameter, DTensor) or name.startswith("codec."):
                 continue
             on_device = parameter.data.to(device)  # before the cast, which may double its size
             parameter.data = on_device.to(torch.float32 if parameter.requires_grad else dtype)

@@ -355,7 +355,7 @@ def test_each_rank_checks_the_files_it_reads_and_all_check_for_missing_ones(tmp_
             {"weights": {"c": (0, 1, 1)}},
             "must hold 1 rows of weights/c, got none: it belongs to another model or optimizer; change these",
         ),
-        ({"adam": {"a": (0, 3, 3)}}, "has no adam/a"),
+        ({"adam": {"a": (0, 3, 3)}}, "must hold 3 rows of adam/a, got none"),
         (
             {"weights": {"a": (0, 4, 4)}},
             "must hold 4 rows of weights/a, got 3 rows: it belongs to another model or optimizer",
@@ -452,7 +452,7 @@ def test_damage_of_every_kind_is_named(tmp_path):
     for name, file, damage in damages(path):
         damage()
         assert list_steps(folder) == [3, 4], "one that is damaged is not passed over in silence"
-        message = rf"{file.name} is damaged or missing; delete .*step-00000004|step-00000004 has format"
+        message = rf"{file.name} is damaged or missing; delete .*step-00000004|step-00000004 must have format"
         with pytest.raises(ValueError, match=message):
             print(name, load_checkpoint(path))
         shutil.rmtree(folder)
