@@ -1,11 +1,11 @@
-"""How many FLOPs does a training step take, by class of its tokens, beside other ways to train on the same tokens?
+"""Counts the FLOPs of a training step by class of its tokens, and of other ways to train on the same tokens.
 
     python -m benchmarks.training_flops            prints the tables
-    python -m benchmarks.training_flops --keep     writes them into docs/flops.md
+    python -m benchmarks.training_flops --keep     writes them into docs/planning.md
 
-Every matrix product, convolution and attention that a real forward and backward calls is counted as it passes torch's
-dispatcher, by the formulas of torch.utils.flop_counter. On the meta device the same code runs without numbers, so that
-a model of 8 billion parameters can be counted here; tests/benchmarks/test_training_flops.py compares both.
+Every matrix product, convolution and attention of a real forward and backward is counted as it passes torch's
+dispatcher, with the formulas of torch.utils.flop_counter. On the meta device the same code runs without numbers, so
+that a model of 8 billion parameters can be counted anywhere; tests/benchmarks/test_training_flops.py compares both.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from lmfusion.model.configuration import ImageTowerConfig, LMFusionConfig
 from lmfusion.model.modeling import LMFusion
 from lmfusion_kernels.layout.token_layout import TokenLayout
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "flops.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "planning.md"
 BEGIN, END = "<!-- made by python -m benchmarks.training_flops --keep -->\n", "<!-- end -->\n"
 
 TEXT_BEFORE, TEXT_AFTER, IMAGE = "text before the image", "text after it, BOI, EOI", "image"
@@ -35,7 +35,7 @@ ATTENTION, HEAD, CODER = "attention", "LM head", "patch coder"
 PARTS = (TEXT_BEFORE, TEXT_AFTER, IMAGE, ATTENTION, HEAD, CODER)
 ATTENTION_OPS = ("lmfusion::hybrid_attention", "lmfusion::hybrid_attention_backward")
 RANGES = ("key_start", "key_end", "query_start", "query_end")
-"""Arguments of these ops that say which pairs are visible."""
+"""Arguments of these ops that define the visible pairs."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Model:
     latent_channels: int
     latent_size: int
     unit: float
-    """FLOPs that a figure of its table stands for."""
+    """FLOPs per unit of the figures in its table."""
     unit_name: str
 
 
@@ -81,7 +81,7 @@ class Way:
     frozen_text: bool = False
     separation: str = "deep"
     block: Any = None
-    """What computes a layer; None: ours."""
+    """The function that computes a layer; None: ours."""
 
 
 OURS = Way("ours: frozen text", frozen_text=True)
@@ -92,10 +92,10 @@ WAYS = (
     Way("dense Transfusion", separation="none"),
 )
 BESIDE_OTHER_PAIRS = (OURS, WAYS[1], WAYS[3])
-"""Counted for all mixes; `freeze_und` takes its time, and shows what it is on the first one."""
+"""Counted for all mixes; `freeze_und` is slow to count, and the first mix is enough to show it."""
 
 CAPTION_LENGTHS = tuple(range(17, 57, 2))
-"""Tokens of the captions of a batch, 36 in the mean."""
+"""Tokens of the captions of a batch, 36 on average."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Mix:
     name: str
     caption_lengths: tuple[int, ...] = CAPTION_LENGTHS
     image_first_every: int = 5
-    """One in so many pairs is described, the others are drawn; 1: all are described."""
+    """One in this many pairs has its image first, the others their caption; 1: all have the image first."""
 
     def documents(self, tokens: SpecialTokens, num_image_tokens: int) -> list[Document]:
         documents = []
@@ -115,10 +115,10 @@ class Mix:
         return documents
 
 
-PAPER = Mix("80 % drawn, 20 % described, captions of 36 tokens")
+PAPER = Mix("80 % caption first, 20 % image first, captions of 36 tokens")
 MIXES = (
     PAPER,
-    Mix("all described", image_first_every=1),
+    Mix("all image first", image_first_every=1),
     Mix("80 / 20, captions of 256 tokens", tuple(length + 220 for length in CAPTION_LENGTHS)),
     Mix("80 / 20, captions of 1,024 tokens", tuple(length + 988 for length in CAPTION_LENGTHS)),
 )
@@ -188,7 +188,7 @@ class FlopsByPart(TorchDispatchMode):
         given = list(args)
         for i, (argument, value) in enumerate(zip(func._schema.arguments, args, strict=False)):
             if argument.name in RANGES and value.is_meta:
-                # What is no vector of the layout was computed by `lk.hybrid_attention`, which has all rows
+                # A vector outside the layout was computed by `lk.hybrid_attention`, for all rows
                 given[i] = self._real.get(id(value), getattr(self._layout, argument.name))
                 assert given[i].shape == value.shape
         return given
@@ -298,7 +298,7 @@ def _table_of_parts(model: Model, mix: Mix, counts: dict[Way, dict[str, Count]],
     totals = [total(counts[way]) for way in WAYS]
     flops = [forward, totals[0] - forward, *totals]
     yield f"| **all** | {layout.num_tokens:,} | {figures(flops)} |"
-    yield "| beside ours | | | | " + " | ".join(f"{value / totals[0]:.2f}" for value in totals) + " |"
+    yield "| relative to ours | | | | " + " | ".join(f"{value / totals[0]:.2f}" for value in totals) + " |"
     yield ""
 
 
@@ -319,7 +319,7 @@ def _table_of_mixes(
 
 
 def tables() -> str:
-    """What stands in docs/flops.md."""
+    """The generated tables of docs/planning.md."""
     return "\n".join([*tables_of(LLAMA3_8B, MIXES), *tables_of(SMOLLM2, [PAPER])]) + "\n"
 
 
@@ -328,13 +328,13 @@ def with_tables(page: str, made: str) -> str:
     head, begin, rest = page.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"the page lacks the lines {BEGIN!r} and {END!r} that tables stand between")
+        raise ValueError(f"the page lacks the lines {BEGIN!r} and {END!r} around its tables")
     return head + begin + "\n" + made + end + tail
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", action="store_true", help="write the tables into docs/flops.md")
+    parser.add_argument("--keep", action="store_true", help="write the tables into docs/planning.md")
     arguments = parser.parse_args()
     made = tables()
     if arguments.keep:

@@ -15,9 +15,10 @@ from benchmarks.harness import shapes
 from benchmarks.harness.compare import Contestant, Row
 from lmfusion.model.batch import Batch, SpecialTokens, caption_first_document, image_first_document, pack
 from lmfusion.model.configuration import LMFusionConfig
-from lmfusion.model.flops import RowCounts, batch_flops
+from lmfusion.model.flops import SequenceCounts, batch_flops
 from lmfusion.model.modeling import LMFusion
-from lmfusion.planning.memory import Setup, memory_by_part, parameters
+from lmfusion.planning.memory import Setup, memory_by_part
+from lmfusion.planning.model_shape import CodecShape, ModelShape
 from lmfusion.training.config import TrainConfig
 from lmfusion.training.distributed import World, parallelize
 from lmfusion.training.optimizer import Optimizer, clip_gradients
@@ -77,7 +78,7 @@ def make_row():
     return pack(documents, latents, noise, torch.randint(1000, (num_pairs,), generator=generator))
 
 
-def layers_that_fit(shape, dtype, device, rows):
+def layers_that_fit(shape, dtype, device, counts):
     """As many as a step without recomputation has room for."""
     if device.type != "cuda":
         return MOST_LAYERS
@@ -85,8 +86,8 @@ def layers_that_fit(shape, dtype, device, rows):
     setup = Setup(dtype=dtype, has_ema=False)
 
     def fits(num_layers):
-        config = model_config(shape, num_layers)
-        return sum(memory_by_part(config, parameters(config, LATENTS[0]), rows, setup).values()) <= room
+        model_shape = ModelShape(model_config(shape, num_layers), CodecShape(LATENTS))
+        return sum(memory_by_part(model_shape, counts, setup).values()) <= room
 
     return next((n for n in range(MOST_LAYERS, 1, -1) if fits(n)), 1)
 
@@ -94,7 +95,7 @@ def layers_that_fit(shape, dtype, device, rows):
 @functools.lru_cache(maxsize=1)  # of the largest, a GPU holds one
 def make_case(shape, dtype, device):
     batch = make_row()
-    config = model_config(shape, layers_that_fit(shape, dtype, device, RowCounts.of(batch)))
+    config = model_config(shape, layers_that_fit(shape, dtype, device, SequenceCounts.of(batch)))
     torch.manual_seed(0)
     with device:
         model = LMFusion(config, PassLatents()).train()

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from lmfusion.experiments.ablation.config import AblationConfig
-    from lmfusion.training.config import read_recipe
+    from lmfusion.utils.recipes import read_recipe
 
     config = read_recipe(AblationConfig, args.recipe, args.overrides)
 

@@ -210,7 +210,7 @@ def _load(recipe: "RunConfig | None", configs: list["SourceConfig"]) -> list["So
 
 def _image_size(recipe: "RunConfig") -> int:
     from lmfusion.model.saved_files import read_config
-    from lmfusion.training.config import resolve_path
+    from lmfusion.utils.recipes import resolve_path
 
     model = recipe.model
     codec = model.codec if model.adapted is None else read_config(Path(resolve_path(model.adapted)))[1].codec

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from lmfusion.evaluation.config import EvalConfig
-    from lmfusion.training.config import read_recipe
+    from lmfusion.utils.recipes import read_recipe
 
     config = read_recipe(EvalConfig, args.recipe, args.overrides)
 

@@ -84,7 +84,7 @@ def read_without_weights(model: "ModelConfig") -> tuple["LMFusionConfig", "Codec
     from lmfusion.model.codec import load_codec
     from lmfusion.model.configuration import LMFusionConfig
     from lmfusion.model.saved_files import read_config
-    from lmfusion.training.config import resolve_path
+    from lmfusion.utils.recipes import resolve_path
 
     if model.adapted is not None:
         folder, config = read_config(Path(resolve_path(model.adapted)), model.codec_path)

@@ -10,34 +10,21 @@ The result is a folder for `codec: {kind: autoencoder_kl, path: ...}`.
 
 import argparse
 
+from lmfusion.cli.train import add_recipe_arguments, check_max_steps, run_training
+
 HELP = "train an autoencoder for images as a recipe describes, or resume"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="YAML file of the run; see recipes/vae.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="change a key of the recipe, such as train.batch_size=16"
-    )
-    parser.add_argument("--max-steps", type=int, help="stop after so many steps; the schedule stays that of num_steps")
+    add_recipe_arguments(parser, "train.batch_size=16")
 
 
 def run(args: argparse.Namespace) -> int:
-    from lmfusion.cli.train import INTERRUPTED
     from lmfusion.vae.config import load_vae_config
 
-    if args.max_steps is not None and args.max_steps < 1:
-        raise ValueError(f"--max-steps is {args.max_steps}; it must be at least 1")
+    check_max_steps(args.max_steps)
     config = load_vae_config(args.recipe, args.overrides)
 
     from lmfusion.vae.trainer import VAETrainer
 
-    trainer = VAETrainer(config)
-    millions = sum(weight.numel() for weight in trainer.weights.values()) / 1e6
-    print(f"{millions:.2f} M parameters on {trainer.device}, {trainer.loader.num_samples} samples")
-    if trainer.step:
-        print(f"resuming after step {trainer.step}")
-    if not trainer.run(args.max_steps):
-        print(f"interrupted after step {trainer.step}; the same command continues")
-        return INTERRUPTED
-    print(f"trained {trainer.step} steps; the autoencoder is in {trainer.folder / 'autoencoder'}")
-    return 0
+    return run_training(VAETrainer(config), args.max_steps, "autoencoder")

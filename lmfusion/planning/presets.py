@@ -1,7 +1,6 @@
-"""What is known of a run's model before its weights are there? Configurations of its parts, read or named."""
+"""Finds the sizes of a run's model without its weights: from configuration files, or from presets of known LLMs."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,9 @@ from lmfusion.model.configuration import LMFusionConfig
 from lmfusion.model.flops import products_of
 from lmfusion.model.saved_files import read_config
 from lmfusion.model.vision import VisionEncoder
-from lmfusion.training.config import ModelConfig, resolve_path
+from lmfusion.planning.model_shape import CodecShape, ModelShape
+from lmfusion.training.config import ModelConfig
+from lmfusion.utils.recipes import resolve_path
 
 LLMS: dict[str, dict[str, Any]] = {
     "llama3-8b": {
@@ -46,29 +47,23 @@ LLMS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-"""Sizes of LLMs whose files need not be there, by name."""
+"""Sizes of LLMs by name, for plans without their files."""
 LLMS["llama3-llava-next-8b"] = LLMS["llama3-8b"] | {"vocab_size": 128320}
 VLMS = ("llama3-llava-next-8b",)
-"""Those of them that are a part of LLaVA-NeXT, with a CLIP-L of 336 pixels."""
+"""The LLMS that belong to a LLaVA-NeXT, with a CLIP-L of 336 pixels."""
 
 
-@dataclass(frozen=True)
-class CodecFacts:
-    """What of a codec a plan needs."""
-
-    latent_shape: tuple[int, int, int]
-    """(C, h, w) of an image of the configured size."""
-    num_parameters: int
-    encode_flops: int
-    """Of one image: convolutions and linear maps, without the one attention in the middle."""
-    is_assumed: bool = False
+def model_shape(model: ModelConfig, llm: str | None = None) -> ModelShape:
+    """Sizes of the model that a run starts from. llm, errors: as in `model_config`."""
+    config = model_config(model, llm)
+    return ModelShape(config, codec_shape(config.codec), vision_parameters(config))
 
 
 def model_config(model: ModelConfig, llm: str | None = None) -> LMFusionConfig:
-    """The configuration of the model that a run starts from. llm: a name of LLMS, in place of the recipe's base.
+    """The configuration of the model that a run starts from. llm: a name in LLMS, instead of the recipe's base.
 
-    Raises FileNotFoundError where there is no model at model.adapted, or no LLM at model.base and none is named, and
-    ValueError for configurations that cannot be read, are not supported or do not go together.
+    Raises FileNotFoundError if there is no model at model.adapted, or no LLM at model.base and `llm` is None, and
+    ValueError for configurations that cannot be read, are not supported or do not fit together.
     """
     if model.adapted is not None:
         return read_config(Path(resolve_path(model.adapted)), model.codec_path)[1]
@@ -78,7 +73,7 @@ def model_config(model: ModelConfig, llm: str | None = None) -> LMFusionConfig:
 
 
 def vision_parameters(config: LMFusionConfig) -> int:
-    """How many weights a vision-language model sees with; 0 for an LLM."""
+    """Parameters of a vision-language model's vision encoder and projector; 0 for an LLM."""
     if config.vlm_config is None:
         return 0
     with no_init_weights():
@@ -86,7 +81,7 @@ def vision_parameters(config: LMFusionConfig) -> int:
 
 
 def _base_configs(base: str, llm: str | None) -> tuple[PreTrainedConfig, PreTrainedConfig | None]:
-    """Those of the LLM, and of the vision-language model that it is a part of."""
+    """The configurations of the LLM, and of the vision-language model that it belongs to, if any."""
     if llm is not None:
         named = LlamaConfig(**LLMS[llm])
         return named, LlavaNextConfig(text_config=named) if llm in VLMS else None
@@ -101,25 +96,25 @@ def _base_configs(base: str, llm: str | None) -> tuple[PreTrainedConfig, PreTrai
         config = gguf.open_file(path)[0]
     else:
         raise FileNotFoundError(
-            f"no base LLM at {base}; put it there, change model.base, or name its sizes with --llm ({', '.join(LLMS)})"
+            f"no base LLM at {base}; put it there, change model.base, or choose sizes with --llm ({', '.join(LLMS)})"
         )
     check_supported(config, str(path))
     return config, None
 
 
-def codec_facts(config: CodecConfig) -> CodecFacts:
-    """Sizes of the codec from its configuration. Where there is none at its path, those of Transfusion's are assumed:
-    8 channels, an eighth of each side, 86 M parameters.
+def codec_shape(config: CodecConfig) -> CodecShape:
+    """Sizes of the codec, from its configuration file. If there is none, Transfusion's are assumed: 8 channels,
+    an eighth of each side, 86 M parameters.
 
-    Raises ValueError for a configuration that cannot be read, and sizes that do not go together.
+    Raises ValueError for a configuration that cannot be read, and for sizes that do not fit together.
     """
     size = config.image_size
     if config.kind == "pixels":
-        return CodecFacts((config.channels, size, size), 0, 0)
+        return CodecShape((config.channels, size, size))
     assert config.path is not None
     path = Path(config.path).expanduser() / "config.json"
     if not path.is_file():
-        return CodecFacts((8, size // 8, size // 8), 86_000_000, 0, is_assumed=True)
+        return CodecShape((8, size // 8, size // 8), 86_000_000, is_assumed=True)
     import diffusers
 
     kind: Any = {"autoencoder_kl": diffusers.AutoencoderKL, "autoencoder_tiny": diffusers.AutoencoderTiny}[config.kind]
@@ -130,8 +125,10 @@ def codec_facts(config: CodecConfig) -> CodecFacts:
             images = torch.empty(1, config.channels, size, size)
             latents: list[Any] = []
             products = products_of(autoencoder, lambda: latents.append(autoencoder.encode(images)))
-    except Exception as error:  # whatever json, diffusers and torch raise on settings that are none
-        raise ValueError(f"{path} is no configuration of an {kind.__name__} for images of {size}: {error}") from error
+    except Exception as error:  # json, diffusers and torch raise all kinds of errors on bad settings
+        raise ValueError(
+            f"{path} must be the configuration of an {kind.__name__} for images of {size} pixels: {error}"
+        ) from error
     encoded = latents[0].latents if config.kind == "autoencoder_tiny" else latents[0].latent_dist.mode()
     num_parameters = sum(parameter.numel() for parameter in autoencoder.parameters())
-    return CodecFacts(tuple(encoded.shape[1:]), num_parameters, sum(flops for flops, _ in products))
+    return CodecShape(tuple(encoded.shape[1:]), num_parameters, sum(flops for flops, _ in products))

@@ -1,4 +1,4 @@
-"""What does a run start from? The model where it is trained, and the loaders of its data, as the configuration says."""
+"""Builds the model and the data loaders of a run from its configuration."""
 
 import torch
 
@@ -8,16 +8,17 @@ from lmfusion.data.samples import DataConfig
 from lmfusion.model.batch import SpecialTokens
 from lmfusion.model.modeling import LMFusion
 from lmfusion.model.saving import from_base
-from lmfusion.training.config import RunConfig, resolve_path
+from lmfusion.training.config import RunConfig
 from lmfusion.training.distributed import World
+from lmfusion.utils.recipes import resolve_path
 
 
 def build_model(config: RunConfig) -> LMFusion:
-    """The model of a run, on the CPU and as it was loaded, the text tower frozen or not."""
+    """The model of a run on the CPU, in the dtypes it was loaded with, its text tower frozen if the run says so."""
     model_config, train = config.model, config.train
     if model_config.adapted is not None:
         moved = None if model_config.base is None else resolve_path(model_config.base)
-        # Its image side keeps the dtype it has
+        # The image side keeps its dtype
         model = LMFusion.from_pretrained(resolve_path(model_config.adapted), moved, codec_path=model_config.codec_path)
     else:
         assert model_config.base is not None
@@ -33,7 +34,7 @@ def build_model(config: RunConfig) -> LMFusion:
 
 
 def training_loader(config: RunConfig, model: LMFusion, world: World) -> PackedLoader:
-    """The loader of what is trained on, with this rank's rows of every step."""
+    """The loader of the training data, with this rank's packed sequences of every step."""
     loader = _loader(config.data, config, model, world, config.sequences_per_step, frozen_text=model.frozen_text)
     if world.rank == 0:
         loader.report_unused()
@@ -41,7 +42,7 @@ def training_loader(config: RunConfig, model: LMFusion, world: World) -> PackedL
 
 
 def validation_loader(data: DataConfig, config: RunConfig, model: LMFusion, world: World) -> PackedLoader:
-    """A loader of `data` with every row on every rank, one a step, and labels for all text."""
+    """A loader of `data` with all packed sequences on every rank, one per step, and labels for all text."""
     return _loader(data, config, model, World(0, 1, world.device), sequences_per_step=1, frozen_text=False)
 
 
@@ -49,7 +50,7 @@ def _loader(
     data: DataConfig, config: RunConfig, model: LMFusion, world: World, sequences_per_step: int, frozen_text: bool
 ) -> PackedLoader:
     if model.tokenizer is None:
-        raise ValueError("the base LLM has no tokenizer to read captions with; put its tokenizer.json beside it")
+        raise ValueError("the base LLM must have a tokenizer; put its tokenizer.json into the folder of its weights")
     return PackedLoader(
         data,
         codec=model.codec,

@@ -1,12 +1,16 @@
-"""How does a run survive? Checkpoints that are complete or not there: hashed safetensors and JSON, placed by a rename.
+"""Checkpoints: atomic, hashed, and resumable on any number of ranks.
+
+They are written by hand instead of by torch.distributed.checkpoint, which does not give these three together: files are
+hashed while they are written, nothing is pickled, and a checkpoint exists completely or not at all. A rename puts it in
+place:
 
 <run>/checkpoints/step-00001000/
-    weights.00000-of-00002.safetensors     the rows of what is trained that rank 0 of 2 holds; nothing of the base model
-    optimizer.*, ema.*                     likewise
-    state.json                             integers and what they belong to
-    manifest.json                          of each file size, sha256 and rows; of itself sha256; written last
+    weights.00000-of-00002.safetensors     the rows (of dimension 0) of trained tensors that rank 0 of 2 holds
+    optimizer.*, ema.*                     the same of the optimizer's state and of the averages
+    state.json                             counts, and the identity of the run
+    manifest.json                          size, sha256 and rows of each file, and its own sha256; written last
 
-Every rank writes its own rows, and any number of ranks reads them.
+Every rank writes its own rows, and any number of ranks can read them. Frozen weights are not saved.
 """
 
 import hashlib
@@ -25,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lmfusion.training.distributed import World, local_range, local_shard
-from lmfusion.utils.config_values import values_sha256
+from lmfusion.utils.config_values import short_repr, values_sha256
 from lmfusion.utils.files import check_no_link, flush, name_os_errors
 
 MANIFEST = "manifest.json"
@@ -34,27 +38,27 @@ FORMAT = 3
 BLOCK_BYTES = 2**24
 
 Range = tuple[int, int, int]
-"""(first, end, size): the rows [first, end) of a tensor with `size` rows. Without dimensions it has one."""
+"""(first, end, size): the rows [first, end) of a tensor with `size` rows. A tensor without dimensions has one row."""
 
 
 class Slice(NamedTuple):
-    """Consecutive rows of a tensor that is spread over the ranks."""
+    """Consecutive rows of a tensor that is divided among the ranks."""
 
     rows: Tensor
     range: Range
 
 
 Parts = Mapping[str, Mapping[str, Tensor | Slice]]
-"""Named tensors by part: whole ones, ones that FSDP2 shards, or rows of one."""
+"""Named tensors by part: whole tensors, tensors that FSDP2 shards, or rows of a tensor."""
 
 
 def slice_of(tensor: Tensor) -> Slice:
-    """The rows of `tensor` that this rank holds, sharing its memory; all of them where it is not sharded."""
+    """The rows of `tensor` that this rank holds, sharing its memory; all of them if it is not sharded."""
     return Slice(local_shard(tensor.detach()), local_range(tensor))
 
 
 def ranges(parts: Parts) -> dict[str, dict[str, Range]]:
-    """Which rows of each tensor this rank holds: what `load_checkpoint` takes."""
+    """The rows of each tensor that this rank holds, for `load_checkpoint`."""
     return {
         part: {name: t.range if isinstance(t, Slice) else local_range(t) for name, t in tensors.items()}
         for part, tensors in parts.items()
@@ -63,22 +67,26 @@ def ranges(parts: Parts) -> dict[str, dict[str, Range]]:
 
 @torch.no_grad()
 def restore(held: Mapping[str, Tensor | Slice], saved: Mapping[str, Tensor]) -> None:
-    """Copy rows that `load_checkpoint` gave into the tensors they are of, one at a time.
+    """Copy the rows that `load_checkpoint` returned into their tensors, one tensor at a time.
 
-    Raises ValueError, naming it, for a tensor of another shape or dtype.
+    Raises ValueError, naming the tensor, if the shapes or dtypes differ.
     """
     for name, tensor in held.items():
         rows, found = (tensor if isinstance(tensor, Slice) else slice_of(tensor)).rows, saved[name]
         if (rows.shape, rows.dtype) != (found.shape, found.dtype):
             raise ValueError(
-                f"{name} is {found.dtype} {list(found.shape)} in the checkpoint and {rows.dtype} {list(rows.shape)} in "
-                "the model: it is of another model or optimizer; change these back, or set output to another folder"
+                f"{name} must be {rows.dtype} {list(rows.shape)} as in the model, got {found.dtype} "
+                f"{list(found.shape)} in the checkpoint of another model or optimizer; change these back, or set "
+                "output to another folder"
             )
         rows.copy_(found)
 
 
 class CheckpointWriter:
-    """Writes checkpoints into a folder that all ranks see, while training goes on. All ranks call its methods alike."""
+    """Writes checkpoints into a folder that all ranks see, while training continues.
+
+    All ranks call the same methods in the same order.
+    """
 
     def __init__(self, folder: Path, keep_last: int, world: World) -> None:
         self.folder = folder
@@ -88,9 +96,9 @@ class CheckpointWriter:
         self._known_step: int | None = None
 
     def find(self) -> Path | None:
-        """The newest checkpoint, on every rank; None where there is none, or where this writer has read or begun it.
+        """The newest checkpoint, the same on every rank; None if there is none, or if this writer has read or begun it.
 
-        Call it while the run's folder is locked: another process may have gone on with the run until then.
+        Call it while the run's folder is locked: another process may have continued the run until then.
         """
         step = latest_step(self.folder, self.world)
         if step is None or step == self._known_step:
@@ -101,17 +109,17 @@ class CheckpointWriter:
     def save(self, step: int, parts: Parts, state: Mapping[str, Any]) -> None:
         """Begin the checkpoint of `step`: copy this rank's rows of `parts` to the CPU, and write them in a thread.
 
-        state: JSON values, those of rank 0. Waits for an earlier checkpoint that is still being written, and raises
-        what `finish` does. A checkpoint of `step` that is there is left as it is.
+        state: JSON values; rank 0's are saved. Waits for an earlier checkpoint that is still being written, and raises
+        what `finish` does. An existing checkpoint of `step` is left as it is.
         """
         self.finish()
         self._known_step = step
         exists = False
         if self.world.rank == 0:
-            for leftover in self.folder.glob("*.tmp"):  # of killed runs
+            for leftover in self.folder.glob("*.tmp"):  # killed runs leave them
                 shutil.rmtree(leftover, ignore_errors=True)
             exists = step in list_steps(self.folder)
-        if self.world.sum_integers([exists])[0]:  # also: nobody writes before rank 0 has cleaned up
+        if self.world.sum_integers([exists])[0]:  # this also keeps all ranks from writing before rank 0 has cleaned up
             return
         text = json.dumps({**state, "step": step}, indent=1)
         copied = {part: _copied(tensors, self.world.rank) for part, tensors in parts.items()}
@@ -130,7 +138,7 @@ class CheckpointWriter:
     def finish(self) -> None:
         """Wait until the checkpoint that was begun is complete.
 
-        Raises OSError, on all ranks, where one could not write it (a full disk, say); those before are intact.
+        Raises OSError on all ranks if one of them could not write it (a full disk, say); earlier ones are intact.
         """
         if self._writing is not None:
             self._writing.join()
@@ -152,17 +160,17 @@ class CheckpointWriter:
             shutil.rmtree(writing.folder, ignore_errors=True)
         steps = list_steps(self.folder)
         kept = f"the checkpoint of step {steps[-1]} is intact" if steps else "there is no earlier one"
-        reason = error or f"{num_failed} of {self.world.size} ranks failed, each tells why"
+        reason = error or f"{num_failed} of {self.world.size} ranks failed, each gives its reason"
         message = f"cannot write {writing.target}: {reason}; {kept}. Make room and run the same command again"
         raise OSError(message) from error
 
     def _publish(self, writing: "_Writing") -> None:
-        """Let the checkpoint exist, and only then let go of old ones."""
+        """Complete the checkpoint, and only then delete old ones."""
         files: dict[str, Any] = {}
         for rank in range(self.world.size):
             record = writing.record_path(rank)
             if not record.is_file():
-                raise OSError(f"rank {rank} wrote to a folder that rank 0 does not see; ranks need a shared one")
+                raise OSError(f"all ranks must write to one shared folder; rank 0 does not see that of rank {rank}")
             files |= json.loads(record.read_text(encoding="utf-8"))
             record.unlink()
         manifest = {"format": FORMAT, "files": files}
@@ -174,13 +182,14 @@ class CheckpointWriter:
         for old in list_steps(self.folder)[: -self.keep_last]:
             path = checkpoint_path(self.folder, old)
             try:
-                shutil.rmtree(path.rename(path.with_suffix(".tmp")))  # renamed: never half of a checkpoint by its name
-            except OSError as error:  # no reason to stop: the new one is there
+                # Renamed first, so that a kill never leaves half of a checkpoint under its final name
+                shutil.rmtree(path.rename(path.with_suffix(".tmp")))
+            except OSError as error:  # not a reason to stop: the new checkpoint is complete
                 print(f"cannot delete the old checkpoint {path}: {error}", file=sys.stderr)
 
 
 class _Writing(threading.Thread):
-    """One rank's files of one checkpoint, being written. A kill leaves a folder that no one takes for a checkpoint."""
+    """Writes one rank's files of one checkpoint. If it is killed, its folder's name shows that it is incomplete."""
 
     def __init__(self, target: Path, parts: dict[str, dict[str, Slice]], state: str, world: World) -> None:
         super().__init__(name="checkpoint", daemon=True)
@@ -197,12 +206,12 @@ class _Writing(threading.Thread):
     def run(self) -> None:
         try:
             self._write()
-        except Exception as error:  # told by the ranks together, in `CheckpointWriter`
+        except Exception as error:  # `CheckpointWriter` reports it on all ranks together
             self.error = error
 
     def _write(self) -> None:
         rank, size = self._world.rank, self._world.size
-        self.folder.mkdir(parents=True, exist_ok=True)  # by whichever rank comes first
+        self.folder.mkdir(parents=True, exist_ok=True)  # the first rank creates it
         check_no_link(self.folder)
         files: dict[str, Any] = {}
         for part, slices in self._parts.items():
@@ -212,9 +221,9 @@ class _Writing(threading.Thread):
                 files[name]["ranges"] = {key: s.range for key, s in slices.items()}
         if rank == 0:
             files[STATE] = _write_text(self.folder / STATE, self._state)
-        for name, expected in files.items():  # read again, from the disk: what is there is what was meant
+        for name, expected in files.items():  # read from the disk again, to find silent write errors
             if _sha256(self.folder / name, from_disk=True) != expected["sha256"]:
-                raise OSError(f"{self.folder / name} reads back otherwise than it was written; look at the disk")
+                raise OSError(f"{self.folder / name} does not read back as it was written; check the disk")
         _write_text(self.record_path(rank), json.dumps(files))
         flush(self.folder)
 
@@ -224,13 +233,13 @@ def load_checkpoint(
 ) -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
     """Parts and state of the checkpoint at `path`, on the CPU, whatever number of ranks wrote it.
 
-    wanted: the rows of each tensor to read, by part and name (see `ranges`); None: all of all. Files are compared with
-    the manifest at once: the size of all, the sha256 of those with wanted rows. Tensors are read when they are asked
-    for, so that no more need be in memory than the caller keeps.
+    wanted: the rows of each tensor to read, by part and name (see `ranges`); None: all rows of all tensors. Files are
+    compared with the manifest at once: the sizes of all files, and the sha256 of files with wanted rows. Tensors are
+    read only when they are accessed, so that no more need be in memory than the caller keeps.
 
-    Raises ValueError, naming it, for a file that is missing, damaged or of another format, for a folder with the name
-    of another step, and for a tensor that is not there or has another number of rows; OSError, naming it, for a file
-    that the disk does not give.
+    Raises ValueError, naming the file or tensor, for a file that is missing, damaged or of another format, for a folder
+    with the name of another step, and for a tensor that is missing or has another number of rows; OSError, naming it,
+    for a file that cannot be read.
     """
     entries = _read_manifest(path)["files"]
     _check_sizes(path, entries)
@@ -247,7 +256,7 @@ def load_checkpoint(
         pieces = {name: _pieces_with(path, f"{part}/{name}", held.get(name, []), rows) for name, rows in names.items()}
         parts[part] = _SavedPart(path, {name: (rows, pieces[name]) for name, rows in names.items()})
         needed |= {piece.file for found in pieces.values() for piece in found}
-    with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter's lock
+    with ThreadPoolExecutor() as pool:  # hashlib releases the GIL
         for file, digest in pool.map(lambda file: (file, _sha256(file)), sorted(needed)):
             if digest != entries[file.name]["sha256"]:
                 raise _damaged(file, path)
@@ -259,7 +268,7 @@ def load_checkpoint(
 
 
 class _Piece(NamedTuple):
-    """The rows [first, end) of a tensor with `size` rows, and the file that has them."""
+    """The rows [first, end) of a tensor with `size` rows, and the file that holds them."""
 
     file: Path
     first: int
@@ -268,7 +277,7 @@ class _Piece(NamedTuple):
 
 
 class _SavedPart(Mapping[str, Tensor]):
-    """Tensors by name, each read from its pieces when it is asked for."""
+    """Tensors by name, each read from its pieces when it is accessed."""
 
     def __init__(self, path: Path, wanted: Mapping[str, tuple[Range, list[_Piece]]]) -> None:
         self._path = path
@@ -294,17 +303,18 @@ class _SavedPart(Mapping[str, Tensor]):
             if (first, end) == (piece.first, piece.end):
                 return file.get_tensor(name)
             return file.get_slice(name)[first - piece.first : end - piece.first]
-        except (OSError, SafetensorError):  # it was whole a moment ago
+        except (OSError, SafetensorError):  # its hash was right a moment ago
             raise _damaged(piece.file, self._path) from None
 
 
 def _pieces_with(path: Path, name: str, pieces: list[_Piece], rows: Range) -> list[_Piece]:
-    """Those of `pieces` that have some of `rows`, in order; for no rows, one that they would be in."""
+    """The pieces that hold some of `rows`, in order. For an empty range, one piece beside it, for the shape."""
     first, end, size = rows
     if not pieces or pieces[0].size != size:
-        found = f"has {pieces[0].size} rows of {name}, not {size}" if pieces else f"has no {name}"
+        found = f"{pieces[0].size} rows" if pieces else "none"
         raise ValueError(
-            f"{path} {found}: it is of another model or optimizer; change these back, or set output to another folder"
+            f"{path} must hold {size} rows of {name}, got {found}: it belongs to another model or optimizer; change "
+            "these back, or set output to another folder"
         )
     needed = sorted((p for p in pieces if p.first < end and first < p.end), key=lambda p: p.first)
     if first == end:
@@ -318,7 +328,7 @@ def _pieces_with(path: Path, name: str, pieces: list[_Piece], rows: Range) -> li
 
 
 def list_steps(folder: Path) -> list[int]:
-    """Steps that `folder` has a checkpoint of, ascending. Saved, they have their names when they are complete."""
+    """Steps of the complete checkpoints in `folder`, ascending."""
     if not folder.is_dir():
         return []
     names = [path.name.removeprefix("step-") for path in folder.glob("step-*") if path.is_dir()]
@@ -326,7 +336,7 @@ def list_steps(folder: Path) -> list[int]:
 
 
 def latest_step(folder: Path, world: World) -> int | None:
-    """Step of the newest checkpoint that rank 0 sees in `folder`, on every rank; None where there is none."""
+    """Step of the newest checkpoint that rank 0 sees in `folder`, the same on every rank; None if there is none."""
     steps = list_steps(folder) if world.rank == 0 else []
     latest = world.sum_integers([1 + steps[-1] if steps else 0])[0]
     return latest - 1 if latest else None
@@ -337,7 +347,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def _copied(tensors: Mapping[str, Tensor | Slice], rank: int) -> dict[str, Slice]:
-    """Copies on the CPU of what this rank has to write: its rows; of what all ranks have whole, rank 0 writes it."""
+    """Copies on the CPU of what this rank writes: its own rows, and on rank 0 also the tensors that all ranks hold."""
     copied = {}
     for name, tensor in tensors.items():
         rows, (first, end, size) = tensor if isinstance(tensor, Slice) else slice_of(tensor)
@@ -360,8 +370,12 @@ _DTYPES = {
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """A safetensors file, hashed on its way to the disk, which `safetensors.save_file` cannot do; size and sha256."""
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))  # all aligned, as the format asks
+    """Write a safetensors file; returns its size and sha256.
+
+    `safetensors.save_file` cannot hash while it writes, and would need a second copy in memory.
+    """
+    # Widest dtypes first: then all tensors are aligned, as the format asks
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].itemsize, item[0]))
     header: dict[str, Any] = {}
     end = 0
     for name, tensor in ordered:
@@ -378,7 +392,7 @@ def _write_text(path: Path, text: str) -> dict[str, Any]:
 
 
 def _write(path: Path, contents: Iterable[Any]) -> dict[str, Any]:
-    """Write bytes, force them onto the disk, and answer with their size and sha256."""
+    """Write bytes and force them onto the disk; returns their size and sha256."""
     digest = hashlib.sha256()
     with name_os_errors(path), open(path, "wb") as file:
         for content in contents:
@@ -394,7 +408,7 @@ def _write(path: Path, contents: Iterable[Any]) -> dict[str, Any]:
 
 
 def _sha256(path: Path, from_disk: bool = False) -> str:
-    """Of a file's bytes. from_disk: read what the disk has, not what the system still remembers of it."""
+    """sha256 of a file's bytes. from_disk: drop the page cache first, so that the disk itself is read."""
     with name_os_errors(path), open(path, "rb") as file:
         if from_disk:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -411,7 +425,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise _damaged(file, path)
     if manifest.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {manifest.get('format')!r}; this version of lmfusion reads {FORMAT}")
+        raise ValueError(
+            f"{path} must have format {FORMAT}, got {short_repr(manifest.get('format'))}, of another version of "
+            "lmfusion; start a new run in another folder, or finish this one with the version that began it"
+        )
     if manifest.pop("sha256", None) != values_sha256(manifest):
         raise _damaged(file, path)
     return manifest
@@ -426,5 +443,5 @@ def _check_sizes(path: Path, entries: Mapping[str, Any]) -> None:
 
 def _damaged(file: Path, checkpoint: Path) -> ValueError:
     has_others = len(list_steps(checkpoint.parent)) > 1
-    way_out = "to resume from the checkpoint before it" if has_others else "to begin again, for there is no other"
+    way_out = "to resume from the checkpoint before it" if has_others else "to begin again, since there is no other"
     return ValueError(f"{file} is damaged or missing; delete {checkpoint} {way_out}")

@@ -1,17 +1,18 @@
-"""How do several processes train one model? What torchrun started, what they agree on, and FSDP2 a layer at a time.
+"""Trains one model in several processes: the world that torchrun started, and FSDP2 with one group per layer.
 
-Each layer of the text tower is one group of FSDP2 with the layer of the image tower beside it; all else is the root's.
-A group's weights, frozen ones too, lie in equal runs of rows on all ranks. For its forward, and again for its backward,
-every rank gathers them in one collective, the group after it while this one computes, and lets go of them afterwards:
+Each layer of the text tower forms one FSDP2 group with the same layer of the image tower; the root group has all other
+weights. A group's weights, frozen ones too, are divided by rows (dimension 0) among the ranks. For the group's forward,
+and again for its backward, every rank gathers them in one collective, while the previous group computes, and frees them
+afterwards:
 
-- layers are gathered in the dtype of the rows, trained ones cast from float32 beforehand, so that bfloat16 rows move
-  half of the bytes and no copy of a weight is kept for the backward;
-- the root's weights are gathered as they are: the patch coder computes in float32 whatever dtype the rows have;
-- gradients are averaged in float32, in one collective a group, and kept as parts, one row of a step after the other;
-- frozen weights take part in the gathering alone: no gradient is made for them, sent or kept;
-- codec and vision encoder, which threads of the loader use, are whole on every rank.
+- layers are gathered in the dtype of the activations, and trained ones are cast from float32 first, so that bfloat16
+  moves half of the bytes and no copy of a weight is kept for the backward;
+- the root's weights are gathered as they are: the patch coder computes in float32 whatever dtype the activations have;
+- gradients are averaged in float32, in one collective per group, and accumulated sharded, micro-batch by micro-batch;
+- frozen weights are only gathered: they have no gradients to compute, send or keep;
+- every rank holds the whole codec and vision encoder, which threads of the loader use.
 
-FSDP's own order of gathering ahead is left as it is (set_modules_to_forward_prefetch only sends it off sooner).
+FSDP's own prefetch order is kept (set_modules_to_forward_prefetch would only start it earlier).
 """
 
 import functools
@@ -39,22 +40,22 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 CONTROL_TIMEOUT = timedelta(hours=2)
-"""How long ranks wait for one another on the CPU: one of them may be writing the exported model just then."""
+"""How long ranks wait for each other on the CPU: one of them may be writing the exported model at that time."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes that train together, seen from one of them. Its methods are called by all of them, in one order."""
+    """The processes that train together, seen from one of them. All must call its methods in the same order."""
 
     rank: int
     size: int
     device: torch.device
     """Of this process"""
     control: dist.ProcessGroup | None = None
-    """A gloo group over all ranks, so that what is agreed on between steps never waits for the device; None alone"""
+    """A gloo group over all ranks, with which they agree between steps without waiting for the device; None if alone"""
 
     def sum_integers(self, values: Sequence[int]) -> list[int]:
-        """Each value summed over the ranks (int64). Runs on the CPU and does not wait for the device."""
+        """Each value summed over the ranks (int64), on the CPU and without waiting for the device."""
         if self.size == 1:
             return list(values)
         sums = torch.tensor(list(values), dtype=torch.int64)
@@ -62,21 +63,21 @@ class World:
         return sums.tolist()
 
     def sum_tensor(self, x: Tensor) -> Tensor:
-        """`x`, on the training device, summed over the ranks in place; the host does not wait for it."""
+        """`x`, on the training device, summed over the ranks in place, without waiting for the device."""
         if self.size > 1:
             dist.all_reduce(x)
         return x
 
     def barrier(self) -> None:
-        """Wait, on the CPU, until all ranks are here."""
+        """Wait, on the CPU, until all ranks have called this."""
         self.sum_integers([0])
 
 
 @contextmanager
 def init_distributed(device: str) -> Iterator[World]:
-    """The world that torchrun describes in the environment, or this process alone where there is none.
+    """The world that torchrun describes in the environment, or this process alone without torchrun.
 
-    device: "auto", "cpu" or "cuda"; on GPUs, each process of a machine takes the one of its LOCAL_RANK. Raises
+    device: "auto", "cpu" or "cuda"; each process takes the GPU with the number LOCAL_RANK of its machine. Raises
     ValueError for an incomplete environment, and for more processes on a machine than it has GPUs.
     """
     size = _from_environment("WORLD_SIZE", 1)
@@ -88,8 +89,8 @@ def init_distributed(device: str) -> Iterator[World]:
     if chosen.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
-                f"process {local_rank} of this machine has no GPU of its own: there are {torch.cuda.device_count()}; "
-                "start as many processes as there are GPUs (torchrun --nproc-per-node)"
+                f"each process must have a GPU of its own, got {torch.cuda.device_count()} GPUs for process "
+                f"{local_rank} of this machine; start as many processes as there are GPUs (torchrun --nproc-per-node)"
             )
         chosen = torch.device("cuda", local_rank)
         torch.cuda.set_device(chosen)
@@ -99,7 +100,8 @@ def init_distributed(device: str) -> Iterator[World]:
     try:
         yield World(rank, size, chosen, dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT))
     except BaseException as error:
-        # Where this rank alone fails, others may be in the middle of a collective, and NCCL would wait for them
+        # If only this rank fails, others may be in the middle of a collective, and destroying an NCCL group would wait
+        # for them. So on GPUs it is destroyed only for ValueErrors, which all ranks raise together.
         if chosen.type == "cpu" or isinstance(error, ValueError):
             dist.destroy_process_group()
         raise
@@ -109,40 +111,40 @@ def init_distributed(device: str) -> Iterator[World]:
 def _from_environment(name: str, default: int | None = None) -> int:
     text = os.environ.get(name, "" if default is None else str(default))
     if not text.isdecimal():
-        raise ValueError(f"WORLD_SIZE is set, but {name} is {text!r}; start several processes with torchrun")
+        raise ValueError(f"{name} must be a number, got {text!r}; start several processes with torchrun")
     return int(text)
 
 
 def local_shard(weight: Tensor) -> Tensor:
-    """What this rank holds of `weight`: a run of its rows, perhaps none; the tensor itself where it is not sharded."""
+    """The rows of `weight` that this rank holds, perhaps none; the tensor itself if it is not sharded."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def local_range(weight: Tensor) -> tuple[int, int, int]:
     """(first, end, size): this rank holds the rows [first, end) of the `size` rows of `weight` (its dimension 0).
 
-    All of them, (0, size, size), where it is not sharded; a tensor without dimensions counts as one row.
+    All of them, (0, size, size), if it is not sharded; a tensor without dimensions counts as one row.
     """
     size = weight.shape[0] if weight.dim() else 1
     if not isinstance(weight, DTensor):
         return 0, size, size
     rank, num_ranks = weight.device_mesh.get_local_rank(), weight.device_mesh.size()
-    length = -(-size // num_ranks)  # as torch.chunk cuts: the last ranks may get less, or nothing
+    length = -(-size // num_ranks)  # as torch.chunk divides: the last ranks may get fewer, or none
     first, end = min(rank * length, size), min((rank + 1) * length, size)
     assert local_shard(weight).shape[0] == end - first
     return first, end, size
 
 
 def parallelize(model: LMFusion, world: World, dtype: torch.dtype) -> None:
-    """Bring a model from the CPU to where it is trained: what is trained in float32, what is frozen in `dtype`.
+    """Move a model from the CPU to the training device, trained weights in float32 and frozen ones in `dtype`.
 
-    Rows are computed in `dtype` from then on. With several ranks, on all of which the model is the same, FSDP2 divides
-    its weights among them: parameters become DTensors, of which `local_shard` and `local_range` tell what is here.
-    Gradients are then averages over the ranks, so a loss whose gradients are to add up is multiplied by `world.size`.
-    All ranks call the model, and its draw, generate and caption, together.
+    Activations are then computed in `dtype`. With several ranks, which must all have the same model, FSDP2 divides its
+    weights among them: parameters become DTensors, whose local rows `local_shard` and `local_range` give. Gradients are
+    then averages over the ranks, so multiply a loss by `world.size` if its gradients must add up. All ranks must call
+    the model, and its draw, generate and caption, together.
 
-    This goes a layer at a time: the device never holds more than one layer beyond what it keeps. Freeze or unfreeze the
-    text tower before.
+    This works layer by layer, so the device never holds more than one layer beyond what it keeps. Freeze or unfreeze
+    the text tower before.
     """
     model.compute_dtype = dtype
     mesh = None if world.size == 1 else init_device_mesh(world.device.type, (world.size,))
@@ -156,7 +158,7 @@ def parallelize(model: LMFusion, world: World, dtype: torch.dtype) -> None:
 
 
 def _groups(model: LMFusion) -> Iterator[list[nn.Module]]:
-    """The modules whose weights are gathered together: those of each layer, then the model for all that is left."""
+    """The modules whose weights are gathered together: those of each layer, then the model for everything else."""
     for i, layer in enumerate(model.text.layers):
         yield [layer, model.image.layers[i]] if len(model.image.layers) else [layer]
     yield [model]
@@ -165,9 +167,10 @@ def _groups(model: LMFusion) -> Iterator[list[nn.Module]]:
 def _move(modules: list[nn.Module], device: torch.device, dtype: torch.dtype) -> None:
     for module in modules:
         for name, parameter in module.named_parameters():
-            if isinstance(parameter, DTensor) or name.startswith("codec."):  # of a layer, or in a dtype of its own
+            # DTensors were sharded with their layer; the codec keeps its own dtype
+            if isinstance(parameter, DTensor) or name.startswith("codec."):
                 continue
-            on_device = parameter.data.to(device)  # first, for the cast may double it
+            on_device = parameter.data.to(device)  # before the cast, which may double its size
             parameter.data = on_device.to(torch.float32 if parameter.requires_grad else dtype)
 
 
@@ -180,19 +183,22 @@ def _shard(modules: list[nn.Module], model: LMFusion, dtype: torch.dtype, mesh: 
     whole = {*model.codec.parameters(), *(() if model.vision is None else model.vision.parameters())}
     fully_shard(group, mesh=mesh, mp_policy=policy, ignored_params=whole)
     if is_root:
-        model.register_forward_hook(_let_go_after_scoring)
+        model.register_forward_hook(_reshard_after_forward_without_backward)
         for name in ("draw", "generate", "caption"):
             register_fsdp_forward_method(model, name)
-            setattr(model, name, _letting_go(model, getattr(model, name)))
+            setattr(model, name, _resharding(model, getattr(model, name)))
 
 
-def _let_go_after_scoring(model: nn.Module, args: Any, output: LMFusionOutput) -> None:
-    """FSDP keeps the root's weights gathered for the backward. Without one it would use them again after an update."""
+def _reshard_after_forward_without_backward(model: nn.Module, args: Any, output: LMFusionOutput) -> None:
+    """Free the root's gathered weights after a forward without gradients.
+
+    FSDP keeps them for the backward. If there is none, it would use the old ones again after the next update.
+    """
     if not any(isinstance(value, Tensor) and value.requires_grad for value in output.values()):
         _reshard(model)
 
 
-def _letting_go(model: nn.Module, method: Callable[P, T]) -> Callable[P, T]:
+def _resharding(model: nn.Module, method: Callable[P, T]) -> Callable[P, T]:
     @functools.wraps(method)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
@@ -209,11 +215,11 @@ def _reshard(model: nn.Module) -> None:
 
 
 def compile_layers(model: LMFusion) -> None:
-    """Compile what a layer computes, with torch.compile: one function for all layers and all numbers of rows.
+    """Compile what a layer computes, with torch.compile: one function for all layers and all numbers of tokens.
 
-    Gathering a layer's weights stays outside. The first steps wait for the compiler, a few times. It is left out where
-    nothing is trained, and for the rare batches in which a class of rows has one member or none: it would make a
-    version for each of these.
+    Gathering a layer's weights stays outside. The first steps wait for the compiler a few times. Layers are not
+    compiled without gradients, nor for the rare batches in which a class of tokens has one member or none, since the
+    compiler would make a version for each of these.
     """
     compiled = torch.compile(lk.routed_block)
 

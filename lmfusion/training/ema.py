@@ -1,4 +1,4 @@
-"""A running average of the trained weights: smoother than the weights themselves, so samples and exports use it."""
+"""The running average of the trained weights, which samples, validation and exports use."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,10 +11,11 @@ from lmfusion.training.distributed import local_range, local_shard
 
 
 class EMA:
-    """Exponential moving average of named float32 weights, beside them: of a sharded weight, of the rows held here.
+    """Exponential moving averages of named float32 weights, on the same device; of a sharded weight, of the local rows.
 
     After step number `step` (from 0) an average moves by 1 - min(decay, (1 + step) / (10 + step)) towards its weight,
-    so that the start is forgotten quickly. With a decay of 0 there are no averages, and the weights stand for them.
+    so that the initial weights are forgotten quickly. With a decay of 0 there are no averages, and the weights
+    themselves are used.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
@@ -26,7 +27,7 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int, skip: Tensor | None = None) -> None:
-        """Move the averages towards the weights that step number `step` left; not where `skip` (float32 []) is 1."""
+        """Move the averages towards the weights after step number `step`; if `skip` (float32 []) is 1, not at all."""
         share: float | Tensor = 1 - min(self.decay, (1 + step) / (10 + step))
         if skip is not None:
             share = share * (1 - skip)
@@ -35,7 +36,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside, the model has the averages for weights. They may be neither trained nor saved there."""
+        """Inside, the model's weights are the averages. Do not train or save them there."""
         self._swap()
         try:
             yield
@@ -44,7 +45,7 @@ class EMA:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        """One at a time: a copy of all weights may not fit."""
+        """Swap weights and averages, one at a time: a copy of all weights may not fit into memory."""
         for name, average in self._averages.items():
             weight = self._weights[name].clone()
             self._weights[name].copy_(average)
@@ -55,5 +56,5 @@ class EMA:
         return {name: Slice(average, self._ranges[name]) for name, average in self._averages.items()}
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Continue from `state_tensors` of an EMA of the same rows. Raises ValueError for another one's."""
+        """Continue from `state_tensors` of an EMA of the same rows. Raises ValueError for any other."""
         restore(self.state_tensors(), tensors)

@@ -1,4 +1,4 @@
-"""How does a checkpoint become a model to use? From the base LLM and the averaged weights, in one CPU process."""
+"""Exports a checkpoint as a model: the base LLM with the averaged weights, in one process on the CPU."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -16,12 +16,11 @@ from lmfusion.training.run_identity import is_text_the_bases
 
 
 def save_model(config: RunConfig, checkpoint: Path, out: Path) -> None:
-    """Write the model of a run, with the averaged weights of `checkpoint` where it has any, into the folder `out`,
-    and beside it the record of its training.
+    """Write the model of a run, with the averaged weights of `checkpoint` (or its weights, without EMA), into `out`.
 
-    Nothing is gathered from the ranks or held on the device, and one copy of the model is in memory. The text tower is
-    left out where it is certainly still the base LLM's. Raises ValueError for a damaged checkpoint or one of another
-    model, and what `LMFusion.save_pretrained` and `from_llm` raise.
+    The record of its training is saved with it. Nothing is gathered from the ranks or put on the device, and one copy
+    of the model is in memory. The text tower is left out if it certainly equals the base LLM's. Raises ValueError for a
+    damaged checkpoint or one of another model, and what `LMFusion.save_pretrained` and `from_llm` raise.
     """
     model = build_model(config)
     parallelize(model, World(0, 1, torch.device("cpu")), getattr(torch, config.train.dtype))
@@ -30,13 +29,13 @@ def save_model(config: RunConfig, checkpoint: Path, out: Path) -> None:
     parts, state = load_checkpoint(checkpoint, ranges({part: weights}))
     restore(weights, parts[part])
     model.trained = _record(config, state)
-    # A whole model may start a run where its base LLM is not; then the new one must be whole too
+    # A run can start from a complete model without its base LLM; then the new model must be complete too
     can_be_part = is_text_the_bases(model) and has_base(model)
     model.eval().save_pretrained(out, parts="image" if can_be_part else "all")
 
 
 def _record(config: RunConfig, state: dict[str, Any]) -> TrainingRecord:
-    """What to tell of a run whose checkpoint holds `state`; of paths the last part alone, as others will read it."""
+    """The public record of a run whose checkpoint holds `state`. Of paths it holds only the last part."""
     sources = [
         f"{source.kind} {Path(source.path).name if source.path else source.split}, weight {source.weight:g}"
         for source in config.data.sources

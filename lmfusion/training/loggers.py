@@ -1,6 +1,6 @@
-"""Where do the numbers go besides metrics.jsonl? To TensorBoard and to Weights & Biases, where a run asks for them.
+"""TensorBoard and Weights & Biases, for runs that ask for them.
 
-Both packages are imported only then. metrics.jsonl is the record; what these show may have repeats after a kill.
+Each package is imported only then. metrics.jsonl is the record; after a kill these loggers may show steps twice.
 """
 
 import hashlib
@@ -13,21 +13,21 @@ from lmfusion.training.config import RunConfig
 
 
 class Logger(Protocol):
-    """Takes numbers and pictures of steps that never fall."""
+    """Takes numbers and images of steps, in ascending order."""
 
     def log(self, step: int, values: Mapping[str, float | None], section: str) -> None:
-        """Numbers of one step, under "<section>/<name>"; None is left out."""
+        """Log numbers of one step as "<section>/<name>"; None values are left out."""
 
     def image(self, step: int, path: Path) -> None:
-        """The sample picture of one step."""
+        """Log the sample grid of one step."""
 
     def close(self) -> None: ...
 
 
 def open_loggers(config: RunConfig, step: int) -> list[Logger]:
-    """Those that `train.tensorboard` and `train.wandb` ask for, to go on after `step`.
+    """The loggers that `train.tensorboard` and `train.wandb` ask for, continuing after `step`.
 
-    Raises ValueError where the package of one is not installed.
+    Raises ValueError if the package of one is not installed.
     """
     loggers: list[Logger] = []
     if config.train.tensorboard:
@@ -47,7 +47,7 @@ class TensorBoard:
             raise ValueError(
                 "train.tensorboard needs TensorBoard, which is not installed; pip install tensorboard"
             ) from None
-        # Points of steps that a kill undid are hidden
+        # Hides the points of steps that a kill undid
         self._writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def log(self, step: int, values: Mapping[str, float | None], section: str) -> None:
@@ -67,7 +67,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of the project `train.wandb`, the same one each time this run's folder is continued."""
+    """A run of the project `train.wandb`; the same one whenever the run in this folder continues."""
 
     def __init__(self, config: RunConfig, step: int) -> None:
         try:
@@ -78,7 +78,7 @@ class WeightsAndBiases:
 
         self._wandb = wandb
         folder = Path(config.output).resolve()
-        started = f"{folder}:{os.stat(folder).st_ino}"  # a folder that was deleted and made anew is another run
+        started = f"{folder}:{os.stat(folder).st_ino}"  # a folder that was deleted and made again is another run
         self._run: Any = wandb.init(
             project=config.train.wandb,
             name=folder.name,

@@ -1,4 +1,4 @@
-"""Where does the time of a step go? A trace of a few steps, recorded by torch.profiler."""
+"""Records a trace of a few steps with torch.profiler."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from typing import Any
 
 @contextmanager
 def profiled(steps: Sequence[int] | None, folder: Path, rank: int) -> Iterator["Profiler"]:
-    """Records `steps` (first and last number; None: nothing) into `folder`; see `Profiler`."""
+    """Records `steps` (first and last number; None: nothing) into `folder`."""
     profiler = Profiler(steps, folder / f"trace-rank-{rank}.json")
     try:
         yield profiler
@@ -17,9 +17,9 @@ def profiled(steps: Sequence[int] | None, folder: Path, rank: int) -> Iterator["
 
 
 class Profiler:
-    """Tell it before each step its number. After the last of its steps, or at the end, it writes the trace to `path`:
+    """Starts recording before the first of `steps`, and writes the trace to `path` after the last, or on `stop`.
 
-    open it at https://ui.perfetto.dev or chrome://tracing.
+    Open the trace at https://ui.perfetto.dev or chrome://tracing.
     """
 
     def __init__(self, steps: Sequence[int] | None, path: Path) -> None:
@@ -28,7 +28,7 @@ class Profiler:
         self._profile: Any = None
 
     def before(self, step: int) -> None:
-        """`step`: the number of the step about to be made, from 1."""
+        """Call it before each step. step: the number of the step about to be made, from 1."""
         if self._profile is not None and step > self._last:
             self.stop()
         if self._profile is None and self._first <= step <= self._last:

@@ -1,4 +1,4 @@
-"""The date of a run: what chat templates are told where they ask for it, the same at every start and on every rank."""
+"""The date of a run, for chat templates that ask for it: the same at every start and on every rank."""
 
 import datetime
 from dataclasses import replace
@@ -13,16 +13,16 @@ from lmfusion.training.distributed import World
 
 
 def with_date(config: RunConfig, world: World) -> RunConfig:
-    """`config` with `data.today`: its own, that of the run's earlier start, which its folder keeps, or today's.
+    """`config` with `data.today` set: to its own value, else to the date of the run's first start, else to today.
 
-    It stays as it is where no source can hold conversations.
+    The run's folder keeps the date. Without a source that can hold conversations, `config` is returned unchanged.
     """
     kinds = {source.kind for source in (*config.data.sources, *config.validation.sources)}
     if config.data.today is not None or not kinds & set(CONVERSING):
         return config
     date = _kept(Path(config.output) / "config.yaml") if world.rank == 0 else None
     days = (date or datetime.date.today()).toordinal() if world.rank == 0 else 0
-    [days] = world.sum_integers([days])  # clocks differ
+    [days] = world.sum_integers([days])  # rank 0 decides, since clocks may differ
     return replace(config, data=replace(config.data, today=datetime.date.fromordinal(int(days)).isoformat()))
 
 
@@ -31,4 +31,4 @@ def _kept(path: Path) -> datetime.date | None:
         values: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
         return datetime.date.fromisoformat(values["data"]["today"])
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, ValueError):
-        return None  # of a run that has not begun, or that began when dates were not kept
+        return None  # the run has not begun, or it began before dates were kept

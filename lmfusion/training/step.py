@@ -1,7 +1,8 @@
-"""What is one step? The gradients of all its rows, one update, and numbers that stay on the device until they are read.
+"""One training step: the gradients of its micro-batches and one update, without waiting for the device.
 
-Nothing here waits for the device but `read`. So that a loss or gradient that is not finite does no harm until then, its
-step sets a flag on the device, and from there on the optimizer and the average leave everything as it is.
+A micro-batch is one packed sequence. Only `fetch_metrics` waits for the device. Until then nobody on the host knows
+whether a loss or gradient is finite, so a step that is not finite sets a flag on the device, and from that step on the
+optimizer and the average change nothing.
 """
 
 import math
@@ -24,12 +25,12 @@ Loss = TypeVar("Loss", float, Tensor)
 
 
 class CollectiveError(ValueError):
-    """Why a run cannot go on. All ranks raise it at the same step, so that they can still save together."""
+    """A reason why a run cannot go on. All ranks raise it at the same step, so that they can still save together."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come: what has to be known besides tensors to go on from there."""
+    """How far a run has come: what is needed besides tensors to continue from there."""
 
     step: int = 0
     """Updates made so far."""
@@ -41,7 +42,7 @@ class Progress:
 
 
 class NonFiniteError(CollectiveError):
-    """A loss or gradient that is infinite or not a number; neither its update nor any after it was made."""
+    """A loss or gradient that is infinite or not a number; neither its update nor any later one was made."""
 
 
 class Totals(NamedTuple):
@@ -50,33 +51,33 @@ class Totals(NamedTuple):
     num_labels: int
     num_boi_targets: int
     num_images: int
-    """Those that are drawn: what the diffusion's loss is a mean over."""
+    """Target images, over which the diffusion loss is a mean."""
     num_flops: int
     num_damaged: int
 
 
 class Update(NamedTuple):
-    """A step that was made, or will have been once the device gets there."""
+    """A step that is queued on the device, or done."""
 
     before: Progress
     totals: Totals
     num_tokens: int
-    num_slots: int
+    batch_tokens: int
     learning_rate: float
     sums: Tensor
-    """float64 [4]: losses of language, begin and diffusion, summed over all ranks, and the norm of the gradient"""
-    row_sums: Tensor
-    """float64 [number of rows, 3]: the three losses of each row of this rank"""
+    """float64 [4]: language, BOI and diffusion loss, each summed over all ranks, and the norm of the gradient"""
+    micro_batch_sums: Tensor
+    """float64 [number of micro-batches, 3]: the three loss sums of each micro-batch of this rank"""
     sample_ids: tuple[tuple[str, ...], ...]
-    """Of each row of this rank."""
+    """Of each micro-batch of this rank."""
 
 
 def agreed_steps(
     steps: Iterator[Step], world: World, num_flops: Callable[[Batch], int]
 ) -> Iterator[tuple[Step, Totals]]:
-    """Each step of this rank, and what it comes to over all ranks.
+    """Each step of this rank, with its totals over all ranks.
 
-    Where one rank cannot get its rows, all raise CollectiveError, that rank with the reason.
+    If one rank cannot read its data, all raise CollectiveError; the error of that rank gives the reason.
     """
     while True:
         step, error = None, None
@@ -87,24 +88,25 @@ def agreed_steps(
         counts = Totals(0, 0, 0, 0, 0)
         if step is not None:
             counts = Totals(
-                num_labels=sum(row.num_labels for row in step.rows),
-                num_boi_targets=sum(row.num_boi_targets for row in step.rows),
-                num_images=sum(row.num_target_images for row in step.rows),
-                num_flops=sum(num_flops(row) for row in step.rows),
+                num_labels=sum(batch.num_labels for batch in step.rows),
+                num_boi_targets=sum(batch.num_boi_targets for batch in step.rows),
+                num_images=sum(batch.num_target_images for batch in step.rows),
+                num_flops=sum(num_flops(batch) for batch in step.rows),
                 num_damaged=len(step.damaged),
             )
-        # What all ranks must agree on: a text that one of them alone could not read would shift its rows
+        # All ranks must agree on these. A text that only one rank cannot read would shift all documents after it, and
+        # the ranks would then train on different batches without noticing.
         shared = (step.num_samples, step.num_tokens_used) if step is not None else (0, 0)
-        *sums, num_failed, num_samples, num_slots = world.sum_integers([*counts, int(error is not None), *shared])
+        *sums, num_failed, num_samples, num_tokens = world.sum_integers([*counts, int(error is not None), *shared])
         if error is not None:
             raise CollectiveError(str(error)) from error
         if num_failed:
-            raise CollectiveError("another rank cannot read its data; its message says why")
-        if (num_samples, num_slots) != (world.size * shared[0], world.size * shared[1]):
+            raise CollectiveError("another rank cannot read its data; its message gives the reason")
+        if (num_samples, num_tokens) != (world.size * shared[0], world.size * shared[1]):
             raise CollectiveError(
-                f"the ranks read different texts: of {num_samples} samples this one has {shared[0]}, of {num_slots} "
-                f"slots {shared[1]}. Is the storage the same for all {world.size} ranks, and does it answer? The same "
-                "command goes on from here"
+                f"all {world.size} ranks must read the same texts, got {shared[0]} of {num_samples} samples and "
+                f"{shared[1]} of {num_tokens} tokens on this rank. Check that the storage is the same for all ranks "
+                "and reachable; then the same command continues from here"
             )
         if step is None:
             return
@@ -112,7 +114,7 @@ def agreed_steps(
 
 
 class Updater:
-    """Makes the updates of a run."""
+    """Computes gradients and makes the updates of a run."""
 
     def __init__(
         self, model: LMFusion, weights: Mapping[str, nn.Parameter], optimizer: Optimizer, ema: EMA, world: World
@@ -123,13 +125,13 @@ class Updater:
         self._ema = ema
         self._world = world
         self._skip = torch.zeros((), device=world.device)
-        """1 from the first step on that is not finite, else 0: what GradScaler calls found_inf."""
+        """0, or 1 from the first step that is not finite; GradScaler calls it found_inf."""
 
-    def update(self, before: Progress, step: Step, totals: Totals, num_slots: int) -> Update:
-        """Queue one step on the device: forward and backward of each row, then the update."""
-        row_sums = torch.stack([self._backward(row, totals) for row in step.rows])
+    def update(self, before: Progress, step: Step, totals: Totals, batch_tokens: int) -> Update:
+        """Queue one step on the device: forward and backward of each micro-batch, then the update."""
+        micro_batch_sums = torch.stack([self._backward(batch, totals) for batch in step.rows])
         norm = clip_gradients(self._weights.values(), self._optimizer.config.max_grad_norm, self._world)
-        sums = torch.cat([self._world.sum_tensor(row_sums.sum(0)), norm.double()[None]])
+        sums = torch.cat([self._world.sum_tensor(micro_batch_sums.sum(0)), norm.double()[None]])
         self._skip = torch.maximum(self._skip, 1.0 - sums.isfinite().all().float())
         if self._optimizer.can_skip:
             self._optimizer.step(before.step, self._skip)
@@ -137,68 +139,72 @@ class Updater:
             self._optimizer.step(before.step)
         self._ema.update(before.step, self._skip)
         rate = learning_rate(before.step, self._optimizer.config)
-        sample_ids = tuple(row.sample_ids for row in step.rows)
-        return Update(before, totals, step.num_tokens_used, num_slots, rate, sums, row_sums, sample_ids)
+        sample_ids = tuple(batch.sample_ids for batch in step.rows)
+        return Update(before, totals, step.num_tokens_used, batch_tokens, rate, sums, micro_batch_sums, sample_ids)
 
-    def _backward(self, row: Batch, totals: Totals) -> Tensor:
-        """Add the gradient of one row's part of the loss; answer with the row's three sums, float64 [3]."""
-        output = self._model(batch=row.to(self._world.device))
+    def _backward(self, batch: Batch, totals: Totals) -> Tensor:
+        """Add the gradient of one micro-batch's share of the loss; returns its three loss sums, float64 [3]."""
+        output = self._model(batch=batch.to(self._world.device))
         sums = (output.lm_loss_sum, output.begin_loss_sum, output.diffusion_loss_sum)
-        # Gradients are averaged over the ranks, but the loss is a mean over the labels and images of all of them
+        # FSDP averages gradients over the ranks, but the loss is already a mean over the labels and images of all
+        # ranks, so it must be multiplied by their number.
         loss = step_loss(sums, totals, self._model) * self._world.size
         loss.backward()
         return torch.stack([total.detach().double() for total in sums])
 
 
 def step_loss(sums: Sequence[Loss], totals: Totals, model: LMFusion) -> Loss:
-    """What is minimised: the means over labels and over decisions, plus the weighted mean over the images.
+    """The training loss: the means over labels and over BOI targets, plus the weighted mean over the target images.
 
-    sums: losses of language, begin and diffusion.
+    sums: language, BOI and diffusion loss.
     """
-    lm_loss_sum, begin_loss_sum, diffusion_loss_sum = sums
+    lm_loss_sum, boi_loss_sum, diffusion_loss_sum = sums
     weight = model.config.diffusion.loss_weight
-    loss = lm_loss_sum / max(1, totals.num_labels) + begin_loss_sum / max(1, totals.num_boi_targets)
+    loss = lm_loss_sum / max(1, totals.num_labels) + boi_loss_sum / max(1, totals.num_boi_targets)
     return loss + weight * diffusion_loss_sum / max(1, totals.num_images)
 
 
-def read(updates: Sequence[Update], model: LMFusion) -> tuple[list[StepMetrics], NonFiniteError | None]:
-    """Wait for the device, and read what `updates` gave, up to the first that is not finite, and the error for that."""
+def fetch_metrics(updates: Sequence[Update], model: LMFusion) -> tuple[list[StepMetrics], NonFiniteError | None]:
+    """Wait for the device and read the metrics of `updates`, up to the first that is not finite, and its error."""
     if not updates:
         return [], None
-    numbers = iter(torch.cat([x.flatten() for update in updates for x in (update.sums, update.row_sums)]).tolist())
+    # One copy for all steps, since each copy from the device waits
+    tensors = [x.flatten() for update in updates for x in (update.sums, update.micro_batch_sums)]
+    numbers = iter(torch.cat(tensors).tolist())
     steps: list[StepMetrics] = []
     for update in updates:
         *sums, grad_norm = (next(numbers) for _ in range(4))
-        row_sums = [sum(next(numbers) for _ in range(3)) for _ in update.sample_ids]
+        micro_batch_sums = [sum(next(numbers) for _ in range(3)) for _ in update.sample_ids]
         if not all(map(math.isfinite, (*sums, grad_norm))):
             is_loss = not math.isfinite(sum(sums))
-            return steps, _non_finite(update, "loss" if is_loss else "gradient", row_sums)
-        lm_loss_sum, begin_loss_sum, diffusion_loss_sum = sums
+            return steps, _non_finite(update, "loss" if is_loss else "gradient", micro_batch_sums)
+        lm_loss_sum, boi_loss_sum, diffusion_loss_sum = sums
         steps.append(
             StepMetrics(
                 loss=step_loss(sums, update.totals, model),
                 lm_loss_sum=lm_loss_sum,
                 num_labels=update.totals.num_labels,
-                begin_loss_sum=begin_loss_sum,
+                boi_loss_sum=boi_loss_sum,
                 num_boi_targets=update.totals.num_boi_targets,
                 diffusion_loss_sum=diffusion_loss_sum,
                 num_images=update.totals.num_images,
                 grad_norm=grad_norm,
                 learning_rate=update.learning_rate,
                 num_tokens=update.num_tokens,
-                num_slots=update.num_slots,
+                batch_tokens=update.batch_tokens,
                 num_flops=update.totals.num_flops,
             )
         )
     return steps, None
 
 
-def _non_finite(update: Update, what: str, row_sums: Sequence[float]) -> NonFiniteError:
-    rows = [ids for ids, total in zip(update.sample_ids, row_sums, strict=True) if not math.isfinite(total)]
-    if what == "loss" and not rows:
-        where = "the samples are another rank's, whose message names them"
+def _non_finite(update: Update, what: str, micro_batch_sums: Sequence[float]) -> NonFiniteError:
+    suspects = [ids for ids, total in zip(update.sample_ids, micro_batch_sums, strict=True) if not math.isfinite(total)]
+    if what == "loss" and not suspects:
+        where = "look at the samples that another rank names in its message"
     else:
-        where = f"look at the samples: {', '.join(sample_id for ids in rows or update.sample_ids for sample_id in ids)}"
+        sample_ids = [sample_id for ids in suspects or update.sample_ids for sample_id in ids]
+        where = f"look at the samples: {', '.join(sample_ids)}"
     return NonFiniteError(
         f"step {update.before.step + 1}: the {what} is not finite; no update was made. "
         f"Lower train.learning_rate, or {where}"

@@ -1,4 +1,4 @@
-"""How is the image side trained? One loop, in one process or as many as torchrun starts; it resumes from its folder."""
+"""The training loop, in one process or in several that torchrun starts; a run resumes from its folder."""
 
 import dataclasses
 import sys
@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import yaml
 
 from lmfusion.data.pipeline.loader import LoaderState, Step, check_shared_evenly
 from lmfusion.data.pipeline.skip_log import SkipLog
@@ -32,7 +31,8 @@ from lmfusion.training.profiling import profiled
 from lmfusion.training.run_date import with_date
 from lmfusion.training.run_identity import check_identity, run_identity
 from lmfusion.training.run_log import RunLog
-from lmfusion.training.sampling import draw_grid
+from lmfusion.training.sampling import sample_grid
+from lmfusion.training.session import run_session, saving_on
 from lmfusion.training.step import (
     CollectiveError,
     NonFiniteError,
@@ -41,22 +41,21 @@ from lmfusion.training.step import (
     Update,
     Updater,
     agreed_steps,
-    read,
+    fetch_metrics,
 )
 from lmfusion.training.validation import Validation
-from lmfusion.utils.config_values import to_values
 from lmfusion.utils.devices import choose_device
-from lmfusion.utils.files import lock_existing, locked, replace_text
+from lmfusion.utils.files import lock_existing
 from lmfusion.utils.finite import NotFiniteError
 from lmfusion.utils.json_lines import JsonLines
-from lmfusion.utils.signals import Stop, stop_signals
+from lmfusion.utils.signals import Stop
 
 
 class Trainer:
     """One training run. The same configuration continues the run that its output folder holds.
 
-    world: the processes that train it together; None: this one alone. All of them call the same methods. Raises
-    ValueError or OSError for a configuration, data or files that cannot be used.
+    world: the processes that train together; None: only this one. All ranks call the same methods. Raises ValueError
+    or OSError for a configuration, data or files that cannot be used.
     """
 
     def __init__(self, config: RunConfig, world: World | None = None) -> None:
@@ -64,10 +63,10 @@ class Trainer:
         config = with_date(config, self.world)
         self.config = config
         self.folder = Path(config.output)
-        # Before anything slow
+        # These checks come before anything slow
         check_shared_evenly(config.sequences_per_step, self.world.size)
         if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"output is {self.folder}, which is a file; a run needs a folder")
+            raise ValueError(f"output must be a folder, got the file {self.folder}")
         self.model = build_model(config)
         self.loader = training_loader(config, self.model, self.world)
         self._identity = run_identity(config, self.model, self.loader.num_samples)
@@ -75,14 +74,16 @@ class Trainer:
         if config.train.compile:
             compile_layers(self.model)
         self.weights = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = Optimizer(self.weights, config.train)
+        train = config.train
+        self.optimizer = Optimizer(self.weights, train, train.optimizer, train.text_learning_rate_ratio)
         self.ema = EMA(self.weights, config.train.ema_decay)
         self.log = RunLog(config, self.world)
-        self.damage = SkipLog(self._damage_path(self.world.rank), config.data.max_damaged)
+        self.skip_log = SkipLog(self._skip_log_path(self.world.rank), config.data.max_damaged)
         self.writer = CheckpointWriter(self.folder / "checkpoints", config.checkpoint.keep_last, self.world)
         self.progress = Progress()
         self._updater = Updater(self.model, self.weights, self.optimizer, self.ema, self.world)
-        self._unread: list[Update] = []
+        self._pending: list[Update] = []
+        """Steps queued on the device whose numbers have not been fetched."""
         self._validation: Validation | None = None
         if config.validation.sources:
             make_loader = partial(validation_loader, config=config, model=self.model, world=self.world)
@@ -98,24 +99,24 @@ class Trainer:
     def run(self, max_steps: int | None = None) -> bool:
         """Train up to `num_steps` updates in all, or up to `max_steps` if that is less, and export the model.
 
-        Answers whether it got there; False means that SIGTERM or SIGINT stopped it. Either way there is a checkpoint.
+        Returns whether it got there; False means that SIGTERM or SIGINT stopped it. Either way there is a checkpoint.
         """
         train, sample = self.config.train, self.config.sample
         last = train.num_steps if max_steps is None else min(max_steps, train.num_steps)
         profile = profiled(train.profile, self.folder / "profile", self.world.rank)
-        with self._opened(last) as stop, profile as profiler:
+        with self._session(last) as stop, profile as profiler:
             for step, totals in self._steps(last):
                 profiler.before(self.step + 1)
                 self._advance(step, totals)
                 self.writer.poll()
-                is_stopping = self.world.sum_integers([stop.is_set])[0] > 0  # a signal may have reached one rank alone
+                is_stopping = self.world.sum_integers([stop.is_set])[0] > 0  # a signal may reach only one rank
                 if self._is_due(train.log_every):
-                    self._read()
+                    self._fetch()
                     self.log.write_metrics(self.progress)
                 if self._validation is not None and self._is_due(self.config.validation.every):
                     self._validate(self._validation)
                 if sample.prompts and self._is_due(sample.every):
-                    self._draw_samples()
+                    self._generate_samples()
                 if is_stopping or self._is_due(self.config.checkpoint.every):
                     self.save_checkpoint()
                 if is_stopping:
@@ -124,7 +125,7 @@ class Trainer:
             self.writer.finish()
             if self.step < last:
                 return False
-            self.damage.check_any_good()
+            self.skip_log.check_any_good()
             self._export()
             return True
 
@@ -137,75 +138,75 @@ class Trainer:
         """Queue one step on the device. Nothing here waits for it."""
         before = self.progress
         try:
-            self.damage.add(before.step + 1, step.num_samples, step.damaged, totals.num_damaged)
-        except ValueError as error:  # too much of it, of all ranks
+            self.skip_log.add(before.step + 1, step.num_samples, step.damaged, totals.num_damaged)
+        except ValueError as error:  # too many over all ranks, so all raise it
             raise CollectiveError(str(error)) from error
-        self._unread.append(self._updater.update(before, step, totals, self.config.train.batch_tokens))
+        self._pending.append(self._updater.update(before, step, totals, self.config.train.batch_tokens))
         self.progress = Progress(
             step=before.step + 1,
             loader=step.state,
             epoch=step.epoch,
-            num_samples=self.damage.num_vision_tokens,
-            num_damaged=self.damage.num_damaged,
+            num_samples=self.skip_log.num_vision_tokens,
+            num_damaged=self.skip_log.num_damaged,
             num_cut=before.num_cut + step.num_cut,
         )
         self.log.advance()
 
-    def _damage_path(self, rank: int | str) -> Path:
+    def _skip_log_path(self, rank: int | str) -> Path:
         return self.folder / (f"damaged.rank-{rank}.jsonl" if rank else "damaged.jsonl")
 
     def _is_due(self, every: int) -> bool:
         return self.step % every == 0
 
-    def _read(self) -> None:
-        """Wait for the device and take in the steps since the last time; go back to before one that is not finite."""
-        updates, self._unread = self._unread, []
-        steps, error = read(updates, self.model)
+    def _fetch(self) -> None:
+        """Wait for the device and log the steps since the last time; rewind to before a step that is not finite."""
+        updates, self._pending = self._pending, []
+        steps, error = fetch_metrics(updates, self.model)
         self.log.gather(steps)
         if error is not None:
             self._rewind(updates[len(steps)].before)
             raise error
 
     def _rewind(self, progress: Progress) -> None:
-        """Forget what was counted and written of steps after `progress`; tensors are as they were then."""
+        """Undo the counts and lines of steps after `progress`. The tensors already are as they were then."""
         self.progress = progress
-        self.damage.resume(
+        self.skip_log.resume(
             progress.step, {"num_vision_tokens": progress.num_samples, "num_damaged": progress.num_damaged}
         )
 
     @contextmanager
-    def _opened(self, last: int) -> Iterator[Stop]:
-        """Around the loop: the run's folder is this run's alone, and what ends all ranks costs no step before it."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder, self.world.rank), stop_signals() as stop:
-            self.world.barrier()  # none touches what another run may be writing
-            self._resume()  # again where another run has gone on with it since
+    def _session(self, last: int) -> Iterator[Stop]:
+        """Around the loop: holds the folder, and saves a checkpoint before an error that all ranks raise together."""
+        with run_session(self.config, self.world, self._resume) as stop:
             if self.world.rank == 0:
-                resolved = yaml.safe_dump(to_values(self.config), sort_keys=False, allow_unicode=True)
-                replace_text(self.folder / "config.yaml", resolved)
-                for path in self.folder.glob(self._damage_path("*").name):  # of ranks that are no more
-                    if not any(path == self._damage_path(rank) for rank in range(self.world.size)):
-                        JsonLines(path).resume(self.step)
+                self._trim_skip_logs_of_former_ranks()
             self._rewind(self.progress)
             self._before_steps()
             self.model.train()
             try:
-                self.log.open(self.step, last)
-                yield stop
-            except CollectiveError:
-                with suppress(NonFiniteError):  # one of the steps before may have been that too
-                    self._read()
-                self._rewind(self.progress)
-                with suppress(OSError):  # the first error is the one to tell
-                    self.save_checkpoint()
-                    self.writer.finish()
-                raise
+                with saving_on(CollectiveError, self._save_after_error):
+                    self.log.open(self.step, last)
+                    yield stop
             finally:
                 self.log.close()
-                self.damage.close()
+                self.skip_log.close()
+
+    def _trim_skip_logs_of_former_ranks(self) -> None:
+        """An earlier start may have had more ranks, whose logs no rank resumes now."""
+        of_ranks = {self._skip_log_path(rank) for rank in range(self.world.size)}
+        for path in set(self.folder.glob(self._skip_log_path("*").name)) - of_ranks:
+            JsonLines(path).resume(self.step)
+
+    def _save_after_error(self) -> None:
+        with suppress(NonFiniteError):  # a step queued before the failing one may not be finite
+            self._fetch()
+        # The failing step may have been counted or logged in part
+        self._rewind(self.progress)
+        self.save_checkpoint()
+        self.writer.finish()
 
     def _before_steps(self) -> None:
-        """A hook: runs once the folder is locked, before the first step."""
+        """A hook for subclasses: runs before the first step, with the folder locked."""
 
     def _export(self) -> None:
         if self.world.rank == 0:
@@ -214,9 +215,9 @@ class Trainer:
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """Inside, the model has the averaged weights and is not in training, and time does not count."""
-        self._read()
-        with self.log.watch.paused(), self.ema.applied():
+        """Inside, the model has the averaged weights and is in evaluation mode, and time does not count."""
+        self._fetch()
+        with self.log.stopwatch.paused(), self.ema.applied():
             self.model.eval()
             yield
             self.model.train()
@@ -225,24 +226,24 @@ class Trainer:
         with self._averaged():
             self.log.write_validation(validation.evaluate(self.model, self.step))
 
-    def _draw_samples(self) -> None:
+    def _generate_samples(self) -> None:
         with self._averaged():
             try:
-                picture = draw_grid(self.model, self.config.sample)
-            except NotFiniteError as error:  # of all ranks: they draw the same
+                grid = sample_grid(self.model, self.config.sample)
+            except NotFiniteError as error:  # on all ranks: they generate the same images
                 if self.world.rank == 0:
                     print(f"lmfusion: no samples at step {self.step}: {error}", file=sys.stderr)
             else:
-                self.log.write_picture(self.step, picture)
+                self.log.write_samples(self.step, grid)
 
     def save_checkpoint(self) -> None:
         """Begin to save what `Trainer` needs to continue from here; `writer` completes it."""
-        self._read()
-        with self.log.watch.paused():
+        self._fetch()
+        with self.log.stopwatch.paused():
             state = {
                 "run": self._identity,
                 "progress": dataclasses.asdict(self.progress),
-                "damage": self.damage.state(),
+                "skipped": self.skip_log.state(),
                 "log": self.log.state(),
             }
             self.writer.save(self.step, self._parts(), state)

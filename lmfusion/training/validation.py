@@ -1,8 +1,8 @@
-"""How well does the model do on what it is not trained on? The same samples, noise and timesteps every time.
+"""Losses on held-out samples, with the same samples, noise and timesteps every time.
 
-Each sample is read in both orders: caption first at eight fixed timesteps, which gives the diffusion loss and the loss
-of the caption before the image (which can give a frozen text tower no gradient, so training leaves it out); and image
-first, its image clean, which gives the loss of the caption read off the image.
+Each sample is used in both orders. Caption first, at eight fixed timesteps, gives the diffusion loss and the loss of
+the caption before the image (which training leaves out with a frozen text tower, since it can give no gradient). Image
+first, without noise, gives the loss of the caption that describes the image.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,39 +24,39 @@ NUM_TIMESTEPS = 8
 
 @dataclass(frozen=True)
 class ValidationMetrics:
-    """One line of validation.jsonl. Means over images and labels; None where there were none."""
+    """One line of validation.jsonl. Means over images and labels; None if there were none."""
 
     step: int
     lm_loss: float | None
-    """Of captions after their images, and of the text of interleaved documents, images clean. In nats a token."""
+    """Of captions after their images, and of the text of interleaved documents, images without noise. Nats/token."""
     caption_first_lm_loss: float | None
-    """Of captions before their images. In nats a token."""
+    """Of captions before their images. Nats per token."""
     diffusion_loss: float | None
     """Mean of `diffusion_losses`."""
     diffusion_losses: dict[str, float | None]
     """Unweighted squared error by timestep."""
     num_samples: int
     num_damaged: int
-    """Samples that were left out."""
+    """Samples that were skipped."""
 
 
 class Validation:
-    """The samples of `config.validation`, read once and kept in memory. What it computes does not depend on the ranks.
+    """The samples of `config.validation`, read once and kept in memory. Losses do not depend on the number of ranks.
 
-    make_loader: builds the loader of a `DataConfig` for this process alone, for a text tower that is not frozen, so
-    that all text has labels. Raises ValueError where too many samples are damaged.
+    make_loader: builds the loader of a `DataConfig` for this process alone, with a text tower that is not frozen, so
+    that all text has labels. Raises ValueError if too many samples are damaged.
     """
 
     def __init__(self, config: RunConfig, world: World, make_loader: Callable[[DataConfig], PackedLoader]) -> None:
         self._world = world
         data = replace(config.data, sources=config.validation.sources, caption_drop=0.0, sample_latents=False)
-        data = replace(data, cache_megabytes=0)  # the rows themselves are kept
+        data = replace(data, cache_megabytes=0)  # the packed sequences themselves are kept
         caption_first, image_first = replace(data, image_first=0.0), replace(data, image_first=1.0)
         num_samples = config.validation.num_samples
         if world.rank == 0:
             make_loader(data).report_unused()
-        self._caption_first = _Rows(caption_first, num_samples, make_loader, world)
-        self._image_first = _Rows(image_first, num_samples, make_loader, world)
+        self._caption_first = _HeldOut(caption_first, num_samples, make_loader, world)
+        self._image_first = _HeldOut(image_first, num_samples, make_loader, world)
 
     @torch.no_grad()
     def evaluate(self, model: LMFusion, step: int) -> ValidationMetrics:
@@ -77,67 +77,69 @@ class Validation:
             num_damaged=len(self._caption_first.damaged),
         )
 
-    def _sums(self, model: LMFusion, rows: "_Rows", timesteps: Sequence[int]) -> list[list[float]]:
-        """Losses of language and diffusion at each of `timesteps`, summed over all rows."""
-        sums = torch.zeros(rows.num_rows, len(timesteps), 2, dtype=torch.float64, device=self._world.device)
-        for number, batch in rows.mine:
+    def _sums(self, model: LMFusion, held_out: "_HeldOut", timesteps: Sequence[int]) -> list[list[float]]:
+        """Language and diffusion losses at each of `timesteps`, summed over all packed sequences."""
+        sums = torch.zeros(held_out.num_sequences, len(timesteps), 2, dtype=torch.float64, device=self._world.device)
+        for number, batch in held_out.mine:
             moved = batch.to(self._world.device)
             for i, timestep in enumerate(timesteps):
                 at = torch.zeros_like(moved.timesteps).index_fill(0, moved.drawn, timestep)
                 output = model(batch=replace(moved, timesteps=at))
-                if number < rows.num_rows:
+                if number < held_out.num_sequences:
                     sums[number, i] = torch.stack([output.lm_loss_sum, output.diffusion_loss_sum])
-        # Every row has a place of its own, to which the other ranks add zeros: no rounding depends on who computed it
+        # Each sequence has its own place, to which the other ranks add zeros, so rounding does not depend on the ranks
         return self._world.sum_tensor(sums).sum(0).tolist()
 
 
-class _Rows:
-    """Rows of the first `num_samples` samples, or of all there are; those that this rank computes in memory."""
+class _HeldOut:
+    """The first `num_samples` samples (or all, if fewer), packed. Keeps the sequences that this rank computes."""
 
     def __init__(
         self, config: DataConfig, num_samples: int, make_loader: Callable[[DataConfig], PackedLoader], world: World
     ) -> None:
-        rows: list[Batch] = []
+        batches: list[Batch] = []
         self.damaged: list[Any] = []
         self.num_samples = 0
-        # One window of so many samples, of which every rank sees all rows
+        # One packing window with all samples, of which every rank reads all sequences
         loader = make_loader(replace(config, pack_window=num_samples))
         if loader.num_samples < num_samples:
             num_samples = loader.num_samples
             loader = make_loader(replace(config, pack_window=num_samples))
         for step in loader.steps(LoaderState(), 2**62):
-            (row,) = step.rows
-            rows.append(row)
+            (batch,) = step.rows
+            batches.append(batch)
             self.num_samples += step.num_samples
             self.damaged += step.damaged
             if self.num_samples >= num_samples:
                 break
-        self.num_rows = len(rows)
-        self.num_labels = sum(row.num_labels for row in rows)
-        self.num_images = sum(row.num_target_images for row in rows)
+        self.num_sequences = len(batches)
+        self.num_labels = sum(batch.num_labels for batch in batches)
+        self.num_images = sum(batch.num_target_images for batch in batches)
         self._check_damage(config)
         self._check_same(world)
-        # All ranks compute equally often, since they gather weights together; what is beyond the last row is left out
-        turns = range(world.rank, -(-len(rows) // world.size) * world.size, world.size)
-        self.mine = [(number, rows[min(number, len(rows) - 1)]) for number in turns]
+        # All ranks must run the same number of forwards, because they gather weights together. Surplus ranks repeat the
+        # last sequence, whose result is dropped.
+        numbers = range(world.rank, -(-len(batches) // world.size) * world.size, world.size)
+        self.mine = [(number, batches[min(number, len(batches) - 1)]) for number in numbers]
 
     def _check_damage(self, config: DataConfig) -> None:
         num_damaged = len(self.damaged)
         if num_damaged > config.max_damaged * max(self.num_samples, LEAST_SEEN) or num_damaged == self.num_samples:
             first = self.damaged[0]
             raise ValueError(
-                f"{num_damaged} of {self.num_samples} samples of validation.sources are damaged, {first.sample_id} "
-                f"for one: {first.reason}. Mend them, or raise data.max_damaged from {config.max_damaged}"
+                f"at most a share of {config.max_damaged:g} of validation.sources may be damaged, got {num_damaged} of "
+                f"{self.num_samples} samples, such as {first.sample_id}: {first.reason}. Repair them, or raise "
+                "data.max_damaged"
             )
 
     def _check_same(self, world: World) -> None:
-        """What one rank alone could not read would shift the rows of all."""
-        mine = [self.num_rows, self.num_labels, self.num_images, len(self.damaged)]
+        """A sample that only one rank cannot read would shift its packed sequences."""
+        mine = [self.num_sequences, self.num_labels, self.num_images, len(self.damaged)]
         if world.sum_integers(mine) != [world.size * count for count in mine]:
             raise ValueError(
-                f"the ranks read different samples of validation.sources: this one has {self.num_images} images, and "
-                f"{len(self.damaged)} samples are damaged. Is the storage the same for all {world.size} ranks, and "
-                "does it answer?"
+                f"all {world.size} ranks must read the same samples of validation.sources, "
+                f"got {self.num_images} images and {len(self.damaged)} damaged samples on this rank. Check that the "
+                "storage is the same for all ranks and reachable"
             )
 
 

@@ -1,4 +1,4 @@
-"""How is an autoencoder made, and how does it become a folder that a codec loads? On diffusers' AutoencoderKL."""
+"""Builds autoencoders and their discriminators on diffusers' AutoencoderKL, and exports them for the codec."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,9 +15,9 @@ from lmfusion.vae.losses import Posterior
 
 
 class Autoencoder(nn.Module):
-    """diffusers' AutoencoderKL as training calls it: moments of the posterior, and pixels of latents, both tensors.
+    """diffusers' AutoencoderKL with the methods that training calls.
 
-    Its weights start from `seed`, without touching the global generator.
+    Its weights are initialised from `seed`, without touching the global generator.
     """
 
     def __init__(self, config: AutoencoderConfig, seed: int) -> None:
@@ -40,7 +40,7 @@ class Autoencoder(nn.Module):
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight that the reconstruction's gradient reaches first."""
+        """The weight that the gradient of the reconstruction reaches first."""
         return self.kl.decoder.conv_out.weight
 
     def encode(self, images: Tensor) -> Posterior:
@@ -48,19 +48,19 @@ class Autoencoder(nn.Module):
         return Posterior.of(self.kl.quant_conv(self.kl.encoder(images)))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images of latents, about in [-1, 1]."""
+        """Images [B, channels, H, W], roughly in [-1, 1], of latents [B, C, h, w]."""
         return self.kl.decode(latents, return_dict=False)[0]
 
 
 def build_discriminator(config: AutoencoderConfig, loss: LossConfig, seed: int) -> PatchDiscriminator:
-    """The adversary that `loss` describes, its weights drawn from `seed`."""
+    """The discriminator that `loss` describes, with weights initialised from `seed`."""
     with _seeded(seed):
         return PatchDiscriminator(config.channels, loss.discriminator_channels, loss.discriminator_layers)
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Inside, weights are drawn from `seed`; the global generator is left as it was."""
+    """Inside, weights are initialised from `seed`; the global generator is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield
@@ -70,8 +70,8 @@ def _seeded(seed: int) -> Iterator[None]:
 def measure_latents(autoencoder: Autoencoder, images: Iterable[Tensor]) -> tuple[float, float]:
     """Mean and standard deviation over all latent values of `images`, batches [B, channels, H, W] on any device.
 
-    Of the means of the posteriors, which is what a codec encodes to. Raises ValueError where they do not vary: an
-    autoencoder that tells nothing apart.
+    They are measured on the means of the posteriors, to which the codec encodes. Raises ValueError if these do not
+    vary, which means that the autoencoder does not distinguish images.
     """
     count, total, squares = 0, 0.0, 0.0
     for batch in images:
@@ -83,8 +83,8 @@ def measure_latents(autoencoder: Autoencoder, images: Iterable[Tensor]) -> tuple
     std = max(0.0, squares / count - mean**2) ** 0.5
     if not std > 1e-6 * max(1.0, abs(mean)):
         raise ValueError(
-            f"the latents are all {mean:.4g}: the autoencoder tells no images apart. Train it for longer, "
-            "or lower loss.kl_weight"
+            f"the latents must vary, got {mean:.4g} for all: the autoencoder does not distinguish images. Train it for "
+            "longer, or lower loss.kl_weight"
         )
     return mean, std
 
@@ -92,7 +92,7 @@ def measure_latents(autoencoder: Autoencoder, images: Iterable[Tensor]) -> tuple
 def export(autoencoder: Autoencoder, folder: Path, mean: float, std: float) -> None:
     """Write `folder` as diffusers' save_pretrained does, so that its scaled latents have mean 0 and variance 1.
 
-    Whole or not at all; a folder that was there is replaced.
+    It is written completely or not at all; an existing folder is replaced.
     """
     kl = autoencoder.kl
     kl.register_to_config(scaling_factor=1 / std, shift_factor=mean)

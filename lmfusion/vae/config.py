@@ -1,13 +1,13 @@
-"""What does the training of an autoencoder consist of? Dataclasses, read from a YAML recipe."""
+"""The configuration of an autoencoder's training run: dataclasses, read from a YAML recipe."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lmfusion.data.samples import SourceConfig
-from lmfusion.training.config import DEVICES, DTYPES, CheckpointConfig, ValidationConfig, read_recipe
+from lmfusion.training.config import CheckpointConfig, OptimizerConfig, ValidationConfig
 from lmfusion.utils.config_values import check_least, short_repr
+from lmfusion.utils.recipes import read_recipe
 from lmfusion.vae import discriminator, lpips
 
 
@@ -30,19 +30,19 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         check_least(self, "autoencoder", image_size=1, latent_channels=1, layers_per_block=1, norm_num_groups=1)
         if self.channels not in (1, 3):
-            raise ValueError(f"autoencoder.channels is {self.channels}; images have 1 (grey) or 3 (RGB)")
+            raise ValueError(f"autoencoder.channels must be 1 (grey) or 3 (RGB), got {self.channels}")
         if not self.block_out_channels:
-            raise ValueError("autoencoder.block_out_channels is empty; write the channels of one level or more")
+            raise ValueError("autoencoder.block_out_channels must name the channels of at least one level, got none")
         for width in self.block_out_channels:
             if width < 1 or width % self.norm_num_groups:
                 raise ValueError(
-                    f"autoencoder.block_out_channels has a {width}; they are multiples of norm_num_groups, "
-                    f"{self.norm_num_groups}"
+                    f"autoencoder.block_out_channels must be multiples of norm_num_groups, {self.norm_num_groups}, "
+                    f"got {width}"
                 )
         if self.image_size % self.downscale:
             raise ValueError(
-                f"autoencoder.image_size is {self.image_size}; with {len(self.block_out_channels)} levels it is a "
-                f"multiple of {self.downscale}"
+                f"autoencoder.image_size must be a multiple of {self.downscale} pixels with "
+                f"{len(self.block_out_channels)} levels, got {self.image_size}"
             )
 
     @property
@@ -58,109 +58,81 @@ class AutoencoderConfig:
 
 @dataclass
 class ImageDataConfig:
-    """Which images. Captions are not looked at, and a folder needs none."""
+    """The images to train on. Captions are ignored, and a folder needs none."""
 
     sources: list[SourceConfig]
     """Mixed by their weights."""
     shuffle_blocks: int | None = None
-    """None: in an order over all images. n: over n tars, or row groups, at a time, for storage that reads in runs."""
+    """None: shuffle all images at once. n: shuffle n tars, or row groups, at a time, for storage that is fast only when
+    it is read in order."""
     max_damaged: float = 0.01
-    """Images that cannot be read are left out and named in damaged.jsonl; a larger share of them ends the run."""
+    """Images that cannot be read are skipped and named in damaged.jsonl; a larger share of them ends the run."""
     num_workers: int = 1
     """Threads that prepare images ahead of the step that needs them."""
     cache_megabytes: int = 1024
-    """Prepared images are kept in memory up to this size, so that small sets are decoded once."""
+    """Memory for prepared images, so that small data sets are decoded only once."""
 
     def __post_init__(self) -> None:
         check_least(self, "data", shuffle_blocks=1, max_damaged=0, num_workers=1, cache_megabytes=0)
         if not self.sources:
-            raise ValueError("data.sources is empty; name one or more")
+            raise ValueError("data.sources must name at least one source, got none")
         if self.max_damaged > 1:
-            raise ValueError(f"data.max_damaged is {self.max_damaged}; it is a share, 0 to 1")
+            raise ValueError(f"data.max_damaged must be a share between 0 and 1, got {self.max_damaged}")
 
 
 @dataclass
 class LossConfig:
-    """What a good reconstruction is: the mean L1 distance of a pixel value plus the terms below."""
+    """The loss of a reconstruction: the mean L1 distance of its pixel values plus the terms below."""
 
     kl_weight: float = 1e-6
-    """Of the KL divergence between the posterior and a standard normal, summed over the latents and divided by the
-    number of the image's values (so it weighs against the L1 as in latent diffusion's code)."""
+    """Weight of the KL divergence between the posterior and a standard normal, summed over the latents and divided by
+    the number of the image's values (so it weighs against the L1 as in latent diffusion's code)."""
     lpips_weight: float = 0.0
-    """Of the perceptual distance LPIPS. 0: none."""
+    """Weight of the perceptual distance LPIPS. 0: none."""
     vgg16: str | None = None
-    """Safetensors file of the VGG-16 that LPIPS sees with; `package:name/file` for one inside a Python package."""
+    """Safetensors file of the VGG-16 that LPIPS uses; `package:name/file` for one inside a Python package."""
     gan_weight: float = 0.0
-    """Of the adversarial term, relative to the gradient of L1 and LPIPS at the decoder's last layer. 0: none."""
+    """Weight of the adversarial term, relative to the gradient of L1 and LPIPS at the decoder's last layer. 0: none."""
     gan_start: int = 50_000
-    """Steps without the adversarial term, in which the discriminator is not trained either."""
+    """Steps before the adversarial term is added; until then the discriminator is not trained either."""
     discriminator_channels: int = 64
-    """Of its first layer; it widens eightfold."""
+    """Channels of the discriminator's first layer; later layers have up to eight times as many."""
     discriminator_layers: int = 3
-    """Three judge patches of 70 x 70 pixels."""
+    """Three layers judge patches of 70 x 70 pixels."""
 
     def __post_init__(self) -> None:
         check_least(self, "loss", kl_weight=0, lpips_weight=0, gan_weight=0, gan_start=0)
         check_least(self, "loss", discriminator_channels=1, discriminator_layers=1)
         if (self.lpips_weight > 0) != (self.vgg16 is not None):
             raise ValueError(
-                f"loss.lpips_weight is {self.lpips_weight} and loss.vgg16 is {short_repr(self.vgg16)}; "
-                "LPIPS needs a weight above 0 and the file of a VGG-16, or neither"
+                "loss.lpips_weight must be above 0 if and only if loss.vgg16 names a file, got "
+                f"lpips_weight {self.lpips_weight} and vgg16 {short_repr(self.vgg16)}"
             )
         width = self.discriminator_channels
         if width > 32 and width % 32:
-            raise ValueError(f"loss.discriminator_channels is {width}; above 32 it is a multiple of 32")
+            raise ValueError(f"loss.discriminator_channels must be at most 32 or a multiple of 32, got {width}")
 
 
 @dataclass
-class VAETrainConfig:
-    """How long, how fast and where. The optimiser is AdamW."""
+class VAETrainConfig(OptimizerConfig):
+    """Length, speed and place of a run. The autoencoder and its discriminator have the same AdamW and schedule."""
 
     num_steps: int = 1_000_000
     batch_size: int = 32
-    """Images a step."""
-    learning_rate: float = 1e-4
-    """After warm-up; from there it falls along a cosine. The discriminator's is the same."""
+    """Images per step."""
     min_learning_rate: float = 1e-5
     """At the last step."""
     warmup_steps: int = 1000
     betas: tuple[float, float] = (0.5, 0.9)
-    """Of both optimisers; a small first one, as is usual where an adversary moves too."""
-    eps: float = 1e-8
+    """Of both optimizers; the first one is small, as is usual in adversarial training."""
     weight_decay: float = 0.0
     """On matrices and convolutions."""
-    max_grad_norm: float = 1.0
-    """Gradients of a larger total norm are scaled down to it."""
-    ema_decay: float = 0.9999
-    """Of the running average of the weights, which is what is measured, drawn and exported. In early steps
-    (1 + step) / (10 + step) holds where it is less. 0: no averaging."""
-    dtype: str = "float32"
-    """"float32" or "bfloat16": of the activations. Weights are always float32."""
     recompute: bool = False
     """Compute activations again in the backward instead of keeping them: less memory, more time, same gradients."""
-    seed: int = 0
-    device: str = "auto"
-    """"auto" (a GPU where there is one), "cpu" or "cuda"."""
-    log_every: int = 10
-    """Steps a line of metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        check_least(self, "train", num_steps=1, batch_size=1, warmup_steps=0, log_every=1, seed=0)
-        check_least(self, "train", min_learning_rate=0, weight_decay=0)
-        for name in ("learning_rate", "eps", "max_grad_norm"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
-                raise ValueError(f"train.{name} is {getattr(self, name)}; it must be a positive number")
-        for name, value in (("betas", max(self.betas)), ("betas", min(self.betas)), ("ema_decay", self.ema_decay)):
-            if not 0 <= value < 1:
-                raise ValueError(f"train.{name} is {getattr(self, name)}; 0 up to, but not including, 1")
-        for name, limit in (("warmup_steps", self.num_steps), ("min_learning_rate", self.learning_rate)):
-            if getattr(self, name) > limit:
-                of = "num_steps" if name == "warmup_steps" else "learning_rate"
-                raise ValueError(f"train.{name} is {getattr(self, name)}, more than train.{of}, {limit}")
-        for name, choices in (("dtype", DTYPES), ("device", DEVICES)):
-            if getattr(self, name) not in choices:
-                given = short_repr(getattr(self, name))
-                raise ValueError(f"train.{name} is {given}; it must be one of {', '.join(choices)}")
+        super().__post_init__()
+        check_least(self, "train", batch_size=1)
 
 
 @dataclass
@@ -168,13 +140,14 @@ class VAEConfig:
     """One training of an autoencoder."""
 
     output: str
-    """Folder of the run: checkpoints, metrics.jsonl, pictures, and the autoencoder. A run resumes from its folder."""
+    """Folder of the run: checkpoints, metrics.jsonl, reconstructions and the autoencoder. A run resumes from its
+    folder."""
     data: ImageDataConfig
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: VAETrainConfig = field(default_factory=VAETrainConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
-    """Here the PSNR is measured, and originals are drawn above their reconstructions."""
+    """The PSNR is measured on these images, and a picture shows originals above their reconstructions."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
@@ -187,11 +160,11 @@ class VAEConfig:
         for judge, least in needed.items():
             if size < least:
                 raise ValueError(
-                    f"autoencoder.image_size is {size}; {judge} needs images of {least} pixels or more, "
-                    "set its weight to 0"
+                    f"autoencoder.image_size must be at least {least} pixels for {judge}, got {size}; "
+                    "raise it, or set the weight of that term to 0"
                 )
 
 
 def load_vae_config(recipe: str | Path, overrides: Iterable[str] = ()) -> VAEConfig:
-    """The training run of an autoencoder that a YAML recipe describes; see `read_recipe`."""
+    """The autoencoder's training run that a YAML recipe describes; see `read_recipe`."""
     return read_recipe(VAEConfig, recipe, overrides)

@@ -1,17 +1,17 @@
-"""Does this patch look real? PatchGAN, the adversary that makes reconstructions crisp where the L1 loss would blur."""
+"""PatchGAN, the discriminator that makes reconstructions sharp where the L1 loss alone would blur them."""
 
 from torch import Tensor, nn
 
 _MAX_WIDENING = 8
-"""Layers get wider by a factor of two each, up to this multiple of the first."""
+"""Each layer is twice as wide as the one before, up to this multiple of the first."""
 
 
 class PatchDiscriminator(nn.Module):
-    """Images [B, channels, H, W] in [-1, 1] to one score for each overlapping patch, [B, 1, h, w]: high for real.
+    """Maps images [B, channels, H, W] in [-1, 1] to a score for each overlapping patch, [B, 1, h, w]: high for real.
 
-    `num_layers` convolutions of stride 2, then two of stride 1; three layers judge patches of 70 x 70 pixels (Isola et
-    al., 2017). GroupNorm in place of the original's BatchNorm: a score then depends on its own image alone, and there
-    are no running averages to resume.
+    It has `num_layers` convolutions of stride 2, then two of stride 1; three layers judge patches of 70 x 70 pixels
+    (Isola et al., 2017). GroupNorm replaces the original's BatchNorm, so that a score depends only on its own image and
+    there are no running averages to resume.
     """
 
     def __init__(self, channels: int, width: int, num_layers: int) -> None:
@@ -38,5 +38,5 @@ class PatchDiscriminator(nn.Module):
 
 
 def smallest_image(num_layers: int) -> int:
-    """Pixels a side of the smallest image that a discriminator of `num_layers` can judge."""
+    """Pixels per side of the smallest image that a discriminator with `num_layers` can judge."""
     return 2**num_layers * 3

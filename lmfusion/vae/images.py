@@ -1,4 +1,4 @@
-"""Which images, and which noise, does a step of an autoencoder see? A pure function of its configuration and number."""
+"""The images and noise of each step of an autoencoder: a pure function of the configuration and the step's number."""
 
 import threading
 from collections import deque
@@ -35,12 +35,12 @@ from lmfusion.vae.config import AutoencoderConfig, ImageDataConfig
 
 
 class ImageBatch(NamedTuple):
-    """Images that can be read, on the CPU, and those that cannot."""
+    """The images of one step on the CPU, and the samples that could not be read."""
 
     images: Tensor
     """float32 [B, channels, H, W] in [-1, 1]"""
     noise: Tensor
-    """Standard normal, float32 [B, latent channels, h, w]: what the posterior is drawn with."""
+    """Standard normal, float32 [B, latent channels, h, w], to sample from the posterior"""
     sample_ids: tuple[str, ...]
     damaged: tuple[SkippedSample, ...]
 
@@ -48,16 +48,16 @@ class ImageBatch(NamedTuple):
 class ImageLoader:
     """Batches of the images of a mixture of sources, by their positions in an endless sequence.
 
-    Each source comes in a new order each epoch. What an image is drawn with depends on (seed, epoch, sample id) alone.
-    Raises ValueError where a source is empty, or has no images.
+    Each source is shuffled again in each epoch. The noise of an image depends only on (seed, epoch, sample id). Raises
+    ValueError if a source is empty or holds no images.
     """
 
     def __init__(self, data: ImageDataConfig, config: AutoencoderConfig, seed: int) -> None:
         self._sources = [_load(source, config.image_size) for source in data.sources]
-        for source, of in zip(self._sources, data.sources, strict=True):
+        for source, source_config in zip(self._sources, data.sources, strict=True):
             if len(source) == 0:
-                raise ValueError(f"the data source {of.name} has no samples")
-            report_unused(source, of.name)
+                raise ValueError(f"the data source {source_config.name} must have samples, got none")
+            report_unused(source, source_config.name)
         self._names = [source.name for source in data.sources]
         orders = [SourceOrder(s.blocks, data.shuffle_blocks, seed, f"source {i}") for i, s in enumerate(self._sources)]
         self._mixture = Mixture(orders, [source.weight for source in data.sources], seed)
@@ -70,11 +70,11 @@ class ImageLoader:
 
     @property
     def num_samples(self) -> int:
-        """Of all sources."""
+        """Samples of all sources."""
         return sum(map(len, self._sources))
 
     def batches(self, first: int, last: int, batch_size: int) -> Generator[ImageBatch, None, None]:
-        """Positions [first, last), `batch_size` at a time, prepared ahead in threads."""
+        """Batches of the positions [first, last), `batch_size` at a time; threads prepare them ahead."""
         coming = (range(start, min(start + batch_size, last)) for start in range(first, last, batch_size))
         ahead: deque[Future[ImageBatch]] = deque()
         with ThreadPoolExecutor(self._num_workers, thread_name_prefix="lmfusion-data") as pool:
@@ -113,21 +113,21 @@ class ImageLoader:
         )
 
     def _pixels(self, ref: SampleRef, sample: Sample) -> Tensor:
-        """uint8 [channels, H, W]; of a document of several images, one that the epoch picks."""
+        """Pixels, uint8 [channels, H, W]. Of a document with several images, each epoch chooses one."""
         loaders = _image_loaders(sample)
         if not loaders:
             raise ValueError(f"{sample.sample_id} has no image")
-        which = 0
+        chosen = 0
         if len(loaders) > 1:
-            which = int(generator(self._seed, ref.epoch, sample.sample_id, "image").integers(len(loaders)))
-        key = (ref.source, ref.index, which)
+            chosen = int(generator(self._seed, ref.epoch, sample.sample_id, "image").integers(len(loaders)))
+        key = (ref.source, ref.index, chosen)
         if key in self._cache:
             return self._cache[key]
-        image = loaders[which]()
-        assert isinstance(image, Image.Image)  # sources of latents were refused
+        image = loaders[chosen]()
+        assert isinstance(image, Image.Image)  # `_load` refuses sources of latents
         pixels = to_tensor(image, self._config.image_size, self._config.channels)
-        pixels = ((pixels + 1) * 127.5).round().to(torch.uint8)  # exactly what it was made of
-        with self._cache_lock:  # several workers come here
+        pixels = ((pixels + 1) * 127.5).round().to(torch.uint8)  # exact: the pixels were uint8 before
+        with self._cache_lock:  # several workers run this
             if pixels.numel() <= self._cache_room and key not in self._cache:
                 self._cache_room -= pixels.numel()
                 self._cache[key] = pixels
@@ -140,7 +140,7 @@ class FolderOfImages:
     def __init__(self, path: str) -> None:
         folder = Path(path)
         if not folder.is_dir():
-            raise ValueError(f"no folder of images at {path}")
+            raise ValueError(f"there must be a folder of images at {path}")
         self._folder = folder
         files = [Path(name) for name, _ in find_all(folder)]
         self._files = sorted(file for file in files if suffix_of(file.name) in READ_SUFFIXES)
@@ -164,7 +164,7 @@ class FolderOfImages:
 
 def _load(config: SourceConfig, image_size: int) -> Source:
     if config.kind == "latents":
-        raise ValueError(f"the data source {config.name} holds latents; an autoencoder is trained on images")
+        raise ValueError(f"the data source {config.name} must hold images, got latents")
     if config.kind == "folder":
         assert config.path is not None
         return FolderOfImages(config.path)

@@ -1,7 +1,7 @@
-"""How different do two images look? LPIPS (Zhang et al., 2018): distances between the features of a VGG-16.
+"""LPIPS (Zhang et al., 2018): the perceptual distance of two images, from the features of a VGG-16.
 
-The VGG-16 (ImageNet classifier, 0.5 GB) is read from a local safetensors file. The weights of its features in the sum,
-1,472 numbers fitted to human judgement, come with this package.
+The VGG-16 (an ImageNet classifier, 0.5 GB) is read from a local safetensors file. The weights of its features in the
+sum, 1,472 numbers fitted to human judgement, come with this package.
 """
 
 from pathlib import Path
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
-"""Channels of VGG-16's convolutions; the features compared are those at the end of each stage."""
+"""Channels of VGG-16's convolutions, by stage. The features at the end of each stage are compared."""
 SMALLEST_IMAGE = 2 ** (len(WIDTHS) - 1)
-"""Pixels a side: stages after the first begin by halving them."""
+"""Pixels per side: every stage after the first begins by halving them."""
 
 HEADS = Path(__file__).with_name("lpips_heads.safetensors")
 
 
 class LPIPS(nn.Module):
-    """Distance [B] between images [B, 1 | 3, H, W] in [-1, 1], 0 for equal ones. Frozen; gradients pass to the images.
+    """Distance [B] of images [B, 1 | 3, H, W] in [-1, 1], 0 for equal ones. Its weights are frozen.
 
-    `vgg16` is a safetensors file with the names of torchvision and timm, `features.0.weight` and so on; its classifier
-    is not needed. Raises FileNotFoundError where it is missing, ValueError where it is no VGG-16.
+    vgg16: a safetensors file with the names of torchvision and timm, `features.0.weight` and so on; its classifier is
+    not needed. Raises FileNotFoundError if the file is missing, ValueError if it does not hold a VGG-16.
     """
 
     shift: Tensor
@@ -68,13 +68,13 @@ class LPIPS(nn.Module):
     def _load(self, path: Path) -> None:
         if not path.is_file():
             raise FileNotFoundError(
-                f"loss.vgg16: there is no file {path}; it is a safetensors file of VGG-16, see docs/vae.md"
+                f"loss.vgg16 must be a safetensors file of VGG-16, got {path}, which does not exist; see docs/vae.md"
             )
         try:
             tensors = load_file(path)
         except SafetensorError as error:
-            raise ValueError(f"loss.vgg16: {path} is no safetensors file: {error}") from error
-        number = 0  # of the layer in torchvision's list, where ReLUs and poolings count too
+            raise ValueError(f"loss.vgg16 must be a safetensors file, got {path}: {error}") from error
+        number = 0  # the layer's number in torchvision, which counts ReLUs and poolings too
         for stage in self.stages:
             assert isinstance(stage, nn.ModuleList)
             for conv in stage:
@@ -83,7 +83,7 @@ class LPIPS(nn.Module):
                     if key not in tensors or tensors[key].shape != weight.shape:
                         found = list(tensors[key].shape) if key in tensors else "missing"
                         raise ValueError(
-                            f"loss.vgg16: {path} is no VGG-16: {key} is {found}, it must be {list(weight.shape)}"
+                            f"loss.vgg16: in {path}, {key} must be {list(weight.shape)} as in VGG-16, got {found}"
                         )
                     weight.data.copy_(tensors[key])
                 number += 2
@@ -91,7 +91,7 @@ class LPIPS(nn.Module):
 
 
 def _normalised(features: Tensor) -> Tensor:
-    """Features [B, C, h, w] divided by their length at each place, in float32: the sums are over up to 512 squares."""
+    """Features [B, C, h, w] divided by their norm at each position, in float32: sums run over up to 512 squares."""
     features = features.float()
-    # The root's gradient at 0 is infinite; a place where all features are 0 shall have none
+    # The gradient of the root at 0 is infinite. The epsilon inside it makes the gradient 0 where all features are 0.
     return features * torch.rsqrt(features.square().sum(1, keepdim=True) + 1e-10)

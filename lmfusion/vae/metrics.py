@@ -1,14 +1,14 @@
-"""What is written down while an autoencoder trains? One JSON line in metrics.jsonl each few steps."""
+"""The metrics of an autoencoder's training step, and the line of metrics.jsonl that summarises a few of them."""
 
 from dataclasses import dataclass
 
 OPTIONAL_TERMS = ("lpips", "gan", "gan_weight", "discriminator_loss", "discriminator_grad_norm")
-"""None where they are not at work."""
+"""Terms that are None in steps that do not compute them."""
 
 
 @dataclass(frozen=True)
-class StepMetrics:
-    """One step, before its update."""
+class VAEStepMetrics:
+    """One step, before its update. See `VAEMetrics`."""
 
     num_images: int
     loss: float
@@ -26,49 +26,49 @@ class StepMetrics:
 
 
 @dataclass(frozen=True)
-class Metrics:
-    """One line: what happened since the line before. All but the last two are exact on a CPU."""
+class VAEMetrics:
+    """One line: what happened since the previous line. All values except the last two are exact on a CPU."""
 
     step: int
     """Updates made so far."""
     epoch: float
-    """How often the data has been gone through."""
+    """Passes over the data so far."""
     loss: float
-    """Of the autoencoder: all terms at their weights, mean over the images, as are the terms by themselves."""
+    """Of the autoencoder: the weighted sum of all terms, mean over the images. The terms below are unweighted means."""
     l1: float
-    """Of a pixel value; images span [-1, 1]."""
+    """Per pixel value; images span [-1, 1]."""
     kl: float
-    """Nats per latent value."""
+    """In nats per latent value."""
     lpips: float | None
     gan: float | None
-    """Minus the score of reconstructions: below 0 where they pass for images."""
+    """Minus the discriminator's score of reconstructions: below 0 if they pass for images."""
     gan_weight: float | None
-    """Adaptive; loss.gan_weight multiplies it."""
+    """The adaptive weight, which loss.gan_weight multiplies."""
     discriminator_loss: float | None
-    """1 where the discriminator cannot tell reconstructions from images."""
+    """1 if the discriminator cannot tell reconstructions from images."""
     discriminator_grad_norm: float | None
-    """As grad_norm."""
+    """Like grad_norm, of the discriminator."""
     grad_norm: float
     """Of the autoencoder, mean over the steps, before clipping."""
     learning_rate: float
     """Of the last step."""
     psnr: float | None
-    """Decibels, mean over the held-out images, with the averaged weights; None where it was not measured."""
+    """In decibels, mean over the held-out images, with the averaged weights; None if it was not measured."""
     num_damaged: int
-    """Images left out so far."""
+    """Images skipped so far."""
     images_per_second: float
     data_wait: float
     """Share of the time spent waiting for data."""
 
 
-def summarise(step: int, epoch: float, steps: list[StepMetrics], seconds: float, data_wait: float) -> Metrics:
-    """The line that stands for `steps`, which took `seconds`, `data_wait` of them waiting."""
+def summarise(step: int, epoch: float, steps: list[VAEStepMetrics], seconds: float, data_wait: float) -> VAEMetrics:
+    """The line that summarises `steps`, which took `seconds`, `data_wait` of them waiting for data."""
     last = steps[-1]
     means = {
         name: _mean([(getattr(s, name), s.num_images) for s in steps]) for name in ("loss", "l1", "kl", *OPTIONAL_TERMS)
     }
     measured = [s.psnr for s in steps if s.psnr is not None]
-    return Metrics(
+    return VAEMetrics(
         step=step,
         epoch=epoch,
         **means,  # type: ignore[arg-type]  # None only for terms that may be None
@@ -82,7 +82,7 @@ def summarise(step: int, epoch: float, steps: list[StepMetrics], seconds: float,
 
 
 def _mean(values: list[tuple[float | None, int]]) -> float | None:
-    """Mean over the images of the steps in which a term was at work."""
+    """Mean over the images of the steps that computed a term; None if no step did."""
     known = [(value, num_images) for value, num_images in values if value is not None]
     num_images = sum(n for _, n in known)
     return sum(value * n for value, n in known) / num_images if num_images else None

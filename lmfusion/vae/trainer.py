@@ -1,41 +1,36 @@
-"""How is an autoencoder trained? One process, one loop; it resumes from its folder wherever it was stopped."""
+"""The training loop of an autoencoder, in one process; a run resumes from its folder."""
 
 import dataclasses
 import math
 import os
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
-from tqdm import tqdm
 
 from lmfusion.data.pipeline.skip_log import SkipLog
+from lmfusion.images.grid import make_grid, save_grid
 from lmfusion.images.preprocessing import to_pil
-from lmfusion.training import checkpoint
-from lmfusion.training.config import TrainConfig, resolve_path
+from lmfusion.training.checkpoint import CheckpointWriter, Parts, load_checkpoint, restore
 from lmfusion.training.distributed import World
 from lmfusion.training.ema import EMA
-from lmfusion.training.metrics import Clock
 from lmfusion.training.optimizer import Optimizer, clip_gradients
-from lmfusion.training.run_identity import check_identity
-from lmfusion.training.sampling import make_grid, save_grid
+from lmfusion.training.run_identity import check_identity, sources_identity
+from lmfusion.training.session import run_session, saving_on
 from lmfusion.training.step import NonFiniteError
+from lmfusion.training.step_log import StepLog
 from lmfusion.utils.config_values import to_values
 from lmfusion.utils.devices import choose_device
-from lmfusion.utils.files import lock_existing, locked, replace_text
-from lmfusion.utils.json_lines import JsonLines
-from lmfusion.utils.signals import stop_signals
+from lmfusion.utils.files import lock_existing
+from lmfusion.utils.recipes import resolve_path
 from lmfusion.vae import losses
 from lmfusion.vae.autoencoder import Autoencoder, build_discriminator, export, measure_latents
-from lmfusion.vae.config import VAEConfig, VAETrainConfig
+from lmfusion.vae.config import VAEConfig
 from lmfusion.vae.images import ImageBatch, ImageLoader
 from lmfusion.vae.lpips import LPIPS
-from lmfusion.vae.metrics import OPTIONAL_TERMS, StepMetrics, summarise
+from lmfusion.vae.metrics import OPTIONAL_TERMS, VAEStepMetrics, summarise
 
 NUM_MEASURED = 1024
 """Training images, at most, that the scale of the latents is measured on."""
@@ -51,7 +46,7 @@ class VAETrainer:
 
     def __init__(self, config: VAEConfig) -> None:
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            raise ValueError("an autoencoder is trained by one process; start it without torchrun")
+            raise ValueError("an autoencoder must be trained by one process; start it without torchrun")
         self.config = config
         self.folder = Path(config.output)
         train, loss = config.train, config.loss
@@ -60,109 +55,89 @@ class VAETrainer:
         if train.recompute:
             self.autoencoder.kl.enable_gradient_checkpointing()
         self.weights = dict(self.autoencoder.kl.named_parameters())
-        self.optimizer = Optimizer(self.weights, _optimizer_config(train))
+        self.optimizer = Optimizer(self.weights, train)
         self.ema = EMA(self.weights, train.ema_decay)
         self.lpips = None if loss.vgg16 is None else LPIPS(resolve_path(loss.vgg16)).to(self.device)
         self.discriminator = None
         if loss.gan_weight:
             self.discriminator = build_discriminator(config.autoencoder, loss, train.seed).to(self.device)
             self.discriminator_weights = dict(self.discriminator.named_parameters())
-            self.discriminator_optimizer = Optimizer(self.discriminator_weights, _optimizer_config(train))
+            self.discriminator_optimizer = Optimizer(self.discriminator_weights, train)
         self.loader = ImageLoader(config.data, config.autoencoder, train.seed)
         self.held_out = self._held_out_loader()
-        self.writer = checkpoint.CheckpointWriter(
-            self.folder / "checkpoints", config.checkpoint.keep_last, World(0, 1, self.device)
-        )
-        self.damage = SkipLog(self.folder / "damaged.jsonl", config.data.max_damaged)
-        self.log = JsonLines(self.folder / "metrics.jsonl")
-        self.gathered: list[StepMetrics] = []
-        self.clock = Clock()
+        self.world = World(0, 1, self.device)
+        self.writer = CheckpointWriter(self.folder / "checkpoints", config.checkpoint.keep_last, self.world)
+        self.skip_log = SkipLog(self.folder / "damaged.jsonl", config.data.max_damaged)
+        self.log = StepLog(self.folder, VAEStepMetrics)
         self.step = 0
         """Updates made so far."""
-        self._damage_before: dict[str, int] = {}
+        self._num_skipped: dict[str, int] = {}
+        """What the checkpoint that this process resumed from holds of the skip log."""
         with lock_existing(self.folder):
             self._resume()
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far."""
+        return self.step * self.config.train.batch_size / self.loader.num_samples
 
     def run(self, max_steps: int | None = None) -> bool:
         """Train up to `num_steps` updates in all, or up to `max_steps` if that is less, and export the autoencoder.
 
-        Answers whether it got there; False means that SIGTERM or SIGINT stopped it. Either way there is a checkpoint.
+        Returns whether it got there; False means that SIGTERM or SIGINT stopped it. Either way there is a checkpoint.
         """
         train = self.config.train
         last = train.num_steps if max_steps is None else min(max_steps, train.num_steps)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            stack.enter_context(locked(self.folder))
-            self._resume()  # again where another run has gone on with it since
-            stop = stack.enter_context(stop_signals())
-            bar = tqdm(total=last, initial=self.step, unit="step", mininterval=1 if sys.stderr.isatty() else 30)
-            progress = stack.enter_context(bar)
+        with run_session(self.config, self.world, self._resume) as stop:
+            self.skip_log.resume(self.step, self._num_skipped)
             start, end = self.step * train.batch_size, last * train.batch_size
-            batches = stack.enter_context(closing(self.loader.batches(start, end, train.batch_size)))
-            stack.callback(self.damage.close)
-            stack.callback(self.log.close)
-            stack.enter_context(self._saving_on_error())
-            resolved = yaml.safe_dump(to_values(self.config), sort_keys=False, allow_unicode=True)
-            replace_text(self.folder / "config.yaml", resolved)
-            self.log.resume(self.step)
-            self.damage.resume(self.step, self._damage_before)
-            self.clock.start()
-            while self.step < last and not stop.is_set:
-                with self.clock.waiting():
-                    batch = next(batches)
-                metrics = self._update(batch)
-                if self.held_out is not None and self.step % self.config.validation.every == 0:
-                    with self.clock.paused():
-                        metrics = dataclasses.replace(metrics, psnr=self.validate())
-                self.gathered.append(metrics)
-                progress.update()
-                if self.step % train.log_every == 0:
-                    self._write_line(progress)
-                # Last, since it may end the run: the checkpoint that is then saved has all of this step
-                self.damage.add(self.step, len(batch.sample_ids) + len(batch.damaged), batch.damaged)
-                self.writer.poll()
-                if self.step % self.config.checkpoint.every == 0:
-                    self.save_checkpoint()
-            self.save_checkpoint()
-            self.writer.finish()
+            try:
+                with (
+                    closing(self.loader.batches(start, end, train.batch_size)) as batches,
+                    saving_on(ValueError, self._save_and_finish),
+                ):
+                    self.log.open(self.step, last)
+                    for batch in self.log.waiting(batches):
+                        self._advance(batch)
+                        if stop.is_set:
+                            break
+                    self._save_and_finish()
+            finally:
+                self.log.close()
+                self.skip_log.close()
             if self.step < last:
                 return False
             self.export()
             return True
 
-    def _write_line(self, progress: "tqdm[Any]") -> None:
-        line = summarise(self.step, self.epoch, self.gathered, *self.clock.take())
-        self.gathered = []
-        self.log.append(dataclasses.asdict(line))
-        shown = {"l1": f"{line.l1:.4f}", "images/s": f"{line.images_per_second:.1f}"}
-        progress.set_postfix(shown, refresh=False)
+    def _advance(self, batch: ImageBatch) -> None:
+        """One step, and what is due after it."""
+        config = self.config
+        metrics = self._update(batch)
+        if self.held_out is not None and self.step % config.validation.every == 0:
+            with self.log.stopwatch.paused():
+                metrics = dataclasses.replace(metrics, psnr=self.validate())
+        self.log.gather([metrics])
+        self.log.advance()
+        if self.step % config.train.log_every == 0:
+            line = summarise(self.step, self.epoch, *self.log.take())
+            self.log.write(line, l1=f"{line.l1:.4f}", images_per_second=f"{line.images_per_second:.1f}")
+        # After everything else of the step, since it may end the run: the checkpoint that is then saved has all of it
+        self.skip_log.add(self.step, len(batch.sample_ids) + len(batch.damaged), batch.damaged)
+        self.writer.poll()
+        if self.step % config.checkpoint.every == 0:
+            self.save_checkpoint()
 
-    @property
-    def epoch(self) -> float:
-        """How often the data has been gone through."""
-        return self.step * self.config.train.batch_size / self.loader.num_samples
-
-    @contextmanager
-    def _saving_on_error(self) -> Iterator[None]:
-        """Images that cannot be read or a loss that is not finite cost none of the steps before them."""
-        try:
-            yield
-        except ValueError:
-            with suppress(OSError):  # the first error is the one to tell
-                self.save_checkpoint()
-                self.writer.finish()
-            raise
-
-    def _update(self, batch: ImageBatch) -> StepMetrics:
-        """One step: gradients of the autoencoder, then those of its adversary, then the updates of both."""
+    def _update(self, batch: ImageBatch) -> VAEStepMetrics:
+        """Gradients of the autoencoder, then those of the discriminator, then the updates of both."""
         if not batch.sample_ids:
-            raise ValueError(f"step {self.step}: no image of the batch can be read; take the damaged ones out")
+            raise ValueError(f"step {self.step}: no image of the batch can be read; remove the damaged ones")
         images = batch.images.to(self.device, non_blocking=True)
         terms, reconstructions = self._backward(images, batch.noise.to(self.device, non_blocking=True))
         terms["grad_norm"] = clip_gradients(self.weights.values(), self.config.train.max_grad_norm)
         if self._is_adversarial:
             terms |= self._discriminator_backward(images, reconstructions)
-        # The only wait for the device in a step
+        # The only wait for the device in a step: one copy for all terms
         values = dict(zip(terms, torch.stack([term.detach().float() for term in terms.values()]).tolist(), strict=True))
         if not all(map(math.isfinite, values.values())):
             names = ", ".join(name for name, value in values.items() if not math.isfinite(value))
@@ -176,9 +151,9 @@ class VAETrainer:
         self.ema.update(self.step)
         self.step += 1
         optional = {name: values.pop(name, None) for name in OPTIONAL_TERMS}
-        return StepMetrics(
+        return VAEStepMetrics(
             num_images=len(batch.sample_ids),
-            num_damaged=self.damage.num_damaged + len(batch.damaged),
+            num_damaged=self.skip_log.num_damaged + len(batch.damaged),
             learning_rate=rate,
             **optional,
             **values,
@@ -193,11 +168,11 @@ class VAETrainer:
         return torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32)
 
     def _backward(self, images: Tensor, noise: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Gradients of the autoencoder; the terms of its loss and the reconstructions, detached."""
+        """Compute gradients of the autoencoder; returns the terms of its loss and the reconstructions, detached."""
         weights = self.config.loss
         with self._autocast():
             posterior = self.autoencoder.encode(images)
-            reconstructions = self.autoencoder.decode(posterior.draw(noise))
+            reconstructions = self.autoencoder.decode(posterior.sample(noise))
             terms = {"l1": losses.l1(reconstructions, images), "kl": posterior.kl()}
             loss = terms["l1"]
             if self.lpips is not None:
@@ -205,7 +180,7 @@ class VAETrainer:
                 loss = loss + weights.lpips_weight * terms["lpips"]
             if self._is_adversarial:
                 assert self.discriminator is not None
-                self.discriminator.requires_grad_(False)  # here it only judges
+                self.discriminator.requires_grad_(False)  # it is trained in _discriminator_backward only
                 terms["gan"] = losses.generator_loss(self.discriminator(reconstructions))
                 last_layer = self.autoencoder.last_layer
                 terms["gan_weight"] = losses.adaptive_gan_weight(loss, terms["gan"], last_layer)
@@ -225,7 +200,7 @@ class VAETrainer:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """PSNR of the held-out images in decibels, with the averaged weights and in float32; draws the picture too."""
+        """PSNR of the held-out images in decibels, with the averaged weights in float32; also saves the picture."""
         assert self.held_out is not None
         validation = self.config.validation
         ratios: list[float] = []
@@ -255,18 +230,16 @@ class VAETrainer:
             export(self.autoencoder, self.folder / "autoencoder", mean, std)
 
     def save_checkpoint(self) -> None:
-        """Begin to save what `VAETrainer` needs to continue from here."""
-        self.log.sync()
-        state = {
-            "run": self._identity(),
-            "gathered": [dataclasses.asdict(step) for step in self.gathered],
-            "clock": self.clock.so_far(),
-            "damage": self.damage.state(),
-        }
+        """Begin to save what `VAETrainer` needs to continue from here; `writer` completes it."""
+        state = {"run": self._identity(), "skipped": self.skip_log.state(), "log": self.log.state()}
         self.writer.save(self.step, self._parts(), state)
 
-    def _parts(self) -> checkpoint.Parts:
-        parts: dict[str, Mapping[str, Tensor | checkpoint.Slice]] = {
+    def _save_and_finish(self) -> None:
+        self.save_checkpoint()
+        self.writer.finish()
+
+    def _parts(self) -> Parts:
+        parts: dict[str, Any] = {
             "weights": self.weights,
             "optimizer": self.optimizer.state_tensors(),
             "ema": self.ema.state_tensors(),
@@ -280,30 +253,25 @@ class VAETrainer:
         path = self.writer.find()
         if path is None:
             return
-        parts, state = checkpoint.load_checkpoint(path)
+        parts, state = load_checkpoint(path)
         check_identity(self._identity(), state["run"], path)
-        with torch.no_grad():
-            for name, weight in self.weights.items():
-                weight.copy_(parts["weights"][name])
-            self.optimizer.load_state_tensors(parts["optimizer"])
-            self.ema.load_state_tensors(parts["ema"])
-            if self.discriminator is not None:
-                for name, weight in self.discriminator_weights.items():
-                    weight.copy_(parts["discriminator"][name])
-                self.discriminator_optimizer.load_state_tensors(parts["discriminator_optimizer"])
-        self.gathered = [StepMetrics(**step) for step in state["gathered"]]
-        self.clock = Clock(*state["clock"])
-        self._damage_before = state["damage"]
+        restore(self.weights, parts["weights"])
+        self.optimizer.load_state_tensors(parts["optimizer"])
+        self.ema.load_state_tensors(parts["ema"])
+        if self.discriminator is not None:
+            restore(self.discriminator_weights, parts["discriminator"])
+            self.discriminator_optimizer.load_state_tensors(parts["discriminator_optimizer"])
+        self.log.load_state(state["log"])
+        self._num_skipped = state["skipped"]
         self.step = state["step"]
 
     def _identity(self) -> dict[str, Any]:
-        """What a run cannot change on the way, by its key in the configuration."""
+        """What may not change when the run is resumed, by its key in the configuration."""
         train, loss = self.config.train, to_values(self.config.loss)
         loss.pop("vgg16")  # files may be moved
         identity: dict[str, Any] = {"autoencoder": to_values(self.config.autoencoder), "loss": loss}
         identity |= {f"train.{key}": getattr(train, key) for key in ("seed", "batch_size", "dtype")}
-        sources = [to_values(source) for source in self.config.data.sources]
-        identity["data.sources"] = [{k: v for k, v in source.items() if k != "path"} for source in sources]
+        identity["data.sources"] = sources_identity(self.config.data.sources)
         identity["data.shuffle_blocks"] = self.config.data.shuffle_blocks
         return identity | {"number of samples": self.loader.num_samples}
 
@@ -315,11 +283,5 @@ class VAETrainer:
         num_images = min(self.config.validation.num_samples, loader.num_samples)
         with closing(loader.batches(0, num_images, self.config.train.batch_size)) as batches:
             if not any(batch.sample_ids for batch in batches):
-                raise ValueError("validation.sources: no image can be read; `lmfusion data check` tells why")
+                raise ValueError("validation.sources: no image can be read; `lmfusion data check` gives the reasons")
         return loader
-
-
-def _optimizer_config(config: VAETrainConfig) -> TrainConfig:
-    """What an optimizer reads of a training's configuration."""
-    names = ("num_steps", "learning_rate", "min_learning_rate", "warmup_steps", "betas", "eps", "weight_decay")
-    return TrainConfig(**{name: getattr(config, name) for name in names})

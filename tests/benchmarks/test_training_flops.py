@@ -1,4 +1,4 @@
-"""Does docs/flops.md say what a training step takes, and is it counted as torch counts?"""
+"""The FLOPs of a training step in docs/planning.md are those that are counted, as torch counts them."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from benchmarks.harness import shapes
 from benchmarks.harness.compare import UnavailableError
 from benchmarks.harness.layer import make_case
 from benchmarks.peers.bagel import bagel
-from lmfusion.model.flops import RowCounts, flops_by_part
+from lmfusion.model.flops import SequenceCounts, flops_by_part
 
 TINY_LLM = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -63,17 +63,17 @@ def test_parts_are_those_that_training_reports(frozen_text):
     model = flops.make_model(TINY, way, "cpu")
     counts = flops.count(model, PAIRS)
     batch = flops.make_batch(model, PAIRS, frozen_text)
-    parts = flops_by_part(model.config, RowCounts.of(batch), frozen_text=frozen_text)
+    parts = flops_by_part(model.config, SequenceCounts.of(batch), frozen_text=frozen_text)
     text = parts["constant text"] + parts["live text"]
     for names, expected in (
         ((BEFORE, AFTER), text),
         ((IMAGE,), parts["image tokens"]),
         ((flops.ATTENTION,), parts["attention"]),
-        ((flops.HEAD,), parts["LM head"] + parts["begin of images"]),
+        ((flops.HEAD,), parts["LM head"] + parts["BOI loss"]),
         ((flops.CODER,), parts["patch coder"]),
     ):
         counted = [sum(getattr(counts[name], kind) for name in names) for kind in ("forward", "backward")]
-        assert counted == pytest.approx([expected.forward, expected.backward + expected.again], rel=1e-3)
+        assert counted == pytest.approx([expected.forward, expected.backward + expected.recomputed], rel=1e-3)
 
 
 def test_classes_of_tokens():

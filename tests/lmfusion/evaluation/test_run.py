@@ -18,8 +18,8 @@ from lmfusion.evaluation.run import run_evaluation
 from lmfusion.evaluation.suites import SUITES, load_suite
 from lmfusion.evaluation.suites.captions import CaptionsSuite
 from lmfusion.experiments.ablation.config import ClaimConfig, MeasureConfig
-from lmfusion.training.config import read_recipe
 from lmfusion.utils.config_values import from_values
+from lmfusion.utils.recipes import read_recipe
 from tests.lmfusion.evaluation.coco_layout import save_coco
 from tests.lmfusion.evaluation.metrics.clip_folder import save_clip
 

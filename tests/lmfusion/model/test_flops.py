@@ -1,4 +1,4 @@
-"""Are the operations of a step counted as torch counts them, whatever is frozen, shared or computed again?"""
+"""FLOPs of a step equal those that torch counts, whatever is frozen, shared or recomputed."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lmfusion.model.batch import Document, SpecialTokens, pack
-from lmfusion.model.flops import RowCounts, batch_flops, flops_by_part, matmul_rate
+from lmfusion.model.flops import SequenceCounts, batch_flops, flops_by_part, matmul_rate
 from tests.lmfusion.training.models import LINEAR, SMOLLM2_LAYERS, UNET, make_batch, make_model
 
 SEPARATIONS = ("deep", "shallow", "none")
@@ -21,7 +21,9 @@ def counted(model, batch):
 
 
 def total(model, batch):
-    parts = flops_by_part(model.config, RowCounts.of(batch), frozen_text=model.frozen_text, recompute=model.recompute)
+    parts = flops_by_part(
+        model.config, SequenceCounts.of(batch), frozen_text=model.frozen_text, recompute=model.recompute
+    )
     return sum(part.total for part in parts.values())
 
 
@@ -42,7 +44,7 @@ def test_counts_a_unet_and_a_narrow_tower(options):
 
 
 def make_edits(model, num_edits):
-    """A given image, an instruction, an image to draw; and a given image with a caption."""
+    """An input image, an instruction and a target image; and an input image with a caption."""
     tokens = SpecialTokens(model.boi_token_id, model.eoi_token_id, bos_token_id=1, eos_token_id=2)
     num_image, instruction = model.tokens_per_image, list(range(5, 14))
 
@@ -61,16 +63,15 @@ def make_edits(model, num_edits):
 
 @pytest.mark.parametrize("num_edits", [2, 0])
 @pytest.mark.parametrize("patch_coder", [LINEAR, UNET], ids=["linear", "unet"])
-def test_counts_images_that_are_given(patch_coder, num_edits):
+def test_counts_input_images(patch_coder, num_edits):
     model = make_model(patch_coder=patch_coder)
     batch = make_edits(model, num_edits)
     assert (batch.num_images, batch.num_target_images) == (2 * num_edits + 1, num_edits)
     assert total(model, batch) == pytest.approx(counted(model, batch), rel=1e-3)
-    rows = RowCounts.of(batch)
-    all_drawn = flops_by_part(model.config, replace(rows, num_target_images=rows.num_images), frozen_text=True)[
-        "patch coder"
-    ]
-    assert flops_by_part(model.config, rows, frozen_text=True)["patch coder"].total < 0.9 * all_drawn.total
+    counts = SequenceCounts.of(batch)
+    all_targets = replace(counts, num_target_images=counts.num_images)
+    mixed, expected = (flops_by_part(model.config, c, frozen_text=True)["patch coder"] for c in (counts, all_targets))
+    assert mixed.total < 0.9 * expected.total
 
 
 @pytest.mark.parametrize("recompute", ["none", "layer"])
@@ -80,25 +81,25 @@ def test_counts_layers_of_real_size(recompute):
     assert total(model, batch) == pytest.approx(counted(model, batch), rel=1e-2)
 
 
-def test_a_batch_counts_what_is_not_done_again():
+def test_a_batch_does_not_count_recomputed_operations():
     model = make_model(recompute="layer")
     batch = make_batch(model)
     assert isinstance(batch_flops(model.config, batch, frozen_text=True), int)
-    parts = flops_by_part(model.config, RowCounts.of(batch), frozen_text=True, recompute="layer")
-    again = sum(part.again for part in parts.values())
-    assert again > 0
-    assert batch_flops(model.config, batch, frozen_text=True) == pytest.approx(total(model, batch) - again)
+    parts = flops_by_part(model.config, SequenceCounts.of(batch), frozen_text=True, recompute="layer")
+    recomputed = sum(part.recomputed for part in parts.values())
+    assert recomputed > 0
+    assert batch_flops(model.config, batch, frozen_text=True) == pytest.approx(total(model, batch) - recomputed)
 
 
 def test_constant_text_costs_a_forward_and_live_text_no_weight_gradients():
     model = make_model()
-    rows = RowCounts.of(make_batch(model))
-    parts = flops_by_part(model.config, rows, frozen_text=True)
+    counts = SequenceCounts.of(make_batch(model))
+    parts = flops_by_part(model.config, counts, frozen_text=True)
     constant, live, image = (parts[name] for name in ("constant text", "live text", "image tokens"))
     assert constant.backward == 0
     assert live.backward == live.forward
     assert image.backward == 2 * image.forward
-    trained = flops_by_part(model.config, rows, frozen_text=False)
+    trained = flops_by_part(model.config, counts, frozen_text=False)
     assert trained["live text"].backward == 2 * live.forward
 
 

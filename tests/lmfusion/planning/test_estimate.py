@@ -1,8 +1,9 @@
-"""Does `lmfusion estimate` say what a run takes, from configurations alone, and what would make it fit?"""
+"""`lmfusion estimate`: what a run takes, from configurations alone, and what would make it fit."""
 
 import argparse
 import importlib.util
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,11 +12,11 @@ import torch
 
 from lmfusion.cli import estimate as command
 from lmfusion.model.batch import SpecialTokens, caption_first_document, image_first_document, pack
-from lmfusion.model.flops import RowCounts
+from lmfusion.model.flops import SequenceCounts
 from lmfusion.model.modeling import LMFusion
-from lmfusion.planning.estimate import GIB, Assumptions, estimate, expected_row
+from lmfusion.planning.estimate import GIB, Assumptions, estimate, expected_counts
 from lmfusion.planning.memory import RESERVED
-from lmfusion.planning.presets import codec_facts, model_config
+from lmfusion.planning.presets import codec_shape, model_config, model_shape
 from lmfusion.training.config import ModelConfig, RunConfig, load_config
 from lmfusion.utils.config_values import from_values
 
@@ -61,7 +62,7 @@ def test_the_papers_model_has_the_papers_parameters():
 
 
 def test_flops_of_a_token_follow_from_parameters():
-    """6 operations a parameter for an image token, 2 for text before it, 4 for text behind it, and little besides."""
+    """6 operations per parameter for an image token, 2 for text before it, 4 for text after it, and few others."""
     found = on_8b()
     layers = 32 * 218.1e6
     for name, forward, backward in (
@@ -79,11 +80,11 @@ def test_flops_of_a_token_follow_from_parameters():
 
 def test_time_and_money_are_arithmetic():
     found = on_8b(num_gpus=8, mfu=0.4, peak_tflops=1000, tokens=1e11, price=2.0)
-    again = 1 + found.flops_again_per_token / found.flops_per_token
-    assert found.tokens_per_second == pytest.approx(8 * 0.4e15 / found.flops_per_token / again)
+    recomputed = 1 + found.recomputed_flops_per_token / found.flops_per_token
+    assert found.tokens_per_second == pytest.approx(8 * 0.4e15 / found.flops_per_token / recomputed)
     assert found.seconds == pytest.approx(1e11 / found.tokens_per_second)
     assert found.dollars == pytest.approx(found.seconds / 3600 * 8 * 2.0)
-    assert found.reported_mfu == pytest.approx(0.4 / again)
+    assert found.reported_mfu == pytest.approx(0.4 / recomputed)
     assert found.steps == pytest.approx(1e11 / 2**20)
     assert on_8b(num_gpus=16, peak_tflops=1000).tokens_per_second == pytest.approx(2 * found.tokens_per_second)
 
@@ -97,7 +98,7 @@ def test_an_8b_adaption_on_one_gpu_fits_with_small_states_and_recomputation():
 
 def test_what_does_not_fit_says_what_would():
     found = on_8b()
-    assert "GiB are needed on each GPU, of which 141 are there" in found.problems[0]
+    assert re.fullmatch(r"each GPU must have \d+\.\d GiB, got 141", found.problems[0])
     assert any("train.optimizer=adamw_8bit" in way and "recompute" in way for way in found.ways_out)
     for way in found.ways_out[:-1]:
         changes, size = way.split(": ")
@@ -111,34 +112,38 @@ def test_what_does_not_fit_says_what_would():
 def test_what_can_never_fit_says_so(tiny_run):
     found = estimate(tiny_run(), Assumptions(gpu_memory=RESERVED / GIB))
     assert found.problems and found.ways_out == [
-        "none of the recipe's settings is enough: use smaller rows (data.seq_len) or a smaller model"
+        "no setting of the recipe is enough: lower data.seq_len, or use a smaller model"
     ]
 
 
-def test_rows_that_gpus_cannot_share_are_a_problem(tiny_run):
-    assert "8 rows" in estimate(tiny_run(), Assumptions(num_gpus=3)).problems[0]
+def test_sequences_that_gpus_cannot_share_evenly_are_a_problem(tiny_run):
+    assert (
+        "must be a multiple of the 3 GPUs, got 8 packed sequences"
+        in estimate(tiny_run(), Assumptions(num_gpus=3)).problems[0]
+    )
     assert not estimate(tiny_run(), Assumptions(num_gpus=4)).problems
 
 
-def test_the_expected_row_is_that_of_real_documents(tiny_run):
+def test_expected_counts_are_those_of_real_documents(tiny_run):
     run = tiny_run(data__image_first=0.25, data__caption_drop=0.0)
     config = model_config(run.model)
-    row = expected_row(config, run, caption_tokens=14, latent_shape=(1, 8, 8))
+    expected = expected_counts(model_shape(run.model), run, caption_tokens=14)
+    assert expected.latent_shape == (1, 8, 8)
     tokens = SpecialTokens(config.text_config.vocab_size, config.text_config.vocab_size + 1, eos_token_id=0)
     documents = [image_first_document([0] * 14, 16, tokens)] + [caption_first_document([0] * 14, 16, tokens)] * 3
     latents = torch.zeros(4, 1, 8, 8)
-    real = RowCounts.of(pack(documents, latents, latents, torch.zeros(4, dtype=torch.int64)))
-    assert row.num_tokens == pytest.approx(real.num_tokens) == 128
+    real = SequenceCounts.of(pack(documents, latents, latents, torch.zeros(4, dtype=torch.int64)))
+    assert expected.num_tokens == pytest.approx(real.num_tokens) == 128
     for name in ("num_constant", "num_live", "num_image", "num_images", "num_labels", "pairs", "active_pairs"):
-        assert getattr(row, name) == pytest.approx(getattr(real, name)), name
+        assert getattr(expected, name) == pytest.approx(getattr(real, name)), name
 
 
-def test_an_image_longer_than_a_row_is_an_error(tiny_run):
-    with pytest.raises(ValueError, match=r"take 50 slots, but data\.seq_len is 48"):
-        estimate(tiny_run(data__row_tokens=48, train__batch_tokens=480), Assumptions())
+def test_an_image_that_does_not_fit_is_an_error(tiny_run):
+    with pytest.raises(ValueError, match=r"data\.seq_len must be at least 50, .*, got 48"):
+        estimate(tiny_run(data__seq_len=48, train__batch_tokens=480), Assumptions())
 
 
-def test_a_run_that_goes_on_from_an_adapted_model(tiny_run, tiny_llama, tmp_path):
+def test_a_run_that_starts_from_an_adapted_model(tiny_run, tiny_llama, tmp_path):
     run = tiny_run()
     LMFusion.from_llm(tiny_llama, run.model.image, run.model.codec).save_pretrained(tmp_path / "adapted")
     of_base = estimate(run, Assumptions())
@@ -146,7 +151,7 @@ def test_a_run_that_goes_on_from_an_adapted_model(tiny_run, tiny_llama, tmp_path
     assert estimate(run, Assumptions()).memory == of_base.memory
     file = tmp_path / "adapted" / "config.json"
     settings = json.loads(file.read_text())
-    settings["codec"] |= {"kind": "autoencoder_kl", "path": "codec"}  # as it is where the autoencoder is saved, too
+    settings["codec"] |= {"kind": "autoencoder_kl", "path": "codec"}  # as if the autoencoder was saved with it
     file.write_text(json.dumps(settings))
     assert model_config(run.model).codec.path == str(tmp_path / "adapted" / "codec")
     run.model.adapted = str(tmp_path / "nowhere")
@@ -175,11 +180,11 @@ def test_a_missing_llm_is_named_with_the_way_out():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"num_gpus": 0}, "num_gpus is 0"),
-        ({"mfu": 1.5}, "share of the peak"),
-        ({"tokens": -1.0}, "tokens is -1.0"),
-        ({"price": float("inf")}, "price is inf"),
-        ({"llm": "gpt"}, "known: llama3-8b"),
+        ({"num_gpus": 0}, "num_gpus must be a positive number, got 0"),
+        ({"mfu": 1.5}, "mfu must be a share of the peak, above 0 and at most 1, got 1.5"),
+        ({"tokens": -1.0}, "tokens must be a positive number, got -1.0"),
+        ({"price": float("inf")}, "price must be a positive number, got inf"),
+        ({"llm": "gpt"}, "llm must be one of llama3-8b, .*, got 'gpt'"),
     ],
 )
 def test_impossible_assumptions_are_refused(given, message):
@@ -196,13 +201,13 @@ def test_the_autoencoder_is_read_from_its_configuration(tmp_path):
     )  # fmt: skip
     vae.save_config(tmp_path)  # and no weights
     run = load_config(PAPER, [f"model.codec.path={tmp_path}", "model.codec.image_size=32"])
-    facts = codec_facts(run.model.codec)
-    assert facts.latent_shape == (6, 16, 16) and not facts.is_assumed
-    assert facts.num_parameters == sum(p.numel() for p in vae.parameters())
-    assert facts.encode_flops > 2 * 32 * 32 * 3 * 8 * 9  # more than its first convolution
+    codec = codec_shape(run.model.codec)
+    assert codec.latent_shape == (6, 16, 16) and not codec.is_assumed
+    assert codec.num_parameters == sum(p.numel() for p in vae.parameters())
+    assert codec.encode_flops > 2 * 32 * 32 * 3 * 8 * 9  # more than its first convolution
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="no configuration of an AutoencoderKL"):
-        codec_facts(run.model.codec)
+    with pytest.raises(ValueError, match="must be the configuration of an AutoencoderKL"):
+        codec_shape(run.model.codec)
 
 
 def test_the_command_prints_tables_and_json(capsys):
@@ -221,8 +226,8 @@ def test_the_command_prints_tables_and_json(capsys):
     assert code == 1 and found["problems"] and found["memory_total"] == sum(found["memory"].values())
 
 
-def test_the_page_on_scaling_says_what_the_estimate_says():
-    page = (PAPER.parents[1] / "docs" / "scaling.md").read_text()
+def test_the_planning_page_says_what_the_estimate_says():
+    page = (PAPER.parents[1] / "docs" / "planning.md").read_text()
     for num_gpus, overrides in ((1, ONE_GPU), (8, []), (256, [])):
         cells = [f"| {num_gpus} "]
         for mfu in (0.3, 0.4, 0.55):

@@ -1,4 +1,4 @@
-"""Is the memory of a step what it is calculated to be: what autograd keeps, the peak, weights and states?"""
+"""The calculated memory of a step equals what is measured: what autograd keeps, the peak, weights and states."""
 
 from dataclasses import fields
 
@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from lmfusion.model.flops import RowCounts
+from lmfusion.model.flops import SequenceCounts
 from lmfusion.planning.memory import (
     Setup,
     activation_bytes,
     cast_bytes,
     checkpoint_bytes,
     memory_by_part,
-    parameters,
     saved_bytes,
 )
+from lmfusion.planning.model_shape import CodecShape, ModelShape, count_parameters
 from lmfusion.training.config import TrainConfig
 from lmfusion.training.optimizer import Optimizer
 from tests.lmfusion.training.models import SMOLLM2_LAYERS, UNET, make_batch, make_model
@@ -29,17 +29,19 @@ def setup_of(model, **options):
     return Setup(model.frozen_text, model.compute_dtype, model.recompute, device="cpu", **options)
 
 
+def shape_of(model, batch, codec_parameters=0):
+    return ModelShape(model.config, CodecShape(tuple(batch.latents.shape[1:]), codec_parameters))
+
+
 def memory_of(model, batch, codec_parameters=0, **options):
-    sizes = parameters(model.config, batch.latents.shape[1], model.frozen_text)
-    rows = RowCounts.of(batch)
-    return memory_by_part(model.config, sizes, rows, setup_of(model, **options), codec_parameters)
+    shape = shape_of(model, batch, codec_parameters)
+    return memory_by_part(shape, SequenceCounts.of(batch), setup_of(model, **options))
 
 
 def calculated(model, batch):
-    """What autograd keeps of a row, with the weights that are cast for it."""
-    activations = activation_bytes(model.config, RowCounts.of(batch), setup_of(model))
-    sizes = parameters(model.config, batch.latents.shape[1], model.frozen_text)
-    return sum(activations.values()) + cast_bytes(sizes, model.compute_dtype)
+    """What autograd keeps of a micro-batch, with the weights that are cast for it."""
+    shape, setup = shape_of(model, batch), setup_of(model)
+    return sum(activation_bytes(shape, SequenceCounts.of(batch), setup).values()) + cast_bytes(shape, setup)
 
 
 def measured(model, batch):
@@ -49,8 +51,8 @@ def measured(model, batch):
 
 
 def peak(model, batch):
-    """Most bytes that a forward and backward had allocated at once, beyond what was there before."""
-    model(batch=batch).loss.backward()  # gradients are there from now on
+    """Peak bytes that a forward and backward allocate, beyond what was allocated before."""
+    model(batch=batch).loss.backward()  # allocates the gradients
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
         model(batch=batch).loss.backward()
     events = [event for event in run.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -71,7 +73,7 @@ def test_activations_are_what_autograd_keeps(frozen_text, separation, recompute,
     assert calculated(model, batch) == pytest.approx(measured(model, batch), rel=0.02)
 
 
-def test_activations_where_the_embedding_is_the_head_too():
+def test_activations_with_tied_embeddings():
     model = make_model(frozen_text=False, llm=SMOLLM2_LAYERS, dtype=torch.bfloat16)
     batch = make_batch(model)
     assert calculated(model, batch) == pytest.approx(measured(model, batch), rel=0.02)
@@ -126,18 +128,18 @@ def test_eight_bit_states_are_what_is_allocated():
     pytest.importorskip("torchao.optim", reason="pip install torchao")
     model = make_model(llm=SMOLLM2_LAYERS, patch_coder=UNET)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    states = Optimizer(trained, TrainConfig(optimizer="adamw_8bit")).state_tensors()
+    states = Optimizer(trained, TrainConfig(), "adamw_8bit").state_tensors()
     tables = 2 * sum(name.startswith("exp_avg.codes/") for name in states)  # of 256 float32 for each of two moments
     held = sum(state.rows.nbytes for name, state in states.items() if not name.startswith("step/")) + 1024 * tables
     assert memory_of(model, make_batch(model), optimizer="adamw_8bit")["optimizer"] == held
 
 
-def test_ranks_share_what_they_hold_and_gather_layers():
+def test_ranks_divide_weights_and_states_and_gather_layers():
     model = make_model(dtype=torch.bfloat16)
     batch = make_batch(model)
     alone, shared = (memory_of(model, batch, codec_parameters=1000, num_ranks=n) for n in (1, 2))
     for part in ("frozen weights", "trained weights", "gradients", "optimizer", "EMA"):
-        assert alone[part] / 2 <= shared[part] < 0.51 * alone[part]  # a dimension of odd length is cut unevenly
+        assert alone[part] / 2 <= shared[part] < 0.51 * alone[part]  # a dimension of odd length is divided unevenly
     assert shared["codec"] == alone["codec"] == 4000
     assert "weights cast" in alone and "weights cast" not in shared
     assert shared["gathered weights and gradients"] > 0 and "gathered weights and gradients" not in alone
@@ -147,9 +149,8 @@ def test_ranks_share_what_they_hold_and_gather_layers():
 
 def test_without_averages_there_is_no_memory_for_them():
     model = make_model()
-    assert "EMA" not in memory_of(model, make_batch(model), has_ema=False)
-    sizes = parameters(model.config, 1)
-    trained = sum(size.num_parameters for size in sizes if size.is_trained)
-    assert checkpoint_bytes(sizes, setup_of(model)) - checkpoint_bytes(sizes, setup_of(model, has_ema=False)) == (
-        4 * trained
-    )
+    batch = make_batch(model)
+    assert "EMA" not in memory_of(model, batch, has_ema=False)
+    shape = shape_of(model, batch)
+    with_ema, without_ema = (checkpoint_bytes(shape, setup_of(model, has_ema=has_ema)) for has_ema in (True, False))
+    assert with_ema - without_ema == 4 * count_parameters(shape.trained(frozen_text=True))

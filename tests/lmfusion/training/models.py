@@ -1,4 +1,4 @@
-"""Models without files, and batches for them: what FLOPs and memory are counted on."""
+"""Models without files, and batches for them, on which FLOPs and memory are counted."""
 
 import torch
 from transformers import LlamaConfig
@@ -31,7 +31,7 @@ UNET = {"kind": "unet", "patch_size": 2, "channels": [16, 24], "num_blocks": 2}
 
 
 def make_model(frozen_text=True, recompute="none", llm=TINY, dtype=torch.float32, image_size=16, **image):
-    """A model in training with random weights: what is frozen in `dtype`, what is trained in float32."""
+    """A model in training with random weights: frozen ones in `dtype`, trained ones in float32."""
     torch.manual_seed(0)
     image = ImageTowerConfig(**{"patch_coder": LINEAR, **image})
     codec = {"kind": "pixels", "channels": 1, "image_size": image_size}
@@ -44,7 +44,7 @@ def make_model(frozen_text=True, recompute="none", llm=TINY, dtype=torch.float32
 
 
 def make_batch(model, num_pairs=2, caption_tokens=10):
-    """So many of each kind: caption first, image first, without a caption."""
+    """`num_pairs` documents of each kind: caption first, image first, without a caption."""
     tokens = SpecialTokens(model.boi_token_id, model.eoi_token_id, bos_token_id=1, eos_token_id=2)
     caption, num_image = list(range(5, 5 + caption_tokens)), model.tokens_per_image
     documents = [

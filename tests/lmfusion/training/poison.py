@@ -1,20 +1,20 @@
-"""Latents that are not numbers, at a chosen step of a run."""
+"""Makes latents of a chosen step NaN."""
 
 from dataclasses import replace
 
 
 def poison(trainer, number):
-    """Let one sample of the last row of step `number` have latents that are not numbers; its id is in the answer."""
+    """Give one sample in the last sequence of step `number` latents that are NaN; the returned list gets its id."""
     real, poisoned = trainer.loader.steps, []
 
     def steps(state, num_steps):
         for i, step in enumerate(real(state, num_steps), trainer.step + 1):
             if i == number:
-                row = step.rows[-1]
-                latents = row.latents.clone()
+                batch = step.rows[-1]
+                latents = batch.latents.clone()
                 latents[1] = float("nan")
-                poisoned.append(row.sample_ids[1])
-                step = replace(step, rows=[*step.rows[:-1], replace(row, latents=latents)])
+                poisoned.append(batch.sample_ids[1])
+                step = replace(step, rows=[*step.rows[:-1], replace(batch, latents=latents)])
             yield step
 
     trainer.loader.steps = steps

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, which can be killed: at a given moment from outside, or by themselves in a write.
+"""Runs in separate processes that can be killed: at a given moment from outside, or by themselves during a write.
 
 As a program it is `lmfusion train` that also writes down what it trains on, for torchrun.
 """
@@ -26,11 +26,11 @@ class Kill(NamedTuple):
 
 
 OPERATIONS = {"write": 12, "flush": 6, "rename": 3, "replace": 1, "rmtree": 1}
-"""What a run does to its files, and how often at least in some ten steps."""
+"""Operations of a run on its files, and how often each occurs at least in about ten steps."""
 
 
 class Forks:
-    """Starts processes from one that has imported everything: this one has threads, which a fork may leave locked."""
+    """Starts processes from one that has imported everything: this one has threads, whose locks a fork would copy."""
 
     def __init__(self) -> None:
         self._context = multiprocessing.get_context("forkserver")
@@ -45,7 +45,7 @@ class Forks:
         return process
 
     def start_ranks(self, recipe, overrides=(), kills=(None, None), **options):
-        """One process a rank, as torchrun would start them."""
+        """One process per rank, as torchrun would start them."""
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
@@ -106,7 +106,7 @@ def inject(kill):
 
 
 def write_digests(folder):
-    """Let this process write what each row of each step holds, as hashes, into a file of its own in `folder`."""
+    """Let this process write a hash of each sequence of each step into its own file in `folder`."""
     from lmfusion.data.pipeline.loader import PackedLoader
 
     real = PackedLoader.steps
@@ -124,7 +124,7 @@ def write_digests(folder):
 
 
 def digest(batch):
-    """sha256 of everything in a row: tokens, labels, latents, noise, timesteps, layout."""
+    """sha256 of everything in a batch: tokens, labels, latents, noise, timesteps, layout."""
     sha256 = hashlib.sha256(" ".join(batch.sample_ids).encode())
     layout = batch.layout
     tensors = (batch.token_ids, batch.labels, batch.latents, batch.noise, batch.timesteps)
@@ -135,13 +135,13 @@ def digest(batch):
 
 
 def read_digests(folder):
-    """Hashes of the rows of all ranks by the loader's state after their step, in no order."""
+    """Hashes of the sequences of all ranks by the loader's state after their step, sorted."""
     found = {}
     for file in folder.iterdir():
         for line in file.read_text().splitlines():
-            after, rows = json.loads(line)
-            found.setdefault(tuple(after), []).extend(rows)
-    return {after: sorted(rows) for after, rows in found.items()}
+            after, hashes = json.loads(line)
+            found.setdefault(tuple(after), []).extend(hashes)
+    return {after: sorted(hashes) for after, hashes in found.items()}
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a run left behind, and whether two runs gave the same numbers."""
+"""Reads what a run wrote, and compares runs."""
 
 import json
 from pathlib import Path
@@ -16,6 +16,12 @@ def read_metrics(run_config):
 
 def final_tensors(run_config, step=12):
     return checkpoint.load_checkpoint(Path(run_config.output) / "checkpoints" / f"step-{step:08d}")[0]
+
+
+def set_format(path, number):
+    """Make the checkpoint at `path` one of another format."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "format": number}))
 
 
 def assert_same_run(one, other, step=12):

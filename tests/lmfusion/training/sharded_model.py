@@ -1,6 +1,6 @@
-"""What each of two processes measures for test_distributed.py: torchrun starts this, and each writes FOLDER/RANK.json.
+"""Measurements of two processes for test_distributed.py: torchrun starts this, and each writes FOLDER/RANK.json.
 
-FOLDER holds the LLMs. Beside the sharded model each process has a whole one of its own, which sees the rows of both.
+FOLDER holds the LLMs. Beside the sharded model each process has a whole one of its own, which gets the batches of both.
 """
 
 import functools
@@ -45,7 +45,7 @@ def build(folder: Path, case: str, dtype: torch.dtype = torch.float32) -> LMFusi
     _, image, frozen = CASES[case]
     model = LMFusion.from_llm(folder / case, image=image, codec=CODEC, dtype=dtype)
     model.freeze_text(frozen)
-    with torch.no_grad():  # the patch coder's last weights start at zero and would hide the rest from the gradient
+    with torch.no_grad():  # the patch coder's last weights start at zero, which would make all other gradients zero
         generator = torch.Generator().manual_seed(3)
         for parameter in model.image.patch_coder.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator).to(dtype)
@@ -53,7 +53,7 @@ def build(folder: Path, case: str, dtype: torch.dtype = torch.float32) -> LMFusi
 
 
 def whole(model: LMFusion, dtype: torch.dtype) -> LMFusion:
-    """What `place` makes of a model on one process, a whole tower at a time."""
+    """The model that `parallelize` gives on one process, cast tower by tower."""
     model.compute_dtype = dtype
     model.text.to(dtype if model.frozen_text else torch.float32)
     model.image.float()
@@ -61,9 +61,9 @@ def whole(model: LMFusion, dtype: torch.dtype) -> LMFusion:
 
 
 def batches(frozen_text: bool) -> list[Batch]:
-    """Rows for ranks 0 and 1 in turn: ordinary ones, and pairs of which one lacks images, labels, or everything."""
+    """Batches for ranks 0 and 1 in turn: ordinary ones, and pairs in which one lacks images, labels, or everything."""
 
-    def row(*documents: Document, seed: int = 0) -> Batch:
+    def batch_of(*documents: Document, seed: int = 0) -> Batch:
         num_images = sum(document.num_images for document in documents)
         generator = torch.Generator().manual_seed(seed)
         latents, noise = torch.randn(2, num_images, 1, 4, 4, generator=generator)
@@ -73,27 +73,27 @@ def batches(frozen_text: bool) -> list[Batch]:
     drawn, read = caption_first_document, image_first_document
     size = TOKENS_PER_IMAGE
     return [
-        row(drawn((5, 6, 7), size, TOKENS), read((8, 9), size, TOKENS)),
-        row(read((3, 4), size, TOKENS), read((5, 6, 7, 8), size, TOKENS), drawn((9,), size, TOKENS), seed=2),
-        row(Document().text((4, 5, 6)).marker(260).text((7, 8))),  # no image
-        row(drawn((3, 4), size, TOKENS), seed=3),
-        row(Document().image(size), seed=4),  # no label
-        row(read((5,), size, TOKENS), seed=5),
-        row(),
-        row(drawn((7, 8), size, TOKENS), seed=6),
+        batch_of(drawn((5, 6, 7), size, TOKENS), read((8, 9), size, TOKENS)),
+        batch_of(read((3, 4), size, TOKENS), read((5, 6, 7, 8), size, TOKENS), drawn((9,), size, TOKENS), seed=2),
+        batch_of(Document().text((4, 5, 6)).marker(260).text((7, 8))),  # no image
+        batch_of(drawn((3, 4), size, TOKENS), seed=3),
+        batch_of(Document().image(size), seed=4),  # no label
+        batch_of(read((5,), size, TOKENS), seed=5),
+        batch_of(),
+        batch_of(drawn((7, 8), size, TOKENS), seed=6),
     ]
 
 
 def gradients(folder: Path, world: World, case: str) -> dict:
-    """Losses and gradients over all rows, here and whole."""
+    """Losses and gradients over all batches, of the sharded and of the whole model."""
     alone, model = whole(build(folder, case), torch.float32), build(folder, case)
     parallelize(model, world, torch.float32)
-    rows = batches(model.frozen_text)
-    losses = [alone(batch=row).loss for row in rows]
+    micro_batches = batches(model.frozen_text)
+    losses = [alone(batch=batch).loss for batch in micro_batches]
     torch.stack(losses).sum().backward()
     mine = []
-    for row in rows[world.rank :: world.size]:
-        loss = model(batch=row).loss
+    for batch in micro_batches[world.rank :: world.size]:
+        loss = model(batch=batch).loss
         (world.size * loss).backward()
         mine.append(loss.item())
     result = {"losses": mine, "expected": [loss.item() for loss in losses[world.rank :: world.size]], "errors": {}}
@@ -106,14 +106,14 @@ def gradients(folder: Path, world: World, case: str) -> dict:
 
 
 def training(folder: Path, world: World, dtype: torch.dtype) -> dict:
-    """Four steps of AdamW with drawing, reading and scoring before and between them."""
+    """Four steps of AdamW, with generation, captioning and scoring before and between them."""
     alone, model = whole(build(folder, "narrow image tower", dtype), dtype), build(folder, "narrow image tower", dtype)
     parallelize(model, world, dtype)
     result: dict = {"scores": [], "same drawings": [], "same texts": []}
     optimizers = [
         torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], 1e-2, fused=True) for m in (alone, model)
     ]
-    rows = batches(frozen_text=True)
+    micro_batches = batches(frozen_text=True)
     for step in range(4):
         drawings = [m.draw(["ab", "c"], num_steps=2) for m in (alone, model)]
         result["same drawings"].append(all(map(np.array_equal, *drawings)))
@@ -121,10 +121,10 @@ def training(folder: Path, world: World, dtype: torch.dtype) -> dict:
             m.generate(["ab"], max_new_tokens=3) + m.caption(drawings[0], max_new_tokens=3) for m in (alone, model)
         ]
         result["same texts"].append(texts[0] == texts[1])
-        result["scores"].append([score_smaller_weights(m, rows[0]) for m in (alone, model)])
+        result["scores"].append([score_smaller_weights(m, micro_batches[0]) for m in (alone, model)])
         for rank in range(world.size):
-            alone(batch=rows[2 * step + rank]).loss.backward()
-        (world.size * model(batch=rows[2 * step + world.rank]).loss).backward()
+            alone(batch=micro_batches[2 * step + rank]).loss.backward()
+        (world.size * model(batch=micro_batches[2 * step + world.rank]).loss).backward()
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
@@ -135,12 +135,12 @@ def training(folder: Path, world: World, dtype: torch.dtype) -> dict:
 
 
 @torch.no_grad()
-def score_smaller_weights(model: LMFusion, row: Batch) -> float:
-    """The loss of a model with other weights for a moment, as an average of them is scored."""
+def score_smaller_weights(model: LMFusion, batch: Batch) -> float:
+    """The loss of a model that temporarily has other weights, as when its averages are scored."""
     weights = [local_shard(weight) for weight in model.parameters() if weight.requires_grad]
     kept = [weight.clone() for weight in weights]
     torch._foreach_mul_(weights, 0.9)
-    loss = model(batch=row).loss.item()
+    loss = model(batch=batch).loss.item()
     torch._foreach_copy_(weights, kept)
     return loss
 
@@ -159,7 +159,7 @@ def memory(folder: Path, world: World) -> dict:
 
 
 def parts(folder: Path, world: World) -> dict:
-    """Where the rows of each weight lie; those of unequal division among them."""
+    """The rows of each weight that a rank holds, including weights that do not divide evenly."""
     alone, model = build(folder, "narrow image tower"), build(folder, "narrow image tower")
     parallelize(model, world, torch.float32)
     result = {}
@@ -171,17 +171,17 @@ def parts(folder: Path, world: World) -> dict:
 
 
 def compiled(folder: Path, world: World) -> dict:
-    """Losses of a sharded model whose layers are compiled (traced, that is), and of a whole one as it is."""
+    """Losses of a sharded model with compiled (traced) layers, and of a whole model without."""
     alone, model = build(folder, "narrow image tower"), build(folder, "narrow image tower")
     parallelize(model, world, torch.float32)
     torch.compile = functools.partial(torch.compile, backend="aot_eager")
     compile_layers(model)
-    rows = batches(frozen_text=True)[world.rank : 4 : world.size]
+    micro_batches = batches(frozen_text=True)[world.rank : 4 : world.size]
     losses = []
-    for row in rows:
-        output = model(batch=row)
+    for batch in micro_batches:
+        output = model(batch=batch)
         output.loss.backward()
-        losses.append((output.loss.item(), alone(batch=row).loss.item()))
+        losses.append((output.loss.item(), alone(batch=batch).loss.item()))
     return {"losses": losses}
 
 

@@ -25,13 +25,14 @@ from lmfusion.training.checkpoint import (
     restore,
 )
 from lmfusion.training.distributed import World
+from tests.lmfusion.training.runs import set_format
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU)
 
 
 class ThreadWorld(World):
-    """One rank of several that are threads of this process."""
+    """One of several ranks that are threads of this process."""
 
     @classmethod
     def of(cls, size):
@@ -51,7 +52,7 @@ class ThreadWorld(World):
 
 
 def on_ranks(size, function):
-    """What `function(world)` answers on each of `size` ranks, or the exceptions."""
+    """Results of `function(world)` on each of `size` ranks, or the exceptions."""
     with ThreadPoolExecutor(size) as pool:
         futures = [pool.submit(function, world) for world in ThreadWorld.of(size)]
         return [future.exception() or future.result() for future in futures]
@@ -140,7 +141,7 @@ def test_a_complete_checkpoint_is_not_rewritten(tmp_path):
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
-    """The weights move on, the caller's state too; what is written is what they were."""
+    """The weights and the caller's state change meanwhile; the checkpoint has their earlier values."""
     go_on = threading.Event()
     real = checkpoint._write_tensors
     monkeypatch.setattr(checkpoint, "_write_tensors", lambda *a: go_on.wait(30) and real(*a))
@@ -209,7 +210,7 @@ def test_an_old_checkpoint_that_cannot_be_deleted_does_not_stop_the_run(tmp_path
     assert list_steps(tmp_path) == [3]
 
 
-def test_a_disk_that_does_not_keep_what_is_written_is_found_out(tmp_path, monkeypatch):
+def test_a_disk_that_loses_what_is_written_is_detected(tmp_path, monkeypatch):
     real = checkpoint._write
 
     def write(path, contents):
@@ -221,7 +222,7 @@ def test_a_disk_that_does_not_keep_what_is_written_is_found_out(tmp_path, monkey
         return written
 
     monkeypatch.setattr(checkpoint, "_write", write)
-    with pytest.raises(OSError, match=r"ema.* reads back otherwise than it was written.*there is no earlier one"):
+    with pytest.raises(OSError, match=r"ema.* does not read back as it was written.*there is no earlier one"):
         save(tmp_path, 1)
     assert list_steps(tmp_path) == []
 
@@ -287,7 +288,7 @@ def test_full_disk_on_one_rank_stops_all_and_leaves_the_earlier_checkpoint(tmp_p
         first, second, third = save_on_ranks(tmp_path, 3, step=2)
     assert "No space left on device; the checkpoint of step 1 is intact" in str(second)
     for error in (first, third):
-        assert isinstance(error, OSError) and "1 of 3 ranks failed, each tells why" in str(error)
+        assert isinstance(error, OSError) and "1 of 3 ranks failed, each gives its reason" in str(error)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
     assert save_on_ranks(tmp_path, 3, step=2) == [None] * 3
 
@@ -318,7 +319,7 @@ def test_complete_only_when_the_slowest_rank_has_written(tmp_path, monkeypatch):
     assert on_ranks(2, train) == [[[], [], [], [1]]] * 2
 
 
-def test_ranks_without_a_shared_folder_are_told(tmp_path):
+def test_ranks_without_a_shared_folder_are_refused(tmp_path):
     def write(world):
         folder = tmp_path / str(world.rank)
         writer = CheckpointWriter(folder, 2, world)
@@ -327,10 +328,10 @@ def test_ranks_without_a_shared_folder_are_told(tmp_path):
 
     for error in on_ranks(2, write):
         assert isinstance(error, OSError)
-    assert "rank 1 wrote to a folder that rank 0 does not see" in str(on_ranks(2, write)[0])
+    assert "all ranks must write to one shared folder; rank 0 does not see that of rank 1" in str(on_ranks(2, write)[0])
 
 
-def test_each_rank_looks_at_the_files_it_reads_and_all_at_what_is_missing(tmp_path):
+def test_each_rank_checks_the_files_it_reads_and_all_check_for_missing_ones(tmp_path):
     save_on_ranks(tmp_path, 2)
     path = checkpoint_path(tmp_path, 1)
     file = path / "weights.00000-of-00002.safetensors"
@@ -350,9 +351,15 @@ def test_each_rank_looks_at_the_files_it_reads_and_all_at_what_is_missing(tmp_pa
 @pytest.mark.parametrize(
     ("wanted", "message"),
     [
-        ({"weights": {"c": (0, 1, 1)}}, "has no weights/c: it is of another model or optimizer; change these back"),
-        ({"adam": {"a": (0, 3, 3)}}, "has no adam/a"),
-        ({"weights": {"a": (0, 4, 4)}}, "has 3 rows of weights/a, not 4: it is of another model or optimizer"),
+        (
+            {"weights": {"c": (0, 1, 1)}},
+            "must hold 1 rows of weights/c, got none: it belongs to another model or optimizer; change these",
+        ),
+        ({"adam": {"a": (0, 3, 3)}}, "must hold 3 rows of adam/a, got none"),
+        (
+            {"weights": {"a": (0, 4, 4)}},
+            "must hold 4 rows of weights/a, got 3 rows: it belongs to another model or optimizer",
+        ),
     ],
 )
 def test_tensors_of_another_model_are_named(tmp_path, wanted, message):
@@ -360,17 +367,19 @@ def test_tensors_of_another_model_are_named(tmp_path, wanted, message):
         load_checkpoint(save(tmp_path, 1), wanted)
 
 
-def test_rows_go_back_where_they_were_or_nowhere(tmp_path):
+def test_rows_are_restored_in_place_or_refused(tmp_path):
     parts, _ = load_checkpoint(save(tmp_path, 4))
     weights = {"a": torch.nn.Parameter(torch.zeros(3)), "b": Slice(torch.zeros(2, 1), (0, 2, 2))}
     restore(weights, parts["weights"])
     assert weights["a"].tolist() == [4, 4, 4] and weights["b"].rows.tolist() == [[1], [1]]
     for other in (torch.zeros(2, 5), torch.zeros(2, 1, dtype=torch.float64)):
-        with pytest.raises(ValueError, match=r"b is torch.float32 \[2, 1\] in the checkpoint and torch.float.*model"):
+        with pytest.raises(
+            ValueError, match=r"b must be torch.float.* as in the model, got torch.float32 \[2, 1\] in the checkpoint"
+        ):
             restore({"b": other}, parts["weights"])
 
 
-def test_rows_that_no_rank_wrote_are_missed(tmp_path):
+def test_rows_that_no_rank_wrote_are_an_error(tmp_path):
     writer = CheckpointWriter(tmp_path, 1, ALONE)
     writer.save(1, {"weights": {"a": Slice(torch.arange(4.0), (2, 6, 8))}}, {})
     writer.finish()
@@ -383,14 +392,13 @@ def test_rows_that_no_rank_wrote_are_missed(tmp_path):
 
 def test_another_format_is_refused(tmp_path):
     path = save(tmp_path, 4)
-    manifest = (path / "manifest.json").read_text().replace('"format": 2', '"format": 1')
-    (path / "manifest.json").write_text(manifest)
-    with pytest.raises(ValueError, match="has format 1; this version of lmfusion reads 2"):
+    set_format(path, 2)
+    with pytest.raises(ValueError, match=r"must have format 3, got 2, of another version of lmfusion; start a new run"):
         load_checkpoint(path)
 
 
 def damages(path):
-    """(name, damage) of many ways in which a file of the checkpoint at `path` may come to harm."""
+    """(name, damage) for many kinds of damage to a file of the checkpoint at `path`."""
     other = path.with_name("step-00000003")
     for file in sorted(path.iterdir()):
         size = file.stat().st_size
@@ -444,7 +452,7 @@ def test_damage_of_every_kind_is_named(tmp_path):
     for name, file, damage in damages(path):
         damage()
         assert list_steps(folder) == [3, 4], "one that is damaged is not passed over in silence"
-        message = rf"{file.name} is damaged or missing; delete .*step-00000004|step-00000004 has format"
+        message = rf"{file.name} is damaged or missing; delete .*step-00000004|step-00000004 must have format"
         with pytest.raises(ValueError, match=message):
             print(name, load_checkpoint(path))
         shutil.rmtree(folder)
@@ -454,7 +462,7 @@ def test_damage_of_every_kind_is_named(tmp_path):
     assert num_tried > 100
 
 
-def test_damage_after_the_files_were_looked_at_is_named(tmp_path):
+def test_damage_after_the_files_were_checked_is_named(tmp_path):
     path = save(tmp_path, 4)
     parts, _ = load_checkpoint(path)
     (path / "ema.00000-of-00001.safetensors").write_bytes(b"")
@@ -463,7 +471,10 @@ def test_damage_after_the_files_were_looked_at_is_named(tmp_path):
 
 
 def test_the_way_out_of_damage_is_the_checkpoint_before_or_the_beginning(tmp_path):
-    for step, way_out in ((1, "to begin again, for there is no other"), (2, "to resume from the checkpoint before it")):
+    for step, way_out in (
+        (1, "to begin again, since there is no other"),
+        (2, "to resume from the checkpoint before it"),
+    ):
         path = save(tmp_path, step)
         (path / "state.json").write_text("")
         with pytest.raises(ValueError, match=rf"state\.json is damaged or missing; delete {path} {way_out}"):

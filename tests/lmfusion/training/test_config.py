@@ -1,4 +1,4 @@
-"""Recipes, overrides, and what is refused in them."""
+"""Recipes and overrides, and the errors for bad ones."""
 
 import time
 from pathlib import Path
@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lmfusion.training.config import RunConfig, load_config, resolve_path
+from lmfusion.training.config import RunConfig, load_config
 from lmfusion.utils.config_values import from_values, to_values
+from lmfusion.utils.recipes import resolve_path
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 
@@ -60,42 +61,42 @@ def test_resolved_config_reads_back(recipe):
         ("modle.base=x", r"unknown key modle; did you mean model\?"),
         ("zzz=1", r"unknown key zzz \(known: output, model, data, train, validation, sample, checkpoint\)"),
         ("model.image.patch_coder.patch=2", r"unknown key model\.image\.patch_coder\.patch; did you mean .*patch_size"),
-        ("train.num_steps=ten", "train.num_steps is 'ten'; it must be a whole number"),
-        ("train.num_steps=true", "train.num_steps is True; it must be a whole number"),
-        ("train.learning_rate=fast", "train.learning_rate is 'fast'; it must be a number"),
-        ("train.seed=99999999999999999999999", r"train.seed is 9+; it must be less than 2\*\*63"),
-        ("data.sample_latents=true", "data.sample_latents is true, but a codec of kind 'pixels' has no variance"),
-        ("data.sources=7", "data.sources is 7; it must be a list"),
-        ("data.sources=[{kind: 7}]", r"data\.sources\[0\]\.kind is 7; it must be text"),
+        ("train.num_steps=ten", "train.num_steps .*must be a whole number"),
+        ("train.num_steps=true", "train.num_steps .*must be a whole number"),
+        ("train.learning_rate=fast", "train.learning_rate .*must be a number"),
+        ("train.seed=99999999999999999999999", r"train.seed .*must be less than 2\*\*63"),
+        ("data.sample_latents=true", "data.sample_latents must be false with a codec of kind 'pixels'"),
+        ("data.sources=7", "data.sources .*must be a list"),
+        ("data.sources=[{kind: 7}]", r"data\.sources\[0\]\.kind .*must be text"),
         ("validation.sources=[{knd: digits}]", r"unknown key validation\.sources\[0\]\.knd; did you mean .*kind"),
-        ("validation.num_samples=0", "validation.num_samples is 0"),
-        ("sample.prompts=cat", "sample.prompts is 'cat'; it must be a list"),
-        ("train.betas=[0.9]", r"train.betas is \[0.9\]; it must be a list of 2"),
-        ("train=5", "train is 5; it must be a mapping with the keys num_steps"),
-        ("output.x=5", r"output.x: output is a value and has nothing below it"),
+        ("validation.num_samples=0", "validation.num_samples .*at least 1"),
+        ("sample.prompts=cat", "sample.prompts .*must be a list"),
+        ("train.betas=[0.9]", r"train.betas .*must be a list of 2"),
+        ("train=5", "train .*must be a mapping with the keys num_steps"),
+        ("output.x=5", r"output.x: output is a single value and has no keys below it"),
         ("train.num_steps=[", "not valid YAML"),
-        ("train.num_steps", "is not an override; write key.sub=value"),
-        ("train.num_steps=0", "train.num_steps is 0; it must be at least 1"),
-        ("train.batch_tokens=-4", "train.batch_tokens is -4"),
-        ("train.batch_tokens=5000", "train.batch_tokens is 5000, which is no multiple of data.seq_len, 4096"),
-        ("train.optimizer=sgd", "train.optimizer is 'sgd'; it must be one of adamw, adamw_8bit"),
-        ("train.peak_tflops=0", "train.peak_tflops is 0"),
-        ("train.profile=[0, 3]", r"train.profile is \[0, 3\]; it is a first and a last step, from 1"),
-        ("train.profile=[5, 3]", "train.profile is"),
+        ("train.num_steps", "an override must have the form key.sub=value, got 'train.num_steps'"),
+        ("train.num_steps=0", "train.num_steps .*at least 1"),
+        ("train.batch_tokens=-4", "train.batch_tokens .*at least 1"),
+        ("train.batch_tokens=5000", "train.batch_tokens must be a multiple of data.seq_len, 4096, got 5000"),
+        ("train.optimizer=sgd", "train.optimizer must be one of adamw, adamw_8bit, got 'sgd'"),
+        ("train.peak_tflops=0", "train.peak_tflops must be a positive number, got 0"),
+        ("train.profile=[0, 3]", r"train.profile must be a first and a last step, from 1, got \[0, 3\]"),
+        ("train.profile=[5, 3]", "train.profile must be a first and a last step"),
         ("train.wandb=' '", "train.wandb is empty"),
-        ("train.learning_rate=.nan", "train.learning_rate is nan"),
-        ("train.learning_rate=1e-9", "min_learning_rate is 1.5e-05, more than train.learning_rate"),
-        ("train.ema_decay=1", "train.ema_decay is 1.0"),
+        ("train.learning_rate=.nan", "train.learning_rate must be a positive number, got nan"),
+        ("train.learning_rate=1e-9", "min_learning_rate must be at most train.learning_rate, 1e-09, got 1.5e-05"),
+        ("train.ema_decay=1", "train.ema_decay must be at least 0 and less than 1, got 1.0"),
         ("train.betas=[0.9, 1.0]", "train.betas"),
-        ("train.num_steps=100", "train.warmup_steps is 4000, more than train.num_steps, 100"),
-        ("train.dtype=float8", "train.dtype is 'float8'; it must be one of float32, bfloat16"),
-        ("train.device=tpu", "train.device is 'tpu'; it must be one of auto, cpu, cuda"),
-        ("sample.guidance_scale=-0.5", "sample.guidance_scale is -0.5"),
-        ("sample.prompts=[' ']", "sample.prompts holds an empty prompt"),
-        ("sample.num_steps=5000", "sample.num_steps is 5000; the diffusion has 1000 steps"),
-        ("sample.sampler=euler", "sample.sampler is 'euler'"),
-        ("checkpoint.keep_last=0", "checkpoint.keep_last is 0"),
-        ("model.diffusion.image_first_max_timestep=1000", "image_first_max_timestep is 1000"),
+        ("train.num_steps=100", "train.warmup_steps must be at most train.num_steps, 100, got 4000"),
+        ("train.dtype=float8", "train.dtype must be one of float32, bfloat16, got 'float8'"),
+        ("train.device=tpu", "train.device must be one of auto, cpu, cuda, got 'tpu'"),
+        ("sample.guidance_scale=-0.5", "sample.guidance_scale .*at least 0"),
+        ("sample.prompts=[' ']", "sample.prompts must hold no empty prompt"),
+        ("sample.num_steps=5000", "sample.num_steps must be at most 1000, the timesteps of model.diffusion, got 5000"),
+        ("sample.sampler=euler", "sample.sampler must be one of .*, got 'euler'"),
+        ("checkpoint.keep_last=0", "checkpoint.keep_last .*at least 1"),
+        ("model.diffusion.image_first_max_timestep=1000", "image_first_max_timestep .*1000"),
         ("model.base=null", "give model.base"),
         ("model.codec_path=x", "model.codec_path belongs to model.adapted"),
     ],
@@ -133,7 +134,7 @@ def test_bad_recipes(tmp_path, text, message):
 
 
 BOMB = "a: &a0 [x]\n" + "".join(f"k{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 10))
-"""300 bytes that stand for 10^9 values."""
+"""300 bytes that expand to 10^9 values."""
 
 
 @pytest.mark.parametrize("where", ["recipe", "override", "with merge keys"])

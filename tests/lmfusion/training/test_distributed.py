@@ -1,4 +1,4 @@
-"""Several ranks: what they agree on; two that share a model train it as one does; compiled layers; placing a model."""
+"""Several ranks: agreement, training a sharded model as one process does, compiled layers, and placing a model."""
 
 import json
 import os
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Where `build` finds its LLMs."""
+    """The folder of LLMs for `build`."""
     folder = tmp_path_factory.mktemp("llms")
     save_llms(folder)
     return folder
@@ -60,7 +60,7 @@ def test_an_incomplete_environment_is_named(monkeypatch, name, value):
     for key, number in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(key, number)
     monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=f"{name} is '.*torchrun"), init_distributed("cpu"):
+    with pytest.raises(ValueError, match=f"{name} must be a number, got '.*torchrun"), init_distributed("cpu"):
         pass
 
 
@@ -69,7 +69,10 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         monkeypatch.setenv(key, number)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match=r"process 3 .* there are 2; .*--nproc-per-node"), init_distributed("cuda"):
+    with (
+        pytest.raises(ValueError, match=r"must have a GPU of its own, got 2 GPUs for process 3 .*--nproc-per-node"),
+        init_distributed("cuda"),
+    ):
         pass
 
 
@@ -87,7 +90,7 @@ def test_losses_and_every_gradient_are_those_of_one_process(two_ranks, case):
 
 
 @pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
-def test_steps_with_drawing_and_scoring_between_them_are_those_of_one_process(two_ranks, dtype):
+def test_steps_with_generation_and_scoring_between_them_equal_those_of_one_process(two_ranks, dtype):
     for rank in two_ranks:
         found = rank[dtype]
         for expected, score in found["scores"]:
@@ -106,7 +109,7 @@ def test_each_rank_holds_half_of_all_weights_frozen_ones_too(two_ranks):
         assert found["frozen held"] <= 0.51 * found["frozen"]
 
 
-def test_parts_are_runs_of_rows_that_make_up_the_weight(two_ranks):
+def test_shards_are_consecutive_rows_that_make_up_the_weight(two_ranks):
     first, second = (rank["parts"] for rank in two_ranks)
     for name, (begin, middle, size) in first.items():
         assert begin == 0 and second[name] == [middle, size, size]
@@ -114,7 +117,7 @@ def test_parts_are_runs_of_rows_that_make_up_the_weight(two_ranks):
     assert (first[embedding], second[embedding]) == ([0, 130, 259], [130, 259, 259])
 
 
-def test_what_is_not_sharded_is_one_part(folder):
+def test_an_unsharded_weight_is_one_shard(folder):
     model = build(folder, "deep")
     weight = model.text.embed_tokens.weight
     parallelize(model, ALONE, torch.float32)
@@ -147,16 +150,16 @@ def test_few_versions_are_compiled_for_batches_of_many_shapes(folder, monkeypatc
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compile_layers(model)
-    rows = batches(model.frozen_text)
-    for row in rows + more_batches(model.frozen_text):
+    micro_batches = batches(model.frozen_text)
+    for batch in micro_batches + more_batches(model.frozen_text):
         for m in (alone, model):
             m.zero_grad()
-            m(batch=row).loss.backward()
+            m(batch=batch).loss.backward()
         for (name, found), expected in zip(model.named_parameters(), alone.parameters(), strict=True):
             if found.requires_grad:
                 torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-5, msg=name)
     with torch.no_grad():
-        model(batch=rows[0])
+        model(batch=micro_batches[0])
     assert 1 <= counter.frame_count <= 4
     assert not torch._dynamo.utils.counters["graph_break"]
 
@@ -179,5 +182,5 @@ def test_placing_gives_what_casting_whole_towers_gives(folder, frozen_text):
     assert model.compute_dtype == torch.bfloat16
     for (name, found), weight in zip(model.named_parameters(), expected.parameters(), strict=True):
         assert found is parameters[name] and found.dtype == weight.dtype and torch.equal(found, weight), name
-    row = batches(frozen_text)[0]
-    assert model(batch=row).loss.item() == expected(batch=row).loss.item()
+    batch = batches(frozen_text)[0]
+    assert model(batch=batch).loss.item() == expected(batch=batch).loss.item()

@@ -1,4 +1,4 @@
-"""Is the model that a run exports, from a checkpoint alone, the one that it trained?"""
+"""The model that a run exports, from a checkpoint alone, is the one that it trained."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def trained(run):
 
 
 def assert_same_files(one, other):
-    """All but what an export tells of the training, which a model in memory does not know."""
+    """All files and values except the record of the training, which a model in memory does not have."""
     names, theirs = (
         {path.name for path in folder.iterdir()} - {"training.json", "README.md"} for folder in (one, other)
     )
@@ -32,7 +32,7 @@ def assert_same_files(one, other):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
 def test_export_is_the_trained_model_with_the_averages(config, tmp_path, dtype, ratio):
-    """The same files as those of the model in memory: image part alone, or all where the text tower was trained."""
+    """The same files as those of the model in memory: the image part, or everything if the text tower was trained."""
     run = config(train__dtype=dtype, train__text_learning_rate_ratio=ratio, train__num_steps=3)
     trainer, path = trained(run)
     with trainer.ema.applied():
@@ -66,7 +66,7 @@ def test_export_of_a_run_that_started_from_an_adapted_model(config, unbroken, tm
 
 
 def test_an_earlier_checkpoint_can_be_exported(config, unbroken, tmp_path):
-    """From what a run has written down about itself."""
+    """From the config.yaml that a run writes."""
     path = checkpoint_path(Path(unbroken.output) / "checkpoints", 8)
     export.save_model(load_config(Path(unbroken.output) / "config.yaml"), path, tmp_path / "model")
     name = "image.layers.0.mlp.down_proj.weight"
@@ -75,7 +75,7 @@ def test_an_earlier_checkpoint_can_be_exported(config, unbroken, tmp_path):
     assert json.loads((path / "state.json").read_text())["step"] == 8
 
 
-def test_an_export_tells_how_it_was_trained(config, unbroken, tmp_path):
+def test_an_export_records_how_it_was_trained(config, unbroken, tmp_path):
     folder = Path(unbroken.output) / "model"
     record = LMFusion.from_pretrained(folder).trained
     train, state = (
@@ -98,7 +98,9 @@ def test_an_export_tells_how_it_was_trained(config, unbroken, tmp_path):
 def test_damage_and_other_models_are_named(config, unbroken, tmp_path):
     path = checkpoint_path(Path(unbroken.output) / "checkpoints", 12)
     other = config(model__image={"hidden_size": 24, "patch_coder": {"kind": "linear", "patch_size": 4}})
-    with pytest.raises(ValueError, match=r"has 1?\d rows of ema/image\..*, not .*: it is of another model"):
+    with pytest.raises(
+        ValueError, match=r"must hold .* rows of ema/image\..*, got 1?\d rows: it belongs to another model"
+    ):
         export.save_model(other, path, tmp_path / "model")
     (file,) = path.glob("ema.*")
     file.write_bytes(file.read_bytes()[:-1] + b"x")

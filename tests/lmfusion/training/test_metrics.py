@@ -1,4 +1,4 @@
-"""Lines of metrics, the time they count, the files they lie in, and the loggers beside them."""
+"""Lines of metrics, the time they count, the files that hold them, and the loggers."""
 
 import json
 import sys
@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lmfusion.training.loggers import open_loggers
-from lmfusion.training.metrics import TIMINGS, Clock, Metrics, StepMetrics, summarise, take_peak_memory
+from lmfusion.training.metrics import TIMINGS, StepMetrics, TrainMetrics, summarise, take_peak_memory
+from lmfusion.training.step_log import Stopwatch
 from lmfusion.training.trainer import Trainer
 from lmfusion.utils.json_lines import JsonLines
 from tests.lmfusion.training.runs import assert_same_run
@@ -18,8 +19,8 @@ from tests.lmfusion.training.runs import assert_same_run
 
 def step(**values):
     defaults = dict(
-        loss=2.0, lm_loss_sum=30.0, num_labels=10, begin_loss_sum=6.0, num_boi_targets=20, diffusion_loss_sum=4.0,
-        num_images=8, grad_norm=1.0, learning_rate=1e-3, num_tokens=90, num_slots=100, num_flops=10**9,
+        loss=2.0, lm_loss_sum=30.0, num_labels=10, boi_loss_sum=6.0, num_boi_targets=20, diffusion_loss_sum=4.0,
+        num_images=8, grad_norm=1.0, learning_rate=1e-3, num_tokens=90, batch_tokens=100, num_flops=10**9,
     )  # fmt: skip
     return StepMetrics(**{**defaults, **values})
 
@@ -27,10 +28,10 @@ def step(**values):
 WHERE = dict(step=2, epoch=0.5, num_samples=20, num_damaged=1, num_cut=0, memory_gb=3.0)
 
 
-def test_a_line_is_the_mean_over_labels_decisions_images_and_steps():
+def test_a_line_is_the_mean_over_labels_boi_targets_images_and_steps():
     steps = [step(), step(loss=4.0, lm_loss_sum=0.0, num_labels=0, num_images=2, num_tokens=50, learning_rate=2e-3)]
     line = summarise(steps, seconds=4.0, data_wait=1.0, peak_flops=1e9, **WHERE)
-    assert line == Metrics(
+    assert line == TrainMetrics(
         step=2,
         epoch=0.5,
         loss=3.0,
@@ -59,28 +60,28 @@ def test_steps_without_labels_or_images_have_no_such_loss():
 
 
 def test_timings_are_keys_of_a_line():
-    assert set(TIMINGS) < set(Metrics.__dataclass_fields__)
+    assert set(TIMINGS) < set(TrainMetrics.__dataclass_fields__)
 
 
-def test_clock_counts_training_and_waiting_alone():
-    clock = Clock(seconds=10.0, data_wait=1.0)
+def test_stopwatch_counts_only_training_and_waiting():
+    stopwatch = Stopwatch(seconds=10.0, data_wait=1.0)
     time.sleep(0.02)
-    assert clock.so_far() == (10.0, 1.0), "not started yet"
-    clock.start()
-    with clock.waiting():
+    assert stopwatch.elapsed() == (10.0, 1.0), "not started yet"
+    stopwatch.start()
+    with stopwatch.waiting():
         time.sleep(0.02)
-    with clock.paused():
+    with stopwatch.paused():
         time.sleep(0.5)
-    seconds, data_wait = clock.take()
+    seconds, data_wait = stopwatch.lap()
     assert 10.02 <= seconds < 10.4 and 1.02 <= data_wait < 1.4
-    assert clock.take()[1] == 0.0
+    assert stopwatch.lap()[1] == 0.0
 
 
 def test_memory_on_a_cpu_is_that_of_the_process():
     assert 0.1 < take_peak_memory(torch.device("cpu")) < 1000
 
 
-def test_json_lines_forget_what_lies_beyond_a_step(tmp_path):
+def test_json_lines_drop_the_lines_of_later_steps(tmp_path):
     lines = JsonLines(tmp_path / "x.jsonl")
     lines.resume(0)
     for number in (1, 2, 2, 3):
@@ -97,7 +98,7 @@ def test_json_lines_forget_what_lies_beyond_a_step(tmp_path):
     ]
 
 
-def test_tensorboard_gets_every_number_and_picture(config):
+def test_tensorboard_gets_every_number_and_sample_grid(config):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     validation = {"sources": [{"kind": "digits", "split": "test"}], "every": 2, "num_samples": 8}
     sample = {"prompts": ["one"], "every": 4, "num_steps": 2}
@@ -129,17 +130,17 @@ def test_wandb_continues_the_run_of_the_folder(config, monkeypatch, unbroken):
     runs = []
     wandb = types.SimpleNamespace(init=lambda **options: runs.append(FakeRun(**options)) or runs[-1], Image=str)
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    run = config("logged", train__wandb="drawings", sample={"prompts": ["one"], "every": 6, "num_steps": 2})
+    run = config("logged", train__wandb="samples", sample={"prompts": ["one"], "every": 6, "num_steps": 2})
     Trainer(run).run(max_steps=5)
     assert Trainer(run).run()
     first, second = runs
-    assert first.options["project"] == "drawings" and first.options["config"]["train"]["num_steps"] == 12
+    assert first.options["project"] == "samples" and first.options["config"]["train"]["num_steps"] == 12
     assert first.options["id"] == second.options["id"] and second.options["resume"] == "allow"
     steps = [number for each in runs for number, values in each.logged if "train/loss" in values]
     assert steps == list(range(1, 13))
     assert ("samples" in values for number, values in second.logged if number == 6)
     assert first.is_finished and second.is_finished
-    assert_same_run(unbroken, run)  # logging and drawing change no number
+    assert_same_run(unbroken, run)  # logging and sampling change no number
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Learning rate, weight decay, the optimiser's state on any number of ranks, and the running average of the weights."""
+"""Learning rate, weight decay, the optimizer's state on any number of ranks, and the running average of the weights."""
 
 import sys
 from contextlib import contextmanager
@@ -47,7 +47,11 @@ def test_weight_decay_spares_norms_biases_and_embeddings(config):
 
 def train_config(**changes):
     values = {"num_steps": 10, "warmup_steps": 0, "learning_rate": 0.1, "min_learning_rate": 0.1}
-    return TrainConfig(**{**values, "text_learning_rate_ratio": 0.5, **changes})
+    return TrainConfig(**{**values, **changes})
+
+
+def optimizer_of(weights, config, kind="adamw"):
+    return Optimizer(weights, config, kind, text_ratio=0.5)
 
 
 def values(seed):
@@ -57,7 +61,7 @@ def values(seed):
 
 @contextmanager
 def rank_of(rank, size):
-    """As one of several ranks, without the others: a function that shards tensors by rows as FSDP2 does."""
+    """As one of several ranks, without the others. Yields a function that shards tensors by rows as FSDP2 does."""
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:
         mesh = init_device_mesh("cpu", (size,))
@@ -75,7 +79,7 @@ def move(optimizer, weights, shard, steps, skip=None):
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """torchao compiles its update anew for each shape, which takes seconds; the numbers do not depend on it here."""
+    """torchao compiles its update again for each shape, which takes seconds; the numbers do not depend on it here."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
@@ -89,10 +93,10 @@ def save_alone(folder, parts):
 @pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
 @pytest.mark.parametrize("size", [2, 3, 8])
 def test_any_number_of_ranks_goes_on(tmp_path, uncompiled, kind, size):
-    """What they start from is the same to the bit; so are the updates, but for how a kernel treats the last numbers."""
-    config = train_config(optimizer=kind)
+    """The state they start from is the same to the bit. Updates may differ in the last bits, by the kernel used."""
+    config = train_config()
     weights = {name: torch.nn.Parameter(value) for name, value in values(0).items()}
-    alone = Optimizer(weights, config)
+    alone = optimizer_of(weights, config, kind)
 
     def all_of(optimizer, weights):
         return optimizer.state_tensors() | {f"weights/{name}": slice_of(weight) for name, weight in weights.items()}
@@ -114,7 +118,7 @@ def test_any_number_of_ranks_goes_on(tmp_path, uncompiled, kind, size):
     for rank in range(size):
         with rank_of(rank, size) as shard:
             here = {name: torch.nn.Parameter(shard(value)) for name, value in values(1).items()}
-            optimizer = Optimizer(here, config)
+            optimizer = optimizer_of(here, config, kind)
             parts, _ = load_checkpoint(path, ranges({"weights": here, "optimizer": optimizer.state_tensors()}))
             optimizer.load_state_tensors(parts["optimizer"])
             for name, weight in here.items():
@@ -126,7 +130,7 @@ def test_any_number_of_ranks_goes_on(tmp_path, uncompiled, kind, size):
 
 def test_8bit_state_is_plain_and_small(uncompiled):
     weights = {name: torch.nn.Parameter(value) for name, value in values(0).items()}
-    optimizer = Optimizer(weights, train_config(optimizer="adamw_8bit"))
+    optimizer = optimizer_of(weights, train_config(), "adamw_8bit")
     move(optimizer, weights, torch.Tensor.clone, range(2))
     state = {name: held.rows for name, held in optimizer.state_tensors().items()}
     assert {type(tensor) for tensor in state.values()} == {torch.Tensor}
@@ -145,7 +149,7 @@ def test_8bit_updates_are_close_to_those_of_full_moments(uncompiled):
     moved = {}
     for kind in ("adamw", "adamw_8bit"):
         weights = {name: torch.nn.Parameter(value) for name, value in values(0).items()}
-        optimizer = Optimizer(weights, train_config(optimizer=kind, weight_decay=0.0))
+        optimizer = optimizer_of(weights, train_config(weight_decay=0.0), kind)
         move(optimizer, weights, torch.Tensor.clone, range(10))
         moved[kind] = {name: weights[name].detach() - value for name, value in values(0).items()}
     for name, expected in moved["adamw"].items():
@@ -155,9 +159,9 @@ def test_8bit_updates_are_close_to_those_of_full_moments(uncompiled):
 
 @pytest.mark.slow
 def test_8bit_resumes_to_the_bit_as_it_runs(tmp_path):
-    """Compiled, as in a run."""
+    """With the update compiled, as in a run."""
     name = "image.wide.weight"
-    config = train_config(optimizer="adamw_8bit")
+    config = train_config()
 
     def update(optimizer, weight, steps):
         for step in steps:
@@ -165,12 +169,12 @@ def test_8bit_resumes_to_the_bit_as_it_runs(tmp_path):
             optimizer.step(step)
 
     whole, broken = (torch.nn.Parameter(values(0)[name]) for _ in range(2))
-    unbroken = Optimizer({name: whole}, config)
+    unbroken = optimizer_of({name: whole}, config, "adamw_8bit")
     update(unbroken, whole, range(4))
-    optimizer = Optimizer({name: broken}, config)
+    optimizer = optimizer_of({name: broken}, config, "adamw_8bit")
     update(optimizer, broken, range(2))
     path = save_alone(tmp_path, {"optimizer": optimizer.state_tensors()})
-    again = Optimizer({name: broken}, config)
+    again = optimizer_of({name: broken}, config, "adamw_8bit")
     again.load_state_tensors(load_checkpoint(path)[0]["optimizer"])
     update(again, broken, range(2, 4))
     assert torch.equal(whole, broken)
@@ -178,20 +182,20 @@ def test_8bit_resumes_to_the_bit_as_it_runs(tmp_path):
         assert torch.equal(held.rows, again.state_tensors()[name].rows), name
 
 
-def test_torchao_is_named_where_it_is_missing(monkeypatch):
+def test_missing_torchao_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     weights = {"image.a": torch.nn.Parameter(torch.ones(3))}
-    with pytest.raises(ValueError, match="'adamw_8bit', which needs torchao; pip install torchao"):
-        Optimizer(weights, train_config(optimizer="adamw_8bit"))
+    with pytest.raises(ValueError, match="adamw_8bit needs torchao, which is not installed; pip install torchao"):
+        optimizer_of(weights, train_config(), "adamw_8bit")
     with pytest.raises(ValueError, match="no weights to train"):
-        Optimizer({}, train_config())
+        optimizer_of({}, train_config())
 
 
 def test_skipped_steps_change_nothing():
-    """Found out on the device: neither weights nor moments nor counts move, and with 0 all is as without the flag."""
+    """With the flag at 1 neither weights nor moments nor counts change; with 0 the step is an ordinary one."""
     plain = {name: torch.nn.Parameter(value) for name, value in values(0).items()}
     skipping = {name: torch.nn.Parameter(value) for name, value in values(0).items()}
-    one, other = Optimizer(plain, train_config()), Optimizer(skipping, train_config())
+    one, other = optimizer_of(plain, train_config()), optimizer_of(skipping, train_config())
     averages, skipping_averages = EMA(plain, 0.9), EMA(skipping, 0.9)
     assert one.can_skip
     move(one, plain, torch.Tensor.clone, range(2))

@@ -1,4 +1,4 @@
-"""Do several processes train as one does, and does a run go on when their number changes or one of them dies?"""
+"""Several processes train as one does, and a run continues when their number changes or one of them dies."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ from tests.lmfusion.training.runs import assert_same_run, read_metrics
 ROOT = Path(__file__).parents[3]
 NUM_STEPS = 12
 LONGER = "train.num_steps=40"
-"""So that a signal comes before the end, however busy the machine is."""
+"""Enough steps that a signal comes before the end, however busy the machine is."""
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def end(processes, codes):
 
 
 def assert_close_runs(one, other):
-    """The same lines, sums in another order."""
+    """The lines are equal, up to the order of sums."""
     lines, others = read_metrics(one), read_metrics(other)
     assert [line["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
     for line, found in zip(lines, others, strict=True):
@@ -51,7 +51,7 @@ def assert_close_runs(one, other):
 
 
 def run_to_end(command):
-    """Exit code and output of a program, which may start others: none of them is left behind."""
+    """Exit code and output of a program. All processes that it starts are ended too."""
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **streams)
     try:
@@ -63,8 +63,8 @@ def run_to_end(command):
 
 
 @pytest.mark.slow
-def test_torchrun_trains_on_two_ranks_and_goes_on_with_one_or_two(config, recipe, forks, tmp_path):
-    """Each row of each step is the same to the bit on any number of ranks; losses are, up to the order of sums."""
+def test_torchrun_trains_on_two_ranks_and_continues_with_one_or_two(config, recipe, forks, tmp_path):
+    """On any number of ranks each sequence of each step is the same to the bit, and losses up to the order of sums."""
     digests = {name: tmp_path / f"digests-{name}" for name in ("one", "start", "on one", "on two")}
     one, two = config("one"), config("two")
     alone = forks.start(recipe, [f"output={one.output}"], digests=digests["one"])
@@ -124,8 +124,8 @@ def test_a_signal_to_one_rank_stops_all(config, recipe, forks, unbroken_on_two):
 
 
 @pytest.mark.slow
-def test_ranks_killed_inside_of_saves(config, recipe, forks, unbroken_on_two):
-    """One rank dies, while it writes or while rank 0 completes; torchrun then ends the other."""
+def test_ranks_killed_while_saving(config, recipe, forks, unbroken_on_two):
+    """One rank dies while it writes, or while rank 0 completes the checkpoint; torchrun then ends the other."""
     run = config("killed")
     overrides = [f"output={run.output}", "checkpoint.every=2", LONGER]
     for rank, kill in (

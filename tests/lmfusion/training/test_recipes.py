@@ -1,4 +1,4 @@
-"""Every recipe of a run, with all the kinds of parts it names, at a size for a test."""
+"""Every training recipe, with all kinds of parts that it names, at a size for a test."""
 
 import io
 import shutil
@@ -36,7 +36,7 @@ def tiny(tiny_llama, folder):
 
 
 def train(name, overrides):
-    """Two steps, with all that is written."""
+    """Two steps, with everything that a run writes."""
     config = load_config(RECIPES / f"{name}.yaml", overrides)
     trainer = Trainer(config)
     assert trainer.run(max_steps=2)
@@ -68,7 +68,7 @@ def test_emoji(tiny_llama, tmp_path):
 
 @pytest.fixture
 def shards(tmp_path):
-    """Two tars of sixteen pictures and captions each."""
+    """Two tars of sixteen images and captions each."""
     for shard in range(2):
         with tarfile.open(tmp_path / f"shard-{shard:06d}.tar", "w") as tar:
             for i in range(16):

@@ -1,4 +1,4 @@
-"""Does a run that was stopped, killed or damaged go on to the same numbers, and is another run refused?"""
+"""A run that was stopped, killed or damaged continues to the same numbers; another run is refused."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ from lmfusion.training.trainer import Trainer
 from lmfusion.utils.config_values import from_values, to_values
 from lmfusion.utils.files import locked
 from tests.lmfusion.training.processes import OPERATIONS, Forks, Kill
-from tests.lmfusion.training.runs import assert_same_run, read_metrics
+from tests.lmfusion.training.runs import assert_same_run, read_metrics, set_format
 
 
 @pytest.mark.parametrize("stopped_at", [1, 4, 7])
@@ -41,6 +41,16 @@ def test_resume_between_lines_of_metrics(config):
         Trainer(broken).run(max_steps=max_steps)
     assert [line["step"] for line in read_metrics(whole)] == [5, 10]
     assert_same_run(whole, broken)
+
+
+def test_a_run_of_the_former_format_is_refused_with_the_way_out(config):
+    run = config()
+    Trainer(run).run(max_steps=4)
+    set_format(Path(run.output) / "checkpoints" / "step-00000004", 2)
+    with pytest.raises(
+        ValueError, match="start a new run in another folder, or finish this one with the version that began"
+    ):
+        Trainer(run)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -66,7 +76,7 @@ def test_signal_stops_at_the_step_with_a_checkpoint(config, unbroken, number):
 
 
 class Life:
-    """A run that is started again and again in processes of its own, each with other settings, until it is done."""
+    """A run that is started repeatedly in new processes, each with other settings, until it is done."""
 
     def __init__(self, run, tmp_path, seed):
         self.recipe = tmp_path / "recipe.yaml"
@@ -84,7 +94,7 @@ class Life:
         return self.forks.start(self.recipe, [f"checkpoint.every={every}", f"data.num_workers={workers}"], kill)
 
     def kill_inside(self):
-        """By itself, in the middle of writing, flushing, renaming or deleting."""
+        """Killed by itself, in the middle of writing, flushing, renaming or deleting."""
         operation, last = self.draw.choice(list(OPERATIONS.items()))
         self.kill_at(Kill(operation, self.draw.randint(1, last), self.draw.choice(["before", "halfway", "after"])))
 
@@ -95,7 +105,7 @@ class Life:
         self.num_killed += 1
 
     def kill_outside(self):
-        """A few steps and some milliseconds after the start, wherever that hits."""
+        """Killed a few steps and some milliseconds after the start, at an arbitrary place."""
         process = self.start()
         target = self.num_lines() + self.draw.randint(0, 6)
         deadline = time.monotonic() + 60
@@ -116,8 +126,7 @@ class Life:
 
 @pytest.mark.slow
 def test_killed_at_twenty_moments(config, tmp_path):
-    """SIGKILL while training and inside of saves, each start with another number of workers and checkpoints; and, for
-    good measure, while the model is exported."""
+    """SIGKILL while training, saving and exporting; each start has another number of workers and checkpoints."""
     num_steps = 80
     whole, killed = (config(name, train__num_steps=num_steps) for name in ("whole", "killed"))
     assert Trainer(whole).run()
@@ -159,7 +168,7 @@ def test_finished_run_has_nothing_to_do(config, unbroken):
         ({"train__batch_tokens": 512}, "train.batch_tokens was 256, is 512"),
         ({"train__optimizer": "adamw_8bit"}, "train.optimizer was 'adamw', is 'adamw_8bit'"),
         ({"train__dtype": "bfloat16"}, "train.dtype was 'float32', is 'bfloat16'"),
-        ({"data__row_tokens": 256}, "data.seq_len was 128, is 256"),
+        ({"data__seq_len": 256}, "data.seq_len was 128, is 256"),
         ({"data__caption_drop": 0.5}, "data.caption_drop was 0.1, is 0.5"),
         ({"data__sources": [{"kind": "digits", "weight": 2.0}]}, "data.sources was .*'weight': 1.0"),
         ({"model__diffusion": {"prediction_type": "epsilon"}}, "model.diffusion was"),
@@ -171,8 +180,8 @@ def test_another_run_in_the_same_folder_is_refused(config, change, message):
         Trainer(config(**change))
 
 
-def test_what_may_change_on_the_way_changes_no_number_so_far(config, unbroken):
-    """How long, how fast, how often: the schedule goes on as the new configuration says."""
+def test_settings_that_may_change_do_not_change_earlier_numbers(config, unbroken):
+    """Length, learning rate and intervals: the schedule continues as the new configuration says."""
     run = config("longer")
     assert Trainer(run).run(max_steps=6)
     changed = config("longer", train__num_steps=20, train__log_every=2, checkpoint__every=1, checkpoint__keep_last=5)
@@ -183,7 +192,7 @@ def test_what_may_change_on_the_way_changes_no_number_so_far(config, unbroken):
 
 
 def test_stages_with_the_text_tower_trained_then_frozen(config):
-    """The second stage starts from a text tower that is no LLM's any more: it is saved whole, and told from others."""
+    """The second stage starts from a changed text tower, which is saved completely and recognised by its digest."""
     first = config("first", train__text_learning_rate_ratio=0.5)
     assert Trainer(first).run()
     adapted = Path(first.output) / "model"
@@ -215,14 +224,14 @@ def test_resume_with_the_text_tower_trained(config):
 
 def test_two_runs_do_not_share_a_folder(config):
     first, second = Trainer(config()), Trainer(config())
-    with locked(first.folder.parent):  # another folder is no matter
+    with locked(first.folder.parent):  # a lock on another folder changes nothing
         first.folder.mkdir()
         with locked(first.folder):
             holder = rf"another process is at work in .* \(process {os.getpid()} on .*\); wait for it"
             with pytest.raises(OSError, match=holder):
                 second.run()
             with locked(first.folder, rank=1):
-                pass  # rank 0 holds it for all
+                pass  # rank 0 holds the lock for all ranks
     assert second.run()
 
 
@@ -248,7 +257,7 @@ def test_a_run_is_not_read_while_another_writes_it(config):
         Trainer(run)
 
 
-def test_a_file_system_without_locks_is_told_of_once(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_gives_one_warning(tmp_path, monkeypatch, capsys):
     def flock(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -268,7 +277,7 @@ def test_a_file_system_without_locks_is_told_of_once(tmp_path, monkeypatch, caps
         ("tokenizer.json", lambda values: values.update(normalizer={"type": "Lowercase"}), "the LLM's tokenizer was"),
     ],
 )
-def test_what_else_the_llm_brings_is_compared(config, tiny_llama, tmp_path, file, change, message):
+def test_tokenizer_and_config_of_the_llm_are_compared(config, tiny_llama, tmp_path, file, change, message):
     other = shutil.copytree(tiny_llama, tmp_path / "other_llama")
     assert Trainer(config(model__base=str(other))).run(max_steps=1)
     values = json.loads((other / file).read_text())
@@ -294,7 +303,7 @@ def test_another_base_is_refused(config, tiny_llama, tmp_path):
 
 @pytest.mark.parametrize("step", [8, 12])
 def test_full_disk_while_saving_keeps_the_earlier_checkpoint(config, unbroken, monkeypatch, step):
-    """Told a few steps later, for training goes on meanwhile; at the end, before the run counts as done."""
+    """It is reported a few steps later, since training continues meanwhile; at the end, before the run is done."""
     run = config("full")
     real = checkpoint._write_tensors
 

@@ -21,7 +21,7 @@ from tests.lmfusion.training.runs import assert_same_run
 
 
 class Clock(datetime.datetime):
-    """`datetime.datetime` on a day of its own."""
+    """`datetime.datetime` with a day that tests set."""
 
     day = datetime.date(2024, 7, 26)
 
@@ -49,7 +49,7 @@ def set_day(monkeypatch):
 
 @pytest.fixture
 def talking(config, tiny_llama, tmp_path):
-    """A run on the digits' conversations, with a template that tells the date."""
+    """A run on the digits' conversations, with a template that contains the date."""
     folder = tmp_path / "llama"
     folder.mkdir()
     for file in tiny_llama.iterdir():
@@ -57,7 +57,7 @@ def talking(config, tiny_llama, tmp_path):
     (folder / "chat_template.jinja").write_text(DATED)
 
     def make(output="run", **overrides):
-        settings = {"model__base": str(folder), "data__row_tokens": 512, "train__batch_tokens": 512}
+        settings = {"model__base": str(folder), "data__seq_len": 512, "train__batch_tokens": 512}
         settings |= {"data__sources": [{"kind": "digit_conversations"}], "train__num_steps": 4, "checkpoint__every": 2}
         return config(output, **settings | overrides)
 
@@ -70,7 +70,7 @@ def words(run):
     return trainer.model.tokenizer.decode(step.rows[0].token_ids.clamp(max=258))
 
 
-def test_a_run_resumed_on_another_day_has_the_numbers_of_one_that_was_not(talking, set_day):
+def test_a_run_resumed_on_another_day_equals_an_unbroken_one(talking, set_day):
     set_day(2024, 7, 26)
     whole, broken = talking("whole"), talking("broken")
     assert Trainer(whole).run()
@@ -94,12 +94,12 @@ def test_all_ranks_have_the_date_of_the_first(talking, set_day, monkeypatch):
 
 
 @pytest.mark.parametrize("today", ["26 Jul 2024", "2024-13-01", "tomorrow"])
-def test_a_date_that_is_none_is_refused(config, today):
+def test_an_invalid_date_is_refused(config, today):
     with pytest.raises(ValueError, match=r"data\.today is .* a date as YYYY-MM-DD"):
         config(data__today=today)
 
 
-def test_a_latent_cache_goes_on_with_its_date_and_variables(tmp_path, tokenizer, set_day, monkeypatch):
+def test_a_latent_cache_keeps_its_date_and_variables(tmp_path, tokenizer, set_day, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", DATED)
     talk = {"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Bye."}]}
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps({**talk, "id": i}) + "\n" for i in range(9)))

@@ -1,4 +1,4 @@
-"""A run that cannot read its data stops before any number changes, and goes on to those of a run that could."""
+"""A run that cannot read its data stops before any number changes, and continues to those of a run that could."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def fail(monkeypatch, numbers):
-    """Let the reads of these numbers fail."""
+    """Make the reads with these numbers fail."""
     pread, count = os.pread, iter(range(10**9))
 
     def read(*arguments):

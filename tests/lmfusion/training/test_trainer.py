@@ -13,7 +13,7 @@ from lmfusion.data.pipeline.loader import LoaderState, Step
 from lmfusion.training.config import RunConfig
 from lmfusion.training.distributed import World
 from lmfusion.training.optimizer import learning_rate
-from lmfusion.training.step import CollectiveError, NonFiniteError, agreed_steps, read
+from lmfusion.training.step import CollectiveError, NonFiniteError, agreed_steps, fetch_metrics
 from lmfusion.training.trainer import Trainer
 from lmfusion.utils.config_values import from_values
 from tests.lmfusion.training.poison import poison
@@ -26,7 +26,7 @@ def test_metrics_and_learning(config):
     first, _, last = read_metrics(run)
     assert (first["step"], last["step"]) == (20, 60)
     assert last["epoch"] == pytest.approx(last["num_samples"] / 1438)
-    assert last["lm_loss"] < first["lm_loss"] - 0.02  # little can be said through a random text tower
+    assert last["lm_loss"] < first["lm_loss"] - 0.02  # a random text tower can learn little
     assert last["diffusion_loss"] < first["diffusion_loss"] - 0.05
     assert last["learning_rate"] == pytest.approx(1.5e-5)
     weight = 5 * last["diffusion_loss"] + last["lm_loss"] + last["boi_loss"]
@@ -49,15 +49,15 @@ def test_recomputing_keeps_less_and_changes_no_bit(config):
             assert torch.equal(weight, final_tensors(runs[mode], 2)["weights"][name]), name
 
 
-def test_rows_add_up_to_the_means_over_the_whole_step(config):
+def test_micro_batches_add_up_to_the_means_over_the_whole_step(config):
     trainer = Trainer(config(train__max_grad_norm=1e9))
     steps = trainer.loader.steps(LoaderState(), 1)
-    step, totals = next(agreed_steps(steps, trainer.world, lambda row: 1))
+    step, totals = next(agreed_steps(steps, trainer.world, lambda batch: 1))
     assert len(step.rows) == totals.num_flops == 2
-    outputs = [trainer.model(batch=row) for row in step.rows]
-    lm_loss = sum(output.lm_loss_sum for output in outputs) / sum(row.num_labels for row in step.rows)
-    boi_loss = sum(output.begin_loss_sum for output in outputs) / sum(row.num_boi_targets for row in step.rows)
-    diffusion_loss = sum(output.diffusion_loss_sum for output in outputs) / sum(row.num_images for row in step.rows)
+    outputs = [trainer.model(batch=batch) for batch in step.rows]
+    lm_loss = sum(output.lm_loss_sum for output in outputs) / sum(batch.num_labels for batch in step.rows)
+    boi_loss = sum(output.begin_loss_sum for output in outputs) / sum(batch.num_boi_targets for batch in step.rows)
+    diffusion_loss = sum(output.diffusion_loss_sum for output in outputs) / sum(batch.num_images for batch in step.rows)
     names = list(trainer.weights)
     expected = torch.autograd.grad(lm_loss + boi_loss + 5 * diffusion_loss, [trainer.weights[name] for name in names])
     found = {}
@@ -68,13 +68,13 @@ def test_rows_add_up_to_the_means_over_the_whole_step(config):
         return real(*args)
 
     trainer.optimizer.step = step_with_gradients
-    trainer._updater.update(trainer.progress, step, totals, num_slots=256)
+    trainer._updater.update(trainer.progress, step, totals, batch_tokens=256)
     for name, gradient in zip(names, expected, strict=True):
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 class NoReading(TorchDispatchMode):
-    """Refuses to give the host a number out of a tensor."""
+    """Raises an error when the host reads a number from a tensor."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -107,11 +107,11 @@ def test_nothing_is_read_from_the_device_between_lines(config, monkeypatch):
     trainer._updater.update = update_without_reading
     reads = []
 
-    def counted_read(updates, model):
+    def counted_fetch(updates, model):
         reads.append(len(updates))
-        return read(updates, model)
+        return fetch_metrics(updates, model)
 
-    monkeypatch.setattr("lmfusion.training.trainer.read", counted_read)
+    monkeypatch.setattr("lmfusion.training.trainer.fetch_metrics", counted_fetch)
     assert trainer.run(max_steps=12)
     assert reads_in_updates == [0] * 12
     assert [n for n in reads if n] == [5, 5, 2], "a line each five steps, and the checkpoint at the end"
@@ -160,7 +160,7 @@ def test_exported_model_has_the_averaged_weights(config, unbroken):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_training_goes_on_from_an_adapted_model(config, unbroken, dtype):
+def test_training_starts_from_an_adapted_model(config, unbroken, dtype):
     model = {"adapted": str(Path(unbroken.output) / "model")}
     trainer = Trainer(config("further", model=model, train__num_steps=2, train__dtype=dtype))
     name = "image.layers.0.mlp.down_proj.weight"
@@ -169,7 +169,7 @@ def test_training_goes_on_from_an_adapted_model(config, unbroken, dtype):
     assert LMFusion.from_pretrained(Path(trainer.config.output) / "model").text.norm.weight.dtype == torch.float32
 
 
-def test_samples_are_drawn_from_the_averages(config):
+def test_samples_are_generated_with_the_averages(config):
     from PIL import Image
 
     run = config(sample__prompts=["a handwritten one", "two"], sample__every=2, sample__num_steps=2, train__num_steps=4)
@@ -180,7 +180,7 @@ def test_samples_are_drawn_from_the_averages(config):
     assert picture.size == (4 * 66 + 2, 2 * 66 + 2)
 
 
-def test_drawing_samples_changes_no_number(config, unbroken):
+def test_sampling_changes_no_number(config, unbroken):
     run = config("drawn", sample__prompts=["one"], sample__every=3, sample__num_steps=2)
     assert Trainer(run).run()
     assert_same_run(unbroken, run)
@@ -194,12 +194,12 @@ def test_non_finite_loss_leaves_everything_as_it_was_before_its_step(config):
     with pytest.raises(NonFiniteError, match="step 8: the loss is not finite; no update was made") as caught:
         trainer.run()
     named = str(caught.value).split("samples: ")[1].split(", ")
-    assert poisoned[0] in named and 1 < len(named) < 8, "those of its row"
+    assert poisoned[0] in named and 1 < len(named) < 8, "those of its sequence"
     assert trainer.step == 7
     assert_same_run(expected, run, step=7)
     for name, tensor in final_tensors(run, 7)["weights"].items():
         assert torch.equal(trainer.weights[name], tensor), "what is in memory is that too"
-    assert Trainer(run).run() and Trainer(expected).run()  # the sample mended
+    assert Trainer(run).run() and Trainer(expected).run()  # with the sample repaired
     assert_same_run(expected, run)
 
 
@@ -272,7 +272,7 @@ def test_damaged_samples_are_counted_and_named(config, broken_folder):
     assert (Path(again.output) / "damaged.jsonl").read_text() == (Path(run.output) / "damaged.jsonl").read_text()
 
 
-def test_damage_found_by_ranks_that_are_no_more_is_forgotten_too(config):
+def test_skip_logs_of_former_ranks_are_trimmed_too(config):
     run = config()
     assert Trainer(run).run(max_steps=4)
     left = Path(run.output) / "damaged.rank-3.jsonl"
@@ -313,17 +313,19 @@ def test_profile_records_the_steps_asked_for(config):
 
 
 class OtherTexts(World):
-    """Rank 0 of two, of which the other one could not read one of the texts."""
+    """Rank 0 of two; the other rank could not read one of the texts."""
 
     def sum_integers(self, values):
         *counts, num_failed, num_samples, num_slots = values
         return [*(2 * count for count in counts), num_failed, 2 * num_samples - 1, 2 * num_slots - 20]
 
 
-def test_ranks_that_read_other_texts_stop():
+def test_ranks_that_read_different_texts_stop():
     step = Step([], LoaderState(0, 1), 0.1, 10, 200, 0, ())
-    steps = agreed_steps(iter([step]), OtherTexts(0, 2, torch.device("cpu")), lambda row: 0)
-    with pytest.raises(CollectiveError, match="of 19 samples this one has 10, of 380 slots 200"):
+    steps = agreed_steps(iter([step]), OtherTexts(0, 2, torch.device("cpu")), lambda batch: 0)
+    with pytest.raises(
+        CollectiveError, match="must read the same texts, got 10 of 19 samples and 200 of 380 tokens on this rank"
+    ):
         next(steps)
 
 
@@ -331,5 +333,5 @@ def test_an_output_that_is_a_file_is_refused_before_anything_slow(config):
     run = config()
     Path(run.output).write_text("mine")
     run.model.base = "nowhere"
-    with pytest.raises(ValueError, match="which is a file; a run needs a folder"):
+    with pytest.raises(ValueError, match="output must be a folder, got the file"):
         Trainer(run)

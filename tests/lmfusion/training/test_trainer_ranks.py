@@ -17,7 +17,7 @@ from tests.lmfusion.training.runs import read_metrics
 
 @pytest.fixture
 def ranks(config, tmp_path):
-    """The run that one process made, the folder of those that two made, and what each of the two says."""
+    """The run of one process, the folder of the runs of two, and the results of the two ranks."""
     validation = {"sources": [{"kind": "digits", "split": "test"}], "every": 3, "num_samples": 23}
     sample = {"prompts": ["a one"], "every": 6, "num_steps": 2, "num_images": 2}
     alone = config("alone", train__num_steps=6, validation=validation, sample=sample, checkpoint__every=100)
@@ -53,7 +53,7 @@ def test_two_ranks(ranks):
 
     first, second = (each["poisoned"] for each in said)
     assert first["step"] == second["step"] == 4
-    assert "step 5: the loss is not finite" in first["error"] and "another rank's" in first["error"]
+    assert "step 5: the loss is not finite" in first["error"] and "another rank names" in first["error"]
     assert second["poisoned"][0] in second["error"].split("samples: ")[1].split(", ")
     assert list_steps(folder / "poisoned" / "checkpoints") == [4]
     assert [line["step"] for line in lines(folder / "poisoned", "metrics.jsonl")] == [3]

@@ -1,4 +1,4 @@
-"""Validation: the same samples, noise and timesteps every time, whatever the workers, and nothing left behind."""
+"""Validation: the same samples, noise and timesteps every time, whatever the workers, and no effect on training."""
 
 import json
 from dataclasses import asdict
@@ -74,7 +74,7 @@ def test_the_averaged_weights_are_scored(config):
 
 
 def test_every_rank_computes_its_share(config):
-    """What two ranks put together is what one gets: here they take turns, the sum being made by hand."""
+    """Two ranks together get the result of one. Here they take turns, and the test adds up their sums."""
     run = config(validation={**HELD_OUT, "num_samples": 23})
     trainer, validation = build(run)
     whole = validation.evaluate(trainer.model.eval(), 0)
@@ -98,12 +98,12 @@ def test_every_rank_computes_its_share(config):
     assert (first_clean + second_clean).sum(0)[0, 0].item() / validation._image_first.num_labels == whole.lm_loss
 
 
-def test_ranks_that_read_different_samples_are_told(config):
+def test_ranks_that_read_different_samples_raise(config):
     class Rank(World):
         def sum_integers(self, values):
-            return [2 * value + (i == 3) for i, value in enumerate(values)]  # the other misses a sample
+            return [2 * value + (i == 3) for i, value in enumerate(values)]  # the other rank misses a sample
 
-    with pytest.raises(ValueError, match=r"the ranks read different samples of validation\.sources: this one has 20"):
+    with pytest.raises(ValueError, match=r"ranks must read the same samples of validation\.sources, got 20"):
         build(config(validation=HELD_OUT), Rank(0, 2, torch.device("cpu")))
 
 
@@ -114,10 +114,10 @@ def test_a_source_gives_no_more_than_it_has(config):
 
 def test_captions_before_their_image_are_scored_whole(config):
     trainer, validation = build(config(validation=HELD_OUT))
-    documents = [d for _, row in validation._caption_first.mine for d in row.sample_ids]
+    documents = [d for _, batch in validation._caption_first.mine for d in batch.sample_ids]
     assert len(set(documents)) == 20
-    # Of each: bos is followed by the caption, this by BOI, and EOI by eos
-    num_tokens = sum(row.layout.num_text for _, row in validation._caption_first.mine)
+    # Each document is bos, caption, BOI, image, EOI, eos
+    num_tokens = sum(batch.layout.num_text for _, batch in validation._caption_first.mine)
     assert validation._caption_first.num_labels == num_tokens - 20, "all but BOI, which an image follows"
     assert trainer.model.frozen_text
 
@@ -128,5 +128,7 @@ def test_damaged_validation_data_is_named(config, tmp_path):
         (tmp_path / f"{i}.txt").write_text("none")
     sources = [{"kind": "folder", "path": str(tmp_path)}]
     run = config(validation={"sources": sources, "every": 2})
-    with pytest.raises(ValueError, match=r"12 of 12 samples of validation\.sources are damaged, .*\.png for one"):
+    with pytest.raises(
+        ValueError, match=r"validation\.sources may be damaged, got 12 of 12 samples, such as .*\.png: "
+    ):
         Trainer(run)

@@ -1,4 +1,4 @@
-"""Training beside a vision-language model: what it reads, sees and writes stays what it was, bit for bit."""
+"""Training with a vision-language base, whose text and input images keep their results, bit for bit."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def vlm(tmp_path):
 
 @pytest.fixture
 def config(vlm, tmp_path):
-    """A run of six steps on captions, conversations whose users show images, and edits."""
+    """A run of six steps on captions, conversations with input images, and edits."""
     lines = []
     for i, shape in enumerate(SHAPES):
         for name, size in (("shown", shape), ("drawn", (4, 4))):
@@ -84,7 +84,7 @@ def understanding(model, processor):
 
 
 @torch.no_grad()
-def test_training_does_not_change_a_bit_of_what_is_read_seen_and_written(vlm, config, tmp_path):
+def test_training_does_not_change_a_bit_of_image_understanding_and_text(vlm, config, tmp_path):
     _, processor = vlm
     before = build(tmp_path / "vlm")
     logits, hashes = understanding(before, processor), digests(base_tensors(before))
@@ -114,7 +114,7 @@ def test_nothing_of_the_base_is_in_a_checkpoint(config):
         assert not [name for name in tensors if "vision." in name or "text." in name]
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(config):
+def test_a_stopped_run_continues_to_the_same_numbers(config):
     unbroken, broken = config("unbroken"), config("broken")
     assert Trainer(unbroken).run()
     stopped = config("broken", num_steps=6)
@@ -132,7 +132,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(config):
     assert_same_run(unbroken, broken, 6)
 
 
-def test_bfloat16_rows_beside_float32_weights_to_train(config):
+def test_bfloat16_activations_with_float32_trained_weights(config):
     trainer = Trainer(config(dtype="bfloat16"))
     assert {p.dtype for p in trainer.model.vision.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in trainer.model.image.parameters()} == {torch.float32}
@@ -140,7 +140,7 @@ def test_bfloat16_rows_beside_float32_weights_to_train(config):
 
 
 def test_two_ranks_give_the_numbers_of_one(config, tmp_path):
-    """What it sees with is whole on both, and each rank sees the images of its own rows."""
+    """Both ranks hold the whole vision encoder, and each encodes the images of its own sequences."""
     alone, both = config("alone", num_steps=3), config("both", num_steps=3)
     assert Trainer(alone).run()
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(to_values(both)))
@@ -157,8 +157,8 @@ def test_two_ranks_give_the_numbers_of_one(config, tmp_path):
     assert digests(base_tensors(saved)) == saved.base.sha256
 
 
-def test_an_estimate_counts_what_the_model_sees_with(config):
-    """Of the folder's own configuration, and of LLaVA-NeXT's sizes where its files are not there."""
+def test_an_estimate_counts_the_vision_encoder(config):
+    """With the folder's own configuration, and with LLaVA-NeXT's sizes if its files are missing."""
     run = config(num_steps=6)
     model = build(run.model.base)
     found = estimate(run, Assumptions(num_gpus=1))

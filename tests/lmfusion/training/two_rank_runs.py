@@ -1,4 +1,4 @@
-"""What two ranks do together for test_trainer_ranks.py: torchrun starts this with a folder, which holds recipe.yaml."""
+"""Runs of two ranks for test_trainer_ranks.py: torchrun starts this with a folder that holds recipe.yaml."""
 
 import json
 import os
@@ -20,7 +20,7 @@ def run(folder: Path, ranks: World, name: str, *overrides: str) -> Trainer:
 
 
 def poisoned(folder: Path, ranks: World) -> dict:
-    """Rank 1 gets latents that are not numbers in step 5, amid two lines."""
+    """Rank 1 gets NaN latents in step 5, between two lines."""
     trainer = run(folder, ranks, "poisoned", "train.log_every=3")
     sample_ids = poison(trainer, 5) if ranks.rank == 1 else []
     try:
@@ -31,7 +31,7 @@ def poisoned(folder: Path, ranks: World) -> dict:
 
 
 def unreadable(folder: Path, ranks: World) -> dict:
-    """Rank 0 cannot read its rows of step 4."""
+    """Rank 0 cannot read its data of step 4."""
     trainer = run(folder, ranks, "unreadable")
     real = trainer.loader.steps
 
@@ -50,7 +50,7 @@ def unreadable(folder: Path, ranks: World) -> dict:
 
 
 def stopped(folder: Path, ranks: World) -> dict:
-    """Rank 1 alone gets SIGTERM in step 3."""
+    """Only rank 1 gets SIGTERM in step 3."""
     trainer = run(folder, ranks, "stopped")
     real = trainer.optimizer.step
 

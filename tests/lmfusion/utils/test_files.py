@@ -11,10 +11,10 @@ from PIL import Image
 
 from lmfusion.cli import main
 from lmfusion.data.sources.tar_index import Summary, save_index
+from lmfusion.images.grid import save_grid
 from lmfusion.images.png import save_png
 from lmfusion.training.checkpoint import CheckpointWriter, checkpoint_path, load_checkpoint
 from lmfusion.training.distributed import World
-from lmfusion.training.sampling import save_grid
 from lmfusion.utils.files import file_sha256, flush, locked, name_os_errors, new_folder, replace_text, replacing
 from lmfusion.utils.folders import replace_folder
 from lmfusion.utils.json_lines import JsonLines

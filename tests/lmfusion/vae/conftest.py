@@ -9,7 +9,7 @@ from lmfusion.vae.lpips import WIDTHS
 
 @pytest.fixture(scope="session")
 def vgg16(tmp_path_factory):
-    """Path of a safetensors file with torchvision's names, and its features as torchvision lists them."""
+    """Path of a safetensors file with torchvision's names, and the same layers as torchvision lists them."""
     layers, channels = [], 3
     for widths in WIDTHS:
         for width in widths:
@@ -17,10 +17,10 @@ def vgg16(tmp_path_factory):
             channels = width
         layers.append(torch.nn.MaxPool2d(2))
     features = torch.nn.Sequential(*layers)
-    chance = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     for weight in features.parameters():
         fan_in = weight[0].numel() if weight.dim() > 1 else 100
-        weight.data.normal_(std=(2 / fan_in) ** 0.5, generator=chance)
+        weight.data.normal_(std=(2 / fan_in) ** 0.5, generator=generator)
     path = tmp_path_factory.mktemp("vgg16") / "model.safetensors"
     save_file({f"features.{name}": weight for name, weight in features.state_dict().items()}, path)
     return path, features.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Runs of a tiny autoencoder, and what they left behind."""
+"""Runs of a tiny autoencoder, and what they wrote."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,9 @@ def values_of_a_run(output, **overrides):
             "layers_per_block": 1,
             "norm_num_groups": 4,
         },
-        "data": {"sources": [{"kind": "digits", "split": "test"}]},  # the fewer, for their scale is measured at the end
+        "data": {
+            "sources": [{"kind": "digits", "split": "test"}]
+        },  # the smaller split, since the scale of its latents is measured at the end
         "train": {"num_steps": 12, "batch_size": 8, "warmup_steps": 2, "learning_rate": 3e-3, "log_every": 1},
         "validation": {"sources": [{"kind": "digits"}], "every": 6, "num_samples": 16},
         "checkpoint": {"every": 4},

@@ -1,4 +1,4 @@
-"""Does a step see the images it should, whatever workers, memory and damaged files there are?"""
+"""Each step gets the right images, whatever the workers, the cache and damaged files."""
 
 import json
 
@@ -32,7 +32,7 @@ def assert_same(one, other):
         assert torch.equal(a.images, b.images) and torch.equal(a.noise, b.noise)
 
 
-def test_each_epoch_has_every_image_once_in_an_order_of_its_own():
+def test_each_epoch_has_every_image_once_in_a_new_order():
     digits = loader({"kind": "digits", "split": "test"})
     num = digits.num_samples
     epochs = [
@@ -67,7 +67,7 @@ def test_workers_cache_and_batches_change_nothing():
     assert [batch.sample_ids for batch in plain] != [batch.sample_ids for batch in other]
 
 
-def test_a_folder_needs_no_captions_and_damaged_images_are_left_out(tmp_path):
+def test_a_folder_needs_no_captions_and_damaged_images_are_skipped(tmp_path):
     for i in range(5):
         write_image(tmp_path / "deep" / f"{i}.png", 50 * i)
     (tmp_path / "broken.jpg").write_bytes(b"no image")
@@ -95,7 +95,7 @@ def test_sources_are_mixed_by_weight(tmp_path):
     assert ids.count("mine.png") == 250
 
 
-def test_a_document_of_several_images_gives_one_that_the_epoch_picks(tmp_path):
+def test_each_epoch_chooses_one_image_of_a_document(tmp_path):
     write_image(tmp_path / "black.png", 0)
     write_image(tmp_path / "white.png", 255)
     content = ["from", {"image": "black.png"}, "to", {"image": "white.png"}]
@@ -108,8 +108,8 @@ def test_a_document_of_several_images_gives_one_that_the_epoch_picks(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ({"kind": "latents", "path": "cache"}, "latents cache holds latents; an autoencoder is trained on images"),
-        ({"kind": "folder", "path": "nowhere"}, "no folder of images at nowhere"),
+        ({"kind": "latents", "path": "cache"}, "latents cache must hold images, got latents"),
+        ({"kind": "folder", "path": "nowhere"}, "there must be a folder of images at nowhere"),
     ],
 )
 def test_sources_without_images_are_refused(source, message):
@@ -118,5 +118,5 @@ def test_sources_without_images_are_refused(source, message):
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="has no samples"):
+    with pytest.raises(ValueError, match="must have samples, got none"):
         loader({"kind": "folder", "path": str(tmp_path)})

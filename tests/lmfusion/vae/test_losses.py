@@ -1,4 +1,4 @@
-"""Are the terms of an autoencoder's loss what they are called?"""
+"""The terms of an autoencoder's loss, compared with their definitions."""
 
 import pytest
 import torch
@@ -25,12 +25,12 @@ def test_posterior_is_a_normal_distribution():
     standard = torch.distributions.Normal(0.0, 1.0)
     torch.testing.assert_close(posterior.kl(), torch.distributions.kl_divergence(normal, standard).mean())
     noise = random(2, 3, 4, 4, seed=1)
-    torch.testing.assert_close(posterior.draw(noise), normal.mean + normal.stddev * noise)
+    torch.testing.assert_close(posterior.sample(noise), normal.mean + normal.stddev * noise)
 
 
 def test_posterior_limits_its_variance():
     posterior = Posterior.of(torch.full((1, 2, 1, 1), 1e4))
-    assert torch.isfinite(posterior.draw(torch.ones(1, 1, 1, 1))).all()
+    assert torch.isfinite(posterior.sample(torch.ones(1, 1, 1, 1))).all()
     assert torch.isfinite(posterior.kl())
 
 
@@ -38,7 +38,7 @@ def test_l1_and_psnr():
     x = torch.zeros(2, 3, 4, 4)
     y = torch.stack([torch.full((3, 4, 4), 0.2), torch.full((3, 4, 4), 7.0)])
     torch.testing.assert_close(losses.l1(y, x), torch.tensor(3.6))
-    # Errors of 0.2 and, cut off at 1, of 1, where the peak is 2
+    # Errors of 0.2 and, clamped at 1, of 1, where the peak is 2
     torch.testing.assert_close(losses.psnr(y, x), torch.tensor([20.0, 20 * torch.tensor(2.0).log10().item()]))
 
 
@@ -55,12 +55,12 @@ def test_adaptive_weight_balances_gradients():
     weight = losses.adaptive_gan_weight(reconstruction, gan, layer)
     assert weight == pytest.approx(12, rel=1e-3)
     assert not weight.requires_grad
-    (reconstruction + weight * gan).backward()  # both graphs are still there
+    (reconstruction + weight * gan).backward()  # both graphs are kept
     torch.testing.assert_close(layer.grad, torch.full((2,), 12.0), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2, 3])
-def test_discriminator_judges_patches_of_each_image_alone(num_layers):
+def test_discriminator_scores_depend_only_on_their_image(num_layers):
     torch.manual_seed(0)
     discriminator = PatchDiscriminator(3, 8, num_layers)
     size = smallest_image(num_layers)
@@ -105,7 +105,7 @@ def test_lpips_of_grey_and_of_the_smallest_images(vgg16):
     assert torch.isfinite(distance).all()
 
 
-def test_lpips_passes_finite_gradients_to_images_alone(vgg16):
+def test_lpips_passes_finite_gradients_only_to_images(vgg16):
     lpips = LPIPS(str(vgg16[0]))
     one = images(1, 16).requires_grad_()
     lpips(one, images(1, 16, seed=1)).sum().backward()
@@ -113,16 +113,20 @@ def test_lpips_passes_finite_gradients_to_images_alone(vgg16):
     assert not any(weight.requires_grad for weight in lpips.parameters())
 
 
-def test_lpips_refuses_what_is_no_vgg16(tmp_path, vgg16):
-    with pytest.raises(FileNotFoundError, match=r"loss\.vgg16: there is no file .*docs/vae\.md"):
+def test_lpips_refuses_other_files_than_vgg16(tmp_path, vgg16):
+    with pytest.raises(
+        FileNotFoundError, match=r"loss\.vgg16 must be a safetensors file of VGG-16, got .*docs/vae\.md"
+    ):
         LPIPS(str(tmp_path / "none"))
     (tmp_path / "text").write_text("no tensors")
-    with pytest.raises(ValueError, match="is no safetensors file"):
+    with pytest.raises(ValueError, match=r"loss.vgg16 must be a safetensors file, got"):
         LPIPS(str(tmp_path / "text"))
     tensors = load_file(vgg16[0])
     save_file({"features.0.weight": tensors["features.0.weight"]}, tmp_path / "one")
-    with pytest.raises(ValueError, match=r"is no VGG-16: features\.0\.bias is missing"):
+    with pytest.raises(ValueError, match=r"features\.0\.bias must be \[64\] as in VGG-16, got missing"):
         LPIPS(str(tmp_path / "one"))
     save_file({"features.0.weight": torch.zeros(64, 3, 7, 7)}, tmp_path / "other")
-    with pytest.raises(ValueError, match=r"features\.0\.weight is \[64, 3, 7, 7\], it must be \[64, 3, 3, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"features\.0\.weight must be \[64, 3, 3, 3\] as in VGG-16, got \[64, 3, 7, 7\]"
+    ):
         LPIPS(str(tmp_path / "other"))

@@ -1,4 +1,4 @@
-"""Does an autoencoder learn, resume to the same numbers, and become a codec that a model is trained with?"""
+"""An autoencoder learns, resumes to the same numbers, and becomes a codec that a model is trained with."""
 
 import json
 import multiprocessing
@@ -25,7 +25,7 @@ from tests.lmfusion.vae.runs import assert_same_run, read_metrics, values_of_a_r
 
 @pytest.fixture
 def train(tmp_path):
-    """Trains in a folder named `output` and answers with the trainer."""
+    """Trains in a folder named `output` and returns the trainer."""
 
     def run(output, max_steps=None, **overrides):
         trainer = VAETrainer(from_values(VAEConfig, values_of_a_run(tmp_path / output, **overrides)))
@@ -61,7 +61,7 @@ def test_a_run_that_another_has_continued_since_it_was_read(train, tmp_path):
 
 
 def adversarial(vgg16):
-    """All terms, on images large enough for them: the adversary from the fourth of six steps on."""
+    """All terms, on images large enough for them, with the discriminator from the fourth of six steps on."""
     return {
         "autoencoder__image_size": 16,
         "loss__lpips_weight": 0.1,
@@ -91,7 +91,7 @@ def held_out(trainer):
     return batch.images
 
 
-def test_held_out_images_become_much_nearer_than_their_mean(trained):
+def test_reconstructions_are_much_better_than_the_mean_image(trained):
     ratios = [line["psnr"] for line in read_metrics(trained.folder) if line["psnr"] is not None]
     images = held_out(trained)
     mean_image = losses.psnr(images.mean(0, keepdim=True).expand_as(images), images).mean().item()
@@ -145,7 +145,7 @@ def test_resume_between_lines_of_metrics(train):
     assert_same_run(whole.folder, broken.folder)
 
 
-def test_all_terms_at_work_in_bfloat16_resume_too(train, vgg16):
+def test_resume_with_all_terms_in_bfloat16(train, vgg16):
     whole = train("whole", **adversarial(vgg16))
     for max_steps in (4, 6):
         broken = train("broken", max_steps=max_steps, **adversarial(vgg16))
@@ -165,7 +165,7 @@ def test_kl_is_weighed_by_image_value(train):
     assert line["loss"] == pytest.approx(line["l1"] + 3 * line["kl"] * (4 * 4 * 4) / (1 * 8 * 8), rel=1e-5)
 
 
-def test_kl_draws_the_posterior_to_a_normal(train):
+def test_kl_pulls_the_posterior_towards_a_normal(train):
     last = {weight: read_metrics(train(f"run{weight}", loss__kl_weight=weight).folder)[-1] for weight in (0, 1.0)}
     assert last[1.0]["kl"] < 0.5 * last[0]["kl"]
 
@@ -204,13 +204,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(train, tmp_path, monk
     assert_same_run(whole.folder, train("broken").folder)
 
 
-def test_damaged_images_are_left_out_and_counted_once(train, tmp_path):
+def test_damaged_images_are_skipped_and_counted_once(train, tmp_path):
     folder = {"data__sources": folder_with_a_broken_image(tmp_path / "images", num_good=9), "train__num_steps": 10}
     whole = train("whole", **folder)
     for max_steps in (3, 10):
         broken = train("broken", max_steps=max_steps, **folder)
     assert_same_run(whole.folder, broken.folder, step=10)
-    assert read_metrics(whole.folder)[-1]["num_damaged"] == 8  # 80 images are eight epochs
+    assert read_metrics(whole.folder)[-1]["num_damaged"] == 8  # 80 images in eight epochs
     named = [json.loads(line) for line in (broken.folder / "damaged.jsonl").read_text().splitlines()]
     assert len(named) == 8 and {line["sample_id"] for line in named} == {"broken.png"}
 
@@ -247,11 +247,11 @@ def test_another_run_is_refused(train, change, named):
 
 def test_several_processes_are_refused(train, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="trained by one process; start it without torchrun"):
+    with pytest.raises(ValueError, match="must be trained by one process; start it without torchrun"):
         train("run")
 
 
-def test_command_line_stops_at_a_signal_and_goes_on(tmp_path, train, monkeypatch, capsys):
+def test_command_line_stops_at_a_signal_and_continues(tmp_path, train, monkeypatch, capsys):
     whole = train("whole")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(values_of_a_run(tmp_path / "run")))
@@ -277,7 +277,7 @@ def test_killed_run_equals_an_unbroken_one(tmp_path, train, monkeypatch):
     whole = train("whole", checkpoint__every=2)
     recipe, metrics = tmp_path / "recipe.yaml", tmp_path / "run" / "metrics.jsonl"
     recipe.write_text(yaml.safe_dump(values_of_a_run(tmp_path / "run", checkpoint__every=2)))
-    # Forked from a fresh process: this one has threads, which a fork may leave holding a lock
+    # Forked from a new process: this one has threads, and a fork may copy a lock that one of them holds
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["lmfusion.vae.trainer", "diffusers"])

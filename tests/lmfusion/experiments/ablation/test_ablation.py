@@ -18,9 +18,9 @@ from lmfusion.experiments.ablation.plot import draw_plot
 from lmfusion.experiments.ablation.run import check_unchanged, run_ablation
 from lmfusion.experiments.ablation.texts import PLAIN_TEXTS
 from lmfusion.model.modeling import LMFusion
-from lmfusion.training.config import read_recipe
 from lmfusion.training.trainer import Trainer
 from lmfusion.utils.config_values import from_values, to_values
+from lmfusion.utils.recipes import read_recipe
 from tests.lmfusion.experiments.ablation.killed import ablate_and_die
 
 RECIPES = Path(__file__).parents[4] / "recipes"
