@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from lmfusion.conversion.architectures import check_sizes, unsupported
+from lmfusion.conversion.architectures import unsupported
 from lmfusion.conversion.gguf_header import GGUFFile, read_header
 from lmfusion.conversion.gguf_tokenizer import end_tokens, read_tokenizer, special_ids
+from lmfusion.conversion.model_limits import check_sizes
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 

@@ -6,23 +6,17 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from lmfusion.conversion.huggingface import CONFIG_NAME, GENERATION_NAME, INDEX_NAME, SINGLE_NAME, shard_names
+from lmfusion.conversion.tokenizer import PROCESSOR_FILES, TOKENIZER_SETTINGS_FILES, VOCABULARY_FILES
 
 SMALL_FILES = (
     CONFIG_NAME,
     GENERATION_NAME,
     INDEX_NAME,
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
+    *VOCABULARY_FILES,
+    *TOKENIZER_SETTINGS_FILES,
     "additional_chat_templates/*.jinja",
     "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
+    *PROCESSOR_FILES,
 )
 """Configurations, tokenizer and image processor."""
 

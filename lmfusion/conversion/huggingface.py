@@ -1,6 +1,5 @@
 """Hugging Face folders: config.json, generation_config.json and safetensors (single or sharded); no pickle, no code."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +10,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from lmfusion.conversion.architectures import MODEL_TYPES, check_sizes, unsupported
+from lmfusion.conversion.architectures import MODEL_TYPES, unsupported
+from lmfusion.conversion.model_limits import check_sizes
 from lmfusion.conversion.names import from_llama
 from lmfusion.conversion.tokenizer import read_tokenizer
+from lmfusion.utils.json_files import read_json_object
 
 CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"
@@ -58,13 +59,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"{path.parent} holds no {path.name}; a base model is a folder that transformers can load"
         )
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a valid JSON object: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} is not a valid JSON object: it holds {type(settings).__name__}")
-    return settings
+    return read_json_object(path, strict=False)
 
 
 def build_config(settings: Mapping[str, Any], path: Path) -> PreTrainedConfig:
@@ -168,8 +163,8 @@ def _listed_files(folder: Path) -> list[Path]:
 def shard_names(index: Path) -> list[str]:
     """Names of the files that an index of shards lists, which lie beside it. Raises ValueError for a damaged index."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        names = sorted(set(read_json_object(index, strict=False)["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{index} is damaged: {error!r}; copy it again from its source") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):

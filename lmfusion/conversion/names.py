@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from lmfusion.model.configuration import head_dim_of
+from lmfusion.conversion.model_limits import head_dim_of
 
 _STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _STACKED_NAME = re.compile(r"(.*)\.(qkv_proj|gate_up_proj)\.(weight|bias)")

@@ -1,15 +1,22 @@
 """Tokenizers: read from a folder without running any code of it, and checked against the LLM's vocabulary."""
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+from lmfusion.utils.json_files import read_json_object
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """A folder with none of these has no tokenizer."""
-SETTINGS_FILES = ("tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+VOCABULARY_FILES = (*_TOKENIZER_FILES, "merges.txt", "added_tokens.json")
+"""What the token ids of a text depend on. Chat templates lie in other files, and may be edited."""
+TOKENIZER_SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""What transformers saves besides."""
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+"""Of a vision-language model's image processor."""
+_FILES_WITH_CLASSES = ("tokenizer_config.json", *PROCESSOR_FILES)
 """What may name code, in a key `auto_map`."""
 
 
@@ -18,12 +25,12 @@ def read_tokenizer(folder: Path) -> Any:
 
     Raises ValueError for a tokenizer that is damaged, or that is code of the folder's own.
     """
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     refuse_code(folder)
     options: dict[str, Any] = {}
-    settings = _read_json(folder / "tokenizer_config.json")
-    if _read_json(folder / "config.json").get("model_type") == "mistral" and "fix_mistral_regex" not in settings:
+    settings = _read_settings(folder / "tokenizer_config.json")
+    if _read_settings(folder / "config.json").get("model_type") == "mistral" and "fix_mistral_regex" not in settings:
         # Before version 5, transformers converted Mistral's large vocabularies with another model's pattern. It finds
         # them by their size and by the version in config.json, and puts Mistral's pattern back where this is set.
         options["fix_mistral_regex"] = True
@@ -33,13 +40,13 @@ def read_tokenizer(folder: Path) -> Any:
         raise ValueError(f"the tokenizer in {folder} is damaged: {error}") from error
 
 
-def refuse_code(folder: Path, names: Sequence[str] = SETTINGS_FILES) -> None:
+def refuse_code(folder: Path, names: Sequence[str] = _FILES_WITH_CLASSES) -> None:
     """Raise ValueError where one of the files called `names` in `folder` names code of the folder's own.
 
     transformers would ask whether to run it, or read the files with another class than they are meant for.
     """
     for name in names:
-        if _names_code(_read_json(folder / name)):
+        if _names_code(_read_settings(folder / name)):
             raise ValueError(
                 f"{folder / name} names code of its own (auto_map), and lmfusion runs no code of a model folder; "
                 "remove auto_map from it if one of transformers' own classes reads these files"
@@ -77,13 +84,12 @@ def check_tokenizer(tokenizer: Any, vocab_size: int, where: str) -> None:
         )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_settings(path: Path) -> dict[str, Any]:
     """The object in `path`; an empty one if the file is missing or damaged, which transformers reports."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json_object(path, strict=False)
+    except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _names_code(value: Any) -> bool:

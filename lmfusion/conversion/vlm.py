@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedConfig
 
-from lmfusion.conversion.architectures import check_token_ids
+from lmfusion.conversion.architectures import VLM_TYPES, check_vlm
 from lmfusion.conversion.huggingface import (
     CONFIG_NAME,
     build_config,
@@ -25,10 +25,9 @@ from lmfusion.conversion.huggingface import (
     read_settings,
     read_tensors,
 )
-from lmfusion.conversion.tokenizer import read_tokenizer, refuse_code
-from lmfusion.model.vision import VLM_TYPES, check_vlm
+from lmfusion.conversion.model_limits import check_token_ids
+from lmfusion.conversion.tokenizer import PROCESSOR_FILES, read_tokenizer, refuse_code
 
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 VISION_PREFIX = "vision.model."
 _VISION_PARTS = ("vision_tower.", "multi_modal_projector.", "image_newline")
 

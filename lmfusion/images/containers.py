@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 
 from PIL import Image
 
+from lmfusion.images.formats import PNG_SIGNATURE, format_of
+
 MAX_SCANS = 100
 """Of a JPEG. Encoders write about ten. Each scan costs a pass over all pixels, however few bytes it has."""
 MAX_SCANNED_PIXELS = MAX_SCANS * 16 * 1024 * 1024
@@ -29,7 +31,6 @@ _TIFF_HEADS = (b"MM\0*", b"II*\0", b"MM*\0", b"II\0*", b"MM\0+", b"II+\0")
 _INTEGER_BYTES = {1: 1, 6: 1, 3: 2, 8: 2, 4: 4, 9: 4, 13: 4}
 """Of the types of EXIF that are whole numbers."""
 _XMP_HEAD = b"http://ns.adobe.com/xap/1.0/\0"
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_NEEDED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT")
 _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _PNG_HARMLESS = (
@@ -72,13 +73,8 @@ def strip_metadata(data: bytes) -> ImageFile:
 
     Raises ValueError where a needed part is damaged or missing, and CostlyImageError for too many scans or parts.
     """
-    if data.startswith(b"\xff\xd8\xff"):
-        return _reduce_jpeg(data)
-    if data.startswith(_PNG_SIGNATURE):
-        return _reduce_png(data)
-    if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        return _reduce_webp(data)
-    return ImageFile(data)
+    strip = {"JPEG": _strip_jpeg, "PNG": _strip_png, "WEBP": _strip_webp}.get(format_of(data) or "", ImageFile)
+    return strip(data)
 
 
 def orientation(exif: bytes | None, xmp: bytes | None) -> Image.Transpose | None:
@@ -124,7 +120,7 @@ TURNS = {
 # JPEG
 
 
-def _reduce_jpeg(data: bytes) -> ImageFile:
+def _strip_jpeg(data: bytes) -> ImageFile:
     """Raises ValueError where there is no scan, CostlyImageError where there are too many."""
     kept, exif, xmp = [data[:2]], b"", None
     num_scans = end_of_kept = 0
@@ -184,7 +180,7 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
 # PNG
 
 
-def _reduce_png(data: bytes) -> ImageFile:
+def _strip_png(data: bytes) -> ImageFile:
     """Raises ValueError where the end is missing, or a part that the pixels need has a wrong checksum.
 
     Pillow stops reading once all lines are filled, be it with the zeros of an unfinished download, and skips the
@@ -212,7 +208,7 @@ def _reduce_png(data: bytes) -> ImageFile:
     is_palette = colour == _PALETTE
     whole = b"".join(
         [
-            _PNG_SIGNATURE,
+            PNG_SIGNATURE,
             *_png_chunk(b"IHDR", headers),
             *(_png_chunk(b"PLTE", palettes) if palettes and is_palette else ()),
             *(_png_chunk(b"tRNS", alphas) if alphas and is_palette else ()),
@@ -239,7 +235,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview, bool]]:
 
     Raises ValueError for a wrong checksum where the chunk may matter.
     """
-    view, start = memoryview(data), len(_PNG_SIGNATURE)
+    view, start = memoryview(data), len(PNG_SIGNATURE)
     for _ in range(MAX_PARTS):
         end = start + 12 + int.from_bytes(data[start : start + 4], "big")
         if end > len(data):
@@ -292,7 +288,7 @@ def _unpacked(data: bytes) -> bytes:
 # WEBP
 
 
-def _reduce_webp(data: bytes) -> ImageFile:
+def _strip_webp(data: bytes) -> ImageFile:
     """Raises ValueError where a part of the picture is missing."""
     kept: list[bytes] = []
     found: dict[bytes, bytes] = {}

@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from lmfusion.utils.files import replacing
+from lmfusion.images.formats import PNG_SIGNATURE
+from lmfusion.utils.files import atomic_write
 
 SETTINGS_KEY = "lmfusion"
 MAX_SETTINGS_BYTES = 1024 * 1024
@@ -23,7 +24,6 @@ MAX_SETTINGS_BYTES = 1024 * 1024
 MAX_CHUNKS = 65_536
 """Chunks of a file that are looked at; Pillow writes one for each 64 KiB of pixels."""
 
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _VIEWER_NAMES = {"num_steps": "Steps", "sampler": "Sampler", "guidance_scale": "CFG scale", "seed": "Seed"}
 
 
@@ -42,7 +42,7 @@ def save_png(
     text.add_text(SETTINGS_KEY, _to_json(settings))
     text.add_text("parameters", _for_viewers(settings, image))
     try:
-        with replacing(path, overwrite) as file:
+        with atomic_write(path, overwrite) as file:
             image.save(file, format="PNG", pnginfo=text)
     except OSError as error:
         if isinstance(error, FileExistsError):
@@ -61,7 +61,7 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
         raise ValueError(f"{path} is no regular file; give a PNG file")
     with open(path, "rb") as file:
-        if file.read(len(_SIGNATURE)) != _SIGNATURE:
+        if file.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
             raise ValueError(f"{path} is no PNG file")
         text = _find_text(file, str(path))
     if text is None:
@@ -75,7 +75,7 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     return settings
 
 
-def holds(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> bool:
+def has_settings(path: str | os.PathLike[str], settings: Mapping[str, Any]) -> bool:
     """Whether `save_png` wrote a file with these settings there; False for one that is missing or damaged."""
     try:
         return read_settings(path) == settings

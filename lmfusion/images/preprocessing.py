@@ -12,12 +12,11 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from lmfusion.images.containers import TURNS, CostlyImageError, ImageFile, orientation, strip_metadata
+from lmfusion.images.formats import FORMATS
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 """A JPEG, PNG or WEBP file, a Pillow image, or an array [H, W] or [H, W, 1 | 3 | 4]: uint8, or floating in [0, 1]."""
 
-FORMATS = ("JPEG", "PNG", "WEBP")
-"""Formats read. Pillow knows many more, whose decoders are less hardened."""
 MAX_PIXELS = 64 * 1024 * 1024
 """Larger images are refused before they are decoded."""
 MAX_FILE_BYTES = 256 * 1024 * 1024

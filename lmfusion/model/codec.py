@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lmfusion.conversion.tokenizer import refuse_code
 from lmfusion.utils.config_values import short_repr
-from lmfusion.utils.files import file_sha256
+from lmfusion.utils.hashing import file_sha256
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
@@ -208,8 +209,6 @@ def load_codec(config: CodecConfig) -> Codec:
     if config.kind == "pixels":
         return PixelCodec(config)
     import diffusers  # slow to import, and only these codecs need it
-
-    from lmfusion.conversion.tokenizer import refuse_code  # imports this module
 
     assert config.path is not None
     kind = {"autoencoder_kl": diffusers.AutoencoderKL, "autoencoder_tiny": diffusers.AutoencoderTiny}[config.kind]

@@ -19,9 +19,10 @@ from transformers.utils import logging
 
 from lmfusion.conversion import EMBEDDING_NAME, BaseModel, load_base, names
 from lmfusion.conversion.huggingface import CONFIG_NAME, build_config, read_settings
+from lmfusion.model.assembly import base_tensors
 from lmfusion.model.modeling import LMFusion
+from lmfusion.model.records import changed_digests, tensor_digests
 from lmfusion.model.saved_files import saved_parts
-from lmfusion.model.saving import base_tensors, differing, digests, from_base
 
 PROMPTS = (
     "The capital of France is",
@@ -106,7 +107,7 @@ def verify(
     frozen = base_tensors(model)
     dtype = frozen[EMBEDDING_NAME].dtype
     tensors = {name: tensor.to(dtype) for name, tensor in found.tensors.items()}
-    changed = differing(digests(tensors), digests(frozen))
+    changed = changed_digests(tensor_digests(tensors), tensor_digests(frozen))
 
     base_model = replace(found, tensors=tensors, read_tokenizer=lambda: None)
     inputs = [{"input_ids": _encode(model, prompt)} for prompt in PROMPTS]
@@ -116,7 +117,7 @@ def verify(
         inputs.append(_with_image(model))
     references = _reference_logits(base_model, inputs, model.compute_dtype or dtype)
     config = model.config
-    original = from_base(LMFusion, base_model, config.image, config.codec, config.diffusion)  # takes the tensors over
+    original = LMFusion.from_base(base_model, config.image, config.codec, config.diffusion)  # takes the tensors over
     original.to(model.device)  # type: ignore[arg-type]
     original.compute_dtype = model.compute_dtype
     checks = []
@@ -200,7 +201,7 @@ def _with_image(model: LMFusion) -> dict[str, Tensor]:
     x, y = np.meshgrid(*(np.arange(size) for size in IMAGE_SIZE))
     pattern = np.stack([x % 256, y % 256, (x ^ y) % 256], axis=-1).astype(np.uint8)
     image = model.vision.prepare(Image.fromarray(pattern))
-    of_image = torch.full((1, image.num_rows), model.vision.image_token_id)
+    of_image = torch.full((1, image.num_tokens), model.vision.image_token_id)
     ids = torch.cat([of_image, _encode(model, IMAGE_PROMPT)], dim=1)
     pixel_values = image.pixel_values[None] if model.vision.has_tiles else image.pixel_values
     given = {"input_ids": ids, "pixel_values": pixel_values}

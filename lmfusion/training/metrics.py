@@ -23,7 +23,7 @@ class StepMetrics:
     loss: float
     lm_loss_sum: float
     num_labels: int
-    begin_loss_sum: float
+    boi_loss_sum: float
     num_boi_targets: int
     diffusion_loss_sum: float
     num_images: int
@@ -101,7 +101,7 @@ def summarise(
         epoch=epoch,
         loss=sum(s.loss for s in steps) / len(steps),
         lm_loss=sum(s.lm_loss_sum for s in steps) / num_labels if num_labels else None,
-        boi_loss=sum(s.begin_loss_sum for s in steps) / num_boi_targets if num_boi_targets else None,
+        boi_loss=sum(s.boi_loss_sum for s in steps) / num_boi_targets if num_boi_targets else None,
         diffusion_loss=sum(s.diffusion_loss_sum for s in steps) / num_images if num_images else None,
         grad_norm=sum(s.grad_norm for s in steps) / len(steps),
         learning_rate=steps[-1].learning_rate,

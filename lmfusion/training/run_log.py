@@ -14,12 +14,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from lmfusion.data.pipeline.loader import Step
+from lmfusion.images.grid import save_grid
 from lmfusion.model.flops import matmul_rate
 from lmfusion.training.config import RunConfig
 from lmfusion.training.distributed import World
 from lmfusion.training.loggers import Logger, open_loggers
 from lmfusion.training.metrics import Clock, StepMetrics, summarise, take_peak_memory
-from lmfusion.training.sampling import save_grid
 from lmfusion.training.step import Progress
 from lmfusion.training.validation import ValidationMetrics
 from lmfusion.utils.json_lines import JsonLines

@@ -143,7 +143,7 @@ class Updater:
     def _backward(self, row: Batch, totals: Totals) -> Tensor:
         """Add the gradient of one row's part of the loss; answer with the row's three sums, float64 [3]."""
         output = self._model(batch=row.to(self._world.device))
-        sums = (output.lm_loss_sum, output.begin_loss_sum, output.diffusion_loss_sum)
+        sums = (output.lm_loss_sum, output.boi_loss_sum, output.diffusion_loss_sum)
         # Gradients are averaged over the ranks, but the loss is a mean over the labels and images of all of them
         loss = step_loss(sums, totals, self._model) * self._world.size
         loss.backward()
@@ -155,9 +155,9 @@ def step_loss(sums: Sequence[Loss], totals: Totals, model: LMFusion) -> Loss:
 
     sums: losses of language, begin and diffusion.
     """
-    lm_loss_sum, begin_loss_sum, diffusion_loss_sum = sums
+    lm_loss_sum, boi_loss_sum, diffusion_loss_sum = sums
     weight = model.config.diffusion.loss_weight
-    loss = lm_loss_sum / max(1, totals.num_labels) + begin_loss_sum / max(1, totals.num_boi_targets)
+    loss = lm_loss_sum / max(1, totals.num_labels) + boi_loss_sum / max(1, totals.num_boi_targets)
     return loss + weight * diffusion_loss_sum / max(1, totals.num_images)
 
 
@@ -173,13 +173,13 @@ def read(updates: Sequence[Update], model: LMFusion) -> tuple[list[StepMetrics],
         if not all(map(math.isfinite, (*sums, grad_norm))):
             is_loss = not math.isfinite(sum(sums))
             return steps, _non_finite(update, "loss" if is_loss else "gradient", row_sums)
-        lm_loss_sum, begin_loss_sum, diffusion_loss_sum = sums
+        lm_loss_sum, boi_loss_sum, diffusion_loss_sum = sums
         steps.append(
             StepMetrics(
                 loss=step_loss(sums, update.totals, model),
                 lm_loss_sum=lm_loss_sum,
                 num_labels=update.totals.num_labels,
-                begin_loss_sum=begin_loss_sum,
+                boi_loss_sum=boi_loss_sum,
                 num_boi_targets=update.totals.num_boi_targets,
                 diffusion_loss_sum=diffusion_loss_sum,
                 num_images=update.totals.num_images,

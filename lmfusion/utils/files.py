@@ -1,8 +1,12 @@
-"""Writes files so that a crash, a full disk, a symbolic link or a second process does no harm."""
+"""Writes files and takes locks so that a crash, a full disk, a symbolic link or a second process does no harm.
+
+`atomic_write` is the one place that writes a partial file, flushes it and renames it. It is ours and not a library's,
+because it also never follows a symbolic link, notices a second writer, and names the file in every error.
+`lmfusion.utils.folders` does the same for whole folders.
+"""
 
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 import socket
@@ -12,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
+LOCKING_UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
 """What file systems that know no locks answer."""
 
 
@@ -42,14 +46,8 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def file_sha256(path: Path) -> str:
-    """Digest of the bytes of a file."""
-    with name_os_errors(path), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @contextmanager
-def replacing(path: Path, overwrite: bool = True, writer: str | None = None) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, overwrite: bool = True, writer: str | None = None) -> Iterator[BinaryIO]:
     """An open file whose content becomes that of `path` when the block ends without an error, also if the power fails.
 
     Until then it lies in NAME.partial, which is always made anew: what somebody else put there, a symbolic link say, is
@@ -92,7 +90,7 @@ def _is_named(file: BinaryIO, path: Path) -> bool:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all, also where the power fails."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(text.encode("utf-8"))
 
 
@@ -109,7 +107,7 @@ def new_folder(path: Path) -> None:
     path.mkdir()
 
 
-def lock_existing(folder: Path, rank: int = 0) -> AbstractContextManager[None]:
+def locked_if_exists(folder: Path, rank: int = 0) -> AbstractContextManager[None]:
     """Like `locked`, for reading what another run may be writing. Does nothing where the folder does not exist."""
     return locked(folder, rank) if folder.is_dir() else nullcontext()
 
@@ -137,7 +135,7 @@ def locked(folder: Path, rank: int = 0) -> Iterator[None]:
                     f"another process is at work in {folder} ({holder}); wait for it, or set output elsewhere"
                 ) from None
             except OSError as error:
-                if error.errno not in NO_LOCKS:
+                if error.errno not in LOCKING_UNSUPPORTED:
                     raise
                 warning = f"{folder} cannot be locked ({error.strerror}): make sure that only one run uses it"
                 print(warning, file=sys.stderr)

@@ -10,12 +10,12 @@ def printable(text: str) -> str:
     return text if text.isprintable() else text.encode("unicode_escape").decode("ascii")
 
 
-def on_one_line(text: str) -> str:
+def escape_line(text: str) -> str:
     """`text` on one line: control characters and line breaks escaped, and cut after MAX_SHOWN characters."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[:MAX_SHOWN])
     return shown if len(text) <= MAX_SHOWN else f"{shown}... ({len(text)} characters)"
 
 
-def on_its_lines(text: str) -> str:
+def escape_lines(text: str) -> str:
     """The same for a text that may have several lines."""
-    return "\n".join(map(on_one_line, text.split("\n")))
+    return "\n".join(map(escape_line, text.split("\n")))

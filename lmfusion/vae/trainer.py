@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lmfusion.data.pipeline.skip_log import SkipLog
+from lmfusion.images.grid import make_grid, save_grid
 from lmfusion.images.preprocessing import to_pil
 from lmfusion.training import checkpoint
 from lmfusion.training.config import TrainConfig, resolve_path
@@ -23,11 +24,10 @@ from lmfusion.training.ema import EMA
 from lmfusion.training.metrics import Clock
 from lmfusion.training.optimizer import Optimizer, clip_gradients
 from lmfusion.training.run_identity import check_identity
-from lmfusion.training.sampling import make_grid, save_grid
 from lmfusion.training.step import NonFiniteError
 from lmfusion.utils.config_values import to_values
 from lmfusion.utils.devices import choose_device
-from lmfusion.utils.files import lock_existing, locked, replace_text
+from lmfusion.utils.files import locked, locked_if_exists, replace_text
 from lmfusion.utils.json_lines import JsonLines
 from lmfusion.utils.signals import stop_signals
 from lmfusion.vae import losses
@@ -80,7 +80,7 @@ class VAETrainer:
         self.step = 0
         """Updates made so far."""
         self._damage_before: dict[str, int] = {}
-        with lock_existing(self.folder):
+        with locked_if_exists(self.folder):
             self._resume()
 
     def run(self, max_steps: int | None = None) -> bool:

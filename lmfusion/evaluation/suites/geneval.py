@@ -19,7 +19,7 @@ from lmfusion.evaluation.identity import model_digest
 from lmfusion.evaluation.references import read_lines
 from lmfusion.evaluation.results import Picture, Score, SuiteResult, Table
 from lmfusion.evaluation.suites.image_settings import drawing_values, image_options
-from lmfusion.images.png import holds, save_png
+from lmfusion.images.png import has_settings, save_png
 from lmfusion.utils.config_values import check_least, to_values
 from lmfusion.utils.files import replace_text
 
@@ -146,7 +146,7 @@ def _draw(model: "LMFusion", config: GenEvalConfig, line: dict[str, Any], index:
     wanted = [{**made, "index": number} for number in range(config.num_images)]
     files[0].parent.mkdir(parents=True, exist_ok=True)
     replace_text(_folder(folder, index) / "metadata.jsonl", json.dumps(line))
-    if all(holds(file, settings) for file, settings in zip(files, wanted, strict=True)):
+    if all(has_settings(file, settings) for file, settings in zip(files, wanted, strict=True)):
         return 0
     images = model.draw([line["prompt"]] * config.num_images, batch_size=config.num_images, **options)
     for file, image, settings in zip(files, images, wanted, strict=True):

@@ -13,10 +13,10 @@ from lmfusion.evaluation.suites.image_settings import drawing_values
 from lmfusion.evaluation.suites.language import LanguageConfig, check_language, run_language
 from lmfusion.experiments.ablation.config import MeasureConfig
 from lmfusion.experiments.ablation.texts import PLAIN_TEXTS
+from lmfusion.images.grid import make_grid, save_grid
 from lmfusion.synthetic.shape_reader import check
 from lmfusion.synthetic.shapes import Scene, Shapes, render
 from lmfusion.training.config import RunConfig
-from lmfusion.training.sampling import make_grid, save_grid
 from lmfusion.training.trainer import Trainer
 from lmfusion.training.validation import Validation
 from lmfusion.utils.config_values import to_values

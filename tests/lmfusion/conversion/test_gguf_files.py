@@ -13,7 +13,6 @@ from transformers import LlamaConfig, Qwen2Config
 from lmfusion.conversion import load_base
 from lmfusion.conversion.gguf_header import read_header
 from lmfusion.model.modeling import LMFusion
-from lmfusion.model.saving import from_base
 from tests.lmfusion.conversion.gguf_files import SIZES, byte_level_metadata, random_llm, tiny_gguf, write_gguf
 
 IMAGE = {"hidden_size": 16, "patch_coder": {"kind": "linear"}}
@@ -29,7 +28,7 @@ def llama(**rope):
 def logits(path):
     ids = torch.randint(0, 40, (1, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        return from_base(LMFusion, load_base(path), IMAGE, CODEC, None)(ids).logits, ids
+        return LMFusion.from_base(load_base(path), IMAGE, CODEC, None)(ids).logits, ids
 
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}

@@ -47,7 +47,7 @@ def make_edits(model, num_edits):
     num_image, instruction = model.tokens_per_image, list(range(5, 14))
 
     def given():
-        return Document().text([1]).marker(tokens.boi_token_id).image(num_image, is_given=True)
+        return Document().text([1]).marker(tokens.boi_token_id).image(num_image, is_input=True)
 
     edit = given().marker(tokens.eoi_token_id).text(instruction).marker(tokens.boi_token_id).image(num_image)
     edit = edit.marker(tokens.eoi_token_id).end(tokens.eos_token_id)

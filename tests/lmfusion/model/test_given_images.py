@@ -73,7 +73,7 @@ def test_the_loss_of_edits_is_that_of_their_targets(tiny_llama, patch_coder, fro
 def test_noise_and_timestep_of_a_given_image_are_not_looked_at(tiny_llama):
     model = build(tiny_llama)
     batch = make_batch(model)
-    assert batch.timesteps.tolist() == [0, 300, 0, 700] and batch.drawn.tolist() == [1, 3]
+    assert batch.timesteps.tolist() == [0, 300, 0, 700] and batch.target_image_indices.tolist() == [1, 3]
     other = replace(batch, noise=batch.noise.clone().index_fill(0, torch.tensor([0, 2]), float("nan")))
     assert torch.equal(model(batch=other).loss, model(batch=batch).loss)
 

@@ -23,8 +23,8 @@ def test_logits_are_those_of_transformers(tmp_path, kind, llm, encoder):
         with torch.no_grad():
             torch.testing.assert_close(model(**inputs).logits, theirs(**inputs).logits, atol=1e-4, rtol=1e-4)
         prepared = [model.vision.prepare(image) for image in images]
-        num_rows = int((inputs["input_ids"] == model.vision.image_token_id).sum())
-        assert sum(image.num_rows for image in prepared) == num_rows
+        num_tokens = int((inputs["input_ids"] == model.vision.image_token_id).sum())
+        assert sum(image.num_tokens for image in prepared) == num_tokens
         rows = torch.cat(model.vision.encode(prepared))
         features = theirs.model.get_image_features(
             **{k: v for k, v in inputs.items() if k != "input_ids"}, return_dict=True

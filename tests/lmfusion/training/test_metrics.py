@@ -18,7 +18,7 @@ from tests.lmfusion.training.runs import assert_same_run
 
 def step(**values):
     defaults = dict(
-        loss=2.0, lm_loss_sum=30.0, num_labels=10, begin_loss_sum=6.0, num_boi_targets=20, diffusion_loss_sum=4.0,
+        loss=2.0, lm_loss_sum=30.0, num_labels=10, boi_loss_sum=6.0, num_boi_targets=20, diffusion_loss_sum=4.0,
         num_images=8, grad_norm=1.0, learning_rate=1e-3, num_tokens=90, num_slots=100, num_flops=10**9,
     )  # fmt: skip
     return StepMetrics(**{**defaults, **values})

@@ -56,7 +56,7 @@ def test_rows_add_up_to_the_means_over_the_whole_step(config):
     assert len(step.rows) == totals.num_flops == 2
     outputs = [trainer.model(batch=row) for row in step.rows]
     lm_loss = sum(output.lm_loss_sum for output in outputs) / sum(row.num_labels for row in step.rows)
-    boi_loss = sum(output.begin_loss_sum for output in outputs) / sum(row.num_boi_targets for row in step.rows)
+    boi_loss = sum(output.boi_loss_sum for output in outputs) / sum(row.num_boi_targets for row in step.rows)
     diffusion_loss = sum(output.diffusion_loss_sum for output in outputs) / sum(row.num_images for row in step.rows)
     names = list(trainer.weights)
     expected = torch.autograd.grad(lm_loss + boi_loss + 5 * diffusion_loss, [trainer.weights[name] for name in names])

@@ -11,12 +11,13 @@ from PIL import Image
 
 from lmfusion.cli import main
 from lmfusion.data.sources.tar_index import Summary, save_index
+from lmfusion.images.grid import save_grid
 from lmfusion.images.png import save_png
 from lmfusion.training.checkpoint import CheckpointWriter, checkpoint_path, load_checkpoint
 from lmfusion.training.distributed import World
-from lmfusion.training.sampling import save_grid
-from lmfusion.utils.files import file_sha256, flush, locked, name_os_errors, new_folder, replace_text, replacing
+from lmfusion.utils.files import atomic_write, flush, locked, name_os_errors, new_folder, replace_text
 from lmfusion.utils.folders import replace_folder
+from lmfusion.utils.hashing import file_sha256
 from lmfusion.utils.json_lines import JsonLines
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -98,16 +99,16 @@ def test_two_writers_do_not_mix_their_files(tmp_path):
     path = tmp_path / "file"
 
     def write_within_a_write():
-        with replacing(path) as first:
+        with atomic_write(path) as first:
             first.write(b"half of the fir")
             replace_text(path, "second")
 
     with pytest.raises(OSError, match="is being written by another process too"):
         write_within_a_write()
     assert path.read_bytes() == b"second"
-    with replacing(path, writer="1") as first:
+    with atomic_write(path, writer="1") as first:
         first.write(b"first")
-        with replacing(path, writer="2") as second:
+        with atomic_write(path, writer="2") as second:
             second.write(b"second")
     assert path.read_bytes() == b"first" and [file.name for file in tmp_path.iterdir()] == ["file"]
 
@@ -117,7 +118,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     path.write_text("old")
 
     def fail():
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(b"new")
             raise KeyError
 

@@ -115,8 +115,8 @@ def test_a_conversation_shows_and_draws(model, monkeypatch):
 def test_rows_of_a_batch_stand_where_they_belong(model):
     """Constant rows come before live ones in a batch: numbers keep rows of several documents apart."""
     tokens = SpecialTokens.of(model.tokenizer, model.boi_token_id)
-    drawn_first = drawn(tokens).text([5]).seen(3).text([6])
-    seen_first = Document().text([7]).seen(2).text([8])
+    drawn_first = drawn(tokens).text([5]).input_image(3).text([6])
+    seen_first = Document().text([7]).input_image(2).text([8])
     latents = torch.zeros(1, 1, 4, 4)
     vision_embeds = torch.arange(5.0)[:, None] + torch.zeros(5, 32)
     batch = pack([drawn_first, seen_first], latents, latents, torch.tensor([3]), vision_embeds=vision_embeds)
@@ -143,10 +143,10 @@ def drawn(tokens):
 
 def test_counts_that_do_not_agree_are_refused(model):
     tokens = SpecialTokens.of(model.tokenizer, model.boi_token_id)
-    document, latents = drawn(tokens).seen(3), torch.zeros(1, 1, 4, 4)
-    with pytest.raises(ValueError, match="hold 3 rows of images that are seen, and vision_embeds 0"):
+    document, latents = drawn(tokens).input_image(3), torch.zeros(1, 1, 4, 4)
+    with pytest.raises(ValueError, match="must hold the documents' 3 vision tokens, got 0"):
         pack([document], latents, latents, torch.tensor([3]))
-    with pytest.raises(ValueError, match="hold 3 rows of images that are seen, and vision_embeds 2"):
+    with pytest.raises(ValueError, match="must hold the documents' 3 vision tokens, got 2"):
         pack([document], latents, latents, torch.tensor([3]), vision_embeds=torch.zeros(2, 32))
 
 
