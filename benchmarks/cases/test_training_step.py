@@ -15,7 +15,7 @@ from benchmarks.harness import shapes
 from benchmarks.harness.compare import Contestant, Row
 from lmfusion.model.batch import Batch, SpecialTokens, caption_first_document, image_first_document, pack
 from lmfusion.model.configuration import LMFusionConfig
-from lmfusion.model.flops import RowCounts, batch_flops
+from lmfusion.model.flops import SequenceCounts, batch_flops
 from lmfusion.model.modeling import LMFusion
 from lmfusion.planning.memory import Setup, memory_by_part, parameters
 from lmfusion.training.config import TrainConfig
@@ -94,7 +94,7 @@ def layers_that_fit(shape, dtype, device, rows):
 @functools.lru_cache(maxsize=1)  # of the largest, a GPU holds one
 def make_case(shape, dtype, device):
     batch = make_row()
-    config = model_config(shape, layers_that_fit(shape, dtype, device, RowCounts.of(batch)))
+    config = model_config(shape, layers_that_fit(shape, dtype, device, SequenceCounts.of(batch)))
     torch.manual_seed(0)
     with device:
         model = LMFusion(config, PassLatents()).train()

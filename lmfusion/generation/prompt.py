@@ -13,14 +13,14 @@ from lmfusion.conversion.model_limits import sliding_window
 from lmfusion.images.preprocessing import to_tensor
 from lmfusion.model.batch import Document, SpecialTokens, encode_caption
 from lmfusion.model.vision import VisionInput
-from lmfusion.text.chat import InputImage, Message, encode_chat
+from lmfusion.text.chat import ChatMessage, InputImage, encode_chat
 from lmfusion.text.tokenization import token_ids
 
 if TYPE_CHECKING:
     from lmfusion.model.modeling import LMFusion
 
 Part = str | Path | Image.Image | np.ndarray | VisionInput
-PromptLike = str | Sequence[Part] | Sequence[Message]
+PromptLike = str | Sequence[Part] | Sequence[ChatMessage]
 """A text; a list of texts and images (a path is an image, a str never is); or messages as in `lmfusion.text.chat`."""
 
 

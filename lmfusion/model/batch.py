@@ -72,8 +72,8 @@ class Document:
     labels: tuple[int, ...] = field(default=())
     """One per text or marker token: the id that should follow, or -100."""
     is_input: tuple[bool, ...] = ()
-    """One per image of the image tower: whether it is an input, without noise, such as the source of an edit. Others are
-    target images, which the model learns to generate."""
+    """One per image of the image tower: whether it is an input, without noise, such as the source of an edit. Others
+    are target images, which the model learns to generate."""
 
     @property
     def num_tokens(self) -> int:
@@ -296,7 +296,7 @@ def pack(
         num_labels=int((labels != IGNORED).sum()),
         boi_target_indices=torch.from_numpy(boi_target_indices),
         boi_labels=torch.from_numpy(boi_labels),
-        drawn=torch.nonzero(~is_input).flatten(),
+        target_image_indices=torch.nonzero(~is_input).flatten(),
         vision_embeds=vision_embeds,
     )
 

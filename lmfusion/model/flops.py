@@ -1,20 +1,20 @@
-"""How many floating-point operations does a packed row take, and how many can the machine do a second?
+"""Floating-point operations of a packed sequence, by part of the model, and the rate that the machine reaches.
 
-Matrix products alone are counted, two operations a multiply-add, as torch.utils.flop_counter counts them:
+Only matrix products are counted, with two operations per multiply-add, as in torch.utils.flop_counter:
 
 | tokens in a tower's layers | forward | backward |
 | --- | --- | --- |
 | constant (frozen text before the first image) | products | none |
-| live (other text), frozen text tower | products | input gradients: as many |
-| image; live text of a trained text tower | products | input and weight gradients: twice as many |
+| live (other text), frozen text tower | products | input gradients: the same number |
+| image; live text of a trained text tower | products | input and weight gradients: twice the number |
 
-Attention counts visible (query, key) pairs: two products forward; in the backward four, of the tokens that are not
-constant. The LM head counts tokens with a label, of the constant ones forward alone; the patch coder its convolutions
-and linear maps, on the way in for every image, on the way out for those that are drawn. Norms, activations,
-embeddings, the optimizer and the codec are left out.
+Attention counts visible (query, key) pairs: two products in the forward, and four in the backward for tokens that are
+not constant. The LM head counts tokens with a label (constant tokens only in the forward). The patch coder counts its
+convolutions and linear maps: encoding every image, decoding the target images. Norms, activations, embeddings, the
+optimizer and the codec are left out.
 
-MFU is the model's FLOPs over what the device could do in the same time. What is computed a second time (by
-`train.recompute`, and the scores in the backward of attention) takes time, but is no progress: it is counted apart.
+MFU is the model's FLOPs over what the device could do in the same time. Operations done a second time (by
+`train.recompute`, and the scores in the backward of attention) take time but are not progress: they are counted apart.
 """
 
 import statistics
@@ -37,8 +37,8 @@ CPU_MATMUL_SIZE, GPU_MATMUL_SIZE = 1024, 8192
 
 
 @dataclass(frozen=True)
-class RowCounts:
-    """What FLOPs and memory of a packed row depend on."""
+class SequenceCounts:
+    """What the FLOPs and the memory of a packed sequence depend on."""
 
     num_constant: float
     """Tokens, as num_live and num_image; see `lmfusion_kernels.TokenLayout`."""
@@ -46,21 +46,21 @@ class RowCounts:
     num_image: float
     num_images: float
     num_target_images: float
-    """Images that are learned to be drawn; the others are given."""
+    """Images that the model learns to generate; the others are input images."""
     num_labels: float
     num_boi_targets: float
     pairs: float
-    """(query, key) pairs that see each other."""
+    """Visible (query, key) pairs."""
     active_pairs: float
-    """Those whose query is not constant."""
+    """Visible pairs whose query is not constant."""
     active_key_pairs: float
-    """Those of them whose key is not constant either."""
+    """Visible pairs of which neither query nor key is constant."""
     latent_shape: tuple[int, int, int]
     """(C, h, w) of one image."""
 
     @classmethod
-    def of(cls, batch: Batch) -> "RowCounts":
-        """Of a batch on the CPU; on a GPU this would wait for the device."""
+    def of(cls, batch: Batch) -> "SequenceCounts":
+        """The counts of a batch on the CPU; on a GPU this would wait for the device."""
         layout = batch.layout
         channels, height, width = batch.latents.shape[1:]
         return cls(
@@ -96,11 +96,11 @@ class Flops:
 
     forward: float = 0
     backward: float = 0
-    again: float = 0
+    recomputed: float = 0
     """Forward operations that the backward does a second time."""
 
     def __add__(self, other: "Flops") -> "Flops":
-        return Flops(self.forward + other.forward, self.backward + other.backward, self.again + other.again)
+        return Flops(self.forward + other.forward, self.backward + other.backward, self.recomputed + other.recomputed)
 
     @property
     def model(self) -> float:
@@ -110,61 +110,61 @@ class Flops:
     @property
     def total(self) -> float:
         """What the device computes."""
-        return self.model + self.again
+        return self.model + self.recomputed
 
 
 def batch_flops(config: LMFusionConfig, batch: Batch, *, frozen_text: bool) -> int:
-    """FLOPs of training on `batch` (on the CPU), forward and backward, without what is computed a second time."""
-    parts = flops_by_part(config, RowCounts.of(batch), frozen_text=frozen_text)
+    """FLOPs of training on `batch` (on the CPU), forward and backward, without recomputed operations."""
+    parts = flops_by_part(config, SequenceCounts.of(batch), frozen_text=frozen_text)
     return int(sum(part.model for part in parts.values()))
 
 
 def flops_by_part(
-    config: LMFusionConfig, rows: RowCounts, *, frozen_text: bool, recompute: str = "none"
+    config: LMFusionConfig, counts: SequenceCounts, *, frozen_text: bool, recompute: str = "none"
 ) -> dict[str, Flops]:
-    """FLOPs of one row forward and backward, by class of its tokens and by part of the model."""
+    """FLOPs of one packed sequence, forward and backward, by class of its tokens and by part of the model."""
     text = config.text_config
     num_layers, pair_width = text.num_hidden_layers, text.num_attention_heads * config.head_dim
     text_layer, image_layer = layer_products(config)
-    all_of_it, ffn = set(text_layer), {"gate_up_proj", "down_proj"}
-    image_trained = {"deep": all_of_it, "shallow": ffn, "none": set()}[config.image.separation]
-    again = {"none": set(), "ffn": {"gate_up_proj"}, "layer": all_of_it - {"down_proj"}}[recompute]
+    all_products, ffn = set(text_layer), {"gate_up_proj", "down_proj"}
+    image_trained = {"deep": all_products, "shallow": ffn, "none": set()}[config.image.separation]
+    recomputed = {"none": set(), "ffn": {"gate_up_proj"}, "layer": all_products - {"down_proj"}}[recompute]
 
     def layers(num_tokens: float, layer: dict[str, int], trained: set[str]) -> Flops:
         def products(names: set[str]) -> float:
             return 2 * num_tokens * num_layers * sum(layer[name] for name in names)
 
-        return Flops(products(all_of_it), products(all_of_it) + products(trained), products(again))
+        return Flops(products(all_products), products(all_products) + products(trained), products(recomputed))
 
     product = 2 * num_layers * pair_width
-    scores_again = product * rows.active_pairs
+    recomputed_scores = product * counts.active_pairs
     attention = Flops(
-        2 * product * rows.pairs,
-        2 * product * (rows.active_pairs + rows.active_key_pairs),
-        scores_again + (2 * product * rows.active_pairs if recompute == "layer" else 0),
+        2 * product * counts.pairs,
+        2 * product * (counts.active_pairs + counts.active_key_pairs),
+        recomputed_scores + (2 * product * counts.active_pairs if recompute == "layer" else 0),
     )
-    head = 2 * rows.num_labels * text.hidden_size
+    head = 2 * counts.num_labels * text.hidden_size
     vocabulary = head * text.vocab_size
-    decisions = 2 * rows.num_boi_targets * text.hidden_size
+    decisions = 2 * counts.num_boi_targets * text.hidden_size
     fields = coder_fields(config.image.patch_coder)
-    encode, decode = patch_coder_flops(fields, config.image_hidden_size, rows.latent_shape)
+    encode, decode = patch_coder_flops(fields, config.image_hidden_size, counts.latent_shape)
     return {
-        "constant text": Flops(layers(rows.num_constant, text_layer, set()).forward),
-        "live text": layers(rows.num_live, text_layer, set() if frozen_text else all_of_it),
-        "image tokens": layers(rows.num_image, image_layer, image_trained if frozen_text else all_of_it),
+        "constant text": Flops(layers(counts.num_constant, text_layer, set()).forward),
+        "live text": layers(counts.num_live, text_layer, set() if frozen_text else all_products),
+        "image tokens": layers(counts.num_image, image_layer, image_trained if frozen_text else all_products),
         "attention": attention,
-        # The rows of BOI and EOI are trained in any case
+        # The head of BOI and EOI is trained in any case
         "LM head": Flops(vocabulary + 2 * head, vocabulary * (1 if frozen_text else 2) + 2 * (2 * head)),
         "begin of images": Flops(decisions * (text.vocab_size + 2), 2 * decisions),
         "patch coder": Flops(
-            rows.num_images * encode.forward + rows.num_target_images * decode.forward,
-            rows.num_images * encode.backward + rows.num_target_images * decode.backward,
+            counts.num_images * encode.forward + counts.num_target_images * decode.forward,
+            counts.num_images * encode.backward + counts.num_target_images * decode.backward,
         ),
     }
 
 
 def layer_products(config: LMFusionConfig) -> tuple[dict[str, int], dict[str, int]]:
-    """Elements of each matrix of one layer, of the text and of the image tower."""
+    """Elements of each weight matrix of one layer, for the text and for the image tower."""
     text, head_dim = config.text_config, config.head_dim
     num_heads, num_kv_heads = text.num_attention_heads, text.num_key_value_heads
     towers = (
@@ -184,37 +184,37 @@ def layer_products(config: LMFusionConfig) -> tuple[dict[str, int], dict[str, in
 
 
 def coder_fields(config: PatchCoderConfig) -> CoderFields:
-    """The fields of `config`, which itself cannot be hashed."""
+    """The fields of `config`, which is not hashable itself."""
     return config.kind, config.patch_size, config.channels, config.num_blocks
 
 
 @lru_cache
 def patch_coder_flops(coder: CoderFields, width: int, latent_shape: tuple[int, int, int]) -> tuple[Flops, Flops]:
-    """Of one image of `latent_shape` (C, h, w) beside a tower of `width`: on the way in, and on the way out."""
+    """FLOPs of encoding and of decoding one image of `latent_shape` (C, h, w), with a tower of `width`."""
     with torch.device("meta"):
         module = build_patch_coder(PatchCoderConfig(*coder), latent_shape[0], width)
         latents, timesteps = torch.empty(1, *latent_shape), torch.empty(1, dtype=torch.int64)
         encoded = []
         encode = products_of(module, lambda: encoded.append(module.encode(latents, timesteps)))
-        [(rows, skip)] = encoded
-        decode = products_of(module, lambda: module.decode(rows, timesteps, skip))
+        [(tokens, skip)] = encoded
+        decode = products_of(module, lambda: module.decode(tokens, timesteps, skip))
     return _of_products(encode), _of_products(decode)
 
 
 def _of_products(products: list[tuple[int, bool]]) -> Flops:
     forward = sum(flops for flops, _ in products)
-    return Flops(forward, forward + sum(flops for flops, wants_grad in products if wants_grad))
+    return Flops(forward, forward + sum(flops for flops, has_gradient in products if has_gradient))
 
 
 def products_of(module: nn.Module, call: Callable[[], object]) -> list[tuple[int, bool]]:
-    """FLOPs of each convolution and linear map of `module` that `call` runs, and whether its input wants a gradient."""
+    """FLOPs of each convolution and linear map of `module` that `call` runs, and whether its input has a gradient."""
     products = []
 
-    def note(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def record(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         products.append((2 * output.numel() * layer.weight[0].numel(), inputs[0].requires_grad))
 
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    hooks = [layer.register_forward_hook(note) for layer in layers]
+    hooks = [layer.register_forward_hook(record) for layer in layers]
     call()
     for hook in hooks:
         hook.remove()
@@ -223,9 +223,9 @@ def products_of(module: nn.Module, call: Callable[[], object]) -> list[tuple[int
 
 @lru_cache
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that torch.mm reaches here on large square matrices of normal random numbers: what MFU is measured by.
+    """FLOP/s that torch.mm reaches here on large square matrices of normal random numbers: the reference for MFU.
 
-    Measured once a process, in a fraction of a second; the median of a few products.
+    Measured once per process, in a fraction of a second; the median of a few products.
     """
     size = GPU_MATMUL_SIZE if device.type == "cuda" else CPU_MATMUL_SIZE
     generator = torch.Generator(device).manual_seed(0)

@@ -15,7 +15,7 @@ import torch
 
 from lmfusion.model.batch import SpecialTokens, caption_first_document, image_first_document, pack
 from lmfusion.model.configuration import LMFusionConfig
-from lmfusion.model.flops import Flops, RowCounts, flops_by_part
+from lmfusion.model.flops import Flops, SequenceCounts, flops_by_part
 from lmfusion.model.patch_coder import build_patch_coder
 from lmfusion.planning.memory import RESERVED, Setup, Size, checkpoint_bytes, memory_by_part, parameters
 from lmfusion.planning.presets import LLMS, CodecFacts, codec_facts, model_config, vision_parameters
@@ -141,7 +141,7 @@ def estimate(run: RunConfig, given: Assumptions) -> Estimate:
         host_bytes=checkpoint_bytes(sizes, setup),
         flops=_flops_of_one(parts, rows),
         flops_per_token=flops.model / rows.num_tokens,
-        flops_again_per_token=flops.again / rows.num_tokens,
+        flops_again_per_token=flops.recomputed / rows.num_tokens,
         encode_flops_per_image=codec.encode_flops,
         tokens_per_second=tokens_per_second,
         images_per_second=tokens_per_second * rows.num_images / rows.num_tokens,
@@ -173,7 +173,7 @@ def setup_of(train: TrainConfig, num_gpus: int) -> Setup:
 
 def expected_row(
     config: LMFusionConfig, run: RunConfig, caption_tokens: int, latent_shape: tuple[int, int, int]
-) -> RowCounts:
+) -> SequenceCounts:
     """A full row of pairs with captions of `caption_tokens`, in the mean over their kinds.
 
     Raises ValueError where latents do not divide into patches, or no such pair fits into a row.
@@ -196,15 +196,15 @@ def expected_row(
             "raise it, or make images or patches smaller or larger"
         )
     is_frozen = run.train.text_learning_rate_ratio == 0
-    sums = dict.fromkeys((f.name for f in fields(RowCounts) if f.name != "latent_shape"), 0.0)
+    sums = dict.fromkeys((f.name for f in fields(SequenceCounts) if f.name != "latent_shape"), 0.0)
     for share, document in kinds:
         latents = torch.empty(1, *latent_shape, device="meta")
         timesteps = torch.empty(1, dtype=torch.int64, device="meta")
-        counts = RowCounts.of(pack([document], latents, latents, timesteps, frozen_text=is_frozen))
+        counts = SequenceCounts.of(pack([document], latents, latents, timesteps, frozen_text=is_frozen))
         for name in sums:
             sums[name] += share * getattr(counts, name)
     fill = data.seq_len / (sums["num_constant"] + sums["num_live"] + sums["num_image"])
-    return RowCounts(**{name: fill * value for name, value in sums.items()}, latent_shape=latent_shape)
+    return SequenceCounts(**{name: fill * value for name, value in sums.items()}, latent_shape=latent_shape)
 
 
 def _num_parameters(sizes: list[Size], codec: CodecFacts) -> dict[str, int]:
@@ -220,7 +220,7 @@ def _num_parameters(sizes: list[Size], codec: CodecFacts) -> dict[str, int]:
     }
 
 
-def _flops_of_one(parts: dict[str, Flops], rows: RowCounts) -> dict[str, dict[str, float]]:
+def _flops_of_one(parts: dict[str, Flops], rows: SequenceCounts) -> dict[str, dict[str, float]]:
     counts = {
         "constant text": rows.num_constant,
         "live text": rows.num_live,

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from lmfusion.model.configuration import LMFusionConfig
-from lmfusion.model.flops import CoderFields, RowCounts, coder_fields
+from lmfusion.model.flops import CoderFields, SequenceCounts, coder_fields
 from lmfusion.model.patch_coder import PatchCoderConfig, build_patch_coder
 from lmfusion.model.towers import ImageTower, TextTower
 from lmfusion.training.optimizer import state_block
@@ -81,7 +81,7 @@ def parameters(config: LMFusionConfig, latent_channels: int, frozen_text: bool =
 def memory_by_part(
     config: LMFusionConfig,
     sizes: list[Size],
-    rows: RowCounts,
+    rows: SequenceCounts,
     setup: Setup,
     codec_parameters: int = 0,
     vision_parameters: int = 0,
@@ -119,7 +119,7 @@ def checkpoint_bytes(sizes: list[Size], setup: Setup) -> int:
     return sum(4 * copies * size.part(setup.num_ranks) + _optimizer_bytes(size, setup) for size in trained)
 
 
-def activation_bytes(config: LMFusionConfig, rows: RowCounts, setup: Setup) -> dict[str, float]:
+def activation_bytes(config: LMFusionConfig, rows: SequenceCounts, setup: Setup) -> dict[str, float]:
     """What autograd keeps of one row between its forward and its backward, weights aside."""
     text, e = config.text_config, setup.dtype.itemsize
     num_text = rows.num_constant + rows.num_live
@@ -144,7 +144,7 @@ def activation_bytes(config: LMFusionConfig, rows: RowCounts, setup: Setup) -> d
     }
 
 
-def _active_rows(config: LMFusionConfig, rows: RowCounts) -> tuple[tuple[float, int, int], tuple[float, int, int]]:
+def _active_rows(config: LMFusionConfig, rows: SequenceCounts) -> tuple[tuple[float, int, int], tuple[float, int, int]]:
     """How many rows of each tower have a backward, the tower's width, and that of its feed-forward network."""
     text = config.text_config
     return (
@@ -153,7 +153,7 @@ def _active_rows(config: LMFusionConfig, rows: RowCounts) -> tuple[tuple[float, 
     )
 
 
-def _head_rows(rows: RowCounts, device: str) -> float:
+def _head_rows(rows: SequenceCounts, device: str) -> float:
     """Rows that get logits: choosing the labelled ones would make a GPU's host wait."""
     if not rows.num_labels:
         return 0
@@ -212,7 +212,7 @@ def _gathered_bytes(sizes: list[Size], dtype: torch.dtype) -> int:
     return weights + (dtype.itemsize + 4) * trained + 4 * trained_root
 
 
-def _working_bytes(config: LMFusionConfig, rows: RowCounts, sizes: list[Size], setup: Setup) -> float:
+def _working_bytes(config: LMFusionConfig, rows: SequenceCounts, sizes: list[Size], setup: Setup) -> float:
     """What the largest of three moments needs beyond all activations: the loss, a layer, the embedding's gradient."""
     text, e = config.text_config, setup.dtype.itemsize
     first, layers, head, second = activation_bytes(config, rows, setup).values()

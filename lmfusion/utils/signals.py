@@ -1,4 +1,4 @@
-"""How is a run told to stop? The first SIGTERM or Ctrl-C asks for it, at the next boundary between steps."""
+"""Stops a run at the next boundary between steps after the first SIGTERM or Ctrl-C."""
 
 import os
 import signal
@@ -12,16 +12,16 @@ STDERR = 2
 
 
 class Stop:
-    """Whether the run was asked to stop."""
+    """Whether a signal has asked the run to stop."""
 
     is_set = False
 
 
 @contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Inside, the first SIGTERM or SIGINT only sets the flag; a second one acts as it does elsewhere.
+    """Inside the block, the first SIGTERM or SIGINT only sets the flag; a second one acts as usual.
 
-    Python gives signals to the main thread alone; in other threads the flag stays down.
+    Python delivers signals only to the main thread; in other threads the flag is never set.
     """
     stop = Stop()
     handlers: dict[int, Any] = {}
@@ -31,7 +31,7 @@ def stop_signals() -> Iterator[Stop]:
     def handle(number: int, frame: FrameType | None) -> None:
         stop.is_set = True
         signal.signal(number, handlers[number])
-        with suppress(OSError):  # not print, which raises where the signal came in the midst of another one
+        with suppress(OSError):  # not print, which raises if the signal interrupts another print
             os.write(STDERR, b"stopping after this step; once more to stop at once\n")
 
     for number in numbers:

@@ -208,7 +208,10 @@ def test_ids_beyond_the_vocabulary_would_be_boi_and_eoi(base, file, settings):
 def test_an_image_token_beyond_the_vocabulary(tmp_path):
     save_vlm(tmp_path)
     change(tmp_path / "config.json", image_token_index=260)
-    with pytest.raises(ValueError, match="image_token_index is 260, but the embedding has vocab_size 260 rows"):
+    with pytest.raises(
+        ValueError,
+        match="image_token_index must be a token id from 0 to 259, .*, got 260",
+    ):
         LMFusion.from_vlm(tmp_path, IMAGE, CODEC)
 
 

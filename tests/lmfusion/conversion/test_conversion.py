@@ -115,7 +115,7 @@ def test_unsupported_architectures_are_named(tmp_path, changes, message):
         (lambda f: (f / "config.json").write_text("{"), "config.json is damaged"),
         (
             lambda f: (f / "config.json").write_text('{"model_type": "llama", "num_attention_heads": "x"}'),
-            "config.json is no configuration that transformers can read",
+            "config.json is not a configuration that transformers can read",
         ),
     ],
 )
@@ -154,7 +154,7 @@ def test_names_that_are_no_path_go_to_the_hub(tmp_path, monkeypatch):
 
 def test_a_file_that_is_no_llm(tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(ValueError, match=r"neither a Hugging Face folder nor a \.gguf file"):
+    with pytest.raises(ValueError, match=r"must be a Hugging Face folder or a \.gguf file"):
         load_base(tmp_path / "notes.txt")
 
 

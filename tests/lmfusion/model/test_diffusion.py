@@ -34,8 +34,8 @@ def test_loss_is_one_mean_an_image_in_float32():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prediction_type": "x0"}, "prediction_type 'x0'"),
-        ({"schedule": "sigmoid"}, "schedule 'sigmoid'"),
+        ({"prediction_type": "x0"}, "prediction_type must be .* got 'x0'"),
+        ({"schedule": "sigmoid"}, "schedule must be .* got 'sigmoid'"),
         ({"num_train_timesteps": 0}, "num_train_timesteps must be from 2 .* got 0"),
         ({"loss_weight": float("nan")}, "loss_weight must be .* got nan"),
         ({"loss_weight": -1.0}, "loss_weight must be .* got -1.0"),

@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lmfusion.model.batch import Document, SpecialTokens, pack
-from lmfusion.model.flops import RowCounts, batch_flops, flops_by_part, matmul_rate
+from lmfusion.model.flops import SequenceCounts, batch_flops, flops_by_part, matmul_rate
 from tests.lmfusion.training.models import LINEAR, SMOLLM2_LAYERS, UNET, make_batch, make_model
 
 SEPARATIONS = ("deep", "shallow", "none")
@@ -21,7 +21,9 @@ def counted(model, batch):
 
 
 def total(model, batch):
-    parts = flops_by_part(model.config, RowCounts.of(batch), frozen_text=model.frozen_text, recompute=model.recompute)
+    parts = flops_by_part(
+        model.config, SequenceCounts.of(batch), frozen_text=model.frozen_text, recompute=model.recompute
+    )
     return sum(part.total for part in parts.values())
 
 
@@ -66,7 +68,7 @@ def test_counts_images_that_are_given(patch_coder, num_edits):
     batch = make_edits(model, num_edits)
     assert (batch.num_images, batch.num_target_images) == (2 * num_edits + 1, num_edits)
     assert total(model, batch) == pytest.approx(counted(model, batch), rel=1e-3)
-    rows = RowCounts.of(batch)
+    rows = SequenceCounts.of(batch)
     all_drawn = flops_by_part(model.config, replace(rows, num_target_images=rows.num_images), frozen_text=True)[
         "patch coder"
     ]
@@ -84,15 +86,15 @@ def test_a_batch_counts_what_is_not_done_again():
     model = make_model(recompute="layer")
     batch = make_batch(model)
     assert isinstance(batch_flops(model.config, batch, frozen_text=True), int)
-    parts = flops_by_part(model.config, RowCounts.of(batch), frozen_text=True, recompute="layer")
-    again = sum(part.again for part in parts.values())
+    parts = flops_by_part(model.config, SequenceCounts.of(batch), frozen_text=True, recompute="layer")
+    again = sum(part.recomputed for part in parts.values())
     assert again > 0
     assert batch_flops(model.config, batch, frozen_text=True) == pytest.approx(total(model, batch) - again)
 
 
 def test_constant_text_costs_a_forward_and_live_text_no_weight_gradients():
     model = make_model()
-    rows = RowCounts.of(make_batch(model))
+    rows = SequenceCounts.of(make_batch(model))
     parts = flops_by_part(model.config, rows, frozen_text=True)
     constant, live, image = (parts[name] for name in ("constant text", "live text", "image tokens"))
     assert constant.backward == 0

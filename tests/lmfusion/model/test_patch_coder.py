@@ -131,23 +131,23 @@ def test_default_has_the_papers_size():
 @pytest.mark.parametrize("size", [(7, 8), (8, 6), (0, 8), (2, 4)])
 def test_sizes_that_do_not_divide_are_named(size):
     coder = build(PatchCoderConfig("linear", patch_size=4))
-    with pytest.raises(ValueError, match=rf"{size[0]} x {size[1]} does not divide"):
+    with pytest.raises(ValueError, match=rf"multiples of the patch size 4, got {size[0]} x {size[1]}"):
         coder.tokens_per_image(*size)
 
 
 def test_wrong_shapes_are_named():
     coder = build(CONFIGS[1])
     latents, timesteps = torch.randn(2, 3, 8, 8, dtype=torch.float64), torch.tensor([1, 2])
-    with pytest.raises(ValueError, match=r"takes \[B, 3, h, w\]"):
+    with pytest.raises(ValueError, match=r"must have shape \[B, 3, h, w\]"):
         coder.encode(latents[:, :2], timesteps)
-    with pytest.raises(ValueError, match=r"2 latents need as many timesteps"):
+    with pytest.raises(ValueError, match=r"timesteps must have shape \[2\]"):
         coder.encode(latents, timesteps[:1])
     with pytest.raises(ValueError, match=r"7 x 8"):
         coder.encode(latents[:, :, :7], timesteps)
     rows, skip = coder.encode(latents, timesteps)
-    with pytest.raises(ValueError, match=r"rows have shape"):
+    with pytest.raises(ValueError, match=r"tokens of . images .* must have shape"):
         coder.decode(rows[:-1], timesteps, skip)
-    with pytest.raises(ValueError, match=r"rows have shape"):
+    with pytest.raises(ValueError, match=r"tokens of . images .* must have shape"):
         coder.decode(rows[:16], timesteps[:1], skip)
 
 
@@ -155,8 +155,8 @@ def test_wrong_shapes_are_named():
     ("settings", "message"),
     [
         ({"kind": "conv"}, "'conv'"),
-        ({"patch_size": 0}, "patch_size is 0"),
-        ({"patch_size": 4}, "patches of 2, not 4"),
+        ({"patch_size": 0}, "patch_size must be .* got 0"),
+        ({"patch_size": 4}, "patch_size of a unet of 2 levels must be 2, got 4"),
         ({"channels": ()}, "channels"),
         ({"num_blocks": 0}, "num_blocks 0"),
     ],

@@ -271,7 +271,7 @@ def test_damaged_files_are_named(model, tmp_path, damage, message):
         (lambda t: t.update({"image.extra": torch.zeros(1)}), "does not know, first 'image.extra'"),
         (
             lambda t: t.update({"image.norm.weight": torch.zeros(3)}),
-            r"shape \(3,\), the configuration asks for \(16,\)",
+            r"must have the configuration's shape \(16,\), got \(3,\)",
         ),
     ],
 )

@@ -122,7 +122,7 @@ def test_bfloat16_is_judged_by_its_own_rounding(vlm):
 
 
 def test_each_kind_of_base_has_its_own_method(vlm, tiny_llama):
-    with pytest.raises(ValueError, match=r"vision-language model of type 'llava_next'; use LMFusion.from_vlm"):
+    with pytest.raises(ValueError, match=r"must be an LLM, got .* of type 'llava_next'; use LMFusion.from_vlm"):
         LMFusion.from_llm(vlm, image=IMAGE, codec=CODEC)
     with pytest.raises(ValueError, match=r"an LLM of type 'llama'; use LMFusion.from_llm"):
         LMFusion.from_vlm(tiny_llama, image=IMAGE, codec=CODEC)
@@ -165,7 +165,7 @@ def test_pixels_without_image_tokens_or_vision(vlm, tiny_llama, saved_vlm):
         model(**{**inputs, "input_ids": torch.tensor([[5, model.vision.image_token_id]])})
     with pytest.raises(ValueError, match="image_sizes must be given"):
         model(**{name: inputs[name] for name in ("input_ids", "pixel_values")})
-    with pytest.raises(ValueError, match="pixel_values are for models made with"):
+    with pytest.raises(ValueError, match="pixel_values need a model made with"):
         LMFusion.from_llm(tiny_llama, image=IMAGE, codec=CODEC)(**inputs)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from lmfusion.cli import estimate as command
 from lmfusion.model.batch import SpecialTokens, caption_first_document, image_first_document, pack
-from lmfusion.model.flops import RowCounts
+from lmfusion.model.flops import SequenceCounts
 from lmfusion.model.modeling import LMFusion
 from lmfusion.planning.estimate import GIB, Assumptions, estimate, expected_row
 from lmfusion.planning.memory import RESERVED
@@ -127,7 +127,7 @@ def test_the_expected_row_is_that_of_real_documents(tiny_run):
     tokens = SpecialTokens(config.text_config.vocab_size, config.text_config.vocab_size + 1, eos_token_id=0)
     documents = [image_first_document([0] * 14, 16, tokens)] + [caption_first_document([0] * 14, 16, tokens)] * 3
     latents = torch.zeros(4, 1, 8, 8)
-    real = RowCounts.of(pack(documents, latents, latents, torch.zeros(4, dtype=torch.int64)))
+    real = SequenceCounts.of(pack(documents, latents, latents, torch.zeros(4, dtype=torch.int64)))
     assert row.num_tokens == pytest.approx(real.num_tokens) == 128
     for name in ("num_constant", "num_live", "num_image", "num_images", "num_labels", "pairs", "active_pairs"):
         assert getattr(row, name) == pytest.approx(getattr(real, name)), name

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from lmfusion.model.flops import RowCounts
+from lmfusion.model.flops import SequenceCounts
 from lmfusion.planning.memory import (
     Setup,
     activation_bytes,
@@ -31,13 +31,13 @@ def setup_of(model, **options):
 
 def memory_of(model, batch, codec_parameters=0, **options):
     sizes = parameters(model.config, batch.latents.shape[1], model.frozen_text)
-    rows = RowCounts.of(batch)
+    rows = SequenceCounts.of(batch)
     return memory_by_part(model.config, sizes, rows, setup_of(model, **options), codec_parameters)
 
 
 def calculated(model, batch):
     """What autograd keeps of a row, with the weights that are cast for it."""
-    activations = activation_bytes(model.config, RowCounts.of(batch), setup_of(model))
+    activations = activation_bytes(model.config, SequenceCounts.of(batch), setup_of(model))
     sizes = parameters(model.config, batch.latents.shape[1], model.frozen_text)
     return sum(activations.values()) + cast_bytes(sizes, model.compute_dtype)
 

@@ -295,7 +295,7 @@ def test_too_many_damaged_samples_stop_the_run_at_once(config, broken_folder):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_missing_gpu_is_named(config):
-    with pytest.raises(ValueError, match=r"train\.device is cuda, but PyTorch finds no GPU"):
+    with pytest.raises(ValueError, match=r"train\.device must be auto or cpu where PyTorch finds no GPU"):
         Trainer(config(train__device="cuda"))
 
 

@@ -39,7 +39,7 @@ RECIPE = Path(__file__).resolve().parents[3] / "recipes" / "vae.yaml"
         ({"train__min_learning_rate": 1}, "train.min_learning_rate is 1.0, more than train.learning_rate, 0.003"),
         ({"train__dtype": "float16"}, "train.dtype is 'float16'; it must be one of float32, bfloat16"),
         ({"train__device": "tpu"}, "train.device is 'tpu'"),
-        ({"validation__every": 0}, "validation.every is 0"),
+        ({"validation__every": 0}, "validation.every must be at least ., got 0"),
     ],
 )
 def test_values_that_make_no_sense_are_refused(change, message):

@@ -151,7 +151,7 @@ def test_rows_hold_the_right_images_whatever_was_dropped_before(triples, tokeniz
                 assert not given[place] and torch.equal(row.latents[place], pixels[100 + number])
                 place += 1
             assert place == row.num_images
-            num_images[row.num_images > row.num_samples_read] += 1
+            num_images[row.num_images > row.num_target_images] += 1
     assert num_images[True] > 10
 
 

@@ -97,7 +97,7 @@ def test_a_conversation_shows_and_draws(model, monkeypatch):
     shown = [part for part in sample.messages[0]["content"] if callable(part)]
     expected = torch.cat([rows_of(model, load) for load in shown])
     assert torch.equal(batch.vision_embeds, expected)
-    assert (batch.num_images, batch.num_samples_read) == (1, 1)
+    assert (batch.num_images, batch.num_target_images) == (1, 1)
     ids = batch.token_ids.tolist()
     seen = [i for i in ids if i < 0]
     assert seen == [-1 - k for k in range(len(expected))]
@@ -155,7 +155,7 @@ def test_the_gradient_reaches_the_image_tower_and_no_row_that_is_seen(model, mon
     [batch] = step.rows
     batch.vision_embeds.requires_grad_()
     output = model.train()(batch=batch)
-    assert output.num_samples_read == 3 and output.num_labels > 0
+    assert output.num_target_images == 3 and output.num_labels > 0
     output.loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.image.parameters())
     assert model.image.layers[0].mlp.down_proj.weight.grad.abs().max() > 0
@@ -178,7 +178,7 @@ def test_an_edit_sees_its_source(model, monkeypatch):
     sample = edit(1)
     whole = next(make(model, [sample], monkeypatch, caption_drop=0.0).steps(LoaderState(), 1)).rows[0]
     assert torch.equal(whole.vision_embeds, rows_of(model, sample.source))
-    assert (whole.num_images, whole.num_samples_read) == (1, 1)
+    assert (whole.num_images, whole.num_target_images) == (1, 1)
     ids = [i for i in whole.token_ids.tolist() if i >= 0]
     assert model.tokenizer.decode(ids[:-2]) == "<s>red" and ids[-2:] == [model.boi_token_id, model.eoi_token_id]
     assert (whole.labels == model.tokenizer.eos_token_id).sum() == 1
