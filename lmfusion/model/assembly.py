@@ -38,9 +38,10 @@ def assemble(
     Raises ValueError where tensors, tokenizer or image processor do not fit the configuration.
     """
     config, vocab_size = data.config, data.config.text_config.vocab_size
-    frozen, image = from_prefixes(data.tensors, *FROZEN_PREFIXES), dict(data.tensors)
-    for name in frozen:
-        del image[name]
+    # Tensors under unknown names count with the rest, so that `check_tensors` reports them
+    is_base_alone = new_image_seed is not None
+    frozen = {name: t for name, t in data.tensors.items() if is_base_alone or name.startswith(FROZEN_PREFIXES)}
+    image = {name: t for name, t in data.tensors.items() if name not in frozen}
     data.tensors.clear()  # so that `names.stack` below frees each tensor as soon as it has been stacked
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(new_image_seed or 0)

@@ -16,8 +16,8 @@ from lmfusion.model.configuration import LMFusionConfig
 from lmfusion.model.records import BaseRecord, TrainingRecord
 
 CARD_NAME = "README.md"
-BEGIN = "<!-- From here to the next line like this one, saving the model writes this file anew. The rest is yours. -->"
-END = "<!-- To here. -->"
+BEGIN = "<!-- lmfusion: saving the model rewrites the text from here to the closing comment; the rest is yours. -->"
+END = "<!-- lmfusion: end of the rewritten text. -->"
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class ModelSummary:
 
 TEMPLATE = """# {base}, with an image tower
 
-{base} is a {kind}. Beside each of its layers stands a layer of an image tower, so that it {gain}: text is
-written token by token, images are drawn by diffusion, attention is shared. Made with
+{base} is a {kind}. An image tower adds a layer beside each of its layers, so that it {gain}: text is
+generated token by token and images by diffusion, with shared attention. Made with
 [lmfusion](https://arxiv.org/abs/2412.15188). {text_side}
 
 | | |
@@ -50,7 +50,7 @@ written token by token, images are drawn by diffusion, attention is shared. Made
 In this folder, with `lmfusion` installed:
 
 ```bash
-lmfusion generate . "a caption of what to draw" --sampler dpm-solver --num-steps 20
+lmfusion generate . "a caption of the image" --sampler dpm-solver --num-steps 20
 lmfusion caption . photo.png
 {chat}{verify}```
 
@@ -58,7 +58,7 @@ lmfusion caption . photo.png
 from lmfusion import LMFusion
 
 model = LMFusion.from_pretrained("."){base_hint}
-images = model.draw(["a caption of what to draw"], sampler="dpm-solver", num_steps=20)
+images = model.draw(["a caption of the image"], sampler="dpm-solver", num_steps=20)
 captions = model.caption(images)
 ```
 
@@ -70,9 +70,9 @@ After `import lmfusion.hub`, `transformers.AutoModel.from_pretrained(".")` gives
 
 ## Limits
 
-- Its words rest on the base LLM, with that model's knowledge, errors and biases.
-- It draws and describes what its training images show, at their size; other subjects and sizes may give noise.
-- Nothing has been done to filter what it writes or draws, and no evaluation is recorded here.
+- Its text comes from the base LLM, with that model's knowledge, errors and biases.
+- It generates and describes what its training images show, at their size; other subjects and sizes may give noise.
+- Its texts and images are not filtered, and no evaluation is recorded here.
 """
 
 CHAT = 'lmfusion generate . "Draw something, then say what you drew." --chat\n'
@@ -146,7 +146,7 @@ def _body(
     return TEMPLATE.format(
         base=base_name,
         kind="text LLM" if config.vlm_config is None else "vision-language model",
-        gain="draws and sees too" if config.vlm_config is None else "draws too",
+        gain="also generates and reads images" if config.vlm_config is None else "also generates images",
         vision="" if config.vlm_config is None else _vision_row(config.vlm_config, counts["vision"]),
         text_side=text_side,
         architecture=text.model_type,
@@ -171,7 +171,7 @@ def _body(
         parts="all parts" if parts == "all" else "the image part; the base LLM is loaded from where it is, and checked",
         chat="" if config.chat_system_prompt is None else CHAT,  # trained on conversations
         verify=verify,
-        base_hint="" if parts == "all" else "  # base=FOLDER where the base LLM is elsewhere now",
+        base_hint="" if parts == "all" else "  # base=FOLDER if the base LLM has moved",
         training=_training(trained),
     )
 
@@ -186,7 +186,9 @@ def _vision_row(config: PreTrainedConfig, num_parameters: str) -> str:
 
 def _training(record: TrainingRecord | None) -> str:
     if record is None:
-        return "No training is recorded. As `lmfusion adapt` makes it, the image tower is untrained and draws noise."
+        return (
+            "No training is recorded. As `lmfusion adapt` makes it, the image tower is untrained and generates noise."
+        )
     rows = {
         "data": "; ".join(record.sources),
         "samples read": f"{record.num_samples:,}",
@@ -198,9 +200,7 @@ def _training(record: TrainingRecord | None) -> str:
         "seed": str(record.seed),
     }
     table = ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())]
-    return "\n".join(
-        ["What `lmfusion train` did; changes since, such as merged adapters, are not recorded.", "", *table]
-    )
+    return "\n".join(["By `lmfusion train`. Later changes, such as merged adapters, are not recorded.", "", *table])
 
 
 def _in_words(number: int) -> str:

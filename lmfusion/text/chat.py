@@ -23,7 +23,7 @@ from lmfusion.text.tokenization import border_tokens, control_tokens, find_token
 ChatMessage = Mapping[str, Any]
 ROLES = ("system", "user", "assistant")
 
-_MESSAGE_EXPECTED = 'message like {"role": "user", "content": "Draw a cat."}; roles are ' + ", ".join(ROLES)
+_MESSAGE_EXPECTED = f'message like {{"role": "user", "content": "Draw a cat."}} (roles: {", ".join(ROLES)})'
 
 
 class InputImage(NamedTuple):

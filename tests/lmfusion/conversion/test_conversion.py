@@ -1,4 +1,4 @@
-"""Reading LLMs: Hugging Face folders and GGUF files give transformers' weights; what cannot be read says why."""
+"""Reading LLMs: Hugging Face folders and GGUF files give transformers' weights; unreadable ones give a reason."""
 
 import json
 import os
@@ -267,14 +267,14 @@ def test_truncated_gguf_is_named(tmp_path, size):
     path = write_gguf(tmp_path / "llm.gguf", random_llm(LlamaConfig(**SIZES)))
     assert os.path.getsize(path) > 60_000
     os.truncate(path, size)
-    with pytest.raises(ValueError, match=r"llm\.gguf is truncated or no GGUF file"):
+    with pytest.raises(ValueError, match=r"llm\.gguf is truncated or not a GGUF file"):
         load_base(path)
 
 
 def test_gguf_without_a_tensor_or_with_a_foreign_one(tmp_path):
     llm = random_llm(LlamaConfig(**SIZES))
     path = write_gguf(tmp_path / "extra.gguf", llm, extra={"blk.0.attn_sinks.weight": np.zeros(4, np.float32)})
-    with pytest.raises(ValueError, match=r"does not know, first 'blk.0.attn_sinks.weight'"):
+    with pytest.raises(ValueError, match=r"do not belong to this architecture, first 'blk.0.attn_sinks.weight'"):
         LMFusion.from_llm(path, IMAGE, CODEC)
     llm.config.num_hidden_layers = 3
     with pytest.raises(ValueError, match=r"first 'text.layers.2"):

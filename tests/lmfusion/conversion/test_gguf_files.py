@@ -1,4 +1,4 @@
-"""GGUF files: every key that changes what a model computes is read or refused, and no header makes the reader wait."""
+"""GGUF files: every key that changes what a model computes is read or refused; damaged headers are refused fast."""
 
 import random
 import struct
@@ -221,7 +221,7 @@ def test_hostile_headers(tmp_path, name):
     path = tmp_path / "llm.gguf"
     path.write_bytes(HOSTILE[name])
     start = time.monotonic()
-    with pytest.raises(ValueError, match=r"llm\.gguf is truncated or no GGUF file"):
+    with pytest.raises(ValueError, match=r"llm\.gguf is truncated or not a GGUF file"):
         load_base(path)
     assert time.monotonic() - start < 2
 

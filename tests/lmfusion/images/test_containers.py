@@ -1,4 +1,4 @@
-"""A picture is its pixels: whatever else is in its file neither makes it unreadable nor takes time."""
+"""Image files: damaged or huge parts other than the pixels neither make an image unreadable nor take time."""
 
 import io
 import itertools

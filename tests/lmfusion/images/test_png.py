@@ -1,4 +1,4 @@
-"""Settings inside PNG files: what is written is read, also by Pillow; a hostile file costs nothing."""
+"""Settings inside PNG files: Pillow and we read what was written; a hostile file costs neither time nor memory."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Images of any origin become the same tensors; what cannot be read safely is named."""
+"""Images from any source become the same tensors; errors name the images that cannot be read safely."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""White behind what is transparent, for every type and depth of PNG, made by hand, and for images of Pillow's."""
+"""White behind transparent pixels, for every type and depth of PNG, made by hand, and for Pillow's images."""
 
 import io
 import struct

@@ -1,4 +1,4 @@
-"""Documents, their labels, and their rows in tower order."""
+"""Documents, their labels, and their tokens in tower order."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Codecs: frozen, deterministic, scaled as their config says, and loaded only if whole and the same as ever."""
+"""Codecs: frozen, deterministic, scaled by their config, and loaded only if undamaged and unchanged."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The diffusion process: what is added in training, and what is to be predicted."""
+"""The diffusion process in training: the noise that is added, and the target."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Are the operations of a step counted as torch counts them, whatever is frozen, shared or computed again?"""
+"""Counted FLOPs of a step equal torch's, whatever is frozen, shared or recomputed."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""LoRA of peft on the image side: in force, exact, trained alone, on and off; what it cannot do is refused."""
+"""peft's LoRA on the image side: applied, exact, trained alone, on and off; unsupported adapters are refused."""
 
 import re
 import warnings

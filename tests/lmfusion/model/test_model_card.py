@@ -1,4 +1,4 @@
-"""The model card: true, readable for huggingface_hub, and never written over what somebody changed in it."""
+"""The model card: correct, readable by huggingface_hub, and edits to it are kept."""
 
 import re
 import shlex

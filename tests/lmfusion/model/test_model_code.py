@@ -1,4 +1,4 @@
-"""Model folders that bring code: none of it runs, nobody is asked, and none is copied into what is saved."""
+"""Model folders with code: none of it runs, nobody is asked about it, and none is copied into a saved model."""
 
 import io
 import json

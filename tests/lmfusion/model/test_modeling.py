@@ -1,4 +1,4 @@
-"""The model: text alone is the base LLM, whatever the image side holds; losses, gradients, odd batches, bad input."""
+"""The model: for text it is the base LLM, whatever the image side holds; losses, gradients, odd batches, errors."""
 
 import importlib.util
 import os
@@ -187,7 +187,7 @@ def test_losses_are_those_of_the_parts(tmp_path, frozen_text):
     assert (output.num_labels, output.num_target_images) == (len(lm_losses), 2)
     torch.testing.assert_close(output.lm_loss_sum, lm_losses.sum())
     torch.testing.assert_close(output.diffusion_loss_sum, errors.sum())
-    boi_loss = output.boi_loss_sum / max(1, output.num_boi_targets)  # see test_begin_loss.py
+    boi_loss = output.boi_loss_sum / max(1, output.num_boi_targets)  # see test_boi_loss.py
     torch.testing.assert_close(output.loss, lm_losses.mean() + boi_loss + 5 * errors.mean())
     assert model.text.norm.weight.requires_grad is not frozen_text
 

@@ -1,4 +1,4 @@
-"""Patch coders: rows in raster order, time in both halves, long skips, sizes that fit."""
+"""Patch coders: tokens in raster order, time in both halves, long skips, sizes that fit."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What transformers' users and tools do with any model: loading, dtype, device, embeddings, checkpointing, export."""
+"""What transformers' users expect of a model: loading, dtype, device, embeddings, checkpointing, export."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Paths in saved files: what was saved loads from every working directory, and what has moved can be named anew."""
+"""Paths in saved files: models load from every working directory, and moved parts can be given new paths."""
 
 import json
 import os

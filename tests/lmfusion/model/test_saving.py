@@ -1,4 +1,4 @@
-"""Saving and loading: nothing is lost, the base is checked, an old model outlives a failed save, bad files named."""
+"""Saving and loading: nothing is lost, the base is checked, a failed save keeps the old model, errors name files."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Vision-language models: what is seen and read is what transformers' own classes make of it, whatever is trained."""
+"""Vision-language models compute what transformers' own classes compute, whatever else is trained."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Vision-language models on disk: read in every form of names, saved whole or in part, verified, and told from LLMs."""
+"""Vision-language models on disk: all forms of names, saved whole or in part, verified, distinguished from LLMs."""
 
 import json
 import shutil

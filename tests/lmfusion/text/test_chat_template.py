@@ -1,4 +1,4 @@
-"""Chat templates: as transformers writes them, with variables and a date of their own, and within limits."""
+"""Chat templates: rendered as in transformers, with variables and a date, and within limits."""
 
 import datetime
 import re

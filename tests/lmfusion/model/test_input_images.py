@@ -1,4 +1,4 @@
-"""Given images: seen by all that follows, without noise and without a loss of their own."""
+"""Input images of the image tower: visible to all that follows, without noise and without a loss of their own."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""Where does an image begin? The decision at rows that the frozen LLM alone computes: its loss, who learns of it."""
+"""The loss of beginning an image after constant tokens: its value, and which weights get a gradient."""
 
 import pytest
 import torch
