@@ -90,7 +90,7 @@ def test_folders_that_are_links_are_refused(tmp_path, victim):
     os.symlink(victim.parent, tmp_path / "step-00000003.tmp")
     writer = CheckpointWriter(tmp_path, 2, ALONE)
     writer.save(3, {"weights": {"a": torch.zeros(2)}}, {})
-    with pytest.raises(OSError, match=r"step-00000003\.tmp is a symbolic link"):
+    with pytest.raises(OSError, match=r"step-00000003\.tmp must not be a symbolic link"):
         writer.finish()
     assert [path.name for path in victim.parent.iterdir()] == ["victim"] and victim.read_text() == "precious"
 
