@@ -11,9 +11,9 @@ from lmfusion.utils.json_files import read_json_object
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 """A folder with none of these has no tokenizer."""
 VOCABULARY_FILES = (*_TOKENIZER_FILES, "merges.txt", "added_tokens.json")
-"""What the token ids of a text depend on. Chat templates lie in other files, and may be edited."""
+"""What the token ids of a text depend on. Chat templates are in other files, and may be edited."""
 TOKENIZER_SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-"""What transformers saves besides."""
+"""The other files that transformers saves with a tokenizer."""
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 """Of a vision-language model's image processor."""
 _FILES_WITH_CLASSES = ("tokenizer_config.json", *PROCESSOR_FILES)

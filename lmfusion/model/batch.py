@@ -168,11 +168,11 @@ def caption_prompt(prompt_ids: Sequence[int], num_image_tokens: int, tokens: Spe
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Packed documents and their images, ready for `LMFusion.forward`. All tensors lie on one device."""
+    """Packed documents and their images, ready for `LMFusion.forward`. All tensors are on one device."""
 
     layout: TokenLayout
     token_ids: Tensor
-    """int64 [num_text] in tower order (constant, then live rows); BOI and EOI by their own ids"""
+    """int64 [num_text] in tower order (constant, then live tokens); BOI and EOI by their own ids"""
     labels: Tensor
     """int64 [num_live]: the id that should follow each live token, or -100"""
     latents: Tensor

@@ -219,7 +219,7 @@ class LMFusion(PreTrainedMethods):
     def embed(self, token_ids: Tensor, vision_embeds: Tensor | None = None) -> Tensor:
         """Embeddings [n, d_text] of token ids (integer [n]), which may include BOI and EOI.
 
-        vision_embeds: [num_vision, d_text], embeddings of the vision tokens; the id -1 - k stands for number k.
+        vision_embeds: [num_vision, d_text], embeddings of the vision tokens; the id -1 - k refers to number k.
         """
         # Every id is looked up in every table and the right result chosen, so that nothing waits for the device
         vocab_size = self.boi_token_id
@@ -254,13 +254,13 @@ class LMFusion(PreTrainedMethods):
         """
         self._check_layout(layout)
         rope = self.text.rope(layout.position)
-        rows, dtype = (x_text, x_image), x_text.dtype
+        x, dtype = (x_text, x_image), x_text.dtype
         for i, layer in enumerate(self.text.layers):
             image_layer = self.image.layers[i] if len(self.image.layers) else None
             kv_cache = None if kv_caches is None else kv_caches[i]
-            rows = layer(rows, layout, rope, image_layer, kv_cache, self.recompute)
+            x = layer(x, layout, rope, image_layer, kv_cache, self.recompute)
         norms = (self.text.norm.weight.to(dtype), self.image.norm.weight.to(dtype))
-        h = lk.routed_rms_norm(rows, *norms, layout, self.config.text_config.rms_norm_eps)
+        h = lk.routed_rms_norm(x, *norms, layout, self.config.text_config.rms_norm_eps)
         return cast(tuple[Tensor, Tensor], h)
 
     def _check_device(self, device: torch.device, what: str) -> None:

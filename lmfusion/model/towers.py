@@ -34,7 +34,7 @@ class TextLayer(lk.TowerLayer):
 
     def forward(
         self,
-        rows: tuple[Tensor, Tensor],
+        x: tuple[Tensor, Tensor],
         layout: lk.TokenLayout,
         rope: Rope,
         image_layer: "ImageLayer | None" = None,
@@ -46,9 +46,9 @@ class TextLayer(lk.TowerLayer):
         image_layer: the image tower's, beside this one; None: image tokens use the text tower's weights too. The other
         parameters are those of `lk.routed_block`.
         """
-        text = self.weights(rows[0].dtype)
+        text = self.weights(x[0].dtype)
         image = text if image_layer is None else image_layer(text)
-        return self.block(rows, layout, text, image, rope, kv_cache=kv_cache, recompute=recompute)
+        return self.block(x, layout, text, image, rope, kv_cache=kv_cache, recompute=recompute)
 
     def projection(self, linear: nn.Module, dtype: torch.dtype) -> Tensor:
         weight, bias = _base_weight(linear), linear.bias

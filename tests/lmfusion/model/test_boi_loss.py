@@ -33,20 +33,21 @@ def model(tmp_path):
 
 
 def constant_logits(model, batch):
-    """Logits of all V + 2 tokens at the constant rows, with a gradient for every weight that has one."""
+    """Logits of all V + 2 tokens at the constant tokens, with a gradient for every weight that has one."""
     noisy = model.diffusion.add_noise(batch.latents, batch.noise, batch.timesteps)
     x_image, _ = model.encode_images(noisy, batch.timesteps)
     h_text, _ = model.run_layers(model.embed(batch.token_ids), x_image, batch.layout)
     return model.text_logits(h_text[: batch.layout.num_constant])
 
 
-def test_rows_before_the_first_image_decide_whether_it_begins():
+def test_tokens_before_the_first_image_decide_whether_it_begins():
     batch = make_batch()
     ids = batch.token_ids[: batch.layout.num_constant].tolist()
     assert ids == [*[1, 5, 6, 7], 1, *[1, 4, 11, 12], *[13, 14, 15, 16]]
     decided = dict(zip(batch.boi_target_indices.tolist(), batch.boi_labels.tolist(), strict=True))
     begins = {3, 4, 12}  # a caption, the bos of an image-first document, and what was said before the last image
-    assert decided == {row: row in begins for row in range(13) if row != 9}  # the prompt's first row is not scored
+    # Token 9 has no label: the first token of a prompt is not scored
+    assert decided == {token: token in begins for token in range(13) if token != 9}
     assert batch.num_boi_targets == 12 and batch.num_labels == 1 + 3
     moved = batch.to("meta")
     assert (
@@ -83,8 +84,8 @@ def test_loss_and_gradient_are_those_of_a_cross_entropy_over_everything(model, m
     full.backward()
     torch.testing.assert_close(found["image.marker_head"], model.image.marker_head.grad, rtol=1e-12, atol=1e-12)
     # What it leaves out is what the LLM alone thinks of its text
-    rows, words = logits[:, :BOI].log_softmax(-1), labels.clamp(min=0)
-    own = -rows[torch.arange(13), words.clamp(max=BOI - 1)][(labels != IGNORED) & (labels != BOI)].sum()
+    log_probs, words = logits[:, :BOI].log_softmax(-1), labels.clamp(min=0)
+    own = -log_probs[torch.arange(13), words.clamp(max=BOI - 1)][(labels != IGNORED) & (labels != BOI)].sum()
     torch.testing.assert_close(output.boi_loss_sum, full - own)
 
 

@@ -44,16 +44,16 @@ def test_counts_a_unet_and_a_narrow_tower(options):
 
 
 def make_edits(model, num_edits):
-    """A given image, an instruction, an image to draw; and a given image with a caption."""
+    """An input image, an instruction and a target image; and an input image with a caption."""
     tokens = SpecialTokens(model.boi_token_id, model.eoi_token_id, bos_token_id=1, eos_token_id=2)
     num_image, instruction = model.tokens_per_image, list(range(5, 14))
 
-    def given():
+    def with_input():
         return Document().text([1]).marker(tokens.boi_token_id).image(num_image, is_input=True)
 
-    edit = given().marker(tokens.eoi_token_id).text(instruction).marker(tokens.boi_token_id).image(num_image)
+    edit = with_input().marker(tokens.eoi_token_id).text(instruction).marker(tokens.boi_token_id).image(num_image)
     edit = edit.marker(tokens.eoi_token_id).end(tokens.eos_token_id)
-    caption = given().marker(tokens.eoi_token_id).text(instruction).end(tokens.eos_token_id)
+    caption = with_input().marker(tokens.eoi_token_id).text(instruction).end(tokens.eos_token_id)
     documents = [edit] * num_edits + [caption]
     size = model.codec.latent_size
     latents = torch.randn(2 * num_edits + 1, model.codec.latent_channels, size, size)
@@ -68,11 +68,11 @@ def test_counts_images_that_are_given(patch_coder, num_edits):
     batch = make_edits(model, num_edits)
     assert (batch.num_images, batch.num_target_images) == (2 * num_edits + 1, num_edits)
     assert total(model, batch) == pytest.approx(counted(model, batch), rel=1e-3)
-    rows = SequenceCounts.of(batch)
-    all_drawn = flops_by_part(model.config, replace(rows, num_target_images=rows.num_images), frozen_text=True)[
+    counts = SequenceCounts.of(batch)
+    all_targets = flops_by_part(model.config, replace(counts, num_target_images=counts.num_images), frozen_text=True)[
         "patch coder"
     ]
-    assert flops_by_part(model.config, rows, frozen_text=True)["patch coder"].total < 0.9 * all_drawn.total
+    assert flops_by_part(model.config, counts, frozen_text=True)["patch coder"].total < 0.9 * all_targets.total
 
 
 @pytest.mark.parametrize("recompute", ["none", "layer"])
@@ -94,13 +94,13 @@ def test_a_batch_counts_what_is_not_done_again():
 
 def test_constant_text_costs_a_forward_and_live_text_no_weight_gradients():
     model = make_model()
-    rows = SequenceCounts.of(make_batch(model))
-    parts = flops_by_part(model.config, rows, frozen_text=True)
+    counts = SequenceCounts.of(make_batch(model))
+    parts = flops_by_part(model.config, counts, frozen_text=True)
     constant, live, image = (parts[name] for name in ("constant text", "live text", "image tokens"))
     assert constant.backward == 0
     assert live.backward == live.forward
     assert image.backward == 2 * image.forward
-    trained = flops_by_part(model.config, rows, frozen_text=False)
+    trained = flops_by_part(model.config, counts, frozen_text=False)
     assert trained["live text"].backward == 2 * live.forward
 
 

@@ -22,7 +22,7 @@ UNET = {"kind": "unet", "channels": (8, 16), "num_blocks": 1}
 
 
 def build(folder, dtype=torch.float64, separation="deep", patch_coder=None):
-    """A model whose every weight matters: what training starts at zero is drawn too."""
+    """A model whose every weight matters: weights that start at zero are random, too."""
     model = LMFusion.from_llm(
         folder,
         image={

@@ -146,7 +146,7 @@ def test_full_width_tower_starts_as_a_copy(tmp_path):
     text = dict(model.text.named_parameters())
     copied = [name for name, p in model.image.named_parameters() if name in text and torch.equal(p, text[name])]
     assert sorted(copied) == sorted(name for name in text if name.startswith(("layers.", "norm.")))
-    # An image of one row after text then reads as text does
+    # An image of one token after text then reads as text does
     x = model.embed(torch.tensor([3, 4, 5, 6]))
     with torch.no_grad():
         h_text, _ = model.run_layers(x, x[:0], lk.TokenLayout.from_spans([[("text", 4)]]))
@@ -203,9 +203,9 @@ def test_caption_loss_reaches_the_image_tower_through_frozen_text(tmp_path):
 
 def test_boi_and_eoi_are_rows_of_the_image_side(tmp_path):
     model = build(tmp_path)
-    rows = model.embed(torch.tensor([3, 60, 61]))
+    embeddings = model.embed(torch.tensor([3, 60, 61]))
     expected = torch.stack([model.text.embed_tokens.weight[3], *model.image.marker_embedding])
-    assert torch.equal(rows, expected)
+    assert torch.equal(embeddings, expected)
     h = torch.randn(2, 32)
     assert torch.equal(model.text_logits(h)[:, 60:], h @ model.image.marker_head.T)
     assert torch.equal(model.text_logits(h)[:, :60], F.linear(h, model.text.lm_head.weight))

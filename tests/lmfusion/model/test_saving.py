@@ -271,7 +271,7 @@ def test_damaged_files_are_named(model, tmp_path, damage, message):
         (lambda t: t.clear(), r"lacks \d+ tensor.*image\."),
         (
             lambda t: t.update({"image.extra": torch.zeros(1)}),
-            "do not belong to this architecture, first 'image.extra'",
+            "belong to this architecture, first 'image.extra'",
         ),
         (
             lambda t: t.update({"image.norm.weight": torch.zeros(3)}),
