@@ -23,7 +23,7 @@ from lmfusion.text.tokenization import border_tokens, control_tokens, find_token
 ChatMessage = Mapping[str, Any]
 ROLES = ("system", "user", "assistant")
 
-_MESSAGE_EXPECTED = f'message like {{"role": "user", "content": "Draw a cat."}} (roles: {", ".join(ROLES)})'
+_MESSAGE_EXPECTED = f'like {{"role": "user", "content": "Draw a cat."}} (roles: {", ".join(ROLES)})'
 
 
 class InputImage(NamedTuple):
@@ -274,10 +274,10 @@ class _Verbatim(str):
 
 def _check_messages(messages: Any) -> Sequence[ChatMessage]:
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
-        raise ValueError(f"messages must be a list of at least one {_MESSAGE_EXPECTED}, got {messages!r:.80}")
+        raise ValueError(f"messages must be a list of at least one message {_MESSAGE_EXPECTED}, got {messages!r:.80}")
     for message in messages:
         if not isinstance(message, Mapping) or message.get("role") not in ROLES or "content" not in message:
-            raise ValueError(f"a message must be a {_MESSAGE_EXPECTED}, got {message!r:.80}")
+            raise ValueError(f"a message must be {_MESSAGE_EXPECTED}, got {message!r:.80}")
     return messages
 
 
