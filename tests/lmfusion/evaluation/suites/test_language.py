@@ -186,7 +186,7 @@ def unreachable(*args, **kwargs):
     [
         ({"tasks": []}, "at least one task"),
         ({"tasks": ["everyday", "everyday"]}, "each once"),
-        ({"limit": 0}, "language.limit is 0"),
+        ({"limit": 0}, "language.limit must be at least 1, got 0"),
         ({"data": {"piqa": "here"}}, "'piqa', which is not in language.tasks"),
     ],
 )
