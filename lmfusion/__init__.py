@@ -1,18 +1,16 @@
 """lmfusion: a frozen text LLM that learns to draw. Names are loaded when first used, so `import lmfusion` is quick.
 
-After `import lmfusion`, transformers' AutoConfig and AutoModel know saved models, wherever transformers is imported.
+To load saved models with transformers' AutoConfig and AutoModel, `import lmfusion.hub` first.
 """
 
 import importlib
 from typing import Any
 
-from lmfusion._auto import register_with_transformers
-
 __version__ = "0.1.0"
 
 _HOME = {
     "LMFusion": "lmfusion.model.modeling",
-    "LMFusionOutput": "lmfusion.model.modeling",
+    "LMFusionOutput": "lmfusion.model.losses",
     "LMFusionConfig": "lmfusion.model.configuration",
     "ImageTowerConfig": "lmfusion.model.configuration",
     "CodecConfig": "lmfusion.model.codec",
@@ -29,6 +27,3 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-register_with_transformers()

@@ -38,7 +38,7 @@ BREAKAGES = (
     Breakage(
         "1 text is bit-identical: the optimiser gets the text tower",
         "tests/lmfusion/training/test_trainer.py::test_frozen_text_does_not_change_by_a_bit",
-        "lmfusion/model/modeling.py",
+        "lmfusion/model/pretrained.py",
         "self.text.requires_grad_(not frozen)",
         "self.text.requires_grad_(True)",
     ),

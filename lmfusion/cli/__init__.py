@@ -9,7 +9,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from lmfusion.utils.printing import on_its_lines
+from lmfusion.utils.printing import escape_lines
 
 COMMANDS = (
     "adapt",
@@ -64,10 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return args.run(args)
     except (ValueError, OSError) as error:
-        print(f"lmfusion: error: {on_its_lines(str(error))}", file=sys.stderr)
+        print(f"lmfusion: error: {escape_lines(str(error))}", file=sys.stderr)
         return 2
     except MemoryError as error:
-        print(f"lmfusion: error: out of memory: {on_its_lines(str(error))}", file=sys.stderr)
+        print(f"lmfusion: error: out of memory: {escape_lines(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("lmfusion: interrupted", file=sys.stderr)

@@ -58,13 +58,11 @@ def run(args: argparse.Namespace) -> int:
 
     from lmfusion.conversion import load_base
     from lmfusion.model.modeling import LMFusion
-    from lmfusion.model.saving import from_base
 
     patch_coder = _given(kind=args.patch_coder, patch_size=args.patch_size)
     image = _given(hidden_size=args.image_width, intermediate_size=args.image_ffn_width, separation=args.separation)
     codec = _given(kind=args.codec, path=args.codec_path, image_size=args.image_size, channels=args.channels)
-    model = from_base(
-        LMFusion,
+    model = LMFusion.from_base(
         load_base(args.base, None if args.dtype is None else getattr(torch, args.dtype)),
         image={**image, "patch_coder": patch_coder},
         codec=codec,

@@ -95,7 +95,7 @@ def _show(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["S
 
     from lmfusion.data.inspect import contact_sheet
     from lmfusion.data.sources.unused_files import report_unused
-    from lmfusion.utils.files import replacing
+    from lmfusion.utils.files import atomic_write
 
     sources = _load(recipe, configs)
     for config, source in zip(configs, sources, strict=True):
@@ -111,7 +111,7 @@ def _show(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["S
         whole.paste(sheet, (0, top))
         top += sheet.height
     path = Path(args.output)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         whole.save(file, format="PNG")
     print(path)
     return 0
@@ -120,7 +120,7 @@ def _show(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["S
 def _check(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["SourceConfig"]) -> int:
     from lmfusion.data.inspect import by_reason, name_damage, read_all
     from lmfusion.utils.files import replace_text
-    from lmfusion.utils.printing import on_one_line
+    from lmfusion.utils.printing import escape_line
 
     damaged = []
     for config, source in zip(configs, _load(recipe, configs), strict=True):
@@ -135,9 +135,9 @@ def _check(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["
     if damaged:
         print("\n damaged  reason")
     for kind, of_kind in by_reason(damaged):
-        print(f"{len(of_kind):8d}  {on_one_line(kind)}")
+        print(f"{len(of_kind):8d}  {escape_line(kind)}")
         for damage in of_kind[:NUM_NAMED]:
-            print(f"          - {on_one_line(name_damage(damage))}")
+            print(f"          - {escape_line(name_damage(damage))}")
         if len(of_kind) > NUM_NAMED:
             print(f"          - and {len(of_kind) - NUM_NAMED} more")
     return 1 if damaged else 0

@@ -80,7 +80,7 @@ def read_without_weights(model: "ModelConfig") -> tuple["LMFusionConfig", "Codec
     Raises ValueError where the LLM has no tokenizer, and whatever `LMFusion.from_llm` or `from_pretrained` raises.
     """
     from lmfusion.conversion import open_base
-    from lmfusion.conversion.tokenizer import checked, read_tokenizer
+    from lmfusion.conversion.tokenizer import read_tokenizer, with_tokenizer_check
     from lmfusion.model.codec import load_codec
     from lmfusion.model.configuration import LMFusionConfig
     from lmfusion.model.saved_files import read_config
@@ -88,7 +88,7 @@ def read_without_weights(model: "ModelConfig") -> tuple["LMFusionConfig", "Codec
 
     if model.adapted is not None:
         folder, config = read_config(Path(resolve_path(model.adapted)), model.codec_path)
-        tokenizer = checked(lambda: read_tokenizer(folder), config.text_config.vocab_size, str(folder))()
+        tokenizer = with_tokenizer_check(lambda: read_tokenizer(folder), config.text_config.vocab_size, str(folder))()
     else:
         assert model.base is not None
         base = open_base(resolve_path(model.base))

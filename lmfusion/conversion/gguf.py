@@ -1,4 +1,4 @@
-"""GGUF files of LLMs: metadata to a transformers configuration, tensors dequantised and back in Llama's layout."""
+"""Reads LLMs from GGUF files: a transformers configuration from the metadata, and tensors in Llama's layout."""
 
 import math
 import re
@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from lmfusion.conversion.architectures import check_sizes, unsupported
+from lmfusion.conversion.architectures import unsupported
 from lmfusion.conversion.gguf_header import GGUFFile, read_header
 from lmfusion.conversion.gguf_tokenizer import end_tokens, read_tokenizer, special_ids
+from lmfusion.conversion.model_limits import check_sizes
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
@@ -71,7 +72,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope.scaling.yarn_beta_fast": (32,),
     "rope.scaling.yarn_beta_slow": (1,),
 }
-"""Keys, and the values with which they change nothing. Other values change what the model computes."""
+"""Keys, and their values that change nothing. Other values would change what the model computes."""
 
 
 def open_file(
@@ -89,7 +90,7 @@ def open_file(
     def read_tensors(dtype: torch.dtype | None) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for name in file.tensors:
-            if name == _ROPE_TABLE:  # already in the configuration
+            if name == _ROPE_TABLE:  # it is in the configuration already
                 continue
             tensor = torch.from_numpy(file.read(name))
             if architecture == "llama":
@@ -104,14 +105,16 @@ def open_file(
 
 
 def _architecture(file: GGUFFile) -> str:
-    """The file's architecture, after a look at every key of its metadata about the model."""
+    """The file's architecture, after checking every key of its metadata about the model."""
     architecture = file.metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
         raise ValueError(
             unsupported(str(file.path), f"architecture {architecture!r}", f"GGUF of {', '.join(ARCHITECTURES)}")
         )
     if file.metadata.get("split.count", 1) not in (0, 1):
-        raise ValueError(f"{file.path} is one of several parts of a model; join them with llama.cpp's gguf-split")
+        raise ValueError(
+            f"{file.path} must hold a whole model, got one of several parts; join them with llama.cpp's gguf-split"
+        )
     for key, value in file.metadata.items():
         prefix, _, name = key.partition(".")
         if prefix != architecture or name in _READ or name in _HARMLESS or value in _NEUTRAL.get(name, ()):
@@ -184,12 +187,12 @@ def _read_config(file: GGUFFile, architecture: str) -> PreTrainedConfig:
         model_type, settings["sliding_window"] = "mistral", window
     try:
         return AutoConfig.for_model(model_type, **settings)
-    except Exception as error:  # whatever transformers' validation raises on values of the wrong type
+    except Exception as error:  # whatever transformers raises on values of the wrong type
         raise ValueError(f"{path} holds metadata that transformers cannot read: {error}") from error
 
 
 def _rope_parameters(file: GGUFFile, get: Callable[..., Any], head_dim: int) -> dict[str, Any]:
-    """From the keys that llama.cpp reads. Like llama.cpp, scales linearly if there is a factor without a type."""
+    """RoPE settings from the keys that llama.cpp reads. Like llama.cpp, a factor without a type scales linearly."""
     where = str(file.path)
 
     def number(key: str, default: float) -> float:
@@ -202,7 +205,7 @@ def _rope_parameters(file: GGUFFile, get: Callable[..., Any], head_dim: int) -> 
     kind = get("rope.scaling.type", "linear")
     if kind not in ("none", "linear", "yarn"):
         raise ValueError(unsupported(where, f"rope scaling {kind!r}", "none, linear, yarn, llama3"))
-    factor = number("rope.scaling.factor", number("rope.scale_linear", 0.0)) or 1.0  # 0 stands for none
+    factor = number("rope.scaling.factor", number("rope.scale_linear", 0.0)) or 1.0  # 0 means no scaling
     attention_factor = number("rope.scaling.attn_factor", 1.0)
     if kind == "yarn":
         rope |= {
@@ -228,9 +231,9 @@ def _rope_parameters(file: GGUFFile, get: Callable[..., Any], head_dim: int) -> 
 
 
 def _llama3_rope(where: str, divisors: np.ndarray, theta: float, head_dim: int) -> dict[str, Any]:
-    """Llama 3.1's scaling, which GGUF stores as a table of divisors [D/2], back as its four numbers.
+    """Llama 3.1's scaling, which GGUF stores as a table of divisors [D/2], as its four numbers.
 
-    Every published Llama has the same three besides `factor`, the largest divisor; the table tells whether they hold.
+    `factor` is the largest divisor. The other three are the same in every published Llama; the table confirms them.
     """
     rope = {
         "rope_type": "llama3",
@@ -260,12 +263,12 @@ def _file_name(name: str) -> str:
         return _TOP_NAMES[name]
     match = _LAYER_NAME.fullmatch(name)
     if match is None or match[2] not in _LAYER_NAMES:
-        return name  # reported as unexpected by its own name
+        return name  # it is reported as unexpected by its own name
     return f"text.layers.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}"
 
 
 def _unpermute(tensor: Tensor, num_heads: int, name: str, path: Path) -> Tensor:
-    """Undo llama.cpp's order of q and k rows: it interleaves the two halves that RoPE pairs, Llama keeps them apart."""
+    """Undo llama.cpp's order of q and k rows, which interleaves the two halves that RoPE pairs."""
     rows = tensor.shape[0]
     if rows % (2 * num_heads):
         raise ValueError(f"{path}: {name!r} must have a multiple of {2 * num_heads} rows, got {rows}")

@@ -1,4 +1,4 @@
-"""Headers of GGUF files: metadata and places of tensors, each length checked against the file before it is used."""
+"""Reads headers of GGUF files: metadata and tensor positions. Each length is checked against the file before use."""
 
 import math
 import struct
@@ -14,22 +14,22 @@ _DEFAULT_ALIGNMENT = 32
 _MAX_DIMENSIONS = 4
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-"""struct's letter of each type of number, by GGUF's number of the type."""
-_LEAST_ENTRY = 13
-"""Bytes that an entry of metadata takes at least: the length of its name, a type, and a byte."""
-_LEAST_TENSOR = 24
-"""Bytes that the description of a tensor takes at least."""
+"""struct's letter for each of GGUF's number types."""
+_MIN_ENTRY_BYTES = 13
+"""The smallest entry of metadata: the length of its name, a type, and a byte."""
+_MIN_TENSOR_BYTES = 24
+"""The smallest description of a tensor."""
 
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """Where a tensor lies in the file."""
+    """The position of a tensor in the file."""
 
     shape: tuple[int, ...]
-    """As in PyTorch: the last dimension is the one whose values lie side by side."""
+    """As in PyTorch: values along the last dimension are adjacent."""
     kind: GGMLQuantizationType
     offset: int
-    """Of its first byte, from the beginning of the file."""
+    """Of its first byte, from the start of the file."""
     num_bytes: int
 
 
@@ -39,11 +39,11 @@ class GGUFFile:
 
     path: Path
     metadata: dict[str, Any]
-    """Numbers, texts, and lists of one of them."""
+    """Numbers, texts, and lists of either."""
     tensors: dict[str, GGUFTensor]
 
     def read(self, name: str) -> np.ndarray:
-        """The tensor called `name`, dequantised: float32. Raises ValueError for a type that cannot be."""
+        """The tensor `name`, dequantised to float32. Raises ValueError for a type that cannot be dequantised."""
         tensor = self.tensors[name]
         data = np.memmap(self.path, np.uint8, "r", tensor.offset, (tensor.num_bytes,))
         block_values, block_bytes = GGML_QUANT_SIZES[tensor.kind]
@@ -57,29 +57,29 @@ class GGUFFile:
 def read_header(path: Path) -> GGUFFile:
     """The header of the GGUF file at `path`.
 
-    Raises ValueError for what is no GGUF file of version 2 or 3, and for one that is truncated or damaged.
+    Raises ValueError for a file that is not GGUF of version 2 or 3, or is truncated or damaged.
     """
     try:
         # An empty file cannot be mapped
         data: Any = np.memmap(path, np.uint8, "r") if path.stat().st_size else b""
         return _Reader(memoryview(data)).file(path)
-    except ValueError as error:  # _DamagedError, and bytes that are no UTF-8
-        raise ValueError(f"{path} is truncated or no GGUF file ({error}); copy it again from its source") from error
+    except ValueError as error:  # _DamagedError, or bytes that are not UTF-8
+        raise ValueError(f"{path} is truncated or not a GGUF file ({error}); copy it again from its source") from error
 
 
 class _DamagedError(ValueError):
-    """The header contradicts itself, or the length of the file."""
+    """The header contradicts itself or the length of the file."""
 
 
 class _Reader:
-    """A place in the bytes of the file, from which values are read one after the other."""
+    """Reads values one after the other from the bytes of the file."""
 
     def __init__(self, data: memoryview) -> None:
         self._data = data
-        self._at = 0
+        self._position = 0
 
     def file(self, path: Path) -> GGUFFile:
-        """Everything, from the beginning of the file."""
+        """The whole header, from the start of the file."""
         if bytes(self._take(4)) != b"GGUF":
             raise _DamagedError("it does not begin with GGUF")
         version = self._number("I")
@@ -88,18 +88,18 @@ class _Reader:
             raise _DamagedError(f"its version is {version}" if not big_endian else "its byte order is big-endian")
         num_tensors, num_entries = self._number("Q"), self._number("Q")
         metadata: dict[str, Any] = {}
-        for _ in range(self._count(num_entries, _LEAST_ENTRY, "entries of metadata")):
+        for _ in range(self._count(num_entries, _MIN_ENTRY_BYTES, "entries of metadata")):
             name = self._string()
             if name in metadata:
                 raise _DamagedError(f"it holds {name!r:.80} twice")
             metadata[name] = self._value(self._number("I"))
-        places = [self._tensor() for _ in range(self._count(num_tensors, _LEAST_TENSOR, "tensors"))]
+        descriptions = [self._tensor() for _ in range(self._count(num_tensors, _MIN_TENSOR_BYTES, "tensors"))]
         alignment = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise _DamagedError(f"general.alignment is {alignment!r:.80}")
-        start = -(-self._at // alignment) * alignment
+        start = -(-self._position // alignment) * alignment
         tensors: dict[str, GGUFTensor] = {}
-        for name, shape, kind, offset in places:
+        for name, shape, kind, offset in descriptions:
             if name in tensors:
                 raise _DamagedError(f"it holds the tensor {name!r:.80} twice")
             tensors[name] = self._placed(name, shape, kind, start + offset)
@@ -137,7 +137,7 @@ class _Reader:
         element, count = self._number("I"), self._number("Q")
         if element == _STRING:
             return [self._string() for _ in range(self._count(count, 8, "texts in a list"))]
-        letter = self._scalar(element)  # lists of lists are in no file that llama.cpp reads
+        letter = self._scalar(element)  # llama.cpp reads no lists of lists either
         size = struct.calcsize(f"<{letter}")
         return list(
             struct.unpack(f"<{self._count(count, size, 'numbers in a list')}{letter}", self._take(size * count))
@@ -154,15 +154,15 @@ class _Reader:
     def _string(self) -> str:
         return bytes(self._take(self._number("Q"))).decode()
 
-    def _count(self, count: int, least_bytes: int, what: str) -> int:
-        """`count`, unless the rest of the file is too short for so many."""
-        if count * least_bytes > len(self._data) - self._at:
+    def _count(self, count: int, min_bytes: int, what: str) -> int:
+        """`count`, if the rest of the file is long enough for it. what: names the things that are counted."""
+        if count * min_bytes > len(self._data) - self._position:
             raise _DamagedError(f"it is too short for {count} {what}")
         return count
 
     def _take(self, num_bytes: int) -> memoryview:
-        if num_bytes > len(self._data) - self._at:
+        if num_bytes > len(self._data) - self._position:
             raise _DamagedError("it ends too early")
-        taken = self._data[self._at : self._at + num_bytes]
-        self._at += num_bytes
+        taken = self._data[self._position : self._position + num_bytes]
+        self._position += num_bytes
         return taken

@@ -1,4 +1,4 @@
-"""Tokenizers of GGUF files: the tokens that llama.cpp gives, and the tokens that end an answer in it."""
+"""Reads tokenizers of GGUF files, with the same token ids and end tokens as in llama.cpp."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,9 +12,9 @@ from lmfusion.conversion.architectures import unsupported
 
 _PREFIX = "tokenizer.ggml."
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
-"""Types of tokens."""
+"""Token types."""
 _DEFAULT_IDS = {"bos": 1, "eos": 2, "unknown": 0}
-"""Of a SentencePiece vocabulary whose file does not name them."""
+"""Ids of a SentencePiece vocabulary whose file does not give them."""
 
 _ENDINGS = "'s|'t|'re|'ve|'m|'ll|'d"
 _SPACES = r"\s+(?!\S)|\s+"
@@ -22,13 +22,13 @@ _GPT2 = rf"{_ENDINGS}| ?\p{{L}}+| ?\p{{N}}+| ?[^\s\p{{L}}\p{{N}}]+|{_SPACES}"
 
 
 def _words(digits: str) -> str:
-    """Llama 3's pattern and those that differ from it in `digits`."""
+    """Llama 3's pattern, and those that differ from it only in `digits`."""
     word = r"[^\r\n\p{L}\p{N}]?\p{L}+"
     return rf"(?i:{_ENDINGS})|{word}|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|{_SPACES}"
 
 
 def _cased_words(ending: str, digits: str) -> str:
-    """Patterns that begin a word at a capital letter: Mistral's and GPT-4o's."""
+    """Patterns in which a capital letter begins a word: Mistral's and GPT-4o's."""
     first, upper = r"[^\r\n\p{L}\p{N}]?", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
     lower = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
     words = rf"{first}{upper}*{lower}+{ending}|{first}{upper}+{lower}*{ending}"
@@ -48,9 +48,9 @@ _PATTERNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("default", _DEFAULT),
 )
 PRE_TOKENIZERS = {name: patterns for names, patterns in _PATTERNS for name in names.split()}
-"""Patterns that a text is split by, one after the other, by the name of the pre-tokenizer."""
+"""Patterns that split a text, one after the other, by the name of the pre-tokenizer."""
 _WHOLE_WORDS = ("llama3", "llama-v3", "llama-bpe", "falcon3", "pixtral", "midm-2.0", "tekken")
-"""Pre-tokenizers with which a word of the vocabulary is one token, whatever the merges, and bos comes first unless the
+"""Pre-tokenizers for which a word in the vocabulary is one token, whatever the merges, and bos comes first unless the
 file says otherwise."""
 
 _END_NAMES = (
@@ -60,19 +60,19 @@ _END_NAMES = (
     "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]",
     "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>",
 )  # fmt: skip
-"""Tokens that end an answer in llama.cpp by their text. So does </s>, which is a plain word in some vocabularies: here
-it does where it is a control token."""
+"""Tokens whose text ends an answer in llama.cpp. </s> does so too, but it is a plain word in some vocabularies: here it
+ends an answer only if it is a control token."""
 _END_KEYS = ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")
 _NOT_AN_END = (
     ("<|end|>", ("<|return|>", "<|call|>")),
     ("<|end|>", ("<|flush|>", "<|calls|>")),
     ("</s>", ("<|tool_response>",)),
 )
-"""Tokens that are no end where others are in the vocabulary, too."""
+"""Tokens that do not end an answer if all of the others are in the vocabulary, too."""
 
 
 def special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
-    """Ids of bos, eos, unknown and padding, as far as the file has them."""
+    """Ids of bos, eos, unknown and padding, if the file has them."""
     found = dict(_DEFAULT_IDS) if metadata.get(_PREFIX + "model") == "llama" else {}
     named = {name: _token_id(metadata, name) for name in ("bos", "eos", "unknown", "padding")}
     return found | {name: token_id for name, token_id in named.items() if token_id is not None}
@@ -86,7 +86,7 @@ def _token_id(metadata: Mapping[str, Any], name: str) -> int | None:
 
 
 def end_tokens(metadata: Mapping[str, Any]) -> list[int]:
-    """Ids that end an answer, eos first: those that the file names, and tokens that end one by their text."""
+    """Ids that end an answer, eos first: those that the file gives, and those of tokens whose text ends one."""
     ids = [special_ids(metadata).get("eos"), *(_token_id(metadata, name) for name in _END_KEYS)]
     tokens, types = _list(metadata, "tokens", []), _list(metadata, "token_type", [])
     id_of = {token: token_id for token_id, token in enumerate(tokens)}
@@ -101,7 +101,7 @@ def end_tokens(metadata: Mapping[str, Any]) -> list[int]:
 
 
 def read_tokenizer(path: Path, metadata: Mapping[str, Any]) -> Any:
-    """The tokenizer in the file, chat template and all; None where there is none.
+    """The tokenizer in the file, with its chat template; None where there is none.
 
     Raises ValueError for one that is damaged, and for a kind or a pre-tokenizer that is not supported.
     """
@@ -116,12 +116,12 @@ def read_tokenizer(path: Path, metadata: Mapping[str, Any]) -> Any:
         return _finished(metadata, tokens, backend)
     except _UnsupportedError:
         raise
-    except Exception as error:  # tokenizers raises a bare Exception for a vocabulary that it does not take
+    except Exception as error:  # tokenizers raises a bare Exception for a vocabulary that it rejects
         raise ValueError(f"the tokenizer in {path} is damaged: {error}") from error
 
 
 class _UnsupportedError(ValueError):
-    """A tokenizer that is intact, but of a kind that is not supported."""
+    """The tokenizer is intact, but of a kind that is not supported."""
 
 
 def _tokens(metadata: Mapping[str, Any]) -> list[str]:
@@ -181,7 +181,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Tokeni
             continue
         parts = [(token[:i], token[i:]) for i in range(1, len(token))]
         merges += [(scores[token_id], a, b) for a, b in parts if a in vocabulary and b in vocabulary]
-    merges.sort(key=lambda merge: -merge[0])  # stable: of equal scores the one with the lower id
+    merges.sort(key=lambda merge: -merge[0])  # stable: for equal scores, the lower id comes first
     unknown = special_ids(metadata)["unknown"]
     tokenizer = Tokenizer(
         models.BPE(
@@ -192,7 +192,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Tokeni
             byte_fallback=True,
         )
     )
-    # A space before every piece of text: the first, and each that follows a control token
+    # A space before every piece of text: the first one, and each one after a control token
     has_prefix = bool(metadata.get(_PREFIX + "add_space_prefix", True))
     spaces = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if has_prefix else spaces
@@ -202,7 +202,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: Sequence[str]) -> Tokeni
 
 
 def _finished(metadata: Mapping[str, Any], tokens: Sequence[str], tokenizer: Tokenizer) -> Any:
-    """`tokenizer` with its control tokens, and bos and eos put around texts where the file asks for it."""
+    """`tokenizer` with its control tokens, and with bos and eos around texts if the file says so."""
     ends = {tokens[token_id] for token_id in end_tokens(metadata) if 0 <= token_id < len(tokens)}
     types = dict(zip(tokens, _list(metadata, "token_type", []), strict=False))
     control = [token for token in tokens if token in ends or types.get(token) in (_CONTROL, _UNKNOWN)]
@@ -212,7 +212,7 @@ def _finished(metadata: Mapping[str, Any], tokens: Sequence[str], tokenizer: Tok
     names = {}
     for name, token_id in special_ids(metadata).items():
         if not 0 <= token_id < len(tokens):
-            raise ValueError(f"its {name}_token_id is {token_id}, of {len(tokens)} tokens")
+            raise ValueError(f"its {name}_token_id must be from 0 to {len(tokens) - 1}, got {token_id}")
         names[name] = tokens[token_id]
     is_first = metadata[_PREFIX + "model"] == "llama" or metadata.get(_PREFIX + "pre") in _WHOLE_WORDS
     around = {

@@ -1,4 +1,4 @@
-"""Downloads from the Hugging Face hub: exactly the files that are read."""
+"""Downloads base models from the Hugging Face hub: only the files that are read."""
 
 import glob
 from pathlib import Path
@@ -6,44 +6,38 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from lmfusion.conversion.huggingface import CONFIG_NAME, GENERATION_NAME, INDEX_NAME, SINGLE_NAME, shard_names
+from lmfusion.conversion.tokenizer import PROCESSOR_FILES, TOKENIZER_SETTINGS_FILES, VOCABULARY_FILES
 
 SMALL_FILES = (
     CONFIG_NAME,
     GENERATION_NAME,
     INDEX_NAME,
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
+    *VOCABULARY_FILES,
+    *TOKENIZER_SETTINGS_FILES,
     "additional_chat_templates/*.jinja",
     "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
+    *PROCESSOR_FILES,
 )
 """Configurations, tokenizer and image processor."""
 
 
 def download(name: str) -> Path:
-    """The folder of this machine's cache with the base that the hub calls `name`, fetched where it is not there yet.
+    """The cache folder of the base that the hub calls `name`, downloaded if it is not there yet.
 
-    Of the weights that is model.safetensors, or else the shards that its index lists. Raises FileNotFoundError where
-    the hub gives none, and ValueError for a damaged index.
+    The weights are model.safetensors, or else the shards that its index lists. Raises FileNotFoundError where the hub
+    has no such model, and ValueError for a damaged index.
     """
     folder = _fetch(name, [*SMALL_FILES, SINGLE_NAME])
     if not (folder / SINGLE_NAME).is_file() and (folder / INDEX_NAME).is_file():
         shards = [glob.escape(shard) for shard in shard_names(folder / INDEX_NAME)]
-        folder = _fetch(name, shards, folder.name)  # named after the commit
+        folder = _fetch(name, shards, folder.name)  # the folder is named after the commit
     return folder
 
 
 def _fetch(name: str, files: list[str], revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=files))
-    except Exception as error:  # many kinds: malformed name, no network, no such repository, no access
+    except Exception as error:  # of many kinds: malformed name, no network, no such repository, no access
         raise FileNotFoundError(
             f"no base model at {name!r}: there is no such folder or file here, and the Hugging Face hub gave none "
             f"({type(error).__name__}); give the path of a folder with config.json and safetensors, or of a .gguf file"

@@ -1,6 +1,5 @@
-"""Hugging Face folders: config.json, generation_config.json and safetensors (single or sharded); no pickle, no code."""
+"""Reads Hugging Face folders: configurations and safetensors (single or sharded), without pickle and without code."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +10,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from lmfusion.conversion.architectures import MODEL_TYPES, check_sizes, unsupported
+from lmfusion.conversion.architectures import MODEL_TYPES, unsupported
+from lmfusion.conversion.model_limits import check_sizes
 from lmfusion.conversion.names import from_llama
 from lmfusion.conversion.tokenizer import read_tokenizer
+from lmfusion.utils.json_files import read_json_object
 
 CONFIG_NAME = "config.json"
 GENERATION_NAME = "generation_config.json"
@@ -21,9 +22,9 @@ SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 EMBEDDING, HEAD = "text.embed_tokens.weight", "text.lm_head.weight"
 COMPUTED = ("rotary_emb.inv_freq", "embeddings.position_ids")
-"""Ends of names of tensors that older checkpoints hold and that follow from the configuration."""
+"""Endings of tensors in older checkpoints that follow from the configuration."""
 _CODE_KEYS = ("auto_map", "attn_implementation", "_attn_implementation", "experts_implementation", "custom_pipelines")
-"""In a config.json: what names code in the folder, or in a repository of kernels that transformers would fetch."""
+"""Keys of a config.json that name code in the folder, or in a repository of kernels that transformers would fetch."""
 
 
 def open_folder(
@@ -35,10 +36,10 @@ def open_folder(
 
 
 def read_config(folder: Path) -> PreTrainedConfig:
-    """transformers' configuration object of the LLM in `folder`, corrected by what lies beside it."""
+    """transformers' configuration object of the LLM in `folder`, corrected by the files beside it."""
     path = folder / CONFIG_NAME
     settings = read_settings(path)
-    if settings.get("model_type") not in MODEL_TYPES:  # before transformers looks at it: it may not know it either
+    if settings.get("model_type") not in MODEL_TYPES:  # before transformers reads it, which may not know it either
         raise ValueError(
             unsupported(
                 str(folder),
@@ -53,36 +54,30 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The JSON object in a configuration file. Raises FileNotFoundError or ValueError."""
+    """The JSON object in a configuration file. Raises FileNotFoundError, other OSErrors, or ValueError."""
     if not path.is_file():
         raise FileNotFoundError(
             f"{path.parent} holds no {path.name}; a base model is a folder that transformers can load"
         )
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a valid JSON object: {error}") from error
-    if not isinstance(settings, dict):
-        raise ValueError(f"{path} is not a valid JSON object: it holds {type(settings).__name__}")
-    return settings
+    return read_json_object(path, strict=False)
 
 
 def build_config(settings: Mapping[str, Any], path: Path) -> PreTrainedConfig:
     """transformers' configuration object of the `settings` that were read from `path`.
 
-    What names code, of the folder or of a repository of kernels, is left out: lmfusion runs none. Raises ValueError for
-    values that no model has.
+    Keys that name code, in the folder or in a repository of kernels, are left out. Raises ValueError for values that no
+    model has.
     """
     check_sizes(settings, str(path))
     try:
         config: PreTrainedConfig = CONFIG_MAPPING[settings["model_type"]].from_dict(without_code(settings))
     except Exception as error:  # whatever transformers' validation raises on values of the wrong type
-        raise ValueError(f"{path} is no configuration that transformers can read: {error}") from error
+        raise ValueError(f"{path} is not a configuration that transformers can read: {error}") from error
     return config
 
 
 def without_code(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The `settings` of a config.json without what would make transformers look for code, in any part of them."""
+    """The `settings` of a config.json without the keys, at any depth, that would make transformers look for code."""
     plain = {key: value for key, value in settings.items() if key not in _CODE_KEYS}
     return {key: without_code(value) if isinstance(value, dict) else value for key, value in plain.items()}
 
@@ -90,12 +85,12 @@ def without_code(settings: Mapping[str, Any]) -> dict[str, Any]:
 def end_tokens(configured: int | list[int] | None, folder: Path) -> int | list[int] | None:
     """Tokens that end an answer: `configured` in config.json, and those of generation_config.json in `folder`."""
     path = folder / GENERATION_NAME
-    named = read_settings(path).get("eos_token_id") if path.is_file() else None
+    generation = read_settings(path).get("eos_token_id") if path.is_file() else None
     ids: list[int] = []
-    for value in (configured, named):
+    for value in (configured, generation):
         ids += [token_id for token_id in (value if isinstance(value, list) else [value]) if token_id not in (None, -1)]
     if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
-        raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, got {named!r:.80}")
+        raise ValueError(f"{path}: eos_token_id must be a token id or a list of them, got {generation!r:.80}")
     ids = list(dict.fromkeys(ids))
     return ids if len(ids) > 1 else next(iter(ids), None)
 
@@ -103,15 +98,15 @@ def end_tokens(configured: int | list[int] | None, folder: Path) -> int | list[i
 def keep_own_head(config: PreTrainedConfig, folder: Path, rename: Callable[[str], str]) -> None:
     """Set `tie_word_embeddings` of the LLM's `config` false where the folder's files hold an LM head of its own.
 
-    As in transformers, which ties head and embedding only where the files hold one of them, or the same twice.
-    rename: turns a checkpoint's name of a tensor into ours. Missing files are ignored; `weight_files` refuses them.
+    transformers does the same: it ties head and embedding only where the files hold one of them, or two equal tensors.
+    rename: from the checkpoint's name of a tensor to ours. Missing files are ignored here; `weight_files` refuses them.
     """
     if not config.tie_word_embeddings:
         return
     found: dict[str, Tensor] = {}
     for path in filter(Path.is_file, _listed_files(folder)):
         with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
                 if rename(name) in (EMBEDDING, HEAD):
                     found[rename(name)] = file.get_tensor(name)
     if len(found) == 2 and not torch.equal(found[EMBEDDING], found[HEAD]):
@@ -121,7 +116,7 @@ def keep_own_head(config: PreTrainedConfig, folder: Path, rename: Callable[[str]
 def read_tensors(
     folder: Path, config: PreTrainedConfig, rename: Callable[[str], str], dtype: torch.dtype | None
 ) -> dict[str, Tensor]:
-    """All tensors of a base that matter, by file name. config: of its LLM. Raises ValueError as `read_safetensors`."""
+    """All tensors of a base that are used, by file name. config: of its LLM. Raises what `read_safetensors` raises."""
     tensors: dict[str, Tensor] = {}
     original: dict[str, str] = {}
     for name, tensor in read_safetensors(folder, dtype).items():
@@ -147,8 +142,8 @@ def weight_files(folder: Path) -> list[Path]:
     if not files:
         if any(folder.glob("*.bin")):
             raise ValueError(
-                f"{folder} holds its weights as pickle (.bin), which can run code when read; convert them to "
-                "safetensors, for example with transformers' save_pretrained"
+                f"{folder} must hold its weights as safetensors, got pickle (.bin), which can run code when read; "
+                "convert them, for example with transformers' save_pretrained"
             )
         raise FileNotFoundError(f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}")
     for path in files:
@@ -158,7 +153,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _listed_files(folder: Path) -> list[Path]:
-    """The files that should hold the weights; none where there is neither a single one nor an index."""
+    """The files that should hold the weights; an empty list without model.safetensors and without an index."""
     if (folder / SINGLE_NAME).is_file():
         return [folder / SINGLE_NAME]
     index = folder / INDEX_NAME
@@ -166,10 +161,10 @@ def _listed_files(folder: Path) -> list[Path]:
 
 
 def shard_names(index: Path) -> list[str]:
-    """Names of the files that an index of shards lists, which lie beside it. Raises ValueError for a damaged index."""
+    """Names of the files, beside it, that an index of shards lists. Raises ValueError for a damaged index."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        names = sorted(set(read_json_object(index, strict=False)["weight_map"].values()))
+    except (KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{index} is damaged: {error!r}; copy it again from its source") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
@@ -186,7 +181,7 @@ def read_safetensors(folder: Path, dtype: torch.dtype | None = None) -> dict[str
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
         with _opened(path) as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
+            for name in file.keys():  # noqa: SIM118 (not a mapping)
                 if name in tensors:
                     raise ValueError(f"{path} holds the tensor {name!r}, which another shard holds too")
                 tensor = file.get_tensor(name)

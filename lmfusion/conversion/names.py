@@ -1,9 +1,9 @@
-"""How are tensors named in files and in memory? The only place that stacks, splits and renames weights.
+"""Names of tensors in files and in memory: the only place that stacks, splits and renames weights.
 
 In files: Llama's names (q_proj, k_proj, v_proj, gate_proj, up_proj) under `text.` and `image.`. In memory: one matrix
-`qkv_proj` and one `gate_up_proj` a layer, so that each takes one matrix product. In a Llama checkpoint the text tower's
-tensors begin with `model.`, except for `lm_head`. What a VLM sees with lies under `vision.` and keeps transformers'
-names, in files and in memory.
+`qkv_proj` and one `gate_up_proj` per layer, so that each takes one matrix product. In a Llama checkpoint the text
+tower's tensors begin with `model.`, except for `lm_head`. The tensors of a VLM's vision encoder are under `vision.`
+with transformers' names, in files and in memory.
 """
 
 import re
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from lmfusion.model.configuration import head_dim_of
+from lmfusion.conversion.model_limits import head_dim_of
 
 _STACKED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 _STACKED_NAME = re.compile(r"(.*)\.(qkv_proj|gate_up_proj)\.(weight|bias)")
@@ -21,7 +21,7 @@ _PART_NAME = re.compile(r"((?:text|image)\..*)\.([qkv]_proj|gate_proj|up_proj)\.
 
 
 def split(tensors: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[str, Tensor]:
-    """File names from memory names; stacked tensors become contiguous parts. `config`: the base LLM's."""
+    """From memory names to file names; stacked tensors become contiguous parts. config: the base LLM's."""
     head_dim = head_dim_of(config)
     qkv = [n * head_dim for n in (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)]
     named = {}
@@ -38,7 +38,7 @@ def split(tensors: Mapping[str, Tensor], config: PreTrainedConfig) -> dict[str, 
 
 
 def stack(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Memory names from file names. Empties `tensors` as it goes, so that at most one layer is held twice."""
+    """From file names to memory names. Empties `tensors` as it goes, so that at most one layer is held twice."""
     named = {}
     for name in list(tensors):
         match = _PART_NAME.fullmatch(name)
@@ -58,7 +58,7 @@ def from_llama(name: str) -> str:
 
 
 def to_llama(name: str) -> str:
-    """What a Llama checkpoint calls the text tensor of this file name; others keep theirs."""
+    """The name in a Llama checkpoint of the text tensor with this file name; other names stay as they are."""
     if not name.startswith("text."):
         return name
     plain = name.removeprefix("text.")
@@ -73,11 +73,11 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], w
     unexpected = [name for name in found if name not in expected]
     if unexpected:
         raise ValueError(
-            f"{where} has {len(unexpected)} tensor(s) this architecture does not know, first {unexpected[0]!r}"
+            f"{where} has {len(unexpected)} tensor(s) that do not belong to this architecture, first {unexpected[0]!r}"
         )
     for name, tensor in found.items():
         if tensor.shape != expected[name].shape:
             raise ValueError(
-                f"{where}: {name!r} has shape {tuple(tensor.shape)}, the configuration asks for "
-                f"{tuple(expected[name].shape)}"
+                f"{where}: {name!r} must have the configuration's shape {tuple(expected[name].shape)}, got "
+                f"{tuple(tensor.shape)}"
             )

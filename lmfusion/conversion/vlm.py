@@ -1,6 +1,6 @@
-"""How is a LLaVA-type model's folder read? Its LLM as any other, and beside it what it sees with.
+"""Reads folders of LLaVA-type models: the LLM as any other, and the vision encoder and projector beside it.
 
-Checkpoints name the same tensors in several ways, by the version of transformers that wrote them:
+The names of tensors in a checkpoint depend on the version of transformers that wrote it (last column: our names):
 
     language_model.model.layers.0...    model.language_model.layers.0...    text.layers.0...
     language_model.lm_head.weight       lm_head.weight                      text.lm_head.weight
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import AutoImageProcessor, PreTrainedConfig
 
-from lmfusion.conversion.architectures import check_token_ids
+from lmfusion.conversion.architectures import VLM_TYPES, check_vlm
 from lmfusion.conversion.huggingface import (
     CONFIG_NAME,
     build_config,
@@ -25,16 +25,15 @@ from lmfusion.conversion.huggingface import (
     read_settings,
     read_tensors,
 )
-from lmfusion.conversion.tokenizer import read_tokenizer, refuse_code
-from lmfusion.model.vision import VLM_TYPES, check_vlm
+from lmfusion.conversion.model_limits import check_token_ids
+from lmfusion.conversion.tokenizer import PROCESSOR_FILES, read_tokenizer, refuse_code
 
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 VISION_PREFIX = "vision.model."
 _VISION_PARTS = ("vision_tower.", "multi_modal_projector.", "image_newline")
 
 
 def is_vlm(folder: Path) -> bool:
-    """Whether `folder` holds a vision-language model of a type that is supported."""
+    """Whether `folder` holds a vision-language model of a supported type."""
     try:
         return read_settings(folder / CONFIG_NAME).get("model_type") in VLM_TYPES
     except (OSError, ValueError):
@@ -56,7 +55,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
     config = build_config(read_settings(path), path)
     check_vlm(config, str(folder))
     text = config.text_config
-    # transformers ties the head of such a model where the whole says so, whatever its LLM by itself does
+    # transformers ties the head where the configuration of the whole model says so, and ignores that of the LLM
     text.tie_word_embeddings = config.tie_word_embeddings
     keep_own_head(text, folder, file_name)
     config.tie_word_embeddings = text.tie_word_embeddings
@@ -66,7 +65,7 @@ def read_config(folder: Path) -> PreTrainedConfig:
 
 
 def read_image_processor(folder: Path) -> Any:
-    """The image processor saved in `folder`, that of Pillow; None where there is none."""
+    """The image processor saved in `folder`, in its version for Pillow; None where there is none."""
     if not any((folder / name).is_file() for name in PROCESSOR_FILES):
         return None
     refuse_code(folder)
@@ -77,7 +76,7 @@ def read_image_processor(folder: Path) -> Any:
 
 
 def _read_tokenizer(folder: Path) -> Any:
-    """The tokenizer, with the chat template that some checkpoints keep in their processor's files alone."""
+    """The tokenizer, with the chat template that some checkpoints keep only in their processor's files."""
     tokenizer = read_tokenizer(folder)
     if tokenizer is not None and not tokenizer.chat_template:
         for name in ("chat_template.json", "processor_config.json"):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmfusion.model.saving import digests
+from lmfusion.model.records import tensor_digests
 
 if TYPE_CHECKING:
     from lmfusion.model.modeling import LMFusion
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def model_digest(model: "LMFusion") -> str:
     """sha256 over every tensor with its dtype, the configuration, and the compute dtype."""
-    tensors = digests(dict(model.state_dict()))
+    tensors = tensor_digests(dict(model.state_dict()))
     dtypes = {name: str(tensor.dtype) for name, tensor in model.state_dict().items()}
     config = {key: value for key, value in model.config.to_dict().items() if "name_or_path" not in key}
     return values_digest([tensors, dtypes, str(model.compute_dtype), config])

@@ -22,10 +22,11 @@ from lmfusion.evaluation.report import render_report
 from lmfusion.evaluation.results import SuiteResult
 from lmfusion.evaluation.suites import Suite, load_suite
 from lmfusion.model.modeling import LMFusion
-from lmfusion.utils.config_values import read_json_object, to_values
+from lmfusion.utils.config_values import to_values
 from lmfusion.utils.devices import choose_device, device_name
 from lmfusion.utils.files import full_path, locked, replace_text
 from lmfusion.utils.folders import current_folder
+from lmfusion.utils.json_files import parse_json_object
 
 RESULTS, PAGE = "eval.json", "index.html"
 SCHEMA = 1
@@ -126,7 +127,7 @@ def _head(config: EvalConfig, model: LMFusion, digest: str, command: str) -> dic
 def _finished(file: Path) -> dict[str, dict[str, Any]]:
     """The suites in `file` whose images exist. None if the file is missing, damaged or of another SCHEMA."""
     try:
-        values = read_json_object(file.read_bytes())
+        values = parse_json_object(file.read_bytes())
         if values["schema"] != SCHEMA:
             return {}
         found = {}

@@ -220,7 +220,7 @@ class Engine:
             if isinstance(image, VisionInput):
                 assert self._model.vision is not None
                 [rows] = self._model.vision.encode([image])
-                images.append(ContextImage(rows, image.num_rows, is_seen=True))
+                images.append(ContextImage(rows, image.num_tokens, is_seen=True))
             else:
                 images.append(ContextImage(next(in_order), self._model.tokens_per_image))
         return images

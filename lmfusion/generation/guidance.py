@@ -35,7 +35,7 @@ class ContextImage(NamedTuple):
     def put(self, document: Document, tokens: SpecialTokens) -> Document:
         """`document` followed by the image, as prompts hold it."""
         if self.is_seen:
-            return document.seen(self.num_rows)
+            return document.input_image(self.num_rows)
         return document.marker(tokens.boi_token_id).image(self.num_rows).marker(tokens.eoi_token_id)
 
 

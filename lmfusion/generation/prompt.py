@@ -9,19 +9,19 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from lmfusion.conversion.architectures import sliding_window
+from lmfusion.conversion.model_limits import sliding_window
 from lmfusion.images.preprocessing import to_tensor
 from lmfusion.model.batch import Document, SpecialTokens, encode_caption
 from lmfusion.model.vision import VisionInput
-from lmfusion.text.chat import InputImage, Message, encode_chat
+from lmfusion.text.chat import ChatMessage, InputImage, encode_chat
 from lmfusion.text.tokenization import token_ids
 
 if TYPE_CHECKING:
     from lmfusion.model.modeling import LMFusion
 
 Part = str | Path | Image.Image | np.ndarray | VisionInput
-PromptLike = str | Sequence[Part] | Sequence[Message]
-"""A text; a list of texts and images (a path is an image, a str never is); or messages, as `lmfusion.text.chat` has them."""
+PromptLike = str | Sequence[Part] | Sequence[ChatMessage]
+"""A text; a list of texts and images (a path is an image, a str never is); or messages as in `lmfusion.text.chat`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,14 +44,16 @@ class Prompt:
 
     def num_image_rows(self, num_image_tokens: int) -> int:
         """Rows that its images take, with their markers. num_image_tokens: of an image of the image tower."""
-        return sum(image.num_rows if isinstance(image, VisionInput) else num_image_tokens + 2 for image in self.images)
+        return sum(
+            image.num_tokens if isinstance(image, VisionInput) else num_image_tokens + 2 for image in self.images
+        )
 
     def document(self, num_image_tokens: int, tokens: SpecialTokens) -> Document:
         """Its rows: text as it is, every image between BOI and EOI, or as it is where a vision encoder sees it."""
         document = Document()
         for part in self.parts:
             if isinstance(part, VisionInput):
-                document = document.seen(part.num_rows)
+                document = document.input_image(part.num_tokens)
             elif isinstance(part, Tensor):
                 document = document.marker(tokens.boi_token_id).image(num_image_tokens).marker(tokens.eoi_token_id)
             else:

@@ -1,1 +1,1 @@
-"""The image path: files to pixels (preprocessing), to latents (codec), to rows of the image tower (patch_coder)."""
+"""Image files: formats, safe decoding, preprocessing to tensors, PNG files with settings, and grids."""

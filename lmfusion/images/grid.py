@@ -1,17 +1,17 @@
-"""Lays images out in a grid and writes it as a PNG."""
+"""Grids of images: several pictures of one size in rows, as one picture."""
 
 from pathlib import Path
 
 from PIL import Image
 
-from lmfusion.utils.files import replacing
+from lmfusion.utils.files import atomic_write
 
 MIN_CELL = 64
 """Pixels; smaller images are enlarged, each pixel to a square."""
 
 
 def make_grid(images: list[Image.Image], num_columns: int, gap: int = 2) -> Image.Image:
-    """One picture of equally large images, row by row, on white, `gap` pixels apart."""
+    """One picture of equally large images, row by row, on white."""
     enlarge = max(1, -(-MIN_CELL // images[0].width))
     width, height = images[0].width * enlarge + gap, images[0].height * enlarge + gap
     num_rows = -(-len(images) // num_columns)
@@ -23,7 +23,7 @@ def make_grid(images: list[Image.Image], num_columns: int, gap: int = 2) -> Imag
 
 
 def save_grid(grid: Image.Image, path: Path) -> None:
-    """Write `grid` as a PNG, whole or not at all; the folder is created if needed."""
+    """Write a PNG file whole or not at all; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         grid.save(file, format="PNG")

@@ -1,4 +1,4 @@
-"""How does somebody's image become a tensor? Careful reading, then centre crop and resize."""
+"""Images from anywhere to tensors: safe reading, centre crop and resize."""
 
 import io
 import os
@@ -12,24 +12,23 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from lmfusion.images.containers import TURNS, CostlyImageError, ImageFile, orientation, strip_metadata
+from lmfusion.images.formats import FORMATS
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 """A JPEG, PNG or WEBP file, a Pillow image, or an array [H, W] or [H, W, 1 | 3 | 4]: uint8, or floating in [0, 1]."""
 
-FORMATS = ("JPEG", "PNG", "WEBP")
-"""Formats read. Pillow knows many more, whose decoders are less hardened."""
 MAX_PIXELS = 64 * 1024 * 1024
 """Larger images are refused before they are decoded."""
 MAX_FILE_BYTES = 256 * 1024 * 1024
-"""Larger files are refused before they are read: it is what MAX_PIXELS take up uncompressed, with transparency."""
+"""Larger files are refused before they are read. MAX_PIXELS take this much uncompressed, with transparency."""
 
 
 def load_image(source: ImageSource) -> Image.Image:
     """`source` as a Pillow image of mode "RGB" or "L" (grey), upright, with transparency laid on white.
 
-    Of an animation it is the first picture. Raises FileNotFoundError and other OSErrors of the file system as they are;
-    ValueError, naming the file, for one that is no JPEG, PNG or WEBP, is damaged or truncated, has more than MAX_PIXELS
-    or MAX_FILE_BYTES, or is no regular file; ValueError for an array that is no image.
+    An animation gives its first picture. Raises FileNotFoundError and other OSErrors of the file system as they are;
+    ValueError, naming the file, for one that is not a JPEG, PNG or WEBP, is damaged or truncated, has more than
+    MAX_PIXELS or MAX_FILE_BYTES, or is not a regular file; ValueError for an array that is not an image.
     """
     if isinstance(source, np.ndarray):
         return _flatten(_from_array(source))
@@ -38,8 +37,8 @@ def load_image(source: ImageSource) -> Image.Image:
             return _upright(_flatten(source), source)
     name = os.fspath(source)
     status = os.stat(source)
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-        raise ValueError(f"{name} is no regular file; give a JPEG, PNG or WEBP file")
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would block
+        raise ValueError(f"{name} must be a regular file; give a JPEG, PNG or WEBP file")
     check_file_size(status.st_size, name)
     with open(source, "rb") as file:
         return decode_image(file.read(MAX_FILE_BYTES), name)
@@ -48,13 +47,13 @@ def load_image(source: ImageSource) -> Image.Image:
 def decode_image(data: bytes, name: str) -> Image.Image:
     """The image that the bytes of a JPEG, PNG or WEBP file hold, as `load_image` gives it.
 
-    name: what errors call it. Raises ValueError where the bytes are no image, damaged, truncated, or too large.
+    name: what errors call it. Raises ValueError where the bytes are not an image, damaged, truncated, or too large.
     """
     with _named(name):
         file = strip_metadata(data)
         with _open(file.data) as image:
             image.load()
-            picture = _flatten(image) if file.transparent is None else _without_colour(image, file)
+            picture = _flatten(image) if file.transparent is None else _without_transparent_colour(image, file)
         turn = orientation(file.exif, file.xmp)
         return picture if turn is None else picture.transpose(turn)
 
@@ -80,14 +79,15 @@ def check_file_size(num_bytes: int, name: str) -> None:
     """Raises ValueError for an image file of more than MAX_FILE_BYTES."""
     if num_bytes > MAX_FILE_BYTES:
         raise ValueError(
-            f"{name} is too large to read safely ({num_bytes} bytes); the limit is {MAX_FILE_BYTES}, scale it down"
+            f"{name} is too large to read safely: it must have at most {MAX_FILE_BYTES} bytes, got {num_bytes}; scale "
+            "it down"
         )
 
 
 def to_tensor(source: ImageSource, image_size: int, channels: int = 3) -> Tensor:
     """`source` as float32 [channels, image_size, image_size] in [-1, 1]: centre crop to a square, then resize.
 
-    channels: 3 (RGB) or 1 (grey). An image that has the size already keeps its pixels. Raises what `load_image` raises.
+    channels: 3 (RGB) or 1 (grey). An image of that size keeps its pixels. Raises what `load_image` raises.
     """
     image = load_image(source).convert("L" if channels == 1 else "RGB")
     image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
@@ -103,10 +103,10 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 
 def _upright(picture: Image.Image, source: Image.Image) -> Image.Image:
-    """`picture` turned as the EXIF of `source` tells; as it is where that cannot be read."""
+    """`picture` turned upright by the EXIF of `source`; unchanged where that cannot be read."""
     try:
         turn = TURNS.get(source.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # anything may be in there, and Pillow raises almost anything
+    except Exception:  # EXIF may hold anything, and Pillow raises almost anything on it
         turn = None
     return picture if turn is None else picture.transpose(turn)
 
@@ -136,15 +136,17 @@ def _from_array(array: np.ndarray) -> Image.Image:
     if array.ndim == 3 and array.shape[-1] == 1:
         array = array[..., 0]
     if not (array.ndim == 2 or (array.ndim == 3 and array.shape[-1] in (3, 4))) or array.size == 0:
-        raise ValueError(f"an image array has shape [H, W] or [H, W, 1 | 3 | 4], not {list(array.shape)}")
+        raise ValueError(f"an image array must have shape [H, W] or [H, W, 1 | 3 | 4], got {list(array.shape)}")
     if array.shape[0] * array.shape[1] > MAX_PIXELS:
-        raise ValueError(f"the image array has {array.shape[0]} x {array.shape[1]} pixels; the limit is {MAX_PIXELS}")
+        raise ValueError(
+            f"an image array must have at most {MAX_PIXELS} pixels, got {array.shape[0]} x {array.shape[1]}"
+        )
     if np.issubdtype(array.dtype, np.floating):
         if not (array.min() >= 0 and array.max() <= 1):  # also false for NaN
-            raise ValueError(f"a floating image array holds values in [0, 1], not {array.min()} to {array.max()}")
+            raise ValueError(f"a floating image array must hold values in [0, 1], got {array.min()} to {array.max()}")
         array = (array * 255).round().astype(np.uint8)
     if array.dtype != np.uint8:
-        raise ValueError(f"an image array is uint8, or floating in [0, 1], not {array.dtype}")
+        raise ValueError(f"an image array must be uint8, or floating in [0, 1], got {array.dtype}")
     return Image.fromarray(np.ascontiguousarray(array))
 
 
@@ -161,17 +163,17 @@ def _flatten(image: Image.Image) -> Image.Image:
 
 
 def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to "RGB" or "L", whatever is transparent."""
+    """Any mode to "RGB" or "L", ignoring transparency."""
     if image.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion would clip it at 255
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
-def _without_colour(image: Image.Image, file: ImageFile) -> Image.Image:
-    """The picture of a PNG one colour of which is transparent, with white in its place.
+def _without_transparent_colour(image: Image.Image, file: ImageFile) -> Image.Image:
+    """The picture of a PNG with a transparent colour, with white in place of that colour.
 
-    The colour is compared in the file's own bits. Pillow compares it with what the samples became: 2 and 4 bits are
-    stretched to 8, and of the 16 bits of a coloured sample 8 are left.
+    The colour is compared in the file's own bits. Pillow compares it with converted samples: 2 and 4 bits are scaled to
+    8, and the 16 bits of a coloured sample are cut to 8.
     """
     assert file.transparent is not None
     samples = np.asarray(image).astype(np.uint16)
@@ -179,7 +181,7 @@ def _without_colour(image: Image.Image, file: ImageFile) -> Image.Image:
         samples //= np.uint16(1 if image.mode == "1" else 255 // (2**file.bit_depth - 1))
     elif file.bit_depth == 16 and image.mode == "RGB":
         with _open(file.data) as low:
-            # Read as little endian, what is taken for the upper half of each sample is its lower one
+            # Pillow keeps the upper half of each sample. Read as little endian, that is the lower half.
             low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]  # type: ignore[attr-defined]
             samples = samples << 8 | np.asarray(low)
     key = np.array(file.transparent if image.mode == "RGB" else file.transparent[0], np.uint16)

@@ -1,17 +1,19 @@
-"""What does the model read at once? Documents of text and images, packed into one batch of rows.
+"""Packs documents of text and images into batches for `LMFusion.forward`.
 
 Two kinds of document are trained on, with BOI and EOI around every image:
 
-    caption-first   [bos] caption BOI image EOI              the caption draws the image
+    caption-first   [bos] caption BOI image EOI              the image is generated from its caption
     image-first     [bos] BOI image EOI caption              the image is described
 
-bos is there where the tokenizer puts it by itself. eos is a label only: a row for it would predict nothing.
+bos is there if the tokenizer adds it by itself. eos is a label only: as a token it would predict nothing.
 
-Of a vision-language model, documents may hold images that are seen, not drawn: rows of the text tower that its encoder
-makes, without markers around them. Their place is kept by ids of VISION_ID.
+With a vision-language base, a document may also contain input images for its vision encoder: vision tokens of the text
+tower, without markers around them. VISION_ID holds their places.
 
-With a frozen text tower the rows before a document's first image are constant: what the LLM says there is its own. The
-image side may only put a BOI in its place, and that decision alone is scored.
+With a frozen text tower, the tokens before a document's first image are constant: what the LLM predicts there is its
+own. The image side can only put a BOI in place of the next token, so that decision alone is scored there.
+
+Shapes: B images, C channels of h x w latents.
 """
 
 from collections.abc import Sequence
@@ -26,9 +28,9 @@ from lmfusion.text.tokenization import token_ids
 from lmfusion_kernels.layout.token_layout import TokenLayout
 
 IGNORED = -100
-"""Label of a row whose next token is not scored."""
+"""Label of a token whose successor is not scored."""
 VISION_ID = -1
-"""Id of a row of an image that is seen. In a batch row k of them all, counted from 0, has the id -1 - k."""
+"""Id of every vision token in a document. In a batch, vision token k, counted from 0, has the id -1 - k."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,13 @@ class SpecialTokens:
     boi_token_id: int
     eoi_token_id: int
     bos_token_id: int | None = None
-    """Put before every document; None for tokenizers that do not do so."""
+    """Put before every document; None for tokenizers that do not add it."""
     eos_token_id: int | None = None
-    """What the last token of a document is taught to be followed by; None: nothing."""
+    """The label of a document's last token; None: it has none."""
 
     @classmethod
     def of(cls, tokenizer: Any, vocab_size: int) -> "SpecialTokens":
-        """Those of a transformers tokenizer, with BOI and EOI right after a vocabulary of `vocab_size`."""
+        """The special tokens of a transformers tokenizer, with BOI and EOI after a vocabulary of `vocab_size`."""
         [prefix] = token_ids(tokenizer, [""], control_tokens=True, add_special_tokens=True)
         bos = tokenizer.bos_token_id
         return cls(
@@ -61,16 +63,17 @@ class SpecialTokens:
 
 @dataclass(frozen=True)
 class Document:
-    """One document in sequence order: its spans, and an id and a label for each of its rows in the text tower."""
+    """One document in sequence order: its spans, and an id and a label for each token of the text tower."""
 
     spans: tuple[tuple[str, int], ...] = ()
     """(modality, length) as `TokenLayout.from_spans` takes them."""
     token_ids: tuple[int, ...] = ()
-    """One a text or marker row."""
+    """One per text or marker token."""
     labels: tuple[int, ...] = field(default=())
-    """One a text or marker row: the id that should follow, or -100."""
-    is_given: tuple[bool, ...] = ()
-    """One an image: whether it is shown as it is, as what an edit begins with, and not learned to be drawn."""
+    """One per text or marker token: the id that should follow, or -100."""
+    is_input: tuple[bool, ...] = ()
+    """One per image of the image tower: whether it is an input, without noise, such as the source of an edit. Others
+    are target images, which the model learns to generate."""
 
     @property
     def num_tokens(self) -> int:
@@ -83,7 +86,7 @@ class Document:
     def text(self, ids: Sequence[int], is_scored: bool = True) -> "Document":
         """This document followed by text tokens. The last of them has no label until something follows.
 
-        is_scored: whether rows are taught to be followed by these tokens. Not so what a user says.
+        is_scored: whether these tokens are labels of the tokens before them. What a user writes is not scored.
         """
         if len(ids) == 0:
             return self
@@ -92,13 +95,13 @@ class Document:
         spans, token_ids = (*self.spans, ("text", len(ids))), self.token_ids + tuple(ids)
         return replace(self, spans=spans, token_ids=token_ids, labels=labels)
 
-    def seen(self, num_rows: int) -> "Document":
-        """This document followed by an image that a vision encoder made that many rows of."""
-        return self.text([VISION_ID] * num_rows, is_scored=False)
+    def input_image(self, num_vision_tokens: int) -> "Document":
+        """This document followed by an input image for the vision encoder, as that many vision tokens."""
+        return self.text([VISION_ID] * num_vision_tokens, is_scored=False)
 
     @property
     def num_vision_tokens(self) -> int:
-        """Rows of images that are seen."""
+        """Tokens of input images for the vision encoder."""
         return self.token_ids.count(VISION_ID)
 
     def marker(self, token_id: int, is_scored: bool = True) -> "Document":
@@ -107,21 +110,21 @@ class Document:
         spans, token_ids = (*self.spans, ("marker", 1)), (*self.token_ids, token_id)
         return replace(self, spans=spans, token_ids=token_ids, labels=labels)
 
-    def image(self, num_tokens: int, is_given: bool = False) -> "Document":
-        """This document followed by an image of that many rows. The row before an image is never scored.
+    def image(self, num_tokens: int, is_input: bool = False) -> "Document":
+        """This document followed by an image of that many image tokens. The token before an image is never scored.
 
-        is_given: whether the image is shown without noise, and not learned to be drawn.
+        is_input: whether it is an input image, without noise, and not a target.
         """
         spans = (*self.spans, ("image", num_tokens))
-        return replace(self, spans=spans, is_given=(*self.is_given, is_given))
+        return replace(self, spans=spans, is_input=(*self.is_input, is_input))
 
     def end(self, eos_token_id: int | None) -> "Document":
-        """This document with its last row labelled eos, if there is such a token."""
+        """This document with eos as the label of its last token, if the tokenizer has an eos."""
         return self if eos_token_id is None else replace(self, labels=self._followed_by(eos_token_id))
 
     def _followed_by(self, next_id: int) -> tuple[int, ...]:
-        """The labels so far, once `next_id` is what comes next, or -100 for what is not taught."""
-        if self.spans and self.spans[-1][0] != "image":  # image rows predict no token
+        """The labels so far, if `next_id` comes next; -100 for a token that is not scored."""
+        if self.spans and self.spans[-1][0] != "image":  # image tokens predict no token
             return (*self.labels[:-1], next_id)
         return self.labels
 
@@ -139,9 +142,9 @@ def encode_captions(tokenizer: Any, captions: Sequence[str]) -> list[list[int]]:
 
 
 def caption_first_document(caption_ids: Sequence[int], num_image_tokens: int, tokens: SpecialTokens) -> Document:
-    """[bos] caption BOI image EOI. Without a caption (dropped for guidance) nothing after the image is scored:
+    """[bos] caption BOI image EOI. Without a caption (dropped for guidance), nothing after the image is scored.
 
-    up to there such a document reads like an image-first one, which must not learn to end before its caption.
+    Up to there such a document reads like an image-first one, which must not learn to end before its caption.
     """
     document = draw_prompt(caption_ids, tokens).image(num_image_tokens).marker(tokens.eoi_token_id)
     return document.end(tokens.eos_token_id) if caption_ids else document
@@ -153,42 +156,42 @@ def image_first_document(caption_ids: Sequence[int], num_image_tokens: int, toke
 
 
 def draw_prompt(caption_ids: Sequence[int], tokens: SpecialTokens) -> Document:
-    """[bos] caption BOI: what precedes an image to be drawn. Without a caption it is the unconditional prompt."""
+    """[bos] caption BOI: what precedes an image to generate. Without a caption it is the unconditional prompt."""
     return Document().text([*tokens.bos, *caption_ids]).marker(tokens.boi_token_id)
 
 
 def caption_prompt(prompt_ids: Sequence[int], num_image_tokens: int, tokens: SpecialTokens) -> Document:
-    """[bos] BOI image EOI prompt: what precedes a caption to be written. The prompt may be empty."""
+    """[bos] BOI image EOI prompt: what precedes a caption to generate. The prompt may be empty."""
     opened = draw_prompt([], tokens).image(num_image_tokens)
     return opened.marker(tokens.eoi_token_id).text(list(prompt_ids))
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Packed documents and their images, ready for `LMFusion.forward`. All tensors lie on one device."""
+    """Packed documents and their images, ready for `LMFusion.forward`. All tensors are on one device."""
 
     layout: TokenLayout
     token_ids: Tensor
-    """int64 [num_text] in tower order (constant, then live rows); BOI and EOI by their own ids"""
+    """int64 [num_text] in tower order (constant, then live tokens); BOI and EOI by their own ids"""
     labels: Tensor
-    """int64 [num_live]: the id that should follow each live row, or -100"""
+    """int64 [num_live]: the id that should follow each live token, or -100"""
     latents: Tensor
     """[B, C, h, w] clean latents of all images, in order of appearance"""
     noise: Tensor
     """like latents"""
     timesteps: Tensor
-    """int64 [B]: the noise level of each image; 0 for one that is given"""
+    """int64 [B]: the noise level of each image; 0 for an input image"""
     sample_ids: tuple[str, ...]
     num_labels: int
-    """Live rows with a label, counted on the host."""
+    """Live tokens with a label, counted on the host."""
     boi_target_indices: Tensor
-    """int64 [num_boi_targets] constant rows with a label: an image begins after them, or text goes on"""
+    """int64 [num_boi_targets]: the constant tokens with a label, as indices into the text tower's tokens"""
     boi_labels: Tensor
-    """bool [num_boi_targets]: which of the two"""
-    drawn: Tensor
-    """int64 [num_target_images] indices of the images that are learned to be drawn; the others are given, without noise"""
+    """bool [num_boi_targets]: whether an image begins after the token, so that BOI is its label; else text goes on"""
+    target_image_indices: Tensor
+    """int64 [num_target_images]: which images are targets; the others are inputs, without noise"""
     vision_embeds: Tensor | None = None
-    """[num_vision, d_text] of images that are seen, row k for the id -1 - k; None where there are none"""
+    """[num_vision, d_text] embeddings of the vision tokens, number k for the id -1 - k; None where there are none"""
 
     @property
     def num_boi_targets(self) -> int:
@@ -200,10 +203,10 @@ class Batch:
 
     @property
     def num_target_images(self) -> int:
-        return self.drawn.shape[0]
+        return self.target_image_indices.shape[0]
 
     def pin_memory(self) -> "Batch":
-        """The same batch with its tensors in page-locked memory, so that copying it to a GPU need not be waited for."""
+        """The same batch with its tensors in page-locked memory, so that copying it to a GPU does not block."""
         return replace(
             self,
             token_ids=self.token_ids.pin_memory(),
@@ -213,12 +216,12 @@ class Batch:
             timesteps=self.timesteps.pin_memory(),
             boi_target_indices=self.boi_target_indices.pin_memory(),
             boi_labels=self.boi_labels.pin_memory(),
-            drawn=self.drawn.pin_memory(),
+            target_image_indices=self.target_image_indices.pin_memory(),
             vision_embeds=None if self.vision_embeds is None else self.vision_embeds.pin_memory(),
         )
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The same batch on `device`, copied without waiting for it."""
+        """The same batch on `device`; the copy does not block."""
         return replace(
             self,
             layout=self.layout.to(device),
@@ -229,7 +232,7 @@ class Batch:
             timesteps=self.timesteps.to(device, non_blocking=True),
             boi_target_indices=self.boi_target_indices.to(device, non_blocking=True),
             boi_labels=self.boi_labels.to(device, non_blocking=True),
-            drawn=self.drawn.to(device, non_blocking=True),
+            target_image_indices=self.target_image_indices.to(device, non_blocking=True),
             vision_embeds=None if self.vision_embeds is None else self.vision_embeds.to(device, non_blocking=True),
         )
 
@@ -246,63 +249,61 @@ def pack(
 ) -> Batch:
     """Pack documents into one batch on the CPU.
 
-    latents, noise: [B, C, h, w]; timesteps: integer [B]; one for each image span, in order of appearance. Those of
-    given images are not looked at: they have timestep 0 and no noise.
-    With `frozen_text`, rows before the first image are constant, and of their labels no more is scored than whether
-    they are BOI.
-    vision_embeds: [num_vision, d_text] of the images that are seen, in order of appearance; None: there are none.
+    latents, noise: [B, C, h, w]; timesteps: integer [B]; one for each image span, in order of appearance. Noise and
+    timesteps of input images are ignored: they have timestep 0 and no noise.
+    frozen_text: the tokens before a document's first image are constant; only whether their label is BOI is scored.
+    vision_embeds: [num_vision, d_text], embeddings of the vision tokens in order of appearance; None: there are none.
 
     Raises ValueError when the counts or shapes do not fit.
     """
     num_images = sum(document.num_images for document in documents)
     if latents.dim() != 4 or latents.shape[0] != num_images:
         raise ValueError(
-            f"the documents hold {num_images} images; latents [B, C, h, w] have shape {tuple(latents.shape)}"
+            f"latents must be [B, C, h, w] with one entry for each of the documents' {num_images} images, got shape "
+            f"{tuple(latents.shape)}"
         )
     if noise.shape != latents.shape or timesteps.shape != (num_images,):
         raise ValueError(
-            f"noise {tuple(noise.shape)} must be shaped like latents {tuple(latents.shape)}, "
-            f"and timesteps {tuple(timesteps.shape)} must be ({num_images},)"
+            f"noise must be shaped like latents, {tuple(latents.shape)}, and timesteps ({num_images},), got "
+            f"{tuple(noise.shape)} and {tuple(timesteps.shape)}"
         )
     num_vision_tokens, num_vision = sum(document.num_vision_tokens for document in documents), 0
     if vision_embeds is not None:
         num_vision = vision_embeds.shape[0]
     if num_vision_tokens != num_vision:
-        raise ValueError(
-            f"the documents hold {num_vision_tokens} rows of images that are seen, and vision_embeds {num_vision}"
-        )
-    is_given = torch.tensor([given for document in documents for given in document.is_given], dtype=torch.bool)
+        raise ValueError(f"vision_embeds must hold the documents' {num_vision_tokens} vision tokens, got {num_vision}")
+    is_input = torch.tensor([flag for document in documents for flag in document.is_input], dtype=torch.bool)
     layout = TokenLayout.from_spans([document.spans for document in documents], frozen_text=frozen_text)
     spans = [span for document in documents for span in document.spans]
     is_text = np.repeat([m != "image" for m, _ in spans], [n for _, n in spans]).astype(bool)
-    rows = np.zeros((2, layout.num_tokens), np.int64)  # ids and labels in sequence order
-    rows[0, is_text] = number_vision_tokens(documents)
-    rows[1, is_text] = [i for document in documents for i in document.labels]
-    text_rows = layout.tower_to_sequence[: layout.num_text].numpy()
-    all_labels = rows[1, text_rows]
+    ids, next_ids = np.zeros((2, layout.num_tokens), np.int64)  # in sequence order
+    ids[is_text] = number_vision_tokens(documents)
+    next_ids[is_text] = [i for document in documents for i in document.labels]
+    text_order = layout.tower_to_sequence[: layout.num_text].numpy()
+    all_labels = next_ids[text_order]
     labels = all_labels[layout.num_constant :]
     boi_target_indices = np.flatnonzero(all_labels[: layout.num_constant] != IGNORED)
     is_marker = np.repeat([m == "marker" for m, _ in spans], [n for _, n in spans]).astype(bool)
-    boi_labels = np.isin(all_labels[boi_target_indices], rows[0, is_marker])
+    boi_labels = np.isin(all_labels[boi_target_indices], ids[is_marker])
     return Batch(
         layout=layout,
-        token_ids=torch.from_numpy(rows[0, text_rows]),
+        token_ids=torch.from_numpy(ids[text_order]),
         labels=torch.from_numpy(labels),
         latents=latents,
         noise=noise,
-        timesteps=timesteps.to(torch.int64).masked_fill(is_given.to(timesteps.device), 0),
+        timesteps=timesteps.to(torch.int64).masked_fill(is_input.to(timesteps.device), 0),
         sample_ids=tuple(sample_ids),
         num_labels=int((labels != IGNORED).sum()),
         boi_target_indices=torch.from_numpy(boi_target_indices),
         boi_labels=torch.from_numpy(boi_labels),
-        drawn=torch.nonzero(~is_given).flatten(),
+        target_image_indices=torch.nonzero(~is_input).flatten(),
         vision_embeds=vision_embeds,
     )
 
 
 def number_vision_tokens(documents: Sequence[Document]) -> np.ndarray:
-    """int64: the token ids of `documents`, one after the other, every VISION_ID replaced by -1 - k for the k-th of them."""
+    """int64: the token ids of `documents`, one after the other, with -1 - k in place of the k-th VISION_ID."""
     ids = np.array([i for document in documents for i in document.token_ids], np.int64)
-    is_seen = ids == VISION_ID
-    ids[is_seen] = -1 - np.arange(is_seen.sum())
+    is_vision = ids == VISION_ID
+    ids[is_vision] = -1 - np.arange(is_vision.sum())
     return ids

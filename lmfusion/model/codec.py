@@ -1,7 +1,5 @@
-"""How do pixels become the latents that diffusion works on, and back? Frozen codecs behind one small interface."""
+"""Frozen codecs between pixels and the latents that diffusion works on, behind one small interface."""
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lmfusion.conversion.tokenizer import refuse_code
 from lmfusion.utils.config_values import short_repr
-from lmfusion.utils.files import file_sha256
+from lmfusion.utils.hashing import file_sha256, values_sha256
+from lmfusion.utils.json_files import read_json_object
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
@@ -40,24 +40,25 @@ class CodecConfig:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"unknown codec kind {short_repr(self.kind)}; known: {', '.join(KINDS)}")
+            raise ValueError(f"codec.kind must be one of {', '.join(KINDS)}, got {short_repr(self.kind)}")
         if self.kind != "pixels" and self.path is None:
             raise ValueError(f"codec {self.kind!r} needs a path: the local folder of a diffusers autoencoder")
         if self.kind == "pixels" and self.path is not None:
             raise ValueError(
-                f"codec 'pixels' has no weights, but path is {short_repr(self.path)}; name an autoencoder kind or drop it"
+                "codec.path must be left out for codec 'pixels', which has no weights, got "
+                f"{short_repr(self.path)}; choose a kind of autoencoder, or leave it out"
             )
         if self.channels not in (1, 3):
-            raise ValueError(f"images have 1 (grey) or 3 (RGB) channels, not {self.channels}")
+            raise ValueError(f"codec.channels must be 1 (grey) or 3 (RGB), got {self.channels}")
         if not 1 <= self.image_size <= MAX_IMAGE_SIZE:
-            raise ValueError(f"image_size is {self.image_size}; it must be from 1 to {MAX_IMAGE_SIZE:,} pixels")
+            raise ValueError(f"image_size must be from 1 to {MAX_IMAGE_SIZE:,} pixels, got {self.image_size}")
 
 
 class Codec(nn.Module, ABC):
     """Images [B, channels, H, W] in [-1, 1] to latents [B, latent_channels, h, w] of about unit variance, and back.
 
-    Frozen: no gradient is recorded in either direction, so `parameters()` never asks for one. Both directions are
-    deterministic and answer in the dtype they were given, whatever dtype the weights have.
+    Frozen: no gradient is recorded in either direction, and no parameter requires one. Both directions are
+    deterministic and return the dtype of their input, whatever the dtype of the weights.
     """
 
     config: CodecConfig
@@ -65,7 +66,7 @@ class Codec(nn.Module, ABC):
     downscale: int
     """Pixels per latent pixel, along each side."""
     latent_range: float
-    """Latents lie in [-latent_range, latent_range]; samplers clip what they predict to it."""
+    """Latents lie in [-latent_range, latent_range]; samplers clip their predictions to it."""
     has_posterior: bool
     """Whether latents are the mean of a distribution whose standard deviation `moments` gives."""
 
@@ -85,13 +86,11 @@ class Codec(nn.Module, ABC):
         `encode` raises.
         """
         if images.dim() != 4 or images.shape[1] != self.config.channels:
-            raise ValueError(
-                f"images have shape {tuple(images.shape)}; the codec takes [B, {self.config.channels}, H, W]"
-            )
+            raise ValueError(f"images must have shape [B, {self.config.channels}, H, W], got {tuple(images.shape)}")
         if images.shape[2] % self.downscale or images.shape[3] % self.downscale:
             raise ValueError(
-                f"images are {images.shape[2]} x {images.shape[3]} pixels; "
-                f"the codec needs sides divisible by {self.downscale}"
+                f"sides of images must be multiples of {self.downscale} pixels, got {images.shape[2]} x "
+                f"{images.shape[3]}"
             )
         with torch.no_grad():
             return self._moments(images)
@@ -99,14 +98,12 @@ class Codec(nn.Module, ABC):
     def decode(self, latents: Tensor) -> Tensor:
         """Images in [-1, 1] of latents [B, latent_channels, h, w]. Raises ValueError for another shape."""
         if latents.dim() != 4 or latents.shape[1] != self.latent_channels:
-            raise ValueError(
-                f"latents have shape {tuple(latents.shape)}; the codec takes [B, {self.latent_channels}, h, w]"
-            )
+            raise ValueError(f"latents must have shape [B, {self.latent_channels}, h, w], got {tuple(latents.shape)}")
         with torch.no_grad():
             return self._decode(latents).clamp(-1, 1)
 
     def identity(self) -> dict[str, Any]:
-        """What the latents of an image depend on, as plain values: equal ones mean equal latents."""
+        """What the latents of an image depend on, as plain values: equal values mean equal latents."""
         config = self.config
         return {
             "kind": config.kind,
@@ -150,8 +147,8 @@ class AutoencoderCodec(Codec):
         settings: Any = autoencoder.config
         if settings.in_channels != config.channels:
             raise ValueError(
-                f"the autoencoder in {config.path} takes {settings.in_channels} image channels, but the codec is "
-                f"configured for {config.channels}; set channels: {settings.in_channels}"
+                f"codec.channels must be {settings.in_channels} for the autoencoder in {config.path}, got "
+                f"{config.channels}"
             )
         self.latent_channels = settings.latent_channels
         widths = (
@@ -160,14 +157,15 @@ class AutoencoderCodec(Codec):
         self.downscale = 2 ** (len(widths) - 1)
         if config.image_size % self.downscale:
             raise ValueError(
-                f"image_size {config.image_size} is not divisible by {self.downscale}, the autoencoder's downscale"
+                f"image_size must be a multiple of {self.downscale} pixels, the autoencoder's downscale, got "
+                f"{config.image_size}"
             )
-        self.latent_range = 5.0  # standard deviations: a bound that real latents keep
+        self.latent_range = 5.0  # standard deviations, which the latents of real images do not exceed
         self.has_posterior = config.kind == "autoencoder_kl"
         self.shift, self.scale = self._shift_and_scale(settings)
 
     def _shift_and_scale(self, settings: Any) -> tuple[Tensor | float, Tensor | float]:
-        """latents = (encoded - shift) * scale, one number or one a channel, as the autoencoder's config tells."""
+        """The terms of latents = (encoded - shift) * scale: one number, or one per channel."""
         scale = settings.scaling_factor if settings.scaling_factor is not None else 1.0
         mean, std = settings.get("latents_mean"), settings.get("latents_std")
         if mean is not None and std is not None:
@@ -175,10 +173,9 @@ class AutoencoderCodec(Codec):
         return settings.get("shift_factor") or 0.0, scale
 
     def identity(self) -> dict[str, Any]:
-        # The weights' file does not hold the scale of the latents, nor how its layers are put together.
+        # The file of the weights holds neither the scale of the latents nor how the layers are connected
         settings = {key: value for key, value in self.autoencoder.config.items() if not key.startswith("_")}
-        text = json.dumps(settings, sort_keys=True, default=str)
-        return super().identity() | {"settings_sha256": hashlib.sha256(text.encode()).hexdigest()}
+        return super().identity() | {"settings_sha256": values_sha256(settings)}
 
     def _moments(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         output = self.autoencoder.encode(images.to(self.autoencoder.dtype))
@@ -209,8 +206,6 @@ def load_codec(config: CodecConfig) -> Codec:
         return PixelCodec(config)
     import diffusers  # slow to import, and only these codecs need it
 
-    from lmfusion.conversion.tokenizer import refuse_code  # imports this module
-
     assert config.path is not None
     kind = {"autoencoder_kl": diffusers.AutoencoderKL, "autoencoder_tiny": diffusers.AutoencoderTiny}[config.kind]
     folder = Path(config.path).expanduser()
@@ -218,22 +213,24 @@ def load_codec(config: CodecConfig) -> Codec:
     if not weights.is_file():
         moved = "" if config.sha256 is None else "; if it has moved since the model was saved, pass codec_path="
         raise FileNotFoundError(
-            f"no autoencoder at {config.path}: {WEIGHTS_NAME} is missing; path is a local folder written by diffusers' "
-            f"save_pretrained{moved}"
+            f"no autoencoder at {config.path}: {WEIGHTS_NAME} is missing; path must be a local folder written by "
+            f"diffusers' save_pretrained{moved}"
         )
     settings = folder / "config.json"
     try:
-        written = json.loads(settings.read_text(encoding="utf-8")).get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"cannot load the autoencoder in {config.path}: {settings.name}: {error}") from error
-    if written != kind.__name__:
-        raise ValueError(f"{config.path} holds a {written}, but codec kind {config.kind!r} is an {kind.__name__}")
+        class_name = read_json_object(settings, strict=False).get("_class_name")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the autoencoder in {config.path}: {error}") from error
+    if class_name != kind.__name__:
+        raise ValueError(
+            f"{config.path} must hold an {kind.__name__} for codec kind {config.kind!r}, got {short_repr(class_name)}"
+        )
     refuse_code(folder, (settings.name,))
     digest = file_sha256(weights)
     if config.sha256 not in (None, digest):
         raise ValueError(
-            f"{weights} has sha256 {digest}, but this model was made with {config.sha256}; "
-            "give the place of the original with codec_path="
+            f"{weights} must have the sha256 {config.sha256} of the autoencoder that this model was made with, got "
+            f"{digest}; give the place of the original with codec_path="
         )
     try:
         autoencoder = kind.from_pretrained(folder, local_files_only=True, use_safetensors=True)

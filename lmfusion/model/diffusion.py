@@ -1,4 +1,4 @@
-"""What noise is added in training, and what must the network predict? On a diffusers scheduler."""
+"""The diffusion process in training: noise, timesteps and targets, on a diffusers scheduler."""
 
 import math
 from dataclasses import dataclass
@@ -36,46 +36,43 @@ class DiffusionConfig:
     loss_weight: float = 5.0
     """Factor of the diffusion loss beside the language-model loss (the paper's lambda)."""
     image_first_max_timestep: int = 500
-    """Images that come before their caption get timesteps up to this one, so the caption can be read off the image."""
+    """Images before their caption get timesteps up to this one, so that the caption can be predicted from the image."""
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(
-                f"unknown prediction_type {short_repr(self.prediction_type)}; known: {', '.join(PREDICTION_TYPES)}"
+                f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {short_repr(self.prediction_type)}"
             )
         if self.schedule not in _SCHEDULES:
-            raise ValueError(f"unknown noise schedule {short_repr(self.schedule)}; known: {', '.join(_SCHEDULES)}")
+            raise ValueError(f"schedule must be one of {', '.join(_SCHEDULES)}, got {short_repr(self.schedule)}")
         if not 2 <= self.num_train_timesteps <= MAX_TIMESTEPS:
-            raise ValueError(
-                f"num_train_timesteps is {self.num_train_timesteps}; it must be at least 2, and at most "
-                f"{MAX_TIMESTEPS:,}"
-            )
+            raise ValueError(f"num_train_timesteps must be from 2 to {MAX_TIMESTEPS:,}, got {self.num_train_timesteps}")
         if not (math.isfinite(self.loss_weight) and self.loss_weight >= 0):
-            raise ValueError(f"loss_weight is {self.loss_weight}; it must be a finite number, 0 or more")
+            raise ValueError(f"loss_weight must be a finite number of at least 0, got {self.loss_weight}")
         if not 0 <= self.image_first_max_timestep < self.num_train_timesteps:
             raise ValueError(
-                f"image_first_max_timestep is {self.image_first_max_timestep}; "
-                f"timesteps are 0 to {self.num_train_timesteps - 1}"
+                f"image_first_max_timestep must be from 0 to {self.num_train_timesteps - 1}, got "
+                f"{self.image_first_max_timestep}"
             )
 
 
 def scheduler_config(config: DiffusionConfig) -> dict[str, Any]:
-    """What diffusers' schedulers are made from to fit a model: `EulerDiscreteScheduler.from_config(this)`.
+    """The configuration of a diffusers scheduler that fits the model, for example of `EulerDiscreteScheduler`.
 
-    Its steps begin at pure noise, and it leaves clipping to `lmfusion.generation.samplers`.
+    Steps begin at pure noise. Clipping is left to `lmfusion.generation.samplers`.
     """
     return {
         "num_train_timesteps": config.num_train_timesteps,
         "prediction_type": config.prediction_type,
         "timestep_spacing": "trailing",
         "clip_sample": False,
-        "skip_prk_steps": True,  # PNDM's first steps would leave from where there is next to no signal
+        "skip_prk_steps": True,  # PNDM's first steps would start where there is next to no signal
         **_SCHEDULES[config.schedule],
     }
 
 
 class Diffusion:
-    """The process, seen from training. Holds no weights. Drawing undoes it with `lmfusion.generation.samplers`."""
+    """The forward process, for training. It has no weights. `lmfusion.generation.samplers` reverse it."""
 
     alphas_cumprod: Tensor
     """The share of signal in the variance of a noised latent, float64 [num_train_timesteps] on the CPU."""

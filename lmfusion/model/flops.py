@@ -5,8 +5,8 @@ Only matrix products are counted, with two operations per multiply-add, as torch
 | tokens in a tower's layers | forward | backward |
 | --- | --- | --- |
 | constant (frozen text before the first image) | products | none |
-| live (other text), frozen text tower | products | input gradients: as many |
-| image; live text of a trained text tower | products | input and weight gradients: twice as many |
+| live (other text), frozen text tower | products | input gradients: the same number |
+| image; live text of a trained text tower | products | input and weight gradients: twice the number |
 
 Attention counts visible (query, key) pairs: two products in the forward, and four in the backward for the tokens that
 are not constant. The LM head counts tokens with a label, and only the forward of constant ones. The patch coder counts

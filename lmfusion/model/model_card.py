@@ -1,56 +1,38 @@
-"""What does the README.md of a saved model say? A model card, filled in from the model and the record of its training.
+"""Writes the model card, the README.md of a saved model, from the configuration and the records of base and training.
 
-What stands between the two comment lines BEGIN and END is written anew at each save. All else in the file, the YAML at
-its top included, is written once and then left to whoever edits it.
+The text between the two comment lines BEGIN and END is written again at each save. The rest of the file, including the
+YAML at its top, is written once; after that, edits to it are kept.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
+from transformers import PreTrainedConfig
 
-if TYPE_CHECKING:
-    from lmfusion.model.modeling import LMFusion
-    from lmfusion.model.vision import VisionEncoder
+from lmfusion.model.configuration import LMFusionConfig
+from lmfusion.model.records import BaseRecord, TrainingRecord
 
 CARD_NAME = "README.md"
-BEGIN = "<!-- From here to the next line like this one, saving the model writes this file anew. The rest is yours. -->"
-END = "<!-- To here. -->"
+BEGIN = "<!-- lmfusion: saving the model rewrites the text from here to the closing comment; the rest is yours. -->"
+END = "<!-- lmfusion: end of the rewritten text. -->"
 
 
-@dataclass
-class TrainingRecord:
-    """What is known of the training that a model came out of; saved as training.json."""
+@dataclass(frozen=True)
+class ModelSummary:
+    """The figures of a model that its configuration does not hold."""
 
-    num_steps: int
-    """Updates that were made."""
-    num_samples: int
-    """Samples that were read for them, those of every epoch counted."""
-    batch_tokens: int
-    """Slots an update, padding included."""
-    sources: list[str]
-    """What was read, each with its weight."""
-    learning_rate: float
-    """After warm-up."""
-    min_learning_rate: float
-    """At the last update."""
-    text_learning_rate_ratio: float
-    """Learning rate of the text tower over that of the image tower; 0: it was frozen."""
-    optimizer: str
-    dtype: str
-    """Of the activations."""
-    ema_decay: float
-    """Of the averaged weights, which the saved ones are; 0: they are the weights themselves."""
-    seed: int
+    num_parameters: dict[str, int]
+    """Of its parts: "text", "image", "codec", and "vision" for a vision-language base."""
+    tokens_per_image: int
 
 
 TEMPLATE = """# {base}, with an image tower
 
-{base} is a {kind}. Beside each of its layers stands a layer of an image tower, so that it {gain}: text is
-written token by token, images are drawn by diffusion, attention is shared. Made with
+{base} is a {kind}. An image tower adds a layer beside each of its layers, so that it {gain}: text is
+generated token by token and images by diffusion, with shared attention. Made with
 [lmfusion](https://arxiv.org/abs/2412.15188). {text_side}
 
 | | |
@@ -68,7 +50,7 @@ written token by token, images are drawn by diffusion, attention is shared. Made
 In this folder, with `lmfusion` installed:
 
 ```bash
-lmfusion generate . "a caption of what to draw" --sampler dpm-solver --num-steps 20
+lmfusion generate . "a caption of the image" --sampler dpm-solver --num-steps 20
 lmfusion caption . photo.png
 {chat}{verify}```
 
@@ -76,11 +58,11 @@ lmfusion caption . photo.png
 from lmfusion import LMFusion
 
 model = LMFusion.from_pretrained("."){base_hint}
-images = model.draw(["a caption of what to draw"], sampler="dpm-solver", num_steps=20)
+images = model.draw(["a caption of the image"], sampler="dpm-solver", num_steps=20)
 captions = model.caption(images)
 ```
 
-After `import lmfusion`, `transformers.AutoModel.from_pretrained(".")` gives the same model.
+After `import lmfusion.hub`, `transformers.AutoModel.from_pretrained(".")` gives the same model.
 
 ## Training
 
@@ -88,30 +70,37 @@ After `import lmfusion`, `transformers.AutoModel.from_pretrained(".")` gives the
 
 ## Limits
 
-- Its words rest on the base LLM, with that model's knowledge, errors and biases.
-- It draws and describes what its training images show, at their size; other subjects and sizes may give noise.
-- Nothing has been done to filter what it writes or draws, and no evaluation is recorded here.
+- Its text comes from the base LLM, with that model's knowledge, errors and biases.
+- It generates and describes what its training images show, at their size; other subjects and sizes may give noise.
+- Its texts and images are not filtered, and no evaluation is recorded here.
 """
 
 CHAT = 'lmfusion generate . "Draw something, then say what you drew." --chat\n'
 VERIFY = "lmfusion verify .    # is the text side still the base LLM, bit for bit?\n"
 
 
-def model_card(model: "LMFusion", parts: str, previous: str | None = None) -> str | None:
-    """The text of the card of `model` saved with `parts`; None where `previous` is a card of somebody else's making.
+def model_card(
+    config: LMFusionConfig,
+    summary: ModelSummary,
+    base: BaseRecord | None,
+    trained: TrainingRecord | None,
+    parts: str,
+    previous: str | None = None,
+) -> str | None:
+    """The text of the card of a model saved with `parts`; None where `previous` is a card without BEGIN and END.
 
-    previous: the file that lies in its place. What stands outside BEGIN and END there is kept.
+    previous: the file that is there now. Its text outside BEGIN and END is kept.
     """
-    body = f"{BEGIN}\n{_body(model, parts)}{END}"
+    body = f"{BEGIN}\n{_body(config, summary, base, trained, parts)}{END}"
     if previous is None:
-        return f"---\n{_metadata(model).to_yaml()}\n---\n{body}\n"
+        return f"---\n{_metadata(base).to_yaml()}\n---\n{body}\n"
     before, begin, rest = previous.partition(BEGIN)
     _, end, after = rest.partition(END)
     return f"{before}{body}{after}" if begin and end else None
 
 
-def _metadata(model: "LMFusion") -> ModelCardData:
-    name = "" if model.base is None else model.base.name
+def _metadata(base: BaseRecord | None) -> ModelCardData:
+    name = "" if base is None else base.name
     return ModelCardData(
         license=_license(Path(name)) if name else "unknown",
         library_name="lmfusion",
@@ -130,7 +119,7 @@ def _is_on_hub(name: str) -> bool:
 
 
 def _license(base: Path) -> str:
-    """What the base LLM's own card says, where its folder holds one."""
+    """The licence in the base LLM's own card, where its folder has one."""
     try:
         known = ModelCard.load(base / CARD_NAME).data.license if (base / CARD_NAME).is_file() else None
     except (OSError, ValueError, yaml.YAMLError):  # damaged
@@ -138,8 +127,10 @@ def _license(base: Path) -> str:
     return known if isinstance(known, str) else "unknown"
 
 
-def _body(model: "LMFusion", parts: str) -> str:
-    config, base = model.config, model.base
+def _body(
+    config: LMFusionConfig, summary: ModelSummary, base: BaseRecord | None, trained: TrainingRecord | None, parts: str
+) -> str:
+    counts = {part: _in_words(number) for part, number in summary.num_parameters.items()}
     text, codec = config.text_config, config.codec
     coder = config.image.patch_coder
     base_name = "An LLM without a record" if base is None else Path(base.name).name.removesuffix(".gguf")
@@ -155,47 +146,49 @@ def _body(model: "LMFusion", parts: str) -> str:
     return TEMPLATE.format(
         base=base_name,
         kind="text LLM" if config.vlm_config is None else "vision-language model",
-        gain="draws and sees too" if config.vlm_config is None else "draws too",
-        vision="" if model.vision is None else _vision_row(model.vision),
+        gain="also generates and reads images" if config.vlm_config is None else "also generates images",
+        vision="" if config.vlm_config is None else _vision_row(config.vlm_config, counts["vision"]),
         text_side=text_side,
         architecture=text.model_type,
         base_dtype="" if base is None else base.dtype,
         digest=digest,
-        text_parameters=_count(model.text),
+        text_parameters=counts["text"],
         num_layers=text.num_hidden_layers,
         text_width=text.hidden_size,
-        image_parameters=_count(model.image),
+        image_parameters=counts["image"],
         image_width=config.image_hidden_size,
         separation=config.image.separation,
         patch_coder=f"{coder.kind} (patches of {coder.patch_size} x {coder.patch_size})",
         codec="pixels"
         if codec.path is None
-        else f"{codec.kind}, {_count(model.codec)} parameters, sha256 `{codec.sha256}`",
+        else f"{codec.kind}, {counts['codec']} parameters, sha256 `{codec.sha256}`",
         prediction_type=config.diffusion.prediction_type,
         schedule=config.diffusion.schedule,
         num_train_timesteps=config.diffusion.num_train_timesteps,
         image_size=codec.image_size,
         colours="grey" if codec.channels == 1 else "RGB",
-        tokens_per_image=model.tokens_per_image,
+        tokens_per_image=summary.tokens_per_image,
         parts="all parts" if parts == "all" else "the image part; the base LLM is loaded from where it is, and checked",
         chat="" if config.chat_system_prompt is None else CHAT,  # trained on conversations
         verify=verify,
-        base_hint="" if parts == "all" else "  # base=FOLDER where the base LLM is elsewhere now",
-        training=_training(model.trained),
+        base_hint="" if parts == "all" else "  # base=FOLDER if the base LLM has moved",
+        training=_training(trained),
     )
 
 
-def _vision_row(vision: "VisionEncoder") -> str:
-    encoder = vision.config.vision_config
+def _vision_row(config: PreTrainedConfig, num_parameters: str) -> str:
+    encoder = config.vision_config
     return (
-        f"\n| vision encoder | {_count(vision)} parameters with its projector: {vision.config.model_type} with "
+        f"\n| vision encoder | {num_parameters} parameters with its projector: {config.model_type} with "
         f"{encoder.model_type}, tiles of {encoder.image_size} x {encoder.image_size} pixels; frozen |"
     )
 
 
 def _training(record: TrainingRecord | None) -> str:
     if record is None:
-        return "No training is recorded. As `lmfusion adapt` makes it, the image tower is untrained and draws noise."
+        return (
+            "No training is recorded. As `lmfusion adapt` makes it, the image tower is untrained and generates noise."
+        )
     rows = {
         "data": "; ".join(record.sources),
         "samples read": f"{record.num_samples:,}",
@@ -207,14 +200,11 @@ def _training(record: TrainingRecord | None) -> str:
         "seed": str(record.seed),
     }
     table = ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())]
-    return "\n".join(
-        ["What `lmfusion train` did; changes since, such as merged adapters, are not recorded.", "", *table]
-    )
+    return "\n".join(["By `lmfusion train`. Later changes, such as merged adapters, are not recorded.", "", *table])
 
 
-def _count(module: Any) -> str:
-    """Number of parameters in the words of model names."""
-    number = sum(parameter.numel() for parameter in module.parameters())
+def _in_words(number: int) -> str:
+    """A number of parameters as in the names of models: "135 M"."""
     for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
         if number >= size:
             return f"{number / size:.3g} {unit}"

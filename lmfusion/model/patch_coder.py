@@ -1,8 +1,10 @@
-"""How does a noisy latent become rows of the image tower, and how do its rows become a prediction? Two patch coders.
+"""Patch coders: noisy latents to image tokens, and image tokens to predictions.
 
 `unet` is the paper's: half a U-Net down (equation 6), the other half up (equation 14), with the timestep in both and
 long skips from the first to the second. `linear` cuts the latent into squares and projects each: small, and enough
 for small images.
+
+Shapes: B images of C x h x w latents, L tokens per image.
 """
 
 from abc import ABC, abstractmethod
@@ -24,48 +26,48 @@ MAX_CHANNELS = 2**16
 MAX_BLOCKS = 100
 
 Skip = tuple[Tensor, ...]
-"""Feature maps that `encode` hands to `decode` of the same images; images are their first dimension."""
+"""Feature maps that `encode` passes on to `decode` of the same images, which are their first dimension."""
 
 
 @dataclass
 class PatchCoderConfig:
-    """Kind and size of a patch coder. Raises ValueError for an unknown kind or sizes that do not go together."""
+    """Kind and size of a patch coder. Raises ValueError for an unknown kind or sizes that do not fit together."""
 
     kind: str = "unet"
     """"unet" or "linear"."""
     patch_size: int = 2
-    """Side in latent pixels of the square that one row stands for."""
+    """Side in latent pixels of the square that becomes one token."""
     channels: tuple[int, ...] = (640, 992)
     """unet: width of each level, from the full resolution down; each further level halves the sides, so patch_size is
     2 ** (levels - 1)."""
     num_blocks: int = 3
-    """unet: residual blocks a level, down and up alike. Defaults: 0.27 B parameters beside a tower of width 4,096."""
+    """unet: residual blocks per level, in each direction. Defaults: 0.27 B parameters beside a tower of width 4,096."""
 
     def __post_init__(self) -> None:
         self.channels = tuple(self.channels)
         if self.kind not in KINDS:
-            raise ValueError(f"unknown patch coder {short_repr(self.kind)}; known: {', '.join(KINDS)}")
+            raise ValueError(f"patch_coder.kind must be one of {', '.join(KINDS)}, got {short_repr(self.kind)}")
         if not 1 <= self.patch_size <= MAX_PATCH_SIZE:
-            raise ValueError(f"patch_size is {self.patch_size}; it must be from 1 to {MAX_PATCH_SIZE:,} latent pixels")
+            raise ValueError(f"patch_size must be from 1 to {MAX_PATCH_SIZE:,} latent pixels, got {self.patch_size}")
         if self.kind == "unet":
             has_blocks = 1 <= self.num_blocks <= MAX_BLOCKS
             if not self.channels or min(self.channels) < 2 or max(self.channels) > MAX_CHANNELS or not has_blocks:
                 raise ValueError(
-                    f"a unet has channels from 2 to {MAX_CHANNELS:,} and from one to {MAX_BLOCKS} blocks a level, "
-                    f"not channels {short_repr(self.channels)} and num_blocks {self.num_blocks}"
+                    f"channels of a unet must be from 2 to {MAX_CHANNELS:,} and num_blocks from 1 to {MAX_BLOCKS}, got "
+                    f"channels {short_repr(self.channels)} and num_blocks {self.num_blocks}"
                 )
             if len(self.channels) > MAX_PATCH_SIZE.bit_length() or self.patch_size != 2 ** (len(self.channels) - 1):
                 raise ValueError(
-                    f"a unet of {len(self.channels)} levels makes patches of {2 ** (len(self.channels) - 1)}, "
-                    f"not {self.patch_size}; change patch_size or the number of channels"
+                    f"patch_size of a unet of {len(self.channels)} levels must be {2 ** (len(self.channels) - 1)}, got "
+                    f"{self.patch_size}; change patch_size or the number of channels"
                 )
 
 
 class PatchCoder(nn.Module, ABC):
-    """Latents [B, C, h, w] at timesteps [B] to rows [B * L, width], and rows to predictions [B, C, h, w].
+    """Latents [B, C, h, w] at timesteps [B] to tokens [B * L, width], and tokens to predictions [B, C, h, w].
 
-    Rows follow the image left to right, top to bottom. Computes in the dtype of its weights and answers in it; the
-    caller casts the rows to that of the tower.
+    Tokens follow the image left to right, top to bottom. Computes in the dtype of its weights and returns it; the
+    caller casts the tokens to the dtype of the tower.
     """
 
     patch_size: int
@@ -73,41 +75,41 @@ class PatchCoder(nn.Module, ABC):
     width: int
 
     def tokens_per_image(self, height: int, width: int) -> int:
-        """Rows L that a latent of height x width becomes. Raises ValueError when it does not divide into patches."""
+        """Tokens L that a latent of height x width becomes. Raises ValueError when it does not divide into patches."""
         size = self.patch_size
         if height < size or width < size or height % size or width % size:
             raise ValueError(
-                f"a latent of {height} x {width} does not divide into patches of {size} x {size}; "
-                f"choose an image size that gives multiples of {size}"
+                f"sides of a latent must be multiples of the patch size {size}, got {height} x {width}; choose another "
+                "image size"
             )
         return (height // size) * (width // size)
 
     def encode(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Skip]:
-        """Rows [B * L, width] of `latents` at `timesteps` (integer [B]), and what `decode` wants back.
+        """Tokens [B * L, width] of `latents` at `timesteps` (integer [B]), and the skip that `decode` needs.
 
-        Raises ValueError when the latents' shape does not fit, or there is not one timestep an image.
+        Raises ValueError when the latents' shape does not fit, or there is not one timestep per image.
         """
         if latents.dim() != 4 or latents.shape[1] != self.latent_channels:
-            raise ValueError(
-                f"latents have shape {tuple(latents.shape)}; this model takes [B, {self.latent_channels}, h, w]"
-            )
+            raise ValueError(f"latents must have shape [B, {self.latent_channels}, h, w], got {tuple(latents.shape)}")
         if timesteps.shape != latents.shape[:1]:
-            raise ValueError(f"{latents.shape[0]} latents need as many timesteps, not shape {tuple(timesteps.shape)}")
+            raise ValueError(
+                f"timesteps must have shape [{latents.shape[0]}], one per image, got {tuple(timesteps.shape)}"
+            )
         self.tokens_per_image(latents.shape[2], latents.shape[3])
         return self._encode(latents.to(self.dtype), timesteps)
 
-    def decode(self, rows: Tensor, timesteps: Tensor, skip: Skip) -> Tensor:
-        """Prediction [B, C, h, w] from the tower's rows [B * L, width], with `timesteps` and `skip` of their `encode`.
+    def decode(self, tokens: Tensor, timesteps: Tensor, skip: Skip) -> Tensor:
+        """Prediction [B, C, h, w] from the tower's tokens [B * L, width], with `timesteps` and `skip` of `encode`.
 
-        Raises ValueError when rows, timesteps and skip are not those of the same images.
+        Raises ValueError when tokens, timesteps and skip do not belong to the same images.
         """
         num_images, height, width = timesteps.shape[0], skip[-1].shape[-2], skip[-1].shape[-1]
-        if skip[-1].shape[0] != num_images or rows.shape != (num_images * height * width, self.width):
+        if skip[-1].shape[0] != num_images or tokens.shape != (num_images * height * width, self.width):
             raise ValueError(
-                f"rows have shape {tuple(rows.shape)}; {num_images} images of {height} x {width} patches have "
-                f"[{num_images * height * width}, {self.width}]"
+                f"tokens of {num_images} images of {height} x {width} patches must have shape "
+                f"[{num_images * height * width}, {self.width}], got {tuple(tokens.shape)}"
             )
-        return self._decode(rows.to(self.dtype), timesteps, skip)
+        return self._decode(tokens.to(self.dtype), timesteps, skip)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,7 +119,7 @@ class PatchCoder(nn.Module, ABC):
     def _encode(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Skip]: ...
 
     @abstractmethod
-    def _decode(self, rows: Tensor, timesteps: Tensor, skip: Skip) -> Tensor: ...
+    def _decode(self, tokens: Tensor, timesteps: Tensor, skip: Skip) -> Tensor: ...
 
 
 class TimestepEmbedder(nn.Module):
@@ -133,10 +135,10 @@ class TimestepEmbedder(nn.Module):
 
 
 class LinearPatchCoder(PatchCoder):
-    """One linear map in, one out; the timestep's embedding is added to every row going in.
+    """One linear map in, one out; the timestep's embedding is added to every token going in.
 
-    The output map starts at zero: the first predictions are then the mean of what is to be predicted, and the loss
-    starts at 1 whatever the tower's copied final norm gives.
+    The output map starts at zero: the first predictions are then the mean of the targets, and the loss starts at 1,
+    whatever the tower's copied final norm gives.
     """
 
     def __init__(self, config: PatchCoderConfig, latent_channels: int, width: int) -> None:
@@ -151,23 +153,23 @@ class LinearPatchCoder(PatchCoder):
 
     def _encode(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Skip]:
         size = self.patch_size
-        patches = latents.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [B, C, rows, size, columns, size]
-        patches = patches.permute(0, 2, 4, 1, 3, 5)  # [B, rows, columns, C, size, size]
-        rows = self.in_proj(patches.flatten(3)) + self.time_embedder(timesteps)[:, None, None]
-        grid = latents.new_empty(latents.shape[0], 0, *rows.shape[1:3])  # no features, only the shape of the patch grid
-        return rows.flatten(0, 2), (grid,)
+        patches = latents.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # [B, C, grid_h, size, grid_w, size]
+        patches = patches.permute(0, 2, 4, 1, 3, 5)  # [B, grid_h, grid_w, C, size, size]
+        tokens = self.in_proj(patches.flatten(3)) + self.time_embedder(timesteps)[:, None, None]
+        grid = latents.new_empty(latents.shape[0], 0, *tokens.shape[1:3])  # holds only the shape of the patch grid
+        return tokens.flatten(0, 2), (grid,)
 
-    def _decode(self, rows: Tensor, timesteps: Tensor, skip: Skip) -> Tensor:
+    def _decode(self, tokens: Tensor, timesteps: Tensor, skip: Skip) -> Tensor:
         num_images, _, grid_height, grid_width = skip[0].shape
         size = self.patch_size
-        patches = self.out_proj(rows).view(num_images, grid_height, grid_width, self.latent_channels, size, size)
+        patches = self.out_proj(tokens).view(num_images, grid_height, grid_width, self.latent_channels, size, size)
         return patches.permute(0, 3, 1, 4, 2, 5).reshape(num_images, -1, grid_height * size, grid_width * size)
 
 
 class UNetPatchCoder(PatchCoder):
     """The two halves of a U-Net, with the image tower in the place of its middle.
 
-    Every block of the half down hands its feature map along a long skip to its mirror image in the half up. The last
+    Every block on the way down passes its feature map along a long skip to the matching block on the way up. The last
     convolution starts at zero, as in every diffusion U-Net.
     """
 
@@ -182,7 +184,7 @@ class UNetPatchCoder(PatchCoder):
         for i, out_channels in enumerate(channels):
             in_channels = channels[max(i - 1, 0)]
             if i > 0:
-                # "op" is the one name under which diffusers registers the convolution once
+                # Under any name but "op", diffusers registers the convolution twice
                 self.downsample.append(Downsample2D(in_channels, use_conv=True, name="op"))
             block_inputs = [in_channels] + [out_channels] * (config.num_blocks - 1)
             self.down.append(_level(block_inputs, out_channels, time_channels))
@@ -215,10 +217,10 @@ class UNetPatchCoder(PatchCoder):
                 skip.append(x)
         return self.in_proj(x.permute(0, 2, 3, 1)).flatten(0, 2), tuple(skip)
 
-    def _decode(self, rows: Tensor, timesteps: Tensor, skip: Skip) -> Tensor:
+    def _decode(self, tokens: Tensor, timesteps: Tensor, skip: Skip) -> Tensor:
         time = self.time_embedder(timesteps)
         num_images, _, grid_height, grid_width = skip[-1].shape
-        x = self.out_proj(rows).view(num_images, grid_height, grid_width, -1).permute(0, 3, 1, 2)
+        x = self.out_proj(tokens).view(num_images, grid_height, grid_width, -1).permute(0, 3, 1, 2)
         features = reversed(skip)
         for i, level in enumerate(self.up):
             if i > 0:
@@ -238,14 +240,14 @@ def _level(block_inputs: list[int], out_channels: int, time_channels: int) -> nn
             temb_channels=time_channels,
             groups=_num_groups(in_channels),
             groups_out=_num_groups(out_channels),
-            time_embedding_norm="scale_shift",  # a mere shift before the norm can be lost in it
+            time_embedding_norm="scale_shift",  # a shift alone could be undone by the norm after it
         )
         for in_channels in block_inputs
     )
 
 
 def _num_groups(channels: int) -> int:
-    """32 groups a norm, as usual, or fewer in a narrow level: a group of one channel would forget its mean."""
+    """32 groups per norm, as usual, or fewer in a narrow level: a group of one channel would lose its mean."""
     num_groups = 32
     while num_groups > 1 and (channels % num_groups or channels // num_groups < 4):
         num_groups //= 2

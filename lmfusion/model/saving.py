@@ -1,233 +1,106 @@
-"""How does a model get to disk and back? Safetensors, JSON, and a record of the base LLM with a digest of each tensor.
+"""Saves models and loads them: safetensors, JSON, and a record of the base with a digest of each tensor.
 
 A saved model is a folder:
 
     config.json          configuration of the base (an LLM, or a VLM around one), image tower, codec and diffusion
     base.json            which parts are saved; where the base was, its dtype, and the sha256 of each of its tensors;
                          the sha256 of the tokenizer's files
-    training.json        what the image tower was trained with, if that is known
+    training.json        how the image tower was trained, if that is known
     model.safetensors    tensors under `image.`, and under `text.` and a VLM's `vision.` if all parts are saved (in
                          shards above 4 GB)
     README.md            a model card, see `lmfusion.model.model_card`
     codec/               the autoencoder, if there is one and all parts are saved, or it was in the folder before
     tokenizer files      as transformers writes them, and the configuration of a VLM's image processor
+
+Functions here take and return `ModelData`. `lmfusion.model.assembly` makes modules of it.
 """
 
 import copy
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.initialization import no_init_weights
 
-from lmfusion.conversion import EMBEDDING_NAME, BaseModel, load_base, names
-from lmfusion.conversion.huggingface import read_safetensors
-from lmfusion.conversion.tokenizer import check_tokenizer, read_tokenizer
-from lmfusion.conversion.vlm import PROCESSOR_FILES, read_image_processor
-from lmfusion.model.codec import WEIGHTS_NAME, Codec, CodecConfig, load_codec
-from lmfusion.model.configuration import ImageTowerConfig, LMFusionConfig
-from lmfusion.model.diffusion import DiffusionConfig
-from lmfusion.model.model_card import CARD_NAME, model_card
-from lmfusion.model.patch_coder import build_patch_coder
+from lmfusion.conversion import BaseModel, load_base, names
+from lmfusion.conversion.huggingface import INDEX_NAME, SINGLE_NAME, read_safetensors
+from lmfusion.conversion.tokenizer import (
+    PROCESSOR_FILES,
+    TOKENIZER_SETTINGS_FILES,
+    VOCABULARY_FILES,
+    check_tokenizer,
+    read_tokenizer,
+)
+from lmfusion.conversion.vlm import read_image_processor
+from lmfusion.model.codec import WEIGHTS_NAME, CodecConfig
+from lmfusion.model.configuration import LMFusionConfig
+from lmfusion.model.model_card import CARD_NAME, ModelSummary, model_card
+from lmfusion.model.records import BaseRecord, TrainingRecord, changed_digests, tensor_digests
 from lmfusion.model.saved_files import (
     BASE_NAME,
     CODEC_NAME,
     CONFIG_NAME,
-    HASHED_FILES,
     PARTS,
     TRAINING_NAME,
-    BaseRecord,
-    Origin,
-    blaming,
+    SavedParts,
     check_files,
     check_values,
     read_config,
-    read_json,
     read_training,
 )
-from lmfusion.model.vision import VisionEncoder
 from lmfusion.utils.config_values import short_repr, truncate
-from lmfusion.utils.files import file_sha256, full_path
+from lmfusion.utils.files import full_path
 from lmfusion.utils.folders import current_folder, replace_folder
-from lmfusion_kernels.ops.lora import is_adapted
-
-if TYPE_CHECKING:
-    from lmfusion.model.modeling import LMFusion
+from lmfusion.utils.hashing import file_sha256
+from lmfusion.utils.json_files import read_json_object
 
 MAX_SHARD_BYTES = 4 * 10**9
-OWN_FILES = (
-    CONFIG_NAME,
-    BASE_NAME,
-    TRAINING_NAME,
-    *HASHED_FILES,
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    *PROCESSOR_FILES,
-)
-"""Files that belong to a saved model, beside its tensors: those of an older model do not outlive it."""
+OWN_FILES = (CONFIG_NAME, BASE_NAME, TRAINING_NAME, *VOCABULARY_FILES, *TOKENIZER_SETTINGS_FILES, *PROCESSOR_FILES)
+"""Files of a saved model, beside its tensors. Saving deletes those of an older model that the new one lacks."""
 
 
-def digests(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """sha256 of the bytes of each tensor of a base, named as in `BaseRecord.sha256`. `tensors`: by file name."""
+@dataclass
+class ModelData:
+    """A model as plain data."""
 
-    def digest(tensor: Tensor) -> str:
-        flat = tensor.detach().cpu().contiguous().flatten()
-        return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()  # type: ignore[arg-type]
-
-    with ThreadPoolExecutor() as pool:  # hashlib lets go of the interpreter's lock
-        return dict(zip(map(names.to_llama, tensors), pool.map(digest, tensors.values()), strict=True))
-
-
-def text_tensors(model: "LMFusion") -> dict[str, Tensor]:
-    """The text tower's tensors by file name."""
-    return _file_tensors(model, "text.")
-
-
-def base_tensors(model: "LMFusion") -> dict[str, Tensor]:
-    """All that came from the base, by file name: the text tower's tensors, and a VLM's that it sees with."""
-    return text_tensors(model) | _file_tensors(model, "vision.")
+    config: LMFusionConfig
+    tensors: dict[str, Tensor]
+    """By file name (`image.layers.0.self_attn.q_proj.weight`), see `lmfusion.conversion.names`."""
+    tokenizer: Any
+    """transformers' tokenizer, or None."""
+    image_processor: Any
+    """transformers' image processor of a VLM, or None."""
+    base: BaseRecord | None = None
+    trained: TrainingRecord | None = None
 
 
-def _file_tensors(model: "LMFusion", prefix: str) -> dict[str, Tensor]:
-    tensors = {name: tensor.cpu() for name, tensor in _under(prefix, model.state_dict()).items()}
-    return names.split(tensors, model.config.text_config)
+def from_prefixes(tensors: Mapping[str, Tensor], *prefixes: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with one of `prefixes`."""
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)}
 
 
-def from_base(
-    cls: type["LMFusion"],
-    base: BaseModel,
-    image: ImageTowerConfig | dict[str, Any] | None,
-    codec: CodecConfig | dict[str, Any] | None,
-    diffusion: DiffusionConfig | dict[str, Any] | None,
-    seed: int = 0,
-) -> "LMFusion":
-    """See `LMFusion.from_llm` and `from_vlm`. Empties `base.tensors`."""
-    config = LMFusionConfig(base.config, image, codec, diffusion, vlm_config=base.vlm_config)
-    if config.codec.path is not None:
-        config.codec = replace(config.codec, path=str(full_path(config.codec.path)))
-    sha256 = digests(base.tensors)
-    model = _assemble(cls, config, base.name, base.tensors, base.read_tokenizer(), seed=seed)
-    _set_image_processor(model, base.read_image_processor())
-    model.base = BaseRecord(base.name, str(model.text.norm.weight.dtype).removeprefix("torch."), sha256)
-    _check_image_fits(model)
-    return model
-
-
-def _set_image_processor(model: "LMFusion", image_processor: Any) -> None:
-    if model.vision is not None:
-        model.vision.image_processor = image_processor
-        model.vision.check_image_processor()
-
-
-def _check_image_fits(model: "LMFusion") -> None:
-    context = getattr(model.config.text_config, "max_position_embeddings", None)
-    if context is not None and model.tokens_per_image + 2 > context:
-        raise ValueError(
-            f"an image of {model.codec.config.image_size} pixels is {model.tokens_per_image} rows with codec "
-            f"{model.codec.config.kind!r} and patch_size {model.config.image.patch_coder.patch_size}, but the LLM's "
-            f"context is {context}; use an autoencoder as codec, smaller images, or a larger patch_size"
-        )
-
-
-def _assemble(
-    cls: type["LMFusion"],
-    config: LMFusionConfig,
-    name: str,
-    frozen: dict[str, Tensor],
-    tokenizer: Any,
-    image: dict[str, Tensor] | None = None,
-    seed: int = 0,
-) -> "LMFusion":
-    """A model that holds the given tensors (file names; both dicts are emptied); without `image` that part is drawn."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        if config.vlm_config is not None:  # before memory is taken for what the configuration asks for
-            with blaming(name):
-                seeing = VisionEncoder(config.vlm_config, "meta").state_dict(prefix="vision.")
-            names.check_tensors(_under("vision.", frozen), seeing, name)
-        codec = load_codec(config.codec)
-        model, expected = _build(cls, config, codec, name)
-        names.check_tensors(frozen, _under("text.", expected) | _under("vision.", expected), name)
-        dtype = frozen[EMBEDDING_NAME].dtype
-        model.load_state_dict(names.stack(frozen), strict=False, assign=True)
-        if image is None:
-            tower = model.image.to(dtype).to_empty(device="cpu")
-            tower.patch_coder = build_patch_coder(
-                config.image.patch_coder, codec.latent_channels, tower.norm.weight.numel()
-            )
-            tower.patch_coder.to(dtype)
-            tower.initialize(model.text)
-        else:
-            names.check_tensors(image, _under("image.", expected), name)
-            model.load_state_dict(names.stack(image), strict=False, assign=True)
-    assert not any(parameter.is_meta for parameter in model.parameters())
-    if tokenizer is not None:
-        check_tokenizer(tokenizer, config.text_config.vocab_size, name)
-    model.tokenizer = tokenizer
-    model.freeze_text()
-    return model.eval()
-
-
-def _build(
-    cls: type["LMFusion"], config: LMFusionConfig, codec: Codec, name: str
-) -> tuple["LMFusion", dict[str, Tensor]]:
-    """A model without memory for its tensors, and these tensors by file name."""
-    with blaming(name), torch.device("meta"), no_init_weights():
-        model = cls(config, codec)
-        return model, names.split(model.state_dict(), config.text_config)
-
-
-def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def load(
-    cls: type["LMFusion"],
-    path: Path,
-    base: str | Path | None = None,
-    dtype: torch.dtype | None = None,
-    codec_path: str | Path | None = None,
-) -> "LMFusion":
-    """See `LMFusion.from_pretrained`."""
+def load(path: Path, base: str | Path | None = None, codec_path: str | Path | None = None) -> ModelData:
+    """The model saved at `path`, read and checked. Parameters and errors are those of `LMFusion.from_pretrained`."""
     folder, config = read_config(path, codec_path)
-    origin = Origin.read(folder)
-    check_files(folder, origin.files)
+    saved = SavedParts.read(folder)
+    check_files(folder, saved.files)
     tensors = read_safetensors(folder)
     check_values(folder, tensors)
-    frozen = _under("text.", tensors) | _under("vision.", tensors)
-    image = {name: tensor for name, tensor in tensors.items() if name not in frozen}
-    record = origin.base
-    if record is not None and (origin.parts == "image" or base is not None):
+    record = saved.base
+    if record is not None and (saved.parts == "image" or base is not None):
         found = _load_recorded_base(record, base)
         if base is not None:
             record.name = found.name
-        if origin.parts == "image":
-            frozen |= found.tensors
+        if saved.parts == "image":
+            tensors = found.tensors | tensors
         del found
-    model = _assemble(cls, config, str(folder), frozen, read_tokenizer(folder), image)
-    image_processor = read_image_processor(folder)
-    with blaming(str(folder / CONFIG_NAME)):
-        _set_image_processor(model, image_processor)
-        _check_image_fits(model)
-    model.name_or_path = model.config.name_or_path = str(full_path(path))
-    model.base = record
-    if (folder / TRAINING_NAME).exists():
-        model.trained = read_training(folder / TRAINING_NAME)
-    if dtype is not None:
-        for part in (model.text, model.image, model.vision):
-            if part is not None:
-                part.to(dtype)
-    return model
+    trained = read_training(folder / TRAINING_NAME) if (folder / TRAINING_NAME).exists() else None
+    return ModelData(config, tensors, read_tokenizer(folder), read_image_processor(folder), record, trained)
 
 
 def _load_recorded_base(record: BaseRecord, base: str | Path | None) -> BaseModel:
@@ -240,7 +113,7 @@ def _load_recorded_base(record: BaseRecord, base: str | Path | None) -> BaseMode
             f"the base LLM of this model is not at {short_repr(str(path))} any more; give its place with base= "
             f"({truncate(str(error))})"
         ) from error
-    changed = differing(record.sha256, digests(found.tensors))
+    changed = changed_digests(record.sha256, tensor_digests(found.tensors))
     if changed:
         raise ValueError(
             f"the base LLM at {path} is not the one this model was made from: {len(changed)} of {len(record.sha256)} "
@@ -249,66 +122,49 @@ def _load_recorded_base(record: BaseRecord, base: str | Path | None) -> BaseMode
     return found
 
 
-def differing(expected: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
-    """Names whose digests differ or that only one side has, in order."""
-    return [name for name in {**expected, **found} if expected.get(name) != found.get(name)]
-
-
-def save(model: "LMFusion", path: Path, parts: str = "image") -> None:
-    """See `LMFusion.save_pretrained`."""
+def check_parts(parts: str, base: BaseRecord | None) -> None:
+    """Raise ValueError where a model with this `base` cannot be saved as `parts`: it could not be loaded again."""
     if parts not in PARTS:
-        raise ValueError(f"parts is {parts!r}; it must be one of {', '.join(PARTS)}")
-    if parts == "image":
-        if model.base is None:
-            raise ValueError(
-                "this model was made without a base LLM, so its text part has no other home; use parts='all'"
-            )
-        if model.base.may_differ:
-            raise ValueError("the text tower has been trainable, so it is no longer the base LLM; use parts='all'")
-        if not has_base(model):
-            raise ValueError(
-                f"the base LLM is not at {model.base.name} any more, and the image part cannot be loaded without it; "
-                "load the model with base= and the place where it is now, or use parts='all'"
-            )
-    _check_not_adapted(model)
-    if model.tokenizer is not None:
-        check_tokenizer(model.tokenizer, model.config.text_config.vocab_size, "the model's tokenizer")
-    path = full_path(path)
-    there = current_folder(path)
-    _check_replaceable(there)
-    card = there / CARD_NAME
-    # What is no UTF-8, and how lines end, is somebody's matter too
-    previous = card.read_bytes().decode("utf-8", errors="surrogateescape") if card.is_file() else None
-    codec = model.config.codec.path
-    with_codec = codec is not None and (parts == "all" or Path(codec).is_relative_to(there))
-    _replace(path, lambda folder: _write(model, path, folder, parts, with_codec, previous))
-
-
-def save_text(model: "LMFusion", path: Path) -> None:
-    """See `LMFusion.save_text`."""
-    _check_not_adapted(model)
-    path = full_path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise ValueError(f"{path} exists; give the path of a new or an empty folder")
-    _replace(path, lambda folder: _write_text(model, folder))
-
-
-def _check_not_adapted(model: "LMFusion") -> None:
-    adapted = [name for name, module in model.named_modules() if is_adapted(module) or "modules_to_save" in name]
-    if adapted:
+        raise ValueError(f"parts must be one of {', '.join(PARTS)}, got {parts!r}")
+    if parts == "all":
+        return
+    if base is None:
+        raise ValueError("this model was made without a base LLM, so its text part has no other home; use parts='all'")
+    if base.may_differ:
+        raise ValueError("the text tower has been trainable, so it is no longer the base LLM; use parts='all'")
+    if not base.is_available:
         raise ValueError(
-            f"peft's adapters are on the model, first at {adapted[0]}; save them with the peft model's own "
-            "save_pretrained, or make them part of the weights with its merge_and_unload() and save what that gives"
+            f"the base LLM is not at {base.name} any more, and the image part cannot be loaded without it; "
+            "load the model with base= and the place where it is now, or use parts='all'"
         )
 
 
-def has_base(model: "LMFusion") -> bool:
-    """Whether the base LLM is where the model was made from. Names on the hub are taken for granted."""
-    return model.base is not None and (not Path(model.base.name).is_absolute() or Path(model.base.name).exists())
+def save(data: ModelData, summary: ModelSummary, path: Path, parts: str) -> None:
+    """Save `data`, whose tensors are those of `parts`, into the folder `path`: see `LMFusion.save_pretrained`."""
+    if data.tokenizer is not None:
+        check_tokenizer(data.tokenizer, data.config.text_config.vocab_size, "the model's tokenizer")
+    path = full_path(path)
+    old = current_folder(path)
+    _check_replaceable(old)
+    card = old / CARD_NAME
+    # A card that somebody edited may hold bytes that are not UTF-8, and line endings of its own: keep both
+    previous = card.read_bytes().decode("utf-8", errors="surrogateescape") if card.is_file() else None
+    codec = data.config.codec.path
+    with_codec = codec is not None and (parts == "all" or Path(codec).is_relative_to(old))
+    text = model_card(data.config, summary, data.base, data.trained, parts, previous)
+    _replace(path, lambda folder: _write(data, path, folder, parts, with_codec, text))
+
+
+def save_text(data: ModelData, path: Path) -> None:
+    """Save the text tower in `data` as the checkpoint of a Llama-type LLM: see `LMFusion.save_text`."""
+    path = full_path(path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"{path} exists; give the path of a new or an empty folder")
+    _replace(path, lambda folder: _write_text(data, folder))
 
 
 def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a new folder, and only when that is complete and on the disk, put it in the place of `path`."""
+    """Let `write` fill a new folder, which takes the place of `path` once it is complete and on the disk."""
 
     def write_all(folder: Path) -> None:
         write(folder)
@@ -332,38 +188,32 @@ def _check_replaceable(path: Path) -> None:
     if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return
     config = path / CONFIG_NAME
-    if not config.is_file() or read_json(config).get("model_type") != LMFusionConfig.model_type:
+    if not config.is_file() or read_json_object(config).get("model_type") != LMFusionConfig.model_type:
         raise ValueError(f"{path} exists and holds no lmfusion model; give the path of a new or an empty folder")
 
 
-def _write(
-    model: "LMFusion", path: Path, folder: Path, parts: str, with_codec: bool, previous_card: str | None
-) -> None:
-    """Everything of the model that is to be at `path` into the empty `folder`."""
-    config = copy.deepcopy(model.config)
+def _write(data: ModelData, path: Path, folder: Path, parts: str, with_codec: bool, card: str | None) -> None:
+    """Write all files of the model that is going to be at `path` into the empty `folder`."""
+    config = copy.deepcopy(data.config)
     if with_codec:
         _copy_codec(config.codec, folder / CODEC_NAME)
         config.codec.path = CODEC_NAME
     (folder / CONFIG_NAME).write_text(config.to_json_string(), encoding="utf-8")
-    if model.trained is not None:
-        (folder / TRAINING_NAME).write_text(json.dumps(asdict(model.trained), indent=1), encoding="utf-8")
-    card = model_card(model, parts, previous_card)
+    if data.trained is not None:
+        (folder / TRAINING_NAME).write_text(json.dumps(asdict(data.trained), indent=1), encoding="utf-8")
     if card is not None:
         (folder / CARD_NAME).write_bytes(card.encode("utf-8", errors="surrogateescape"))
-    _write_tokenizer(model, folder)
-    files = {name: file_sha256(folder / name) for name in HASHED_FILES if (folder / name).is_file()}
-    origin = Origin(parts, model.base, files)
-    (folder / BASE_NAME).write_text(json.dumps(asdict(origin), indent=1), encoding="utf-8")
-    _write_image_processor(model, folder)
-    tensors = _file_tensors(model, "image.")
-    if parts == "all":
-        tensors |= base_tensors(model)
-    check_values(path, tensors)
-    _write_tensors(tensors, folder)
+    _write_with("tokenizer", data.tokenizer, folder)
+    files = {name: file_sha256(folder / name) for name in VOCABULARY_FILES if (folder / name).is_file()}
+    saved = SavedParts(parts, data.base, files)
+    (folder / BASE_NAME).write_text(json.dumps(asdict(saved), indent=1), encoding="utf-8")
+    _write_with("image processor", data.image_processor, folder)
+    check_values(path, data.tensors)
+    _write_tensors(data.tensors, folder)
 
 
 def _copy_codec(codec: CodecConfig, folder: Path) -> None:
-    """The files of the autoencoder into the new `folder`, as they were when the model was loaded."""
+    """Copy the files of the autoencoder into the new `folder`, if they are as they were when the model was loaded."""
     assert codec.path is not None
     folder.mkdir()
     for name in ("config.json", WEIGHTS_NAME):
@@ -372,31 +222,23 @@ def _copy_codec(codec: CodecConfig, folder: Path) -> None:
         raise OSError(f"the autoencoder in {codec.path} has changed since the model was loaded; put it back")
 
 
-def _write_text(model: "LMFusion", folder: Path) -> None:
-    """The text tower as the checkpoint of a Llama-type LLM into the empty `folder`."""
-    config = copy.deepcopy(model.config.text_config)
-    config.dtype = model.dtype
+def _write_text(data: ModelData, folder: Path) -> None:
+    """Write the text tower as the checkpoint of a Llama-type LLM into the empty `folder`."""
+    config = copy.deepcopy(data.config.text_config)
+    config.dtype = data.tensors["text.norm.weight"].dtype
     config.save_pretrained(folder)
-    _write_tokenizer(model, folder)
-    _write_tensors({names.to_llama(name): tensor for name, tensor in text_tensors(model).items()}, folder)
+    _write_with("tokenizer", data.tokenizer, folder)
+    _write_tensors({names.to_llama(name): tensor for name, tensor in data.tensors.items()}, folder)
 
 
-def _write_tokenizer(model: "LMFusion", folder: Path) -> None:
-    if model.tokenizer is None:
+def _write_with(what: str, writer: Any, folder: Path) -> None:
+    """Let transformers write the tokenizer or image processor `writer`, if there is one."""
+    if writer is None:
         return
     try:
-        model.tokenizer.save_pretrained(folder)
+        writer.save_pretrained(folder)
     except Exception as error:  # tokenizers raises no narrower one when the disk is full
-        raise OSError(f"the tokenizer could not be written: {error}") from error
-
-
-def _write_image_processor(model: "LMFusion", folder: Path) -> None:
-    if model.vision is None:
-        return
-    try:
-        model.vision.image_processor.save_pretrained(folder)
-    except Exception as error:  # as for the tokenizer
-        raise OSError(f"the image processor could not be written: {error}") from error
+        raise OSError(f"the {what} could not be written: {error}") from error
 
 
 def _write_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
@@ -409,7 +251,7 @@ def _write_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
         shards[-1][name] = tensor
         size += tensor.nbytes
     if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        save_file(shards[0], folder / SINGLE_NAME, metadata={"format": "pt"})
         return
     weight_map = {}
     for i, shard in enumerate(shards, start=1):
@@ -417,4 +259,4 @@ def _write_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
         save_file(shard, folder / file_name, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(shard, file_name))
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
+    (folder / INDEX_NAME).write_text(json.dumps(index, indent=1), encoding="utf-8")

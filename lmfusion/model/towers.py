@@ -1,8 +1,8 @@
-"""Which weights does each tower hold, how do they start, and who calls whom in a layer? Module trees, Llama's names.
+"""The text and image towers: module trees with Llama's names, and how their weights are initialised.
 
-`lmfusion_kernels` computes a layer of both towers at a time. Here the text tower's layer calls it, and asks the image
-tower's layer beside it for its weights: both are in use from the first to the last line of one `forward`, so that they
-can be gathered from several ranks, and let go of, as one.
+`lmfusion_kernels` computes a layer of both towers at a time. The text tower's layer calls it, and gets the weights of
+the image tower's layer beside it: both are in use throughout one `forward`, so that sharded weights can be gathered and
+freed together.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,8 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import lmfusion_kernels as lk
-from lmfusion.model.configuration import LMFusionConfig, head_dim_of
+from lmfusion.conversion.model_limits import head_dim_of
+from lmfusion.model.configuration import LMFusionConfig
 from lmfusion.model.patch_coder import build_patch_coder
 from lmfusion_kernels.block.weights import Rope, Rows
 from lmfusion_kernels.ops.lora import is_adapted
@@ -24,7 +25,7 @@ L = TypeVar("L", bound=lk.TowerLayer)
 
 
 class TextLayer(lk.TowerLayer):
-    """A layer of the text tower, which computes that of both towers."""
+    """A layer of the text tower, which computes the layer of both towers."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -33,27 +34,28 @@ class TextLayer(lk.TowerLayer):
 
     def forward(
         self,
-        rows: tuple[Tensor, Tensor],
+        x: tuple[Tensor, Tensor],
         layout: lk.TokenLayout,
         rope: Rope,
         image_layer: "ImageLayer | None" = None,
         kv_cache: tuple[Tensor, Tensor] | None = None,
         recompute: str = "none",
     ) -> Rows:
-        """Rows of both towers ([num_text, d_text], [num_image, d_image]) through the layer; see `lk.routed_block`.
+        """Hidden states of both towers ([num_text, d_text], [num_image, d_image]) after the layer.
 
-        image_layer: the image tower's beside this one; None: image rows have the text tower's weights too.
+        image_layer: the image tower's, beside this one; None: image tokens use the text tower's weights too. The other
+        parameters are those of `lk.routed_block`.
         """
-        text = self.weights(rows[0].dtype)
+        text = self.weights(x[0].dtype)
         image = text if image_layer is None else image_layer(text)
-        return self.block(rows, layout, text, image, rope, kv_cache=kv_cache, recompute=recompute)
+        return self.block(x, layout, text, image, rope, kv_cache=kv_cache, recompute=recompute)
 
     def projection(self, linear: nn.Module, dtype: torch.dtype) -> Tensor:
         weight, bias = _base_weight(linear), linear.bias
         if isinstance(bias, Tensor) and bias.requires_grad and not weight.requires_grad:
             raise ValueError(
-                "biases of the text tower are to be trained, but not its weights, as with peft's bias='all'; the text "
-                "tower is frozen or trained as a whole: set bias='none' or 'lora_only'"
+                "the text tower must be frozen or trained as a whole, but its biases are trainable and its weights are "
+                "not, as with peft's bias='all'; set bias='none' or 'lora_only'"
             )
         return weight.to(dtype)
 
@@ -62,7 +64,7 @@ class ImageLayer(lk.TowerLayer):
     """A layer of the image tower."""
 
     def forward(self, text: lk.BlockWeights) -> lk.BlockWeights:
-        """Its weights, in the dtype of those of the `text` tower's layer."""
+        """Its weights, in the dtype of the `text` tower's layer."""
         return self.weights(text.qkv_proj.dtype)
 
 
@@ -95,17 +97,17 @@ class TextTower(nn.Module):
         )
         self.norm = nn.RMSNorm(width, eps=config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(width, config.vocab_size, bias=False)
-        # No buffer: these stay float32 whatever the weights are converted to.
+        # Not a buffer: the frequencies stay float32 whatever the weights are converted to
         self.inv_freq, self.attention_scaling = rope_frequencies(config)
 
     @property
     def embedding_weight(self) -> Tensor:
-        """[V, d] of the embedding."""
+        """The embedding, [V, d]."""
         return _base_weight(self.embed_tokens)
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, d] of the LM head, which may be the embedding."""
+        """The LM head, [V, d], which may be the embedding."""
         return self.embedding_weight if self.lm_head is None else _base_weight(self.lm_head)
 
     def rope(self, position: Tensor) -> Rope:
@@ -115,7 +117,7 @@ class TextTower(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """What is trained: layers beside the text tower's, a final norm, the patch coder, and the rows of BOI and EOI."""
+    """Layers beside the text tower's, a final norm, the patch coder, and the embeddings and head of BOI and EOI."""
 
     def __init__(self, config: LMFusionConfig, latent_channels: int) -> None:
         super().__init__()
@@ -125,7 +127,7 @@ class ImageTower(nn.Module):
         self.layers = nn.ModuleList(
             _tower_layer(kind, text, width, config.image_intermediate_size) for _ in range(num_layers)
         )
-        """One a layer; none at all where every layer is shared (separation "none")."""
+        """One beside each text layer; empty where every layer is shared (separation "none")."""
         self.norm = nn.RMSNorm(width, eps=text.rms_norm_eps)
         self.patch_coder = build_patch_coder(config.image.patch_coder, latent_channels, width)
         self.marker_embedding = nn.Parameter(torch.empty(2, text.hidden_size))
@@ -135,10 +137,10 @@ class ImageTower(nn.Module):
 
     @torch.no_grad()
     def initialize(self, text: TextTower) -> None:
-        """Start from `text`: weights of the same shape are copied, those of a narrower tower drawn as Llama's are.
+        """Start from `text`: weights of the same shape are copied, others are random as Llama's are.
 
-        Marker rows start near the mean of the vocabulary's. The patch coder is left as it is. Draws come from torch's
-        global generator.
+        Embeddings and head of the markers start near the mean of the vocabulary's. The patch coder is left as it is.
+        Random numbers come from torch's global generator.
         """
         sources = dict(text.named_parameters())
         for i, layer in enumerate(self.layers):
@@ -179,7 +181,7 @@ def _base_weight(module: nn.Module) -> Tensor:
     """The weight of a module of the text tower."""
     if is_adapted(module):
         raise ValueError(
-            "an adapter lies on the text tower, whose words stay the base LLM's; put it on the image tower: "
+            "LoRA is attached to the text tower, which must stay the base LLM; attach it to the image tower: "
             r"target_modules=r'image\.layers\..*\.(qkv_proj|o_proj|gate_up_proj|down_proj)'"
         )
     assert isinstance(module.weight, Tensor)
@@ -188,7 +190,7 @@ def _base_weight(module: nn.Module) -> Tensor:
 
 def rope_frequencies(config: PreTrainedConfig) -> tuple[Tensor, float]:
     """Angular frequencies, float32 [D/2] on the CPU, and the factor of cos and sin, with the config's rope scaling."""
-    with torch.device("cpu"):  # also while the model is being built on the meta device
+    with torch.device("cpu"):  # real values even while the model is built on the meta device
         rope = config.rope_parameters
         if rope["rope_type"] != "default":
             return ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, torch.device("cpu"))

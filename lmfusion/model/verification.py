@@ -1,6 +1,6 @@
-"""Is what is frozen still the base, bit for bit? Digests of every tensor, and logits on fixed prompts.
+"""Verifies that the frozen part of a model is the base, bit for bit: digests of tensors, and logits of fixed prompts.
 
-Of a vision-language model that is all it sees with, too, and the logits of a prompt that shows it an image.
+For a vision-language base this includes the vision encoder and projector, and the logits of a prompt with an image.
 """
 
 from collections.abc import Iterator
@@ -19,9 +19,10 @@ from transformers.utils import logging
 
 from lmfusion.conversion import EMBEDDING_NAME, BaseModel, load_base, names
 from lmfusion.conversion.huggingface import CONFIG_NAME, build_config, read_settings
+from lmfusion.model.assembly import base_tensors
 from lmfusion.model.modeling import LMFusion
+from lmfusion.model.records import changed_digests, tensor_digests
 from lmfusion.model.saved_files import saved_parts
-from lmfusion.model.saving import base_tensors, differing, digests, from_base
 
 PROMPTS = (
     "The capital of France is",
@@ -30,10 +31,10 @@ PROMPTS = (
 )
 IMAGE_PROMPT = "What is in this image?"
 IMAGE_SIZE = (480, 320)
-"""Width and height of the image that it is about."""
+"""Width and height of the image in that prompt."""
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
-"""How far logits may be from transformers', whose kernels round differently. In other dtypes: twice as far from its
-float32 logits as its own of that dtype are."""
+"""How far logits may be from transformers', whose kernels round differently. In other dtypes: twice the distance of
+transformers' own logits in that dtype from its float32 logits."""
 
 
 @dataclass
@@ -43,17 +44,17 @@ class PromptCheck:
     prompt: str
     num_tokens: int
     identical: bool
-    """Bit for bit those of the base LLM run through the same code."""
+    """Whether they are, bit for bit, those of the base LLM computed by the same code."""
     max_difference: float
     """Largest absolute difference from the logits of transformers' own implementation of the base LLM, in float32 or
     wider."""
     tolerance: float
-    """How large it may be."""
+    """Upper limit for `max_difference`."""
 
 
 @dataclass
 class Verification:
-    """What `verify` found."""
+    """The result of `verify`."""
 
     base: str
     """Where the base LLM was read from."""
@@ -64,12 +65,12 @@ class Verification:
 
     @property
     def text_identical(self) -> bool:
-        """Whether every tensor and every logit is the base LLM's, and the base's logits agree with transformers."""
+        """Whether all tensors and logits are the base LLM's, and the base's logits agree with transformers."""
         agree = all(check.identical and check.max_difference <= check.tolerance for check in self.prompts)
         return not self.changed and agree
 
     def table(self) -> str:
-        """A table for people."""
+        """The result as a text table."""
         num_same = self.num_tensors - len(self.changed)
         lines = [
             f"base          {self.base}",
@@ -92,13 +93,13 @@ class Verification:
 def verify(
     model: LMFusion | str | Path, base: str | Path | None = None, codec_path: str | Path | None = None
 ) -> Verification:
-    """Compare what is frozen of `model` (or of the model saved at that path) with its base, an LLM or a VLM.
+    """Compare the frozen part of `model` (or of the model saved at that path) with its base, an LLM or a VLM.
 
-    base: where the base is; None: where the model was made from. codec_path: where the autoencoder of a saved model is
-    now, if it has moved. Raises FileNotFoundError when one is not there.
+    base: the base's path; None: the path that the model was made from. codec_path: the path of a saved model's
+    autoencoder, if it has moved. Raises FileNotFoundError where one of them is missing.
     """
     if not isinstance(model, LMFusion):
-        needs_base = saved_parts(model) == "image"  # a whole model is compared with any base
+        needs_base = saved_parts(model) == "image"  # a model saved whole can be compared with any base
         model = LMFusion.from_pretrained(model, base=base if needs_base else None, codec_path=codec_path)
     if model.base is None:
         raise ValueError("this model was made without a base LLM, so there is nothing to compare it with")
@@ -106,7 +107,7 @@ def verify(
     frozen = base_tensors(model)
     dtype = frozen[EMBEDDING_NAME].dtype
     tensors = {name: tensor.to(dtype) for name, tensor in found.tensors.items()}
-    changed = differing(digests(tensors), digests(frozen))
+    changed = changed_digests(tensor_digests(tensors), tensor_digests(frozen))
 
     base_model = replace(found, tensors=tensors, read_tokenizer=lambda: None)
     inputs = [{"input_ids": _encode(model, prompt)} for prompt in PROMPTS]
@@ -116,16 +117,16 @@ def verify(
         inputs.append(_with_image(model))
     references = _reference_logits(base_model, inputs, model.compute_dtype or dtype)
     config = model.config
-    original = from_base(LMFusion, base_model, config.image, config.codec, config.diffusion)  # takes the tensors over
+    original = LMFusion.from_base(base_model, config.image, config.codec, config.diffusion)  # empties `tensors`
     original.to(model.device)  # type: ignore[arg-type]
     original.compute_dtype = model.compute_dtype
     checks = []
-    for prompt, given, (reference, tolerance) in zip(prompts, inputs, references, strict=True):
-        on_device = {name: tensor.to(model.device) for name, tensor in given.items()}
+    for prompt, arguments, (reference, tolerance) in zip(prompts, inputs, references, strict=True):
+        on_device = {name: tensor.to(model.device) for name, tensor in arguments.items()}
         with torch.inference_mode():
             ours, expected = (m(**on_device).logits for m in (model, original))
         difference = float((expected.to("cpu", reference.dtype) - reference).abs().max())
-        num_tokens = given["input_ids"].shape[1]
+        num_tokens = arguments["input_ids"].shape[1]
         checks.append(PromptCheck(prompt, num_tokens, torch.equal(ours, expected), difference, tolerance))
     return Verification(found.name, len(frozen), changed, checks)
 
@@ -134,12 +135,12 @@ def verify(
 def _reference_logits(
     base: BaseModel, inputs: list[dict[str, Tensor]], dtype: torch.dtype
 ) -> list[tuple[Tensor, float]]:
-    """transformers' logits [1, T, V] of each of `inputs`, and how far others in `dtype` may be from them."""
+    """transformers' logits [1, T, V] for each of `inputs`, and how far other logits in `dtype` may be from them."""
     wide = torch.promote_types(dtype, torch.float32)
     theirs = _reference_model(base, wide).eval()
 
     def logits(of_dtype: torch.dtype) -> list[Tensor]:
-        return [theirs(**_in_dtype(given, of_dtype)).logits.to(wide) for given in inputs]
+        return [theirs(**_in_dtype(arguments, of_dtype)).logits.to(wide) for arguments in inputs]
 
     references = logits(wide)
     if dtype in TOLERANCE:
@@ -150,7 +151,7 @@ def _reference_logits(
 
 
 def _reference_model(base: BaseModel, dtype: torch.dtype) -> Any:
-    """The base in transformers' own class, in `dtype`. transformers reads a folder by itself; a GGUF file we read."""
+    """The base in transformers' own class, in `dtype`. transformers reads folders itself; GGUF files are read by us."""
     if base.location is not None and base.location.is_dir():
         kind: Any = AutoModelForCausalLM if base.vlm_config is None else AutoModelForImageTextToText
         path = base.location / CONFIG_NAME
@@ -188,29 +189,29 @@ def _without_progress() -> Iterator[None]:
 
 
 def _encode(model: LMFusion, prompt: str) -> Tensor:
-    """Token ids [1, T] of a prompt; without a tokenizer, its bytes as far as the vocabulary goes."""
+    """Token ids [1, T] of a prompt; without a tokenizer, its bytes modulo the size of the vocabulary."""
     if model.tokenizer is None:
         return torch.tensor([[byte % model.boi_token_id for byte in prompt.encode()]])
     return model.tokenizer(prompt, return_tensors="pt")["input_ids"]
 
 
 def _with_image(model: LMFusion) -> dict[str, Tensor]:
-    """What transformers' processor would give for an image of a fixed pattern and a text."""
+    """The inputs that transformers' processor would give for a text and an image with a fixed pattern."""
     assert model.vision is not None
     x, y = np.meshgrid(*(np.arange(size) for size in IMAGE_SIZE))
     pattern = np.stack([x % 256, y % 256, (x ^ y) % 256], axis=-1).astype(np.uint8)
     image = model.vision.prepare(Image.fromarray(pattern))
-    of_image = torch.full((1, image.num_rows), model.vision.image_token_id)
-    ids = torch.cat([of_image, _encode(model, IMAGE_PROMPT)], dim=1)
+    image_ids = torch.full((1, image.num_tokens), model.vision.image_token_id)
+    ids = torch.cat([image_ids, _encode(model, IMAGE_PROMPT)], dim=1)
     pixel_values = image.pixel_values[None] if model.vision.has_tiles else image.pixel_values
-    given = {"input_ids": ids, "pixel_values": pixel_values}
+    arguments = {"input_ids": ids, "pixel_values": pixel_values}
     if model.vision.has_tiles:
-        given["image_sizes"] = torch.tensor([[image.height, image.width]])
-    return given
+        arguments["image_sizes"] = torch.tensor([[image.height, image.width]])
+    return arguments
 
 
-def _in_dtype(given: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in given.items()}
+def _in_dtype(arguments: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in arguments.items()}
 
 
 def _shorten(prompt: str) -> str:

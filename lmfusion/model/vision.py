@@ -1,8 +1,8 @@
-"""How does a vision-language model see? Its own image processor, vision encoder and projector make rows of text.
+"""Encodes the input images of a vision-language model with its own image processor, vision encoder and projector.
 
-A LLaVA-type model puts what it sees between its words: an image becomes rows as wide as the LLM's embeddings, which its
-layers read as they read text, each seeing those before it. All of it is frozen. Images that are drawn have nothing to
-do with it: those are rows of the image tower.
+A LLaVA-type model puts images between its words: an image becomes vision tokens as wide as the LLM's embeddings, which
+its layers process like text, with causal attention. All of it is frozen. Images to generate do not pass through it:
+they are image tokens of the image tower.
 """
 
 import copy
@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, PreTrainedConfig
+from transformers import AutoModel, LlamaConfig, PreTrainedConfig
 from transformers.image_processing_utils import select_best_resolution
+from transformers.models.llava_next.modeling_llava_next import unpad_image
 
+from lmfusion.conversion.architectures import check_vlm
 from lmfusion.images.preprocessing import ImageSource, load_image
-
-VLM_TYPES = ("llava_next", "llava")
-"""Vision-language models, by the model_type of transformers."""
-ENCODER_TYPES = ("clip_vision_model", "siglip_vision_model")
+from lmfusion.utils.config_values import short_repr
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,29 +26,27 @@ class VisionInput:
     """An image as the image processor of the vision-language model prepares it."""
 
     pixel_values: Tensor
-    """float32 [num_tiles, 3, size, size]: the whole image and, of LLaVA-NeXT, its parts in a higher resolution."""
+    """float32 [num_tiles, 3, size, size]: the whole image and, for LLaVA-NeXT, its parts in a higher resolution."""
     height: int
     """Of the image itself, in pixels."""
     width: int
-    num_rows: int
-    """Rows of the text tower that it becomes."""
+    num_tokens: int
+    """Vision tokens of the text tower that it becomes."""
 
 
 class VisionEncoder(nn.Module):
-    """The part of a vision-language model that is not its LLM. Frozen.
+    """A vision-language model without its LLM. Frozen.
 
     model: transformers' own class without its language model (vision tower, projector, LLaVA-NeXT's image_newline).
-    image_processor: transformers', or None where none is known yet.
+    image_processor: transformers', or None as long as none is known.
     """
 
     def __init__(self, config: PreTrainedConfig, device: torch.device | str = "cpu") -> None:
         """With random weights on `device`. Raises ValueError for a model that is not supported."""
-        from transformers import AutoModel  # at the top it would import lmfusion.model.modeling, and that this module
-
         super().__init__()
         check_vlm(config, "vlm_config")
         config = copy.deepcopy(config)
-        # Of the LLM no more than its width is wanted, which the projector has too
+        # The smallest LLM of the right width, which the projector needs; it is deleted below
         config.text_config = LlamaConfig(
             vocab_size=1,
             hidden_size=config.text_config.hidden_size,
@@ -70,11 +67,11 @@ class VisionEncoder(nn.Module):
 
     @property
     def image_token_id(self) -> int:
-        """The id that stands for every row of an image in transformers' input_ids."""
+        """The id of every vision token in transformers' input_ids."""
         return self.config.image_token_id
 
     def check_image_processor(self) -> None:
-        """Raise ValueError where there is no image processor, or one that makes tiles of other sizes than are read."""
+        """Raise ValueError without an image processor, or where its tiles are not of the encoder's size."""
         processor, size = self.image_processor, self.config.vision_config.image_size
         if processor is None:
             raise ValueError(
@@ -84,8 +81,8 @@ class VisionEncoder(nn.Module):
         crop = processor.crop_size
         if crop is not None and (crop["height"], crop["width"]) != (size, size):
             raise ValueError(
-                f"the image processor makes tiles of {crop['height']} x {crop['width']} pixels, but the vision encoder "
-                f"reads {size} x {size}; take the processor's configuration from the same checkpoint"
+                f"the image processor must make tiles of {size} x {size} pixels, which the vision encoder takes, got "
+                f"{crop['height']} x {crop['width']}; take the processor's configuration from the same checkpoint"
             )
         if self.has_tiles:
             ours, theirs = (
@@ -94,8 +91,8 @@ class VisionEncoder(nn.Module):
             )
             if ours != theirs:
                 raise ValueError(
-                    f"image_grid_pinpoints are {ours} in the model's configuration and {theirs} in the image "
-                    "processor's; take both from the same checkpoint"
+                    "image_grid_pinpoints must be the same for the model and its image processor, got "
+                    f"{short_repr(ours)} and {short_repr(theirs)}; take both from the same checkpoint"
                 )
 
     @property
@@ -104,35 +101,37 @@ class VisionEncoder(nn.Module):
         return self.config.model_type == "llava_next"
 
     def prepare(self, image: ImageSource) -> VisionInput:
-        """`image` as the encoder reads it, at its own size and shape. Raises what `load_image` raises."""
+        """`image` prepared for the encoder, at its own size and shape. Raises what `load_image` raises."""
         picture = load_image(image).convert("RGB")
         pixel_values = self.image_processor(picture, return_tensors="pt")["pixel_values"]
         tiles = pixel_values[0] if self.has_tiles else pixel_values
-        num_rows = num_vision_tokens(self.config, picture.height, picture.width)
-        return VisionInput(tiles, picture.height, picture.width, num_rows)
+        num_tokens = num_vision_tokens(self.config, picture.height, picture.width)
+        return VisionInput(tiles, picture.height, picture.width, num_tokens)
 
     @torch.no_grad()
     def encode(self, inputs: Sequence[VisionInput]) -> list[Tensor]:
-        """Rows [num_rows, d_text] of each image, in the dtype and on the device of the weights.
+        """Embeddings [num_tokens, d_text] of each image, in the dtype and on the device of the weights.
 
-        Images are encoded one by one, so that rows do not depend on who comes along.
+        Images are encoded one by one, so that the result does not depend on which others are in the batch.
         """
         encoded = []
         for image in inputs:
             sizes = torch.tensor([[image.height, image.width]])
-            [rows] = self.encode_pixels(image.pixel_values[None] if self.has_tiles else image.pixel_values, sizes)
-            assert rows.shape[0] == image.num_rows
-            encoded.append(rows)
+            [embeddings] = self.encode_pixels(image.pixel_values[None] if self.has_tiles else image.pixel_values, sizes)
+            assert embeddings.shape[0] == image.num_tokens
+            encoded.append(embeddings)
         return encoded
 
     @torch.no_grad()
     def encode_pixels(self, pixel_values: Tensor, image_sizes: Tensor | None = None) -> list[Tensor]:
-        """Rows of each image from what transformers' processor gives: pixel_values, and image_sizes of LLaVA-NeXT.
+        """Embeddings of each image from the outputs of transformers' processor.
 
-        Raises ValueError where these are missing.
+        image_sizes: needed for LLaVA-NeXT. Raises ValueError where they are missing.
         """
         if self.has_tiles and image_sizes is None:
-            raise ValueError("image_sizes are missing, which say how tiles lie; take them from the processor")
+            raise ValueError(
+                "image_sizes must be given, since they say how tiles are arranged; take them from the processor"
+            )
         weight = next(self.parameters())
         sizes = {"image_sizes": image_sizes} if self.has_tiles else {}
         features = self.model.get_image_features(
@@ -142,37 +141,19 @@ class VisionEncoder(nn.Module):
 
 
 def num_vision_tokens(config: PreTrainedConfig, height: int, width: int) -> int:
-    """Rows that an image of so many pixels becomes in a vision-language model of `config`.
+    """Vision tokens that an image of height x width pixels becomes in a vision-language model of `config`.
 
-    As many as transformers' processor writes image tokens.
+    transformers' processor writes the same number of image tokens.
     """
     vision = config.vision_config
     side = vision.image_size // vision.patch_size
     if config.model_type != "llava_next":
-        has_class_row = vision.model_type == "clip_vision_model"
-        # "default" leaves out the first row, whatever it is
-        return side * side + int(has_class_row) - int(config.vision_feature_select_strategy == "default")
+        has_class_token = vision.model_type == "clip_vision_model"
+        # "default" leaves out the first token, which is a patch where the encoder has no class token
+        return side * side + int(has_class_token) - int(config.vision_feature_select_strategy == "default")
     rows, columns = (
         pixels // vision.image_size * side
         for pixels in select_best_resolution((height, width), config.image_grid_pinpoints)
     )
-    from transformers.models.llava_next.modeling_llava_next import unpad_image  # imports AutoModel
-
     unpadded = unpad_image(torch.empty(1, rows, columns, device="meta"), (height, width))
-    return side * side + unpadded.shape[1] * (unpadded.shape[2] + 1)  # each line ends with image_newline
-
-
-def check_vlm(config: PreTrainedConfig, where: str) -> None:
-    """Raise ValueError naming what in `config` (of the checkpoint at `where`) is not supported, and what is."""
-    supported = f"supported: {', '.join(VLM_TYPES)}, with a vision encoder of {' or '.join(ENCODER_TYPES)}"
-    if config.model_type not in VLM_TYPES:
-        raise ValueError(f"{where} is a vision-language model of type {config.model_type!r}; {supported}")
-    vision, strategy = config.vision_config, config.vision_feature_select_strategy
-    if vision.model_type not in ENCODER_TYPES:
-        raise ValueError(f"{where} has a vision encoder of type {vision.model_type!r}; {supported}")
-    has_class_row = vision.model_type == "clip_vision_model"
-    if config.model_type == "llava_next" and has_class_row != (strategy == "default"):
-        raise ValueError(
-            f"{where} has vision_feature_select_strategy {strategy!r}, which leaves no square of rows a tile; with a "
-            f"vision encoder of type {vision.model_type!r} it is {'default' if has_class_row else 'full'!r}"
-        )
+    return side * side + unpadded.shape[1] * (unpadded.shape[2] + 1)  # image_newline ends each line

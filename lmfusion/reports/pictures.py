@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lmfusion.utils.files import replacing
+from lmfusion.utils.files import atomic_write
 
 RIGHT, WRONG = (30, 150, 60), (210, 40, 40)
 """Colours of frames, RGB."""
@@ -41,7 +41,7 @@ def captioned_grid(
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG whole or not at all. Makes the folder if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         picture.save(file, format="PNG")
 
 

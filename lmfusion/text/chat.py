@@ -1,13 +1,13 @@
 """Conversations of texts and images as one document: the tokenizer's chat template, images in their places.
 
 A message is a dict {"role": "system" | "user" | "assistant", "content": ...}; content is a text, or a list of texts,
-images, {"type": "text", "text": ...} and {"type": "image", "image": ...}, as in OpenAI's and transformers' chats. What
-an image is, is the caller's matter: any object goes through as it is.
+images, {"type": "text", "text": ...} and {"type": "image", "image": ...}, as in OpenAI's and transformers' chats. An
+image may be any object; it is passed through as it is.
 
-The template writes control tokens; a control token spelled in a message is text, and cannot end a turn.
+Only the template writes control tokens. A control token spelled in a message is text, and cannot end a turn.
 
-The template of a vision-language model decides where an image stands that is shown to it: it gets contents as lists,
-and writes the model's image token. Images of the assistant are drawn, and stay where they are among its words.
+The template of a vision-language model decides where its input images are placed: it gets contents as lists, and writes
+the model's image token. Images of the assistant are generated, and keep their place among its words.
 """
 
 import hashlib
@@ -20,31 +20,31 @@ from typing import Any, NamedTuple
 from lmfusion.text.chat_template import check_template_variables, render
 from lmfusion.text.tokenization import border_tokens, control_tokens, find_tokens, token_ids
 
-Message = Mapping[str, Any]
+ChatMessage = Mapping[str, Any]
 ROLES = ("system", "user", "assistant")
 
-_MESSAGE_EXPECTED = 'message like {"role": "user", "content": "Draw a cat."}; roles are ' + ", ".join(ROLES)
+_MESSAGE_EXPECTED = f'like {{"role": "user", "content": "Draw a cat."}} (roles: {", ".join(ROLES)})'
 
 
 class InputImage(NamedTuple):
-    """An image that a vision-language model is shown, in place of its image token."""
+    """An input image of a vision-language model, in place of its image token."""
 
     image: Any
 
 
 def encode_chat(
     tokenizer: Any,
-    messages: Sequence[Message],
+    messages: Sequence[ChatMessage],
     add_generation_prompt: bool = True,
     image_token_id: int | None = None,
     template_variables: Mapping[str, Any] | None = None,
 ) -> list[list[int] | Any]:
     """Runs of token ids and the images between them, in their order; bos is among the ids where the template puts it.
 
-    add_generation_prompt: end with what opens the assistant's turn. A last message of the assistant is otherwise closed
-    as every turn is. image_token_id: of a vision-language model; images of others than the assistant are then `InputImage`,
-    and bos comes first even where the template writes none: ids are those of transformers' processor.
-    template_variables: what the template reads besides, see `lmfusion.text.chat_template`.
+    add_generation_prompt: end with the opening of the assistant's turn. Without it, the last message is closed like
+    every other turn. image_token_id: of a vision-language model; images that are not the assistant's are then
+    `InputImage`, and bos comes first even if the template does not write it: the ids are those of transformers'
+    processor. template_variables: read by the template, see `lmfusion.text.chat_template`.
 
     Raises ValueError for invalid messages or variables, an empty conversation, a tokenizer without chat
     template, or a template that does not take the conversation.
@@ -56,14 +56,13 @@ def encode_chat(
 class Chat:
     """A conversation that the template can write up to any of its messages.
 
-    Images, and control tokens that somebody spelled in a message, are held back from the template, which gets a
-    placeholder for each.
+    The template gets a numbered placeholder for each image, and for each control token that is spelled in a message.
     """
 
     def __init__(
         self,
         tokenizer: Any,
-        messages: Sequence[Message],
+        messages: Sequence[ChatMessage],
         image_token_id: int | None = None,
         template_variables: Mapping[str, Any] | None = None,
     ) -> None:
@@ -79,23 +78,23 @@ class Chat:
         check_template_variables({} if template_variables is None else template_variables)
         self._variables = dict(template_variables or {})
         self._check_variables()
-        contents = [_runs(message) for message in _checked(messages)]
+        contents = [_runs(message) for message in _check_messages(messages)]
         # No message can contain the marker, because it is a hash of all messages. It is not random, so that every
         # process writes the same text.
         digest = hashlib.blake2b(digest_size=8)
         for run in itertools.chain.from_iterable(contents):
             digest.update(run.encode("utf-8", "surrogatepass") if isinstance(run, str) else b"\0")
         self._marker = f"\ue000{int.from_bytes(digest.digest(), 'big')}\ue001"
-        self._placeholder = re.compile(f"{self._marker}(\\d+)\ue001")
-        self._held: list[Any] = []
-        """What the numbered placeholders stand for."""
-        self.begin, self.end = self._hold(_Literal("")), self._hold(_Literal(""))
-        """Placeholders of nothing around the last message, where `write` is asked for them."""
-        self._seen: list[list[InputImage]] = []
+        self._placeholder_pattern = re.compile(f"{self._marker}(\\d+)\ue001")
+        self._replaced: list[Any] = []
+        """What the numbered placeholders stand for: images, and `_Verbatim` text."""
+        self.begin, self.end = self._placeholder_for(_Verbatim("")), self._placeholder_for(_Verbatim(""))
+        """Placeholders of empty text, which `write` puts around the last message with is_marked."""
+        self._input_images: list[list[InputImage]] = []
         """Of each message, its images in place of image tokens."""
         self._turns = [self._turn(m["role"], runs) for m, runs in zip(messages, contents, strict=True)]
         self._ids: dict[_Piece, list[int]] = {}
-        """Of each piece of text that was read."""
+        """Ids of each piece of text that has been tokenized."""
 
     def write(self, num_messages: int, add_generation_prompt: bool, is_marked: bool = False) -> str:
         """The first messages as the template writes them, with placeholders.
@@ -116,17 +115,17 @@ class Chat:
         )
 
     def text(self, number: int) -> str:
-        """What the template gets of the assistant's message of that number, with placeholders."""
+        """The text of the assistant's message of that number as the template gets it, with placeholders."""
         content = self._turns[number]["content"]
         return content if isinstance(content, str) else content[0]["text"]
 
     def read(self, written: str, num_messages: int) -> list[list[int] | Any]:
-        """Token ids and images of what `write` has written of so many messages.
+        """Token ids and images of what `write` has written of the first `num_messages` messages.
 
         All pieces of text go through the tokenizer in one call, each distinct piece once.
         """
         parts: list[list[int] | Any] = []
-        seen = list(itertools.chain.from_iterable(self._seen[:num_messages]))
+        input_images = list(itertools.chain.from_iterable(self._input_images[:num_messages]))
         if self._image_token_id is not None:
             parts += self._missing_bos(written)
         pieces = list(self._pieces(written))
@@ -138,20 +137,21 @@ class Chat:
                 continue
             for ids in self._runs_of(self._ids[piece]):
                 if ids[0] == self._image_token_id:
-                    parts += seen[num_places : num_places + len(ids)]
+                    parts += input_images[num_places : num_places + len(ids)]
                     num_places += len(ids)
                 elif parts and isinstance(parts[-1], list):
                     parts[-1].extend(ids)
                 else:
                     parts.append(list(ids))
-        if num_places != len(seen):
+        if num_places != len(input_images):
             raise ValueError(
-                f"the chat template writes {num_places} image tokens for {len(seen)} images of a conversation"
+                "the chat template must write an image token for each of the conversation's "
+                f"{len(input_images)} images, got {num_places}"
             )
         return parts
 
     def read_more(self, written: str) -> list[list[int] | Any]:
-        """The same of text that goes on from other text, and in which no image is shown."""
+        """The same for text that continues other text and contains no input image."""
         pieces = list(self._pieces(written))
         self._tokenize([piece for piece in pieces if isinstance(piece, _Piece)])
         return [list(self._ids[piece]) if isinstance(piece, _Piece) else piece for piece in pieces]
@@ -161,30 +161,32 @@ class Chat:
             spelled = find_tokens(json.dumps(value, ensure_ascii=False), self._control)
             if spelled is not None:
                 raise ValueError(
-                    f"template_variables.{name} holds the control token {spelled[0]!r}, which only the template may "
-                    "write; leave it out"
+                    f"template_variables.{name} must not hold a control token, which only the template may write, "
+                    f"got {spelled[0]!r}; leave it out"
                 )
 
     def _turn(self, role: str, runs: Sequence[str | list[Any]]) -> dict[str, Any]:
         """A message as the template gets it."""
-        self._seen.append([])
+        self._input_images.append([])
         if self._image_token_id is not None and role != "assistant":
-            return {"role": role, "content": self._shown(runs)}
-        text = "".join(self._protect(run) if isinstance(run, str) else "".join(map(self._hold, run)) for run in runs)
+            return {"role": role, "content": self._content_with_input_images(runs)}
+        text = "".join(
+            self._protect(run) if isinstance(run, str) else "".join(map(self._placeholder_for, run)) for run in runs
+        )
         return {"role": role, "content": text if self._image_token_id is None else [{"type": "text", "text": text}]}
 
-    def _shown(self, runs: Sequence[str | list[Any]]) -> list[dict[str, str]]:
-        """The content of a message with images that are seen."""
+    def _content_with_input_images(self, runs: Sequence[str | list[Any]]) -> list[dict[str, str]]:
+        """The content of a message with input images, as a list."""
         texts = [run for run in runs if isinstance(run, str)]
-        # Templates may move images away from between two texts, in which nobody shall spell a control token then
-        num_literal = sum(map(self._num_spelled, texts))
-        border = self._hold(_Literal("")) if self._num_spelled("".join(texts)) > num_literal else ""
+        # A template may move an image away from between two texts. The joined text must not spell a control token.
+        num_spelled = sum(map(self._num_spelled, texts))
+        border = self._placeholder_for(_Verbatim("")) if self._num_spelled("".join(texts)) > num_spelled else ""
         content: list[dict[str, str]] = []
         for run in runs:
             if isinstance(run, str):
                 content.append({"type": "text", "text": border + self._protect(run)})
             else:
-                self._seen[-1] += map(InputImage, run)
+                self._input_images[-1] += map(InputImage, run)
                 content += [{"type": "image"}] * len(run)
         return content
 
@@ -193,15 +195,15 @@ class Chat:
         return 0 if spelled is None else len(spelled.re.findall(text))
 
     def _protect(self, text: str) -> str:
-        """`text` with the control tokens in it held back."""
+        """`text` with placeholders for the control tokens in it."""
         spelled = find_tokens(text, self._control)
         if spelled is None:
             return text
-        return re.sub(f"(?:{spelled.re.pattern})+", lambda match: self._hold(_Literal(match[0])), text)
+        return re.sub(f"(?:{spelled.re.pattern})+", lambda match: self._placeholder_for(_Verbatim(match[0])), text)
 
-    def _hold(self, part: Any) -> str:
-        self._held.append(part)
-        return f"{self._marker}{len(self._held) - 1}\ue001"
+    def _placeholder_for(self, part: Any) -> str:
+        self._replaced.append(part)
+        return f"{self._marker}{len(self._replaced) - 1}\ue001"
 
     def _missing_bos(self, written: str) -> list[list[int]]:
         bos = self._tokenizer.bos_token
@@ -213,38 +215,40 @@ class Chat:
     def _pieces(self, written: str) -> "Iterator[_Piece | Any]":
         """Pieces of text, and the images between them.
 
-        Text of messages that lies between two spelled control tokens goes with them, so the number of pieces does not
-        depend on how many of them a message has.
+        Text of a message between two spelled control tokens is in one piece with them, so that the number of pieces
+        does not grow with the number of spelled control tokens.
         """
-        literal: list[str] = []
+        verbatim: list[str] = []
         control = [token for token in self._control if token in written]
-        for i, part in enumerate(self._placeholder.split(written)):
-            held = self._held[int(part)] if i % 2 else None
-            if isinstance(held, _Literal) and held:
-                literal.append(held)
-            elif not i % 2 and literal and find_tokens(part, control) is None:
-                literal.append(part)
+        for i, part in enumerate(self._placeholder_pattern.split(written)):
+            replaced = self._replaced[int(part)] if i % 2 else None
+            if isinstance(replaced, _Verbatim) and replaced:
+                verbatim.append(replaced)
+            elif not i % 2 and verbatim and find_tokens(part, control) is None:
+                verbatim.append(part)
             else:
-                if literal:
-                    yield _Piece("".join(literal), False)
-                    literal = []
-                if i % 2 and not isinstance(held, _Literal):
-                    yield held
+                if verbatim:
+                    yield _Piece("".join(verbatim), False)
+                    verbatim = []
+                if i % 2 and not isinstance(replaced, _Verbatim):
+                    yield replaced
                 elif not i % 2:
                     yield from (_Piece(piece, True) for piece in self._split(part))
-        if literal:
-            yield _Piece("".join(literal), False)
+        if verbatim:
+            yield _Piece("".join(verbatim), False)
 
     def _split(self, text: str) -> list[str]:
-        """`text` cut before each of its control tokens: much of a conversation is the same up to each of its turns."""
+        """`text` cut before each of its control tokens, so that what a conversation repeats is tokenized once."""
         first = find_tokens(text, self._borders)
         starts = [] if first is None else [match.start() for match in first.re.finditer(text)]
         cuts = [0, *starts, len(text)]
         return [text[begin:end] for begin, end in itertools.pairwise(cuts) if begin < end]
 
     def _runs_of(self, ids: list[int]) -> list[list[int]]:
-        """Runs of image tokens, apart from the others. The ids are split and not the text, since some tokenizers treat
-        the text after a control token differently."""
+        """`ids` split into runs of image tokens and runs of others.
+
+        The ids are split and not the text, since some tokenizers change the word after a control token.
+        """
         if self._image_token_id not in ids:
             return [ids] if ids else []
         return [list(run) for _, run in itertools.groupby(ids, key=lambda i: i == self._image_token_id)]
@@ -261,24 +265,24 @@ class _Piece(NamedTuple):
 
     text: str
     has_control: bool
-    """Whether the template wrote it, control tokens included. Otherwise those in it were spelled by somebody."""
+    """Whether control tokens in it count, as in text of the template. In text of a message they are spelled words."""
 
 
-class _Literal(str):
-    """A control token that somebody spelled in a message; "" only keeps what is before and after it apart."""
+class _Verbatim(str):
+    """A control token that is spelled in a message; "" only separates what is before and after it."""
 
 
-def _checked(messages: Any) -> Sequence[Message]:
+def _check_messages(messages: Any) -> Sequence[ChatMessage]:
     if isinstance(messages, (str, Mapping)) or not isinstance(messages, Sequence) or not messages:
-        raise ValueError(f"messages are {messages!r:.80}; give a list of at least one {_MESSAGE_EXPECTED}")
+        raise ValueError(f"messages must be a list of at least one message {_MESSAGE_EXPECTED}, got {messages!r:.80}")
     for message in messages:
         if not isinstance(message, Mapping) or message.get("role") not in ROLES or "content" not in message:
-            raise ValueError(f"a message is {message!r:.80}; it must be a {_MESSAGE_EXPECTED}")
+            raise ValueError(f"a message must be {_MESSAGE_EXPECTED}, got {message!r:.80}")
     return messages
 
 
-def _runs(message: Message) -> list[str | list[Any]]:
-    """Texts and runs of images of a message. Texts side by side are one: a control token may be spelled across them."""
+def _runs(message: ChatMessage) -> list[str | list[Any]]:
+    """Texts and runs of images of a message. Adjacent texts are one: a control token may be spelled across them."""
     content = message["content"]
     parts = [content] if isinstance(content, str) or not isinstance(content, Sequence) else content
     return [
@@ -293,8 +297,8 @@ def _plain(part: Any) -> Any:
         kind = part.get("type")
         if kind not in ("text", "image") or kind not in part or (kind == "text" and not isinstance(part["text"], str)):
             raise ValueError(
-                f'a part of a message is {part!r:.80}; it is {{"type": "text", "text": ...}} or '
-                '{"type": "image", "image": ...}'
+                'a part of a message must be {"type": "text", "text": ...} or {"type": "image", "image": ...}, got '
+                f"{part!r:.80}"
             )
         return part[kind]
     return part

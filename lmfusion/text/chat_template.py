@@ -1,10 +1,10 @@
-"""Chat templates: conversations as text, by the tokenizer's template, on a given day and in bounded time.
+"""Renders conversations with the tokenizer's chat template, for a given day and in bounded time.
 
-Templates come with models, so they are not trusted. They run in transformers' sandbox; loops, macros, powers and
-repeated or joined texts are limited here besides, and whatever goes wrong is a ValueError.
+Templates come with models, so they are not trusted. They run in transformers' sandbox; in addition, loops, macros,
+powers, and repeated or joined texts are limited here. Every failure is a ValueError.
 
-Template variables are JSON values that a template reads by name, such as `enable_thinking`. One of them has a meaning
-of its own: `today` (YYYY-MM-DD) is the date that the template's `strftime_now` tells. Without it, that is the clock's.
+Template variables are JSON values that a template reads by name, such as `enable_thinking`. One of them is special:
+`today` (YYYY-MM-DD) is the date that `strftime_now` in a template returns. Without it, that is the current date.
 """
 
 import datetime
@@ -23,27 +23,27 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from lmfusion.text import template_limits
 
 MAX_SECONDS = 10.0
-"""That a template may take for one conversation."""
+"""Time limit for one conversation."""
 TODAY = "today"
 RESERVED = ("messages", "add_generation_prompt", "continue_final_message", "strftime_now")
-"""Names that `render` gives to templates by itself."""
+"""Names that `render` sets itself."""
 
-_NAMES = 'template variables are names with JSON values, such as {"enable_thinking": false}'
+_EXPECTED = 'names with JSON values, such as {"enable_thinking": false}'
 
 
 def check_template_variables(values: Any, name: str = "template_variables") -> None:
     """Raises ValueError, naming the variable, unless `values` maps names to JSON values and `today` is a date."""
     if not isinstance(values, Mapping):
-        raise ValueError(f"{name} is {values!r:.80}; {_NAMES}")
+        raise ValueError(f"{name} must be {_EXPECTED}, got {values!r:.80}")
     for key, value in values.items():
         if not isinstance(key, str) or not key.isidentifier() or key.startswith("_"):
-            raise ValueError(f"{name} has the key {key!r:.80}; {_NAMES}")
+            raise ValueError(f"{name} must be {_EXPECTED}, got the key {key!r:.80}")
         if key in RESERVED:
-            raise ValueError(f"{name} has the key {key!r}, which the conversation itself sets; leave it out")
+            raise ValueError(f"{name} must not have the key {key!r}, which the conversation itself sets; leave it out")
         try:
             json.dumps(value, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
-            raise ValueError(f"{name}.{key} is {type(value).__name__}, not a JSON value: {error}") from None
+            raise ValueError(f"{name}.{key} must be a JSON value, got {type(value).__name__}: {error}") from None
     if TODAY in values:
         check_date(values[TODAY], f"{name}.{TODAY}")
 
@@ -53,11 +53,11 @@ def check_date(value: Any, name: str) -> None:
     try:
         datetime.datetime.strptime(value, "%Y-%m-%d")
     except (TypeError, ValueError):
-        raise ValueError(f"{name} is {value!r:.80}; it must be a date as YYYY-MM-DD, such as 2024-07-26") from None
+        raise ValueError(f"{name} must be a date as YYYY-MM-DD, such as 2024-07-26, got {value!r:.80}") from None
 
 
 def uses_date(tokenizer: Any) -> bool:
-    """Whether conversations in this tokenizer's template may depend on the day."""
+    """Whether this tokenizer's template may depend on the date."""
     template = getattr(tokenizer, "chat_template", None)
     return "strftime_now" in (json.dumps(template) if isinstance(template, Mapping) else template or "")
 
@@ -69,7 +69,7 @@ def render(
     add_generation_prompt: bool,
     template_variables: Mapping[str, Any],
 ) -> str:
-    """`messages` as the tokenizer's chat template writes them.
+    """`messages` as text, written by the tokenizer's chat template.
 
     Raises ValueError where the template refuses them, fails, takes too long, or makes too much text.
     """
@@ -93,7 +93,7 @@ def render(
 
 
 def check_deadline() -> None:
-    """Called by templates in every round of a loop and call of a macro. Raises TemplateError past the deadline."""
+    """Called by templates in every iteration of a loop and call of a macro. Raises TemplateError past the deadline."""
     if time.monotonic() > _clock.deadline:
         raise TemplateError(f"it takes more than {MAX_SECONDS:g} seconds")
 
@@ -110,11 +110,11 @@ _clock = threading.local()
 @functools.lru_cache(maxsize=16)
 def _compiled(source: str) -> Template:
     """The template in transformers' environment, with our limits."""
-    # The environment comes from an empty template: compiling a template computes its constants, which must happen
-    # within our limits.
+    # transformers returns a compiled template, not its environment. Take the environment from an empty template:
+    # compiling the real one evaluates its constants, which must happen within our limits.
     environment: SandboxedEnvironment = _compile_jinja_template("").environment.overlay()
     template_limits.limit(environment)
-    names = {name: value for name, value in environment.globals.items() if name != "lipsum"}  # a loop of its own
+    names = {name: value for name, value in environment.globals.items() if name != "lipsum"}  # it loops by itself
     guarded = _Guard().visit(environment.parse(source))
     return Template.from_code(environment, environment.compile(guarded), names)
 
@@ -139,7 +139,7 @@ class _Guard(NodeTransformer):
 
 
 def _call(name: str, args: list[nodes.Expr]) -> nodes.Call:
-    """A call of a function of this module, by a name that templates cannot use."""
+    """A call of a function in this module, by a name that templates cannot use themselves."""
     return nodes.Call(nodes.ImportedName(f"{__name__}.{name}"), args, [], None, None)
 
 

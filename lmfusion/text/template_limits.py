@@ -1,7 +1,7 @@
 """Limits on the texts and numbers that an untrusted Jinja template makes.
 
 A template of a few letters can ask for gigabytes: by repeating and padding texts, by filters, and by powers. Every
-operator, method and filter that makes more than it is given is checked here before it runs.
+operator, method and filter whose result can be larger than its operands is checked here before it runs.
 """
 
 import operator
@@ -15,9 +15,9 @@ from jinja2.sandbox import SandboxedEnvironment
 MAX_CHARS = 2**24
 """Characters of any text, and items of any list, that a template makes."""
 MAX_BITS = 2**16
-"""Of any whole number that a template makes by multiplication."""
+"""Of any integer that a template makes by multiplication."""
 MAX_WIDTH = 10_000
-"""Of any field, indentation or batch that a template asks for."""
+"""Of any field, indentation or batch in a template."""
 MAX_WRAPPED_CHARS = 2**20
 """Of a text that is broken into lines, which is slow."""
 
@@ -27,7 +27,7 @@ _WIDTH_FILTERS = ("center", "indent", "batch", "slice", "wordwrap", "tojson", "t
 
 
 def limit(environment: SandboxedEnvironment) -> None:
-    """Put the limits into an environment of templates that nobody else uses."""
+    """Put the limits into an environment of templates, which must not be shared."""
     environment.intercepted_binops = frozenset(("+", "*", "**", "%"))
     environment.binop_table = {
         **environment.binop_table, "+": _add, "*": _multiply, "**": _power, "%": _modulo
@@ -49,18 +49,18 @@ def limit(environment: SandboxedEnvironment) -> None:
 def check_chars(number: int) -> None:
     """Raises TemplateError for a text or list that is longer than MAX_CHARS."""
     if number > MAX_CHARS:
-        raise TemplateError(f"it makes a text or list of {number} characters or items; the limit is {MAX_CHARS}")
+        raise TemplateError(f"a text or list may have at most {MAX_CHARS} characters or items, got {number}")
 
 
 def _check_bits(number: int) -> None:
     if number > MAX_BITS:
-        raise TemplateError(f"it makes a whole number of {number} bits; the limit is {MAX_BITS}")
+        raise TemplateError(f"an integer may have at most {MAX_BITS} bits, got {number}")
 
 
 def _check_widths(values: Iterable[Any]) -> None:
     for value in values:
         if isinstance(value, int) and abs(value) > MAX_WIDTH:
-            raise TemplateError(f"it asks for a width of {value}; the limit is {MAX_WIDTH}")
+            raise TemplateError(f"a width may be at most {MAX_WIDTH}, got {value}")
 
 
 def _concat(pieces: Iterable[str]) -> str:
@@ -99,7 +99,7 @@ def _modulo(left: Any, right: Any) -> Any:
 def _check_format(form: str, values: Iterable[Any], takes_widths: bool) -> None:
     """takes_widths: whether a width may come from the values."""
     if _LONG_NUMBER.search(form):
-        raise TemplateError(f"a format asks for a width of more than {MAX_WIDTH}")
+        raise TemplateError(f"a width in a format may be at most {MAX_WIDTH}")
     if takes_widths:
         _check_widths(values)
 
@@ -161,7 +161,7 @@ def _check_wrap(value: Any, values: list[Any]) -> None:
     _check_widths(values)
     if len(str(value)) > MAX_WRAPPED_CHARS:
         raise TemplateError(
-            f"it breaks a text of {len(str(value))} characters into lines; the limit is {MAX_WRAPPED_CHARS}"
+            f"a text that is broken into lines may have at most {MAX_WRAPPED_CHARS} characters, got {len(str(value))}"
         )
     check_chars(len(str(value)) * max([1, *(len(v) for v in values if isinstance(v, str))]))
 

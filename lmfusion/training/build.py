@@ -7,7 +7,6 @@ from lmfusion.data.pipeline.loader import PackedLoader
 from lmfusion.data.samples import DataConfig
 from lmfusion.model.batch import SpecialTokens
 from lmfusion.model.modeling import LMFusion
-from lmfusion.model.saving import from_base
 from lmfusion.training.config import RunConfig
 from lmfusion.training.distributed import World
 from lmfusion.utils.recipes import resolve_path
@@ -24,7 +23,7 @@ def build_model(config: RunConfig) -> LMFusion:
         assert model_config.base is not None
         base = load_base(resolve_path(model_config.base), getattr(torch, train.dtype))
         image, codec, diffusion = model_config.image, model_config.codec, model_config.diffusion
-        model = from_base(LMFusion, base, image, codec, diffusion, seed=train.seed)
+        model = LMFusion.from_base(base, image, codec, diffusion, seed=train.seed)
     if model_config.chat_system_prompt is not None:
         model.config.chat_system_prompt = model_config.chat_system_prompt
     model.config.template_variables = {**model.config.template_variables, **model_config.template_variables}

@@ -29,8 +29,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lmfusion.training.distributed import World, local_range, local_shard
-from lmfusion.utils.config_values import short_repr, values_sha256
+from lmfusion.utils.config_values import short_repr
 from lmfusion.utils.files import check_no_link, flush, name_os_errors
+from lmfusion.utils.hashing import values_sha256
 
 MANIFEST = "manifest.json"
 STATE = "state.json"

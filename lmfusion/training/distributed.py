@@ -31,7 +31,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 import lmfusion_kernels as lk
-from lmfusion.model.modeling import LMFusion, LMFusionOutput
+from lmfusion.model.losses import LMFusionOutput
+from lmfusion.model.modeling import LMFusion
 from lmfusion.model.towers import TextLayer
 from lmfusion.utils.devices import choose_device
 from lmfusion_kernels.block.weights import Rows

@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from lmfusion.model.model_card import TrainingRecord
-from lmfusion.model.saving import has_base
+from lmfusion.model.records import TrainingRecord
 from lmfusion.training.build import build_model
 from lmfusion.training.checkpoint import load_checkpoint, ranges, restore
 from lmfusion.training.config import RunConfig
@@ -30,7 +29,7 @@ def save_model(config: RunConfig, checkpoint: Path, out: Path) -> None:
     restore(weights, parts[part])
     model.trained = _record(config, state)
     # A run can start from a complete model without its base LLM; then the new model must be complete too
-    can_be_part = is_text_the_bases(model) and has_base(model)
+    can_be_part = is_text_the_bases(model) and model.base is not None and model.base.is_available
     model.eval().save_pretrained(out, parts="image" if can_be_part else "all")
 
 

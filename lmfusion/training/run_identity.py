@@ -5,11 +5,13 @@ from typing import Any
 
 from lmfusion.data.latent_cache.reader import tokenizer_sha256
 from lmfusion.data.samples import SourceConfig
+from lmfusion.model.assembly import base_tensors
 from lmfusion.model.modeling import LMFusion
-from lmfusion.model.saving import base_tensors, digests
+from lmfusion.model.records import tensor_digests
 from lmfusion.text.chat_template import uses_date
 from lmfusion.training.config import RunConfig
-from lmfusion.utils.config_values import to_values, values_sha256
+from lmfusion.utils.config_values import to_values
+from lmfusion.utils.hashing import values_sha256
 
 TRAIN_KEYS = ("seed", "batch_tokens", "text_learning_rate_ratio", "optimizer", "dtype")
 DATA_KEYS = (
@@ -85,5 +87,5 @@ def base_digest(model: LMFusion) -> str:
         assert model.base is not None
         sha256 = model.base.sha256
     else:
-        sha256 = digests(base_tensors(model))
+        sha256 = tensor_digests(base_tensors(model))
     return values_sha256(sha256)

@@ -145,7 +145,7 @@ class Updater:
     def _backward(self, batch: Batch, totals: Totals) -> Tensor:
         """Add the gradient of one micro-batch's share of the loss; returns its three loss sums, float64 [3]."""
         output = self._model(batch=batch.to(self._world.device))
-        sums = (output.lm_loss_sum, output.begin_loss_sum, output.diffusion_loss_sum)
+        sums = (output.lm_loss_sum, output.boi_loss_sum, output.diffusion_loss_sum)
         # FSDP averages gradients over the ranks, but the loss is already a mean over the labels and images of all
         # ranks, so it must be multiplied by their number.
         loss = step_loss(sums, totals, self._model) * self._world.size

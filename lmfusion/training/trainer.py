@@ -45,7 +45,7 @@ from lmfusion.training.step import (
 )
 from lmfusion.training.validation import Validation
 from lmfusion.utils.devices import choose_device
-from lmfusion.utils.files import lock_existing
+from lmfusion.utils.files import locked_if_exists
 from lmfusion.utils.finite import NotFiniteError
 from lmfusion.utils.json_lines import JsonLines
 from lmfusion.utils.signals import Stop
@@ -88,7 +88,7 @@ class Trainer:
         if config.validation.sources:
             make_loader = partial(validation_loader, config=config, model=self.model, world=self.world)
             self._validation = Validation(config, self.world, make_loader)
-        with lock_existing(self.folder, self.world.rank):
+        with locked_if_exists(self.folder, self.world.rank):
             self._resume()
 
     @property

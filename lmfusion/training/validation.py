@@ -83,7 +83,7 @@ class Validation:
         for number, batch in held_out.mine:
             moved = batch.to(self._world.device)
             for i, timestep in enumerate(timesteps):
-                at = torch.zeros_like(moved.timesteps).index_fill(0, moved.drawn, timestep)
+                at = torch.zeros_like(moved.timesteps).index_fill(0, moved.target_image_indices, timestep)
                 output = model(batch=replace(moved, timesteps=at))
                 if number < held_out.num_sequences:
                     sums[number, i] = torch.stack([output.lm_loss_sum, output.diffusion_loss_sum])

@@ -1,9 +1,7 @@
-"""How do plain values (YAML, JSON, dicts) become configuration dataclasses, and these plain values again?"""
+"""Configuration dataclasses from plain values (YAML, JSON, dicts), and plain values from them."""
 
 import dataclasses
 import difflib
-import hashlib
-import json
 import math
 import reprlib
 import types
@@ -17,44 +15,15 @@ _REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, 120, 120, 12
 
 
 def short_repr(value: Any) -> str:
-    """`repr(value)` for an error, truncate where it is long: a file's value may be as large as the file, or larger."""
+    """`repr(value)` for an error message, truncated: a value from a file may be as large as the file, or larger."""
     if isinstance(value, int) and value.bit_length() > 400:
-        return f"{hex(value)[:40]}..."  # Python refuses to write very long ones in decimal
+        return f"{hex(value)[:40]}..."  # Python refuses to write very long integers in decimal
     return _REPR.repr(value)
 
 
 def truncate(text: str, length: int = 500) -> str:
-    """`text` for an error, without the end of one that is long."""
+    """`text` for an error message, without the end of a long one."""
     return text if len(text) <= length else f"{text[:length]}..."
-
-
-def values_sha256(values: Mapping[str, Any]) -> str:
-    """sha256 of JSON values, whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def read_json_object(content: str | bytes) -> dict[str, Any]:
-    """The object in a JSON file. Raises ValueError for anything else, a key given twice, NaN and infinities."""
-    try:
-        value = json.loads(content, object_pairs_hook=_without_doubles, parse_constant=_no_number)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError("it must hold a JSON object")
-    return value
-
-
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        keys = [key for key, _ in pairs]
-        double = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {short_repr(double)} is given twice")
-    return values
-
-
-def _no_number(name: str) -> Any:
-    raise ValueError(f"it holds {name}; numbers must be finite")
 
 
 def from_values(cls: type[T], value: Any, name: str = "") -> T:
@@ -68,7 +37,7 @@ def from_values(cls: type[T], value: Any, name: str = "") -> T:
     if value is None:
         value = {}
     if not isinstance(value, Mapping):
-        raise ValueError(f"{name} is {short_repr(value)}; it must be a mapping with the keys {field_names(cls)}")
+        raise ValueError(f"{name} must be a mapping with the keys {field_names(cls)}, got {short_repr(value)}")
     prefix = f"{name}." if name else ""
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -93,11 +62,11 @@ def field_names(cls: Any) -> str:
 
 
 def check_least(config: Any, section: str, **limits: float) -> None:
-    """Raises ValueError, naming section.key, for a field of `config` below its limit or not finite; None may stay."""
+    """Raises ValueError, naming section.key, for a field of `config` below its limit or not finite. None is allowed."""
     for name, least in limits.items():
         value = getattr(config, name)
         if value is not None and not least <= value < math.inf:
-            raise ValueError(f"{section}.{name} is {value}; it must be at least {least}")
+            raise ValueError(f"{section}.{name} must be at least {least}, got {value}")
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
@@ -115,11 +84,11 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if origin in (list, tuple):
         length = len(args) if origin is tuple and args[-1] is not Ellipsis else None
         if not isinstance(value, (list, tuple)) or length not in (None, len(value)):
-            raise ValueError(f"{name} is {short_repr(value)}; it must be a list" + (f" of {length}" if length else ""))
+            raise ValueError(f"{name} must be a list{f' of {length}' if length else ''}, got {short_repr(value)}")
         return origin(_convert(item, args[0], f"{name}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping):
-            raise ValueError(f"{name} is {short_repr(value)}; it must map names to values")
+            raise ValueError(f"{name} must map names to values, got {short_repr(value)}")
         return {key: _convert(item, args[1], f"{name}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
@@ -134,9 +103,9 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
             pass
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, hint.__name__)
-        raise ValueError(f"{name} is {short_repr(value)}; it must be {kind}")
+        raise ValueError(f"{name} must be {kind}, got {short_repr(value)}")
     if isinstance(value, int) and value.bit_length() > 63:
-        raise ValueError(f"{name} is {short_repr(value)}; it must be less than 2**63")
+        raise ValueError(f"{name} must be less than 2**63, got {short_repr(value)}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Where does a model run, and in what?"""
+"""Devices: choosing one, its name, and whether it multiplies bfloat16 fast."""
 
 import platform
 
@@ -8,17 +8,17 @@ import torch
 def choose_device(name: str, option: str) -> torch.device:
     """The device called "auto" (a GPU where there is one), "cpu" or "cuda".
 
-    Raises ValueError, naming the `option` it was asked by, where a GPU is asked for and there is none.
+    Raises ValueError, naming the `option` that was set, for "cuda" where there is no GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"{option} is cuda, but PyTorch finds no GPU here; use auto or cpu")
+        raise ValueError(f"{option} must be auto or cpu where PyTorch finds no GPU, got cuda")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def has_fast_bfloat16(device: str) -> bool:
     """Whether the device called "auto", "cpu" or "cuda" has instructions that multiply matrices of bfloat16.
 
-    A GPU that is not here counts as one that has.
+    Where there is no GPU, "cuda" counts as one that has them.
     """
     if device == "cuda" and not torch.cuda.is_available():
         return True
@@ -28,7 +28,7 @@ def has_fast_bfloat16(device: str) -> bool:
 
 
 def device_name(device: torch.device) -> str:
-    """What to call `device` beside a figure."""
+    """A name of `device` for reports."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -1,8 +1,12 @@
-"""Writes files so that a crash, a full disk, a symbolic link or a second process does no harm."""
+"""Writes files and takes locks so that a crash, a full disk, a symbolic link or a second process does no harm.
+
+`atomic_write` is the one place that writes a partial file, flushes it and renames it. It is ours and not a library's,
+because it also never follows a symbolic link, notices a second writer, and names the file in every error.
+`lmfusion.utils.folders` does the same for whole folders.
+"""
 
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 import socket
@@ -12,18 +16,18 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO
 
-NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
-"""What file systems that know no locks answer."""
+LOCKING_UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
+"""Error numbers of file systems without locks."""
 
 
 def full_path(path: str | Path) -> Path:
-    """`path` from the root, so that it means the same in every working directory. `~` is the home folder."""
+    """The absolute path, which means the same in every working directory. `~` is the home folder."""
     return Path(path).expanduser().resolve()
 
 
 @contextmanager
 def name_os_errors(path: Path) -> Iterator[None]:
-    """Give system errors that name no file the name of `path`: a full disk, or a disk that fails while it is read."""
+    """Add the name of `path` to system errors without a file name: a full disk, or a disk that fails while reading."""
     try:
         yield
     except OSError as error:
@@ -42,33 +46,27 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def file_sha256(path: Path) -> str:
-    """Digest of the bytes of a file."""
-    with name_os_errors(path), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @contextmanager
-def replacing(path: Path, overwrite: bool = True, writer: str | None = None) -> Iterator[BinaryIO]:
-    """An open file whose content becomes that of `path` when the block ends without an error, also if the power fails.
+def atomic_write(path: Path, overwrite: bool = True, writer: str | None = None) -> Iterator[BinaryIO]:
+    """An open file that takes the place of `path` when the block ends without an error, safe against a power failure.
 
-    Until then it lies in NAME.partial, which is always made anew: what somebody else put there, a symbolic link say, is
-    never written through. overwrite: whether `path`, and the NAME.partial of a killed process, may be replaced. writer:
-    a name of this thread's own, for files that several may write at the same time.
+    Until then the content is in NAME.partial, which is always created: an existing file of that name, such as a
+    symbolic link, is never written through. overwrite: whether `path`, and the NAME.partial of a killed process, may be
+    replaced. writer: a name that is unique to this thread, for files that several threads may write at the same time.
 
-    Raises FileExistsError where `overwrite` is False and either is there; other OSErrors with the name of a file.
+    Raises FileExistsError where `overwrite` is False and one of the two exists; other OSErrors with a file's name.
     """
     partial = path.with_name(f"{path.name}.partial" if writer is None else f"{path.name}.{writer}.partial")
     if path.exists() and not path.is_file():
-        raise OSError(f"{path} is not a regular file; give another name for the output")
+        raise OSError(f"{path} must be a regular file or not exist; give another name for the output")
     if overwrite:
         partial.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     with name_os_errors(path), open(os.open(partial, flags, 0o666), "wb") as file:
         try:
-            # Only the process that made the partial file checks if the name is free, so nobody can take it meanwhile
+            # Check after creating the partial file: any other writer fails to create it, so `path` cannot appear now
             if not overwrite and path.exists():
-                raise FileExistsError(f"{path} is there already")
+                raise FileExistsError(f"{path} exists already")
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -83,7 +81,7 @@ def replacing(path: Path, overwrite: bool = True, writer: str | None = None) -> 
 
 
 def _is_named(file: BinaryIO, path: Path) -> bool:
-    """Whether `path` is the open file, and no other that has taken its name."""
+    """Whether `path` is still the open file, and not another one that has taken its name."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.lstat())
     except FileNotFoundError:
@@ -91,35 +89,35 @@ def _is_named(file: BinaryIO, path: Path) -> bool:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all, also where the power fails."""
-    with replacing(path) as file:
+    """Write a text file whole or not at all, even if the power fails."""
+    with atomic_write(path) as file:
         file.write(text.encode("utf-8"))
 
 
 def check_no_link(folder: Path) -> None:
-    """Raise OSError where `folder`, which is to be written or deleted, is a symbolic link into some other folder."""
+    """Raise OSError where `folder`, which is about to be written or deleted, is a symbolic link."""
     if folder.is_symlink():
-        raise OSError(f"{folder} is a symbolic link, and nothing is written through it; delete the link")
+        raise OSError(f"{folder} must not be a symbolic link, since nothing is written through links; delete it")
 
 
 def new_folder(path: Path) -> None:
-    """Make an empty folder; one that a killed process left there is deleted. Raises OSError for a symbolic link."""
+    """Make an empty folder; one that a killed process left is deleted first. Raises OSError for a symbolic link."""
     check_no_link(path)
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir()
 
 
-def lock_existing(folder: Path, rank: int = 0) -> AbstractContextManager[None]:
-    """Like `locked`, for reading what another run may be writing. Does nothing where the folder does not exist."""
+def locked_if_exists(folder: Path, rank: int = 0) -> AbstractContextManager[None]:
+    """Like `locked`, for reading a folder that another run may be writing. Does nothing if it does not exist."""
     return locked(folder, rank) if folder.is_dir() else nullcontext()
 
 
 @contextmanager
 def locked(folder: Path, rank: int = 0) -> Iterator[None]:
-    """Hold `folder` for this run; rank 0 takes the lock for all ranks. The system frees it however the process ends.
+    """Lock `folder` for this run; rank 0 takes the lock for all ranks. The system frees it however the process ends.
 
-    Raises OSError, naming the holder, where another run holds it, on any machine that shares the file system. Some
-    file systems know no locks; there a warning is all.
+    Raises OSError, naming the holder, where another run has locked it, on any machine that shares the file system. On
+    file systems without locks, this only prints a warning.
     """
     if rank:
         yield
@@ -134,10 +132,10 @@ def locked(folder: Path, rank: int = 0) -> Iterator[None]:
                 file.seek(0)
                 holder = file.read().strip() or "unknown"
                 raise OSError(
-                    f"another process is at work in {folder} ({holder}); wait for it, or set output elsewhere"
+                    f"{folder} is in use by another process ({holder}); wait for it, or choose another output folder"
                 ) from None
             except OSError as error:
-                if error.errno not in NO_LOCKS:
+                if error.errno not in LOCKING_UNSUPPORTED:
                     raise
                 warning = f"{folder} cannot be locked ({error.strerror}): make sure that only one run uses it"
                 print(warning, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Finds NaN and infinity in logits and images, and makes the errors that end such requests."""
+"""Finds NaN and infinity in logits and images, and makes the errors for requests that have them."""
 
 from collections.abc import Sequence
 
@@ -26,6 +26,6 @@ def image_error(index: int, sampler: object, num_steps: int) -> NotFiniteError:
 
 
 def are_finite(*tensors: Sequence[Tensor] | Tensor) -> Tensor:
-    """bool [n] on the device: whether entry i of every one of `tensors`, which have n entries each, is all finite."""
+    """bool [n] on the device: whether all values in entry i of each of `tensors`, which have n entries, are finite."""
     flags = [torch.stack([x.isfinite().all() for x in tensor]) for tensor in tensors]
     return torch.stack(flags).all(dim=0)

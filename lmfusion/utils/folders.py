@@ -2,8 +2,8 @@
 
 A kill leaves one of these states, and each is repaired by the next `replace_folder` of the same path:
 
-    .NAME.saving-PID    a successor that is not complete; deleted once nobody holds it
-    .NAME.previous      the old folder: alone between the two renames, beside the new one before files are moved over
+    .NAME.saving-PID    an incomplete new folder; deleted once no process has locked it
+    .NAME.previous      the old folder: alone between the two renames, then beside the new one until its files are moved
 """
 
 import fcntl
@@ -18,9 +18,9 @@ from lmfusion.utils.files import flush, new_folder
 
 
 def current_folder(path: Path) -> Path:
-    """Where the content of `path` lies: there, or where the old folder waits if the process died between the renames.
+    """The folder with the content of `path`: the old one's temporary name if a process died between the renames.
 
-    Answers with `path` where there is neither.
+    `path` itself if neither exists.
     """
     previous = _previous(path)
     return previous if previous.is_dir() and not path.exists() else path
@@ -29,17 +29,18 @@ def current_folder(path: Path) -> Path:
 def replace_folder(path: Path, write: Callable[[Path], None], is_stale: Callable[[str], bool]) -> None:
     """Let `write` fill an empty folder, which then takes the place of `path`.
 
-    is_stale: whether a file of the old folder, by its name, goes with it. Others that have no successor are kept.
+    is_stale: whether a file of the old folder, given its name, is deleted with it. Other files that the new folder
+    lacks are moved into it.
 
-    What was there before is untouched until the new folder is complete. Raises OSError when writing fails, and what
-    `write` raises.
+    The old folder is untouched until the new one is complete. Raises OSError when writing fails, and what `write`
+    raises.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _delete_abandoned(path)
     new = path.with_name(f".{path.name}.saving-{os.getpid()}")
     new_folder(new)
     try:
-        with _held(new):
+        with _locked_while_written(new):
             write(new)
             for file in (*new.rglob("*"), new):
                 flush(file)
@@ -55,7 +56,7 @@ def _previous(path: Path) -> Path:
 def _swap(new: Path, path: Path, is_stale: Callable[[str], bool]) -> None:
     previous = _previous(path)
     if path.exists():
-        _finish(path, is_stale)  # an earlier swap that was interrupted
+        _finish(path, is_stale)  # finish an earlier swap that was interrupted
         os.rename(path, previous)
         try:
             os.rename(new, path)
@@ -69,7 +70,7 @@ def _swap(new: Path, path: Path, is_stale: Callable[[str], bool]) -> None:
 
 
 def _finish(path: Path, is_stale: Callable[[str], bool]) -> None:
-    """Move what is to be kept of the old folder into the new one, and delete the old folder."""
+    """Move the files to keep from the old folder into the new one, and delete the old folder."""
     previous = _previous(path)
     if not previous.exists():
         return
@@ -80,11 +81,11 @@ def _finish(path: Path, is_stale: Callable[[str], bool]) -> None:
 
 
 @contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Hold a folder while it is being written, so that no other process takes it for abandoned."""
+def _locked_while_written(folder: Path) -> Iterator[None]:
+    """Lock a folder while it is being written, so that other processes do not take it for abandoned."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with suppress(OSError):  # some file systems cannot; there abandoned folders are not found either
+        with suppress(OSError):  # on file systems without locks, abandoned folders are not deleted either
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
@@ -92,14 +93,14 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def _delete_abandoned(path: Path) -> None:
-    """Delete unfinished successors of `path` whose processes are gone."""
+    """Delete unfinished new folders for `path` whose processes have ended."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.saving-*"):
         try:
             descriptor = os.open(left, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except OSError:  # no folder
+        except OSError:  # not a folder
             continue
         try:
-            with suppress(OSError):  # held, or a file system without such locks
+            with suppress(OSError):  # in use, or a file system without locks
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(left, ignore_errors=True)
         finally:

@@ -9,8 +9,8 @@ CGROUPS = Path("/sys/fs/cgroup")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that are free on a GPU; on a CPU what the machine has available, and no more than each control group of
-    this process may still take."""
+    """Bytes that are free on a GPU; on a CPU, what the machine has available within the limits of this process's
+    control groups."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     lines = (PROC / "meminfo").read_text().splitlines()
@@ -21,7 +21,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def _left_in_groups() -> list[int]:
-    """Of each control group that limits memory, the bytes that may still be taken: version 2, and version 1."""
+    """For each control group (version 1 or 2) that limits memory, the bytes that can still be allocated."""
     try:
         lines = (PROC / "self" / "cgroup").read_text().splitlines()
     except OSError:  # a kernel without control groups

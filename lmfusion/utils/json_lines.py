@@ -1,7 +1,7 @@
-"""How does a log survive a kill? JSON lines, each with its step; resuming drops what lies beyond the checkpoint.
+"""Logs as JSON lines, each with its step, that survive a kill: resuming drops the lines after the checkpoint.
 
 Lines are written before the checkpoint of their step. So a run that resumes from a checkpoint finds every line up to
-it, drops the later ones, and writes these again: the same, once.
+it, drops the later ones, and writes them again with the same content: each line is in the log once.
 """
 
 import json
@@ -14,16 +14,16 @@ from lmfusion.utils.files import name_os_errors, replace_text
 
 
 class JsonLines:
-    """The file `path`, one JSON object a line, each with a whole number `step` that never falls."""
+    """The file `path`, one JSON object per line, each with an integer `step` that never decreases."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file: Any = None
 
     def resume(self, step: int) -> None:
-        """Drop the lines of steps after `step`, and what a kill or a power failure left of one.
+        """Drop the lines of steps after `step`, and a line that a kill or a power failure left incomplete.
 
-        Raises ValueError where a line before these is damaged.
+        Raises ValueError where an earlier line is damaged.
         """
         self.close()
         if not self.path.is_file():
@@ -40,7 +40,7 @@ class JsonLines:
         replace_text(self.path, "".join(f"{line}\n" for line in lines[:num_kept]))
 
     def append(self, values: Mapping[str, Any]) -> None:
-        """Write one line, which a reader sees at once."""
+        """Write one line, which readers can see at once."""
         with name_os_errors(self.path):
             if self._file is None:
                 self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed in close)
@@ -48,7 +48,7 @@ class JsonLines:
             self._file.flush()
 
     def sync(self) -> None:
-        """Force the lines onto the disk, as is done before a checkpoint that counts on them."""
+        """Force the lines onto the disk, before a checkpoint that relies on them."""
         if self._file is not None:
             with name_os_errors(self.path):
                 os.fsync(self._file.fileno())
@@ -57,7 +57,7 @@ class JsonLines:
         file, self._file = self._file, None
         if file is not None:
             with name_os_errors(self.path):
-                file.close()  # it writes what a full disk has not taken yet
+                file.close()  # it writes again what a full disk has refused before
 
 
 def _step_of(line: str) -> int | None:

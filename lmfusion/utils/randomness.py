@@ -1,7 +1,7 @@
-"""Where does chance come from? From counters: every draw is a pure function of what it is for.
+"""Counter-based random numbers: each is a pure function of seed, epoch, sample and purpose.
 
-No global generator is read or advanced, so the number of workers, the size of micro-batches and a restart cannot change
-what a sample sees.
+No global generator is read or advanced, so the number of workers, the size of micro-batches and a restart do not change
+the random numbers of a sample.
 """
 
 import hashlib
@@ -14,12 +14,12 @@ from numpy.random.bit_generator import ISeedSequence
 def generator(seed: int, epoch: int, sample_id: str, purpose: str) -> np.random.Generator:
     """The private generator of one purpose ("noise", "timestep", ...) of one sample in one epoch."""
     key = hashlib.blake2b(repr((seed, epoch, sample_id, purpose)).encode(), digest_size=16).digest()
-    # Philox takes any ISeedSequence; numpy's type says less
+    # Philox accepts any ISeedSequence, though numpy's annotation does not say so
     return np.random.Generator(np.random.Philox(_Key(np.frombuffer(key, np.uint64))))  # type: ignore[arg-type]
 
 
 class _Key(ISeedSequence):
-    """Hands Philox its key. Given as `key=`, it would be preceded by a read of the system's entropy."""
+    """Passes Philox its key. With `key=`, Philox would first read entropy from the system, which is slow."""
 
     def __init__(self, key: np.ndarray) -> None:
         self._key = key

@@ -13,7 +13,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Stop:
-    """Whether the run was asked to stop."""
+    """Whether a signal has asked the run to stop."""
 
     is_set = False
 

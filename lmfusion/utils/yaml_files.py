@@ -1,4 +1,4 @@
-"""Reads YAML from users: runs no code, and refuses duplicate keys and alias bombs."""
+"""Reads YAML from users safely: without running code, and without duplicate keys and alias bombs."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ import yaml
 from lmfusion.utils.config_values import short_repr, truncate
 
 MAX_NODES = 100_000
-"""Keys and values of a file, those that aliases repeat counted each time."""
+"""Keys and values of a file; those that aliases repeat are counted each time."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain types without dates: 2031-01-01 is a text, as it is in JSON and in quotes."""
+    """YAML's plain types without dates: 2031-01-01 is a text, as in JSON."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -23,8 +23,8 @@ _Loader.yaml_implicit_resolvers = {
 def read_yaml(text: str) -> Any:
     """The value that a YAML text describes.
 
-    Raises ValueError, with the line, for text that is not YAML, for a key that a mapping has twice, and for more than
-    MAX_NODES values, which a few lines of aliases are enough to write.
+    Raises ValueError, with the line, for text that is not YAML, for a duplicate key in a mapping, and for more than
+    MAX_NODES values, which a few lines of aliases can produce.
     """
     try:
         loader = _Loader(text)
@@ -50,10 +50,10 @@ def _copied(value: Any) -> Any:
 
 
 def _count(node: yaml.Node, known: dict[int, int]) -> int:
-    """Values that `node` stands for, itself included; looks at each node once, however many aliases it has."""
+    """Values in `node`, including itself. Each node is visited once, however many aliases it has."""
     if id(node) in known:
         if known[id(node)] == 0:
-            raise ValueError(f"line {_line(node)}: the value holds itself, by an alias")
+            raise ValueError(f"line {_line(node)}: the value contains itself through an alias")
         return known[id(node)]
     known[id(node)] = 0  # being counted
     children: list[yaml.Node] = []
@@ -75,8 +75,8 @@ def _check_keys(node: yaml.MappingNode) -> None:
         if isinstance(key, yaml.ScalarNode):
             if key.value in lines and key.tag != "tag:yaml.org,2002:merge":
                 raise ValueError(
-                    f"{short_repr(key.value)} is given twice, in line {lines[key.value]} and in line {_line(key)}; write it "
-                    "once"
+                    f"{short_repr(key.value)} is given twice, in line {lines[key.value]} and in line {_line(key)}; "
+                    "write it once"
                 )
             lines[key.value] = _line(key)
 

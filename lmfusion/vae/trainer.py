@@ -23,7 +23,7 @@ from lmfusion.training.step import NonFiniteError
 from lmfusion.training.step_log import StepLog
 from lmfusion.utils.config_values import to_values
 from lmfusion.utils.devices import choose_device
-from lmfusion.utils.files import lock_existing
+from lmfusion.utils.files import locked_if_exists
 from lmfusion.utils.recipes import resolve_path
 from lmfusion.vae import losses
 from lmfusion.vae.autoencoder import Autoencoder, build_discriminator, export, measure_latents
@@ -73,7 +73,7 @@ class VAETrainer:
         """Updates made so far."""
         self._num_skipped: dict[str, int] = {}
         """What the checkpoint that this process resumed from holds of the skip log."""
-        with lock_existing(self.folder):
+        with locked_if_exists(self.folder):
             self._resume()
 
     @property

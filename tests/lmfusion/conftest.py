@@ -1,4 +1,4 @@
-"""Fixtures: a random Llama small enough that a test of the whole chain takes seconds."""
+"""Fixtures: a random Llama, small enough for tests of the whole chain in seconds."""
 
 from pathlib import Path
 

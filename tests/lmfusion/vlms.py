@@ -23,7 +23,7 @@ from lmfusion.model.modeling import LMFusion
 from tests.lmfusion.conftest import build_tokenizer
 
 SIDE, PATCH = 8, 4
-"""Pixels of a tile and of a patch: a tile has 2 x 2 rows."""
+"""Pixels of a tile and of a patch: a tile has 2 x 2 vision tokens."""
 PINPOINTS = [[8, 16], [16, 8], [16, 16]]
 TEMPLATE = (
     "{% for message in messages %}"
@@ -90,7 +90,7 @@ def save_vlm(folder, kind="llava_next", llm="llama", encoder="clip", template=TE
 
 
 def build(folder, dtype=torch.float32, **options):
-    """A model whose every weight matters: what training starts at zero is drawn too."""
+    """A model whose every weight matters: weights that start at zero are random, too."""
     model = LMFusion.from_vlm(folder, image=IMAGE, codec=CODEC, dtype=dtype, **options)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

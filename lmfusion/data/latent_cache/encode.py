@@ -41,8 +41,9 @@ from lmfusion.data.samples import CONVERSING, Source, SourceConfig, load_source
 from lmfusion.data.sources.unused_files import report_unused
 from lmfusion.model.codec import Codec
 from lmfusion.text.chat_template import TODAY, uses_date
-from lmfusion.utils.config_values import to_values, values_sha256
-from lmfusion.utils.files import NO_LOCKS, file_sha256, flush, replace_text
+from lmfusion.utils.config_values import to_values
+from lmfusion.utils.files import LOCKING_UNSUPPORTED, flush, replace_text
+from lmfusion.utils.hashing import file_sha256, values_sha256
 
 PLAN = "plan.json"
 POLL_SECONDS = 1.0
@@ -165,7 +166,7 @@ class _Claims:
         try:
             fcntl.lockf(self._file, operation, 1, byte)
         except OSError as error:
-            if error.errno not in NO_LOCKS:
+            if error.errno not in LOCKING_UNSUPPORTED:
                 raise
             self._can_lock = False  # shards are still whole, but processes may do the same ones
             print(f"{self._path} cannot be locked ({error.strerror}): start one process only", file=sys.stderr)

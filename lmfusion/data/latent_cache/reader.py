@@ -52,7 +52,8 @@ from lmfusion.data.storage.files import StorageError, retry
 from lmfusion.images.preprocessing import to_tensor
 from lmfusion.model.codec import Codec
 from lmfusion.text.chat_template import TODAY
-from lmfusion.utils.config_values import short_repr, values_sha256
+from lmfusion.utils.config_values import short_repr
+from lmfusion.utils.hashing import values_sha256
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -34,7 +34,7 @@ from lmfusion.data.storage.files import StorageError
 from lmfusion.images.preprocessing import to_tensor
 from lmfusion.model.batch import encode_captions
 from lmfusion.model.codec import Codec
-from lmfusion.utils.printing import on_one_line
+from lmfusion.utils.printing import escape_line
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class ShardEncoder:
         self._num_damaged += bool(damaged) and damaged[-1].index == index
         limit = self._options.max_damaged
         if self._num_damaged > limit * max(self._num_seen, LEAST_SEEN):
-            last = "; ".join(on_one_line(f"sample {record.index}: {record.reason}") for record in damaged[-3:])
+            last = "; ".join(escape_line(f"sample {record.index}: {record.reason}") for record in damaged[-3:])
             raise ValueError(
                 f"{self._num_damaged} of {self._num_seen} samples are damaged, more than data.max_damaged, {limit}; "
                 f"raise it if that is to be expected. The last: {last}"

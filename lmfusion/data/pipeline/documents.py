@@ -220,7 +220,7 @@ class DocumentPlanner:
                 is_cut = what.num_rows > room
                 if is_cut:
                     break
-                document = document.seen(what.num_rows)
+                document = document.input_image(what.num_rows)
                 seen.append(what)
             elif callable(what):
                 is_cut = self._tokens_per_image + 2 > room
@@ -274,9 +274,9 @@ def edit_document(
     is_whole = has_source and len(instruction_ids) > 0
     document = Document().text(tokens.bos).text(instruction_ids, is_scored=False)
     if has_source and num_vision_tokens is not None:
-        document = document.seen(num_vision_tokens)
+        document = document.input_image(num_vision_tokens)
     elif has_source:
-        document = document.marker(tokens.boi_token_id, is_scored=False).image(num_image_tokens, is_given=True)
+        document = document.marker(tokens.boi_token_id, is_scored=False).image(num_image_tokens, is_input=True)
         document = document.marker(tokens.eoi_token_id)
     document = document.marker(tokens.boi_token_id, is_scored=is_whole).image(num_image_tokens)
     document = document.marker(tokens.eoi_token_id)

@@ -88,8 +88,8 @@ class VisionReader:
             raise
         except (ValueError, OSError) as error:
             raise DamagedImageError(str(error)) from error
-        if prepared.num_rows != image.num_rows:
-            raise DamagedImageError(f"the image took {image.num_rows} rows, and now takes {prepared.num_rows}")
+        if prepared.num_tokens != image.num_rows:
+            raise DamagedImageError(f"the image took {image.num_rows} rows, and now takes {prepared.num_tokens}")
         with self._encoded.own_stream():
             [rows] = self._vision.encode([prepared])
             rows = rows.cpu()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lmfusion.data.pipeline.documents import SkippedSample
 from lmfusion.utils.json_lines import JsonLines
-from lmfusion.utils.printing import on_one_line
+from lmfusion.utils.printing import escape_line
 
 LEAST_SEEN = 1000
 """Samples that a share is taken of at least, so that one bad sample early on does not end a run."""
@@ -44,7 +44,7 @@ class SkipLog:
             self._lines.append({"step": step, "sample_id": sample_id, "reason": reason})
             if sample_id not in self._printed:
                 self._printed.add(sample_id)
-                print(on_one_line(f"left out, damaged: {sample_id}: {reason}"), file=sys.stderr)
+                print(escape_line(f"left out, damaged: {sample_id}: {reason}"), file=sys.stderr)
         self._last.extend(damaged)
         if self.num_damaged > self._max_damaged * max(self.num_vision_tokens, LEAST_SEEN):
             raise ValueError(
@@ -64,7 +64,7 @@ class SkipLog:
             )
 
     def _named(self) -> str:
-        last = (on_one_line(f"{sample_id}: {reason}") for sample_id, reason in self._last)
+        last = (escape_line(f"{sample_id}: {reason}") for sample_id, reason in self._last)
         return "; ".join(last) or "found by another rank, or before this start"
 
     def state(self) -> dict[str, int]:

@@ -24,7 +24,7 @@ import numpy as np
 
 from lmfusion.data.sources.tar_samples import Record
 from lmfusion.data.sources.unused_files import Unused
-from lmfusion.utils.files import replacing
+from lmfusion.utils.files import atomic_write
 
 FORMAT = 2
 MAX_HEADER_BYTES = 1024 * 1024
@@ -80,7 +80,7 @@ def save_index(path: Path, made_of: Mapping[str, Any], summary: Summary, arrays:
     data = hashlib.sha256(text).digest() + len(text).to_bytes(8, "little") + text + arrays
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, writer=f"{os.getpid()}-{threading.get_ident()}") as file:
+        with atomic_write(path, writer=f"{os.getpid()}-{threading.get_ident()}") as file:
             file.write(data)
     except OSError:
         return False

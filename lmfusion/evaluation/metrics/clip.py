@@ -4,7 +4,6 @@ Images are resized and normalised here as in the paper's code: the shorter side 
 from the centre, then mean and standard deviation from the folder's preprocessor_config.json.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from lmfusion.utils.json_files import read_json_object
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -103,17 +104,15 @@ def load_clip(folder: Path, device: torch.device | str = "cpu") -> Clip:
 
     config_file = folder / "config.json"
     if not config_file.is_file():
-        raise FileNotFoundError(
-            f"{folder} must hold a config.json, got none; give a folder with a CLIP that transformers can load"
-        )
-    settings = _read_json(config_file)
+        raise FileNotFoundError(f"{folder} holds no config.json; give a folder with a CLIP that transformers can load")
+    settings = read_json_object(config_file, strict=False)
     if settings.get("model_type") != "clip":
         raise ValueError(f"{folder} must hold a model of type 'clip', got {settings.get('model_type')!r}")
     weights = tuple(sorted(folder.glob("*.safetensors")))
     if not weights:
         raise ValueError(f"{folder} must hold weights as safetensors, got none; save the CLIP with save_pretrained")
     processor_file = folder / "preprocessor_config.json"
-    processor = _read_json(processor_file) if processor_file.is_file() else {}
+    processor = read_json_object(processor_file, strict=False) if processor_file.is_file() else {}
     try:
         model = CLIPModel.from_pretrained(
             folder,
@@ -130,11 +129,3 @@ def load_clip(folder: Path, device: torch.device | str = "cpu") -> Clip:
     model.eval().requires_grad_(False).to(device)
     mean, std = (tuple(processor.get(key, given)) for key, given in (("image_mean", MEAN), ("image_std", STD)))
     return Clip(model, tokenizer, mean, std, weights)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} must be valid JSON, got {error}") from error
-    return values

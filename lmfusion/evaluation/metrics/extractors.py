@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lmfusion.evaluation.identity import values_digest
 from lmfusion.evaluation.metrics.clip import load_clip
 from lmfusion.utils.config_values import short_repr
-from lmfusion.utils.files import file_sha256
+from lmfusion.utils.hashing import file_sha256
 from lmfusion.utils.packages import require
 
 KINDS = ("efficientnet-lite0", "inception", "clip")

@@ -19,9 +19,10 @@ from lmfusion.evaluation.identity import model_digest
 from lmfusion.evaluation.references import read_lines
 from lmfusion.evaluation.results import SampleImage, Score, SuiteResult, Table
 from lmfusion.evaluation.suites.image_settings import image_options, sampling_options
-from lmfusion.images.png import holds, save_png
-from lmfusion.utils.config_values import check_least, read_json_object, to_values
+from lmfusion.images.png import has_settings, save_png
+from lmfusion.utils.config_values import check_least, to_values
 from lmfusion.utils.files import replace_text
+from lmfusion.utils.json_files import parse_json_object
 
 if TYPE_CHECKING:
     from lmfusion.model.modeling import LMFusion
@@ -112,7 +113,7 @@ def read_metadata(config: GenEvalConfig) -> list[dict[str, Any]]:
 
 def _read_line(file: Path, number: int, line: str) -> dict[str, Any]:
     try:
-        values = read_json_object(line)
+        values = parse_json_object(line)
     except ValueError as error:
         raise ValueError(f"{file}: line {number} must be a JSON object, got {line[:80]!r}: {error}") from error
     is_text = all(isinstance(values.get(key), str) for key in ("tag", "prompt"))
@@ -156,7 +157,7 @@ def _generate(
     expected = [{**made, "index": number} for number in range(config.num_images)]
     files[0].parent.mkdir(parents=True, exist_ok=True)
     replace_text(_folder(folder, index) / "metadata.jsonl", json.dumps(line))
-    if all(holds(file, settings) for file, settings in zip(files, expected, strict=True)):
+    if all(has_settings(file, settings) for file, settings in zip(files, expected, strict=True)):
         return 0
     images = model.draw([line["prompt"]] * config.num_images, batch_size=config.num_images, **options)
     for file, image, settings in zip(files, images, expected, strict=True):

@@ -23,7 +23,7 @@ from lmfusion.evaluation.references import CocoConfig, References, check_referen
 from lmfusion.evaluation.results import SampleImage, Score, SuiteResult
 from lmfusion.evaluation.suites.image_settings import image_options
 from lmfusion.generation.options import GenerationOptions
-from lmfusion.images.png import holds, save_png
+from lmfusion.images.png import has_settings, save_png
 from lmfusion.images.preprocessing import load_image, to_pil, to_tensor
 from lmfusion.utils.config_values import check_least, to_values
 
@@ -230,7 +230,7 @@ def generate_images(
         "model_sha256": digest,
     }
     expected = [{"prompt": prompt, "index": i, **made} for i, prompt in enumerate(prompts)]
-    missing = [i for i, settings in enumerate(expected) if not holds(files[i], settings)]
+    missing = [i for i, settings in enumerate(expected) if not has_settings(files[i], settings)]
     requests = [EngineRequest(encode_prompt(model, [prompts[i]]), options, i) for i in missing]
     if not requests:
         return files

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lmfusion.reports.charts import Line, Panel, check_matplotlib, line_charts
-from lmfusion.utils.files import replacing
+from lmfusion.utils.files import atomic_write
 
 TITLES = {
     "diffusion_loss": "Diffusion loss, held-out images\n(squared error; lower is better)",
@@ -53,7 +53,7 @@ def draw_plot(curves: Mapping[str, Sequence[Mapping[str, Any]]], title: str, fol
     pictures = line_charts(panels, FORMATS, title=title, num_columns=2, legend_columns=min(4, len(curves)))
     paths = [folder / f"ablation.{file_format}" for file_format in FORMATS]
     for path, content in zip(paths, pictures, strict=True):
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(content)
     return paths
 

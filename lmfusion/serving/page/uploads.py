@@ -12,6 +12,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lmfusion.images.formats import format_of
 from lmfusion.serving.errors import ApiError
 
 UPLOAD_PATH = "/gradio_api/upload"
@@ -77,7 +78,7 @@ def is_image(file: Path) -> bool:
             begin = opened.read(12)
     except OSError:
         return False
-    return begin.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")) or (begin[:4] == b"RIFF" and begin[8:] == b"WEBP")
+    return format_of(begin) is not None
 
 
 def make_room(folder: Path, num_bytes: int) -> None:

@@ -30,10 +30,10 @@ def test_full_width_by_default(tiny_llama, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--image-width", "-3"], "image.hidden_size is -3"),
-        (["--separation", "none", "--image-width", "16"], "shares weights"),
+        (["--image-width", "-3"], "image.hidden_size must be a whole number"),
+        (["--separation", "none", "--image-width", "16"], "share weights"),
         (["--codec", "autoencoder_kl"], "needs a path"),
-        (["--patch-size", "3"], "does not divide into patches of 3"),
+        (["--patch-size", "3"], "must be multiples of the patch size 3"),
     ],
 )
 def test_bad_arguments_end_in_one_line(tiny_llama, tmp_path, capsys, arguments, message):

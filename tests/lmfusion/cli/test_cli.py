@@ -128,7 +128,7 @@ def test_interrupted_training_says_so(recipe, monkeypatch, capsys):
         (["train.num_stepz=1"], "unknown key train.num_stepz; did you mean train.num_steps?"),
         (["--max-steps", "0"], "--max-steps must be at least 1, got 0"),
         (["model.base=/nowhere/llm"], "/nowhere/llm"),
-        (["model.image.patch_coder.patch_size=3"], "does not divide into patches of 3 x 3"),
+        (["model.image.patch_coder.patch_size=3"], "must be multiples of the patch size 3"),
     ],
 )
 def test_bad_input_is_one_line(recipe, capsys, arguments, message):

@@ -274,7 +274,7 @@ def test_ctrl_c_among_captions(saved, photo, monkeypatch, capsys):
         ("x --count 0", "--count is 0"),
         ("x --batch-size 0", "--batch-size is 0"),
         ("x --seed -1", "seed is -1"),
-        ("x --image-size 9", "does not divide into patches"),
+        ("x --image-size 9", "must be multiples of the patch size"),
         ("x --image nowhere.png", "nowhere.png"),
         ("x --image {saved}/config.json", "not an image of a known format"),
         ("x --temperature 0.5", "--temperature is about text; add --text or --chat"),

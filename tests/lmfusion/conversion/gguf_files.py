@@ -1,4 +1,4 @@
-"""GGUF files of random LLMs, written as llama.cpp's converter writes them."""
+"""GGUF files of random LLMs, in the layout of llama.cpp's converter."""
 
 import gguf
 import numpy as np

@@ -1,4 +1,4 @@
-"""GGUF files: every key that changes what a model computes is read or refused, and no header makes the reader wait."""
+"""GGUF files: every key that changes what a model computes is read or refused; damaged headers are refused fast."""
 
 import random
 import struct
@@ -13,7 +13,6 @@ from transformers import LlamaConfig, Qwen2Config
 from lmfusion.conversion import load_base
 from lmfusion.conversion.gguf_header import read_header
 from lmfusion.model.modeling import LMFusion
-from lmfusion.model.saving import from_base
 from tests.lmfusion.conversion.gguf_files import SIZES, byte_level_metadata, random_llm, tiny_gguf, write_gguf
 
 IMAGE = {"hidden_size": 16, "patch_coder": {"kind": "linear"}}
@@ -29,7 +28,7 @@ def llama(**rope):
 def logits(path):
     ids = torch.randint(0, 40, (1, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        return from_base(LMFusion, load_base(path), IMAGE, CODEC, None)(ids).logits, ids
+        return LMFusion.from_base(load_base(path), IMAGE, CODEC, None)(ids).logits, ids
 
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
@@ -159,7 +158,7 @@ def test_a_table_of_rope(tmp_path):
 )
 def test_tensors_that_the_architecture_does_not_have_are_named(tmp_path, name):
     path = write_gguf(tmp_path / "llm.gguf", llama(), extra={name: np.zeros((32, 32), np.float32)})
-    with pytest.raises(ValueError, match="this architecture does not know"):
+    with pytest.raises(ValueError, match="do not belong to this architecture"):
         LMFusion.from_llm(path, IMAGE, CODEC)
 
 
@@ -222,7 +221,7 @@ def test_hostile_headers(tmp_path, name):
     path = tmp_path / "llm.gguf"
     path.write_bytes(HOSTILE[name])
     start = time.monotonic()
-    with pytest.raises(ValueError, match=r"llm\.gguf is truncated or no GGUF file"):
+    with pytest.raises(ValueError, match=r"llm\.gguf is truncated or not a GGUF file"):
         load_base(path)
     assert time.monotonic() - start < 2
 

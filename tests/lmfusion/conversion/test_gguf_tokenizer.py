@@ -1,4 +1,4 @@
-"""Tokenizers in GGUF files: llama.cpp's tokens, its ends of an answer, and errors that name what is not supported."""
+"""Tokenizers in GGUF files: llama.cpp's token ids and end tokens, and errors for what is not supported."""
 
 import pytest
 from tokenizers import pre_tokenizers
@@ -186,7 +186,7 @@ def test_other_kinds_of_tokenizers_are_named(tmp_path, kind):
 
 
 def test_special_ids_beyond_the_vocabulary(tmp_path):
-    with pytest.raises(ValueError, match=r"eos_token_id is .*4000"):
+    with pytest.raises(ValueError, match=r"eos_token_id must be a token id .* got 4000"):
         read(tmp_path, byte_level_metadata() | {"tokenizer.ggml.eos_token_id": 4000})
     with pytest.raises(ValueError, match=r"tokenizer\.ggml\.eot_token_id must be a token id, got 'x'"):
         read(tmp_path, byte_level_metadata() | {"tokenizer.ggml.eot_token_id": "x"})

@@ -1,4 +1,4 @@
-"""Bases from the hub: exactly the files that are read are fetched. A folder stands in for the repository."""
+"""Bases from the hub: exactly the files that are read are downloaded. A folder replaces the repository."""
 
 import json
 import shutil

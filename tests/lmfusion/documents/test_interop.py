@@ -1,4 +1,4 @@
-"""Does every Python example of docs/interop.md run as it stands there, in its order?"""
+"""Runs every Python example of docs/interop.md as it is, in its order."""
 
 import re
 import shutil

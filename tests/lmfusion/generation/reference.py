@@ -31,7 +31,7 @@ class Context:
         return replace(self, document=self.document.image(num_rows), latents=(*self.latents, latents))
 
     def see(self, rows):
-        return replace(self, document=self.document.seen(len(rows)), seen=(*self.seen, rows))
+        return replace(self, document=self.document.input_image(len(rows)), seen=(*self.seen, rows))
 
 
 @torch.no_grad()

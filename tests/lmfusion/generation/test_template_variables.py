@@ -56,7 +56,7 @@ def test_where_no_template_is_read_they_are_refused(model):
         model.draw(["Hi."], template_variables=variables)
     with pytest.raises(ValueError, match="caption takes no conversation; leave out template_variables"):
         model.caption([torch.zeros(8, 8).numpy()], template_variables=variables)
-    with pytest.raises(ValueError, match="has the key 'messages'"):
+    with pytest.raises(ValueError, match="must not have the key 'messages'"):
         model.generate([ASKED], template_variables={"messages": []})
 
 
@@ -76,7 +76,10 @@ def test_they_are_saved_with_the_model_and_given_on_the_command_line(model, tmp_
     for arguments, message in (
         (["x", "--template-variable", "a=1"], "--template-variable is about conversations; add --chat"),
         (["x", "--chat", "--template-variable", "a"], "--template-variable is 'a'; it must be NAME=VALUE"),
-        (["x", "--chat", "--template-variable", "today=x"], "template_variables.today is 'x'; it must be a date"),
+        (
+            ["x", "--chat", "--template-variable", "today=x"],
+            "template_variables.today must be a date as YYYY-MM-DD, such as 2024-07-26, got 'x'",
+        ),
     ):
         assert main(["generate", "model", *arguments]) == 2
         assert message in capsys.readouterr().err

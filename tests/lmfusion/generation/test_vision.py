@@ -81,7 +81,7 @@ def test_the_assistants_images_stay_where_they_were_drawn(tmp_path):
 def test_a_template_without_images_is_named(tmp_path):
     save_vlm(tmp_path, template=TEMPLATE.replace("<image>", ""))
     model = build(tmp_path)
-    with pytest.raises(ValueError, match="writes 0 image tokens for 1 images"):
+    with pytest.raises(ValueError, match="the conversation's 1 images, got 0"):
         encode_prompt(model, [user("what?", picture(4, 4))])
     model.tokenizer.chat_template = "{% for m in messages %}{{ 'x' + m['content'] }}{% endfor %}"
     with pytest.raises(ValueError, match="does not take this conversation"):

@@ -1,4 +1,4 @@
-"""A picture is its pixels: whatever else is in its file neither makes it unreadable nor takes time."""
+"""Image files: damaged or huge parts other than the pixels neither make an image unreadable nor take time."""
 
 import io
 import itertools
@@ -272,7 +272,7 @@ def test_pillow_images_with_broken_exif_are_read():
 
 
 def progressive(num_scans, size=(64, 64)):
-    """A JPEG whose last scan is repeated until it has so many."""
+    """A JPEG whose last scan is repeated until it has `num_scans`."""
     data = encoded("JPEG", Image.new("L", size, 90), progressive=True)
     starts = [i for i in range(len(data) - 1) if data[i : i + 2] == b"\xff\xda"]
     last = data[starts[-1] : -2]

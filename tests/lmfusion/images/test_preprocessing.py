@@ -1,4 +1,4 @@
-"""Images of any origin become the same tensors; what cannot be read safely is named."""
+"""Images from any source become the same tensors; errors name the images that cannot be read safely."""
 
 import io
 import struct
@@ -155,5 +155,5 @@ def test_arrays_that_are_no_images_are_named(array, message):
 
 def test_large_arrays_are_refused(monkeypatch):
     monkeypatch.setattr(preprocessing, "MAX_PIXELS", 10)
-    with pytest.raises(ValueError, match=r"the limit is 10"):
+    with pytest.raises(ValueError, match=r"at most 10 pixels"):
         load_image(np.zeros((4, 4), np.uint8))

@@ -1,4 +1,4 @@
-"""White behind what is transparent, for every type and depth of PNG, made by hand, and for images of Pillow's."""
+"""White behind transparent pixels, for every type and depth of PNG, made by hand, and for Pillow's images."""
 
 import io
 import struct
@@ -143,5 +143,5 @@ def test_transparency_of_pillow_images():
 
 def test_a_transparent_colour_that_is_cut_off_is_damage():
     samples = np.zeros((4, 4, 3), int)
-    with pytest.raises(ValueError, match="its transparent colour is cut off"):
+    with pytest.raises(ValueError, match="its transparent colour is truncated"):
         decode_image(hand_made(samples, 8, 2, chunk(b"tRNS", b"\0\0")), "x")

@@ -1,4 +1,4 @@
-"""Documents, their labels, and their rows in tower order."""
+"""Documents, their labels, and their tokens in tower order."""
 
 import pytest
 import torch
@@ -90,7 +90,7 @@ def test_pack_takes_batches_of_one_modality_or_of_nothing(documents):
 def test_pack_refuses_images_that_do_not_fit_the_documents():
     document = caption_first_document([7], 4, TOKENS)
     one, two = torch.zeros(1, 1, 2, 2), torch.zeros(2, 1, 2, 2)
-    with pytest.raises(ValueError, match="hold 1 images"):
+    with pytest.raises(ValueError, match="one entry for each of the documents' 1 images, got shape"):
         pack([document], two, two, torch.zeros(2))
     with pytest.raises(ValueError, match="shaped like latents"):
         pack([document], one, two, torch.zeros(1))

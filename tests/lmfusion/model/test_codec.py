@@ -1,4 +1,4 @@
-"""Codecs: frozen, deterministic, scaled as their config says, and loaded only if whole and the same as ever."""
+"""Codecs: frozen, deterministic, scaled by their config, and loaded only if undamaged and unchanged."""
 
 import json
 
@@ -142,7 +142,7 @@ def test_digest_is_kept_and_checked(tmp_path):
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(ValueError, match=r"but this model was made with"):
+    with pytest.raises(ValueError, match=r"must have the sha256 .* that this model was made with"):
         load_codec(config)
 
 
@@ -163,19 +163,19 @@ def test_damaged_and_missing_weights_are_named(tmp_path):
 def test_wrong_images_and_latents_are_named(tmp_path):
     save_autoencoder(tmp_path, "autoencoder_tiny")
     codec = load_codec(CodecConfig("autoencoder_tiny", path=str(tmp_path), image_size=8))
-    with pytest.raises(ValueError, match=r"takes \[B, 3, H, W\]"):
+    with pytest.raises(ValueError, match=r"must have shape \[B, 3, H, W\]"):
         codec.encode(images(channels=1))
-    with pytest.raises(ValueError, match=r"divisible by 2"):
+    with pytest.raises(ValueError, match=r"multiples of 2 pixels, got 7 x 7"):
         codec.encode(images(size=7))
-    with pytest.raises(ValueError, match=r"takes \[B, 4, h, w\]"):
+    with pytest.raises(ValueError, match=r"must have shape \[B, 4, h, w\]"):
         codec.decode(torch.zeros(1, 3, 4, 4))
 
 
 def test_autoencoder_that_does_not_fit_is_named(tmp_path):
     save_autoencoder(tmp_path, "autoencoder_tiny")
     for settings, message in (
-        ({"channels": 1, "image_size": 8}, "set channels: 3"),
-        ({"image_size": 9}, "not divisible by 2"),
+        ({"channels": 1, "image_size": 8}, "codec.channels must be 3"),
+        ({"image_size": 9}, "must be a multiple of 2 pixels"),
     ):
         with pytest.raises(ValueError, match=message):
             load_codec(CodecConfig("autoencoder_tiny", path=str(tmp_path), **settings))
@@ -187,8 +187,8 @@ def test_autoencoder_that_does_not_fit_is_named(tmp_path):
         ({"kind": "vqgan"}, "'vqgan'"),
         ({"kind": "autoencoder_kl"}, "needs a path"),
         ({"path": "x"}, "has no weights"),
-        ({"channels": 4}, "not 4"),
-        ({"image_size": 0}, "image_size is 0"),
+        ({"channels": 4}, "must be 1 .* got 4"),
+        ({"image_size": 0}, "image_size must be .* got 0"),
     ],
 )
 def test_wrong_settings_are_named(settings, message):
@@ -198,5 +198,5 @@ def test_wrong_settings_are_named(settings, message):
 
 def test_another_kind_of_autoencoder_is_named(tmp_path):
     save_autoencoder(tmp_path, "autoencoder_kl")
-    with pytest.raises(ValueError, match="holds a AutoencoderKL, but codec kind 'autoencoder_tiny'"):
+    with pytest.raises(ValueError, match=r"must hold an AutoencoderTiny .* got 'AutoencoderKL'"):
         load_codec(CodecConfig("autoencoder_tiny", path=str(tmp_path), image_size=8))

@@ -1,4 +1,4 @@
-"""The diffusion process: what is added in training, and what is to be predicted."""
+"""The diffusion process in training: the noise that is added, and the target."""
 
 import pytest
 import torch
@@ -34,13 +34,13 @@ def test_loss_is_one_mean_an_image_in_float32():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prediction_type": "x0"}, "prediction_type 'x0'"),
-        ({"schedule": "sigmoid"}, "schedule 'sigmoid'"),
-        ({"num_train_timesteps": 0}, "num_train_timesteps is 0"),
-        ({"loss_weight": float("nan")}, "loss_weight is nan"),
-        ({"loss_weight": -1.0}, "loss_weight is -1.0"),
-        ({"image_first_max_timestep": 1000}, "image_first_max_timestep is 1000"),
-        ({"image_first_max_timestep": -1}, "image_first_max_timestep is -1"),
+        ({"prediction_type": "x0"}, "prediction_type must be .* got 'x0'"),
+        ({"schedule": "sigmoid"}, "schedule must be .* got 'sigmoid'"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps must be from 2 .* got 0"),
+        ({"loss_weight": float("nan")}, "loss_weight must be .* got nan"),
+        ({"loss_weight": -1.0}, "loss_weight must be .* got -1.0"),
+        ({"image_first_max_timestep": 1000}, "image_first_max_timestep must be from 0 to 999, got 1000"),
+        ({"image_first_max_timestep": -1}, "image_first_max_timestep must be .* got -1"),
     ],
 )
 def test_wrong_settings_are_named(settings, message):

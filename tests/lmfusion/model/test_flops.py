@@ -48,12 +48,12 @@ def make_edits(model, num_edits):
     tokens = SpecialTokens(model.boi_token_id, model.eoi_token_id, bos_token_id=1, eos_token_id=2)
     num_image, instruction = model.tokens_per_image, list(range(5, 14))
 
-    def given():
-        return Document().text([1]).marker(tokens.boi_token_id).image(num_image, is_given=True)
+    def with_input():
+        return Document().text([1]).marker(tokens.boi_token_id).image(num_image, is_input=True)
 
-    edit = given().marker(tokens.eoi_token_id).text(instruction).marker(tokens.boi_token_id).image(num_image)
+    edit = with_input().marker(tokens.eoi_token_id).text(instruction).marker(tokens.boi_token_id).image(num_image)
     edit = edit.marker(tokens.eoi_token_id).end(tokens.eos_token_id)
-    caption = given().marker(tokens.eoi_token_id).text(instruction).end(tokens.eos_token_id)
+    caption = with_input().marker(tokens.eoi_token_id).text(instruction).end(tokens.eos_token_id)
     documents = [edit] * num_edits + [caption]
     size = model.codec.latent_size
     latents = torch.randn(2 * num_edits + 1, model.codec.latent_channels, size, size)

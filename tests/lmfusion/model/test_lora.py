@@ -1,4 +1,4 @@
-"""LoRA of peft on the image side: in force, exact, trained alone, on and off; what it cannot do is refused."""
+"""peft's LoRA on the image side: applied, exact, trained alone, on and off; unsupported adapters are refused."""
 
 import re
 import warnings
@@ -22,7 +22,7 @@ UNET = {"kind": "unet", "channels": (8, 16), "num_blocks": 1}
 
 
 def build(folder, dtype=torch.float64, separation="deep", patch_coder=None):
-    """A model whose every weight matters: what training starts at zero is drawn too."""
+    """A model whose every weight matters: weights that start at zero are random, too."""
     model = LMFusion.from_llm(
         folder,
         image={
@@ -343,11 +343,11 @@ def test_modules_to_save_are_trained_beside_the_adapter(tiny_llama):
         ({"lora_dropout": 0.1}, "adapter 'default' has lora_dropout 0.1.*set lora_dropout=0"),
         ({"use_dora": True}, r"adapter 'default' is a variant of LoRA \(DoraLinearVariant\)"),
         ({"lora_bias": True}, "adapter 'default' has a bias; set lora_bias=False"),
-        ({"target_modules": r"text\.layers\.1\.mlp\.down_proj"}, "an adapter lies on the text tower"),
-        ({"target_modules": ["qkv_proj"]}, "an adapter lies on the text tower"),
-        ({"target_modules": ["lm_head"]}, "an adapter lies on the text tower"),
-        ({"target_modules": ["embed_tokens"]}, "an adapter lies on the text tower"),
-        ({"target_modules": "all-linear"}, "an adapter lies on the text tower"),
+        ({"target_modules": r"text\.layers\.1\.mlp\.down_proj"}, "LoRA is attached to the text tower"),
+        ({"target_modules": ["qkv_proj"]}, "LoRA is attached to the text tower"),
+        ({"target_modules": ["lm_head"]}, "LoRA is attached to the text tower"),
+        ({"target_modules": ["embed_tokens"]}, "LoRA is attached to the text tower"),
+        ({"target_modules": "all-linear"}, "LoRA is attached to the text tower"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -371,7 +371,7 @@ def test_biases_are_trained_on_the_image_side_alone(tmp_path, tokenizer):
     biases = {name for name, p in adapted.named_parameters() if name.endswith("bias") and p.grad is not None}
     assert biases == {"base_model.model.image.layers.0.self_attn.qkv_proj.base_layer.bias"}
     torch.testing.assert_close(loss_of(adapted.merge_and_unload()), loss, rtol=1e-12, atol=0)
-    with pytest.raises(ValueError, match="biases of the text tower are to be trained"):
+    with pytest.raises(ValueError, match="the text tower must be frozen or trained as a whole"):
         loss_of(add_lora(build(tmp_path), bias="all"))
 
 

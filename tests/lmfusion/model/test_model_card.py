@@ -1,4 +1,4 @@
-"""The model card: true, readable for huggingface_hub, and never written over what somebody changed in it."""
+"""The model card: correct, readable by huggingface_hub, and edits to it are kept."""
 
 import re
 import shlex
@@ -11,8 +11,10 @@ from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 
 from lmfusion.cli import main
-from lmfusion.model.model_card import BEGIN, END, TrainingRecord, model_card
+from lmfusion.model.assembly import summarize
+from lmfusion.model.model_card import BEGIN, END, model_card
 from lmfusion.model.modeling import LMFusion
+from lmfusion.model.records import TrainingRecord
 
 IMAGE = {"hidden_size": 16, "patch_coder": {"kind": "linear"}}
 CODEC = {"kind": "pixels", "channels": 1, "image_size": 4}
@@ -37,6 +39,10 @@ def model(tiny_llama, tmp_path):
     return LMFusion.from_llm(
         tmp_path / "my-llm", image=IMAGE, codec=CODEC, diffusion={"prediction_type": "v_prediction"}
     )
+
+
+def card_of(model):
+    return model_card(model.config, summarize(model), model.base, model.trained, "image")
 
 
 def test_the_hub_can_read_it(model, tmp_path):
@@ -88,14 +94,14 @@ def test_what_it_says_to_run_runs(model, tmp_path, monkeypatch):
 
 
 def test_a_chat_model_is_shown_as_one(model):
-    assert "--chat" not in model_card(model, "image")
+    assert "--chat" not in card_of(model)
     model.config.chat_system_prompt = "You draw."
-    assert 'say what you drew." --chat\n' in model_card(model, "image")
+    assert 'say what you drew." --chat\n' in card_of(model)
 
 
 def test_an_autoencoder_is_told_by_its_digest(model):
     model.config.codec.kind, model.config.codec.path, model.config.codec.sha256 = "autoencoder_kl", "vae", "abc"
-    assert "| codec | autoencoder_kl, 0 parameters, sha256 `abc` |" in model_card(model, "image")
+    assert "| codec | autoencoder_kl, 0 parameters, sha256 `abc` |" in card_of(model)
 
 
 def test_it_tells_of_all_parts_and_of_a_trained_text_tower(model, tmp_path):
@@ -160,7 +166,7 @@ def test_the_license_is_the_base_llms_where_it_is_known(model, tmp_path, card, l
 
 def test_a_base_on_the_hub_is_named(model):
     model.base.name = "HuggingFaceTB/SmolLM2-135M"
-    card = ModelCard(model_card(model, "image"))
+    card = ModelCard(card_of(model))
     assert card.data.base_model == "HuggingFaceTB/SmolLM2-135M"
     validate_repo_id(card.data.base_model)
     assert "# SmolLM2-135M, with an image tower" in card.text

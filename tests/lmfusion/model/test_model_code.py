@@ -1,4 +1,4 @@
-"""Model folders that bring code: none of it runs, nobody is asked, and none is copied into what is saved."""
+"""Model folders with code: none of it runs, nobody is asked about it, and none is copied into a saved model."""
 
 import io
 import json
@@ -66,7 +66,7 @@ def test_a_base_whose_tokenizer_is_code(base, tmp_path, capsys):
     plant(base)
     assert main(["adapt", str(base), str(tmp_path / "out"), *IMAGES]) != 0
     error = capsys.readouterr().err
-    assert "tokenizer_config.json names code of its own (auto_map)" in error and "runs no code" in error
+    assert "tokenizer_config.json must not name code of its own (auto_map)" in error and "runs no code" in error
     assert not (tmp_path / "out").exists()
 
 
@@ -75,7 +75,7 @@ def test_a_saved_model_whose_tokenizer_is_code(base, tmp_path, capsys):
     assert main(["adapt", str(base), str(saved), *IMAGES]) == 0
     plant(saved)
     assert main(["generate", str(saved), "hi", "--text"]) != 0
-    assert "names code of its own" in capsys.readouterr().err
+    assert "must not name code of its own" in capsys.readouterr().err
 
 
 def test_files_beside_a_gguf_file_are_no_matter(tmp_path):
@@ -95,7 +95,7 @@ def test_files_beside_a_gguf_file_are_no_matter(tmp_path):
 def test_an_image_processor_that_is_code(tmp_path, name, inside):
     save_vlm(tmp_path)
     plant(tmp_path, {name: {"image_processor": OF_PROCESSOR} if inside else OF_PROCESSOR})
-    with pytest.raises(ValueError, match=f"{name} names code of its own"):
+    with pytest.raises(ValueError, match=f"{name} must not name code of its own"):
         read_image_processor(tmp_path)
 
 
@@ -103,7 +103,7 @@ def test_a_clip_whose_tokenizer_is_code(tmp_path):
     save_clip(tmp_path)
     load_clip(tmp_path)
     plant(tmp_path)
-    with pytest.raises(ValueError, match=r"tokenizer_config\.json names code of its own"):
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json must not name code of its own"):
         load_clip(tmp_path)
 
 
@@ -112,7 +112,7 @@ def test_a_codec_that_names_code(tmp_path):
     blocks = {"decoder_block_out_channels": (8, 8), "num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1)}
     diffusers.AutoencoderTiny(**options, **blocks).save_pretrained(tmp_path)
     plant(tmp_path, {"config.json": {"auto_map": {"AutoModel": "evil.Evil"}}})
-    with pytest.raises(ValueError, match=r"config\.json names code of its own"):
+    with pytest.raises(ValueError, match=r"config\.json must not name code of its own"):
         load_codec(CodecConfig("autoencoder_tiny", path=str(tmp_path), channels=1, image_size=8))
 
 

@@ -1,4 +1,4 @@
-"""The model: text alone is the base LLM, whatever the image side holds; losses, gradients, odd batches, bad input."""
+"""The model: for text it is the base LLM, whatever the image side holds; losses, gradients, odd batches, errors."""
 
 import importlib.util
 import os
@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Mi
 import lmfusion_kernels as lk
 from lmfusion.conversion import load_base, names
 from lmfusion.generation import caption_images, generate_answers
+from lmfusion.model.assembly import text_tensors
 from lmfusion.model.batch import Document, SpecialTokens, caption_first_document, image_first_document, pack
 from lmfusion.model.modeling import LMFusion
-from lmfusion.model.saving import digests, from_base, text_tensors
+from lmfusion.model.records import tensor_digests
 
 SIZES = {
     "vocab_size": 60,
@@ -128,11 +129,11 @@ def test_text_of_odd_shapes(tmp_path, shape):
 def test_training_does_not_change_a_bit_of_the_text_side(tmp_path, image, family):
     model = build(tmp_path, image, FAMILIES[family])
     ids = torch.randint(0, 60, (2, 9), generator=torch.Generator().manual_seed(2))
-    before, hashes = model(ids).logits, digests(text_tensors(model))
+    before, hashes = model(ids).logits, tensor_digests(text_tensors(model))
     image_before = [p.clone() for p in model.image.parameters()]
     train(model, 3)
     assert torch.equal(model(ids).logits, before)
-    assert digests(text_tensors(model)) == hashes == model.base.sha256
+    assert tensor_digests(text_tensors(model)) == hashes == model.base.sha256
     assert any(not torch.equal(p, q) for p, q in zip(model.image.parameters(), image_before, strict=True))
     with torch.no_grad():
         for parameter in model.image.parameters():
@@ -145,7 +146,7 @@ def test_full_width_tower_starts_as_a_copy(tmp_path):
     text = dict(model.text.named_parameters())
     copied = [name for name, p in model.image.named_parameters() if name in text and torch.equal(p, text[name])]
     assert sorted(copied) == sorted(name for name in text if name.startswith(("layers.", "norm.")))
-    # An image of one row after text then reads as text does
+    # An image of one token after text then reads as text does
     x = model.embed(torch.tensor([3, 4, 5, 6]))
     with torch.no_grad():
         h_text, _ = model.run_layers(x, x[:0], lk.TokenLayout.from_spans([[("text", 4)]]))
@@ -186,7 +187,7 @@ def test_losses_are_those_of_the_parts(tmp_path, frozen_text):
     assert (output.num_labels, output.num_target_images) == (len(lm_losses), 2)
     torch.testing.assert_close(output.lm_loss_sum, lm_losses.sum())
     torch.testing.assert_close(output.diffusion_loss_sum, errors.sum())
-    boi_loss = output.begin_loss_sum / max(1, output.num_boi_targets)  # see test_begin_loss.py
+    boi_loss = output.boi_loss_sum / max(1, output.num_boi_targets)  # see test_boi_loss.py
     torch.testing.assert_close(output.loss, lm_losses.mean() + boi_loss + 5 * errors.mean())
     assert model.text.norm.weight.requires_grad is not frozen_text
 
@@ -202,9 +203,9 @@ def test_caption_loss_reaches_the_image_tower_through_frozen_text(tmp_path):
 
 def test_boi_and_eoi_are_rows_of_the_image_side(tmp_path):
     model = build(tmp_path)
-    rows = model.embed(torch.tensor([3, 60, 61]))
+    embeddings = model.embed(torch.tensor([3, 60, 61]))
     expected = torch.stack([model.text.embed_tokens.weight[3], *model.image.marker_embedding])
-    assert torch.equal(rows, expected)
+    assert torch.equal(embeddings, expected)
     h = torch.randn(2, 32)
     assert torch.equal(model.text_logits(h)[:, 60:], h @ model.image.marker_head.T)
     assert torch.equal(model.text_logits(h)[:, :60], F.linear(h, model.text.lm_head.weight))
@@ -276,20 +277,20 @@ def test_wrong_inputs_are_named(tmp_path):
     model = build(tmp_path)
     with pytest.raises(ValueError, match="either input_ids"):
         model()
-    with pytest.raises(ValueError, match="outside the vocabulary of 60"):
+    with pytest.raises(ValueError, match="input_ids must be from 0 to 59"):
         model(torch.tensor([[60]]))
     with pytest.raises(ValueError, match=r"integers \[B, T\]"):
         model(torch.tensor([3]))
-    with pytest.raises(ValueError, match="the model is on cpu, but input_ids on meta"):
+    with pytest.raises(ValueError, match="input_ids must be on the model's device, cpu, got meta"):
         model(torch.zeros(1, 2, dtype=torch.int64, device="meta"))
-    with pytest.raises(ValueError, match="the model is on cpu, but the batch on meta"):
+    with pytest.raises(ValueError, match="the batch must be on the model's device, cpu, got meta"):
         model(batch=make_batch().to("meta"))
     batch = make_batch()
     with pytest.raises(ValueError, match=r"image rows has shape .4, 16., but the layout needs 8 rows"):
         model(batch=replace(batch, latents=batch.latents[:1], noise=batch.noise[:1], timesteps=batch.timesteps[:1]))
     with pytest.raises(ValueError, match="text rows has shape"):
         model(batch=replace(batch, token_ids=batch.token_ids[1:]))
-    with pytest.raises(ValueError, match=r"a document has 17 tokens.*sliding window of 16"):
+    with pytest.raises(ValueError, match=r"sliding window of 16 tokens, got one of 17"):
         build(tmp_path / "mistral", config=FAMILIES["mistral"])(torch.zeros(2, 17, dtype=torch.int64))
 
 
@@ -309,7 +310,7 @@ def test_smollm2_from_gguf_is_the_llm_in_transformers():
     llm = LlamaForCausalLM(base.config).eval()
     tensors = {names.to_llama(name): tensor for name, tensor in base.tensors.items()}
     llm.load_state_dict({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}, assign=True)
-    model = from_base(LMFusion, base, {"hidden_size": 64, "patch_coder": {"kind": "linear"}}, CODEC, None)
+    model = LMFusion.from_base(base, {"hidden_size": 64, "patch_coder": {"kind": "linear"}}, CODEC, None)
     assert model.tokenizer.tokenize("a  72") == ["a", "ĠĠ", "7", "2"]
     question = [{"role": "user", "content": "What is the capital of France?"}]
     prompt = model.tokenizer.apply_chat_template(question, add_generation_prompt=True, tokenize=False)
@@ -323,5 +324,5 @@ def test_smollm2_from_gguf_is_the_llm_in_transformers():
 
 
 def test_an_image_longer_than_the_context_is_refused(tiny_llama):
-    with pytest.raises(ValueError, match=r"64 pixels is 1024 rows .* context is 256; use an autoencoder"):
+    with pytest.raises(ValueError, match=r"64 pixels takes 1024 tokens .* context is 256; use an autoencoder"):
         LMFusion.from_llm(tiny_llama, codec={"image_size": 64}, image={"patch_coder": {"kind": "linear"}})

@@ -1,4 +1,4 @@
-"""Verification: says yes for an untouched text side, names what changed in another, and tells by its exit code."""
+"""Verification: confirms an untouched text side, names changed tensors, and sets the exit code."""
 
 import pytest
 import torch

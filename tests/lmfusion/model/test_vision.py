@@ -1,4 +1,4 @@
-"""Vision-language models: what is seen and read is what transformers' own classes make of it, whatever is trained."""
+"""Vision-language models compute what transformers' own classes compute, whatever else is trained."""
 
 import pytest
 import torch
@@ -23,13 +23,13 @@ def test_logits_are_those_of_transformers(tmp_path, kind, llm, encoder):
         with torch.no_grad():
             torch.testing.assert_close(model(**inputs).logits, theirs(**inputs).logits, atol=1e-4, rtol=1e-4)
         prepared = [model.vision.prepare(image) for image in images]
-        num_rows = int((inputs["input_ids"] == model.vision.image_token_id).sum())
-        assert sum(image.num_rows for image in prepared) == num_rows
-        rows = torch.cat(model.vision.encode(prepared))
+        num_tokens = int((inputs["input_ids"] == model.vision.image_token_id).sum())
+        assert sum(image.num_tokens for image in prepared) == num_tokens
+        embeddings = torch.cat(model.vision.encode(prepared))
         features = theirs.model.get_image_features(
             **{k: v for k, v in inputs.items() if k != "input_ids"}, return_dict=True
         ).pooler_output
-        torch.testing.assert_close(rows, torch.cat(list(features)), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(embeddings, torch.cat(list(features)), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"tie_word_embeddings": True}, {"vision_feature_layer": [-1, 1]}])
@@ -50,5 +50,5 @@ def test_rows_of_llava_are_counted_as_they_are_made(encoder, strategy):
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
     vision = encoder(**sizes, image_size=8, patch_size=4)
     config = LlavaConfig(vision_config=vision, vision_feature_select_strategy=strategy)
-    [rows] = VisionEncoder(config).encode_pixels(torch.zeros(1, 3, 8, 8))
-    assert num_vision_tokens(config, 8, 8) == len(rows)
+    [embeddings] = VisionEncoder(config).encode_pixels(torch.zeros(1, 3, 8, 8))
+    assert num_vision_tokens(config, 8, 8) == len(embeddings)

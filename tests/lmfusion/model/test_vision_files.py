@@ -1,4 +1,4 @@
-"""Vision-language models on disk: read in every form of names, saved whole or in part, verified, and told from LLMs."""
+"""Vision-language models on disk: all forms of names, saved whole or in part, verified, distinguished from LLMs."""
 
 import json
 import shutil
@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from lmfusion.cli import main
+from lmfusion.model.assembly import base_tensors
 from lmfusion.model.modeling import LMFusion
-from lmfusion.model.saving import base_tensors, digests
+from lmfusion.model.records import tensor_digests
 from lmfusion.model.verification import verify
 from tests.lmfusion.vlms import CODEC, IMAGE, build, picture, save_vlm
 
@@ -45,11 +46,11 @@ def newer(name):
 
 @pytest.mark.parametrize("rename", [older, newer])
 def test_tensors_by_the_names_of_other_versions(saved_vlm, vlm, rename):
-    expected = digests(base_tensors(build(saved_vlm[0])))
+    expected = tensor_digests(base_tensors(build(saved_vlm[0])))
     positions = {"vision_tower.vision_model.embeddings.position_ids": torch.arange(5)} if rename is older else {}
     renamed(vlm, rename, positions)
     model = build(vlm)
-    assert digests(base_tensors(model)) == expected
+    assert tensor_digests(base_tensors(model)) == expected
     assert verify(model).text_identical
 
 
@@ -67,7 +68,7 @@ def test_a_saved_model_sees_reads_and_draws_as_before(tmp_path, kind, parts):
     of_vlm = loaded.config.to_dict()["vlm_config"]
     assert of_vlm == model.config.to_dict()["vlm_config"] and "text_config" not in of_vlm
     assert loaded.config.text_config is loaded.config.vlm_config.text_config
-    assert digests(base_tensors(loaded)) == model.base.sha256 == loaded.base.sha256
+    assert tensor_digests(base_tensors(loaded)) == model.base.sha256 == loaded.base.sha256
     prompt = [picture(5, 23), "draw"]
     options = {"max_new_tokens": 4, "min_images": 1, "max_images": 1, "num_steps": 2, "sampler": "ddim"}
     ours, theirs = (m.generate([prompt], **options)[0] for m in (model, loaded))
@@ -121,7 +122,7 @@ def test_bfloat16_is_judged_by_its_own_rounding(vlm):
 
 
 def test_each_kind_of_base_has_its_own_method(vlm, tiny_llama):
-    with pytest.raises(ValueError, match=r"vision-language model of type 'llava_next'; use LMFusion.from_vlm"):
+    with pytest.raises(ValueError, match=r"must be an LLM, got .* of type 'llava_next'; use LMFusion.from_vlm"):
         LMFusion.from_llm(vlm, image=IMAGE, codec=CODEC)
     with pytest.raises(ValueError, match=r"an LLM of type 'llama'; use LMFusion.from_llm"):
         LMFusion.from_vlm(tiny_llama, image=IMAGE, codec=CODEC)
@@ -131,10 +132,10 @@ def test_each_kind_of_base_has_its_own_method(vlm, tiny_llama):
     ("changes", "message"),
     [
         ({"model_type": "paligemma"}, "uses architecture 'paligemma'.*VLMs around one: llava, llava_next"),
-        ({"vision_feature_select_strategy": "full"}, "leaves no square of rows a tile.*it is 'default'"),
+        ({"vision_feature_select_strategy": "full"}, "must be 'default' .* got 'full'"),
         ({"vision_config": {"model_type": "dinov2"}}, "has a vision encoder of type 'dinov2'; supported: llava_next"),
         ({"text_config": {"model_type": "gemma"}}, "uses architecture 'gemma'"),
-        ({"image_grid_pinpoints": [[8, 8]]}, r"image_grid_pinpoints are \[\(8, 8\)\] in the model's"),
+        ({"image_grid_pinpoints": [[8, 8]]}, r"image_grid_pinpoints must be the same .*, got \[\(8, 8\)\] and"),
     ],
 )
 def test_what_is_not_supported_is_named(vlm, changes, message):
@@ -148,7 +149,7 @@ def test_image_processors_that_do_not_fit(vlm):
     processor = json.loads((vlm / "processor_config.json").read_text())
     processor["image_processor"]["crop_size"] = {"height": 12, "width": 12}
     (vlm / "processor_config.json").write_text(json.dumps(processor))
-    with pytest.raises(ValueError, match="makes tiles of 12 x 12 pixels, but the vision encoder reads 8 x 8"):
+    with pytest.raises(ValueError, match=r"must make tiles of 8 x 8 pixels, .*, got 12 x 12"):
         build(vlm)
     (vlm / "processor_config.json").unlink()
     with pytest.raises(ValueError, match="has no image processor"):
@@ -160,11 +161,11 @@ def test_pixels_without_image_tokens_or_vision(vlm, tiny_llama, saved_vlm):
     inputs = processor(images=picture(8, 8), text="a <image>", return_tensors="pt")
     inputs.pop("attention_mask")
     model = build(vlm)
-    with pytest.raises(ValueError, match=r"hold 1 image tokens, but the images have \d+ rows"):
+    with pytest.raises(ValueError, match=r"must hold the \d+ image tokens of the images, got 1"):
         model(**{**inputs, "input_ids": torch.tensor([[5, model.vision.image_token_id]])})
-    with pytest.raises(ValueError, match="image_sizes are missing"):
+    with pytest.raises(ValueError, match="image_sizes must be given"):
         model(**{name: inputs[name] for name in ("input_ids", "pixel_values")})
-    with pytest.raises(ValueError, match="pixel_values are for models made with"):
+    with pytest.raises(ValueError, match="pixel_values need a model made with"):
         LMFusion.from_llm(tiny_llama, image=IMAGE, codec=CODEC)(**inputs)
 
 

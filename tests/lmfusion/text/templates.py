@@ -1,4 +1,4 @@
-"""Small chat templates of the shapes that published ones have, and a tokenizer with their control tokens."""
+"""Small chat templates of the same forms as published ones, and a tokenizer with their control tokens."""
 
 from tests.lmfusion.conftest import build_tokenizer
 

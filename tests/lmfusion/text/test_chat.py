@@ -1,4 +1,4 @@
-"""Conversations in a chat template: images in their places, nothing a message says can end a turn."""
+"""Conversations in a chat template: images keep their places, and no message can end a turn."""
 
 import copy
 
@@ -73,15 +73,15 @@ def test_what_the_template_refuses_is_an_error_of_the_conversation(chat_tokenize
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
-        ([], "give a list of at least one"),
-        ("hi", "messages are 'hi'"),
-        ({"role": "user", "content": "x"}, "give a list"),
-        ([{"role": "user"}], "a message is {'role': 'user'}"),
-        ([{"role": "robot", "content": "x"}], "roles are system, user, assistant"),
-        (["hi"], "a message is 'hi'"),
-        (user([{"type": "audio", "audio": 1}]), "a part of a message is {'type': 'audio'"),
-        (user([{"type": "image"}]), "a part of a message is"),
-        (user([{"type": "text", "text": 5}]), "a part of a message is"),
+        ([], "messages must be a list of at least one"),
+        ("hi", "messages must be a list .* got 'hi'"),
+        ({"role": "user", "content": "x"}, "messages must be a list"),
+        ([{"role": "user"}], "got {'role': 'user'}"),
+        ([{"role": "robot", "content": "x"}], r"\(roles: system, user, assistant\)"),
+        (["hi"], "a message must be .* got 'hi'"),
+        (user([{"type": "audio", "audio": 1}]), "a part of a message must be .* got {'type': 'audio'"),
+        (user([{"type": "image"}]), "a part of a message must be"),
+        (user([{"type": "text", "text": 5}]), "a part of a message must be"),
     ],
 )
 def test_what_is_no_conversation_is_named(chat_tokenizer, messages, message):

@@ -1,4 +1,4 @@
-"""Chat templates: as transformers writes them, with variables and a date of their own, and within limits."""
+"""Chat templates: rendered as in transformers, with variables and a date, and within limits."""
 
 import datetime
 import re
@@ -58,13 +58,13 @@ def test_the_date_is_the_given_one_and_without_it_that_of_the_clock():
         ("{{ range(10**9) }}", "OverflowError: Range too big"),
         ("{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "RecursionError"),
         ("{{ " + "(" * 500 + "1" + ")" * 500 + " }}", "RecursionError"),
-        ("{{ '%999999999999d' % 1 }}", "more than 10000"),
-        ("{{ 'a' * 10**9 }}", "a text or list of 1000000000 characters or items"),
-        ("{{ [1] * 10**9 }}", "a text or list of 1000000000 characters or items"),
-        ("{{ 9 ** (9**9) }}", "a whole number of"),
+        ("{{ '%999999999999d' % 1 }}", "may be at most 10000"),
+        ("{{ 'a' * 10**9 }}", "characters or items, got 1000000000"),
+        ("{{ [1] * 10**9 }}", "characters or items, got 1000000000"),
+        ("{{ 9 ** (9**9) }}", "an integer may have at most"),
         (
             "{% set n = namespace(x=7) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}",
-            "a whole number of",
+            "an integer may have at most",
         ),
         (
             "{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
@@ -108,17 +108,20 @@ def test_templates_end_in_time(template, monkeypatch):
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
-        ({"messages": []}, "has the key 'messages', which the conversation itself sets"),
+        ({"messages": []}, "must not have the key 'messages', which the conversation itself sets"),
         ({"add_generation_prompt": False}, "which the conversation itself sets"),
-        ({"no name": 1}, "has the key 'no name'; template variables are names"),
-        ({"_x": 1}, "has the key '_x'"),
-        ({3: 1}, "has the key 3"),
-        ({"x": {1, 2}}, "x is set, not a JSON value"),
-        ({"x": float("nan")}, "x is float, not a JSON value"),
-        ({"today": "26 Jul 2024"}, "today is '26 Jul 2024'; it must be a date as YYYY-MM-DD"),
-        ({"today": 5}, "today is 5; it must be a date"),
-        ({"tools": ["<|im_end|>"]}, "holds the control token '<|im_end|>', which only the template may write"),
-        ("enable_thinking=false", "template_variables is 'enable_thinking=false'; template variables are names"),
+        ({"no name": 1}, "\"enable_thinking\": false}, got the key 'no name'"),
+        ({"_x": 1}, "got the key '_x'"),
+        ({3: 1}, "got the key 3"),
+        ({"x": {1, 2}}, "x must be a JSON value, got set"),
+        ({"x": float("nan")}, "x must be a JSON value, got float"),
+        ({"today": "26 Jul 2024"}, "today must be a date as YYYY-MM-DD, such as 2024-07-26, got '26 Jul 2024'"),
+        ({"today": 5}, "today must be a date as YYYY-MM-DD, such as 2024-07-26, got 5"),
+        (
+            {"tools": ["<|im_end|>"]},
+            "only the template may write, got '<|im_end|>'",
+        ),
+        ("enable_thinking=false", "false}, got 'enable_thinking=false'"),
     ],
 )
 def test_variables_that_cannot_be_are_named(variables, message):
@@ -155,7 +158,7 @@ def test_variables_that_cannot_be_are_named(variables, message):
 )
 def test_no_template_makes_gigabytes(template):
     start = time.process_time()
-    with pytest.raises(ValueError, match=r"the chat template does not take this conversation: .*(limit is|more than)"):
+    with pytest.raises(ValueError, match=r"the chat template does not take this conversation: .*(at most)"):
         write(template, width=10**9)
     assert time.process_time() - start < 2
 

@@ -1,4 +1,4 @@
-"""Texts in tokens: control tokens where they are asked for alone, whichever threads read at the same time."""
+"""Token ids of texts: control tokens only where asked for, from any number of threads."""
 
 from concurrent.futures import ThreadPoolExecutor
 

@@ -120,7 +120,7 @@ def test_adapted_model_brings_its_own_configuration(recipe):
         ("output: a\ntrain: {seed: 1}\nmodel: {base: x}\ntrain: {}", "'train' is given twice, in line 2 and in line 4"),
         ("output: a\noutput: b", "'output' is given twice, in line 1 and in line 2"),
         ("train:\n  seed: 1\n  'seed': 2", "'seed' is given twice, in line 2 and in line 3"),
-        ("a: &a [*a]", "line 1: the value holds itself"),
+        ("a: &a [*a]", "line 1: the value contains itself"),
         ("[" * 5000, "nested too deeply"),
         ("model: {base: x}\ndata: {sources: [{kind: digits}]}", "output is missing"),
     ],

@@ -227,7 +227,7 @@ def test_two_runs_do_not_share_a_folder(config):
     with locked(first.folder.parent):  # a lock on another folder changes nothing
         first.folder.mkdir()
         with locked(first.folder):
-            holder = rf"another process is at work in .* \(process {os.getpid()} on .*\); wait for it"
+            holder = rf"is in use by another process \(process {os.getpid()} on .*\); wait for it"
             with pytest.raises(OSError, match=holder):
                 second.run()
             with locked(first.folder, rank=1):

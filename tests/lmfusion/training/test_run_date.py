@@ -134,5 +134,5 @@ def test_template_variables_of_a_recipe_are_trained_with_and_saved(talking, tmp_
     assert AutoTokenizer.from_pretrained(folder).chat_template == THINKING
     with pytest.raises(ValueError, match=r"model\.template_variables was {'enable_thinking': False}, is None"):
         Trainer(talking(train__num_steps=1, train__warmup_steps=1))
-    with pytest.raises(ValueError, match=r"model\.template_variables has the key 'messages'"):
+    with pytest.raises(ValueError, match=r"model\.template_variables must not have the key 'messages'"):
         talking(model__template_variables={"messages": []})

@@ -56,7 +56,7 @@ def test_micro_batches_add_up_to_the_means_over_the_whole_step(config):
     assert len(step.rows) == totals.num_flops == 2
     outputs = [trainer.model(batch=batch) for batch in step.rows]
     lm_loss = sum(output.lm_loss_sum for output in outputs) / sum(batch.num_labels for batch in step.rows)
-    boi_loss = sum(output.begin_loss_sum for output in outputs) / sum(batch.num_boi_targets for batch in step.rows)
+    boi_loss = sum(output.boi_loss_sum for output in outputs) / sum(batch.num_boi_targets for batch in step.rows)
     diffusion_loss = sum(output.diffusion_loss_sum for output in outputs) / sum(batch.num_images for batch in step.rows)
     names = list(trainer.weights)
     expected = torch.autograd.grad(lm_loss + boi_loss + 5 * diffusion_loss, [trainer.weights[name] for name in names])
@@ -295,7 +295,7 @@ def test_too_many_damaged_samples_stop_the_run_at_once(config, broken_folder):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_missing_gpu_is_named(config):
-    with pytest.raises(ValueError, match=r"train\.device is cuda, but PyTorch finds no GPU"):
+    with pytest.raises(ValueError, match=r"train\.device must be auto or cpu where PyTorch finds no GPU"):
         Trainer(config(train__device="cuda"))
 
 

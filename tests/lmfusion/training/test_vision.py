@@ -11,7 +11,8 @@ import torch
 import yaml
 
 from lmfusion import LMFusion
-from lmfusion.model.saving import base_tensors, digests
+from lmfusion.model.assembly import base_tensors
+from lmfusion.model.records import tensor_digests
 from lmfusion.model.verification import verify
 from lmfusion.planning.estimate import Assumptions, estimate
 from lmfusion.training.config import RunConfig, load_config
@@ -87,7 +88,7 @@ def understanding(model, processor):
 def test_training_does_not_change_a_bit_of_image_understanding_and_text(vlm, config, tmp_path):
     _, processor = vlm
     before = build(tmp_path / "vlm")
-    logits, hashes = understanding(before, processor), digests(base_tensors(before))
+    logits, hashes = understanding(before, processor), tensor_digests(base_tensors(before))
     images = [picture(*shape, seed=i) for i, shape in enumerate(SHAPES)]
     captions = before.caption(images, max_new_tokens=8)
     trainer = Trainer(config())
@@ -99,7 +100,7 @@ def test_training_does_not_change_a_bit_of_image_understanding_and_text(vlm, con
     assert len(changed) > len(start) / 2  # it has learned
     for trained in (trainer.model.eval(), saved):
         assert all(map(torch.equal, understanding(trained, processor), logits))
-        assert digests(base_tensors(trained)) == hashes == trained.base.sha256
+        assert tensor_digests(base_tensors(trained)) == hashes == trained.base.sha256
         assert trained.caption(images, max_new_tokens=8) == captions
     assert sum(name.startswith("vision.") for name in hashes) == 60
     assert verify(saved).text_identical
@@ -154,7 +155,7 @@ def test_two_ranks_give_the_numbers_of_one(config, tmp_path):
     for line, found in zip(read_metrics(alone), read_metrics(both), strict=True):
         assert {key: found[key] for key in line} == pytest.approx(line, rel=1e-5)
     saved = LMFusion.from_pretrained(Path(both.output) / "model")
-    assert digests(base_tensors(saved)) == saved.base.sha256
+    assert tensor_digests(base_tensors(saved)) == saved.base.sha256
 
 
 def test_an_estimate_counts_the_vision_encoder(config):

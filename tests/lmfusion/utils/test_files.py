@@ -1,4 +1,4 @@
-"""Writing files: whole or not at all, never through a symbolic link, and errors of the system name the file."""
+"""Writing files: whole or not at all, never through a symbolic link, and system errors name the file."""
 
 import errno
 import hashlib
@@ -15,8 +15,9 @@ from lmfusion.images.grid import save_grid
 from lmfusion.images.png import save_png
 from lmfusion.training.checkpoint import CheckpointWriter, checkpoint_path, load_checkpoint
 from lmfusion.training.distributed import World
-from lmfusion.utils.files import file_sha256, flush, locked, name_os_errors, new_folder, replace_text, replacing
+from lmfusion.utils.files import atomic_write, flush, locked, name_os_errors, new_folder, replace_text
 from lmfusion.utils.folders import replace_folder
+from lmfusion.utils.hashing import file_sha256
 from lmfusion.utils.json_lines import JsonLines
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -81,15 +82,15 @@ def test_a_lock_does_not_empty_the_file_that_a_link_points_to(tmp_path, victim):
 
 def test_folders_that_are_links_are_refused(tmp_path, victim):
     os.symlink(victim.parent, tmp_path / "new")
-    with pytest.raises(OSError, match="is a symbolic link, and nothing is written through it; delete the link"):
+    with pytest.raises(OSError, match="must not be a symbolic link, since nothing is written through links; delete it"):
         new_folder(tmp_path / "new")
     os.symlink(victim.parent, tmp_path / f".m.saving-{os.getpid()}")
-    with pytest.raises(OSError, match="is a symbolic link"):
+    with pytest.raises(OSError, match="must not be a symbolic link"):
         replace_folder(tmp_path / "m", lambda folder: (folder / "victim").write_text("x"), lambda name: True)
     os.symlink(victim.parent, tmp_path / "step-00000003.tmp")
     writer = CheckpointWriter(tmp_path, 2, ALONE)
     writer.save(3, {"weights": {"a": torch.zeros(2)}}, {})
-    with pytest.raises(OSError, match=r"step-00000003\.tmp is a symbolic link"):
+    with pytest.raises(OSError, match=r"step-00000003\.tmp must not be a symbolic link"):
         writer.finish()
     assert [path.name for path in victim.parent.iterdir()] == ["victim"] and victim.read_text() == "precious"
 
@@ -98,16 +99,16 @@ def test_two_writers_do_not_mix_their_files(tmp_path):
     path = tmp_path / "file"
 
     def write_within_a_write():
-        with replacing(path) as first:
+        with atomic_write(path) as first:
             first.write(b"half of the fir")
             replace_text(path, "second")
 
     with pytest.raises(OSError, match="is being written by another process too"):
         write_within_a_write()
     assert path.read_bytes() == b"second"
-    with replacing(path, writer="1") as first:
+    with atomic_write(path, writer="1") as first:
         first.write(b"first")
-        with replacing(path, writer="2") as second:
+        with atomic_write(path, writer="2") as second:
             second.write(b"second")
     assert path.read_bytes() == b"first" and [file.name for file in tmp_path.iterdir()] == ["file"]
 
@@ -117,7 +118,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     path.write_text("old")
 
     def fail():
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(b"new")
             raise KeyError
 
@@ -212,7 +213,7 @@ def test_digest_of_a_file(tmp_path):
 def test_what_is_no_regular_file_is_not_replaced(tmp_path, kind):
     path = tmp_path / "device.png"
     os.mkfifo(path) if kind == "pipe" else path.mkdir()
-    with pytest.raises(OSError, match=r"device\.png is not a regular file; give another name for the output"):
+    with pytest.raises(OSError, match=r"device\.png must be a regular file or not exist; give another name"):
         save_png(path, PICTURE, {})
     assert path.is_fifo() if kind == "pipe" else path.is_dir()
     assert [item.name for item in tmp_path.iterdir()] == ["device.png"]

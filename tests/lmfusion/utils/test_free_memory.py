@@ -1,4 +1,4 @@
-"""Free memory on a CPU: what the machine has, within the limits of the control groups around the process."""
+"""Free memory on a CPU: the machine's, within the limits of the process's control groups."""
 
 import pytest
 import torch

@@ -33,7 +33,7 @@ def test_the_document_of_an_edit():
     assert document.token_ids == (BOS, *words, BOI, EOI, BOI, EOI)
     marker, image = ("marker", 1), ("image", 16)
     assert document.spans == (("text", 1), ("text", len(words)), marker, image, marker, marker, image, marker)
-    assert document.is_given == (True, False)
+    assert document.is_input == (True, False)
     nothing = (IGNORED,) * (1 + len(words) + 1)
     assert document.labels == (*nothing, BOI, IGNORED, EOS)  # when to draw, and that nothing follows
     assert made.images == (no_image, no_image) and made.timesteps[0] == 0 and made.timesteps[1] > 3
@@ -47,7 +47,7 @@ def test_documents_that_have_lost_something_learn_the_target_alone():
     ):
         document = edit_document(words, 16, TOKENS, has_source=has_source)
         assert document.token_ids == expected and set(document.labels) == {IGNORED}
-        assert document.is_given == ((True,) * has_source + (False,))
+        assert document.is_input == ((True,) * has_source + (False,))
 
 
 def test_shares_of_what_is_dropped():
@@ -142,7 +142,7 @@ def test_rows_hold_the_right_images_whatever_was_dropped_before(triples, tokeniz
     for step in read(loader([triples], PIXELS, tokenizer, caption_drop=0.4), 40):
         for row in step.rows:
             place = 0
-            given = torch.ones(row.num_images, dtype=torch.bool).index_fill(0, row.drawn, False).tolist()
+            given = torch.ones(row.num_images, dtype=torch.bool).index_fill(0, row.target_image_indices, False).tolist()
             for sample_id in row.sample_ids:
                 number = int(sample_id[-1])
                 if given[place]:
@@ -151,7 +151,7 @@ def test_rows_hold_the_right_images_whatever_was_dropped_before(triples, tokeniz
                 assert not given[place] and torch.equal(row.latents[place], pixels[100 + number])
                 place += 1
             assert place == row.num_images
-            num_images[row.num_images > row.num_samples_read] += 1
+            num_images[row.num_images > row.num_target_images] += 1
     assert num_images[True] > 10
 
 
@@ -164,7 +164,10 @@ def test_rows_from_a_latent_cache_are_those_of_the_images(triples, tmp_path, tok
     cached = read(loader([encoded(tmp_path / "cache")], PIXELS, tokenizer), 20)
     assert_same_steps(direct, cached)
     for one, other in zip(direct, cached, strict=True):
-        assert all(torch.equal(a.drawn, b.drawn) for a, b in zip(one.rows, other.rows, strict=True))
+        assert all(
+            torch.equal(a.target_image_indices, b.target_image_indices)
+            for a, b in zip(one.rows, other.rows, strict=True)
+        )
 
 
 def test_a_mixture_with_captions_and_a_damaged_target(triples, tmp_path, tokenizer):

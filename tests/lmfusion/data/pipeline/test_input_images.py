@@ -97,7 +97,7 @@ def test_a_conversation_shows_and_draws(model, monkeypatch):
     shown = [part for part in sample.messages[0]["content"] if callable(part)]
     expected = torch.cat([rows_of(model, load) for load in shown])
     assert torch.equal(batch.vision_embeds, expected)
-    assert (batch.num_images, batch.num_samples_read) == (1, 1)
+    assert (batch.num_images, batch.num_target_images) == (1, 1)
     ids = batch.token_ids.tolist()
     seen = [i for i in ids if i < 0]
     assert seen == [-1 - k for k in range(len(expected))]
@@ -115,8 +115,8 @@ def test_a_conversation_shows_and_draws(model, monkeypatch):
 def test_rows_of_a_batch_stand_where_they_belong(model):
     """Constant rows come before live ones in a batch: numbers keep rows of several documents apart."""
     tokens = SpecialTokens.of(model.tokenizer, model.boi_token_id)
-    drawn_first = drawn(tokens).text([5]).seen(3).text([6])
-    seen_first = Document().text([7]).seen(2).text([8])
+    drawn_first = drawn(tokens).text([5]).input_image(3).text([6])
+    seen_first = Document().text([7]).input_image(2).text([8])
     latents = torch.zeros(1, 1, 4, 4)
     vision_embeds = torch.arange(5.0)[:, None] + torch.zeros(5, 32)
     batch = pack([drawn_first, seen_first], latents, latents, torch.tensor([3]), vision_embeds=vision_embeds)
@@ -143,10 +143,10 @@ def drawn(tokens):
 
 def test_counts_that_do_not_agree_are_refused(model):
     tokens = SpecialTokens.of(model.tokenizer, model.boi_token_id)
-    document, latents = drawn(tokens).seen(3), torch.zeros(1, 1, 4, 4)
-    with pytest.raises(ValueError, match="hold 3 rows of images that are seen, and vision_embeds 0"):
+    document, latents = drawn(tokens).input_image(3), torch.zeros(1, 1, 4, 4)
+    with pytest.raises(ValueError, match="must hold the documents' 3 vision tokens, got 0"):
         pack([document], latents, latents, torch.tensor([3]))
-    with pytest.raises(ValueError, match="hold 3 rows of images that are seen, and vision_embeds 2"):
+    with pytest.raises(ValueError, match="must hold the documents' 3 vision tokens, got 2"):
         pack([document], latents, latents, torch.tensor([3]), vision_embeds=torch.zeros(2, 32))
 
 
@@ -155,7 +155,7 @@ def test_the_gradient_reaches_the_image_tower_and_no_row_that_is_seen(model, mon
     [batch] = step.rows
     batch.vision_embeds.requires_grad_()
     output = model.train()(batch=batch)
-    assert output.num_samples_read == 3 and output.num_labels > 0
+    assert output.num_target_images == 3 and output.num_labels > 0
     output.loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.image.parameters())
     assert model.image.layers[0].mlp.down_proj.weight.grad.abs().max() > 0
@@ -178,7 +178,7 @@ def test_an_edit_sees_its_source(model, monkeypatch):
     sample = edit(1)
     whole = next(make(model, [sample], monkeypatch, caption_drop=0.0).steps(LoaderState(), 1)).rows[0]
     assert torch.equal(whole.vision_embeds, rows_of(model, sample.source))
-    assert (whole.num_images, whole.num_samples_read) == (1, 1)
+    assert (whole.num_images, whole.num_target_images) == (1, 1)
     ids = [i for i in whole.token_ids.tolist() if i >= 0]
     assert model.tokenizer.decode(ids[:-2]) == "<s>red" and ids[-2:] == [model.boi_token_id, model.eoi_token_id]
     assert (whole.labels == model.tokenizer.eos_token_id).sum() == 1

@@ -349,5 +349,5 @@ def test_files_that_are_larger_than_any_image(tmp_path):
     path = tmp_path / "large.jpg"
     with open(path, "wb") as file:
         file.truncate(2**40)  # takes no space
-    with pytest.raises(ValueError, match=r"large.jpg is too large to read safely \(1099511627776 bytes\)"):
+    with pytest.raises(ValueError, match=r"large.jpg is too large to read safely: it must .* got 1099511627776"):
         load_image(path)

@@ -89,7 +89,7 @@ def test_an_exact_match_may_be_with_any_reference():
     [
         ({}, "either source"),
         ({"source": DIGITS, "coco": {"annotations": "a", "images": "b"}}, "either source"),
-        ({"source": DIGITS, "max_new_tokens": 0}, "captions.max_new_tokens is 0"),
+        ({"source": DIGITS, "max_new_tokens": 0}, "captions.max_new_tokens must be at least 1, got 0"),
     ],
 )
 def test_bad_settings(values, reason):

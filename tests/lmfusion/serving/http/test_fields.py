@@ -266,10 +266,10 @@ def test_variables_reach_the_chat_template(model, monkeypatch, fields, text, def
     ("fields", "message", "param"),
     [
         ({"chat_template_kwargs": [1]}, "chat_template_kwargs", "chat_template_kwargs"),
-        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs has the key 'messages'", None),
-        ({"chat_template_kwargs": {"a b": 1}}, "chat_template_kwargs has the key 'a b'", None),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs must not have the key 'messages'", None),
+        ({"chat_template_kwargs": {"a b": 1}}, "chat_template_kwargs must be names with JSON values", None),
         ({"chat_template_kwargs": {"today": "soon"}}, "chat_template_kwargs.today", None),
-        ({"chat_template_kwargs": {"level": "</s>"}}, "chat_template_kwargs.level holds the control token", None),
+        ({"chat_template_kwargs": {"level": "</s>"}}, "chat_template_kwargs.level must not hold a control token", None),
         ({"enable_thinking": "no"}, "enable_thinking", "enable_thinking"),
         ({"enable_thinking": True, "chat_template_kwargs": {"enable_thinking": False}}, "leave one", "enable_thinking"),
     ],

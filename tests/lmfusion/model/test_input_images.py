@@ -1,4 +1,4 @@
-"""Given images: seen by all that follows, without noise and without a loss of their own."""
+"""Input images of the image tower: visible to all that follows, without noise and without a loss of their own."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from lmfusion.data.pipeline.documents import edit_document
 from lmfusion.model.batch import SpecialTokens, pack
 from lmfusion.model.modeling import LMFusion
 
-NUM_ROWS = 4
+NUM_IMAGE_TOKENS = 4
 KINDS = {"linear": {"kind": "linear"}, "unet": {"kind": "unet", "channels": (8, 16), "num_blocks": 1}}
 
 
@@ -35,7 +35,7 @@ def tokens_of(model):
 
 def make_batch(model, instructions=((5, 6, 7), (8, 9)), frozen_text=True):
     """Edits, each with its source and its target, in this order."""
-    documents = [edit_document(words, NUM_ROWS, tokens_of(model)) for words in instructions]
+    documents = [edit_document(words, NUM_IMAGE_TOKENS, tokens_of(model)) for words in instructions]
     generator = torch.Generator().manual_seed(1)
     latents, noise = torch.randn(2, 2 * len(documents), 1, 4, 4, generator=generator, dtype=torch.float64)
     timesteps = torch.tensor([900, 300, 100, 700])[: 2 * len(documents)]
@@ -73,7 +73,7 @@ def test_the_loss_of_edits_is_that_of_their_targets(tiny_llama, patch_coder, fro
 def test_noise_and_timestep_of_a_given_image_are_not_looked_at(tiny_llama):
     model = build(tiny_llama)
     batch = make_batch(model)
-    assert batch.timesteps.tolist() == [0, 300, 0, 700] and batch.drawn.tolist() == [1, 3]
+    assert batch.timesteps.tolist() == [0, 300, 0, 700] and batch.target_image_indices.tolist() == [1, 3]
     other = replace(batch, noise=batch.noise.clone().index_fill(0, torch.tensor([0, 2]), float("nan")))
     assert torch.equal(model(batch=other).loss, model(batch=batch).loss)
 
@@ -103,11 +103,11 @@ def test_a_given_image_does_not_see_what_comes_after_it(tiny_llama):
     batch = make_batch(model, instructions=((5, 6, 7),))
     changed = replace(batch, noise=batch.noise + 1, latents=batch.latents.clone())
     changed.latents[1] += 1
-    rows = []
+    tokens = []
     for one in (batch, changed):
         noisy = one.latents.clone()
         noisy[1] += one.noise[1]
         x_image, _ = model.encode_images(noisy, one.timesteps)
-        rows.append(model.run_layers(model.embed(one.token_ids), x_image, one.layout)[1])
-    assert torch.equal(rows[0][:NUM_ROWS], rows[1][:NUM_ROWS])
-    assert not torch.allclose(rows[0][NUM_ROWS:], rows[1][NUM_ROWS:])
+        tokens.append(model.run_layers(model.embed(one.token_ids), x_image, one.layout)[1])
+    assert torch.equal(tokens[0][:NUM_IMAGE_TOKENS], tokens[1][:NUM_IMAGE_TOKENS])
+    assert not torch.allclose(tokens[0][NUM_IMAGE_TOKENS:], tokens[1][NUM_IMAGE_TOKENS:])
