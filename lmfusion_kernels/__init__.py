@@ -15,7 +15,7 @@ from lmfusion_kernels.ops.linear import routed_linear
 from lmfusion_kernels.ops.rms_norm import routed_rms_norm
 from lmfusion_kernels.ops.rope_reorder import rope_reorder
 from lmfusion_kernels.ops.swiglu import routed_swiglu
-from lmfusion_kernels.runtime.backends import backends
+from lmfusion_kernels.runtime.report import backends
 
 __all__ = [
     "BlockWeights",

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfusion_kernels import attention
+from lmfusion_kernels.attention import dispatch
+from lmfusion_kernels.attention.interface import AttentionCall
 from lmfusion_kernels.block.forward import Activations, Call, complete, forward, present
 from lmfusion_kernels.block.weights import BlockWeights, Rope, Rows
 from lmfusion_kernels.layout.token_layout import TokenLayout
@@ -137,7 +138,8 @@ def backward(
     for rows, d, w in zip(dout.flatten(1).tensor_split([num_live]), dmiddle, towers, strict=True):
         torch.mm(d, w.o_proj, out=rows)
     weight_grads("o_proj", dmiddle, list(out.flatten(1).tensor_split([num_live])))
-    dqkv_rows = attention.backward(call.attention, dout, q, k, v, out, lse, layout, "active", call.scale)
+    active = AttentionCall(q, k, v, layout, "active", call.scale)
+    dqkv_rows = dispatch.backward(call.attention, active, dout, out, lse)
     norm_wants = [want["q_norm"] or want["k_norm"] for want in wants]
     qkv = [saved.qkv_live, saved.qkv_image] if call.has_qk_norm else []
     results = iter(_ops.rope_reorder_backward(

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lmfusion_kernels import attention
+from lmfusion_kernels.attention import dispatch
+from lmfusion_kernels.attention.interface import AttentionCall
 from lmfusion_kernels.block.weights import BlockWeights, Rope, Rows, split_towers
 from lmfusion_kernels.layout.token_layout import TokenLayout
 from lmfusion_kernels.ops.gate_up_swiglu import gate_up_swiglu
@@ -66,9 +67,9 @@ class Call:
 def choose_attention(
     backend: str | None, x: Tensor, layout: TokenLayout, weights: BlockWeights, rope: Rope, needs_grad: bool
 ) -> str:
-    """The name of the attention kernel for rows like `x`; see `attention.choose`."""
+    """The name of the attention kernel for rows like `x`; see `dispatch.choose_kernel`."""
     head_dim, num_heads = 2 * rope[0].shape[-1], weights.num_heads(rope)
-    return attention.choose(
+    return dispatch.choose_kernel(
         backend, layout, device=x.device, dtype=x.dtype, num_heads=num_heads,
         num_kv_heads=(weights.qkv_proj.shape[0] // head_dim - num_heads) // 2, head_dim=head_dim, needs_grad=needs_grad,
     )  # fmt: skip
@@ -147,10 +148,11 @@ def _attend(
     num_constant = layout.num_constant
     qkv = [_linear(r, w.qkv_proj, w.qkv_bias) for r, w in zip(normed, call.towers, strict=True)]
     q_constant, q, k, v = _rope(call, qkv, kv_cache)
-    out, lse = attention.forward(call.attention, q, k, v, layout, "active", call.scale)
+    out, lse = dispatch.forward(call.attention, AttentionCall(q, k, v, layout, "active", call.scale))
     attended = [part.flatten(1) for part in out.tensor_split([layout.num_live])]
     if num_constant:
-        out_constant, _ = attention.forward(call.attention, q_constant, k, v, layout, "constant", call.scale)
+        constant = AttentionCall(q_constant, k, v, layout, "constant", call.scale)
+        out_constant, _ = dispatch.forward(call.attention, constant)
         attended[0] = torch.cat([out_constant.flatten(1), attended[0]])
     if not keep:
         return attended, {}
@@ -172,7 +174,7 @@ def complete(call: Call, saved: Activations) -> Activations:
         normed, _, _, rstd_in = _norm(call, "input_layernorm", x, [], layout.num_live)
         qkv = [_linear(r, w.qkv_proj, w.qkv_bias) for r, w in zip(normed, call.towers, strict=True)]
         q, k, v = _rope_of_active_rows(call, qkv, saved)
-        out, lse = attention.forward(call.attention, q, k, v, layout, "active", call.scale)
+        out, lse = dispatch.forward(call.attention, AttentionCall(q, k, v, layout, "active", call.scale))
         attended = out.flatten(1).tensor_split([layout.num_live])
         update = [torch.mm(part, w.o_proj.t()) for part, w in zip(attended, call.towers, strict=True)]
         normed, middle, _, rstd_post_attention = _norm(call, "post_attention_layernorm", update, x, layout.num_live)

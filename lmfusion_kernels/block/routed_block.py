@@ -33,7 +33,7 @@ from lmfusion_kernels.block import op as block_op
 from lmfusion_kernels.block.weights import BlockWeights, Rope, Rows, split_towers
 from lmfusion_kernels.layout.token_layout import TokenLayout
 from lmfusion_kernels.ops.gate_up_swiglu import choose_ffn
-from lmfusion_kernels.runtime.backends import choose
+from lmfusion_kernels.runtime.backends import choose_backend
 from lmfusion_kernels.runtime.transforms import is_tracing
 from lmfusion_kernels.runtime.validation import check_rope, check_weight
 
@@ -90,7 +90,7 @@ def routed_block(
         _check_cache(kv_cache, layout, x_text, text, rope, needs_grad)
     device_type = "cpu" if x_text.is_meta else x_text.device.type  # there is no autocast for meta tensors
     with torch.autocast(device_type, enabled=False):
-        if choose(backend, x_text, x_image, others=(*rope, *_weights_of(text, image))) == "reference":
+        if choose_backend(backend, x_text, x_image, others=(*rope, *_weights_of(text, image))) == "reference":
             return reference.routed_block(x, layout, text, image, rope, "tower", kv_cache)
         call = block_forward.Call(
             layout, text, image, rope,
@@ -120,7 +120,7 @@ def _traced(
     rows = [x] if isinstance(x, Tensor) else list(x)
     _check_weights(rows[0], rows[-1], text, image, rope)
     _check_is_cached(layout, None)
-    if choose(backend, *rows, others=(*rope, *_weights_of(text, image))) == "reference":
+    if choose_backend(backend, *rows, others=(*rope, *_weights_of(text, image))) == "reference":
         return None
     needs_grad = _needs_grad(rows[0], rows[-1], text, image)
     return block_op.apply(x, layout, text, image, rope, order, backend, recompute, needs_grad)

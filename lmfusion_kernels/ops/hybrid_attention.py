@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lmfusion_kernels import attention, reference
-from lmfusion_kernels.attention.interface import ranges_by_key
+from lmfusion_kernels import reference
+from lmfusion_kernels.attention import dispatch
+from lmfusion_kernels.attention.interface import AttentionCall, Gradients, ranges_by_key
 from lmfusion_kernels.layout.token_layout import TokenLayout
 from lmfusion_kernels.runtime import library
 from lmfusion_kernels.runtime.backends import REFERENCE_RUNS, requested_backend
@@ -39,7 +40,7 @@ def hybrid_attention(
     _check(q, k, v, layout)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    kernel = attention.choose(
+    kernel = dispatch.choose_kernel(
         backend,
         layout,
         device=q.device,
@@ -57,9 +58,9 @@ def hybrid_attention(
             kernel = "reference"
     if kernel == "reference":
         return reference.hybrid_attention(q, k, v, layout, scale)
-    if needs_grad and not attention.KERNELS[kernel].is_differentiable:
+    if needs_grad and not dispatch.KERNELS[kernel].is_differentiable:
         return _HybridAttention.apply(q, k, v, layout, kernel, scale)
-    return attention.forward(kernel, q, k, v, layout, "all", scale)[0]
+    return dispatch.forward(kernel, AttentionCall(q, k, v, layout, "all", scale))[0]
 
 
 class _HybridAttention(torch.autograd.Function):
@@ -67,7 +68,7 @@ class _HybridAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, kernel: str, scale: float) -> Tensor:
-        out, lse = attention.forward(kernel, q, k, v, layout, "all", scale)
+        out, lse = dispatch.forward(kernel, AttentionCall(q, k, v, layout, "all", scale))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.layout, ctx.kernel, ctx.scale = layout, kernel, scale
         return out
@@ -94,9 +95,9 @@ class _HybridAttentionBackward(torch.autograd.Function):
         layout: TokenLayout,
         kernel: str,
         scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Gradients:
         ctx.kernel = kernel
-        return attention.backward(kernel, dout, q, k, v, out, lse, layout, "all", scale)
+        return dispatch.backward(kernel, AttentionCall(q, k, v, layout, "all", scale), dout, out, lse)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
@@ -159,7 +160,7 @@ def _fake_backward(
     scale: float,
     visible_end: Tensor | None = None,
     run_end: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Gradients:
     grad_shape = (grad_key.shape[0], *k.shape[1:])
     return q.new_empty(q.shape), k.new_empty(grad_shape), v.new_empty(grad_shape)
 

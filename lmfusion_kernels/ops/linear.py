@@ -12,7 +12,7 @@ from torch import Tensor
 from lmfusion_kernels import reference
 from lmfusion_kernels.block.weights import Rows
 from lmfusion_kernels.layout.token_layout import TokenLayout
-from lmfusion_kernels.runtime.backends import choose
+from lmfusion_kernels.runtime.backends import choose_backend
 from lmfusion_kernels.runtime.validation import check_rows, check_weight
 
 
@@ -45,7 +45,8 @@ def routed_linear(
             f"text_weight has {text_weight.shape[0]} rows and image_weight {image_weight.shape[0]}, which does not fit "
             "into one result; pass x as a pair (text rows, image rows)"
         )
-    if choose(backend, rows[0], others=(*rows, text_weight, image_weight, text_bias, image_bias)) == "reference":
+    others = (*rows, text_weight, image_weight, text_bias, image_bias)
+    if choose_backend(backend, rows[0], others=others) == "reference":
         return reference.routed_linear(x, text_weight, image_weight, layout, text_bias, image_bias)
     out = apply_linear(rows, text_weight, image_weight, text_bias, image_bias, layout.num_text, is_joined)
     return out[0] if is_joined else (out[0], out[1])

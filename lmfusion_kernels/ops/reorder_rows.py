@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lmfusion_kernels.runtime import library
-from lmfusion_kernels.runtime.backends import choose
+from lmfusion_kernels.runtime.backends import choose_backend
 from lmfusion_kernels.runtime.transforms import has_tangent, is_transformed
 
 _ops = torch.ops.lmfusion
@@ -22,7 +22,7 @@ def reorder_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     index: int32 [N], a permutation on the device of x; inverse: int32 [N], the opposite permutation. Any dtype. In
     plain PyTorch where the native op cannot run, as with torch.func's transforms and derivatives of the forward mode.
     """
-    if choose(None, index) == "reference" or has_tangent((x,)) or is_transformed((x,)):
+    if choose_backend(None, index) == "reference" or has_tangent((x,)) or is_transformed((x,)):
         return x.index_select(0, index)
     return _ops.reorder_rows(x, index, inverse)
 

@@ -9,7 +9,7 @@ from lmfusion_kernels import reference
 from lmfusion_kernels.block.weights import Rows
 from lmfusion_kernels.layout.token_layout import TokenLayout
 from lmfusion_kernels.runtime import library
-from lmfusion_kernels.runtime.backends import choose
+from lmfusion_kernels.runtime.backends import choose_backend
 from lmfusion_kernels.runtime.validation import check_like, check_rows, check_weight
 
 _ops = torch.ops.lmfusion
@@ -39,7 +39,7 @@ def routed_rms_norm(
     added = [] if residual is None else check_rows(residual, layout, "residual")
     if added:
         check_like(added, rows, "residual")
-    if choose(backend, rows[0], others=(*rows, *added, text_weight, image_weight)) == "reference":
+    if choose_backend(backend, rows[0], others=(*rows, *added, text_weight, image_weight)) == "reference":
         return reference.routed_rms_norm(x, text_weight, image_weight, layout, eps, residual)
     if residual is None:
         out = _ops.rms_norm_alone(rows, text_weight, image_weight, layout.num_text, eps)

@@ -9,7 +9,7 @@ from lmfusion_kernels import reference
 from lmfusion_kernels.block.weights import Rope, Rows
 from lmfusion_kernels.layout.token_layout import TokenLayout
 from lmfusion_kernels.runtime import library
-from lmfusion_kernels.runtime.backends import choose
+from lmfusion_kernels.runtime.backends import choose_backend
 from lmfusion_kernels.runtime.validation import check_rope, check_rows, check_weight
 
 _ops = torch.ops.lmfusion
@@ -40,7 +40,7 @@ def rope_reorder(
     cos, sin = rope
     norms = (text_q_norm, text_k_norm, image_q_norm, image_k_norm)
     _check(rows, layout, cos, sin, num_heads, norms)
-    if choose(backend, rows[0], others=(*rows, cos, sin, *norms)) == "reference":
+    if choose_backend(backend, rows[0], others=(*rows, cos, sin, *norms)) == "reference":
         return reference.rope_reorder(qkv, layout, rope, num_heads, *norms, eps)
     order = layout.tower_to_sequence
     _, q, k, v = _ops.rope_reorder(rows, cos, sin, order, order, layout.num_text, 0, num_heads, *norms, eps)

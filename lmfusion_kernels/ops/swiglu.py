@@ -11,7 +11,7 @@ from lmfusion_kernels.layout.token_layout import TokenLayout
 from lmfusion_kernels.ops.gate_up_swiglu import choose_ffn
 from lmfusion_kernels.ops.linear import apply_linear
 from lmfusion_kernels.runtime import library
-from lmfusion_kernels.runtime.backends import choose
+from lmfusion_kernels.runtime.backends import choose_backend
 from lmfusion_kernels.runtime.validation import check_rows, check_weight
 
 _ops = torch.ops.lmfusion
@@ -24,7 +24,7 @@ def swiglu(gate_up: Tensor, backend: str | None = None) -> Tensor:
     """
     if gate_up.dim() != 2 or gate_up.shape[1] % 2:
         raise ValueError(f"gate_up has shape {tuple(gate_up.shape)}; it is [N, 2 I], gate and up side by side")
-    if choose(backend, gate_up) == "reference":
+    if choose_backend(backend, gate_up) == "reference":
         return reference.swiglu(gate_up)
     return _ops.swiglu([gate_up])[0]
 
@@ -58,7 +58,8 @@ def routed_swiglu(
                 f"{name}_gate_up has {gate_up.shape[0]} rows and {name}_down {down.shape[1]} columns; "
                 "gate_up needs two rows (gate and up) for every column of down"
             )
-    if choose(backend, rows[0], others=(*rows, text_gate_up, text_down, image_gate_up, image_down)) == "reference":
+    others = (*rows, text_gate_up, text_down, image_gate_up, image_down)
+    if choose_backend(backend, rows[0], others=others) == "reference":
         return reference.routed_swiglu(x, text_gate_up, text_down, image_gate_up, image_down, layout)
     is_joined = isinstance(x, Tensor)
     # Between the two projections the towers may be of different width, so their rows stay in one tensor only if not.

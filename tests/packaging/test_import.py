@@ -28,7 +28,7 @@ def run_python(code):
 
 def test_kernels_import_nothing_heavy():
     code = f"""
-import torch, torch.utils.flop_counter  # this part of torch imports triton where it is installed
+import torch, torch.utils.flop_counter  # this part of torch imports triton where it is availability
 torch_alone = set(sys.modules)
 import lmfusion_kernels
 added = set(sys.modules) - torch_alone
@@ -98,7 +98,7 @@ def test_the_instruction_set_can_be_held_down(isa):
     code = f"""
 import os
 os.environ["LMFUSION_CPU_ISA"] = {isa!r}
-from lmfusion_kernels import build
+from lmfusion_kernels.layout import build
 print(build.instruction_set())
 """
     assert run_python(code).stdout.strip() == isa

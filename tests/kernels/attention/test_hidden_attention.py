@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import lmfusion_kernels as lk
-from lmfusion_kernels import attention, reference
+from lmfusion_kernels import reference
+from lmfusion_kernels.attention import dispatch
 from lmfusion_kernels.attention.flex import Flex
-from lmfusion_kernels.attention.interface import AttentionProblem
+from lmfusion_kernels.attention.interface import AttentionCall, AttentionProblem
 from lmfusion_kernels.attention.reference import Reference
 from lmfusion_kernels.attention.two_pass import TwoPass
 from tests.kernels.attention.packed_causal import PlainPackedCausal
@@ -67,13 +68,13 @@ def assert_kernel_equals_specification(kernel, layout, dtype, tolerance, seed=0,
         if n == 0:
             continue
         q, k, v, dout = make_inputs(n, layout.num_tokens, 4, 2, 8, dtype, seed)
-        out, lse = kernel.forward(q, k, v, layout, rows, 0.3)
-        expected, expected_lse = Reference().forward(q, k, v, layout, rows, 0.3)
+        out, lse = kernel.forward(AttentionCall(q, k, v, layout, rows, 0.3))
+        expected, expected_lse = Reference().forward(AttentionCall(q, k, v, layout, rows, 0.3))
         assert (out - expected).abs().max() <= tolerance and (lse - expected_lse).abs().max() <= tolerance, rows
         if rows == "constant" or not backward:
             continue
-        grads = kernel.backward(dout, q, k, v, out, lse, layout, rows, 0.3)
-        targets = Reference().backward(dout, q, k, v, expected, expected_lse, layout, rows, 0.3)
+        grads = kernel.backward(AttentionCall(q, k, v, layout, rows, 0.3), dout, out, lse)
+        targets = Reference().backward(AttentionCall(q, k, v, layout, rows, 0.3), dout, expected, expected_lse)
         for name, grad, target in zip(("dq", "dk", "dv"), grads, targets, strict=True):
             assert grad.shape == target.shape and (grad - target).abs().max() <= tolerance, (rows, name)
 
@@ -97,7 +98,7 @@ def test_two_calls_on_random_documents(documents, frozen_text, seed):
 @given(documents, st.integers(0, 99))
 def test_native_on_active_and_constant_rows(documents, seed):
     layout = lk.TokenLayout.from_spans(documents)
-    assert_kernel_equals_specification(attention.KERNELS["native"], layout, torch.float32, 2e-4, seed)
+    assert_kernel_equals_specification(dispatch.KERNELS["native"], layout, torch.float32, 2e-4, seed)
 
 
 @pytest.mark.parametrize("name", BATCHES)
@@ -110,8 +111,8 @@ def test_flash_attention_4_says_that_it_cannot():
     """And is passed over where it would have been the fastest."""
     cuda = torch.device("cuda")
     case = AttentionProblem(cuda, torch.bfloat16, 8, 2, 64, needs_grad=False, is_cached=False, has_hidden=True)
-    assert attention.KERNELS["flash-attn-4"].unsupported_reason(case) == "it takes no hidden spans"
-    assert attention.KERNELS["flash-attn-4"].unsupported_reason(case._replace(has_hidden=False)) == ""
+    assert dispatch.KERNELS["flash-attn-4"].unsupported_reason(case) == "it takes no hidden spans"
+    assert dispatch.KERNELS["flash-attn-4"].unsupported_reason(case._replace(has_hidden=False)) == ""
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])

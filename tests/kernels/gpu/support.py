@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import lmfusion_kernels as lk
-from lmfusion_kernels import attention
+from lmfusion_kernels.attention import dispatch
 
 DEVICE = os.environ.get("LMFUSION_TEST_DEVICE", "cuda")
 ON_GPU = DEVICE == "cuda"
@@ -114,7 +114,7 @@ def skip_unless_it_runs(
 ) -> None:  # fmt: skip
     """Skip, with its reason, where the attention kernel cannot run this case here."""
     try:
-        attention.choose(
+        dispatch.choose_kernel(
             kernel, layout, device=torch.device(DEVICE), dtype=dtype, num_heads=num_heads, num_kv_heads=num_kv_heads,
             head_dim=head_dim, needs_grad=needs_grad,
         )  # fmt: skip

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lmfusion_kernels as lk
-from lmfusion_kernels.attention.interface import hidden_ends, key_ranges, query_ranges
 from lmfusion_kernels.attention.reference import Reference
 from tests.kernels.triton import interpreter
 from tests.kernels.triton.test_hybrid_attention import BY_POINTER, LARGE, MODULE, SMALL, UNSHRUNK, int32, make_inputs
@@ -42,13 +41,13 @@ def assert_as_good_as_reference(layout, rows, heads, head_dim, dtype, tiles, see
     q, k, v, dout = make_inputs(num_queries, layout.num_tokens, *heads, head_dim, dtype, seed)
     targets = []
     for wide in (torch.float64, dtype):
-        x = [value.to(wide) for value in (dout, q, k, v)]
-        out, lse = Reference().forward(*x[1:], layout, rows, 0.3)
-        targets.append([out, lse, *Reference().backward(*x, out, lse, layout, rows, 0.3)])
-    *ranges, out_row = key_ranges(layout, rows)
+        call = AttentionCall(*(value.to(wide) for value in (q, k, v)), layout, rows, 0.3)
+        out, lse = Reference().forward(call)
+        targets.append([out, lse, *Reference().backward(call, dout.to(wide), out, lse)])
+    *ranges, out_row = call.key_ranges()
     result = interpreter.call(
-        "tests.kernels.triton.test_hidden_spans", "forward_and_backward", dout, q, k, v, ranges, query_ranges(layout, rows),
-        out_row, 0.3, hidden_ends(layout, rows), tiles,
+        "tests.kernels.triton.test_hidden_spans", "forward_and_backward", dout, q, k, v, ranges, call.query_ranges(),
+        out_row, 0.3, call.hidden_ends(), tiles,
     )  # fmt: skip
     floor = 4 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps / 4
     for name, exact, plain, value in zip(("out", "lse", "dq", "dk", "dv"), *targets, result, strict=True):
