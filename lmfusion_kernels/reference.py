@@ -123,7 +123,7 @@ def hybrid_mask(layout: TokenLayout) -> Tensor:
     key = torch.arange(layout.num_keys, device=layout.device)
     mask = (key >= layout.key_start[:, None]) & (key < layout.key_end[:, None])
     if layout.has_hidden:  # without a cache: keys and queries are the same rows
-        mask &= key[:, None] < layout.visible_end
+        mask &= key[:, None] < layout.mask.visible_end
     return mask
 
 
@@ -170,7 +170,9 @@ def routed_block(
         qkv, layout, rope, text.num_heads(rope), text.q_norm, text.k_norm, image.q_norm, image.k_norm, text.eps
     )
     if kv_cache is not None:
-        k, v = (cache.index_copy_(0, layout.key_slot.long(), new) for cache, new in zip(kv_cache, (k, v), strict=True))
+        assert layout.mask.key is not None
+        slot = layout.mask.key.long()
+        k, v = (cache.index_copy_(0, slot, new) for cache, new in zip(kv_cache, (k, v), strict=True))
     out = layout.to_tower_order(hybrid_attention(q, k, v, layout).flatten(1))
     out_rows = out if isinstance(x, Tensor) else split_towers(out, layout)
     attended = routed_linear(out_rows, text.o_proj, image.o_proj, layout)

@@ -72,8 +72,8 @@ class RowCounts:
             batch.num_labels,
             batch.num_boi_targets,
             _area(layout.key_start, layout.key_end),
-            _area(layout.active_key_start, layout.active_key_end),
-            _area(layout.active_query_start, layout.active_query_end),
+            _area(layout.active.key_start, layout.active.key_end),
+            _area(layout.active.query_start, layout.active.query_end),
             (channels, height, width),
         )
 

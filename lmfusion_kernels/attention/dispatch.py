@@ -137,7 +137,7 @@ def forward(kernel: str, call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def backward(kernel: str, call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor) -> Gradients:
-    """dq, dk, dv from `out` and `lse` of `forward`; dk, dv of all keys ("all") or of layout.active_key ("active")."""
+    """dq, dk, dv from `out` and `lse` of `forward`; dk, dv of all keys ("all") or of the active tokens ("active")."""
     if call.scale < 0:
         negated = call._replace(q=-call.q, scale=-call.scale)
         dq, dk, dv = KERNELS[kernel].backward(negated, dout, out, lse)

@@ -67,7 +67,7 @@ class FlashAttn4:
         if out_row is not None:
             dout, out = dout.index_select(0, out_row), out.index_select(0, out_row)
         keys, query_start, query_end = call.query_ranges()
-        every_key = call.rows == "all" or call.layout.num_constant == 0
+        every_key = call.queries == "all" or call.layout.num_constant == 0
         if not every_key:
             query_start, query_end = ranges_by_key(key_start, key_end, call.layout.num_keys)
         dq, dk, dv = _ops.flash_attn_4_backward(

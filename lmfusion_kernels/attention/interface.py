@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lmfusion_kernels.layout.token_layout import TokenLayout
 
-QueryRows = Literal["all", "active", "constant"]
+Queries = Literal["all", "active", "constant"]
 """Which tokens are queries: all tokens of the layout, the active ones (those with a backward), or the constant ones."""
 
 Gradients = tuple[Tensor, Tensor, Tensor]
@@ -33,45 +33,35 @@ class AttentionCall(NamedTuple):
     """The arguments of one call of a kernel."""
 
     q: Tensor
-    """[Nq, H, D]: the queries of `rows`, in sequence order."""
+    """[Nq, H, D]: the `queries`, in sequence order."""
     k: Tensor
     """[layout.num_keys, H_kv, D], in sequence order."""
     v: Tensor
     """As k."""
     layout: TokenLayout
-    rows: QueryRows
+    queries: Queries
     scale: float
     """Multiplies the scores."""
 
     def key_ranges(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """key_start and key_end by query, and the row of the result for each query (None: the same row)."""
-        layout = self.layout
-        if self.rows == "all":
-            return layout.key_start, layout.key_end, None
-        if self.rows == "active":
-            return layout.active_key_start, layout.active_key_end, layout.active_row
-        return layout.constant_key_start, layout.constant_key_end, None
+        mask = self.layout.mask_of(self.queries)
+        return mask.key_start, mask.key_end, mask.out_row
 
     def hidden_ends(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """visible_end by key, counted in the queries of `rows`, and run_end; None if the layout hides nothing."""
+        """visible_end by key, counted in `queries`, and run_end; None if the layout hides nothing."""
         layout = self.layout
-        if not layout.has_hidden:
-            return None, None
-        if self.rows == "all":
-            return layout.visible_end, layout.run_end
-        return (layout.active_visible_end if self.rows == "active" else layout.constant_visible_end), layout.run_end
+        return (layout.mask_of(self.queries).visible_end, layout.hidden.run_end) if layout.has_hidden else (None, None)
 
     def query_ranges(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The keys that get gradients, and for each the range of queries (counted among `rows`) that see it.
+        """The keys that get gradients, and for each the range of `queries` that see it.
 
         Raises ValueError for constant tokens, which have no backward.
         """
-        layout = self.layout
-        if self.rows == "all":
-            return layout.key_slot, layout.query_start, layout.query_end
-        if self.rows == "active":
-            return layout.active_key, layout.active_query_start, layout.active_query_end
-        raise ValueError(NO_BACKWARD_OF_CONSTANT_TOKENS)
+        mask = self.layout.mask_of(self.queries)
+        if mask.key is None or mask.query_start is None or mask.query_end is None:
+            raise ValueError(NO_BACKWARD_OF_CONSTANT_TOKENS)
+        return mask.key, mask.query_start, mask.query_end
 
     def aligned(self) -> "AttentionCall":
         """The same call with q, k and v as `aligned` returns them."""
@@ -111,7 +101,7 @@ class Kernel(Protocol):
         ...
 
     def backward(self, call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor) -> Gradients:
-        """dq, dk, dv from what `forward` returned; dk, dv of the keys of `rows` alone. "constant" has no backward."""
+        """dq, dk, dv from what `forward` returned; dk, dv of the keys of `queries`. "constant" has no backward."""
         ...
 
 

@@ -50,7 +50,7 @@ def recomputed_backward(forward: Forward, call: AttentionCall, dout: Tensor) -> 
         q, k, v = leaves
         out, _ = forward(call._replace(q=q, k=k, v=v))
         dq, dk, dv = torch.autograd.grad(out, leaves, dout)
-    return (dq, dk, dv) if call.rows == "all" else (dq, dk.index_select(0, keys), dv.index_select(0, keys))
+    return (dq, dk, dv) if call.queries == "all" else (dq, dk.index_select(0, keys), dv.index_select(0, keys))
 
 
 class Reference:

@@ -143,7 +143,7 @@ def backward(
     norm_wants = [want["q_norm"] or want["k_norm"] for want in wants]
     qkv = [saved.qkv_live, saved.qkv_image] if call.has_qk_norm else []
     results = iter(_ops.rope_reorder_backward(
-        *dqkv_rows, qkv, *call.rope, layout.active_row, layout.active_key, num_live, call.num_heads, *call.qk_norms,
+        *dqkv_rows, qkv, *call.rope, layout.active.out_row, layout.active.key, num_live, call.num_heads, *call.qk_norms,
         text.eps, *norm_wants,
     ))  # fmt: skip
     dqkv = [next(results), next(results)]

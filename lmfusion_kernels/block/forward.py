@@ -220,12 +220,12 @@ def _rope(
     layout = call.layout
     if kv_cache is None:
         return _ops.rope_reorder(
-            qkv, *call.rope, layout.tower_to_sequence, layout.query_row, layout.num_text, layout.num_constant,
+            qkv, *call.rope, layout.tower_to_sequence, layout.order.query_row, layout.num_text, layout.num_constant,
             call.num_heads, *call.qk_norms, call.text.eps,
         )  # fmt: skip
     assert not layout.num_constant  # a cached layout has none: its rows have no backward either way
     q = _ops.rope_reorder_cached(
-        qkv, *call.rope, layout.tower_to_sequence, layout.key_slot, layout.num_text, call.num_heads, *call.qk_norms,
+        qkv, *call.rope, layout.tower_to_sequence, layout.mask.key, layout.num_text, call.num_heads, *call.qk_norms,
         call.text.eps, *kv_cache,
     )  # fmt: skip
     return q[:0], q, *kv_cache
@@ -241,15 +241,15 @@ def _rope_of_active_rows(call: Call, qkv: list[Tensor], saved: Activations) -> t
     head_dim = 2 * cos.shape[-1]
     num_kv_heads = (qkv[0].shape[1] // head_dim - call.num_heads) // 2
     k, v = (qkv[0].new_empty(layout.num_tokens, num_kv_heads, head_dim) for _ in range(2))
-    rank = layout.query_row
+    rank = layout.order.query_row
     if num_constant:
         index = layout.tower_to_sequence[:num_constant].long()
         k.index_copy_(0, index, present(saved.k))
         v.index_copy_(0, index, present(saved.v))
         rank = rank[num_constant:] - num_constant
-        cos, sin = cos.index_select(0, layout.active_key), sin.index_select(0, layout.active_key)
+        cos, sin = cos.index_select(0, layout.active.key), sin.index_select(0, layout.active.key)
     q = _ops.rope_reorder_cached(
-        qkv, cos, sin, rank, layout.active_key, layout.num_live, call.num_heads, *call.qk_norms, call.text.eps, k, v
+        qkv, cos, sin, rank, layout.active.key, layout.num_live, call.num_heads, *call.qk_norms, call.text.eps, k, v
     )
     return q, k, v
 

@@ -11,22 +11,22 @@ MAX_ROWS = 2**31 - 1  # that int32 can count
 
 
 @dataclass(frozen=True, eq=False)
-class CachePlace:
+class CacheSlots:
     """Where documents lie in a key-value cache. int32 [num_documents] each."""
 
     lengths: np.ndarray
     starts: np.ndarray
-    num_rows: int
+    num_slots: int
 
     @classmethod
-    def checked(
+    def from_arguments(
         cls,
         spans: Spans,
         num_documents: int,
         cached_lengths: Sequence[int] | None,
         cache_starts: Sequence[int] | None,
         cache_slots: int | None,
-    ) -> "CachePlace | None":
+    ) -> "CacheSlots | None":
         """The arguments of `from_spans`, or None without a cache. Raises ValueError where they do not fit."""
         if cached_lengths is None and cache_starts is None and cache_slots is None:
             return None

@@ -1,4 +1,5 @@
-"""Is the compiled library of torch ops here? Loads it once; `unavailable_reason` is one sentence: what is missing, the way out."""
+"""Loads the compiled library of torch ops, once. `unavailable_reason` says in one sentence what is missing and what to
+do; it is empty if the ops are there."""
 
 import json
 import os
@@ -15,7 +16,10 @@ INSTALL_AGAIN = "`python setup.py build_ext --inplace` in the checkout, or insta
 
 
 def read_build_info(folder: Path) -> dict[str, Any]:
-    """What the build wrote about itself (`_build.json`): torch, compiler, cuda_architectures, cuda_unavailable_reason, unavailable_reason."""
+    """What the build wrote about itself (`_build.json`).
+
+    Keys: torch, compiler, cuda_architectures, cuda_unavailable_reason, unavailable_reason.
+    """
     path = folder / "_build.json"
     return json.loads(path.read_text()) if path.exists() else {}
 

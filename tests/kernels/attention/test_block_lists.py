@@ -43,10 +43,10 @@ def test_lists_of_random_documents(documents, size, frozen_text):
     layout = lk.TokenLayout.from_spans(documents, frozen_text=frozen_text)
     n = layout.num_tokens
     assert_lists_hold_the_mask(layout.key_start, layout.key_end, n, size)
-    assert_lists_hold_the_mask(layout.query_start, layout.query_end, n, size)
-    assert_lists_hold_the_mask(layout.active_key_start, layout.active_key_end, n, size, has_gaps=True)
-    assert_lists_hold_the_mask(layout.constant_key_start, layout.constant_key_end, n, size, has_gaps=True)
-    by_key = ranges_by_key(layout.active_key_start, layout.active_key_end, n)
+    assert_lists_hold_the_mask(layout.mask.query_start, layout.mask.query_end, n, size)
+    assert_lists_hold_the_mask(layout.active.key_start, layout.active.key_end, n, size, has_gaps=True)
+    assert_lists_hold_the_mask(layout.constant.key_start, layout.constant.key_end, n, size, has_gaps=True)
+    by_key = ranges_by_key(layout.active.key_start, layout.active.key_end, n)
     assert_lists_hold_the_mask(*by_key, layout.num_active, size)
 
 

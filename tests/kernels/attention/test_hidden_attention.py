@@ -160,11 +160,11 @@ def test_operator_registrations():
     layout = lk.TokenLayout.from_spans([[("text", 3), ("image", 4, "hidden"), ("text", 2)]])
     q, k, v, _ = make_inputs(9, 9, 2, 1, 16)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    vectors = layout.key_start, layout.key_end, None, 0.25, layout.visible_end, layout.run_end
+    vectors = layout.key_start, layout.key_end, None, 0.25, layout.mask.visible_end, layout.hidden.run_end
     torch.library.opcheck(torch.ops.lmfusion.hybrid_attention, (*leaves, *vectors))
     with pytest.raises(RuntimeError, match="visible_end must be a contiguous int32 vector with 9 entries"):
         torch.ops.lmfusion.hybrid_attention(
-            q, k, v, layout.key_start, layout.key_end, None, 0.25, layout.visible_end[1:]
+            q, k, v, layout.key_start, layout.key_end, None, 0.25, layout.mask.visible_end[1:]
         )
 
 

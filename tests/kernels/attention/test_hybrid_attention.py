@@ -119,17 +119,17 @@ def test_active_rows_alone(dtype):
     assert 0 < layout.num_constant < layout.num_text
     n, scale = layout.num_tokens, 0.25
     q, k, v, dout = make_inputs(n, n, 6, 2, 16, dtype)
-    active = layout.active_key.long()
+    active = layout.active.key.long()
     dout[[i for i in range(n) if i not in set(active.tolist())]] = 0  # constant rows have no gradient to pass on
     full = run(lambda *x: hybrid_attention(*x, layout, scale), q, k, v, dout, dtype)
 
-    active_ranges = layout.active_key_start, layout.active_key_end
-    out, lse = _ops.hybrid_attention(q[active], k, v, *active_ranges, layout.active_row, scale)
-    row = layout.active_row.long()
+    active_ranges = layout.active.key_start, layout.active.key_end
+    out, lse = _ops.hybrid_attention(q[active], k, v, *active_ranges, layout.active.out_row, scale)
+    row = layout.active.out_row.long()
     torch.testing.assert_close(out[row].double(), full[0][active])
     dout_tower = torch.empty_like(out)
     dout_tower[row] = dout[active]
-    query_ranges = layout.active_query_start, layout.active_query_end
+    query_ranges = layout.active.query_start, layout.active.query_end
     grads = _ops.hybrid_attention_backward(
         dout_tower,
         q[active],
@@ -138,9 +138,9 @@ def test_active_rows_alone(dtype):
         out,
         lse,
         *active_ranges,
-        layout.active_key,
+        layout.active.key,
         *query_ranges,
-        layout.active_row,
+        layout.active.out_row,
         scale,
     )
     for name, grad, expected in zip(("dq", "dk", "dv"), grads, full[1:], strict=True):
@@ -157,10 +157,10 @@ def test_only_listed_keys_get_gradients():
     out, lse = _ops.hybrid_attention(q, k, v, *ranges, None, 1.0)
     every = torch.arange(n, dtype=torch.int32)
     full = _ops.hybrid_attention_backward(
-        dout, q, k, v, out, lse, *ranges, every, layout.query_start, layout.query_end, None, 1.0
+        dout, q, k, v, out, lse, *ranges, every, layout.mask.query_start, layout.mask.query_end, None, 1.0
     )
     for listed in (every[::2], every[5:9], every[-1:], torch.cat([every[3:70], every[90:91], every[130:]]), every[:0]):
-        by_key = layout.query_start[listed], layout.query_end[listed]
+        by_key = layout.mask.query_start[listed], layout.mask.query_end[listed]
         some = _ops.hybrid_attention_backward(dout, q, k, v, out, lse, *ranges, listed.contiguous(), *by_key, None, 1.0)
         for grad, expected in zip(some, (full[0], full[1][listed], full[2][listed]), strict=True):
             torch.testing.assert_close(grad, expected)
@@ -248,7 +248,7 @@ def test_empty_and_one_token(dtype):
 def test_ranges_by_key(documents):
     layout = lk.TokenLayout.from_spans(documents)
     query_start, query_end = ranges_by_key(layout.key_start, layout.key_end, layout.num_tokens)
-    assert query_start.equal(layout.query_start) and query_end.equal(layout.query_end)
+    assert query_start.equal(layout.mask.query_start) and query_end.equal(layout.mask.query_end)
 
 
 def test_same_bits_again_and_for_any_number_of_threads():
@@ -301,7 +301,7 @@ def test_operator_registrations():
         ranges, scale = (layout.key_start, layout.key_end), 0.25
         out, lse = _ops.hybrid_attention(q, k, v, *ranges, None, scale)
         listed = torch.arange(2, 9, dtype=torch.int32)
-        by_key = layout.query_start[2:].clone(), layout.query_end[2:].clone()
+        by_key = layout.mask.query_start[2:].clone(), layout.mask.query_end[2:].clone()
         torch.library.opcheck(
             _ops.hybrid_attention_backward, (dout, q, k, v, out, lse, *ranges, listed, *by_key, None, scale)
         )

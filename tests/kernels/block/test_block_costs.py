@@ -1,7 +1,5 @@
 """What does the fused block cost? Kernels launched, bytes kept, FLOPs, and what each way of recomputing saves."""
 
-from dataclasses import fields
-
 import pytest
 import torch
 from torch import Tensor
@@ -116,9 +114,7 @@ def test_cached_inference_launches_twelve_kernels():
 def saved_bytes(block, x, layout, rope, recompute):
     """Bytes of the distinct storages autograd keeps, without weights, rope and the layout's vectors."""
     known = {t.untyped_storage().data_ptr() for t in [*block.parameters(), *rope]}
-    known |= {
-        t.untyped_storage().data_ptr() for f in fields(layout) if isinstance(t := getattr(layout, f.name), Tensor)
-    }
+    known |= {vector.untyped_storage().data_ptr() for vector in layout.vectors.values()}
     storages = {}
 
     def pack(t):

@@ -314,7 +314,7 @@ def test_layouts_and_tables_are_pytrees():
     assert_same(tuple(rope_again), tuple(rope))
     assert pytree.treespec_loads(pytree.treespec_dumps(spec)) == spec
     paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(layout)[0]]
-    assert ".num_text" in paths and ".tower_to_sequence" in paths
+    assert ".num_text" in paths and ".order_tower_to_sequence" in paths
     moved = pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), layout)
     assert moved.device.type == "meta" and moved.num_tokens == layout.num_tokens
     assert torch.equal(moved.as_two_tensors()[1], layout.as_two_tensors()[1])

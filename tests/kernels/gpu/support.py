@@ -7,7 +7,6 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -175,8 +174,7 @@ def assert_same_bits(one: dict[str, Tensor | None], other: dict[str, Tensor | No
 
 def clone_layout(layout: lk.TokenLayout) -> lk.TokenLayout:
     """The same layout in memory of its own, to be overwritten."""
-    copies = {f.name: t.clone() for f in fields(layout) if isinstance(t := getattr(layout, f.name), Tensor)}
-    return replace(layout, **copies)
+    return layout.with_vectors({name: vector.clone() for name, vector in layout.vectors.items()})
 
 
 def synchronize() -> None:

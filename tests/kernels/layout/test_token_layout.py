@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lmfusion_kernels import TokenLayout, reference
 from lmfusion_kernels.layout import build
 from lmfusion_kernels.layout.buffer import copy_together, pack, unpack
+from lmfusion_kernels.layout.masks import PIECES
 
 MODALITIES = ("text", "image", "marker")
 needs_native = pytest.mark.skipif(build._layout_native is None, reason="_layout_native was not compiled")
@@ -60,10 +61,9 @@ def ranges_to_mask(starts, ends, num_columns):
 
 
 def assert_equal_layouts(a, b):
-    for field in fields(TokenLayout):
-        x, y = getattr(a, field.name), getattr(b, field.name)
-        equal = torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
-        assert equal, field.name
+    assert a.counts == b.counts
+    for (name, x), (other_name, y) in zip(a.vectors.items(), b.vectors.items(), strict=True):
+        assert name == other_name and torch.equal(x, y), name
 
 
 @given(batches, st.booleans())
@@ -82,7 +82,7 @@ def test_orders_and_counts(documents, frozen_text):
     assert (layout.num_constant, layout.num_image) == (is_constant.sum(), is_image.sum())
     assert layout.num_constant + layout.num_live + layout.num_image == layout.num_tokens
     assert not layout.is_cached or layout.num_tokens == 0
-    assert all(v.dtype == torch.int32 for v in vars(layout).values() if isinstance(v, torch.Tensor))
+    assert all(vector.dtype == torch.int32 for vector in layout.vectors.values())
 
 
 @given(batches, st.booleans())
@@ -90,10 +90,10 @@ def test_mask_by_query_and_by_key(documents, frozen_text):
     layout = TokenLayout.from_spans(documents, frozen_text=frozen_text)
     mask = visible(tokens_of(documents))
     assert (reference.hybrid_mask(layout).numpy() == mask).all()
-    assert (ranges_to_mask(layout.query_start, layout.query_end, layout.num_tokens) == mask.T).all()
+    assert (ranges_to_mask(layout.mask.query_start, layout.mask.query_end, layout.num_tokens) == mask.T).all()
     for name in ("key_start", "key_end", "query_start", "query_end"):
-        assert (getattr(layout, name).diff() >= 0).all(), name
-    assert layout.key_slot.tolist() == list(range(layout.num_tokens))
+        assert (getattr(layout.mask, name).diff() >= 0).all(), name
+    assert layout.mask.key.tolist() == list(range(layout.num_tokens))
 
 
 @given(batches, st.booleans())
@@ -103,17 +103,17 @@ def test_rows_that_take_part_in_a_backward(documents, frozen_text):
     tokens = tokens_of(documents)
     mask, is_constant = visible(tokens), constant_tokens(tokens, frozen_text)
     active = np.flatnonzero(~is_constant)
-    assert layout.active_key.tolist() == active.tolist()
-    by_rank = ranges_to_mask(layout.active_key_start, layout.active_key_end, len(tokens))
+    assert layout.active.key.tolist() == active.tolist()
+    by_rank = ranges_to_mask(layout.active.key_start, layout.active.key_end, len(tokens))
     assert (by_rank == mask[active]).all()
-    by_key = ranges_to_mask(layout.active_query_start, layout.active_query_end, len(active))
+    by_key = ranges_to_mask(layout.active.query_start, layout.active.query_end, len(active))
     assert (by_key == mask[np.ix_(active, active)].T).all()
-    constant = ranges_to_mask(layout.constant_key_start, layout.constant_key_end, len(tokens))
+    constant = ranges_to_mask(layout.constant.key_start, layout.constant.key_end, len(tokens))
     assert (constant == mask[is_constant]).all()
-    assert layout.active_row.tolist() == [layout.sequence_to_tower[i] - layout.num_constant for i in active]
+    assert layout.active.out_row.tolist() == [layout.sequence_to_tower[i] - layout.num_constant for i in active]
     rank = {int(i): r for r, i in enumerate(active)}
     for row, i in enumerate(layout.tower_to_sequence.tolist()):
-        assert layout.query_row[row] == (row if is_constant[i] else layout.num_constant + rank[i])
+        assert layout.order.query_row[row] == (row if is_constant[i] else layout.num_constant + rank[i])
 
 
 @given(batches, st.booleans())
@@ -122,29 +122,29 @@ def test_causal_documents_and_triangles_are_the_mask(documents, frozen_text):
     layout = TokenLayout.from_spans(documents, frozen_text=frozen_text)
     n = layout.num_tokens
     counted = np.zeros((n, n), int)
-    for start, end in itertools.pairwise(layout.document_start.tolist()):
+    for start, end in itertools.pairwise(layout.causal.start.tolist()):
         counted[start:end, start:end] += np.tri(end - start, dtype=int)
-    rows = layout.triangle_row.tolist()
-    for start, end in itertools.pairwise(layout.triangle_start.tolist()):
+    rows = layout.causal.triangle_query.tolist()
+    for start, end in itertools.pairwise(layout.causal.triangle_start.tolist()):
         queries, keys = rows[start:end], [row + 1 for row in rows[start:end]]
         counted[np.ix_(queries, keys)] += np.tri(end - start, dtype=int)
     assert (counted == visible(tokens_of(documents))).all()  # every pair once
     lengths = [sum(length for _, length in document) for document in documents]
-    assert layout.document_start.diff().tolist() == layout.document_num_keys.tolist() == lengths
-    assert layout.document_key_start.equal(layout.document_start)
-    triangles = layout.triangle_start.diff()
-    assert (triangles > 0).all() and layout.longest_triangle == max(triangles.tolist(), default=0)
+    assert layout.causal.start.diff().tolist() == layout.causal.num_keys.tolist() == lengths
+    assert layout.causal.key_start.equal(layout.causal.start)
+    triangles = layout.causal.triangle_start.diff()
+    assert (triangles > 0).all() and layout.counts.longest_triangle == max(triangles.tolist(), default=0)
 
 
 @given(batches, st.booleans())
 def test_documents_and_triangles_of_the_active_rows(documents, frozen_text):
     layout = TokenLayout.from_spans(documents, frozen_text=frozen_text)
-    active = layout.active_key.tolist()
-    starts = layout.document_start.tolist()
+    active = layout.active.key.tolist()
+    starts = layout.causal.start.tolist()
     expected = [sum(i < start for i in active) for start in starts]
-    assert layout.active_document_start.tolist() == expected
-    assert layout.longest_active == max(np.diff(expected), default=0)
-    assert [active[rank] for rank in layout.active_triangle_row] == layout.triangle_row.tolist()
+    assert layout.causal.active_start.tolist() == expected
+    assert layout.counts.longest_active == max(np.diff(expected), default=0)
+    assert [active[rank] for rank in layout.causal.active_triangle_query] == layout.causal.triangle_query.tolist()
 
 
 @given(batches.filter(bool), st.data())
@@ -169,10 +169,10 @@ def test_cached_layout_continues_a_document(documents, data):
     expected = np.zeros((len(continued), layout.num_keys), bool)
     expected[:, slots] = whole[continued]
     assert (reference.hybrid_mask(layout).numpy() == expected).all()
-    assert layout.key_slot.tolist() == [slots[i] for i in continued]
-    assert layout.document_key_start.tolist() == [*starts, num_rows]
-    assert layout.document_num_keys.tolist() == totals and layout.longest_document == max(totals)
-    assert layout.longest_active == max(layout.document_start.diff().tolist())
+    assert layout.mask.key.tolist() == [slots[i] for i in continued]
+    assert layout.causal.key_start.tolist() == [*starts, num_rows]
+    assert layout.causal.num_keys.tolist() == totals and layout.longest_document == max(totals)
+    assert layout.counts.longest_active == max(layout.causal.start.diff().tolist())
     assert layout.position.tolist() == [tokens[i][3] for i in continued]
 
 
@@ -216,14 +216,16 @@ def test_vectors_are_copied_together_and_aligned():
 
 
 def test_a_layout_of_other_vectors():
-    """Its vectors and counts are all of it; in a buffer of their own they make the same layout."""
+    """Its vectors are those of its pieces; in a buffer of their own they make the same layout."""
     layout = TokenLayout.from_spans([[("text", 2), ("image", 3)]], frozen_text=False)
-    assert layout.vectors.keys() | layout.counts.keys() == {field.name for field in fields(TokenLayout)}
-    assert layout.vectors.keys().isdisjoint(layout.counts)
+    assert {"counts", *PIECES} == {field.name for field in fields(TokenLayout)}
+    for name, (_, vectors) in PIECES.items():
+        present = {field for field, value in vars(getattr(layout, name)).items() if value is not None}
+        assert present == set(vectors)
     assert_equal_layouts(layout.with_vectors(unpack(pack(layout.vectors), layout.vectors)), layout)
     for longest, bound in ((1, 1), (2, 2), (5, 8), (8, 8), (9, 16)):
         assert TokenLayout.from_spans([[("text", longest)]]).bounded().longest_document == bound
-    assert_equal_layouts(replace(layout.bounded(), longest_document=5), layout)
+    assert_equal_layouts(layout.bounded(most=5), layout)
 
 
 def test_orders_are_inverse_and_check_rows():
@@ -304,7 +306,7 @@ def test_documents_that_pad_a_batch_share_their_rows(padding, cached):
     mask = reference.hybrid_mask(layout)[5:].reshape(3, num_padding, 50)
     assert (mask[0] == mask[1]).all() and (mask[0] == mask[2]).all()
     assert mask.nonzero()[:, -1].unique().tolist() == list(range(40, 40 + cached + num_padding))
-    assert layout.key_slot[5:].tolist() == [*range(40 + cached, 40 + cached + num_padding)] * 3
+    assert layout.mask.key[5:].tolist() == [*range(40 + cached, 40 + cached + num_padding)] * 3
     for name in ("key_start", "key_end"):
         assert (getattr(layout, name).diff() >= 0).all(), name
 

@@ -101,25 +101,25 @@ def test_queries_of_constant_rows_apart():
     order = layout.tower_to_sequence
     arguments = (num_constant, HEADS, *norms, 1e-5)
     op = torch.ops.lmfusion.rope_reorder
-    q_constant, q_active, k, v = op([qkv], cos, sin, order, layout.query_row, layout.num_text, *arguments)
+    q_constant, q_active, k, v = op([qkv], cos, sin, order, layout.order.query_row, layout.num_text, *arguments)
 
     exact_q, exact_k, exact_v = reference.rope_reorder(qkv, layout, (cos, sin), HEADS, *norms, 1e-5)
     torch.testing.assert_close(q_constant, exact_q[order[:num_constant]])
-    torch.testing.assert_close(q_active, exact_q[layout.active_key])
+    torch.testing.assert_close(q_active, exact_q[layout.active.key])
     torch.testing.assert_close(k, exact_k)
     torch.testing.assert_close(v, exact_v)
 
     grads = [random(*t.shape, seed=i) for i, t in enumerate((q_constant, q_active, k, v))]
     (dqkv,) = torch.autograd.grad((q_constant, q_active, k, v), qkv, grads)
     dq = torch.zeros_like(exact_q)
-    dq[order[:num_constant]], dq[layout.active_key] = grads[0], grads[1]
+    dq[order[:num_constant]], dq[layout.active.key] = grads[0], grads[1]
     (expected,) = torch.autograd.grad((exact_q, exact_k, exact_v), qkv, (dq, *grads[2:]), retain_graph=True)
     torch.testing.assert_close(dqkv, expected)
 
-    active = layout.active_key
+    active = layout.active.key
     rows = list(qkv.detach()[num_constant:].tensor_split([num_live]))
     dlive, dimage, *dnorms = torch.ops.lmfusion.rope_reorder_backward(
-        grads[1], grads[2][active], grads[3][active], rows, cos, sin, layout.active_row, active, num_live, HEADS,
+        grads[1], grads[2][active], grads[3][active], rows, cos, sin, layout.active.out_row, active, num_live, HEADS,
         *norms, 1e-5, False, True,
     )  # fmt: skip
     torch.testing.assert_close(torch.cat([dlive, dimage]), expected[num_constant:])
@@ -227,7 +227,7 @@ def test_schema_fake_and_autograd(norms, paired):
     order, constant = layout.tower_to_sequence, layout.num_constant
     ops = torch.ops.lmfusion
     common = (HEADS, *weights, 1e-5)
-    for row, count in ((order, 0), (layout.query_row, constant)):
+    for row, count in ((order, 0), (layout.order.query_row, constant)):
         torch.library.opcheck(ops.rope_reorder.default, (qkv, cos, sin, order, row, layout.num_text, count, *common))
     weights = [None if weight is None else weight.detach() for weight in weights]
     grads = [random(layout.num_tokens, heads, 10, seed=heads) for heads in (HEADS, KV_HEADS, KV_HEADS)]

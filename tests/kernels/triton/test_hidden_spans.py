@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lmfusion_kernels as lk
+from lmfusion_kernels.attention.interface import AttentionCall
 from lmfusion_kernels.attention.reference import Reference
 from tests.kernels.triton import interpreter
 from tests.kernels.triton.test_hybrid_attention import BY_POINTER, LARGE, MODULE, SMALL, UNSHRUNK, int32, make_inputs
@@ -84,7 +85,7 @@ def test_what_is_hidden_is_not_read_from_outside():
     """Queries behind a hidden image have the bits that they have if it holds NaN: its tiles are skipped."""
     layout = lk.TokenLayout.from_spans([[("text", 64), ("image", 64, "hidden"), ("text", 128)]])
     q, k, v, _ = make_inputs(256, 256, 1, 1, 16)
-    arguments = layout.key_start, layout.key_end, None, 0.3, layout.visible_end, layout.run_end
+    arguments = layout.key_start, layout.key_end, None, 0.3, layout.mask.visible_end, layout.hidden.run_end
     out, _ = interpreter.call(MODULE, "forward", q, k, v, *arguments, tiles=SMALL)
     k[64:128] = v[64:128] = float("nan")
     other, _ = interpreter.call(MODULE, "forward", q, k, v, *arguments, tiles=SMALL)
