@@ -1,11 +1,11 @@
-"""How does a Llama of Hugging Face get a second tower? Every decoder layer becomes an `lk.RoutedBlock`.
+"""Gives a Hugging Face Llama a second tower: every decoder layer becomes an `lk.RoutedBlock`.
 
     python examples/llama_block.py                                  # a small random Llama
     python examples/llama_block.py path/to/a/llama --dtype bfloat16 --device cuda
 
-The text tower is the layer's own weights, frozen; the image tower starts as a copy of them. Three checks: the logits
-of text alone are those of the model before, a batch with an image trains the image tower and nothing else, and after a
-step of that training the logits of text alone have not changed by a bit.
+The text tower has the layer's own weights, frozen; the image tower starts as a copy of them. Three checks: the logits
+of text are those of the original model, a batch with an image trains only the image tower, and after a step of that
+training the logits of text have not changed by a bit.
 """
 
 import argparse

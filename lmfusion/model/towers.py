@@ -17,7 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 import lmfusion_kernels as lk
 from lmfusion.model.configuration import LMFusionConfig, head_dim_of
 from lmfusion.model.patch_coder import build_patch_coder
-from lmfusion_kernels.block.weights import Rope, Rows
+from lmfusion_kernels.block.weights import Rope, TowerRows
 from lmfusion_kernels.ops.lora import is_adapted
 
 L = TypeVar("L", bound=lk.TowerLayer)
@@ -28,7 +28,7 @@ class TextLayer(lk.TowerLayer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.block: Callable[..., Rows] = lk.routed_block
+        self.block: Callable[..., TowerRows] = lk.routed_block
         """What computes the layer: `routed_block`, or the same compiled."""
 
     def forward(
@@ -39,7 +39,7 @@ class TextLayer(lk.TowerLayer):
         image_layer: "ImageLayer | None" = None,
         kv_cache: tuple[Tensor, Tensor] | None = None,
         recompute: str = "none",
-    ) -> Rows:
+    ) -> TowerRows:
         """Rows of both towers ([num_text, d_text], [num_image, d_image]) through the layer; see `lk.routed_block`.
 
         image_layer: the image tower's beside this one; None: image rows have the text tower's weights too.

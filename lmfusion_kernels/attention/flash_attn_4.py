@@ -1,13 +1,13 @@
 """FlashAttention-4 (package flash-attn-4, CuTe DSL) with the mask and its lists of blocks: the kernel "flash-attn-4".
 
-One call, whose mask is a function that reads the layout's vectors; the lists say which blocks of 128 x 128 it is asked
-about, which are taken whole and which not at all. bfloat16 and float16, head sizes that are multiples of 8 up to 128
-(larger ones use tiles of other sizes), compute capability 9.0; no key-value cache, whose unused rows it would read; no
-hidden spans, which leave holes in what its lists take for one range.
-The backward adds up dq with atomics, and there is no deterministic one with block lists. Kernels are compiled when
-first run, in seconds. The package is a beta. Untested on GPU.
+One call. Its mask is a function that reads the layout's vectors; the lists say for which blocks of 128 x 128 the
+function is called, which blocks are visible as a whole and which are skipped. bfloat16 and float16, head sizes that are
+multiples of 8 up to 128 (larger ones use tiles of other sizes), compute capability 9.0; no key-value cache, whose
+unused slots it would read; no hidden spans, which leave holes in the ranges that its lists assume.
+The backward adds up dq with atomics; with block lists there is no deterministic backward. Kernels are compiled when
+first run, which takes seconds. The package is a beta. Untested on GPU.
 
-The backward goes over all keys, also over those whose gradients are not wanted: queries need them.
+The backward visits all keys, including those without gradients, because the gradients of queries need them.
 """
 
 from collections.abc import Callable

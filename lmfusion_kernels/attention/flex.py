@@ -1,11 +1,11 @@
 """PyTorch's FlexAttention with a block mask made straight from the layout's vectors: the kernel "flex".
 
-A baseline for the others, and a way out where they cannot run. float32, bfloat16 and float16 on CUDA devices of
-capability 8.0 and later, compiled by torch.compile when first run and again for shapes it has not seen; it is also
-differentiable there. On the CPU it runs uncompiled and forms all scores: any dtype, small inputs, no gradients. No
-key-value cache, whose unused rows it would read. Its `backward`, which a block needs, runs the forward once more. Each
-call makes its block mask, (N / 128)^2 int32 on the device; with hidden spans every block of it is masked token by
-token, and none is skipped that lies within the ranges of keys. Untested on GPU.
+A baseline for the other kernels, and a fallback where they cannot run. float32, bfloat16 and float16 on CUDA devices of
+capability 8.0 and later, compiled by torch.compile when first run and again for new shapes; autograd can
+follow it there. On the CPU it runs uncompiled and forms all scores: any dtype, small inputs, no gradients. No
+key-value cache, whose unused slots it would read. Its `backward`, which a block needs, runs the forward once more. Each
+call makes its block mask, (N / 128)^2 int32 on the device; with hidden spans every block is masked token by
+token, and no block within the ranges of keys is skipped. Untested on GPU.
 """
 
 from functools import lru_cache

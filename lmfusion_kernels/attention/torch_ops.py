@@ -17,6 +17,8 @@ _ops = torch.ops.lmfusion
 
 
 class _TorchOp:
+    """The op, which the dispatcher routes by device."""
+
     is_differentiable = True
 
     def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:

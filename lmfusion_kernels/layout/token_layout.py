@@ -218,22 +218,22 @@ class TokenLayout:
         on a device are copied to the host, which waits for the device; `from_spans` does not.
 
         Raises ValueError when shapes differ, a modality is unknown, document ids decrease, or a hidden span is not of
-        one modality and one image (`from_spans` takes such, as "full").
+        one modality and one image (`from_spans` takes such spans, as "full").
         """
         modality, document, image = (_ids(ids) for ids in (modality_ids, document_ids, image_ids))
         if not modality.shape == document.shape == image.shape:
             raise ValueError(
-                "modality_ids, document_ids and image_ids must have one entry a token; "
-                f"they have {modality.size}, {document.size} and {image.size}"
+                "modality_ids, document_ids and image_ids must have one entry per token, "
+                f"got {modality.size}, {document.size} and {image.size} entries"
             )
         unknown = modality[(modality < TEXT) | (modality > MARKER)]
         if unknown.size:
-            raise ValueError(f"unknown modality id {unknown[0]}; known: 0 (text), 1 (image), 2 (marker)")
+            raise ValueError(f"modality_ids must be 0 (text), 1 (image) or 2 (marker), got {unknown[0]}")
         if (np.diff(document) < 0).any():
-            raise ValueError("document_ids must not decrease; pack the tokens of a document next to each other")
+            raise ValueError("document_ids must not decrease; put the tokens of a document next to each other")
         hidden = np.full(modality.size, -1) if hidden_ids is None else np.maximum(_ids(hidden_ids), -1)
         if hidden.shape != modality.shape:
-            raise ValueError(f"hidden_ids must have one entry a token, {modality.size}; it has {hidden.size}")
+            raise ValueError(f"hidden_ids must have one entry per token, {modality.size}, got {hidden.size}")
         image = np.where(modality == IMAGE, image, -1)
         changes = (np.diff(modality) != 0) | (np.diff(document) != 0) | (np.diff(image) != 0)
         split = np.flatnonzero(changes & (np.diff(hidden) == 0) & (hidden[1:] >= 0))
@@ -317,30 +317,31 @@ class TokenLayout:
 
     def to_tower_order(self, x: Tensor) -> Tensor:
         """Rows [N, ...] of any dtype from sequence order to tower order."""
-        self._check_place(x, self.num_tokens, "x")
+        self._check_rows_and_device(x, self.num_tokens, "x")
         return reorder_rows(x, self.tower_to_sequence, self.sequence_to_tower)
 
     def to_sequence_order(self, x: Tensor) -> Tensor:
         """Rows [N, ...] of any dtype from tower order to sequence order."""
-        self._check_place(x, self.num_tokens, "x")
+        self._check_rows_and_device(x, self.num_tokens, "x")
         return reorder_rows(x, self.sequence_to_tower, self.tower_to_sequence)
 
     def check_rows(self, x: Tensor, num_rows: int | None = None, name: str = "x") -> None:
-        """Raise ValueError unless `x` has `num_rows` rows (default: one a token) of floating-point numbers that ops can
-        compute with, on this layout's device."""
-        self._check_place(x, self.num_tokens if num_rows is None else num_rows, name)
+        """Raise ValueError unless `x` has `num_rows` rows (default: one per token), a dtype of `ROW_DTYPES` and this
+        layout's device."""
+        self._check_rows_and_device(x, self.num_tokens if num_rows is None else num_rows, name)
         if x.dtype not in ROW_DTYPES:
             taken = ", ".join(str(dtype).removeprefix("torch.") for dtype in ROW_DTYPES)
             raise ValueError(
-                f"{name} is {x.dtype}; ops take rows in {taken}, so cast it, as with {name}.to(torch.float32)"
+                f"{name} must be in one of {taken}, got {x.dtype}; cast it, as with {name}.to(torch.float32)"
             )
 
-    def _check_place(self, x: Tensor, num_rows: int, name: str) -> None:
+    def _check_rows_and_device(self, x: Tensor, num_rows: int, name: str) -> None:
         if x.dim() == 0 or x.shape[0] != num_rows:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, but the layout needs {num_rows} rows")
+            raise ValueError(f"{name} must have {num_rows} rows for this layout, got shape {tuple(x.shape)}")
         if x.device != self.device:
             raise ValueError(
-                f"{name} is on {x.device}, the layout on {self.device}; build it with device={str(x.device)!r}"
+                f"{name} must be on the layout's device {self.device}, got {x.device}; build the layout with "
+                f"device={str(x.device)!r}"
             )
 
 

@@ -1,7 +1,7 @@
-"""Rows of any dtype in another order, one way and back: shapes under tracing, autograd.
+"""Permutes rows of any dtype: public wrapper, shapes under tracing, autograd.
 
-For `TokenLayout`; the gradient of a permutation is the opposite permutation, where PyTorch's index_select would add
-rows up.
+For `TokenLayout`. The gradient of a permutation is the inverse permutation; PyTorch's index_select would add rows up
+instead.
 """
 
 from typing import Any
@@ -19,8 +19,8 @@ _ops = torch.ops.lmfusion
 def reorder_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     """Row i of the result is row index[i] of x [N, ...].
 
-    index: int32 [N], a permutation on the device of x; inverse: int32 [N], the opposite permutation. Any dtype. In
-    plain PyTorch where the native op cannot run, as with torch.func's transforms and derivatives of the forward mode.
+    index: int32 [N], a permutation on the device of x; inverse: int32 [N], the inverse permutation. Any dtype.
+    Plain PyTorch runs where the native op cannot, as in torch.func's transforms and in forward-mode derivatives.
     """
     if choose_backend(None, index) == "reference" or has_tangent((x,)) or is_transformed((x,)):
         return x.index_select(0, index)

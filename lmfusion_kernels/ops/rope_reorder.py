@@ -1,4 +1,4 @@
-"""RoPE, with the rows of both towers brought to sequence order: public wrapper, shapes under tracing, autograd."""
+"""RoPE, and the rows of both towers moved to sequence order: public wrapper, shapes under tracing, autograd."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lmfusion_kernels import reference
-from lmfusion_kernels.block.weights import Rope, Rows
+from lmfusion_kernels.block.weights import Rope, TowerRows
 from lmfusion_kernels.layout.token_layout import TokenLayout
 from lmfusion_kernels.runtime import library
 from lmfusion_kernels.runtime.backends import choose_backend
@@ -16,7 +16,7 @@ _ops = torch.ops.lmfusion
 
 
 def rope_reorder(
-    qkv: Rows,
+    qkv: TowerRows,
     layout: TokenLayout,
     rope: Rope,
     num_heads: int,
@@ -61,8 +61,8 @@ def _check(
         num_kv_rows = tensor.shape[1] - num_heads * head_dim
         if tensor.shape[1] != rows[0].shape[1] or num_heads <= 0 or num_kv_rows <= 0 or num_kv_rows % (2 * head_dim):
             raise ValueError(
-                f"qkv is {tensor.shape[1]} wide; expected (H + 2 H_kv) D with H = {num_heads} query heads and D = "
-                f"{head_dim}, the same in both towers"
+                f"qkv must be (H + 2 H_kv) D wide with H = {num_heads} query heads and D = {head_dim}, equal in both "
+                f"towers, got {tensor.shape[1]}"
             )
     for name, norm in zip(("text_q_norm", "text_k_norm", "image_q_norm", "image_k_norm"), norms, strict=True):
         check_weight(norm, (head_dim,), rows[0], name)

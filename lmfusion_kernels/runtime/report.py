@@ -22,7 +22,7 @@ class Backend:
 
     available: bool
     chosen_for: tuple[str, ...]
-    """Device types whose tensors it gets when nobody asks for a backend."""
+    """Device types whose tensors it gets if no backend is requested."""
     detail: str
     """What it is, or why it is not available."""
 
@@ -31,7 +31,7 @@ class Backends(dict[str, Backend]):
     """The backends by name; prints as a table."""
 
     note = ""
-    """What LMFUSION_KERNELS_BACKEND asks for, and where that cannot be had; empty if it is not set."""
+    """What LMFUSION_KERNELS_BACKEND asks for, and where it cannot run; empty if it is not set."""
 
     def __repr__(self) -> str:
         lines = [f"lmfusion_kernels with torch {torch.__version__}:"]
@@ -42,11 +42,11 @@ class Backends(dict[str, Backend]):
 
 
 def backends() -> Backends:
-    """What is available here, what is chosen, and why not the rest.
+    """What is available here, what is chosen, and why the rest is not.
 
-    First the ops without attention, by device; then the kernels of attention (on the CPU native-cpu has one too); last
-    the reference. `chosen_for` speaks of float32 and bfloat16 tensors, `note` of LMFUSION_KERNELS_BACKEND: whatever
-    that names, this does not raise.
+    First the ops without attention, by device; then the attention kernels (on the CPU, native-cpu has one too); last
+    the reference. `chosen_for` is about float32 and bfloat16 tensors, `note` about LMFUSION_KERNELS_BACKEND. Does not
+    raise, even if that variable names something unknown.
     """
     requested = os.environ.get(VARIABLE) or None
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -62,13 +62,15 @@ def backends() -> Backends:
     rest: tuple[str, ...] = ()
     if requested in (None, "reference"):
         rest = tuple(device for device in devices if not result[f"native-{device}"].chosen_for)
-    result["reference"] = Backend(True, rest, "plain PyTorch, every dtype and device; also for what nothing else takes")
+    result["reference"] = Backend(
+        True, rest, "plain PyTorch, every dtype and device; also for what no other backend takes"
+    )
     result.note = _note(requested, result)
     return result
 
 
 def _attention_kernels(requested: str | None) -> dict[str, Backend]:
-    """The kernels of attention on CUDA devices; FlexAttention also runs on the CPU, to be compared."""
+    """The attention kernels on CUDA devices. FlexAttention also runs on the CPU, for comparison."""
     has_cuda = torch.cuda.is_available()
     result = {}
     for name in ATTENTION_KERNELS:
@@ -110,6 +112,6 @@ def _describe(device: str) -> str:
     if device == "cuda":
         return f"compiled for {', '.join(info['cuda_architectures'])}"
     kernels = build.instruction_set() or "instruction set unknown"
-    ignored = library.why_isa_is_ignored()
+    ignored = library.ignored_isa_reason()
     built = f"{kernels} kernels, compiled by {info.get('compiler')} against torch {info.get('torch')}"
     return f"{built}; {ignored}" if ignored else built

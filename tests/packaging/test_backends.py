@@ -1,4 +1,4 @@
-"""Which backend is chosen, what an impossible wish is answered, and what `backends()` says."""
+"""The choice of the backend, errors for a request that cannot be met, and the report of `backends()`."""
 
 import re
 

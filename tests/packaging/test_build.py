@@ -1,4 +1,4 @@
-"""setup.py: where it finds torch, how it reads its environment variables, and that a failing build is one sentence."""
+"""setup.py: how it finds torch and reads its environment variables, and that a failed build is reported in one sentence."""
 
 import importlib.util
 import json

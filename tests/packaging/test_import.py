@@ -1,4 +1,4 @@
-"""Importing the packages is light: no network, no GPU, nothing heavy; and the host module knows nothing of torch."""
+"""Importing the packages is light: no network, no GPU, nothing heavy; the layout module does not load torch."""
 
 import subprocess
 import sys

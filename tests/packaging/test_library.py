@@ -1,4 +1,4 @@
-"""A library that is missing, damaged or meets an old torch costs one clear sentence, never an exception."""
+"""A library that is missing, damaged or meets an old torch gives one clear sentence, never an exception."""
 
 import json
 

@@ -1,5 +1,4 @@
-"""Packed causal attention in plain PyTorch with FlashAttention's conventions, in any dtype: what two_pass.py runs on
-where there is no GPU."""
+"""Packed causal attention in plain PyTorch with FlashAttention's conventions; stands in for the packages."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Are the optional packages called as their code asks for? Stand-ins with the packages' own schemas run on the CPU.
+"""The optional packages are called with the arguments that they take; stand-ins with their schemas run on the CPU.
 
 The schemas are those of flash-attn 2.8, of hopper/flash_attn_interface.py of 2026 and of flash-attn-4 4.0.0b36. A wrong
 name, order or default fails here; the results are compared with the specification.

@@ -1,4 +1,4 @@
-"""Do the block lists hold the mask, and does FlexAttention, which reads them, compute hybrid attention?"""
+"""The block lists hold the mask, and FlexAttention, which reads them, computes hybrid attention."""
 
 import numpy as np
 import pytest

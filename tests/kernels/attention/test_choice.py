@@ -1,5 +1,7 @@
-"""Which kernel is chosen: by wish, by the measured table, by default; what an impossible wish is answered; what
-`backends()` tells of it. Devices are pretended."""
+"""The choice of the attention kernel: by request, by the measured table, by default; errors; the report of `backends()`.
+
+Devices are simulated.
+"""
 
 import json
 
@@ -9,7 +11,7 @@ import torch
 import lmfusion_kernels as lk
 from lmfusion_kernels import reference
 from lmfusion_kernels.attention import availability, dispatch, propose, table, torch_ops
-from lmfusion_kernels.attention.table import Row
+from lmfusion_kernels.attention.table import TableRow
 from lmfusion_kernels.runtime import device as device_module
 from lmfusion_kernels.runtime import library
 from lmfusion_kernels.runtime.backends import ATTENTION_KERNELS, BACKENDS, choose_backend, native_unsupported_reason
@@ -109,10 +111,10 @@ def test_the_environment(monkeypatch):
 @pytest.mark.usefixtures("hopper")
 def test_measured_rows_come_first(monkeypatch):
     rows = (
-        Row("9.0", "bfloat16", 128, "training", 0, "flash"),
-        Row("9.0", "bfloat16", 128, "training", 7, "flex"),
-        Row("9.0", "bfloat16", 64, "forward", 0, "flash-attn-3"),
-        Row("8.0", "bfloat16", 256, "forward", 0, "flash"),
+        TableRow("9.0", "bfloat16", 128, "training", 0, "flash"),
+        TableRow("9.0", "bfloat16", 128, "training", 7, "flex"),
+        TableRow("9.0", "bfloat16", 64, "forward", 0, "flash-attn-3"),
+        TableRow("8.0", "bfloat16", 256, "forward", 0, "flash"),
     )
     monkeypatch.setattr(table, "load", lambda: rows)
     table.measured.cache_clear()
@@ -149,7 +151,7 @@ def test_backends_explains(monkeypatch):
     assert here["flash"].available and here["flash"].chosen_for == ()
     assert "not installed; `pip install flash-attn" in here["flash-attn-2"].detail
 
-    rows = (Row("9.0", "bfloat16", 128, "training", 0, "flash"),)
+    rows = (TableRow("9.0", "bfloat16", 128, "training", 0, "flash"),)
     monkeypatch.setattr(table, "load", lambda: rows)
     table.measured.cache_clear()
     assert lk.backends()["flash"].detail.endswith("chosen measured: bfloat16 heads of 128 with gradients")
@@ -182,8 +184,8 @@ def test_propose():
           for kernel in ("triton", "flash") for direction in ("forward", "backward")),
     ]  # fmt: skip
     assert propose.propose(results) == [
-        Row("9.0", "bfloat16", 128, "forward", 0, "triton"),
-        Row("9.0", "bfloat16", 128, "training", 0, "flash"),
+        TableRow("9.0", "bfloat16", 128, "forward", 0, "triton"),
+        TableRow("9.0", "bfloat16", 128, "training", 0, "flash"),
     ]
 
 
@@ -196,13 +198,16 @@ def test_propose_by_size():
         for kernel, time in zip(("triton", "flash"), pair, strict=True)
     ]
     assert [(row.min_tokens, row.kernel) for row in propose.propose(results)] == [(0, "triton"), (4096, "flash")]
-    with pytest.raises(ValueError, match="direction 'both'; known: forward, backward"):
+    with pytest.raises(ValueError, match="must be forward or backward, got 'both'"):
         propose.propose([result("triton", "both", 1.0)])
     assert propose.propose([]) == []
 
 
 def test_a_proposal_becomes_the_file():
-    old = (Row("8.0", "float16", 64, "forward", 0, "flash"), Row("9.0", "bfloat16", 128, "forward", 0, "flex"))
+    old = (
+        TableRow("8.0", "float16", 64, "forward", 0, "flash"),
+        TableRow("9.0", "bfloat16", 128, "forward", 0, "flex"),
+    )
     new = propose.propose([result("triton", "forward", 1.0)])
     assert table.parse(propose.merge(old, new)) == (old[0], *new)  # the rows of the measured device are replaced
     assert propose.merge([], []) == "[]\n"
@@ -210,7 +215,10 @@ def test_a_proposal_becomes_the_file():
 
 @pytest.mark.parametrize(
     ("entry", "message"),
-    [({"kernel": "flash"}, "does not fit"), ({"direction": "sideways"}, "direction 'sideways'; known: forward")],
+    [
+        ({"kernel": "flash"}, "must have the fields of TableRow"),
+        ({"direction": "sideways"}, "must be one of forward, training, got 'sideways'"),
+    ],
 )
 def test_a_row_that_does_not_fit(entry, message):
     whole = dict(capability="9.0", dtype="bfloat16", head_dim=64, direction="forward", min_tokens=0, kernel="flash")

@@ -1,7 +1,7 @@
-"""Does torch.compile(fullgraph=True) take attention by PyTorch's flash kernels, once for many layouts, and does nothing
-ask the device for a number?
+"""torch.compile(fullgraph=True) takes attention by PyTorch's flash kernels, in one graph for many layouts, without host
+syncs.
 
-The two private ops of torch get an implementation on the CPU, in plain PyTorch, for the time of a test.
+The two private ops of torch get an implementation on the CPU, in plain PyTorch, during a test.
 """
 
 import pytest
@@ -88,7 +88,7 @@ def test_the_block_compiles_with_flash_attention():
 @pytest.mark.parametrize("is_measured", [False, True])
 def test_the_choice_is_made_while_tracing(monkeypatch, is_measured):
     """On a pretended GPU: by the table, by the default order, by what is availability."""
-    rows = (table.Row("9.0", "bfloat16", 64, "training", 5, "flash"),) if is_measured else ()
+    rows = (table.TableRow("9.0", "bfloat16", 64, "training", 5, "flash"),) if is_measured else ()
     monkeypatch.setattr(table, "load", lambda: rows)
     monkeypatch.setattr(device_module, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(library, "unavailable_reason", "")

@@ -1,4 +1,4 @@
-"""Is attention with hidden spans right, forward and backward, by every kernel that runs on a CPU, and in a block?"""
+"""Attention with hidden spans, forward and backward, by every kernel that runs on a CPU, and in a block."""
 
 import pytest
 import torch

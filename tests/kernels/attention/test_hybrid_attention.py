@@ -1,4 +1,4 @@
-"""Is hybrid attention right, forward and backward, for every mask, and does it cost what is visible and no more?"""
+"""Hybrid attention, forward and backward, for every mask; it costs what is visible and no more."""
 
 import resource
 import time
@@ -376,11 +376,11 @@ BAD_INPUTS = {
     "flat q": (lambda q, k, v: (q.flatten(1), k, v), r"q must be \[N, H, D\]"),
     "k unlike v": (lambda q, k, v: (q, k, v[:, :1]), "k and v both"),
     "another head size": (lambda q, k, v: (q, k[..., :8], v[..., :8]), "k and v both"),
-    "heads": (lambda q, k, v: (q[:, :3], k, v), "3 heads, which is no multiple of the 2"),
+    "heads": (lambda q, k, v: (q[:, :3], k, v), "must be a multiple of the 2 heads of k and v, got 3"),
     "dtype": (lambda q, k, v: (q, k.bfloat16(), v), "one dtype"),
-    "query rows": (lambda q, k, v: (q[1:], k, v), "q has shape"),
-    "key rows": (lambda q, k, v: (q, k[1:], v[1:]), "k has shape"),
-    "device": (lambda q, k, v: (q.to("meta"), k, v), "q is on meta"),
+    "query rows": (lambda q, k, v: (q[1:], k, v), "q must have"),
+    "key rows": (lambda q, k, v: (q, k[1:], v[1:]), "k must have"),
+    "device": (lambda q, k, v: (q.to("meta"), k, v), "q must be on"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The kernels of torch.ops.lmfusion.hybrid_attention: Triton's place on CUDA, and the C++ one for all sets of rows."""
+"""The kernels of torch.ops.lmfusion.hybrid_attention: Triton's registration on CUDA, and C++ for all queries."""
 
 import subprocess
 import sys

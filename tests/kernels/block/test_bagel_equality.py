@@ -1,8 +1,7 @@
-"""Does BAGEL's training recipe run on our block? Its own layer, on its own packed batch under its own mask, against
-`routed_block` with the same weights: forward and every gradient.
+"""BAGEL's training recipe on our block, against its own layer, on its own packed batch under its own mask.
 
-Needs a checkout: git clone https://github.com/ByteDance-Seed/Bagel, and LMFUSION_PEER_BAGEL set to it. `pytest -s`
-shows the errors.
+Forward and every gradient of `routed_block` are compared, with the same weights. Needs a checkout: git clone
+https://github.com/ByteDance-Seed/Bagel, and LMFUSION_PEER_BAGEL set to it. `pytest -s` shows the errors.
 """
 
 import os

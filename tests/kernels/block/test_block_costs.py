@@ -1,4 +1,4 @@
-"""What does the fused block cost? Kernels launched, bytes kept, FLOPs, and what each way of recomputing saves."""
+"""The cost of the fused block: kernels launched, bytes kept, FLOPs, and what each recompute mode saves."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero"}
 
 
 class Launches(TorchDispatchMode):
-    """Counts the kernels that ops would launch on a GPU, but for attention and for results without elements."""
+    """Counts the kernels that ops would launch on a GPU, except attention and results without elements."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Do blocks and single ops give the same numbers when torch.export, AOTInductor or make_fx has made a graph of them?"""
+"""Graphs of blocks and single ops by torch.export, AOTInductor and make_fx give the same numbers."""
 
 import pickle
 import subprocess
@@ -206,9 +206,9 @@ def test_what_depends_on_counts_is_checked_by_the_graph():
     with pytest.raises(ValueError, match="frozen_text=False"):
         torch.compile(block, backend="aot_eager")(x, layout, rope)
     block.requires_grad_(False)
-    with pytest.raises(ValueError, match="the layout needs 18 rows"):
+    with pytest.raises(ValueError, match="must have 18 rows for this layout"):
         torch.compile(block, backend="aot_eager")(x[1:], layout, rope)
-    with pytest.raises(ValueError, match="cos and sin have shapes"):
+    with pytest.raises(ValueError, match="cos and sin must be"):
         torch.compile(block, backend="aot_eager")(x, layout, (rope.cos[1:], rope.sin[1:]))
 
 
@@ -332,7 +332,7 @@ def test_layouts_travel_through_a_data_loader():
 
 
 def test_a_layout_that_was_taken_apart():
-    """By FSDP2, which puts dataclasses together anew; by `bounded` inside a compiled function."""
+    """By FSDP2, which rebuilds dataclasses; by `bounded` inside a compiled function."""
     _, layout, _ = make_inputs(DOCUMENTS)
     again = torch.distributed.utils._apply_to_tensors(lambda t: t, layout)
     assert again.as_two_tensors()[0] is layout.as_two_tensors()[0]

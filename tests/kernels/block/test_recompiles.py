@@ -1,4 +1,4 @@
-"""How many graphs does torch.compile make for a stream of batches? Few, whatever number of tokens a tower has."""
+"""torch.compile makes few graphs for a stream of batches, whatever number of tokens a tower has."""
 
 import itertools
 import random
@@ -18,7 +18,7 @@ COUNTS = (0, 1, 7)
 
 
 def document(num_constant, num_live, num_image):
-    """A document with so many rows of each class, under a frozen text tower."""
+    """A document with these numbers of tokens of each class, under a frozen text tower."""
     spans = [("text", num_constant), ("image", num_image), ("marker" if not num_image else "text", num_live)]
     return [[span for span in spans if span[1]]] if num_constant + num_live + num_image else []
 

@@ -1,4 +1,4 @@
-"""Is the fused block the block of the paper? Values, gradients, row classes and FLOPs against the reference."""
+"""The fused block against the reference: values, gradients, token classes and FLOPs."""
 
 import itertools
 from dataclasses import fields, replace
@@ -202,7 +202,7 @@ def run_compiled(compiled, block, x, layout, rope, **options):
 
 @pytest.mark.parametrize("spans", [("text", "image"), ("image", "text"), ("text", "image", "text")])
 def test_stacked_blocks_compile_once_for_many_layouts(spans):
-    """Counts that coincide (all text constant, all text live) are no trouble where shapes are symbolic."""
+    """Counts that coincide (all text constant, all text live) work with symbolic shapes."""
     torch._dynamo.reset()
     blocks = [make_block() for _ in range(2)]
     counter = CompileCounterWithBackend("aot_eager")
@@ -286,17 +286,17 @@ def test_bad_input_is_named():
     layout = lk.TokenLayout.from_spans(DOCUMENTS)
     x, rope = make_inputs(layout, torch.float32)
     text, image = block.text.weights(torch.float32), block.image.weights(torch.float32)
-    with pytest.raises(ValueError, match="recompute is 'all'; it must be one of none, ffn, layer"):
+    with pytest.raises(ValueError, match="recompute must be one of none, ffn, layer, got 'all'"):
         lk.routed_block(x, layout, text, image, rope, recompute="all")
-    with pytest.raises(ValueError, match="order is 'towers'"):
+    with pytest.raises(ValueError, match="order must be 'tower' or 'sequence', got 'towers'"):
         lk.routed_block(x, layout, text, image, rope, order="towers")
-    with pytest.raises(ValueError, match=r"text rows has shape .*, but the layout needs \d+ rows"):
+    with pytest.raises(ValueError, match=r"text rows must have \d+ rows for this layout, got shape"):
         lk.routed_block((x[0][1:], x[1]), layout, text, image, rope)
     with pytest.raises(ValueError, match="float64"):
         lk.routed_block(x, layout, text, replace(image, down_proj=image.down_proj.double()), rope)
     with pytest.raises(ValueError, match="frozen_text=False"):
         lk.routed_block(x, layout, replace(text, down_proj=text.down_proj.detach().requires_grad_()), image, rope)
-    with pytest.raises(ValueError, match="cos and sin have shapes"):
+    with pytest.raises(ValueError, match="cos and sin must be"):
         lk.routed_block(x, layout, text, image, (rope[0][1:], rope[1][1:]))
     with pytest.raises(ValueError, match="equally many heads"):
         lk.routed_block(x, layout, text, replace(image, qkv_proj=image.qkv_proj[2 * HEAD_DIM :]), rope)
@@ -336,7 +336,7 @@ def test_rows_that_are_no_floating_point_numbers(dtype, backend):
         lambda: lk.RoutedBlock(8, 8, 1, 1)(x, layout, rope, "sequence", backend=backend),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match=rf"(x|q|qkv) is {dtype}; ops take rows in float32, bfloat16"):
+        with pytest.raises(ValueError, match=rf"(x|q|qkv) must be in one of float32, bfloat16.*, got {dtype}"):
             call()
 
 

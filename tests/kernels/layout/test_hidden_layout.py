@@ -60,7 +60,7 @@ def by_ranges(starts, ends, num_columns):
 
 
 def seen_by_query(starts, ends, visible_end):
-    """Bool [queries, N]: ranges of keys, but for keys that end before the query."""
+    """Bool [queries, N]: ranges of keys, except keys that end before the query."""
     mask = by_ranges(starts, ends, visible_end.shape[0])
     return mask & (np.arange(len(starts))[:, None] < visible_end.numpy())
 
@@ -212,16 +212,16 @@ def test_hidden_ids_give_the_layout_of_the_spans(documents):
 @pytest.mark.parametrize(
     ("documents", "message"),
     [
-        ([[("image", 4, "hide")]], r"document 0 has the span \('image', 4, 'hide'\).*\(modality, length, 'hidden'\)"),
-        ([[("image", 4, "hidden", 1)]], r"document 0 has the span \('image', 4, 'hidden', 1\)"),
-        ([[("text", 1)], [("full", 3)]], r"document 1 has the span \('full', 3\), which joins no list of spans"),
-        ([[("full", [])]], r"document 0 has the span \('full', \[\]\), which joins no list"),
-        ([[("full", [("audio", 3)])]], "document 0 has a span of unknown modality 'audio'"),
-        ([[("full", [("image", 3, "hidden")])]], r"document 0 joins the span \('image', 3, 'hidden'\)"),
-        ([[("full", [("full", [("image", 3)])])]], "document 0 has a span of unknown modality 'full'"),
-        ([[("full", [("text", 0)], "hidden")]], "document 0 has a text span of length 0; lengths are positive"),
-        ([[("image", 0, "hidden")]], "document 0 has a image span of length 0"),
-        ([[("image", 2**64, "hidden")]], "longer than 64 bits"),
+        ([[("image", 4, "hide")]], r"document 0: .*got \('image', 4, 'hide'\).*\(modality, length, 'hidden'\)"),
+        ([[("image", 4, "hidden", 1)]], r"got \('image', 4, 'hidden', 1\)"),
+        ([[("text", 1)], [("full", 3)]], r"document 1: 'full' must join a list of spans, got \('full', 3\)"),
+        ([[("full", [])]], r"'full' must join a list of spans, got \('full', \[\]\)"),
+        ([[("full", [("audio", 3)])]], "modality of a span must be .*, got 'audio'"),
+        ([[("full", [("image", 3, "hidden")])]], r"'full' must join pairs, got \('image', 3, 'hidden'\)"),
+        ([[("full", [("full", [("image", 3)])])]], "modality of a span must be .*, got 'full'"),
+        ([[("full", [("text", 0)], "hidden")]], r"length of a span must be positive, got \('text', 0\)"),
+        ([[("image", 0, "hidden")]], r"length of a span must be positive, got \('image', 0\)"),
+        ([[("image", 2**64, "hidden")]], "must fit into 64 bits"),
     ],
 )
 def test_bad_spans(documents, message):
@@ -230,7 +230,7 @@ def test_bad_spans(documents, message):
 
 
 def test_bad_hidden_ids():
-    with pytest.raises(ValueError, match="hidden_ids must have one entry a token, 3; it has 2"):
+    with pytest.raises(ValueError, match="hidden_ids must have one entry per token, 3, got 2"):
         TokenLayout.from_modality_ids([0, 1, 1], [0, 0, 0], [0, 0, 0], hidden_ids=[-1, 0])
     with pytest.raises(
         ValueError, match=r"hidden_ids has 7 on both sides of token 1, where another span begins; .*full"

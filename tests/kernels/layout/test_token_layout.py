@@ -232,34 +232,34 @@ def test_orders_are_inverse_and_check_rows():
     layout = TokenLayout.from_spans([[("text", 2), ("image", 3), ("text", 1)]])
     x = torch.randn(6, 4)
     assert torch.equal(layout.to_sequence_order(layout.to_tower_order(x)), x)
-    with pytest.raises(ValueError, match=r"shape \(5, 4\).*6 rows"):
+    with pytest.raises(ValueError, match=r"must have 6 rows .*shape \(5, 4\)"):
         layout.to_tower_order(x[:5])
-    with pytest.raises(ValueError, match="is on meta, the layout on cpu"):
+    with pytest.raises(ValueError, match="must be on the layout's device cpu, got meta"):
         layout.to_tower_order(x.to("meta"))
 
 
 @pytest.mark.parametrize(
     ("documents", "message"),
     [
-        ([[("text", 1)], [("audio", 3)]], r"document 1 .*'audio'.*text, image, marker"),
-        ([[("text", 0)]], "text span of length 0; lengths are positive"),
-        ([[("image", -4)]], "image span of length -4; lengths are positive"),
-        ([[("image", 2.5)]], "length 2.5; lengths are integers"),
-        ([[("text", 1)], []], "document 1 has no spans"),
-        ([[("text", 2**64)]], "longer than 64 bits"),
+        ([[("text", 1)], [("audio", 3)]], r"document 1: .*one of text, image, marker, got 'audio'"),
+        ([[("text", 0)]], r"length of a span must be positive, got \('text', 0\)"),
+        ([[("image", -4)]], r"length of a span must be positive, got \('image', -4\)"),
+        ([[("image", 2.5)]], "must be an integer, got 2.5"),
+        ([[("text", 1)], []], "document 1 must have at least one span"),
+        ([[("text", 2**64)]], "must fit into 64 bits"),
         (
             [("text", 3)],
-            r"document 0 has the span 'text'; a batch is a list of documents, .*\(modality, length\): from_sp",
+            r"document 0: a span must be got 'text'; a batch is a list of documents, .*\(modality, length\)",
         ),
-        ([("ab", 3)], "document 0 has the span 'ab'; a batch is"),
-        ("text", "document 0 has the span 't'; a batch is"),
-        ([[("text", 3)], [("image", 4, 5)]], r"document 1 has the span \('image', 4, 5\); a batch is"),
-        ([[("text", 3), None]], "document 0 has the span None; a batch is"),
-        ([[(["text"], 3)]], r"unknown modality \['text'\]"),
-        ([[("text", None)]], "length None; lengths are integers"),
+        ([("ab", 3)], "got 'ab'; a batch is"),
+        ("text", "got 't'; a batch is"),
+        ([[("text", 3)], [("image", 4, 5)]], r"got \('image', 4, 5\); a batch is"),
+        ([[("text", 3), None]], "got None; a batch is"),
+        ([[(["text"], 3)]], r"got \['text'\]"),
+        ([[("text", None)]], "must be an integer, got None"),
         ([3], "'int' object is not iterable; a batch is a list of documents"),
         (None, "'NoneType' object is not iterable; a batch is a list of documents"),
-        ([[("text", 2**30), ("text", 2**30)]], "2147483648 tokens; the limit is 2147483647"),
+        ([[("text", 2**30), ("text", 2**30)]], "at most 2147483647 tokens, got 2147483648"),
     ],
 )
 def test_bad_spans(documents, message):
@@ -274,15 +274,15 @@ def test_bad_spans(documents, message):
         (None, [0], 9, "cached_lengths, cache_starts and cache_slots together, or none"),
         ([1], [0], 9, "cached_lengths must have one entry for each of 2 documents, got 1"),
         ([1, 1], [0], 9, "cache_starts must have one entry for each of 2 documents, got 1"),
-        ([0, 8], [0, 4], 9, "document 1 would hold 10 tokens, but it has 5 rows of the cache, from 4 to 9; give it"),
-        ([3, 0], [0, 4], 9, "document 0 would hold 5 tokens, but it has 4 rows of the cache, from 0 to 4; give it"),
-        ([0, 0], [0, 12], 9, "document 1 would hold 2 tokens, but it has 0 rows of the cache, from 12 to 9"),
-        ([0, -1], [0, 4], 9, "document 1 has cached length -1; it must be 0 or more"),
-        ([1, 1], [4, 0], 9, "document 1 begins at row 0 of the cache; starts ascend from 0, so sort the documents"),
-        ([1, 1], [-1, 4], 9, "document 0 begins at row -1 of the cache; starts ascend from 0"),
-        ([0, 0], [4, 4], 9, "documents 0 and 1 both begin at row 4 of the cache; only documents of one token or one"),
-        ([1, 1], [0, 4], 2**31, "cache_slots is 2147483648; it must be from 0 to 2147483647"),
-        ([1, 1], [0, 4], -1, "cache_slots is -1"),
+        ([0, 8], [0, 4], 9, "document 1 would hold 10 tokens, but it has 5 slots of the cache, from 4 to 9; give it"),
+        ([3, 0], [0, 4], 9, "document 0 would hold 5 tokens, but it has 4 slots of the cache, from 0 to 4; give it"),
+        ([0, 0], [0, 12], 9, "document 1 would hold 2 tokens, but it has 0 slots of the cache, from 12 to 9"),
+        ([0, -1], [0, 4], 9, "cached_lengths must be at least 0, got -1 for document 1"),
+        ([1, 1], [4, 0], 9, "cache_starts must ascend from 0, got 0 for document 1; sort the documents"),
+        ([1, 1], [-1, 4], 9, "cache_starts must ascend from 0, got -1 for document 0"),
+        ([0, 0], [4, 4], 9, "documents 0 and 1 both begin at slot 4 of the cache; only documents of one token or one"),
+        ([1, 1], [0, 4], 2**31, "cache_slots must be from 0 to 2147483647, got 2147483648"),
+        ([1, 1], [0, 4], -1, "cache_slots must be from 0 to 2147483647, got -1"),
     ],
 )
 def test_bad_cache(cached_lengths, cache_starts, cache_slots, message):
@@ -322,16 +322,16 @@ def test_documents_that_pad_a_batch_share_their_rows(padding, cached):
 )
 def test_documents_that_differ_share_no_rows(documents, lengths):
     """Their key ranges could decrease from one query to the next, which kernels rely on not to happen."""
-    with pytest.raises(ValueError, match="documents 0 and 1 both begin at row 4 of the cache"):
+    with pytest.raises(ValueError, match="documents 0 and 1 both begin at slot 4 of the cache"):
         TokenLayout.from_spans(documents, cached_lengths=lengths, cache_starts=[4, 4], cache_slots=20)
 
 
 @pytest.mark.parametrize(
     ("modality", "document", "message"),
     [
-        ([0, 0], [0, 0, 0], "one entry a token; they have 2, 3 and 2"),
-        ([0, 3], [0, 0], "unknown modality id 3"),
-        ([0, -1], [0, 0], "unknown modality id -1"),
+        ([0, 0], [0, 0, 0], "one entry per token, got 2, 3 and 2"),
+        ([0, 3], [0, 0], "got 3"),
+        ([0, -1], [0, 0], "got -1"),
         ([0, 0], [1, 0], "must not decrease"),
     ],
 )
@@ -352,7 +352,7 @@ def test_documents_may_be_any_iterables():
 def test_rows_are_floating_point_numbers(dtype):
     layout = TokenLayout.from_spans([[("text", 2), ("image", 3)]])
     x = torch.ones(5, 4, dtype=dtype)
-    with pytest.raises(ValueError, match=rf"qkv is {dtype}; ops take rows in float32, bfloat16, float16, float64"):
+    with pytest.raises(ValueError, match=rf"qkv must be in one of float32, bfloat16, float16, float64, got {dtype}"):
         layout.check_rows(x, name="qkv")
     assert layout.to_sequence_order(layout.to_tower_order(x)).dtype == dtype  # whatever moves, as token ids
 

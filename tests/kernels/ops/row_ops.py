@@ -1,4 +1,4 @@
-"""What the tests of the row ops share: layouts, random rows, and the comparison with the float64 reference."""
+"""Shared by the tests of row ops: layouts, random rows, and the comparison with the float64 reference."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,4 +1,4 @@
-"""Which kernel computes gate, up and SwiGLU, what happens when the one asked for cannot, and how is QuACK called?"""
+"""The choice of the kernel for gate, up and SwiGLU, its errors, and the call of QuACK."""
 
 import sys
 from types import ModuleType

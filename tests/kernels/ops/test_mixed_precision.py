@@ -1,4 +1,4 @@
-"""Do rope's angles stay exact where PyTorch casts a module or its arguments: FSDP2, DDP, autocast, .to(dtype)?"""
+"""Rope's angles stay exact where PyTorch casts a module or its arguments: FSDP2, DDP, autocast, .to(dtype)."""
 
 import copy
 
@@ -97,7 +97,7 @@ def test_fsdp_that_casts_the_output(one_rank, x):
 def test_fsdp_casts_a_plain_pair_and_the_error_says_so(one_rank, x):
     model = Model()
     fully_shard(model, mesh=one_rank, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match=r"cos is torch\.bfloat16; angles need float32.*as rope_tables returns"):
+    with pytest.raises(ValueError, match=r"cos must be float32, got torch\.bfloat16.*as rope_tables returns"):
         model(x, LAYOUT, tuple(lk.rope_tables(LAYOUT.position, INV_FREQ)))
 
 
@@ -139,7 +139,10 @@ def test_a_module_that_was_cast(x, dtype):
     if dtype == torch.float64:
         torch.testing.assert_close(model(x.double(), LAYOUT), exact, rtol=1e-5, atol=1e-5)
     else:
-        with pytest.raises(ValueError, match=rf"inv_freq is {dtype}, too coarse for angles; .*module\.to\(dtype\)"):
+        with pytest.raises(
+            ValueError,
+            match=rf"inv_freq must be float32 .* got {dtype}, too coarse.*module\.to\(dtype\)",
+        ):
             model(x.to(dtype), LAYOUT)
     error = (model(x.to(dtype), LAYOUT, rope).double() - exact).abs().max() / exact.abs().max()
     assert error < 8 * torch.finfo(dtype).eps + 1e-6

@@ -1,4 +1,4 @@
-"""Do RoPE and QK norm come out right, and every row at its place in sequence order, forward and backward?"""
+"""RoPE and QK norm, and every row at its place in sequence order, forward and backward."""
 
 import pytest
 import torch
@@ -270,16 +270,19 @@ def test_without_native_ops(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"qkv": random(64, 79)}, r"qkv is 79 wide; expected \(H \+ 2 H_kv\) D with H = 4 query heads and D = 10"),
-        ({"qkv": (random(51, 80), random(13, 100))}, "qkv is 100 wide"),
-        ({"num_heads": 8}, "qkv is 80 wide"),
-        ({"num_heads": 0}, "qkv is 80 wide"),
-        ({"rope": (random(63, 5), random(63, 5))}, r"cos and sin have shapes \(63, 5\) and \(63, 5\)"),
+        ({"qkv": random(64, 79)}, r"qkv must be \(H \+ 2 H_kv\) D wide with H = 4 query heads and D = 10, .* got 79"),
+        ({"qkv": (random(51, 80), random(13, 100))}, "towers, got 100"),
+        ({"num_heads": 8}, "towers, got 80"),
+        ({"num_heads": 0}, "towers, got 80"),
+        ({"rope": (random(63, 5), random(63, 5))}, r"got shapes \(63, 5\) and \(63, 5\)"),
         ({"rope": (random(64, 5), random(64, 4))}, r"N = 64 tokens"),
-        ({"rope": (random(64, 5, dtype=torch.bfloat16), random(64, 5))}, "cos is torch.bfloat16; angles need float32"),
-        ({"rope": (random(64, 5), random(64, 5).to("meta"))}, "sin is on meta, the rows on cpu"),
-        ({"text_q_norm": random(8)}, r"text_q_norm has shape \(8,\), expected \[10\]"),
-        ({"image_k_norm": random(10, dtype=torch.bfloat16)}, "image_k_norm is torch.bfloat16"),
+        ({"rope": (random(64, 5, dtype=torch.bfloat16), random(64, 5))}, "cos must be float32, got torch.bfloat16"),
+        ({"rope": (random(64, 5), random(64, 5).to("meta"))}, "sin must be on the rows' device cpu, got meta"),
+        ({"text_q_norm": random(8)}, r"text_q_norm must be \[10\] for .*, got shape \(8,\)"),
+        (
+            {"image_k_norm": random(10, dtype=torch.bfloat16)},
+            "image_k_norm must be in the rows' dtype torch.float32, got torch.bfloat16",
+        ),
     ],
 )
 def test_wrong_arguments(change, message):
