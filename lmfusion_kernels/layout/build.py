@@ -68,6 +68,7 @@ def build_layout_numpy(
     num_documents = int(documents.max(initial=-1)) + 1
     document_start = np.zeros(num_documents, np.int32)
     document_end = np.zeros(num_documents, np.int32)
+    # Of several values for one index, numpy keeps the last: reversed, that is the document's first span.
     document_start[documents[::-1]] = span_start[::-1]
     document_end[documents] = span_end
 
@@ -91,6 +92,7 @@ def build_layout_numpy(
 
     is_constant = np.zeros(num_tokens, bool)
     if frozen_text and cached_lengths is None:  # a cached layout has no backward to leave tokens out of
+        # Tokens before the first image, marker or full segment of their document; all of them if there is none.
         first_trained = document_end.copy()
         trained_spans = np.flatnonzero((kinds != 0) | (modes & _FULL > 0))[::-1]
         first_trained[documents[trained_spans]] = span_start[trained_spans]
@@ -105,9 +107,8 @@ def build_layout_numpy(
     first_query = np.where(is_full, segment_start[segment], index).astype(np.int32)
     end_query = np.where(is_hidden, segment_end[segment], document_end[document]).astype(np.int32)
     active = np.flatnonzero(~is_constant).astype(np.int32)
-    rank_before = np.concatenate([[0], np.cumsum(~is_constant)]).astype(
-        np.int32
-    )  # active tokens before a sequence index
+    # rank_before[i]: how many active tokens lie before sequence index i. It also maps a boundary to the active tokens.
+    rank_before = np.concatenate([[0], np.cumsum(~is_constant)]).astype(np.int32)
     query_row = np.concatenate([index[:num_constant], num_constant + rank_before[tower_to_sequence[num_constant:]]])
 
     # All tokens of an image or full segment except the last see later tokens of it. List them in reverse.
@@ -125,6 +126,7 @@ def build_layout_numpy(
     key_slot = index
     no_queries = np.empty(0, np.int32)
     if cached_lengths is not None and cache_starts is not None:
+        # Keys are numbered by cache slot from here on, and each document's cached tokens come before its new ones.
         position = position + cached_lengths[document]
         slot_start = cache_starts[document]
         key_slot = slot_start + position

@@ -76,7 +76,7 @@ def test_an_impossible_wish():
 
 
 class FakeDevice:
-    """As much of a tensor as `choose` looks at, on a device that need not be here."""
+    """The attributes of a tensor that `choose_backend` reads, on a device that need not exist."""
 
     dtype = torch.float32
 

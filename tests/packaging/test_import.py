@@ -71,6 +71,12 @@ def test_network_is_noticed():
     assert "network: socket.getaddrinfo" in process.stderr
 
 
+def test_a_compiled_layout_module_is_used():
+    """The builders fall back to numpy silently, so a module that cannot be imported would only be slow."""
+    is_compiled = any(Path(build.__file__).parents[1].glob("_layout_native*.so"))
+    assert (build._layout_native is not None) == is_compiled
+
+
 @pytest.mark.skipif(build._layout_native is None, reason="_layout_native was not compiled")
 def test_host_module_needs_no_torch():
     code = f"""

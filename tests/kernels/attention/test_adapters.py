@@ -62,7 +62,7 @@ def forget_answers():
 
 @pytest.fixture
 def define_ops():
-    """Ops of a package under its own namespace, implemented on the CPU, gone after the test."""
+    """Ops of a package under its own namespace, implemented on the CPU and removed after the test."""
     libraries = []
 
     def define(namespace, schemas, implementations):
@@ -78,7 +78,7 @@ def define_ops():
 
 
 def pretend(monkeypatch, versions, modules, capability=(9, 0)):
-    """These packages are installed, and a device of this capability is here."""
+    """Simulate these installed packages and a device of this capability."""
     for name, module in modules.items():
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, module)
@@ -230,7 +230,7 @@ def test_flash_attn_3(monkeypatch, define_ops):
 
 
 def test_flash_attn_3_without_a_backward(monkeypatch, define_ops):
-    """tokenspeed-fa3 is built so, and without heads of 96, which then use the kernels of 128."""
+    """tokenspeed-fa3 is built like this, and without heads of 96, which then use the kernels of 128."""
     flags = {f"FLASHATTENTION_DISABLE_{name}": True for name in ("BACKWARD", "HDIM96", "HDIM192", "HDIM256")}
     pretend(monkeypatch, {}, flash_attn_3_modules(define_ops, **flags))
     assert "built without a backward" in dispatch.unsupported_reason("flash-attn-3", case())
@@ -298,7 +298,7 @@ def test_torch_flash_calls_the_ops(monkeypatch):
 
 
 def test_sequences_with_no_query_beside_sequences_with_one():
-    """FlashAttention-2 takes a bound of one query for the promise that every sequence has one."""
+    """FlashAttention-2 assumes from a bound of one query that every sequence has exactly one."""
     q = torch.empty(2, 4, 8)
 
     def bound(max_queries, query_start):
@@ -316,7 +316,7 @@ def ranges_to_mask(start, end, num_columns):
 
 
 def assert_listed(lists, mask):
-    """Whatever is visible lies in a listed block, and whole blocks are visible whole."""
+    """Every visible pair lies in a listed block, and full blocks are visible as a whole."""
     rows, columns = (-(-size // 128) for size in mask.shape)
     assert lists.mask_block_idx.shape == lists.full_block_idx.shape == (1, 1, rows, columns)
     for i in range(rows):

@@ -59,7 +59,7 @@ def test_whole_blocks_are_most_of_a_long_document():
 
 @pytest.fixture
 def gradients_on_the_cpu(monkeypatch):
-    """FlexAttention refuses gradients on the CPU, though its plain form has them."""
+    """FlexAttention refuses gradients on the CPU, although its uncompiled form has them."""
     from torch.nn.attention import flex_attention
 
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)

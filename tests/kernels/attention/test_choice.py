@@ -1,4 +1,4 @@
-"""The choice of the attention kernel: by request, by the measured table, by default; errors; the report of `backends()`.
+"""The choice of the attention kernel: by request, by the measured table, by default; errors; and `backends()`.
 
 Devices are simulated.
 """
@@ -31,7 +31,7 @@ def fresh(monkeypatch):
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """A device of capability 9.0 with Triton and PyTorch's FlashAttention, and no package beside."""
+    """A device of capability 9.0 with Triton and PyTorch's FlashAttention, and no other package."""
     monkeypatch.setattr(library, "unavailable_reason", "")
     monkeypatch.setattr(device_module, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(availability, "installed_version", lambda distribution: None)
@@ -127,7 +127,7 @@ def test_measured_rows_come_first(monkeypatch):
 
 
 def test_row_ops_take_the_name_of_an_attention_kernel(monkeypatch):
-    """It means the native row ops with that attention."""
+    """The name means the native row ops with that attention."""
     monkeypatch.setattr(library, "native", True)
     x = torch.ones(2)
     for name in ATTENTION_KERNELS:
@@ -166,7 +166,7 @@ def test_backends_explains(monkeypatch):
 
 
 def test_the_file_holds_rows_that_fit():
-    """What is committed can be read, and names kernels that exist."""
+    """The committed file can be read, and names kernels that exist."""
     assert all(row.kernel in dispatch.KERNELS and row.direction in table.DIRECTIONS for row in table.load())
 
 
@@ -247,7 +247,7 @@ def test_which_devices_compiled_code_runs_on(architectures, capability, expected
 
 
 class OnCuda:
-    """As much of a tensor as `native_unsupported_reason` looks at."""
+    """The attributes of a tensor that `native_unsupported_reason` reads."""
 
     device, dtype = CUDA, torch.float16
 
@@ -266,7 +266,7 @@ def test_a_device_without_compiled_code(monkeypatch):
 
 
 def test_second_derivatives_are_refused(monkeypatch):
-    """By the kernels that autograd cannot follow as by the compiled ops."""
+    """Also by the attention kernels that autograd cannot follow."""
     from lmfusion_kernels.attention.two_pass import TwoPass
     from tests.kernels.attention.packed_causal import PlainPackedCausal
 

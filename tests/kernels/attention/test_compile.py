@@ -87,7 +87,7 @@ def test_the_block_compiles_with_flash_attention():
 
 @pytest.mark.parametrize("is_measured", [False, True])
 def test_the_choice_is_made_while_tracing(monkeypatch, is_measured):
-    """On a pretended GPU: by the table, by the default order, by what is availability."""
+    """On a simulated GPU: by the table, by the default order, by what is installed."""
     rows = (table.TableRow("9.0", "bfloat16", 64, "training", 5, "flash"),) if is_measured else ()
     monkeypatch.setattr(table, "load", lambda: rows)
     monkeypatch.setattr(device_module, "_capability", lambda device: (9, 0))
@@ -114,7 +114,7 @@ def test_the_choice_is_made_while_tracing(monkeypatch, is_measured):
 
 
 def test_tracing_asks_the_device_for_nothing():
-    """Meta tensors hold no numbers, so whatever the host did with one would fail. Forward and backward, all rows."""
+    """Meta tensors hold no numbers, so reading one on the host would fail. Forward and backward, all queries."""
     layout = lk.TokenLayout.from_spans([[("text", 4), ("image", 6), ("text", 2)], [("text", 3), ("image", 5)]])
     moved = layout.to("meta")
     for name in ("flash", "flash-attn-4"):

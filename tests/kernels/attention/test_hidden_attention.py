@@ -81,14 +81,14 @@ def assert_kernel_equals_specification(kernel, layout, dtype, tolerance, seed=0,
 
 @pytest.mark.parametrize("frozen_text", [True, False])
 @pytest.mark.parametrize("name", BATCHES)
-def test_two_calls_equal_the_specification(name, frozen_text):
+def test_two_pass_equals_the_specification(name, frozen_text):
     layout = lk.TokenLayout.from_spans(BATCHES[name], frozen_text=frozen_text)
     assert_kernel_equals_specification(TwoPass(PlainPackedCausal()), layout, torch.float64, 1e-12)
 
 
 @settings(max_examples=20)
 @given(short_documents, st.booleans(), st.integers(0, 99))
-def test_two_calls_on_random_documents(documents, frozen_text, seed):
+def test_two_pass_on_random_documents(documents, frozen_text, seed):
     layout = lk.TokenLayout.from_spans(documents, frozen_text=frozen_text)
     assert_kernel_equals_specification(TwoPass(PlainPackedCausal()), layout, torch.float64, 1e-12, seed)
 
@@ -108,7 +108,7 @@ def test_flex_equals_the_specification(name):
 
 
 def test_flash_attention_4_says_that_it_cannot():
-    """And is passed over where it would have been the fastest."""
+    """So it is passed over, even if it would be the fastest."""
     cuda = torch.device("cuda")
     case = AttentionProblem(cuda, torch.bfloat16, 8, 2, 64, needs_grad=False, is_cached=False, has_hidden=True)
     assert dispatch.KERNELS["flash-attn-4"].unsupported_reason(case) == "it takes no hidden spans"
@@ -117,7 +117,7 @@ def test_flash_attention_4_says_that_it_cannot():
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])
 def test_nothing_outside_depends_on_what_is_hidden(backend):
-    """Other values in a hidden image: nothing but its own rows changes; of the rest they still see all before them."""
+    """Other values in a hidden image change only its own tokens, which still see everything before them."""
     layout = lk.TokenLayout.from_spans([[("text", 70), ("image", 50, "hidden"), ("image", 50), ("text", 30)]])
     q, k, v, _ = make_inputs(200, 200, 4, 2, 16)
     out = lk.hybrid_attention(q, k, v, layout, backend=backend)
@@ -131,7 +131,7 @@ def test_nothing_outside_depends_on_what_is_hidden(backend):
 
 @needs_native
 def test_the_visible_rows_are_those_of_a_batch_without_the_hidden_ones():
-    """But for rounding: with 64 hidden rows at a tile's border the same tiles of keys remain."""
+    """Except for rounding: with 64 hidden tokens at a tile's border the same tiles of keys remain."""
     with_hidden = lk.TokenLayout.from_spans([[("text", 64), ("image", 64, "hidden"), ("image", 50), ("text", 30)]])
     without = lk.TokenLayout.from_spans([[("text", 64), ("image", 50), ("text", 30)]])
     q, k, v, _ = make_inputs(208, 208, 4, 2, 16)

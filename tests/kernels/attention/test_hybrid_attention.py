@@ -114,7 +114,7 @@ def test_visibility():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_active_rows_alone(dtype):
-    """A backward without the constant rows gives the same as their slice of the full one."""
+    """A backward over the active tokens gives their slice of the full backward."""
     layout = lk.TokenLayout.from_spans(MIXED)
     assert 0 < layout.num_constant < layout.num_text
     n, scale = layout.num_tokens, 0.25
@@ -176,7 +176,7 @@ def test_log_sum_exp():
 
 
 def test_cache_equals_no_cache():
-    """Documents continued through a key-value cache, whose other rows hold NaN, give what the whole documents give."""
+    """Documents continued through a key-value cache, whose other slots hold NaN, equal the whole documents."""
     before, after = (("text", 40), ("image", 30)), (("text", 2), ("image", 70), ("text", 5))
     whole = lk.TokenLayout.from_spans([[*before, *after], [("text", 9), *after]])
     rest = lk.TokenLayout.from_spans([after, after], cached_lengths=[70, 9], cache_starts=[0, 200], cache_slots=400)
@@ -267,7 +267,7 @@ def test_same_bits_again_and_for_any_number_of_threads():
 
 
 def test_memory_is_linear():
-    """20,000 tokens: a mask or a score matrix of one byte an entry would be 400 MB."""
+    """20,000 tokens: a mask or a score matrix of one byte per entry would be 400 MB."""
     layout = lk.TokenLayout.from_spans([[("text", 100), ("image", 28)]] * 140 + [[("text", 2080)]], frozen_text=False)
     assert layout.num_tokens == 20000
     inputs = make_inputs(layout.num_tokens, layout.num_tokens, 2, 1, 16)

@@ -28,7 +28,7 @@ BATCHES = {
 
 
 def make_inputs(layout, rows, num_heads=4, num_kv_heads=2, head_dim=8, seed=0):
-    """q of the rows, k, v and a gradient in the order of the output, float64."""
+    """q of the queries, k, v and a gradient in the order of the output, float64."""
     generator = torch.Generator().manual_seed(seed)
     n = {"all": layout.num_tokens, "active": layout.num_active, "constant": layout.num_constant}[rows]
     sizes = (n, num_heads), (layout.num_keys, num_kv_heads), (layout.num_keys, num_kv_heads), (n, num_heads)
@@ -100,7 +100,7 @@ def test_rows_of_the_cache_that_hold_nothing_are_not_read():
 
 
 def test_the_second_call_is_made_for_triangles_alone():
-    """Its rows: those of all images but the last (queries) or the first (keys) of each; none without images."""
+    """Its tokens: those of all images except the last (queries) or the first (keys) of each; none without images."""
     for name, num_rows in (("mixed", 6 + 3), ("text alone", 0), ("single-token images", 0), ("image alone", 8 + 1)):
         layout = lk.TokenLayout.from_spans(BATCHES[name])
         packed = PlainPackedCausal()
@@ -123,7 +123,7 @@ def test_an_empty_batch():
 
 
 def test_documents_without_active_rows_get_no_gradients():
-    """No row takes part in a backward: there is nothing to compute, and nothing comes back."""
+    """No token has a backward: nothing is computed, and the gradients are empty."""
     layout = lk.TokenLayout.from_spans([[("text", 4)]])
     q, k, v, dout = make_inputs(layout, "active")
     kernel = TwoPass(PlainPackedCausal())
@@ -145,7 +145,7 @@ def test_the_merge_survives_scores_of_any_size():
 
 
 def test_strides_and_signs_that_kernels_do_not_take():
-    """Heads apart, a gradient as `out.sum()` gives it, an odd place in memory, a negative scale."""
+    """Strided heads, an expanded gradient as from `out.sum()`, an unaligned address, a negative scale."""
     layout = lk.TokenLayout.from_spans(BATCHES["mixed"])
     q, k, v, dout = make_inputs(layout, "all")
     q = q.transpose(0, 2).contiguous().transpose(0, 2)

@@ -141,7 +141,7 @@ def test_exported_op(name, strict, tmp_path):
 
 
 def dynamic(inputs):
-    """As docs/kernels.md has it: every size and every count may vary."""
+    """As in docs/kernels.md: every size and every count may vary."""
 
     def free(leaf):
         return None if isinstance(leaf, bool) else {0: Dim.AUTO} if isinstance(leaf, torch.Tensor) else Dim.AUTO
@@ -163,7 +163,7 @@ def test_block_exported_for_layouts_of_any_size(order, tmp_path):
 
 
 def test_another_layout_is_refused_where_sizes_are_fixed():
-    """Not read as if it were the first."""
+    """It is refused, not read as if it were the first."""
     moved = [[("image", 3), ("text", 3)], [("text", 4), ("image", 6), ("text", 2)]]  # as many tokens of each kind
     other = [[("text", 5), ("image", 5), ("text", 2)], [("image", 3), ("text", 3)]]
     for module in (Block("sequence"), Op("linear"), Op("attention")):

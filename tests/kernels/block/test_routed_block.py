@@ -322,7 +322,7 @@ def test_bad_input_is_named():
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64], ids=str)
 def test_rows_that_are_no_floating_point_numbers(dtype, backend):
-    """Every op answers in the same words, whatever would have computed it."""
+    """Every op raises the same error, whichever backend would have run."""
     layout = lk.TokenLayout.from_spans([[("text", 2), ("image", 3)]], frozen_text=False)
     x, q = torch.ones(5, 8, dtype=dtype), torch.ones(5, 1, 8, dtype=dtype)
     norm, square, gate_up = (torch.ones(*shape, dtype=dtype) for shape in ((8,), (8, 8), (16, 8)))

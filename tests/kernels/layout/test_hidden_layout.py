@@ -34,7 +34,7 @@ def tokens_of(documents):
 
 
 def visible(tokens):
-    """Bool [N, N] by the words of the definition: query i sees key j."""
+    """Bool [N, N] by the definition: query i sees key j."""
     mask = np.zeros((len(tokens), len(tokens)), bool)
     for i, (_, document, segment, _, _) in enumerate(tokens):
         for j, (_, other_document, other_segment, is_full, is_hidden) in enumerate(tokens):
@@ -175,7 +175,7 @@ def test_compiled_builder_equals_numpy(documents, frozen_text):
 
 
 def test_a_segment_of_one_image_is_an_image():
-    """And joined text that nothing precedes sees itself whole, by rows of the text tower."""
+    """And joined text at the start of a document sees all of itself, in the text tower."""
     plain = TokenLayout.from_spans([[("text", 3), ("image", 4), ("text", 1)]])
     assert_equal_layouts(TokenLayout.from_spans([[("text", 3), ("full", [("image", 4)]), ("text", 1)]]), plain)
     understanding = TokenLayout.from_spans([[("full", [("text", 4)]), ("text", 2)]])
@@ -184,7 +184,7 @@ def test_a_segment_of_one_image_is_an_image():
 
 
 def test_full_segments_with_a_cache():
-    """They are context as any other; only what is hidden cannot be kept."""
+    """They are ordinary context; only hidden spans cannot be kept."""
     document = [("text", 2), ("full", [("marker", 1), ("image", 3), ("marker", 1)]), ("text", 2)]
     whole = reference.hybrid_mask(TokenLayout.from_spans([document]))
     place = {"cache_starts": [3], "cache_slots": 20}

@@ -36,7 +36,7 @@ def tokens_of(documents):
 
 
 def visible(tokens):
-    """Bool [N, N] by the words of the definition: query i sees key j."""
+    """Bool [N, N] by the definition: query i sees key j."""
     mask = np.zeros((len(tokens), len(tokens)), bool)
     for i, (modality, document, span, _) in enumerate(tokens):
         for j, (_, other_document, other_span, _) in enumerate(tokens):
@@ -46,7 +46,7 @@ def visible(tokens):
 
 
 def constant_tokens(tokens, frozen_text):
-    """Bool [N]: text before the first image or marker of its document, where the text tower is frozen."""
+    """Bool [N]: text before the first image or marker of its document, if the text tower is frozen."""
     trained_documents, result = set(), []
     for modality, document, _, _ in tokens:
         if modality != "text":
@@ -97,8 +97,8 @@ def test_mask_by_query_and_by_key(documents, frozen_text):
 
 
 @given(batches, st.booleans())
-def test_rows_that_take_part_in_a_backward(documents, frozen_text):
-    """The vectors of the active and of the constant rows are the mask, cut to these rows."""
+def test_active_and_constant_tokens(documents, frozen_text):
+    """The vectors of the active and of the constant tokens are the mask, restricted to them."""
     layout = TokenLayout.from_spans(documents, frozen_text=frozen_text)
     tokens = tokens_of(documents)
     mask, is_constant = visible(tokens), constant_tokens(tokens, frozen_text)
@@ -118,7 +118,7 @@ def test_rows_that_take_part_in_a_backward(documents, frozen_text):
 
 @given(batches, st.booleans())
 def test_causal_documents_and_triangles_are_the_mask(documents, frozen_text):
-    """Causality inside documents, and in each image what it leaves out: rows in reverse, causal again."""
+    """Causality inside documents, and the triangle that it leaves out in each image: reversed, causal again."""
     layout = TokenLayout.from_spans(documents, frozen_text=frozen_text)
     n = layout.num_tokens
     counted = np.zeros((n, n), int)
@@ -149,7 +149,7 @@ def test_documents_and_triangles_of_the_active_rows(documents, frozen_text):
 
 @given(batches.filter(bool), st.data())
 def test_cached_layout_continues_a_document(documents, data):
-    """A document cut between two spans: the second part sees the first one's cache rows as it saw its tokens."""
+    """A document cut between two spans: the second part sees the cache slots of the first as it saw its tokens."""
     cuts = [data.draw(st.integers(0, len(document) - 1)) for document in documents]
     cached_lengths = [sum(n for _, n in document[:cut]) for document, cut in zip(documents, cuts, strict=True)]
     rest = [document[cut:] for document, cut in zip(documents, cuts, strict=True)]
@@ -294,8 +294,8 @@ def test_bad_cache(cached_lengths, cache_starts, cache_slots, message):
 @pytest.mark.parametrize(
     ("padding", "cached"), [([("text", 1)], 0), ([("marker", 1)], 3), ([("image", 4)], 0), ([("image", 4)], 3)]
 )
-def test_documents_that_pad_a_batch_share_their_rows(padding, cached):
-    """They are as good as one another, and the documents before them see what they see alone."""
+def test_documents_that_pad_a_batch_share_their_slots(padding, cached):
+    """They are interchangeable, and the documents before them see what they see without padding."""
     documents, lengths, starts = [[("text", 2)], [("image", 3)]], [5, 0], [1, 20]
     layout = TokenLayout.from_spans(
         documents + [padding] * 3, cached_lengths=lengths + [cached] * 3, cache_starts=starts + [40] * 3, cache_slots=50
@@ -320,8 +320,8 @@ def test_documents_that_pad_a_batch_share_their_rows(padding, cached):
         ([[("marker", 1), ("image", 2)]] * 2, [0, 0]),
     ],
 )
-def test_documents_that_differ_share_no_rows(documents, lengths):
-    """Their key ranges could decrease from one query to the next, which kernels rely on not to happen."""
+def test_documents_that_differ_share_no_slots(documents, lengths):
+    """Their key ranges could decrease from one query to the next; kernels rely on non-decreasing ranges."""
     with pytest.raises(ValueError, match="documents 0 and 1 both begin at slot 4 of the cache"):
         TokenLayout.from_spans(documents, cached_lengths=lengths, cache_starts=[4, 4], cache_slots=20)
 

@@ -16,7 +16,7 @@ INV_FREQ = 1e4 ** -torch.linspace(0, 1, 8)
 
 
 class Model(nn.Module):
-    """Two layers whose caller makes the tables, or that make them of a buffer of their own."""
+    """Two layers that get the tables from the caller, or make them from a buffer of their own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ def test_tables_made_under_autocast_and_another_default_dtype():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_a_module_that_was_cast(x, dtype):
-    """Its buffer of frequencies is cast too: an error where that loses digits. With tables from outside all is well."""
+    """Its buffer of frequencies is cast too: an error if that loses digits. Tables from outside are not affected."""
     model = Model()
     rope = lk.rope_tables(LAYOUT.position, INV_FREQ)
     exact = Model().double()(x.double(), LAYOUT, rope, None)

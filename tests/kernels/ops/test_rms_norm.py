@@ -66,7 +66,7 @@ def test_frozen_tensors_get_no_gradient(frozen, dtype):
 
 @needs_native
 def test_equals_torch_on_many_wide_rows():
-    """Enough rows for several threads and partial sums, with a width that no vector divides."""
+    """Enough rows for several threads and partial sums, with a width that is not a multiple of a vector."""
     layout = make_layout("all image")
     x = random(layout.num_tokens, 1031)
     weight = random(1031, seed=1)

@@ -90,7 +90,7 @@ def test_keeps_rows_only_for_norms():
 
 @needs_native
 def test_queries_of_constant_rows_apart():
-    """The block's use: constant rows' queries in a tensor of their own, and a backward over the other rows only."""
+    """As the block uses it: queries of constant tokens in a separate tensor, and a backward over the others only."""
     layout = make_layout("mixed")
     num_constant, num_live = layout.num_constant, layout.num_live
     assert num_constant > 0 and num_live > 0
