@@ -300,7 +300,7 @@ def test_bad_input_is_named():
         lk.routed_block(x, layout, text, image, (rope[0][1:], rope[1][1:]))
     with pytest.raises(ValueError, match="equally many heads"):
         lk.routed_block(x, layout, text, replace(image, qkv_proj=image.qkv_proj[2 * HEAD_DIM :]), rope)
-    with pytest.raises(ValueError, match="do not divide into H"):
+    with pytest.raises(ValueError, match="must divide into H"):
         lk.routed_block(x, layout, replace(text, qkv_proj=text.qkv_proj[HEAD_DIM:]), image, rope)
     with pytest.raises(ValueError, match="kv_cache"):
         lk.routed_block(x, layout, text, image, rope, kv_cache=(x[0], x[0]))
