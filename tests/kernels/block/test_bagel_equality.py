@@ -51,7 +51,7 @@ def document_of(sample):
 
 
 def positions_of(samples):
-    """Positions as in dataset_base.py: text counts up, an image's tokens share one, a noised copy has its successor's."""
+    """Positions as in dataset_base.py: text counts up, an image's tokens share one, noised copies have the clean one's."""
     positions = []
     for sample in samples:
         next_position = 0

@@ -343,15 +343,15 @@ def test_rows_that_are_no_floating_point_numbers(dtype, backend):
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((65, 48, 4, 2), "hidden_size 65 is not a multiple of num_heads 4; give head_dim"),
-        ((64, 48, 4, 3), "num_heads 4 is not a multiple of num_kv_heads 3"),
-        ((0, 48, 4, 2), "hidden_size is 0; sizes are positive"),
-        ((64, -48, 4, 2), "intermediate_size is -48; sizes are positive"),
-        ((64, 48, 0, 2), "num_heads is 0; sizes are positive"),
-        ((64, 48, 4, 0), "num_kv_heads is 0; sizes are positive"),
-        ((64, 48, 4, 2, 0), "head_dim is 0; sizes are positive"),
-        ((64, 48, 4, 2, 15), "head_dim is 15; RoPE turns pairs"),
-        ((12, 48, 4, 2), "head_dim is 3; RoPE turns pairs"),
+        ((65, 48, 4, 2), "hidden_size must be a multiple of num_heads 4, got 65; give head_dim"),
+        ((64, 48, 4, 3), "num_heads must be a multiple of num_kv_heads 3, got 4"),
+        ((0, 48, 4, 2), "hidden_size must be positive, got 0"),
+        ((64, -48, 4, 2), "intermediate_size must be positive, got -48"),
+        ((64, 48, 0, 2), "num_heads must be positive, got 0"),
+        ((64, 48, 4, 0), "num_kv_heads must be positive, got 0"),
+        ((64, 48, 4, 2, 0), "head_dim must be positive, got 0"),
+        ((64, 48, 4, 2, 15), "head_dim must be even, .*, got 15"),
+        ((12, 48, 4, 2), "head_dim must be even, .*, got 3"),
     ],
 )
 def test_sizes_that_do_not_fit(sizes, message):
@@ -362,7 +362,7 @@ def test_sizes_that_do_not_fit(sizes, message):
 
 @pytest.mark.parametrize("name", ["image_hidden_size", "image_intermediate_size"])
 def test_an_image_tower_of_no_size(name):
-    with pytest.raises(ValueError, match=f"{name} is 0; sizes are positive"):
+    with pytest.raises(ValueError, match=f"{name} must be positive, got 0"):
         lk.RoutedBlock(64, 48, 4, 2, **{name: 0})
 
 

@@ -153,7 +153,7 @@ def test_coarse_positions_and_tables():
         lk.rope_tables(LAYOUT.position.bfloat16(), INV_FREQ)
     rope = lk.rope_tables(LAYOUT.position, INV_FREQ)
     for rows in (torch.float32, torch.float64):
-        with pytest.raises(ValueError, match=r"sin is torch\.float16; angles need float32"):
+        with pytest.raises(ValueError, match=r"sin must be float32, got torch\.float16"):
             Model().to(rows)(torch.zeros(LAYOUT.num_tokens, 32, dtype=rows), LAYOUT, (rope.cos, rope.sin.half()))
 
 
