@@ -40,7 +40,7 @@ def test_a_library_that_does_not_load(tmp_path):
 def test_an_old_torch(tmp_path, monkeypatch, version):
     monkeypatch.setattr(torch, "__version__", version)
     assert library.load(tmp_path) == (
-        f"torch {version} is installed and the native ops need 2.10 or later; `pip install 'torch>=2.10'`"
+        f"torch {version} is installed, and the native ops need 2.10 or later; `pip install 'torch>=2.10'`"
     )
 
 

@@ -306,14 +306,14 @@ def test_bad_input_is_named():
         lk.routed_block(x, layout, text, image, rope, kv_cache=(x[0], x[0]))
     with pytest.raises(ValueError, match="eps"):
         lk.routed_block(x, layout, text, replace(image, eps=1e-3), rope)
-    with pytest.raises(ValueError, match=r"cos is torch\.bfloat16"):
+    with pytest.raises(ValueError, match=r"cos must be float32, got torch\.bfloat16"):
         lk.routed_block(x, layout, text, image, (rope[0].bfloat16(), rope[1]))
     with pytest.raises(ValueError, match=r"\[rows, width\]"):
         lk.routed_block((x[0][None].transpose(0, 1), x[1]), layout, text, image, rope)
     for name in ("o_proj", "gate_up_proj", "down_proj", "input_layernorm", "post_attention_layernorm"):
         with pytest.raises(ValueError, match=name):
             lk.routed_block(x, layout, text, replace(image, **{name: getattr(image, name)[:-1]}), rope)
-    with pytest.raises(ValueError, match="one angle for each pair"):
+    with pytest.raises(ValueError, match="one angle per pair"):
         block(x, layout, tuple(torch.cat([table, table], dim=-1) for table in rope))
     with pytest.raises(ValueError, match="backend"):
         lk.routed_block(x, layout, text, image, rope, backend="fastest")

@@ -149,7 +149,7 @@ def test_a_module_that_was_cast(x, dtype):
 
 
 def test_coarse_positions_and_tables():
-    with pytest.raises(ValueError, match=r"position is torch\.bfloat16, too coarse"):
+    with pytest.raises(ValueError, match=r"position must be float32 .*got torch\.bfloat16, too coarse"):
         lk.rope_tables(LAYOUT.position.bfloat16(), INV_FREQ)
     rope = lk.rope_tables(LAYOUT.position, INV_FREQ)
     for rows in (torch.float32, torch.float64):
