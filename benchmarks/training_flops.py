@@ -10,7 +10,7 @@ that a model of 8 billion parameters can be counted anywhere; tests/benchmarks/t
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -172,8 +172,8 @@ class FlopsByPart(TorchDispatchMode):
 
     def on_meta(self, layout: TokenLayout) -> None:
         """Where an op is given a vector of `layout`, a copy without values, take the real one."""
-        names = [item.name for item in fields(layout) if isinstance(getattr(layout, item.name), Tensor)]
-        self._real = {id(getattr(layout, name)): getattr(self._layout, name) for name in names}
+        real = self._layout.vectors
+        self._real = {id(vector): real[name] for name, vector in layout.vectors.items()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -188,8 +188,8 @@ class FlopsByPart(TorchDispatchMode):
         given = list(args)
         for i, (argument, value) in enumerate(zip(func._schema.arguments, args, strict=False)):
             if argument.name in RANGES and value.is_meta:
-                # A vector outside the layout was computed by `lk.hybrid_attention`, for all rows
-                given[i] = self._real.get(id(value), getattr(self._layout, argument.name))
+                # A vector outside the layout was computed by `lk.hybrid_attention`, for all tokens
+                given[i] = self._real.get(id(value), getattr(self._layout.mask, argument.name))
                 assert given[i].shape == value.shape
         return given
 

@@ -108,7 +108,7 @@ class AttentionProblem:
             ), 2 * pairs
         out, lse = hybrid_attention.forward(self.q, self.k, self.v, *ranges, None, scale)
         listed = torch.arange(NUM_TOKENS if launch == "keys" else 0, dtype=torch.int32, device="cuda")
-        by_key = tuple(x[: listed.numel()] for x in (layout.query_start, layout.query_end))
+        by_key = tuple(x[: listed.numel()] for x in (layout.mask.query_start, layout.mask.query_end))
         arguments = (self.dout, self.q, self.k, self.v, out, lse, *ranges, listed, *by_key, None, scale)
         # "keys" is timed with dq, whose tiles stay the same.
         return lambda: hybrid_attention.backward(*arguments, tiles=tiles), (5 if launch == "keys" else 3) * pairs

@@ -1,11 +1,11 @@
-"""How does a Llama of Hugging Face get a second tower? Every decoder layer becomes an `lk.RoutedBlock`.
+"""Gives a Hugging Face Llama a second tower: every decoder layer becomes an `lk.RoutedBlock`.
 
     python examples/llama_block.py                                  # a small random Llama
     python examples/llama_block.py path/to/a/llama --dtype bfloat16 --device cuda
 
-The text tower is the layer's own weights, frozen; the image tower starts as a copy of them. Three checks: the logits
-of text alone are those of the model before, a batch with an image trains the image tower and nothing else, and after a
-step of that training the logits of text alone have not changed by a bit.
+The text tower has the layer's own weights, frozen; the image tower starts as a copy of them. Three checks: the logits
+of text are those of the original model, a batch with an image trains only the image tower, and after a step of that
+training the logits of text have not changed by a bit.
 """
 
 import argparse
@@ -23,7 +23,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}
 
 
 class TwoTowerLayer(nn.Module):
-    """Stands where a LlamaDecoderLayer stood. The model hands `layout` and `rope` on to every layer."""
+    """Replaces a LlamaDecoderLayer. The model passes `layout` and `rope` on to every layer."""
 
     def __init__(self, layer: nn.Module, config: LlamaConfig) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class TwoTowerLayer(nn.Module):
         self.block.image.requires_grad_(True)
 
     def forward(self, hidden_states: Tensor, layout: lk.TokenLayout, rope: tuple, **_: object) -> Tensor:
-        """hidden_states: [B, T, d]; the layout's documents are the rows of the batch, one after another."""
+        """hidden_states: [B, T, d]; the layout has one document for each sequence of the batch."""
         rows = self.block(hidden_states.flatten(0, 1), layout, rope, order="sequence")
         return rows.view_as(hidden_states)
 
@@ -72,7 +72,7 @@ def add_image_tower(llama: LlamaForCausalLM) -> None:
 
 
 def routing(llama: LlamaForCausalLM, documents: list[list[tuple[str, int]]]) -> dict[str, object]:
-    """The two arguments that every two-tower layer needs beside the hidden states."""
+    """The two arguments that every two-tower layer needs besides the hidden states."""
     layout = lk.TokenLayout.from_spans(documents, frozen_text=True, device=llama.device)
     rotary = exact_rotary(llama)
     return {"layout": layout, "rope": lk.rope_tables(layout.position, rotary.inv_freq, rotary.attention_scaling)}
@@ -84,7 +84,7 @@ def exact_rotary(llama: LlamaForCausalLM) -> nn.Module:
 
 
 def text_logits(llama: LlamaForCausalLM, input_ids: Tensor) -> Tensor:
-    """Logits [B, T, V] of text alone, by the two-tower model."""
+    """Logits [B, T, V] of pure text, by the two-tower model."""
     documents = [[("text", input_ids.shape[1])]] * input_ids.shape[0]
     with torch.no_grad():
         return llama(input_ids=input_ids, use_cache=False, **routing(llama, documents)).logits

@@ -1,7 +1,7 @@
 """Torch ops for transformers with two towers, one for text and one for images, that share their attention.
 
-`TokenLayout` says which row goes to which tower and what it sees; the ops take rows in tower order. `reference` is the
-specification in plain PyTorch, `backends()` tells what runs here.
+`TokenLayout` says which token goes to which tower and what it sees; the ops take rows in tower order. `reference` is
+the specification in plain PyTorch, `backends()` reports what runs here.
 """
 
 from lmfusion_kernels import reference
@@ -15,7 +15,7 @@ from lmfusion_kernels.ops.linear import routed_linear
 from lmfusion_kernels.ops.rms_norm import routed_rms_norm
 from lmfusion_kernels.ops.rope_reorder import rope_reorder
 from lmfusion_kernels.ops.swiglu import routed_swiglu
-from lmfusion_kernels.runtime.backends import backends
+from lmfusion_kernels.runtime.report import backends
 
 __all__ = [
     "BlockWeights",

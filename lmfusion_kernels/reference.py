@@ -1,4 +1,4 @@
-"""What does every op compute? Plain PyTorch, any dtype up to float64, with PyTorch's own autograd: the specification.
+"""The specification: every op in plain PyTorch, any dtype up to float64, with PyTorch's own autograd.
 
 Equations are those of LMFusion (arXiv 2412.15188, section 3). Every fast path of the package is tested against this
 file. It builds an [N, N] mask, so it is for tests and small inputs.
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmfusion_kernels.block.weights import BlockWeights, Rope, Rows, join_towers, split_towers
+from lmfusion_kernels.block.weights import BlockWeights, Rope, TowerRows, join_towers, split_towers
 from lmfusion_kernels.layout.token_layout import TokenLayout
 
 
@@ -23,15 +23,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 @overload
 def routed_rms_norm(
-    x: Rows, text_weight: Tensor, image_weight: Tensor, layout: TokenLayout, eps: float, residual: None = None
-) -> Rows: ...
+    x: TowerRows, text_weight: Tensor, image_weight: Tensor, layout: TokenLayout, eps: float, residual: None = None
+) -> TowerRows: ...
 @overload
 def routed_rms_norm(
-    x: Rows, text_weight: Tensor, image_weight: Tensor, layout: TokenLayout, eps: float, residual: Rows
-) -> tuple[Rows, Rows]: ...
+    x: TowerRows, text_weight: Tensor, image_weight: Tensor, layout: TokenLayout, eps: float, residual: TowerRows
+) -> tuple[TowerRows, TowerRows]: ...
 def routed_rms_norm(
-    x: Rows, text_weight: Tensor, image_weight: Tensor, layout: TokenLayout, eps: float, residual: Rows | None = None
-) -> Rows | tuple[Rows, Rows]:
+    x: TowerRows,
+    text_weight: Tensor,
+    image_weight: Tensor,
+    layout: TokenLayout,
+    eps: float,
+    residual: TowerRows | None = None,
+) -> TowerRows | tuple[TowerRows, TowerRows]:
     """The norms that equations 7 and 11 fold into QKV and FFN, each row with its tower's weight.
 
     With `residual`, normalises x + residual and returns (normed, x + residual).
@@ -45,13 +50,13 @@ def routed_rms_norm(
 
 
 def routed_linear(
-    x: Rows,
+    x: TowerRows,
     text_weight: Tensor,
     image_weight: Tensor,
     layout: TokenLayout,
     text_bias: Tensor | None = None,
     image_bias: Tensor | None = None,
-) -> Rows:
+) -> TowerRows:
     """Equations 7, 8 and 10: each row through the projection of its own tower."""
     x_text, x_image = split_towers(x, layout)
     return join_towers(F.linear(x_text, text_weight, text_bias), F.linear(x_image, image_weight, image_bias), like=x)
@@ -64,8 +69,13 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def routed_swiglu(
-    x: Rows, text_gate_up: Tensor, text_down: Tensor, image_gate_up: Tensor, image_down: Tensor, layout: TokenLayout
-) -> Rows:
+    x: TowerRows,
+    text_gate_up: Tensor,
+    text_down: Tensor,
+    image_gate_up: Tensor,
+    image_down: Tensor,
+    layout: TokenLayout,
+) -> TowerRows:
     """Equations 11 and 12: each row through the feed-forward network of its own tower.
 
     gate_up [2 I, d] holds the gate's rows, then the up projection's; down is [d, I].
@@ -85,7 +95,7 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rope_reorder(
-    qkv: Rows,
+    qkv: TowerRows,
     layout: TokenLayout,
     rope: Rope,
     num_heads: int,
@@ -95,7 +105,7 @@ def rope_reorder(
     image_k_norm: Tensor | None = None,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of both towers meet: q, k and v from tower order to sequence order, with RoPE on q and k (equation 9).
+    """q, k and v of both towers from tower order to sequence order, with RoPE on q and k (equation 9).
 
     qkv: [N, (H + 2 H_kv) D] in tower order. rope: cos, sin [N, D/2] in sequence order. The optional norm weights [D]
     are applied per head before the rotation (Qwen3). Returns q [N, H, D], k and v [N, H_kv, D].
@@ -118,17 +128,17 @@ def rope_reorder(
 
 
 def hybrid_mask(layout: TokenLayout) -> Tensor:
-    """Bool [N, num_keys]: True where a query sees a key. Causal text, bidirectional images, documents apart; keys of
-    hidden spans are seen from within alone."""
+    """Bool [N, num_keys]: True where a query sees a key. Causal text, bidirectional images, separate documents; keys
+    of hidden spans are seen only from within."""
     key = torch.arange(layout.num_keys, device=layout.device)
     mask = (key >= layout.key_start[:, None]) & (key < layout.key_end[:, None])
-    if layout.has_hidden:  # without a cache: keys and queries are the same rows
-        mask &= key[:, None] < layout.visible_end
+    if layout.has_hidden:  # without a cache: keys and queries are the same tokens
+        mask &= key[:, None] < layout.mask.visible_end
     return mask
 
 
 def hybrid_attention(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, scale: float | None = None) -> Tensor:
-    """Equation 9: softmax attention of all rows together under the hybrid mask.
+    """Equation 9: softmax attention of all tokens under the hybrid mask.
 
     q [N, H, D], k and v [num_keys, H_kv, D] in sequence order; H is a multiple of H_kv. Returns [N, H, D]. scale
     defaults to D ** -0.5. A query that sees nothing but scores of -inf gets 0, as from torch's own attention.
@@ -145,17 +155,17 @@ def hybrid_attention(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, scale
 
 
 def routed_block(
-    x: Rows,
+    x: TowerRows,
     layout: TokenLayout,
     text: BlockWeights,
     image: BlockWeights,
     rope: Rope,
     order: str = "tower",
     kv_cache: tuple[Tensor, Tensor] | None = None,
-) -> Rows:
+) -> TowerRows:
     """One two-tower decoder layer, equations 7 to 12 with Llama's residual connections.
 
-    x in tower order ([N, d], or one tensor a tower), or with `order="sequence"` [N, d] in sequence order. Keys and
+    x in tower order ([N, d], or one tensor per tower), or with `order="sequence"` [N, d] in sequence order. Keys and
     values of a cached layout are written into `kv_cache` (k, v [num_keys, H_kv, D]) in place.
     """
     if order == "sequence":
@@ -163,14 +173,16 @@ def routed_block(
         y = routed_block(layout.to_tower_order(x), layout, text, image, rope, "tower", kv_cache)
         assert isinstance(y, Tensor)
         return layout.to_sequence_order(y)
-    x = detach_constant_rows(x, layout)
+    x = detach_constant_tokens(x, layout)
     normed = routed_rms_norm(x, text.input_layernorm, image.input_layernorm, layout, text.eps)
     qkv = routed_linear(normed, text.qkv_proj, image.qkv_proj, layout, text.qkv_bias, image.qkv_bias)
     q, k, v = rope_reorder(
         qkv, layout, rope, text.num_heads(rope), text.q_norm, text.k_norm, image.q_norm, image.k_norm, text.eps
     )
     if kv_cache is not None:
-        k, v = (cache.index_copy_(0, layout.key_slot.long(), new) for cache, new in zip(kv_cache, (k, v), strict=True))
+        assert layout.mask.key is not None
+        slot = layout.mask.key.long()
+        k, v = (cache.index_copy_(0, slot, new) for cache, new in zip(kv_cache, (k, v), strict=True))
     out = layout.to_tower_order(hybrid_attention(q, k, v, layout).flatten(1))
     out_rows = out if isinstance(x, Tensor) else split_towers(out, layout)
     attended = routed_linear(out_rows, text.o_proj, image.o_proj, layout)
@@ -180,14 +192,14 @@ def routed_block(
     return add_rows(x, fed, layout)
 
 
-def add_rows(x: Rows, y: Rows, layout: TokenLayout) -> Rows:
+def add_rows(x: TowerRows, y: TowerRows, layout: TokenLayout) -> TowerRows:
     """x + y, tower by tower."""
     (x_text, x_image), (y_text, y_image) = split_towers(x, layout), split_towers(y, layout)
     return join_towers(x_text + y_text, x_image + y_image, like=x)
 
 
-def detach_constant_rows(x: Rows, layout: TokenLayout) -> Rows:
-    """Constant rows depend on nothing that is trained: no gradient goes to them."""
+def detach_constant_tokens(x: TowerRows, layout: TokenLayout) -> TowerRows:
+    """Cut the gradient of the constant tokens, which depend on nothing that is trained."""
     x_text, x_image = split_towers(x, layout)
     constant, live = x_text.tensor_split([layout.num_constant])
     return join_towers(torch.cat([constant.detach(), live]), x_image, like=x)

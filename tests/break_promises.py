@@ -88,8 +88,8 @@ BREAKAGES = (
         "5 batches of one kind: the block forgets the constant rows where a batch has nothing else",
         "tests/kernels/block/test_routed_block.py::test_block_on_batches_of_one_kind",
         "lmfusion_kernels/block/forward.py",
-        "    if num_constant:\n        out_constant",
-        "    if num_constant and layout.num_active:\n        out_constant",
+        "    if num_constant:\n        constant = ",
+        "    if num_constant and layout.num_active:\n        constant = ",
     ),
     Breakage(
         "6 the t of the noise is the t the network is told: it is told 0",

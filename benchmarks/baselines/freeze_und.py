@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lmfusion_kernels as lk
 from benchmarks.baselines.slabs import rms_norm, rotate, swiglu
-from lmfusion_kernels.block.weights import Rope, Rows
+from lmfusion_kernels.block.weights import Rope, TowerRows
 
 
 def freeze_und_block(
@@ -23,7 +23,7 @@ def freeze_und_block(
     image: lk.BlockWeights,
     rope: Rope,
     **_: Any,
-) -> Rows:
+) -> TowerRows:
     """The layer on rows ([num_text, d], [num_image, d]), both of one width; it can stand for `lk.routed_block`."""
     towers = ((slice(0, layout.num_text), text), (slice(layout.num_text, None), image))
     cos, sin = rope

@@ -114,7 +114,7 @@ def slabs(
     towers = (case.text, case.image)
     norms = tuple(norm for w in towers for norm in (w.q_norm, w.k_norm))
     to_sequence, to_tower = layout.sequence_to_tower.long(), layout.tower_to_sequence.long()
-    slot = layout.key_slot.long()
+    slot = layout.mask.key.long()
     cos, sin = case.rope
 
     def forward(x_text: Tensor, x_image: Tensor) -> tuple[Tensor, Tensor]:

@@ -69,7 +69,7 @@ def test_hidden_spans(record, device, direction, dtype):
         contestants[f"sdpa {backend}, mask"] = contestant(
             mask, [heads] * 4, results, mask=lambda: lk.reference.hybrid_mask(layout)
         )
-    pairs = int((layout.query_end.long() - layout.query_start.long()).sum())
+    pairs = int((layout.mask.query_end.long() - layout.mask.query_start.long()).sum())
     row = Row("hidden_spans", "noised copies", dtype, direction, SHAPE.name, layout.num_tokens,
               flops=(14.0 if backward else 4.0) * pairs * heads * head_dim)  # fmt: skip
     record(row, contestants)

@@ -16,7 +16,8 @@ from typing import Any
 from benchmarks.harness import shapes
 from benchmarks.harness.output import read_results
 from benchmarks.harness.report import page
-from lmfusion_kernels.attention import KERNELS, propose, table
+from lmfusion_kernels.attention import propose, table
+from lmfusion_kernels.attention.dispatch import KERNELS
 
 HEAD_DIMS = {shape.name: shape.head_dim for shape in vars(shapes).values() if isinstance(shape, shapes.LayerShape)}
 

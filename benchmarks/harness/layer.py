@@ -217,7 +217,7 @@ def layer_flops(case: LayerCase, backward: bool) -> float:
     area = int((end.long() - start.long()).sum())
     pairs = 4.0 * area
     if backward:  # dq, dk and dv of what is not constant, and the scores once more
-        active = int((layout.active_key_end.long() - layout.active_key_start.long()).sum())
-        seen = int((layout.active_query_end.long() - layout.active_query_start.long()).sum())
+        active = int((layout.active.key_end.long() - layout.active.key_start.long()).sum())
+        seen = int((layout.active.query_end.long() - layout.active.query_start.long()).sum())
         pairs += 6.0 * active + 4.0 * seen
     return 2.0 * shape.num_parameters * products + pairs * shape.num_heads * shape.head_dim

@@ -92,7 +92,7 @@ def set_trained(layer: nn.Module, freezes_text: bool) -> None:
 
 def block_mask(layout: lk.TokenLayout) -> BlockMask:
     """The peers' own kind of mask, as their trainers build it each step."""
-    start, end, visible_end = layout.key_start, layout.key_end, layout.query_end  # without a cache
+    start, end, visible_end = layout.key_start, layout.key_end, layout.mask.query_end  # without a cache
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key >= start[query]) & (key < end[query]) & (query < visible_end[key])

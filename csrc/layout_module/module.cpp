@@ -128,7 +128,7 @@ const char* instruction_set() {
 
 }  // namespace
 
-PYBIND11_MODULE(_host_native, m) {
+PYBIND11_MODULE(_layout_native, m) {
   m.def("build_layout", &build_layout, py::arg("kinds"), py::arg("lengths"), py::arg("documents"),
         py::arg("frozen_text"), py::arg("cached_lengths"), py::arg("cache_starts"), py::arg("cache_slots"),
         py::arg("segments") = py::none(), py::arg("modes") = py::none());

@@ -238,7 +238,7 @@ def _key(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         return value.shape, value.dtype
     if isinstance(value, TokenLayout):
-        return tuple(value.counts.values()), tuple(vector.shape for vector in value.vectors.values())
+        return value.counts, tuple(vector.shape for vector in value.vectors.values())
     if _is_parent(value):
         return type(value), tuple(_key(child) for child in value)
     return type(value), value

@@ -64,6 +64,8 @@ class SequenceCounts:
         """The counts of a batch on the CPU; on a GPU this would wait for the device."""
         layout = batch.layout
         channels, height, width = batch.latents.shape[1:]
+        active = layout.active
+        assert active.query_start is not None and active.query_end is not None
         return cls(
             layout.num_constant,
             layout.num_live,
@@ -73,8 +75,8 @@ class SequenceCounts:
             batch.num_labels,
             batch.num_boi_targets,
             _area(layout.key_start, layout.key_end),
-            _area(layout.active_key_start, layout.active_key_end),
-            _area(layout.active_query_start, layout.active_query_end),
+            _area(active.key_start, active.key_end),
+            _area(active.query_start, active.query_end),
             (channels, height, width),
         )
 

@@ -18,7 +18,7 @@ import lmfusion_kernels as lk
 from lmfusion.conversion.model_limits import head_dim_of
 from lmfusion.model.configuration import LMFusionConfig
 from lmfusion.model.patch_coder import build_patch_coder
-from lmfusion_kernels.block.weights import Rope, Rows
+from lmfusion_kernels.block.weights import Rope, TowerRows
 from lmfusion_kernels.ops.lora import is_adapted
 
 L = TypeVar("L", bound=lk.TowerLayer)
@@ -29,7 +29,7 @@ class TextLayer(lk.TowerLayer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.block: Callable[..., Rows] = lk.routed_block
+        self.block: Callable[..., TowerRows] = lk.routed_block
         """What computes the layer: `routed_block`, or the same compiled."""
 
     def forward(
@@ -40,7 +40,7 @@ class TextLayer(lk.TowerLayer):
         image_layer: "ImageLayer | None" = None,
         kv_cache: tuple[Tensor, Tensor] | None = None,
         recompute: str = "none",
-    ) -> Rows:
+    ) -> TowerRows:
         """Hidden states of both towers ([num_text, d_text], [num_image, d_image]) after the layer.
 
         image_layer: the image tower's, beside this one; None: image tokens use the text tower's weights too. The other

@@ -35,7 +35,7 @@ from lmfusion.model.losses import LMFusionOutput
 from lmfusion.model.modeling import LMFusion
 from lmfusion.model.towers import TextLayer
 from lmfusion.utils.devices import choose_device
-from lmfusion_kernels.block.weights import Rows
+from lmfusion_kernels.block.weights import TowerRows
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -225,7 +225,7 @@ def compile_layers(model: LMFusion) -> None:
     compiled = torch.compile(lk.routed_block)
 
     @functools.wraps(lk.routed_block)
-    def block(rows: Rows, layout: lk.TokenLayout, *args: Any, **options: Any) -> Rows:
+    def block(rows: TowerRows, layout: lk.TokenLayout, *args: Any, **options: Any) -> TowerRows:
         is_usual = min(layout.num_live, layout.num_image) > 1 and layout.num_constant != 1
         compute = compiled if is_usual and torch.is_grad_enabled() else lk.routed_block
         return compute(rows, layout, *args, **options)

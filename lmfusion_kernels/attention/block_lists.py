@@ -1,9 +1,9 @@
-"""Which tiles of the mask does a kernel with block lists have to visit, and which of them whole?
+"""Block lists of the mask: which tiles a kernel has to visit, and which of them are visible as a whole.
 
 A block is `size` queries by `size` keys. Because the ranges of keys do not decrease, the blocks that a block of queries
-sees are consecutive, and so are those among them that it sees whole. (Where ranges leave gaps, as those of constant
-rows do, blocks in a gap are listed too, and masked whole.) Everything here runs on the device and asks it for nothing;
-the lists have [blocks of queries, blocks of keys] entries.
+sees are consecutive, and so are the blocks that it sees as a whole. (If ranges leave gaps, as those of constant tokens
+do, blocks in a gap are listed too, and masked as a whole.) Everything here runs on the device without a host sync. The
+lists have [blocks of queries, blocks of keys] entries.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class BlockLists(NamedTuple):
-    """For each block of rows, the blocks of columns: partly visible ones, and ones that are visible whole."""
+    """For each block of rows, the blocks of columns: partly visible ones, and blocks that are visible as a whole."""
 
     num_partial: Tensor
     """int32 [row blocks]"""
@@ -27,14 +27,14 @@ def block_lists(start: Tensor, end: Tensor, num_columns: int, size: int, any_ful
     """The blocks of the mask in which row i sees the columns [start[i], end[i]), both non-decreasing, int32 [n].
 
     A block that is cut off by the last row or column is never listed as full: kernels mask it anyway. Without any_full
-    none is, for masks that leave out more than what is outside the ranges.
+    no block is, for masks that leave out more than the ranges do.
     """
     num_rows = start.shape[0]
     row_blocks, column_blocks = -(-num_rows // size), -(-num_columns // size)
     first = torch.arange(0, num_rows, size, device=start.device, dtype=torch.int32)
     last = torch.clamp(first + (size - 1), max=num_rows - 1)
     lowest, highest = start.index_select(0, first), end.index_select(0, last)
-    all_from, all_to = start.index_select(0, last), end.index_select(0, first)  # what every row of the block sees
+    all_from, all_to = start.index_select(0, last), end.index_select(0, first)  # visible to every row of the block
 
     begin = lowest // size
     stop = torch.maximum(begin, (highest + (size - 1)) // size)

@@ -1,4 +1,4 @@
-"""FlashAttention-2 as it comes inside PyTorch, aten::_flash_attention_forward and _backward: the kernel "flash".
+"""PyTorch's own FlashAttention-2, aten::_flash_attention_forward and _backward: the kernel "flash".
 
 Nothing to install. bfloat16 and float16, head sizes that are multiples of 8 up to 256, compute capability 8.0 and
 later; with and without a key-value cache (which has no backward). The backward adds up dq with atomics, so its last
@@ -8,12 +8,12 @@ bits vary from run to run; under torch.use_deterministic_algorithms(True) they d
 import torch
 from torch import Tensor
 
-from lmfusion_kernels.attention.installed import why_not_device, why_not_flash
-from lmfusion_kernels.attention.interface import AttentionProblem
-from lmfusion_kernels.attention.two_pass import Sequences
+from lmfusion_kernels.attention.availability import unsupported_by_flash, unsupported_device
+from lmfusion_kernels.attention.interface import AttentionProblem, Gradients
+from lmfusion_kernels.attention.packed_causal import Sequences, at_least_two
 from lmfusion_kernels.runtime.device import capability
 
-# Both are private, so they may change: what is passed here, by name, as torch 2.10 to 2.15 have it.
+# Both ops are private and may change. These are the arguments passed here, by name, as torch 2.10 to 2.15 have them.
 FORWARD_ARGUMENTS = (
     "query", "key", "value", "cum_seq_q", "cum_seq_k", "max_q", "max_k", "dropout_p", "is_causal", "return_debug_mask",
     "scale", "seqused_k",
@@ -24,8 +24,8 @@ BACKWARD_ARGUMENTS = (
 )  # fmt: skip
 
 
-def why_schema_differs() -> str:
-    """Why this PyTorch's ops cannot be called as this file calls them; empty if they can."""
+def schema_difference() -> str:
+    """How this PyTorch's ops differ from what this file calls; empty if they do not."""
     for name, known in (
         ("_flash_attention_forward", FORWARD_ARGUMENTS),
         ("_flash_attention_backward", BACKWARD_ARGUMENTS),
@@ -47,34 +47,24 @@ class TorchFlash:
     summary = "two causal calls of PyTorch's FlashAttention-2"
 
     def unavailable_reason(self, device: torch.device) -> str:
-        if reason := why_not_device(device, "8.0 or later", ((8, 99),)):
+        if reason := unsupported_device(device, "8.0 or later", ((8, 99),)):
             return reason
         if not torch.backends.cuda.is_flash_attention_available():
             return "this build of torch has no FlashAttention"
-        return why_schema_differs()
+        return schema_difference()
 
-    def unsupported_reason(self, case: AttentionProblem) -> str:
-        if reason := why_not_flash(case):
+    def unsupported_reason(self, problem: AttentionProblem) -> str:
+        if reason := unsupported_by_flash(problem):
             return reason
         small = ((8, 6), (8, 9), (12, 0), (12, 1))  # too little shared memory for the backward of large heads
-        if case.needs_grad and case.head_dim > 192 and capability(case.device) in small:
-            return f"its backward takes head sizes up to 192 on this device, not {case.head_dim}"
+        if problem.needs_grad and problem.head_dim > 192 and capability(problem.device) in small:
+            return f"its backward takes head sizes up to 192 on this device, not {problem.head_dim}"
         return ""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> tuple[Tensor, Tensor]:
+        bounds = sequences.query_start, sequences.key_start, at_least_two(sequences, q), sequences.max_keys
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q,
-            k,
-            v,
-            sequences.query_start,
-            sequences.key_start,
-            at_least_two(sequences.max_queries, q, sequences.query_start),
-            sequences.max_keys,
-            0.0,
-            True,
-            False,
-            scale=scale,
-            seqused_k=sequences.num_keys,
+            q, k, v, *bounds, 0.0, True, False, scale=scale, seqused_k=sequences.num_keys
         )
         return out, lse
 
@@ -88,30 +78,9 @@ class TorchFlash:
         lse: Tensor,
         sequences: Sequences,
         scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        no_random_numbers = sequences.query_start.new_empty(2, dtype=torch.uint64)  # read with dropout alone
+    ) -> Gradients:
+        bounds = sequences.query_start, sequences.key_start, sequences.max_queries, sequences.max_keys
+        random_state = sequences.query_start.new_empty(2, dtype=torch.uint64)  # read with dropout only
         return torch.ops.aten._flash_attention_backward(
-            dout,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            sequences.query_start,
-            sequences.key_start,
-            sequences.max_queries,
-            sequences.max_keys,
-            0.0,
-            True,
-            no_random_numbers,
-            no_random_numbers,
-            scale=scale,
+            dout, q, k, v, out, lse, *bounds, 0.0, True, random_state, random_state, scale=scale
         )
-
-
-def at_least_two(max_queries: int, q: Tensor, query_start: Tensor) -> int:
-    """The bound on queries for FlashAttention-2, which takes 1 to say that every sequence has just one query.
-
-    It then reads q as [number of sequences, ...], but here some may have none. The bound is only a bound.
-    """
-    return 2 if max_queries == 1 and q.shape[0] != query_start.shape[0] - 1 else max_queries

@@ -6,30 +6,29 @@ torch.use_deterministic_algorithms(True) they do not. Its ops are registered wit
 Untested on GPU.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from lmfusion_kernels.attention.flash import at_least_two
-from lmfusion_kernels.attention.installed import (
+from lmfusion_kernels.attention.availability import (
     has_module,
-    version_of,
+    import_failure,
+    installed_version,
+    unsupported_device,
     wants_deterministic,
-    why_no_import,
-    why_not_device,
-    why_not_flash,
 )
-from lmfusion_kernels.attention.interface import AttentionProblem
-from lmfusion_kernels.attention.two_pass import Sequences
+from lmfusion_kernels.attention.packed_causal import FlashAttentionPackage, Sequences, at_least_two
 
 
-class FlashAttn2:
+class FlashAttn2(FlashAttentionPackage):
     """Packed causal attention by flash_attn.flash_attn_interface."""
 
     summary = "two causal calls of FlashAttention-2"
     install = "pip install flash-attn --no-build-isolation"
 
     def unavailable_reason(self, device: torch.device) -> str:
-        found = version_of("flash-attn")
+        found = installed_version("flash-attn")
         if found is None or not has_module("flash_attn"):
             return f"flash-attn is not installed; `{self.install}`"
         if not (2, 7) <= found < (3,):
@@ -37,65 +36,26 @@ class FlashAttn2:
                 f"flash-attn {'.'.join(map(str, found))} is installed, and it needs version 2 from 2.7 on; "
                 f"`{self.install}`"
             )
-        return why_not_device(device, "8.0 or later", ((8, 99),)) or why_no_import("flash_attn.flash_attn_interface")
-
-    def unsupported_reason(self, case: AttentionProblem) -> str:
-        return why_not_flash(case)
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> tuple[Tensor, Tensor]:
-        from flash_attn import flash_attn_interface
-
-        out, lse, _, _ = flash_attn_interface._wrapped_flash_attn_varlen_forward(
-            q=q,
-            k=k,
-            v=v,
-            cu_seqlens_q=sequences.query_start,
-            cu_seqlens_k=sequences.key_start,
-            max_seqlen_q=at_least_two(sequences.max_queries, q, sequences.query_start),
-            max_seqlen_k=sequences.max_keys,
-            dropout_p=0.0,
-            softmax_scale=scale,
-            causal=True,
-            seqused_k=sequences.num_keys,
+        return unsupported_device(device, "8.0 or later", ((8, 99),)) or import_failure(
+            "flash_attn.flash_attn_interface"
         )
-        return out, lse
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        sequences: Sequences,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def call_forward(self, arguments: dict[str, Any], sequences: Sequences) -> tuple[Tensor, ...]:
         from flash_attn import flash_attn_interface
 
-        # Contiguous: given others, the package would fill copies that it does not return.
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+        bounds = sequences.by_name() | {"max_seqlen_q": at_least_two(sequences, arguments["q"])}
+        return flash_attn_interface._wrapped_flash_attn_varlen_forward(**arguments, **bounds, dropout_p=0.0)
+
+    def call_backward(self, arguments: dict[str, Any]) -> None:
+        from flash_attn import flash_attn_interface
+
         flash_attn_interface._wrapped_flash_attn_varlen_backward(
-            dout=dout,
-            q=q,
-            k=k,
-            v=v,
-            out=out,
-            softmax_lse=lse,
-            dq=dq,
-            dk=dk,
-            dv=dv,
-            cu_seqlens_q=sequences.query_start,
-            cu_seqlens_k=sequences.key_start,
-            max_seqlen_q=sequences.max_queries,
-            max_seqlen_k=sequences.max_keys,
-            dropout_p=0.0,
-            softmax_scale=scale,
+            **arguments,
             causal=True,
+            dropout_p=0.0,
             window_size_left=-1,
             window_size_right=-1,
             softcap=0.0,
             alibi_slopes=None,
             deterministic=wants_deterministic(),
         )
-        return dq, dk, dv

@@ -8,23 +8,23 @@ Needs a version whose ops are registered with torch (2025-12 or later). Untested
 
 import importlib
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lmfusion_kernels.attention.installed import (
+from lmfusion_kernels.attention.availability import (
     has_module,
+    import_failure,
+    unsupported_device,
     wants_deterministic,
-    why_no_import,
-    why_not_device,
-    why_not_flash,
 )
 from lmfusion_kernels.attention.interface import AttentionProblem
-from lmfusion_kernels.attention.two_pass import Sequences
+from lmfusion_kernels.attention.packed_causal import FlashAttentionPackage, Sequences
 from lmfusion_kernels.runtime.device import constant_result
 
 
-class FlashAttn3:
+class FlashAttn3(FlashAttentionPackage):
     """Packed causal attention by hopper's flash_attn_interface."""
 
     summary = "two causal calls of FlashAttention-3"
@@ -33,80 +33,39 @@ class FlashAttn3:
     def unavailable_reason(self, device: torch.device) -> str:
         if not (has_module("flash_attn_interface") and has_module("flash_attn_3")):
             return f"FlashAttention-3 is not installed; `{self.install}`"
-        if reason := why_not_device(device, "9.0", ((9, 9),)) or why_no_import("flash_attn_interface"):
+        if reason := unsupported_device(device, "9.0", ((9, 9),)) or import_failure("flash_attn_interface"):
             return reason
         if not hasattr(torch.ops.flash_attn_3, "_flash_attn_backward"):
             return f"this FlashAttention-3 is older than its registered ops; `{self.install}`"
         return ""
 
-    def unsupported_reason(self, case: AttentionProblem) -> str:
-        if reason := why_not_flash(case):
+    def unsupported_reason(self, problem: AttentionProblem) -> str:
+        if reason := super().unsupported_reason(problem):
             return reason
         flags = build_flags()
         built = [size for size in (64, 96, 128, 192, 256) if not flags.get(f"FLASHATTENTION_DISABLE_HDIM{size}")]
-        if not built or case.head_dim > built[-1]:
-            return f"it was built for head sizes up to {built[-1] if built else 0}, not {case.head_dim}"
-        if case.needs_grad and flags.get("FLASHATTENTION_DISABLE_BACKWARD"):
+        if not built or problem.head_dim > built[-1]:
+            return f"it was built for head sizes up to {built[-1] if built else 0}, not {problem.head_dim}"
+        if problem.needs_grad and flags.get("FLASHATTENTION_DISABLE_BACKWARD"):
             return f"it was built without a backward; `{self.install}`"
-        if case.dtype == torch.float16 and flags.get("FLASHATTENTION_DISABLE_FP16"):
+        if problem.dtype == torch.float16 and flags.get("FLASHATTENTION_DISABLE_FP16"):
             return "it was built without float16; use bfloat16"
         return ""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, scale: float) -> tuple[Tensor, Tensor]:
+    def call_forward(self, arguments: dict[str, Any], sequences: Sequences) -> tuple[Tensor, ...]:
         import flash_attn_interface
 
-        out, lse, _, _ = flash_attn_interface._flash_attn_forward(
-            q=q,
-            k=k,
-            v=v,
-            cu_seqlens_q=sequences.query_start,
-            cu_seqlens_k=sequences.key_start,
-            seqused_k=sequences.num_keys,
-            max_seqlen_q=sequences.max_queries,
-            max_seqlen_k=sequences.max_keys,
-            softmax_scale=scale,
-            causal=True,
-        )
-        return out, lse
+        return flash_attn_interface._flash_attn_forward(**arguments, **sequences.by_name())
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        sequences: Sequences,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def call_backward(self, arguments: dict[str, Any]) -> None:
         import flash_attn_interface
 
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-        flash_attn_interface._flash_attn_backward(
-            dout=dout,
-            q=q,
-            k=k,
-            v=v,
-            out=out,
-            softmax_lse=lse,
-            cu_seqlens_q=sequences.query_start,
-            cu_seqlens_k=sequences.key_start,
-            max_seqlen_q=sequences.max_queries,
-            max_seqlen_k=sequences.max_keys,
-            dq=dq,
-            dk=dk,
-            dv=dv,
-            softmax_scale=scale,
-            is_causal=True,
-            deterministic=wants_deterministic(),
-        )
-        return dq, dk, dv
+        flash_attn_interface._flash_attn_backward(**arguments, is_causal=True, deterministic=wants_deterministic())
 
 
 @constant_result
 def build_flags() -> dict[str, bool]:
-    """What the installed build left out; empty where it does not say."""
+    """What the installed build left out; empty if it does not say."""
     return _build_flags()
 
 

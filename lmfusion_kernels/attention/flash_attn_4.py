@@ -1,13 +1,13 @@
 """FlashAttention-4 (package flash-attn-4, CuTe DSL) with the mask and its lists of blocks: the kernel "flash-attn-4".
 
-One call, whose mask is a function that reads the layout's vectors; the lists say which blocks of 128 x 128 it is asked
-about, which are taken whole and which not at all. bfloat16 and float16, head sizes that are multiples of 8 up to 128
-(larger ones use tiles of other sizes), compute capability 9.0; no key-value cache, whose unused rows it would read; no
-hidden spans, which leave holes in what its lists take for one range.
-The backward adds up dq with atomics, and there is no deterministic one with block lists. Kernels are compiled when
-first run, in seconds. The package is a beta. Untested on GPU.
+One call. Its mask is a function that reads the layout's vectors; the lists say for which blocks of 128 x 128 the
+function is called, which blocks are visible as a whole and which are skipped. bfloat16 and float16, head sizes that are
+multiples of 8 up to 128 (larger ones use tiles of other sizes), compute capability 9.0; no key-value cache, whose
+unused slots it would read; no hidden spans, which leave holes in the ranges that its lists assume.
+The backward adds up dq with atomics; with block lists there is no deterministic backward. Kernels are compiled when
+first run, which takes seconds. The package is a beta. Untested on GPU.
 
-The backward goes over all keys, also over those whose gradients are not wanted: queries need them.
+The backward visits all keys, including those without gradients, because the gradients of queries need them.
 """
 
 from collections.abc import Callable
@@ -17,25 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfusion_kernels.attention.block_lists import block_lists
-from lmfusion_kernels.attention.installed import (
+from lmfusion_kernels.attention.availability import (
     has_module,
-    version_of,
+    import_failure,
+    installed_version,
+    unsupported_by_flash,
+    unsupported_device,
     wants_deterministic,
-    why_no_import,
-    why_not_device,
-    why_not_flash,
 )
-from lmfusion_kernels.attention.interface import (
-    AttentionProblem,
-    QueryRows,
-    aligned,
-    key_ranges,
-    query_ranges,
-    ranges_by_key,
-)
+from lmfusion_kernels.attention.block_lists import block_lists
+from lmfusion_kernels.attention.interface import AttentionCall, AttentionProblem, Gradients, aligned, ranges_by_key
 from lmfusion_kernels.attention.reference import store_rows
-from lmfusion_kernels.layout.token_layout import TokenLayout
 
 BLOCK = 128
 _ops = torch.ops.lmfusion
@@ -49,49 +41,37 @@ class FlashAttn4:
     is_differentiable = False
 
     def unavailable_reason(self, device: torch.device) -> str:
-        found = version_of("flash-attn-4")
+        found = installed_version("flash-attn-4")
         if found is None or not has_module("flash_attn.cute"):
             return f"flash-attn-4 is not installed; `{self.install}`"
-        return why_not_device(device, "9.0", ((9, 9),)) or why_no_import("flash_attn.cute.interface")
+        return unsupported_device(device, "9.0", ((9, 9),)) or import_failure("flash_attn.cute.interface")
 
-    def unsupported_reason(self, case: AttentionProblem) -> str:
-        if case.is_cached:
+    def unsupported_reason(self, problem: AttentionProblem) -> str:
+        if problem.is_cached:
             return "it takes no key-value cache"
-        if case.has_hidden:
+        if problem.has_hidden:
             return "it takes no hidden spans"
-        if case.needs_grad and wants_deterministic():
+        if problem.needs_grad and wants_deterministic():
             return "its backward is not deterministic, and torch.use_deterministic_algorithms(True) is set"
-        return why_not_flash(case, max_head_dim=128)
+        return unsupported_by_flash(problem, max_head_dim=128)
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, rows: QueryRows, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        key_start, key_end, out_row = key_ranges(layout, rows)
-        out, lse = _ops.flash_attn_4(aligned(q), aligned(k), aligned(v), key_start, key_end, scale)
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        q, k, v, *_ = call.aligned()
+        key_start, key_end, out_row = call.key_ranges()
+        out, lse = _ops.flash_attn_4(q, k, v, key_start, key_end, call.scale)
         return store_rows(out, out_row), lse
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        layout: TokenLayout,
-        rows: QueryRows,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, dout = aligned(q), aligned(k), aligned(v), aligned(dout)
-        key_start, key_end, out_row = key_ranges(layout, rows)
+    def backward(self, call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+        (q, k, v, *_), dout = call.aligned(), aligned(dout)
+        key_start, key_end, out_row = call.key_ranges()
         if out_row is not None:
             dout, out = dout.index_select(0, out_row), out.index_select(0, out_row)
-        keys, query_start, query_end = query_ranges(layout, rows)
-        every_key = rows == "all" or layout.num_constant == 0
+        keys, query_start, query_end = call.query_ranges()
+        every_key = call.queries == "all" or call.layout.num_constant == 0
         if not every_key:
-            query_start, query_end = ranges_by_key(key_start, key_end, layout.num_keys)
+            query_start, query_end = ranges_by_key(key_start, key_end, call.layout.num_keys)
         dq, dk, dv = _ops.flash_attn_4_backward(
-            dout, q, k, v, out, lse, key_start, key_end, query_start, query_end, scale
+            dout, q, k, v, out, lse, key_start, key_end, query_start, query_end, call.scale
         )
         return (dq, dk, dv) if every_key else (dq, dk.index_select(0, keys), dv.index_select(0, keys))
 

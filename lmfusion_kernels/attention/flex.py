@@ -1,11 +1,11 @@
 """PyTorch's FlexAttention with a block mask made straight from the layout's vectors: the kernel "flex".
 
-A baseline for the others, and a way out where they cannot run. float32, bfloat16 and float16 on CUDA devices of
-capability 8.0 and later, compiled by torch.compile when first run and again for shapes it has not seen; it is also
-differentiable there. On the CPU it runs uncompiled and forms all scores: any dtype, small inputs, no gradients. No
-key-value cache, whose unused rows it would read. Its `backward`, which a block needs, runs the forward once more. Each
-call makes its block mask, (N / 128)^2 int32 on the device; with hidden spans every block of it is masked token by
-token, and none is skipped that lies within the ranges of keys. Untested on GPU.
+A baseline for the other kernels, and a fallback where they cannot run. float32, bfloat16 and float16 on CUDA devices of
+capability 8.0 and later, compiled by torch.compile when first run and again for new shapes; autograd can
+follow it there. On the CPU it runs uncompiled and forms all scores: any dtype, small inputs, no gradients. No
+key-value cache, whose unused slots it would read. Its `backward`, which a block needs, runs the forward once more. Each
+call makes its block mask, (N / 128)^2 int32 on the device; with hidden spans every block is masked token by
+token, and no block within the ranges of keys is skipped. Untested on GPU.
 """
 
 from functools import lru_cache
@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmfusion_kernels.attention.availability import unsupported_device
 from lmfusion_kernels.attention.block_lists import block_lists
-from lmfusion_kernels.attention.installed import why_not_device
-from lmfusion_kernels.attention.interface import AttentionProblem, QueryRows, dtype_name, hidden_ends, key_ranges
+from lmfusion_kernels.attention.interface import AttentionCall, AttentionProblem, Gradients, dtype_name
 from lmfusion_kernels.attention.reference import recomputed_backward, store_rows
-from lmfusion_kernels.layout.token_layout import TokenLayout
 
 BLOCK = 128
 
@@ -30,50 +29,38 @@ class Flex:
     is_differentiable = True
 
     def unavailable_reason(self, device: torch.device) -> str:
-        return "" if device.type == "cpu" else why_not_device(device, "8.0 or later", ((8, 99),))
+        return "" if device.type == "cpu" else unsupported_device(device, "8.0 or later", ((8, 99),))
 
-    def unsupported_reason(self, case: AttentionProblem) -> str:
-        if case.is_cached:
+    def unsupported_reason(self, problem: AttentionProblem) -> str:
+        if problem.is_cached:
             return "it takes no key-value cache"
-        if case.device.type == "cpu":
-            return "it has no gradients on the CPU" if case.needs_grad else ""
-        if case.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"it takes float32, bfloat16 and float16, not {dtype_name(case.dtype)}"
-        if case.head_dim < 16:
-            return f"it takes head sizes from 16 on, not {case.head_dim}"
+        if problem.device.type == "cpu":
+            return "it has no gradients on the CPU" if problem.needs_grad else ""
+        if problem.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"it takes float32, bfloat16 and float16, not {dtype_name(problem.dtype)}"
+        if problem.head_dim < 16:
+            return f"it takes head sizes from 16 on, not {problem.head_dim}"
         return ""
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, rows: QueryRows, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        q, k, v = call.q, call.k, call.v
         if q.shape[0] == 0:
             return torch.empty_like(q), q.new_empty((q.shape[1], 0), dtype=torch.float32)
-        key_start, key_end, out_row = key_ranges(layout, rows)
+        key_start, key_end, out_row = call.key_ranges()
         query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
         out, aux = _flex_attention(q)(
             query,
             key,
             value,
-            block_mask=block_mask(key_start, key_end, k.shape[0], hidden_ends(layout, rows)[0]),
-            scale=scale,
+            block_mask=block_mask(key_start, key_end, k.shape[0], call.hidden_ends()[0]),
+            scale=call.scale,
             enable_gqa=q.shape[1] != k.shape[1],
-            return_aux=_lse_too(),
+            return_aux=_with_lse(),
         )
         return store_rows(out[0].transpose(0, 1), out_row), aux.lse[0]
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        layout: TokenLayout,
-        rows: QueryRows,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return recomputed_backward(self.forward, dout, q, k, v, layout, rows, scale)
+    def backward(self, call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+        return recomputed_backward(self.forward, call, dout)
 
 
 def block_mask(key_start: Tensor, key_end: Tensor, num_keys: int, visible_end: Tensor | None = None) -> Any:
@@ -112,7 +99,7 @@ def _compiled() -> Any:
     return torch.compile(flex_attention)
 
 
-def _lse_too() -> Any:
+def _with_lse() -> Any:
     from torch.nn.attention.flex_attention import AuxRequest
 
     return AuxRequest(lse=True)

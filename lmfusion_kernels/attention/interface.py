@@ -1,4 +1,4 @@
-"""What does a kernel of hybrid attention look like to the dispatcher, and what does it have to know of a call?"""
+"""What an attention kernel implements, and what it gets: `Kernel`, `AttentionProblem` and `AttentionCall`."""
 
 from typing import Literal, NamedTuple, Protocol
 
@@ -7,12 +7,15 @@ from torch import Tensor
 
 from lmfusion_kernels.layout.token_layout import TokenLayout
 
-QueryRows = Literal["all", "active", "constant"]
-"""Which rows are queries: all rows of the layout, those that take part in a backward, or the others."""
+Queries = Literal["all", "active", "constant"]
+"""Which tokens are queries: all tokens of the layout, the active ones (those with a backward), or the constant ones."""
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+"""dq, dk, dv"""
 
 
 class AttentionProblem(NamedTuple):
-    """What decides whether a kernel can run a call."""
+    """The properties of a call that decide whether a kernel can run it."""
 
     device: torch.device
     dtype: torch.dtype
@@ -26,12 +29,53 @@ class AttentionProblem(NamedTuple):
     """Whether the layout has hidden spans."""
 
 
+class AttentionCall(NamedTuple):
+    """The arguments of one call of a kernel."""
+
+    q: Tensor
+    """[Nq, H, D]: the `queries`, in sequence order."""
+    k: Tensor
+    """[layout.num_keys, H_kv, D], in sequence order."""
+    v: Tensor
+    """As k."""
+    layout: TokenLayout
+    queries: Queries
+    scale: float
+    """Multiplies the scores."""
+
+    def key_ranges(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """key_start and key_end by query, and the row of the result for each query (None: the same row)."""
+        mask = self.layout.mask_of(self.queries)
+        return mask.key_start, mask.key_end, mask.out_row
+
+    def hidden_ends(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """visible_end by key, counted in `queries`, and run_end; None if the layout hides nothing."""
+        layout = self.layout
+        return (layout.mask_of(self.queries).visible_end, layout.hidden.run_end) if layout.has_hidden else (None, None)
+
+    def query_ranges(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The keys that get gradients, and for each the range of `queries` that see it.
+
+        Raises ValueError for constant tokens, which have no backward.
+        """
+        mask = self.layout.mask_of(self.queries)
+        if mask.key is None or mask.query_start is None or mask.query_end is None:
+            raise ValueError(NO_BACKWARD_OF_CONSTANT_TOKENS)
+        return mask.key, mask.query_start, mask.query_end
+
+    def aligned(self) -> "AttentionCall":
+        """The same call with q, k and v as `aligned` returns them."""
+        return self._replace(q=aligned(self.q), k=aligned(self.k), v=aligned(self.v))
+
+
+NO_BACKWARD_OF_CONSTANT_TOKENS = "constant tokens have no backward: nothing trainable reaches them"
+
+
 class Kernel(Protocol):
     """One implementation of hybrid attention.
 
-    q: [Nq, H, D], the queries of `rows` in sequence order. k, v: [layout.num_keys, H_kv, D] in sequence order.
-    out: [Nq, H, D] in sequence order, but for "active" rows in [live | image] order. lse: float32 [H, Nq] by query, the
-    log of the sum of exp(score). scale multiplies the scores.
+    out: [Nq, H, D] in sequence order, except that "active" rows are in [live | image] order. lse: float32 [H, Nq] by
+    query, the log of the sum of exp(score).
     """
 
     @property
@@ -48,70 +92,32 @@ class Kernel(Protocol):
         """Why it cannot run on `device` whatever the tensors, as the rest of a sentence; empty if it can."""
         ...
 
-    def unsupported_reason(self, case: AttentionProblem) -> str:
-        """Why a kernel that is not absent cannot run `case`, as the rest of a sentence; empty if it can."""
+    def unsupported_reason(self, problem: AttentionProblem) -> str:
+        """Why a kernel that is available cannot run `problem`, as the rest of a sentence; empty if it can."""
         ...
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, rows: QueryRows, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """out and lse."""
         ...
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        layout: TokenLayout,
-        rows: QueryRows,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv from what `forward` returned; dk, dv of the keys of `rows` alone. "constant" has no backward."""
+    def backward(self, call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+        """dq, dk, dv from what `forward` returned; dk, dv of the keys of `queries`. "constant" has no backward."""
         ...
-
-
-def key_ranges(layout: TokenLayout, rows: QueryRows) -> tuple[Tensor, Tensor, Tensor | None]:
-    """key_start, key_end by query, and the row of the result for each query (None: the same)."""
-    if rows == "all":
-        return layout.key_start, layout.key_end, None
-    if rows == "active":
-        return layout.active_key_start, layout.active_key_end, layout.active_row
-    return layout.constant_key_start, layout.constant_key_end, None
-
-
-def hidden_ends(layout: TokenLayout, rows: QueryRows) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """visible_end by key, counted in the queries of `rows`, and run_end; None where the layout hides nothing."""
-    if not layout.has_hidden:
-        return None, None
-    if rows == "all":
-        return layout.visible_end, layout.run_end
-    return (layout.active_visible_end if rows == "active" else layout.constant_visible_end), layout.run_end
-
-
-def query_ranges(layout: TokenLayout, rows: QueryRows) -> tuple[Tensor, Tensor, Tensor]:
-    """The keys that get gradients, and for each the range of queries (counted among `rows`) that see it."""
-    if rows == "all":
-        return layout.key_slot, layout.query_start, layout.query_end
-    if rows == "active":
-        return layout.active_key, layout.active_query_start, layout.active_query_end
-    raise ValueError("constant rows have no backward: nothing trainable reaches them")
 
 
 def ranges_by_key(
     key_start: Tensor, key_end: Tensor, num_keys: int, visible_end: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Which queries `[query_start[j], query_end[j])` see key `j`? int32 [num_keys], from the keys each query sees and
-    visible_end by key, if some are hidden."""
+    """The queries `[query_start[j], query_end[j])` that see key `j`: int32 [num_keys].
+
+    Computed from the keys that each query sees, and from visible_end by key if some keys are hidden.
+    """
     key = torch.arange(num_keys, dtype=torch.int32, device=key_start.device)
     query_start = torch.searchsorted(key_end, key, right=True, out_int32=True)
     query_end = torch.searchsorted(key_start, key, right=True, out_int32=True)
     if visible_end is not None:
         query_end = torch.minimum(query_end, visible_end[:num_keys])
-    return query_start, torch.maximum(query_start, query_end)  # seen by none: an empty range
+    return query_start, torch.maximum(query_start, query_end)  # an empty range for a key that no query sees
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which rows of the measured table do benchmark results give?
+"""Makes rows of the measured table from benchmark results.
 
 `python -m lmfusion_kernels.attention.propose results.json` prints table.json with the rows of the devices in the
 results replaced; results.json is a list of results as `propose` takes them.
@@ -13,19 +13,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lmfusion_kernels.attention.table import DIRECTIONS, Row, load
+from lmfusion_kernels.attention.table import DIRECTIONS, TableRow, load
 
 _MARGIN = 0.98
-"""Less than 2 % is noise: the kernel that is fastest for fewer tokens stays."""
+"""A difference below 2 % is noise: the kernel that is fastest for fewer tokens stays."""
 
 
-def propose(results: Iterable[Mapping[str, Any]]) -> list[Row]:
+def propose(results: Iterable[Mapping[str, Any]]) -> list[TableRow]:
     """Rows from benchmark results: for each number of tokens the kernel with the least time over all patterns.
 
     results: one mapping each of capability ("9.0" or a pair), dtype, head_dim, num_tokens, pattern, direction
-    ("forward" or "backward"), kernel and median_ms; whatever else they hold is left alone. The times of all patterns
-    count equally, as a geometric mean, and a kernel that did not run all patterns of a size does not compete there.
-    For "training" the times of forward and backward add up.
+    ("forward" or "backward"), kernel and median_ms; other keys are ignored. The times of all patterns count equally,
+    as a geometric mean, and a kernel that did not run all patterns of a size does not compete there. For "training" the
+    times of forward and backward are added.
 
     Raises ValueError for a direction that is neither.
     """
@@ -33,14 +33,14 @@ def propose(results: Iterable[Mapping[str, Any]]) -> list[Row]:
     times = defaultdict(lambda: defaultdict(dict))
     for result in results:
         if result["direction"] not in ("forward", "backward"):
-            raise ValueError(f"a result has the direction {result['direction']!r}; known: forward, backward")
+            raise ValueError(f"the direction of a result must be forward or backward, got {result['direction']!r}")
         capability = result["capability"]
         capability = capability if isinstance(capability, str) else ".".join(map(str, capability))
         kind = (capability, str(result["dtype"]), int(result["head_dim"]), int(result["num_tokens"]))
         by_pattern = times[kind][result["kernel"], result["direction"]]
         by_pattern[result["pattern"]] = float(result["median_ms"])
 
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for kind in sorted(times):
         capability, dtype, head_dim, num_tokens = kind
         for direction in DIRECTIONS:
@@ -48,7 +48,7 @@ def propose(results: Iterable[Mapping[str, Any]]) -> list[Row]:
             if not means:
                 continue
             kernel = min(means, key=lambda name: (means[name], name))
-            row = Row(capability, dtype, head_dim, direction, num_tokens, kernel)
+            row = TableRow(capability, dtype, head_dim, direction, num_tokens, kernel)
             smaller = [other for other in rows if _kind(other) == _kind(row)]
             if not smaller:
                 rows.append(replace(row, min_tokens=0))
@@ -57,7 +57,7 @@ def propose(results: Iterable[Mapping[str, Any]]) -> list[Row]:
     return rows
 
 
-def _kind(row: Row) -> Row:
+def _kind(row: TableRow) -> TableRow:
     return replace(row, min_tokens=0, kernel="")
 
 
@@ -78,7 +78,7 @@ def _means(times: Mapping[tuple[str, str], Mapping[str, float]], direction: str)
     }
 
 
-def merge(old: Iterable[Row], new: list[Row]) -> str:
+def merge(old: Iterable[TableRow], new: list[TableRow]) -> str:
     """The text of table.json with the rows of the devices in `new` replaced."""
     devices = {row.capability for row in new}
     rows = [row for row in old if row.capability not in devices] + new

@@ -1,6 +1,6 @@
 """Hybrid attention in plain PyTorch from the ranges of the keys: the kernel "reference", and gradients by autograd.
 
-It holds an [H, Nq, Nk] tensor, so it is for small inputs and for dtypes that nothing else takes.
+It holds an [H, Nq, Nk] tensor, so it is for small inputs and for dtypes that no other kernel takes.
 """
 
 from collections.abc import Callable
@@ -8,10 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lmfusion_kernels.attention.interface import AttentionProblem, QueryRows, hidden_ends, key_ranges, query_ranges
-from lmfusion_kernels.layout.token_layout import TokenLayout
+from lmfusion_kernels.attention.interface import AttentionCall, AttentionProblem, Gradients
 
-Forward = Callable[[Tensor, Tensor, Tensor, TokenLayout, QueryRows, float], tuple[Tensor, Tensor]]
+Forward = Callable[[AttentionCall], tuple[Tensor, Tensor]]
 
 
 def dense_attention(
@@ -32,7 +31,7 @@ def dense_attention(
     if visible_end is not None:
         visible &= torch.arange(q.shape[0], device=q.device)[:, None] < visible_end
     scores = (torch.einsum("nhd,mhd->hnm", q.to(wide), k) * scale).masked_fill(~visible, float("-inf"))
-    # Not exp(scores - lse): at huge scores lse has lost the logarithm of the sum
+    # Not exp(scores - lse): at huge scores, adding the logarithm of the sum to the maximum rounds it away.
     sees_nothing = (scores == float("-inf")).all(dim=-1, keepdim=True)  # the softmax of such a row would be NaN
     weights = scores.masked_fill(sees_nothing, 0.0).softmax(dim=-1).masked_fill(sees_nothing, 0.0)
     return torch.einsum("hnm,mhd->nhd", weights, v).to(q.dtype), scores.logsumexp(dim=-1)
@@ -43,23 +42,15 @@ def store_rows(out: Tensor, out_row: Tensor | None) -> Tensor:
     return out if out_row is None else torch.empty_like(out).index_copy_(0, out_row.long(), out)
 
 
-def recomputed_backward(
-    forward: Forward,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: TokenLayout,
-    rows: QueryRows,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of a forward that autograd can follow, which is run once more."""
-    keys, _, _ = query_ranges(layout, rows)
+def recomputed_backward(forward: Forward, call: AttentionCall, dout: Tensor) -> Gradients:
+    """The gradients of a forward that autograd can follow, which runs once more."""
+    keys, _, _ = call.query_ranges()
     with torch.enable_grad():
-        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        out, _ = forward(q, k, v, layout, rows, scale)
-        dq, dk, dv = torch.autograd.grad(out, (q, k, v), dout)
-    return (dq, dk, dv) if rows == "all" else (dq, dk.index_select(0, keys), dv.index_select(0, keys))
+        leaves = [x.detach().requires_grad_() for x in (call.q, call.k, call.v)]
+        q, k, v = leaves
+        out, _ = forward(call._replace(q=q, k=k, v=v))
+        dq, dk, dv = torch.autograd.grad(out, leaves, dout)
+    return (dq, dk, dv) if call.queries == "all" else (dq, dk.index_select(0, keys), dv.index_select(0, keys))
 
 
 class Reference:
@@ -71,26 +62,14 @@ class Reference:
     def unavailable_reason(self, device: torch.device) -> str:
         return ""
 
-    def unsupported_reason(self, case: AttentionProblem) -> str:
+    def unsupported_reason(self, problem: AttentionProblem) -> str:
         return ""
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, rows: QueryRows, scale: float
-    ) -> tuple[Tensor, Tensor]:
-        key_start, key_end, out_row = key_ranges(layout, rows)
-        out, lse = dense_attention(q, k, v, key_start, key_end, scale, hidden_ends(layout, rows)[0])
+    def forward(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        key_start, key_end, out_row = call.key_ranges()
+        visible_end, _ = call.hidden_ends()
+        out, lse = dense_attention(call.q, call.k, call.v, key_start, key_end, call.scale, visible_end)
         return store_rows(out, out_row), lse
 
-    def backward(
-        self,
-        dout: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        layout: TokenLayout,
-        rows: QueryRows,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return recomputed_backward(self.forward, dout, q, k, v, layout, rows, scale)
+    def backward(self, call: AttentionCall, dout: Tensor, out: Tensor, lse: Tensor) -> Gradients:
+        return recomputed_backward(self.forward, call, dout)

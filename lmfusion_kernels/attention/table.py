@@ -1,8 +1,8 @@
-"""Which attention kernel was measured to be fastest on this device? The rows of table.json.
+"""The measured table: which attention kernel was the fastest on a device, from table.json.
 
-A row says: from `min_tokens` rows of a batch on, up to the next row that is alike in all else, `kernel` was the
-fastest. The file holds what was measured and nothing else; where it says nothing, the default order decides. propose.py
-makes rows from the results of benchmarks.
+A row says: for batches of at least `min_tokens` tokens, up to the next row that is otherwise equal, `kernel` was the
+fastest. The file holds only measurements; without a row the default order decides. propose.py makes rows from benchmark
+results.
 """
 
 import json
@@ -16,7 +16,7 @@ DIRECTIONS = ("forward", "training")
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One decision of the table."""
 
     capability: str
@@ -31,20 +31,22 @@ class Row:
 
 
 @lru_cache(maxsize=1)
-def load() -> tuple[Row, ...]:
-    """The rows of table.json. Raises ValueError where the file has other fields or an unknown direction."""
+def load() -> tuple[TableRow, ...]:
+    """The rows of table.json. Raises ValueError if the file has other fields or an unknown direction."""
     return parse(PATH.read_text())
 
 
-def parse(text: str) -> tuple[Row, ...]:
+def parse(text: str) -> tuple[TableRow, ...]:
     rows = []
     for entry in json.loads(text):
         try:
-            row = Row(**entry)
+            row = TableRow(**entry)
         except TypeError as error:
-            raise ValueError(f"{PATH.name} has the row {entry}, which does not fit: {error}") from None
+            raise ValueError(f"a row of {PATH.name} must have the fields of TableRow, got {entry}: {error}") from None
         if row.direction not in DIRECTIONS:
-            raise ValueError(f"{PATH.name} has the direction {row.direction!r}; known: {', '.join(DIRECTIONS)}")
+            raise ValueError(
+                f"a direction in {PATH.name} must be one of {', '.join(DIRECTIONS)}, got {row.direction!r}"
+            )
         rows.append(row)
     return tuple(rows)
 

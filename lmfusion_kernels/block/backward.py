@@ -1,11 +1,10 @@
-"""How does the gradient flow back through a two-tower layer? The block as one autograd node.
+"""The backward of a two-tower layer, as one autograd node.
 
-Outside attention it is 20 kernels on a GPU: two GEMMs for each of the four projections of each tower (one where the
-weight is frozen), one kernel for SwiGLU, two for the norms, one for RoPE + reorder. Norm weights that are trained add
-one a norm, which sums up the partial sums; trained biases one a tower; constant rows two if text rows want gradients
-(zeros, and their joining), one tensor for both towers one. Norm outputs and the SwiGLU product, which the gradients of
-the weights behind them need, are recomputed by these kernels on their way. Rows are the active ones throughout,
-[live | image].
+Outside attention it is 20 kernels on a GPU: two GEMMs for each of the four projections of each tower (one if the weight
+is frozen), one kernel for SwiGLU, two for the norms, one for RoPE + reorder. Each trained norm adds one kernel, which
+adds up partial sums; trained biases add one per tower; constant tokens add two if text rows need gradients (zeros, and
+their concatenation); one tensor for both towers adds one. These kernels also recompute norm outputs and the SwiGLU
+product, which the gradients of the following weights need. Rows are the active tokens throughout, [live | image].
 """
 
 from collections.abc import Sequence
@@ -15,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmfusion_kernels import attention
+from lmfusion_kernels.attention import dispatch
+from lmfusion_kernels.attention.interface import AttentionCall
 from lmfusion_kernels.block.forward import Activations, Call, complete, forward, present
-from lmfusion_kernels.block.weights import BlockWeights, Rope, Rows
+from lmfusion_kernels.block.weights import BlockWeights, Rope, TowerRows
 from lmfusion_kernels.layout.token_layout import TokenLayout
 from lmfusion_kernels.runtime.transforms import Link, NoSecondDerivative
 
@@ -27,11 +27,13 @@ _COUNT = len(WEIGHT_NAMES)
 _ops: Any = torch.ops.lmfusion
 
 
-def apply(call: Call, x: Rows) -> Rows:
+def apply(call: Call, x: TowerRows) -> TowerRows:
     """The block on rows `x`, with a backward."""
     weights = [getattr(tower, name) for tower in call.towers for name in WEIGHT_NAMES]
     rows = (x, None, None) if isinstance(x, Tensor) else (None, *x)
-    link = Link.apply(*(part for part in rows if part is not None))  # see NoSecondDerivative; not all rows are kept
+    link = Link.apply(
+        *(part for part in rows if part is not None)
+    )  # lets NoSecondDerivative reach the rows, not all of which are kept
     kinds = (call.layout, call.text.eps, call.attention, call.ffn, call.recompute)
     y_text, y_image = _RoutedBlock.apply(*rows, *weights, *call.rope, link, *kinds)
     return y_text if isinstance(x, Tensor) else (y_text, y_image)
@@ -45,12 +47,12 @@ def _call(weights: tuple[Tensor | None, ...], rope: Rope, kinds: tuple[TokenLayo
 
 
 class _RoutedBlock(torch.autograd.Function):
-    """Rows of both towers in, rows of both towers out; `x` has all rows, or `x_text` and `x_image` a tower's."""
+    """Rows of both towers in, rows of both towers out; `x` has all rows, or `x_text` and `x_image` one tower's each."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor | None, x_text: Tensor | None, x_image: Tensor | None, *args: Any) -> Any:
         weights, (cos, sin, link, *kinds) = args[: 2 * _COUNT], args[2 * _COUNT :]
-        rows: Rows
+        rows: TowerRows
         if x is None:
             assert x_text is not None and x_image is not None
             rows = (x_text, x_image)
@@ -65,7 +67,7 @@ class _RoutedBlock(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *dy: Tensor) -> Any:
         device_type = ctx.kinds[0].device.type
-        tensors = ctx.saved_tensors  # once: hooks unpack all of them with every look
+        tensors = ctx.saved_tensors  # read once: saved-tensor hooks unpack all of them on every access
         weights, (cos, sin) = tensors[: 2 * _COUNT], tensors[2 * _COUNT : 2 * _COUNT + 2]
         with torch.autocast("cpu" if device_type == "meta" else device_type, enabled=False), torch.no_grad():
             saved = Activations(*tensors[2 * _COUNT + 2 : -1])
@@ -104,7 +106,7 @@ def backward(
         name: str, dnormed: list[Tensor], rows: list[Tensor], rstd: Tensor, dresidual: list[Tensor], recompute: bool
     ) -> tuple[list[Tensor], list[Tensor]]:
         want_text, want_image = wants[0][name], wants[1][name]
-        rstd = rstd[rstd.shape[0] - layout.num_active :]  # constant rows come first, where it has them
+        rstd = rstd[rstd.shape[0] - layout.num_active :]  # constant tokens come first, if it has them
         results = iter(_ops.rms_norm_backward(
             dnormed, rows, rstd, getattr(text, name), getattr(image, name), num_live, dresidual, want_text, want_image,
             recompute,
@@ -125,23 +127,26 @@ def backward(
     dgate_up = [dgate_live, dgate_image]
     dnormed = [torch.mm(d, w.gate_up_proj) for d, w in zip(dgate_up, towers, strict=True)]
     want_gate_up = wants[0]["gate_up_proj"] or wants[1]["gate_up_proj"]
-    middle = [present(saved.post_attention_live), present(saved.middle_image)]
+    post_attention = [present(saved.post_attention_live), present(saved.post_attention_image)]
     rstd = present(saved.rstd_post_attention)
-    dmiddle, normed = norm_backward("post_attention_layernorm", dnormed, middle, rstd, dys, want_gate_up)
+    dpost_attention, normed = norm_backward(
+        "post_attention_layernorm", dnormed, post_attention, rstd, dys, want_gate_up
+    )
     if want_gate_up:
         weight_grads("gate_up_proj", dgate_up, normed)
 
-    # Attention: rows arrive in [live | image] order, gradients of q, k, v leave in sequence order.
+    # Attention: rows arrive in [live | image] order; the gradients of q, k, v leave in sequence order.
     q, k, v, out, lse = map(present, (saved.q, saved.k, saved.v, saved.out, saved.lse))
     dout = torch.empty_like(out)
-    for rows, d, w in zip(dout.flatten(1).tensor_split([num_live]), dmiddle, towers, strict=True):
+    for rows, d, w in zip(dout.flatten(1).tensor_split([num_live]), dpost_attention, towers, strict=True):
         torch.mm(d, w.o_proj, out=rows)
-    weight_grads("o_proj", dmiddle, list(out.flatten(1).tensor_split([num_live])))
-    dqkv_rows = attention.backward(call.attention, dout, q, k, v, out, lse, layout, "active", call.scale)
+    weight_grads("o_proj", dpost_attention, list(out.flatten(1).tensor_split([num_live])))
+    active = AttentionCall(q, k, v, layout, "active", call.scale)
+    dqkv_rows = dispatch.backward(call.attention, active, dout, out, lse)
     norm_wants = [want["q_norm"] or want["k_norm"] for want in wants]
     qkv = [saved.qkv_live, saved.qkv_image] if call.has_qk_norm else []
     results = iter(_ops.rope_reorder_backward(
-        *dqkv_rows, qkv, *call.rope, layout.active_row, layout.active_key, num_live, call.num_heads, *call.qk_norms,
+        *dqkv_rows, qkv, *call.rope, layout.active.out_row, layout.active.key, num_live, call.num_heads, *call.qk_norms,
         text.eps, *norm_wants,
     ))  # fmt: skip
     dqkv = [next(results), next(results)]
@@ -159,7 +164,7 @@ def backward(
     dnormed = [torch.mm(d, w.qkv_proj) for d, w in zip(dqkv, towers, strict=True)]
     want_qkv = wants[0]["qkv_proj"] or wants[1]["qkv_proj"]
     x, rstd = [saved.x_live, saved.x_image], present(saved.rstd_in)
-    dx, normed = norm_backward("input_layernorm", dnormed, x, rstd, dmiddle, want_qkv)
+    dx, normed = norm_backward("input_layernorm", dnormed, x, rstd, dpost_attention, want_qkv)
     if want_qkv:
         weight_grads("qkv_proj", dqkv, normed)
     weight_results = (grad.get(name) for grad in grads for name in WEIGHT_NAMES)
@@ -167,7 +172,7 @@ def backward(
 
 
 def _input_grads(dx: list[Tensor], needs: Sequence[bool], num_constant: int) -> tuple[Tensor | None, ...]:
-    """Gradients of x, x_text and x_image from those of the live and the image rows; constant rows get zeros."""
+    """Gradients of x, x_text and x_image from those of the live and the image rows; constant tokens get zeros."""
     dx_live, dx_image = dx
     zeros = [dx_live.new_zeros(num_constant, dx_live.shape[1])] if num_constant and (needs[0] or needs[1]) else []
     if needs[0]:

@@ -6,31 +6,31 @@ import torch
 from torch import Tensor, nn
 
 from lmfusion_kernels.block.routed_block import routed_block
-from lmfusion_kernels.block.weights import BlockWeights, Rope, Rows
+from lmfusion_kernels.block.weights import BlockWeights, Rope, TowerRows
 from lmfusion_kernels.layout.token_layout import TokenLayout
 from lmfusion_kernels.ops.lora import effective_weight
 
 SEPARATIONS = ("deep", "shallow", "none")
 
 
-def _checked_head_dim(num_heads: int, num_kv_heads: int, head_dim: int | None, **widths: int) -> int:
+def _resolve_head_dim(num_heads: int, num_kv_heads: int, head_dim: int | None, **widths: int) -> int:
     """head_dim, by default hidden_size / num_heads. Raises ValueError, with names and values, for impossible sizes."""
     given = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, **widths}
     if head_dim is not None:
         given["head_dim"] = head_dim
     for name, size in given.items():
         if size < 1:
-            raise ValueError(f"{name} is {size}; sizes are positive")
+            raise ValueError(f"{name} must be positive, got {size}")
     if num_heads % num_kv_heads:
-        raise ValueError(f"num_heads {num_heads} is not a multiple of num_kv_heads {num_kv_heads}")
+        raise ValueError(f"num_heads must be a multiple of num_kv_heads {num_kv_heads}, got {num_heads}")
     if head_dim is None:
         head_dim, rest = divmod(widths["hidden_size"], num_heads)
         if rest:
             raise ValueError(
-                f"hidden_size {widths['hidden_size']} is not a multiple of num_heads {num_heads}; give head_dim"
+                f"hidden_size must be a multiple of num_heads {num_heads}, got {widths['hidden_size']}; give head_dim"
             )
     if head_dim % 2:
-        raise ValueError(f"head_dim is {head_dim}; RoPE turns pairs of numbers, so it is even")
+        raise ValueError(f"head_dim must be even, since RoPE rotates pairs of numbers, got {head_dim}")
     return head_dim
 
 
@@ -83,7 +83,7 @@ class TowerLayer(nn.Module):
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        head_dim = _checked_head_dim(
+        head_dim = _resolve_head_dim(
             num_heads, num_kv_heads, head_dim, hidden_size=hidden_size, intermediate_size=intermediate_size
         )
         self.input_layernorm = NormWeight(hidden_size)
@@ -94,7 +94,7 @@ class TowerLayer(nn.Module):
 
     @torch.no_grad()
     def initialize(self, num_layers: int, std: float = 0.02) -> None:
-        """Truncated normal weights, those that end in the residual stream smaller by sqrt(2 num_layers); norms at 1."""
+        """Truncated normal weights, norms at 1. Projections into the residual stream: smaller by sqrt(2 num_layers)."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -106,8 +106,8 @@ class TowerLayer(nn.Module):
     def weights(self, dtype: torch.dtype) -> BlockWeights:
         """The parameters in `dtype`; a cast is part of the graph, so float32 parameters can train under bf16 rows.
 
-        Where peft has put LoRA on a projection, its weight is the adapted one. Raises ValueError for adapters that
-        are no sum of weights: see `lmfusion_kernels.ops.lora.effective_weight`.
+        If peft has put LoRA on a projection, its weight is the adapted one. Raises ValueError for adapters that are
+        more than a sum of weights: see `lmfusion_kernels.ops.lora.effective_weight`.
         """
         attention, mlp = self.self_attn, self.mlp
 
@@ -132,12 +132,12 @@ class TowerLayer(nn.Module):
         return effective_weight(linear, dtype)
 
     def share(self, other: "TowerLayer", separation: str) -> None:
-        """Use the other tower's modules where `separation` has one set for both.
+        """Use the other tower's modules where `separation` shares them.
 
-        "deep": nothing is shared. "shallow": the attention and its norm are. "none": everything is.
+        "deep": nothing is shared. "shallow": the attention and its norm are shared. "none": everything is shared.
         """
         if separation not in SEPARATIONS:
-            raise ValueError(f"separation is {separation!r}; known: {', '.join(SEPARATIONS)}")
+            raise ValueError(f"separation must be one of {', '.join(SEPARATIONS)}, got {separation!r}")
         if separation in ("shallow", "none"):
             self.input_layernorm, self.self_attn = other.input_layernorm, other.self_attn
         if separation == "none":
@@ -171,7 +171,7 @@ class RoutedBlock(nn.Module):
         super().__init__()
         image_hidden_size = hidden_size if image_hidden_size is None else image_hidden_size
         image_intermediate_size = intermediate_size if image_intermediate_size is None else image_intermediate_size
-        head_dim = _checked_head_dim(
+        head_dim = _resolve_head_dim(
             num_heads,
             num_kv_heads,
             head_dim,
@@ -202,18 +202,18 @@ class RoutedBlock(nn.Module):
 
     def forward(
         self,
-        x: Rows,
+        x: TowerRows,
         layout: TokenLayout,
         rope: Rope,
         order: str = "tower",
         backend: str | None = None,
         recompute: str = "none",
-    ) -> Rows:
+    ) -> TowerRows:
         """See `routed_block`."""
         if rope[0].shape[-1] != self.head_dim // 2:
             raise ValueError(
-                f"rope's cos and sin are {rope[0].shape[-1]} wide; heads of {self.head_dim} need half of that, "
-                f"{self.head_dim // 2}: one angle for each pair, as rope_tables makes them"
+                f"rope's cos and sin must be {self.head_dim // 2} wide for heads of {self.head_dim}, one angle per "
+                f"pair, got {rope[0].shape[-1]}; make them with rope_tables"
             )
         dtype = x.dtype if isinstance(x, Tensor) else x[0].dtype
         text, image = self.text.weights(dtype), self.image.weights(dtype)

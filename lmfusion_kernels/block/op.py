@@ -3,9 +3,9 @@
 A graph with the kernels in it would depend on the counts of every batch: torch.compile makes another graph for each
 count that is 0 or 1. This op hides them in two tensors (`TokenLayout.as_two_tensors`). A graph depends on the number
 of rows only, and, where gradients are recorded, on two more counts that give the shapes of what is kept. The attention
-kernels are chosen when the op runs. It computes the same bits as `block_forward` and `block_backward`.
+kernel is chosen when the op runs. The op computes the same bits as `block_forward` and `block_backward`.
 
-In addition to what an untraced block keeps, the op keeps its rows, the constant ones included.
+In addition to what an untraced block keeps, the op keeps its input rows, including the constant ones.
 """
 
 import math
@@ -17,7 +17,7 @@ from torch import Tensor
 from lmfusion_kernels.block import backward as block_backward
 from lmfusion_kernels.block import forward as block_forward
 from lmfusion_kernels.block.forward import Activations, Call
-from lmfusion_kernels.block.weights import BlockWeights, Rope, Rows, split_towers
+from lmfusion_kernels.block.weights import BlockWeights, Rope, TowerRows, split_towers
 from lmfusion_kernels.layout.token_layout import BufferedLayout, TokenLayout
 from lmfusion_kernels.ops.gate_up_swiglu import choose_ffn
 from lmfusion_kernels.runtime.library import refuse_second_derivative
@@ -43,7 +43,7 @@ class Traced(NamedTuple):
     numbers that vary."""
     num_live: int
     present: list[int]
-    """Which of the weights are there: their places among those of the text tower, then those of the image tower."""
+    """The weights that are given: their indices among the weights of the text tower, then of the image tower."""
     cos: Tensor
     sin: Tensor
     eps: float
@@ -56,7 +56,7 @@ class Traced(NamedTuple):
 
 
 def apply(
-    x: Rows,
+    x: TowerRows,
     layout: TokenLayout,
     text: BlockWeights,
     image: BlockWeights,
@@ -65,7 +65,7 @@ def apply(
     backend: str | None,
     recompute: str,
     needs_grad: bool,
-) -> Rows:
+) -> TowerRows:
     """`routed_block` as one op. The arguments have been checked, except for what depends on counts."""
     weights, present = [], []
     for i, weight in enumerate(getattr(tower, name) for tower in (text, image) for name in _NAMES):
@@ -122,13 +122,13 @@ def _run(x: list[Tensor], weights: list[Tensor], traced: Traced, keep: bool) -> 
     return [result.contiguous() for result in results]
 
 
-def _in_tower_order(x: list[Tensor], layout: TokenLayout, traced: Traced) -> Rows:
+def _in_tower_order(x: list[Tensor], layout: TokenLayout, traced: Traced) -> TowerRows:
     if traced.order == "sequence":
         return layout.to_tower_order(x[0])
     return x[0] if len(x) == 1 else (x[0], x[1])
 
 
-def _call(x: Rows, layout: TokenLayout, weights: list[Tensor], traced: Traced, keep: bool) -> Call:
+def _call(x: TowerRows, layout: TokenLayout, weights: list[Tensor], traced: Traced, keep: bool) -> Call:
     """Checks what depends on counts, and chooses the kernels."""
     by_place: dict[int, Tensor] = dict(zip(traced.present, weights, strict=True))
     text, image = (
@@ -144,8 +144,8 @@ def _call(x: Rows, layout: TokenLayout, weights: list[Tensor], traced: Traced, k
 
 
 def _flat(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """What is kept, as the op hands it over: with one dimension, and of two elements at least, since a graph is tied to
-    sizes that are 0 or 1."""
+    """A kept tensor as the op returns it: flat, with at least two elements, since graphs are specialised to sizes 0
+    and 1."""
     if tensor is None:
         return like.new_empty(_LEAST)
     flat = tensor.reshape(-1)
@@ -174,7 +174,7 @@ def _kept_shapes(
         return shapes
     shapes |= {"q": queries, "out": queries, "lse": (num_heads, num_active)}
     shapes |= {"rstd_in": (num_rows,), "rstd_post_attention": (num_rows,)}
-    shapes |= {"post_attention_live": (num_live, x[0].shape[1]), "middle_image": (num_image, x[-1].shape[1])}
+    shapes |= {"post_attention_live": (num_live, x[0].shape[1]), "post_attention_image": (num_image, x[-1].shape[1])}
     if traced.recompute == "none":
         shapes |= {"gate_up_live": (num_live, gate_up_width), "gate_up_image": (num_image, image_gate_up_width)}
     if any(place % len(_NAMES) in _NORM_PLACES for place in traced.present):
@@ -211,10 +211,10 @@ def _backward(
 
 
 def check_frozen(layout: TokenLayout, trained: str) -> None:
-    """Raise ValueError if a text weight is trained beside constant rows."""
+    """Raise ValueError if a text weight is trained although there are constant tokens."""
     if layout.num_constant and trained:
         raise ValueError(
-            f"text.{trained} requires a gradient, but the layout takes the text tower for frozen; build it "
+            f"text.{trained} must not require a gradient, since the layout assumes a frozen text tower; build it "
             "with frozen_text=False, or call requires_grad_(False) on the text weights"
         )
 
@@ -245,7 +245,7 @@ def _fake_backward(
 
 
 class _RoutedBlockOp(torch.autograd.Function):
-    """The op with a backward, in which the op runs that also returns what it keeps."""
+    """The op with a backward: runs the variant that also returns what the backward reads."""
 
     @staticmethod
     def forward(ctx: Any, num_rows: int, traced: Traced, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -289,5 +289,8 @@ for _name, _function, _fake in (
     library.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"lmfusion::{_name}", _fake, lib=library)
 library.impl("routed_block", _autograd, "Autograd")
-for _name in ("routed_block_kept", "routed_block_backward"):  # a graph of make_fx with a gradient calls them itself
+for _name in (
+    "routed_block_kept",
+    "routed_block_backward",
+):  # a graph that make_fx traced with gradients calls them directly
     refuse_second_derivative(_name)

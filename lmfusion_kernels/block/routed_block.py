@@ -1,9 +1,9 @@
-"""One two-tower decoder layer, fused: what may be given to it, and what does it keep for its backward?
+"""`routed_block`: one two-tower decoder layer as a single autograd node. Checks arguments and chooses kernels.
 
-Kept by the autograd node, in bytes per token, for elements of e bytes (d: width of the row's tower, I: its FFN width,
+The node keeps, in bytes per token, for elements of e bytes (d: width of the token's tower, I: its FFN width,
 H, H_kv, D: query heads, key-value heads and their size), by recompute=:
 
-| row | "none" | "ffn" | "layer" |
+| token | "none" | "ffn" | "layer" |
 | --- | --- | --- | --- |
 | constant | 2 H_kv D e + 8 | the same | 2 H_kv D e |
 | live, image | (2 d + 2 H D + 2 H_kv D + 2 I) e + 4 H + 8 | (2 d + 2 H D + 2 H_kv D) e + 4 H + 8 | d e |
@@ -11,13 +11,13 @@ H, H_kv, D: query heads, key-value heads and their size), by recompute=:
 | LMFusion-8B in bfloat16: constant | 4,104 | 4,104 | 4,096 |
 | live, image | 94,344 | 37,000 | 8,192 |
 
-These are: input, middle of the residual stream, query and attention output, key and value, gate and up; in float32 the
-log-sum-exp of each head and two reciprocal root mean squares. Norm outputs and the SwiGLU product are recomputed by the
-backward kernels in any mode. Without constant rows the input is the caller's own tensor, otherwise (and but for the
-image rows of a pair) a copy of the active rows, so that the constant ones can be freed.
+These are: the input, the residual stream after attention, query and attention output, key and value, gate and up; in
+float32 the log-sum-exp of each head and two reciprocal root mean squares. The backward kernels recompute norm outputs
+and the SwiGLU product in any mode. If there are constant tokens, the active rows of the input are copied so that the
+rest can be freed (the image rows of a pair are never copied); otherwise the input is the caller's own tensor.
 
-"ffn" computes gate and up again from the middle: one norm and the gate-up GEMMs of the active rows, 4 d I FLOPs a
-row. "layer" computes the whole forward of the active rows again except for the down projection.
+"ffn" recomputes gate and up from the residual stream after attention: one norm and the gate-up GEMMs of the active
+tokens, 4 d I FLOPs per token. "layer" recomputes the whole forward of the active tokens except the down projection.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -30,10 +30,10 @@ from lmfusion_kernels import reference
 from lmfusion_kernels.block import backward as block_backward
 from lmfusion_kernels.block import forward as block_forward
 from lmfusion_kernels.block import op as block_op
-from lmfusion_kernels.block.weights import BlockWeights, Rope, Rows, split_towers
+from lmfusion_kernels.block.weights import BlockWeights, Rope, TowerRows, split_towers
 from lmfusion_kernels.layout.token_layout import TokenLayout
 from lmfusion_kernels.ops.gate_up_swiglu import choose_ffn
-from lmfusion_kernels.runtime.backends import choose
+from lmfusion_kernels.runtime.backends import choose_backend
 from lmfusion_kernels.runtime.transforms import is_tracing
 from lmfusion_kernels.runtime.validation import check_rope, check_weight
 
@@ -42,7 +42,7 @@ _WEIGHT_NAMES = block_backward.WEIGHT_NAMES
 
 
 def routed_block(
-    x: Rows,
+    x: TowerRows,
     layout: TokenLayout,
     text: BlockWeights,
     image: BlockWeights,
@@ -51,26 +51,26 @@ def routed_block(
     backend: str | None = None,
     kv_cache: tuple[Tensor, Tensor] | None = None,
     recompute: str = "none",
-) -> Rows:
+) -> TowerRows:
     """One decoder layer of two towers with shared attention (LMFusion, equations 7-12, with Llama's residuals).
 
     x: [N, d] in tower order, or the pair ([num_text, d_text], [num_image, d_image]); with `order="sequence"` [N, d] in
-    sequence order, to put the block into a model that knows nothing of towers. The result has the form of `x`.
+    sequence order, for a model that does not know about towers. The result has the form of `x`.
     text, image: weights in the dtype of `x`. rope: cos, sin from `rope_tables`. backend: None (choose), "native",
     "reference", or the name of an attention kernel. kv_cache: with a cached layout, the key and value buffers
     [num_keys, H_kv, D], started from zeros and written in place; for inference only. recompute: "none", or what the
-    backward computes again instead of keeping it, "ffn" (gate and up) or "layer" (all but the input), to the same
-    gradients; the reference backend keeps everything. torch.autocast has no effect: rows and weights in bfloat16 are
+    backward recomputes instead of keeping it: "ffn" (gate and up) or "layer" (everything except the input). Gradients
+    are the same. The reference backend keeps everything. torch.autocast has no effect: rows and weights in bfloat16 are
     computed in bfloat16.
 
-    Weights that do not require a gradient get none, and constant rows of the layout take no part in the backward: the
-    gradient of `x` is zero there. Raises ValueError for mismatched shapes, dtypes or devices, for a layout with
-    constant rows beside trainable text weights, and for a backend or kernel that cannot run.
+    Weights that do not require a gradient get none, and the constant tokens of the layout take no part in the backward:
+    the gradient of `x` is zero there. Raises ValueError for mismatched shapes, dtypes or devices, for a layout with
+    constant tokens together with trainable text weights, and for a backend or kernel that cannot run.
     """
     if order not in ("tower", "sequence"):
-        raise ValueError(f"order is {order!r}; it is 'tower' or 'sequence'")
+        raise ValueError(f"order must be 'tower' or 'sequence', got {order!r}")
     if recompute not in RECOMPUTE:
-        raise ValueError(f"recompute is {recompute!r}; it must be one of {', '.join(RECOMPUTE)}")
+        raise ValueError(f"recompute must be one of {', '.join(RECOMPUTE)}, got {recompute!r}")
     if order == "sequence" and not isinstance(x, Tensor):
         raise ValueError("order='sequence' takes one tensor; rows of two widths have no common sequence order")
     if kv_cache is None and is_tracing():
@@ -90,7 +90,7 @@ def routed_block(
         _check_cache(kv_cache, layout, x_text, text, rope, needs_grad)
     device_type = "cpu" if x_text.is_meta else x_text.device.type  # there is no autocast for meta tensors
     with torch.autocast(device_type, enabled=False):
-        if choose(backend, x_text, x_image, others=(*rope, *_weights_of(text, image))) == "reference":
+        if choose_backend(backend, x_text, x_image, others=(*rope, *_weights_of(text, image))) == "reference":
             return reference.routed_block(x, layout, text, image, rope, "tower", kv_cache)
         call = block_forward.Call(
             layout, text, image, rope,
@@ -107,7 +107,7 @@ def routed_block(
 
 
 def _traced(
-    x: Rows,
+    x: TowerRows,
     layout: TokenLayout,
     text: BlockWeights,
     image: BlockWeights,
@@ -115,21 +115,21 @@ def _traced(
     order: str,
     backend: str | None,
     recompute: str,
-) -> Rows | None:
-    """The block as one op, for a graph; None where the reference is to run. Looks at no count of the layout."""
+) -> TowerRows | None:
+    """The block as one op, for a graph; None if the reference has to run. Reads no count of the layout."""
     rows = [x] if isinstance(x, Tensor) else list(x)
     _check_weights(rows[0], rows[-1], text, image, rope)
     _check_is_cached(layout, None)
-    if choose(backend, *rows, others=(*rope, *_weights_of(text, image))) == "reference":
+    if choose_backend(backend, *rows, others=(*rope, *_weights_of(text, image))) == "reference":
         return None
     needs_grad = _needs_grad(rows[0], rows[-1], text, image)
     return block_op.apply(x, layout, text, image, rope, order, backend, recompute, needs_grad)
 
 
 def _below_autograd() -> AbstractContextManager[Any]:
-    """Ops in here are called as if they had no gradients: their formulas are Python, which costs more than a small op.
+    """Call ops without their autograd formulas, which are Python and cost more than a small op.
 
-    Unlike in torch's inference mode, the results are tensors like all others.
+    Unlike in torch's inference mode, the results are ordinary tensors.
     """
     return nullcontext() if torch.compiler.is_compiling() else torch._C._AutoDispatchBelowAutograd()
 
@@ -146,8 +146,8 @@ def _weights_of(text: BlockWeights, image: BlockWeights) -> list[Tensor | None]:
 def _check_counts(
     x: Tensor, layout: TokenLayout, text: BlockWeights, rope: Rope, kv_cache: tuple[Tensor, Tensor] | None
 ) -> None:
-    """Raise ValueError unless the tables have a row a token, text weights are frozen beside constant rows, and there is
-    a cache for a layout with one."""
+    """Raise ValueError unless the tables have one row per token, text weights are frozen if there are constant tokens,
+    and a cached layout has a cache."""
     check_rope(rope[0], rope[1], layout, x)
     _check_is_cached(layout, kv_cache)
     trained = [n for n in _WEIGHT_NAMES if (w := getattr(text, n)) is not None and w.requires_grad]
@@ -157,31 +157,31 @@ def _check_counts(
 
 def _check_is_cached(layout: TokenLayout, kv_cache: tuple[Tensor, Tensor] | None) -> None:
     if layout.is_cached != (kv_cache is not None):
-        raise ValueError("a layout with cached_lengths needs kv_cache, and kv_cache needs such a layout")
+        raise ValueError(
+            "a layout with cached_lengths needs kv_cache, and kv_cache needs such a layout; give both or neither"
+        )
 
 
 def _check_weights(x_text: Tensor, x_image: Tensor, text: BlockWeights, image: BlockWeights, rope: Rope) -> None:
-    """Raise ValueError unless the weights fit each other, the width of the rows and the size of a head."""
+    """Raise ValueError unless the weights fit each other, the width of the rows and the head size."""
     head_dim = 2 * rope[0].shape[-1]
     qkv_width, out_width = text.qkv_proj.shape[0], text.o_proj.shape[-1]
     num_kv_rows = qkv_width - out_width
     if out_width % head_dim or num_kv_rows <= 0 or num_kv_rows % (2 * head_dim) or 2 * out_width % num_kv_rows:
         raise ValueError(
-            f"text.o_proj {tuple(text.o_proj.shape)} and text.qkv_proj {tuple(text.qkv_proj.shape)} do not divide into "
-            f"H query and 2 H_kv key and value heads of {head_dim}, rope's size, with H a multiple of H_kv"
+            f"text.o_proj and text.qkv_proj must divide into H query and 2 H_kv key and value heads of {head_dim}, "
+            f"rope's size, with H a multiple of H_kv, got {tuple(text.o_proj.shape)} and {tuple(text.qkv_proj.shape)}"
         )
     if image.qkv_proj.shape[0] != qkv_width or image.o_proj.shape[-1] != out_width:
         raise ValueError(
-            "the towers share their attention, so they need equally many heads; qkv_proj has "
+            "the towers must have equally many heads, since they share their attention, got qkv_proj with "
             f"{qkv_width} rows in the text tower and {image.qkv_proj.shape[0]} in the image tower"
         )
     if text.eps != image.eps:
-        raise ValueError(
-            f"eps is {text.eps} in the text tower and {image.eps} in the image tower; it must be one number"
-        )
+        raise ValueError(f"eps must be the same in both towers, got {text.eps} (text) and {image.eps} (image)")
     for name, x, weights in (("text", x_text, text), ("image", x_image, image)):
         if x.dim() != 2:
-            raise ValueError(f"{name} rows have shape {tuple(x.shape)}; they are [rows, width]")
+            raise ValueError(f"{name} rows must be [rows, width], got shape {tuple(x.shape)}")
         width, intermediate = x.shape[1], weights.down_proj.shape[-1]
         shapes = {
             "input_layernorm": (width,),

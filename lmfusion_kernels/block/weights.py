@@ -1,4 +1,4 @@
-"""What does one layer of a tower consist of, and how are the rows of two towers held?"""
+"""Types of the block: the weights of one layer of a tower, RoPE tables, and rows of two towers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from torch import Tensor
 from lmfusion_kernels.layout.token_layout import TokenLayout
 from lmfusion_kernels.runtime.pytrees import register_tree
 
-Rows = Tensor | tuple[Tensor, Tensor]
-"""Rows in tower order: one [N, d] tensor, or one a tower ([num_text, d_text], [num_image, d_image]) where the image
-tower is narrower. Functions answer in the form they were given."""
+TowerRows = Tensor | tuple[Tensor, Tensor]
+"""Rows in tower order: one [N, d] tensor, or one per tower ([num_text, d_text], [num_image, d_image]), for example if
+the image tower is narrower. Functions return the form that they were given."""
 
 
 class RopeTables:
     """cos and sin, float32 [N, D/2] in sequence order, as `rope_tables` makes them. Unpacks like a pair.
 
     FSDP2 and DDP with mixed precision cast every floating-point tensor that they find in a module's arguments: in
-    tuples, lists, dicts and dataclasses. They leave objects of other classes alone, so this class is none of these, and
-    the tables stay in float32.
+    tuples, lists, dicts and dataclasses. They leave objects of other classes alone. This is a plain class, so the
+    tables stay in float32.
     """
 
     def __init__(self, cos: Tensor, sin: Tensor) -> None:
@@ -90,8 +90,8 @@ def rope_tables(position: Tensor, inv_freq: Tensor, attention_scaling: float = 1
     for name, tensor in (("inv_freq", inv_freq), ("position", position)):
         if tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.float64):
             raise ValueError(
-                f"{name} is {tensor.dtype}, too coarse for angles; it must be float32 or float64 (position: or an "
-                "integer). module.to(dtype) and module.half() cast buffers too: compute inv_freq again in float32, or "
+                f"{name} must be float32 or float64 (position: or an integer), got {tensor.dtype}, too coarse for "
+                "angles. module.to(dtype) and module.half() cast buffers too: compute inv_freq again in float32, or "
                 "load the model in its dtype, as from_pretrained(..., dtype=...) does, and move it with .to(device)"
             )
     angles = position.to(torch.float32)[:, None] * inv_freq.to(torch.float32)
@@ -106,7 +106,7 @@ register_tree(
 )
 
 
-def split_towers(x: Rows, layout: TokenLayout) -> tuple[Tensor, Tensor]:
+def split_towers(x: TowerRows, layout: TokenLayout) -> tuple[Tensor, Tensor]:
     """The text rows and the image rows of `x` in tower order, as views."""
     if isinstance(x, Tensor):
         layout.check_rows(x)
@@ -117,6 +117,6 @@ def split_towers(x: Rows, layout: TokenLayout) -> tuple[Tensor, Tensor]:
     return x_text, x_image
 
 
-def join_towers(text: Tensor, image: Tensor, like: Rows) -> Rows:
-    """The rows of both towers in the form of `like`: one tensor, or one a tower."""
+def join_towers(text: Tensor, image: Tensor, like: TowerRows) -> TowerRows:
+    """The rows of both towers in the form of `like`: one tensor, or one per tower."""
     return torch.cat([text, image]) if isinstance(like, Tensor) else (text, image)

@@ -1,4 +1,4 @@
-"""Vectors as parts of one buffer: they move in one transfer, and a traced op takes them as one argument."""
+"""Packs vectors into one buffer, so that they move in one transfer and a traced op takes them as one argument."""
 
 import numpy as np
 import torch
@@ -6,17 +6,18 @@ from torch import Tensor
 
 
 def copy_together(vectors: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
-    """Copies on `device` of vectors of one dtype, as parts of one buffer, which takes one transfer."""
+    """Copies of vectors of one dtype on `device`, as parts of one buffer: one transfer."""
     first = next(iter(vectors.values()))
     is_upload = first.device.type == "cpu" and torch.device(device).type == "cuda"
     return unpack(pack(vectors, pin_memory=is_upload).to(device, non_blocking=True), vectors)
 
 
 def pack(vectors: dict[str, Tensor], pin_memory: bool = False) -> Tensor:
-    """Copies of vectors of one dtype, one behind the other in one buffer. pin_memory: of page-locked memory, from which
-    a copy to a GPU waits for nothing.
+    """Copies of vectors of one dtype, one after another in one buffer. pin_memory: in page-locked memory, from which a
+    copy to a GPU is asynchronous.
 
-    Each begins at a multiple of 64 bytes, as if it had memory of its own: kernels may be compiled for aligned pointers.
+    Each vector begins at a multiple of 64 bytes, as a separate allocation would: kernels may be compiled for aligned
+    pointers.
     """
     first, sizes = next(iter(vectors.values())), _padded_sizes(vectors)
     buffer = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device, pin_memory=pin_memory)
@@ -54,7 +55,7 @@ def pack_arrays(vectors: dict[str, np.ndarray]) -> dict[str, Tensor]:
 
 
 def buffer_of(vectors: dict[str, Tensor]) -> Tensor | None:
-    """The buffer whose parts the vectors are, as `unpack` makes them; None where they are not."""
+    """The buffer that `unpack` cut the vectors from; None if they come from elsewhere."""
     buffer: Tensor | None = next(iter(vectors.values()))._base
     if buffer is None or buffer.dim() != 1:
         return None

@@ -1,4 +1,4 @@
-"""Host-side builders (numpy in, numpy out): the compiled module where it was built, else the same in numpy."""
+"""Builds layouts and packings on the host, numpy in and out: by the compiled module if there is one, else in numpy."""
 
 import bisect
 import heapq
@@ -13,7 +13,7 @@ except ImportError:
 
 _IMAGE = 1
 _FULL, _HIDDEN = 1, 2
-_MAX_ROWS = 2**31 - 1
+_MAX_TOKENS = 2**31 - 1
 
 
 def build_layout(
@@ -30,16 +30,16 @@ def build_layout(
     """The vectors and counts of `TokenLayout` from S spans.
 
     kinds uint8 [S] (0 text, 1 image, 2 marker), lengths int32 [S], documents int32 [S] (non-decreasing from 0),
-    cached_lengths and cache_starts int32 [num_documents], or None without a cache of cache_slots rows. segments int32
-    [S] (ascending from 0 by steps of 0 or 1) and modes uint8 [S] (1 full, 2 hidden, added up): spans of one segment,
-    of one document, have one mode; None if every span is a segment, images full and none hidden. What all of these say
-    is not checked. All vectors of the answer are int32.
+    cached_lengths and cache_starts int32 [num_documents], or None without a cache; cache_slots: the slots of the cache.
+    segments int32 [S] (ascending from 0 by steps of 0 or 1) and modes uint8 [S] (1 full, 2 hidden, added up): spans of
+    one segment belong to one document and have one mode; None if every span is a segment, images full and none hidden.
+    The arguments are not checked. All vectors of the result are int32.
 
     Raises ValueError if there are more tokens than int32 can count.
     """
     num_tokens = int(lengths.sum(dtype=np.int64))
-    if num_tokens > _MAX_ROWS:
-        raise ValueError(f"the batch has {num_tokens} tokens; the limit is {_MAX_ROWS}, split it")
+    if num_tokens > _MAX_TOKENS:
+        raise ValueError(f"a batch must have at most {_MAX_TOKENS} tokens, got {num_tokens}; split it")
     if _layout_native is not None:
         return _layout_native.build_layout(
             kinds, lengths, documents, frozen_text, cached_lengths, cache_starts, cache_slots, segments, modes
@@ -60,7 +60,7 @@ def build_layout_numpy(
     segments: np.ndarray | None = None,
     modes: np.ndarray | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, int]]:
-    """`build_layout` in numpy: its specification, and its stand-in where nothing was compiled."""
+    """`build_layout` in numpy: its specification, and its replacement if nothing was compiled."""
     num_tokens = int(lengths.sum())
     index = np.arange(num_tokens, dtype=np.int32)
     span_end = np.cumsum(lengths).astype(np.int32)
@@ -68,6 +68,7 @@ def build_layout_numpy(
     num_documents = int(documents.max(initial=-1)) + 1
     document_start = np.zeros(num_documents, np.int32)
     document_end = np.zeros(num_documents, np.int32)
+    # Of several values for one index, numpy keeps the last: reversed, that is the document's first span.
     document_start[documents[::-1]] = span_start[::-1]
     document_end[documents] = span_end
 
@@ -90,7 +91,8 @@ def build_layout_numpy(
     position = index - first_key
 
     is_constant = np.zeros(num_tokens, bool)
-    if frozen_text and cached_lengths is None:  # a cached layout has no backward, so nothing to leave out of it
+    if frozen_text and cached_lengths is None:  # a cached layout has no backward to leave tokens out of
+        # Tokens before the first image, marker or full segment of their document; all of them if there is none.
         first_trained = document_end.copy()
         trained_spans = np.flatnonzero((kinds != 0) | (modes & _FULL > 0))[::-1]
         first_trained[documents[trained_spans]] = span_start[trained_spans]
@@ -105,10 +107,11 @@ def build_layout_numpy(
     first_query = np.where(is_full, segment_start[segment], index).astype(np.int32)
     end_query = np.where(is_hidden, segment_end[segment], document_end[document]).astype(np.int32)
     active = np.flatnonzero(~is_constant).astype(np.int32)
-    rank_before = np.concatenate([[0], np.cumsum(~is_constant)]).astype(np.int32)  # active rows before a sequence index
+    # rank_before[i]: how many active tokens lie before sequence index i. It also maps a boundary to the active tokens.
+    rank_before = np.concatenate([[0], np.cumsum(~is_constant)]).astype(np.int32)
     query_row = np.concatenate([index[:num_constant], num_constant + rank_before[tower_to_sequence[num_constant:]]])
 
-    # Rows but the last of each image, or full segment, see later rows of it; these rows in reverse, one by one.
+    # All tokens of an image or full segment except the last see later tokens of it. List them in reverse.
     triangles = np.flatnonzero(is_full_segment & (segment_size > 1))
     triangle_sizes = segment_size[triangles] - 1
     triangle_start = np.concatenate([[0], np.cumsum(triangle_sizes)]).astype(np.int32)
@@ -123,6 +126,7 @@ def build_layout_numpy(
     key_slot = index
     no_queries = np.empty(0, np.int32)
     if cached_lengths is not None and cache_starts is not None:
+        # Keys are numbered by cache slot from here on, and each document's cached tokens come before its new ones.
         position = position + cached_lengths[document]
         slot_start = cache_starts[document]
         key_slot = slot_start + position
@@ -165,7 +169,7 @@ def build_layout_numpy(
             "constant_visible_end": end_query - active_end,
             "active_visible_end": active_end,
             "run_end": np.where(is_hidden, end_query, np.minimum(next_hidden, end_query)),
-            **_parts(is_hidden, is_constant, document_bounds, segment_start[is_hidden_segment], end_query),
+            **_causal_segments(is_hidden, is_constant, document_bounds, segment_start[is_hidden_segment], end_query),
         }
     else:
         vectors |= dict.fromkeys(_HIDDEN_VECTORS, no_queries)
@@ -180,42 +184,43 @@ def build_layout_numpy(
     return vectors, counts
 
 
+# The key "part" of these names is short for causal segment (HiddenSpans in masks.py).
 _HIDDEN_VECTORS = (
     "visible_end", "constant_visible_end", "active_visible_end", "run_end", "part_start", "part_row",
     "part_key_start", "part_key", "active_part_start", "active_part_row", "constant_part_row", "constant_part_num_keys",
 )  # fmt: skip
 
 
-def _parts(
+def _causal_segments(
     is_hidden: np.ndarray,
     is_constant: np.ndarray,
     document_bounds: np.ndarray,
     hidden_starts: np.ndarray,
     end_query: np.ndarray,
 ) -> dict[str, np.ndarray]:
-    """The vectors of a layout's parts, whose queries and keys are listed here one part after another."""
+    """The vectors of a layout's causal segments. Queries and keys are listed segment by segment."""
     queries, keys, constant_keys = [], [], []
     for start, end in itertools.pairwise(document_bounds.tolist()):
-        seen = start + np.flatnonzero(~is_hidden[start:end])
-        queries.append(seen)
-        keys.append(seen)
-        constant_keys.append(is_constant[seen].sum())
+        visible = start + np.flatnonzero(~is_hidden[start:end])
+        queries.append(visible)
+        keys.append(visible)
+        constant_keys.append(is_constant[visible].sum())
         for first in hidden_starts[(hidden_starts >= start) & (hidden_starts < end)]:
             rows = np.arange(first, end_query[first])
             queries.append(rows)
-            keys.append(np.concatenate([seen[seen < first], rows]))
+            keys.append(np.concatenate([visible[visible < first], rows]))
             constant_keys.append(keys[-1].size if is_constant[first] else 0)
     rank, constant_rank = np.cumsum(~is_constant) - 1, np.cumsum(is_constant) - 1
     active = [rank[rows[~is_constant[rows]]] for rows in queries]
-    part_row = np.concatenate(queries)
+    query = np.concatenate(queries)
     return {
         "part_start": _starts(queries),
-        "part_row": part_row,
+        "part_row": query,
         "part_key_start": _starts(keys),
         "part_key": np.concatenate(keys),
         "active_part_start": _starts(active),
         "active_part_row": np.concatenate(active),
-        "constant_part_row": constant_rank[part_row[is_constant[part_row]]],
+        "constant_part_row": constant_rank[query[is_constant[query]]],
         "constant_part_num_keys": np.array(constant_keys),
     }
 
@@ -225,53 +230,53 @@ def _starts(lists: list[np.ndarray]) -> np.ndarray:
 
 
 def pack(lengths: np.ndarray, capacity: int, window: int) -> list[np.ndarray]:
-    """The rows of `pack_documents`. lengths int64 [n], each in 1..capacity."""
+    """The sequences of `pack_documents`. lengths int64 [n], each in 1..capacity."""
     if _layout_native is not None:
         return _layout_native.pack(lengths, capacity, window)
     return pack_python(lengths, capacity, window)
 
 
 def pack_python(lengths: np.ndarray, capacity: int, window: int) -> list[np.ndarray]:
-    """`pack` in python: its specification, and its stand-in where nothing was compiled."""
+    """`pack` in Python: its specification, and its replacement if nothing was compiled."""
     packed: list[list[int]] = []
     for begin in range(0, len(lengths), window):
         here = lengths[begin : begin + window]
         by_length = (np.argsort(-here, kind="stable") + begin).tolist()
-        rows = _best_fit(lengths, by_length, capacity)
-        rows = _deal(lengths, by_length, capacity, len(rows)) or rows
-        packed += sorted(sorted(row) for row in rows)
-    return [np.array(row, np.int64) for row in packed]
+        sequences = _best_fit(lengths, by_length, capacity)
+        sequences = _deal(lengths, by_length, capacity, len(sequences)) or sequences
+        packed += sorted(sorted(sequence) for sequence in sequences)
+    return [np.array(sequence, np.int64) for sequence in packed]
 
 
 def _best_fit(lengths: np.ndarray, order: list[int], capacity: int) -> list[list[int]]:
-    """The documents of `order`, each to the fullest row that still takes it."""
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (free tokens, row), sorted: the first that is large enough is the best fit
+    """The documents of `order`, each in the fullest sequence that still has room for it."""
+    sequences: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, sequence), sorted: the first that is large enough is the best fit
     for document in order:
         length = int(lengths[document])
         best = bisect.bisect_left(room, (length, 0))
         if best < len(room):
-            free, row = room.pop(best)
+            free, sequence = room.pop(best)
         else:
-            free, row = capacity, len(rows)
-            rows.append([])
-        rows[row].append(document)
-        bisect.insort(room, (free - length, row))
-    return rows
+            free, sequence = capacity, len(sequences)
+            sequences.append([])
+        sequences[sequence].append(document)
+        bisect.insort(room, (free - length, sequence))
+    return sequences
 
 
-def _deal(lengths: np.ndarray, order: list[int], capacity: int, num_rows: int) -> list[list[int]] | None:
-    """The documents of `order`, each to the emptiest of `num_rows` rows; None where one does not fit there."""
-    emptiest = [(0, row) for row in range(num_rows)]  # (tokens, row)
-    rows: list[list[int]] = [[] for _ in range(num_rows)]
+def _deal(lengths: np.ndarray, order: list[int], capacity: int, num_sequences: int) -> list[list[int]] | None:
+    """The documents of `order`, each in the emptiest of `num_sequences` sequences; None if one does not fit there."""
+    emptiest = [(0, sequence) for sequence in range(num_sequences)]  # (tokens, sequence)
+    sequences: list[list[int]] = [[] for _ in range(num_sequences)]
     for document in order:
-        used, row = emptiest[0]
+        used, sequence = emptiest[0]
         used += int(lengths[document])
         if used > capacity:
             return None
-        heapq.heapreplace(emptiest, (used, row))
-        rows[row].append(document)
-    return rows
+        heapq.heapreplace(emptiest, (used, sequence))
+        sequences[sequence].append(document)
+    return sequences
 
 
 def instruction_set() -> str | None:

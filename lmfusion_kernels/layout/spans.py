@@ -1,4 +1,4 @@
-"""Which spans is a batch made of? What callers write, as arrays, and what is wrong with what is no batch."""
+"""Parses the spans of a batch into arrays and validates them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ TEXT, IMAGE, MARKER = 0, 1, 2
 MODALITIES = {"text": TEXT, "image": IMAGE, "marker": MARKER}
 
 FULL, HIDDEN = 1, 2
-"""Bits of a segment's mode: its rows see all of it; no row outside sees it."""
+"""Bits of a segment's mode: its tokens see all of it; no token outside sees it."""
 
 Document = Iterable[Any]
 """Spans: (modality, length), or ("full", [such pairs]); with "hidden" as a third element where they are hidden."""
@@ -19,7 +19,7 @@ Document = Iterable[Any]
 SPANS_EXPECTED = (
     "a batch is a list of documents, a document a list of pairs (modality, length): "
     "from_spans([[('text', 3), ('image', 256)], [('text', 5)]]); a hidden span is (modality, length, 'hidden'), spans "
-    "whose rows all see each other are ('full', [pairs])"
+    "whose tokens all see each other are ('full', [pairs])"
 )
 
 
@@ -40,7 +40,10 @@ class Spans:
 
     @classmethod
     def of(cls, documents: list[list[Any]]) -> "Spans":
-        """What does not fit is looked for, to be named, only when something does not."""
+        """The spans of documents as a caller writes them. Raises ValueError that names the first fault.
+
+        Well-formed batches without "full" and "hidden" take the fast way; faults are looked for only after it failed.
+        """
         number = np.repeat(np.arange(len(documents), dtype=np.int32), [len(document) for document in documents])
         spans = [span for document in documents for span in document]
         try:
@@ -49,13 +52,13 @@ class Spans:
         except (KeyError, TypeError, ValueError, OverflowError):
             result = cls._of_segments(documents)
         if not all(documents) or result.lengths.min(initial=1) <= 0:
-            raise ValueError(_what_is_wrong(documents))
+            raise ValueError(_first_fault(documents))
         return result
 
     @classmethod
     def _of_segments(cls, documents: list[list[Any]]) -> "Spans":
-        """The same where some spans are hidden, or joined."""
-        if fault := _what_is_wrong(documents):
+        """The same for documents in which spans may be hidden or joined."""
+        if fault := _first_fault(documents):
             raise ValueError(fault)
         pairs, sizes, modes, numbers = [], [], [], []
         for d, document in enumerate(documents):
@@ -68,7 +71,7 @@ class Spans:
         try:
             kinds, lengths = _pairs(pairs)
         except OverflowError:
-            raise ValueError("a span is longer than 64 bits can count; split it") from None
+            raise ValueError("the length of a span must fit into 64 bits; split it") from None
         segments = np.arange(len(sizes), dtype=np.int32)
         number, segment, mode = (
             np.repeat(np.array(x, dtype), sizes)
@@ -87,11 +90,11 @@ def _pairs(spans: list[Any]) -> tuple[np.ndarray, np.ndarray]:
     return kinds, np.array([index(length) for _, length in spans], np.int64)
 
 
-def _what_is_wrong(documents: list[list[Any]]) -> str:
+def _first_fault(documents: list[list[Any]]) -> str:
     """The first fault in documents; empty if they have none."""
     for d, document in enumerate(documents):
         if not document:
-            return f"document {d} has no spans; leave it out of the batch"
+            return f"document {d} must have at least one span, got none; leave it out of the batch"
         for span in document:
             try:
                 modality, length, *hidden = span
@@ -99,33 +102,33 @@ def _what_is_wrong(documents: list[list[Any]]) -> str:
             except (TypeError, ValueError):
                 is_span = False
             if not is_span:
-                return f"document {d} has the span {span!r}; {SPANS_EXPECTED}"
+                return f"document {d}: a span must be (modality, length), got {span!r}; {SPANS_EXPECTED}"
             if modality != "full":
-                fault = _what_is_wrong_with(modality, length)
+                fault = _span_fault(modality, length)
             elif not isinstance(length, list | tuple) or not length:
-                fault = f"has the span {span!r}, which joins no list of spans; {SPANS_EXPECTED}"
+                fault = f"'full' must join a list of spans, got {span!r}; {SPANS_EXPECTED}"
             else:
-                fault = next(filter(None, (_what_is_wrong_within(pair) for pair in length)), "")
+                fault = next(filter(None, (_pair_fault(pair) for pair in length)), "")
             if fault:
-                return f"document {d} {fault}"
+                return f"document {d}: {fault}"
     return ""
 
 
-def _what_is_wrong_within(pair: Any) -> str:
+def _pair_fault(pair: Any) -> str:
     """The fault in a span that is joined with others."""
     try:
         modality, length = pair
         is_pair = not isinstance(pair, str)
     except (TypeError, ValueError):
         is_pair = False
-    return _what_is_wrong_with(modality, length) if is_pair else f"joins the span {pair!r}; {SPANS_EXPECTED}"
+    return _span_fault(modality, length) if is_pair else f"'full' must join pairs, got {pair!r}; {SPANS_EXPECTED}"
 
 
-def _what_is_wrong_with(modality: Any, length: Any) -> str:
+def _span_fault(modality: Any, length: Any) -> str:
     if not isinstance(modality, str) or modality not in MODALITIES:
-        return f"has a span of unknown modality {modality!r}; known: {', '.join(MODALITIES)}"
+        return f"the modality of a span must be one of {', '.join(MODALITIES)}, got {modality!r}"
     try:
         length = index(length)
     except TypeError:
-        return f"has a span of length {length!r}; lengths are integers"
-    return f"has a {modality} span of length {length}; lengths are positive" if length <= 0 else ""
+        return f"the length of a span must be an integer, got {length!r}"
+    return f"the length of a span must be positive, got {(modality, length)!r}" if length <= 0 else ""

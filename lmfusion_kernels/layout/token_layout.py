@@ -1,9 +1,9 @@
-"""Which tower handles a token, and which keys does it see? Index vectors for one packed batch, built once on the host.
+"""TokenLayout: which tower handles each token of a packed batch, and which keys it sees.
 
-Two orders of the same rows (docs/design.md, section 2):
+Index vectors, built once per batch on the host. Two orders of the same tokens (docs/design.md, section 2):
 
 * sequence order: documents one after another, spans as they occur. Attention works here.
-* tower order: rows grouped stably as [constant text | live text | image]. Everything else works here.
+* tower order: tokens grouped stably as [constant text | live text | image]. Everything else works here.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,13 +16,23 @@ from torch import Tensor
 
 from lmfusion_kernels.layout import build
 from lmfusion_kernels.layout.buffer import buffer_of, copy_together, pack, pack_arrays, padded
-from lmfusion_kernels.layout.cache_slots import CachePlace
+from lmfusion_kernels.layout.cache_slots import CacheSlots
+from lmfusion_kernels.layout.masks import (
+    BUILDER_NAMES,
+    PIECES,
+    CausalDocuments,
+    HiddenSpans,
+    LayoutCounts,
+    TokenMask,
+    TokenOrder,
+    make_piece,
+)
 from lmfusion_kernels.layout.spans import FULL, HIDDEN, IMAGE, MARKER, SPANS_EXPECTED, TEXT, Document, Spans
 from lmfusion_kernels.ops.reorder_rows import reorder_rows
 from lmfusion_kernels.runtime.pytrees import register_tree
 
 ROW_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-"""What ops compute with; which of it the kernels take is the backend's matter, the reference takes all."""
+"""The dtypes that ops compute with. The backend decides which of them its kernels take; the reference takes all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,118 +40,30 @@ class TokenLayout:
     """Routing and mask of a packed batch of N tokens.
 
     Every vector is int32 and lies on one device; every count is an int on the host, so no op that uses a layout has to
-    wait for the device. Query `i` sees the keys `[key_start[i], key_end[i])` but those of hidden spans other than its
-    own; key `j` is seen by the queries `[query_start[j], query_end[j])`. All four are non-decreasing in sequence order,
-    but for query_end where spans are hidden.
+    wait for the device. Query `i` sees the keys `[key_start[i], key_end[i])`, except keys of other hidden spans; both
+    vectors are non-decreasing in sequence order.
 
-    *Hidden* spans are seen from within alone: a key of one ends for all queries behind its span. Its own rows see what
-    every row in their place sees, themselves included (BAGEL's noised copies of images, arXiv 2505.14683).
+    *Hidden* spans are seen only from within: no token behind a hidden span sees its keys. Its own tokens see what any
+    token in their place would see, and their span (BAGEL's noised copies of images, arXiv 2505.14683).
 
-    Row classes: *constant* rows are text rows before the first image or marker of their document when the text tower is
-    frozen; nothing trainable reaches them, so they have no backward. *live* rows are the other text rows and the
-    markers (BOI, EOI: text-tower rows whose embedding is trained). *image* rows belong to the image tower.
+    Token classes: *constant* tokens are text before the first image or marker of their document when the text tower is
+    frozen; nothing trainable reaches them, so they have no backward. *live* tokens are the other text tokens and the
+    markers (BOI, EOI: text-tower tokens whose embedding is trained). *image* tokens belong to the image tower. *active*
+    tokens are the live and the image tokens.
 
     Build one with `from_spans` or `from_modality_ids`.
     """
 
-    num_tokens: int
-    num_text: int
-    """Rows of the text tower: constant and live."""
-    num_live: int
-    """Text rows that are not constant. Stored in place of num_constant, which often equals num_text: torch.compile
-    takes equal numbers for one and loses track of it in stacked blocks."""
-    num_keys: int
-    """Rows of the key buffer: num_tokens, or those of the key-value cache where one is used."""
-    num_documents: int
-    longest_document: int
-    """Tokens of the longest document, those in the cache included. Ops take it for an upper bound: see `bounded`."""
-    longest_active: int
-    """Active rows of the document that has most of them; with a cache, its new tokens."""
-    longest_triangle: int
-    """Rows of the longest triangle (see `triangle_row`)."""
-    is_cached: bool
-    """Whether keys live in a cache that holds earlier tokens too. Such a layout has no backward."""
-
-    tower_to_sequence: Tensor
-    """[N] sequence index of each row in tower order."""
-    sequence_to_tower: Tensor
-    """[N] tower index of each row in sequence order."""
-    position: Tensor
-    """[N] RoPE position in sequence order: one running count per document."""
-    key_start: Tensor
-    key_end: Tensor
-    query_start: Tensor
-    query_end: Tensor
-    key_slot: Tensor
-    """[N] row of the key buffer that holds the key of each token, in sequence order (the identity without a cache)."""
-
-    # The same mask for the rows that take part in a backward ("active": all but the constant ones). An active row's
-    # rank is its place among the active rows in sequence order. Without constant rows these are the vectors above.
-    query_row: Tensor
-    """[N] by tower row: a constant row's own index, or num_constant + rank of an active one."""
-    constant_key_start: Tensor
-    constant_key_end: Tensor
-    active_key_start: Tensor
-    """[num_active] first key seen by the active query of this rank."""
-    active_key_end: Tensor
-    active_key: Tensor
-    """[num_active] sequence index of the active row of this rank."""
-    active_query_start: Tensor
-    """[num_active] first rank among the active queries that see this active key."""
-    active_query_end: Tensor
-    active_row: Tensor
-    """[num_active] by rank: row in [live | image] order, that is tower index minus num_constant."""
-
-    # What hidden spans add, by key; all empty where nothing is hidden. Of its range, a query sees the keys with
-    # query < visible_end[key]: the end of the key's segment if that is hidden, otherwise the end of its document.
-    visible_end: Tensor
-    """[N] or empty: the first query from which on a key is unseen, by sequence index of both."""
-    constant_visible_end: Tensor
-    """[N] or empty: the same counted in constant rows, as queries that are constant rows are."""
-    active_visible_end: Tensor
-    """[N] or empty: the same counted in active rows (ranks)."""
-    run_end: Tensor
-    """[N] or empty: where the stretch of keys that a key belongs to ends; keys of a stretch have one visible_end. A
-    stretch is a hidden segment, or what lies between such, within a document."""
-
-    # The mask as kernels for packed causal attention know it: causal documents, and for each image the triangle that
-    # causality leaves out. An image's rows but the last, in reverse, see its rows but the first, in reverse, causally.
-    document_start: Tensor
-    """[num_documents + 1] first token of each document, then num_tokens."""
-    document_key_start: Tensor
-    """[num_documents + 1] row of the key buffer where each document begins, then num_keys. In a cache a document need
-    not reach to the next one's start: document_num_keys says how far it goes."""
-    document_num_keys: Tensor
-    """[num_documents] tokens of each document, those in the cache included."""
-    active_document_start: Tensor
-    """[num_documents + 1] rank of the first active row of each document, then num_active."""
-    triangle_start: Tensor
-    """[number of images with two tokens or more + 1] where in triangle_row each of them begins, then its size."""
-    triangle_row: Tensor
-    """Sequence indices of the rows of all images but the last of each: every image in reverse. The key that the first
-    query of an image sees beyond itself, and so on down, is that of the next row, triangle_row + 1."""
-    active_triangle_row: Tensor
-    """The same rows by their rank."""
-
-    # With hidden spans the causal documents become P *parts*, each causal attention whose last query sees the last key:
-    # the visible rows of each document, then each of its hidden segments, whose keys are the visible rows before it and
-    # its own. All empty where nothing is hidden.
-    part_start: Tensor
-    """[P + 1] where in part_row each part begins, then num_tokens."""
-    part_row: Tensor
-    """[N] sequence indices of the queries, part by part."""
-    part_key_start: Tensor
-    """[P + 1] where in part_key each part begins, then its size."""
-    part_key: Tensor
-    """Sequence indices of the keys, part by part; visible keys before hidden segments occur again for each of them."""
-    active_part_start: Tensor
-    """[P + 1] as part_start, counting active rows alone."""
-    active_part_row: Tensor
-    """[num_active] the active queries by rank, part by part."""
-    constant_part_row: Tensor
-    """[num_constant] the constant queries by their number among the constant rows, part by part."""
-    constant_part_num_keys: Tensor
-    """[P] how many of a part's keys its constant queries need: the first ones."""
+    counts: LayoutCounts
+    order: TokenOrder
+    mask: TokenMask
+    """All tokens as queries."""
+    active: TokenMask
+    """The active tokens as queries. Without constant tokens these are the vectors of `mask`."""
+    constant: TokenMask
+    """The constant tokens as queries."""
+    causal: CausalDocuments
+    hidden: HiddenSpans
 
     _buffer: ClassVar[Tensor | None] = None
     _numbers: ClassVar[Tensor | None] = None
@@ -152,30 +74,87 @@ class TokenLayout:
             object.__setattr__(self, "_numbers", numbers_of(self))
 
     def as_two_tensors(self) -> tuple[Tensor, Tensor]:
-        """All vectors in one buffer, and `numbers_of` the layout: what an op takes that stands for a whole block.
+        """All vectors in one buffer, and `numbers_of` the layout: the arguments of an op that stands for a whole block.
 
-        So a graph depends on no count and on the size of no vector, of which those that are 0 or 1 would each need a
-        graph of their own.
+        So a graph depends on no count and on no vector's size. A count or size that is 0 or 1 would otherwise need a
+        graph of its own.
         """
         buffer = pack(self.vectors) if self._buffer is None else self._buffer
         return buffer, numbers_of(self) if self._numbers is None else self._numbers
 
     @property
+    def num_tokens(self) -> int:
+        return self.counts.num_tokens
+
+    @property
+    def num_text(self) -> int:
+        """Tokens of the text tower: constant and live."""
+        return self.counts.num_text
+
+    @property
+    def num_live(self) -> int:
+        return self.counts.num_live
+
+    @property
     def num_image(self) -> int:
-        return self.num_tokens - self.num_text
+        return self.counts.num_tokens - self.counts.num_text
 
     @property
     def num_constant(self) -> int:
-        return self.num_text - self.num_live
+        return self.counts.num_text - self.counts.num_live
 
     @property
     def num_active(self) -> int:
         return self.num_tokens - self.num_constant
 
     @property
+    def num_keys(self) -> int:
+        """Rows of the key buffer: num_tokens, or the slots of the key-value cache if there is one."""
+        return self.counts.num_keys
+
+    @property
+    def num_documents(self) -> int:
+        return self.counts.num_documents
+
+    @property
+    def longest_document(self) -> int:
+        """Tokens of the longest document, including those in the cache."""
+        return self.counts.longest_document
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether keys live in a cache that also holds earlier tokens. Such a layout has no backward."""
+        return self.counts.is_cached
+
+    @property
     def has_hidden(self) -> bool:
         """Whether some span is hidden."""
-        return self.visible_end.shape[0] > 0
+        return self.mask.visible_end.shape[0] > 0
+
+    @property
+    def tower_to_sequence(self) -> Tensor:
+        """[N] sequence index of each token in tower order."""
+        return self.order.tower_to_sequence
+
+    @property
+    def sequence_to_tower(self) -> Tensor:
+        """[N] tower index of each token in sequence order."""
+        return self.order.sequence_to_tower
+
+    @property
+    def position(self) -> Tensor:
+        """[N] RoPE position in sequence order: one running count per document."""
+        return self.order.position
+
+    @property
+    def key_start(self) -> Tensor:
+        """[N] first key that each query sees, in sequence order."""
+        return self.mask.key_start
+
+    @property
+    def key_end(self) -> Tensor:
+        """[N] end of the keys that each query sees, in sequence order."""
+        return self.mask.key_end
 
     @property
     def device(self) -> torch.device:
@@ -197,20 +176,19 @@ class TokenLayout:
         Modalities are "text", "image" and "marker" (text-tower tokens whose embedding is trained: BOI, EOI). Lengths
         are positive token counts. An empty list of documents gives an empty layout.
 
-        `(modality, length, "hidden")` is a span that no row outside it sees; any modality may be hidden, and text stays
-        causal inside. `("full", [(modality, length), ...])` joins spans of one document to a segment whose rows all see
-        each other, whatever their towers: `("full", [("marker", 1), ("image", 256), ("marker", 1)])`. Its text rows
-        count as live. `("full", [...], "hidden")` is hidden as a whole.
+        `(modality, length, "hidden")` is a span that no token outside it sees; any modality may be hidden, and text
+        stays causal inside. `("full", [(modality, length), ...])` joins spans of one document to a segment whose tokens
+        all see each other, whatever their towers: `("full", [("marker", 1), ("image", 256), ("marker", 1)])`. Its text
+        tokens count as live. `("full", [...], "hidden")` is hidden as a whole.
 
-        With a key-value cache of `cache_slots` rows, document `d` already has `cached_lengths[d]` tokens in it, from row
-        `cache_starts[d]` on, and the given spans continue it. Documents own the rows up to the next one's start, or to
-        the end; rows that none of them fills, between them or behind the last, belong to others and are not touched.
-        Starts ascend. Documents of one token or one image, alike in both lengths, may have the same start: they write
-        the same rows, so what they become is worthless. They fill a batch up to a size that a CUDA graph knows.
+        With a key-value cache of `cache_slots` slots, document `d` already has `cached_lengths[d]` tokens in it, from
+        slot `cache_starts[d]` on, and the given spans continue it. A document owns the slots up to the next document's
+        start, or to the end of the cache. Slots that no document fills belong to others and are not touched. Starts
+        ascend. Documents of one token or one image, alike in both lengths, may have the same start: they overwrite each
+        other's slots, so their results are worthless. They pad a batch to a size for which a CUDA graph exists.
 
-        Raises ValueError for spans that are none of these, an unknown modality, a length that is not a positive
-        integer, a document without spans, one that does not fit into its rows of the cache, or hidden spans with a
-        cache.
+        Raises ValueError for other kinds of spans, an unknown modality, a length that is not a positive integer, a
+        document without spans, a document that does not fit into its slots, or hidden spans with a cache.
         """
         try:
             batch = [list(document) for document in documents]
@@ -218,7 +196,7 @@ class TokenLayout:
             raise ValueError(f"{error}; {SPANS_EXPECTED}") from error
         spans = Spans.of(batch)
         num_documents = len(batch)
-        cache = CachePlace.checked(spans, num_documents, cached_lengths, cache_starts, cache_slots)
+        cache = CacheSlots.from_arguments(spans, num_documents, cached_lengths, cache_starts, cache_slots)
         return cls._build(spans, num_documents, frozen_text, device, cache)
 
     @classmethod
@@ -240,22 +218,22 @@ class TokenLayout:
         on a device are copied to the host, which waits for the device; `from_spans` does not.
 
         Raises ValueError when shapes differ, a modality is unknown, document ids decrease, or a hidden span is not of
-        one modality and one image (`from_spans` takes such, as "full").
+        one modality and one image (`from_spans` takes such spans, as "full").
         """
         modality, document, image = (_ids(ids) for ids in (modality_ids, document_ids, image_ids))
         if not modality.shape == document.shape == image.shape:
             raise ValueError(
-                "modality_ids, document_ids and image_ids must have one entry a token; "
-                f"they have {modality.size}, {document.size} and {image.size}"
+                "modality_ids, document_ids and image_ids must have one entry per token, "
+                f"got {modality.size}, {document.size} and {image.size} entries"
             )
         unknown = modality[(modality < TEXT) | (modality > MARKER)]
         if unknown.size:
-            raise ValueError(f"unknown modality id {unknown[0]}; known: 0 (text), 1 (image), 2 (marker)")
+            raise ValueError(f"modality_ids must be 0 (text), 1 (image) or 2 (marker), got {unknown[0]}")
         if (np.diff(document) < 0).any():
-            raise ValueError("document_ids must not decrease; pack the tokens of a document next to each other")
+            raise ValueError("document_ids must not decrease; put the tokens of a document next to each other")
         hidden = np.full(modality.size, -1) if hidden_ids is None else np.maximum(_ids(hidden_ids), -1)
         if hidden.shape != modality.shape:
-            raise ValueError(f"hidden_ids must have one entry a token, {modality.size}; it has {hidden.size}")
+            raise ValueError(f"hidden_ids must have one entry per token, {modality.size}, got {hidden.size}")
         image = np.where(modality == IMAGE, image, -1)
         changes = (np.diff(modality) != 0) | (np.diff(document) != 0) | (np.diff(image) != 0)
         split = np.flatnonzero(changes & (np.diff(hidden) == 0) & (hidden[1:] >= 0))
@@ -281,7 +259,7 @@ class TokenLayout:
         num_documents: int,
         frozen_text: bool,
         device: torch.device | str | None,
-        cache: CachePlace | None = None,
+        cache: CacheSlots | None = None,
     ) -> "TokenLayout":
         totals = spans.totals(num_documents)  # tokens of each document
         arguments = spans.kinds, spans.lengths, spans.documents, frozen_text
@@ -289,22 +267,22 @@ class TokenLayout:
             vectors, counts = build.build_layout(*arguments, segments=spans.segments, modes=spans.modes)
         else:
             totals += cache.lengths
-            place = cache.lengths, cache.starts, cache.num_rows
+            place = cache.lengths, cache.starts, cache.num_slots
             vectors, counts = build.build_layout(*arguments, *place, segments=spans.segments, modes=spans.modes)
         num_tokens = counts["num_tokens"]
-        tensors = pack_arrays({name: vectors[name] for name in VECTORS})
-        layout = cls(
+        layout_counts = LayoutCounts(
             num_tokens=num_tokens,
             num_text=counts["num_text"],
             num_live=counts["num_text"] - counts["num_constant"],
-            num_keys=num_tokens if cache is None else cache.num_rows,
+            num_keys=num_tokens if cache is None else cache.num_slots,
             num_documents=num_documents,
             longest_document=int(totals.max(initial=0)),
             longest_active=counts["longest_active"],
             longest_triangle=counts["longest_triangle"],
             is_cached=cache is not None,
-            **tensors,
         )
+        tensors = pack_arrays({name: vectors[builder_name] for name, builder_name in BUILDER_NAMES.items()})
+        layout = cls(layout_counts, **pieces_of(tensors))
         return layout if device is None else layout.to(device)
 
     def to(self, device: torch.device | str) -> "TokenLayout":
@@ -315,51 +293,55 @@ class TokenLayout:
 
     @property
     def vectors(self) -> dict[str, Tensor]:
-        """The vectors by name. The other fields, all of them counts, are `counts`."""
-        return {name: getattr(self, name) for name in VECTORS}
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """The counts by name."""
-        return {name: getattr(self, name) for name in COUNTS}
+        """All vectors by name, as "active_key_start". What else a layout holds is `counts`."""
+        return {f"{piece}_{name}": getattr(getattr(self, piece), name) for piece in PIECES for name in PIECES[piece][1]}
 
     def with_vectors(self, vectors: dict[str, Tensor]) -> "TokenLayout":
-        """The same layout with these vectors, by name, in the place of its own."""
-        changes: dict[str, Any] = {**vectors}
-        return replace(self, **changes)
+        """The same layout with these vectors, by name, in place of its own."""
+        return replace(self, **pieces_of(vectors))
 
     def bounded(self, most: int | None = None) -> "TokenLayout":
-        """The same layout with longest_document, of which ops need no more than an upper bound, rounded up to a power
-        of two, or to `most` where that is less: what is captured for the one serves for many."""
+        """The same layout with longest_document rounded up to a power of two, or to `most` if that is less.
+
+        Ops need only an upper bound of it, so what is captured for one bounded layout serves for many.
+        """
         bound = 1 << max(self.longest_document - 1, 0).bit_length()
-        return replace(self, longest_document=bound if most is None else max(self.longest_document, min(bound, most)))
+        longest = bound if most is None else max(self.longest_document, min(bound, most))
+        return replace(self, counts=replace(self.counts, longest_document=longest))
+
+    def mask_of(self, queries: str) -> TokenMask:
+        """`mask` for "all", `active` for "active", `constant` for "constant"."""
+        if queries == "all":
+            return self.mask
+        return self.active if queries == "active" else self.constant
 
     def to_tower_order(self, x: Tensor) -> Tensor:
         """Rows [N, ...] of any dtype from sequence order to tower order."""
-        self._check_place(x, self.num_tokens, "x")
+        self._check_rows_and_device(x, self.num_tokens, "x")
         return reorder_rows(x, self.tower_to_sequence, self.sequence_to_tower)
 
     def to_sequence_order(self, x: Tensor) -> Tensor:
         """Rows [N, ...] of any dtype from tower order to sequence order."""
-        self._check_place(x, self.num_tokens, "x")
+        self._check_rows_and_device(x, self.num_tokens, "x")
         return reorder_rows(x, self.sequence_to_tower, self.tower_to_sequence)
 
     def check_rows(self, x: Tensor, num_rows: int | None = None, name: str = "x") -> None:
-        """Raise ValueError unless `x` has `num_rows` rows (default: one a token) of floating-point numbers that ops can
-        compute with, on this layout's device."""
-        self._check_place(x, self.num_tokens if num_rows is None else num_rows, name)
+        """Raise ValueError unless `x` has `num_rows` rows (default: one per token), a dtype of `ROW_DTYPES` and this
+        layout's device."""
+        self._check_rows_and_device(x, self.num_tokens if num_rows is None else num_rows, name)
         if x.dtype not in ROW_DTYPES:
             taken = ", ".join(str(dtype).removeprefix("torch.") for dtype in ROW_DTYPES)
             raise ValueError(
-                f"{name} is {x.dtype}; ops take rows in {taken}, so cast it, as with {name}.to(torch.float32)"
+                f"{name} must be in one of {taken}, got {x.dtype}; cast it, as with {name}.to(torch.float32)"
             )
 
-    def _check_place(self, x: Tensor, num_rows: int, name: str) -> None:
+    def _check_rows_and_device(self, x: Tensor, num_rows: int, name: str) -> None:
         if x.dim() == 0 or x.shape[0] != num_rows:
-            raise ValueError(f"{name} has shape {tuple(x.shape)}, but the layout needs {num_rows} rows")
+            raise ValueError(f"{name} must have {num_rows} rows for this layout, got shape {tuple(x.shape)}")
         if x.device != self.device:
             raise ValueError(
-                f"{name} is on {x.device}, the layout on {self.device}; build it with device={str(x.device)!r}"
+                f"{name} must be on the layout's device {self.device}, got {x.device}; build the layout with "
+                f"device={str(x.device)!r}"
             )
 
 
@@ -367,48 +349,61 @@ def _ids(ids: Any) -> np.ndarray:
     return np.asarray(ids.cpu() if isinstance(ids, Tensor) else ids).astype(np.int64).reshape(-1)
 
 
-VECTORS = tuple(field.name for field in fields(TokenLayout) if field.type is Tensor)
-COUNTS = tuple(field.name for field in fields(TokenLayout) if field.type is not Tensor)
+COUNTS = tuple(field.name for field in fields(LayoutCounts))
+
+
+def pieces_of(vectors: dict[str, Any]) -> dict[str, Any]:
+    """The pieces of a layout, by name, from all its vectors."""
+    return {piece: make_piece(piece, vectors.__getitem__) for piece in PIECES}
 
 
 def numbers_of(layout: TokenLayout) -> Tensor:
     """The counts of a layout and the sizes of its vectors, int32 on the host."""
+    counts = [getattr(layout.counts, name) for name in COUNTS]
     sizes = [vector.shape[0] for vector in layout.vectors.values()]
-    return torch.tensor([*layout.counts.values(), *sizes], dtype=torch.int32, device="cpu")
+    return torch.tensor([*counts, *sizes], dtype=torch.int32, device="cpu")
 
 
 class BufferedLayout(TokenLayout):
-    """The layout that `TokenLayout.as_two_tensors` took apart. Its vectors are cut out of the buffer when asked for."""
+    """The layout that `TokenLayout.as_two_tensors` took apart. A piece is cut out of the buffer when it is first used.
+
+    An op that stands for a block builds one in every call, and needs few of the vectors.
+    """
 
     def __init__(self, buffer: Tensor, numbers: Tensor) -> None:
         values = numbers.tolist()
         counts = dict(zip(COUNTS, values, strict=False))
-        parts, offset = {}, 0
-        for name, size in zip(VECTORS, values[len(COUNTS) :], strict=True):
-            parts[name] = (offset, size)
+        slices, offset = {}, 0
+        for name, size in zip(BUILDER_NAMES, values[len(COUNTS) :], strict=True):
+            slices[name] = slice(offset, offset + size)
             offset += padded(size)
-        vars(self).update(counts, is_cached=bool(counts["is_cached"]), _buffer=buffer, _numbers=numbers, _parts=parts)
+        vars(self).update(
+            counts=LayoutCounts(**counts | {"is_cached": bool(counts["is_cached"])}),
+            _buffer=buffer,
+            _numbers=numbers,
+            _slices=slices,
+        )
 
-    def __getattr__(self, name: str) -> Tensor:
-        parts = vars(self)["_parts"]
-        if name not in parts:
+    def __getattr__(self, name: str) -> Any:
+        if name not in PIECES:
             raise AttributeError(name)
-        offset, size = parts[name]
-        vector: Tensor = vars(self)["_buffer"][offset : offset + size]
-        vars(self)[name] = vector
-        return vector
+        buffer, slices = vars(self)["_buffer"], vars(self)["_slices"]
+        piece = make_piece(name, lambda vector: buffer[slices[vector]])
+        vars(self)[name] = piece
+        return piece
 
 
 def _to_dict(layout: TokenLayout) -> dict[str, Any]:
+    counts = {name: getattr(layout.counts, name) for name in COUNTS}
     buffer, numbers = layout.as_two_tensors()
-    return {**layout.counts, **layout.vectors, "_buffer": buffer, "_numbers": numbers}
+    return {**counts, **layout.vectors, "_buffer": buffer, "_numbers": numbers}
 
 
 def _from_dict(values: dict[str, Any]) -> TokenLayout:
     """The values may be anything: tensors that are traced, or what some function made of each."""
-    layout = object.__new__(TokenLayout)
-    vars(layout).update(values)
-    numbers = values["_numbers"]
+    layout, numbers = object.__new__(TokenLayout), values["_numbers"]
+    counts = LayoutCounts(**{name: values[name] for name in COUNTS})
+    vars(layout).update(counts=counts, **pieces_of(values), _buffer=values["_buffer"], _numbers=numbers)
     if isinstance(numbers, Tensor) and numbers.device.type != "cpu":  # moved with the vectors
         vars(layout)["_numbers"] = numbers_of(layout)
     return layout

@@ -1,1 +1,1 @@
-"""The ops, one file each: public wrapper, shapes under tracing, autograd."""
+"""The ops, one file per op: public wrapper, shapes under tracing, autograd."""

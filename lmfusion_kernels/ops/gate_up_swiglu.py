@@ -1,15 +1,15 @@
-"""Gate and up projection with SwiGLU behind it: which kernel computes them, and how is each called?
+"""Gate and up projection followed by SwiGLU: chooses the kernel and calls it.
 
-"two-calls" (the default): one cuBLAS call a tower, then the op `swiglu`. "triton": one persistent GEMM with SwiGLU in
+"two-calls" (the default): one cuBLAS call per tower, then the op `swiglu`. "triton": one persistent GEMM with SwiGLU in
 its epilogue, lmfusion_kernels/triton/gate_up_swiglu.py, which says when that pays. "quack": the gated GEMM of QuACK
-(package quack-kernels), one call a tower. LMFUSION_KERNELS_FFN in the environment asks for one, in `routed_swiglu` and
-`routed_block`; neither of the other two has run on a GPU yet, so nothing else chooses them.
+(package quack-kernels), one call per tower. The environment variable LMFUSION_KERNELS_FFN selects one, for
+`routed_swiglu` and `routed_block`. "triton" and "quack" have not run on a GPU yet, so nothing else chooses them.
 
-QuACK reads gate and up of the weight side by side, as they are stored here, but writes them interleaved. So it serves
-where they need not be kept: without a gradient, and in the block with recompute="ffn" or "layer".
+QuACK reads gate and up of the weight side by side, as they are stored here, but writes them interleaved. So it can
+run only if they are not kept: without a gradient, and in the block with recompute="ffn" or "layer".
 
-`torch.nn.functional.grouped_mm` is no kernel here: it wants the towers' weights in one tensor [2, K, N], and two
-parameters are not one without a copy in every call.
+`torch.nn.functional.grouped_mm` is not used: it takes the towers' weights as one tensor [2, K, N], and the two
+parameters would have to be copied into it in every call.
 """
 
 import importlib.metadata
@@ -32,14 +32,14 @@ def choose_ffn(x: Sequence[Tensor], weights: Sequence[Tensor], keep: bool) -> st
     """The kernel that `gate_up_swiglu` runs with: LMFUSION_KERNELS_FFN, or "two-calls".
 
     x: rows of the text and the image tower; weights: their gate_up_proj [2 I, d]; keep: whether a backward needs gate
-    and up. Raises ValueError for an unknown name, and where the kernel asked for cannot run, with the reason.
+    and up. Raises ValueError for an unknown name, and for a requested kernel that cannot run, with the reason.
     """
-    asked = os.environ.get("LMFUSION_KERNELS_FFN") or "two-calls"
-    if asked not in FFN_KERNELS:
-        raise ValueError(f"LMFUSION_KERNELS_FFN={asked!r} is unknown; known: {', '.join(FFN_KERNELS)}")
-    if asked != "two-calls" and (reason := _why_not(asked, x, weights, keep)):
-        raise ValueError(f"LMFUSION_KERNELS_FFN={asked} was asked for, but {reason}; two-calls runs everywhere")
-    return asked
+    requested = os.environ.get("LMFUSION_KERNELS_FFN") or "two-calls"
+    if requested not in FFN_KERNELS:
+        raise ValueError(f"LMFUSION_KERNELS_FFN={requested!r} is unknown; known: {', '.join(FFN_KERNELS)}")
+    if requested != "two-calls" and (reason := _unsupported_reason(requested, x, weights, keep)):
+        raise ValueError(f"LMFUSION_KERNELS_FFN={requested} was asked for, but {reason}; two-calls runs everywhere")
+    return requested
 
 
 def gate_up_swiglu(
@@ -47,8 +47,8 @@ def gate_up_swiglu(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """silu(x @ gate^T) * (x @ up^T) of the text and the image rows; with `keep` also their gate and up.
 
-    x: [n, d] a tower; weights: [2 I, d] a tower, gate then up. Returns ([n, I] a tower, [n, 2 I] a tower or []); the
-    text tower's gate and up begin at row num_constant, in memory that holds nothing else.
+    Per tower: x [n, d], weights [2 I, d], gate then up. Returns ([n, I] per tower, [n, 2 I] per tower or []). The
+    text tower's gate and up begin at row num_constant, in memory of their own.
     """
     if kernel != "two-calls":
         hidden_text, hidden_image, *gate_up = _ops.gate_up_swiglu(*x, *weights, num_constant, keep, kernel)
@@ -60,10 +60,10 @@ def gate_up_swiglu(
     return [hidden_text, hidden_image], kept if keep else []
 
 
-def _why_not(kernel: str, x: Sequence[Tensor], weights: Sequence[Tensor], keep: bool) -> str:
+def _unsupported_reason(kernel: str, x: Sequence[Tensor], weights: Sequence[Tensor], keep: bool) -> str:
     """Why `kernel` cannot run here, as the rest of a sentence; empty if it can."""
     device, dtype = x[0].device, x[0].dtype
-    if reason := _why_absent(kernel, device):
+    if reason := _unavailable_reason(kernel, device):
         return reason
     if device.type == "cuda" and dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
@@ -82,7 +82,7 @@ def _why_not(kernel: str, x: Sequence[Tensor], weights: Sequence[Tensor], keep: 
 
 
 @constant_result
-def _why_absent(kernel: str, device: torch.device) -> str:
+def _unavailable_reason(kernel: str, device: torch.device) -> str:
     """Why `kernel` cannot run on `device` whatever the tensors."""
     if kernel == "triton":
         if not importlib.util.find_spec("triton"):
@@ -112,7 +112,7 @@ def _gate_up_swiglu(
     if kernel == "quack":
         from quack.gemm_interface import gemm_gated
 
-        # Not tuned: its tuner measures in the first call, which waits for the device. "B": see _why_not.
+        # Not tuned: its tuner measures during the first call, which waits for the device. "B": see _unsupported_reason.
         return [
             gemm_gated(rows, weight.t(), activation="swiglu", store_preact=False, tuned=False, concat_layout=("B",))[1]
             for rows, weight in ((x_text, text_weight), (x_image, image_weight))

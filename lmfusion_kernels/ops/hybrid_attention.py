@@ -1,5 +1,7 @@
-"""Softmax attention of all rows together: causal text, bidirectional images, documents apart, hidden spans seen from
-within alone. Time is proportional to the visible (query, key) pairs, memory to the tokens."""
+"""Softmax attention over all tokens: causal text, bidirectional images, separate documents, hidden spans.
+
+A hidden span is seen only from within. Time is proportional to the visible (query, key) pairs, memory to the tokens.
+"""
 
 from typing import Any
 
@@ -7,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from lmfusion_kernels import attention, reference
-from lmfusion_kernels.attention.interface import ranges_by_key
+from lmfusion_kernels import reference
+from lmfusion_kernels.attention import dispatch
+from lmfusion_kernels.attention.interface import AttentionCall, Gradients, ranges_by_key
 from lmfusion_kernels.layout.token_layout import TokenLayout
 from lmfusion_kernels.runtime import library
 from lmfusion_kernels.runtime.backends import REFERENCE_RUNS, requested_backend
@@ -20,26 +23,26 @@ _ops = torch.ops.lmfusion
 def hybrid_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, scale: float | None = None, backend: str | None = None
 ) -> Tensor:
-    """Attention under the hybrid mask of `layout`: query `i` sees the keys `[key_start[i], key_end[i])`, but those of
-    hidden spans other than its own.
+    """Attention under the hybrid mask of `layout`: query `i` sees the keys `[key_start[i], key_end[i])`, except
+    keys of other hidden spans.
 
     q: [N, H, D]. k, v: [layout.num_keys, H_kv, D]. All three are in sequence order, of one dtype and on the layout's
     device. H is a multiple of H_kv: query head h reads key-value head h // (H / H_kv). scale multiplies the scores;
     default D ** -0.5. Arithmetic is float32, or wider if the inputs are. Returns [N, H, D] of q's dtype.
 
-    With a cached layout k and v are the whole cache, rows that hold no token yet included. It has no backward.
+    With a cached layout k and v are the whole cache, including slots that hold no token yet. It has no backward.
 
     backend: None for the kernel that is best here, "native" for any but the reference, or the name of a kernel:
     "triton", "flash", "flash-attn-2", "flash-attn-3", "flash-attn-4", "flex" or "reference" (lmfusion_kernels.attention
-    describes them, `backends()` says which are here). There is no second derivative but by the reference.
+    describes them, `backends()` says which are available). Only the reference has a second derivative.
 
-    Raises ValueError when shapes, dtypes or devices do not fit, when H is no multiple of H_kv, when a gradient would be
-    needed through a cached layout, or when `backend` cannot be had.
+    Raises ValueError if shapes, dtypes or devices do not fit, if H is not a multiple of H_kv, if a gradient would be
+    needed through a cached layout, or if `backend` cannot run.
     """
     _check(q, k, v, layout)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    kernel = attention.choose(
+    kernel = dispatch.choose_kernel(
         backend,
         layout,
         device=q.device,
@@ -57,9 +60,9 @@ def hybrid_attention(
             kernel = "reference"
     if kernel == "reference":
         return reference.hybrid_attention(q, k, v, layout, scale)
-    if needs_grad and not attention.KERNELS[kernel].is_differentiable:
+    if needs_grad and not dispatch.KERNELS[kernel].is_differentiable:
         return _HybridAttention.apply(q, k, v, layout, kernel, scale)
-    return attention.forward(kernel, q, k, v, layout, "all", scale)[0]
+    return dispatch.forward(kernel, AttentionCall(q, k, v, layout, "all", scale))[0]
 
 
 class _HybridAttention(torch.autograd.Function):
@@ -67,7 +70,7 @@ class _HybridAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout, kernel: str, scale: float) -> Tensor:
-        out, lse = attention.forward(kernel, q, k, v, layout, "all", scale)
+        out, lse = dispatch.forward(kernel, AttentionCall(q, k, v, layout, "all", scale))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.layout, ctx.kernel, ctx.scale = layout, kernel, scale
         return out
@@ -80,7 +83,7 @@ class _HybridAttention(torch.autograd.Function):
 
 
 class _HybridAttentionBackward(torch.autograd.Function):
-    """The gradients, which have none themselves."""
+    """The gradients. They have no gradients themselves."""
 
     @staticmethod
     def forward(
@@ -94,9 +97,9 @@ class _HybridAttentionBackward(torch.autograd.Function):
         layout: TokenLayout,
         kernel: str,
         scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> Gradients:
         ctx.kernel = kernel
-        return attention.backward(kernel, dout, q, k, v, out, lse, layout, "all", scale)
+        return dispatch.backward(kernel, AttentionCall(q, k, v, layout, "all", scale), dout, out, lse)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
@@ -106,17 +109,15 @@ class _HybridAttentionBackward(torch.autograd.Function):
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: TokenLayout) -> None:
     if q.dim() != 3 or k.dim() != 3 or k.shape != v.shape or q.shape[2] != k.shape[2]:
         raise ValueError(
-            "q must be [N, H, D], k and v both [num_keys, H_kv, D]; "
-            f"they are {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+            "q must be [N, H, D], k and v both [num_keys, H_kv, D], "
+            f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
     if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(
-            f"q, k and v must have one dtype; they have {q.dtype}, {k.dtype} and {v.dtype}: cast them first"
-        )
+        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}; cast them first")
     if q.shape[1] == 0 or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"q has {q.shape[1]} heads, which is no multiple of the {k.shape[1]} heads of k and v; "
-            "each key-value head serves equally many query heads"
+            f"the heads of q must be a multiple of the {k.shape[1]} heads of k and v, got {q.shape[1]}; each key-value "
+            "head serves the same number of query heads"
         )
     layout.check_rows(q, name="q")
     layout.check_rows(k, layout.num_keys, "k")
@@ -159,7 +160,7 @@ def _fake_backward(
     scale: float,
     visible_end: Tensor | None = None,
     run_end: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Gradients:
     grad_shape = (grad_key.shape[0], *k.shape[1:])
     return q.new_empty(q.shape), k.new_empty(grad_shape), v.new_empty(grad_shape)
 
@@ -185,8 +186,11 @@ def _backward(ctx: Any, dout: Tensor, _dlse: Tensor) -> tuple[Tensor | None, ...
 
 
 def visible_area(start: Tensor, end: Tensor, num_others: int, visible_end: Tensor | None = None) -> int:
-    """How many (query, key) pairs are in the ranges of each of them among `num_others` of the other kind, and where
-    start and end are keys of queries, not hidden; all pairs where these are fake or meta tensors."""
+    """The number of (query, key) pairs within ranges [start, end) among `num_others` tokens of the other kind.
+
+    visible_end: given if the ranges are keys by query; hidden pairs then do not count. For fake and meta tensors, which
+    hold no numbers: all pairs.
+    """
     if type(start) is not Tensor or start.device.type == "meta":
         return start.shape[0] * num_others
     if visible_end is not None:
@@ -242,6 +246,6 @@ if library.native:
     torch.library.register_fake("lmfusion::hybrid_attention_backward", _fake_backward)
     torch.library.register_autograd("lmfusion::hybrid_attention", _backward, setup_context=_setup_context)
     library.refuse_second_derivative("hybrid_attention_backward")
-    # torch.utils.flop_counter.FlopCounterMode counts what is visible; under fake tensors it is as if all keys were.
+    # torch.utils.flop_counter.FlopCounterMode counts visible pairs; with fake tensors, all pairs.
     register_flop_formula(_ops.hybrid_attention, get_raw=True)(_flops)
     register_flop_formula(_ops.hybrid_attention_backward, get_raw=True)(_backward_flops)

@@ -1,6 +1,6 @@
-"""Each row through the projection of its own tower: one op around torch's GEMMs on the towers' contiguous slices.
+"""Projects each row with the weights of its own tower: one op around torch's GEMMs on the towers' contiguous slices.
 
-Given one tensor for both towers, both GEMMs write into one result, in the forward and in the backward, so nothing is
+For one tensor with both towers, both GEMMs write into one result, in the forward and in the backward, so nothing is
 concatenated.
 """
 
@@ -10,21 +10,21 @@ import torch
 from torch import Tensor
 
 from lmfusion_kernels import reference
-from lmfusion_kernels.block.weights import Rows
+from lmfusion_kernels.block.weights import TowerRows
 from lmfusion_kernels.layout.token_layout import TokenLayout
-from lmfusion_kernels.runtime.backends import choose
+from lmfusion_kernels.runtime.backends import choose_backend
 from lmfusion_kernels.runtime.validation import check_rows, check_weight
 
 
 def routed_linear(
-    x: Rows,
+    x: TowerRows,
     text_weight: Tensor,
     image_weight: Tensor,
     layout: TokenLayout,
     text_bias: Tensor | None = None,
     image_bias: Tensor | None = None,
     backend: str | None = None,
-) -> Rows:
+) -> TowerRows:
     """x @ weight.T + bias, text rows with the text tower's weight and bias, image rows with the image tower's.
 
     x: [N, d] in tower order, or the pair ([num_text, d_text], [num_image, d_image]). A tower's weight is [out, d], its
@@ -42,10 +42,11 @@ def routed_linear(
     is_joined = isinstance(x, Tensor)
     if is_joined and text_weight.shape[0] != image_weight.shape[0]:
         raise ValueError(
-            f"text_weight has {text_weight.shape[0]} rows and image_weight {image_weight.shape[0]}, which does not fit "
-            "into one result; pass x as a pair (text rows, image rows)"
+            "text_weight and image_weight must have the same number of rows for one result, got "
+            f"{text_weight.shape[0]} and {image_weight.shape[0]}; pass x as a pair (text rows, image rows)"
         )
-    if choose(backend, rows[0], others=(*rows, text_weight, image_weight, text_bias, image_bias)) == "reference":
+    others = (*rows, text_weight, image_weight, text_bias, image_bias)
+    if choose_backend(backend, rows[0], others=others) == "reference":
         return reference.routed_linear(x, text_weight, image_weight, layout, text_bias, image_bias)
     out = apply_linear(rows, text_weight, image_weight, text_bias, image_bias, layout.num_text, is_joined)
     return out[0] if is_joined else (out[0], out[1])
@@ -57,7 +58,7 @@ library.define(
     "SymInt num_text, bool joined) -> Tensor[]"
 )
 apply_linear = torch.ops.lmfusion.routed_linear
-"""x and the result: one tensor, or one a tower; `joined` asks for one, whatever x is."""
+"""x and the result: one tensor, or one per tower; `joined` asks for one result, whatever x is."""
 
 
 def _split(rows: list[Tensor], num_text: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
-"""What is the weight of a projection that peft has put LoRA on? The base's, plus every update in force.
+"""Computes the weight of a projection with LoRA by peft: the base weight plus every active update.
 
-The kernels are given weights and never call the projections, so what peft's own `forward` would do must be done to the
-weight. peft is not imported: the modules it puts in place of a projection are known by their `base_layer`, and asked.
+The kernels take weights and never call the projections, so the effect of peft's own `forward` must be applied to the
+weight. peft is not imported: its modules in place of a projection are recognised by their `base_layer`.
 """
 
 from typing import Any
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 
 
 def is_adapted(projection: nn.Module) -> bool:
-    """Whether peft has put its own module in the place of this one."""
+    """Whether peft has replaced this module by its own."""
     return "base_layer" in projection._modules
 
 
 def effective_weight(projection: nn.Module, dtype: torch.dtype) -> Tensor:
     """The weight [out, in] that `projection` maps rows with, in `dtype`, differentiable.
 
-    An nn.Linear's own, or W + sum of scaling * B A over the active adapters where peft has wrapped it: on, off, merged
-    or not, as peft was told. The sum is taken in the wider of both dtypes. Raises ValueError for an adapter that is
-    more than such a sum: dropout while training, DoRA and other variants, lora_bias, kinds other than LoRA.
+    An nn.Linear's own weight, or W + sum of scaling * B A over the active adapters if peft has wrapped it. Disabled
+    and merged adapters are respected. The sum is taken in the wider of both dtypes. Raises ValueError for an adapter
+    that is more than such a sum: dropout while training, DoRA and other variants, lora_bias, kinds other than LoRA.
     """
     weight = _adapted_weight(projection) if is_adapted(projection) else projection.weight
     assert isinstance(weight, Tensor)
@@ -30,9 +30,13 @@ def effective_weight(projection: nn.Module, dtype: torch.dtype) -> Tensor:
 def _adapted_weight(layer: Any) -> Tensor:
     base = layer.base_layer
     if not isinstance(base, nn.Linear):
-        raise ValueError(f"an adapter lies on a {type(base).__name__}; adapters on adapters do not work")
+        raise ValueError(
+            f"an adapter must be on an nn.Linear, got one on a {type(base).__name__}; adapters on adapters do not work"
+        )
     if any("adapter_names" in (getattr(hook, "keywords", None) or {}) for hook in layer._forward_pre_hooks.values()):
-        raise ValueError("adapter_names= gives every row its own adapter, which one weight cannot; use set_adapter")
+        raise ValueError(
+            "adapter_names= gives every row its own adapter, which one weight cannot express; use set_adapter"
+        )
     if layer.disable_adapters and layer.merged:
         layer.unmerge()  # as peft's forward does
     weight: Tensor = base.weight
@@ -40,7 +44,9 @@ def _adapted_weight(layer: Any) -> Tensor:
         return weight
     updates = getattr(layer, "lora_A", None)
     if updates is None:
-        raise ValueError(f"{type(layer).__module__} puts no LoRA on a projection; of peft's adapters, LoRA works here")
+        raise ValueError(
+            f"an adapter must be LoRA, got {type(layer).__module__}; other adapters of peft do not work here"
+        )
     for name in layer.active_adapters:
         if name in updates:
             _check_is_a_sum(layer, name)
@@ -49,7 +55,7 @@ def _adapted_weight(layer: Any) -> Tensor:
 
 
 def _check_is_a_sum(layer: Any, name: str) -> None:
-    """Whether W + scaling * B A is all that peft's forward would do with adapter `name`."""
+    """Raise ValueError unless peft's forward with adapter `name` computes exactly W + scaling * B A."""
     dropout = layer.lora_dropout[name]
     variant = layer.lora_variant.get(name)
     reason = ""

@@ -1,7 +1,7 @@
-"""Rows of any dtype in another order, one way and back: shapes under tracing, autograd.
+"""Permutes rows of any dtype: public wrapper, shapes under tracing, autograd.
 
-For `TokenLayout`; the gradient of a permutation is the opposite permutation, where PyTorch's index_select would add
-rows up.
+For `TokenLayout`. The gradient of a permutation is the inverse permutation; PyTorch's index_select would add rows up
+instead.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lmfusion_kernels.runtime import library
-from lmfusion_kernels.runtime.backends import choose
+from lmfusion_kernels.runtime.backends import choose_backend
 from lmfusion_kernels.runtime.transforms import has_tangent, is_transformed
 
 _ops = torch.ops.lmfusion
@@ -19,10 +19,10 @@ _ops = torch.ops.lmfusion
 def reorder_rows(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
     """Row i of the result is row index[i] of x [N, ...].
 
-    index: int32 [N], a permutation on the device of x; inverse: int32 [N], the opposite permutation. Any dtype. In
-    plain PyTorch where the native op cannot run, as with torch.func's transforms and derivatives of the forward mode.
+    index: int32 [N], a permutation on the device of x; inverse: int32 [N], the inverse permutation. Any dtype.
+    Plain PyTorch runs where the native op cannot, as in torch.func's transforms and in forward-mode derivatives.
     """
-    if choose(None, index) == "reference" or has_tangent((x,)) or is_transformed((x,)):
+    if choose_backend(None, index) == "reference" or has_tangent((x,)) or is_transformed((x,)):
         return x.index_select(0, index)
     return _ops.reorder_rows(x, index, inverse)
 

@@ -6,24 +6,24 @@ import torch
 from torch import Tensor
 
 from lmfusion_kernels import reference
-from lmfusion_kernels.block.weights import Rows
+from lmfusion_kernels.block.weights import TowerRows
 from lmfusion_kernels.layout.token_layout import TokenLayout
 from lmfusion_kernels.runtime import library
-from lmfusion_kernels.runtime.backends import choose
+from lmfusion_kernels.runtime.backends import choose_backend
 from lmfusion_kernels.runtime.validation import check_like, check_rows, check_weight
 
 _ops = torch.ops.lmfusion
 
 
 def routed_rms_norm(
-    x: Rows,
+    x: TowerRows,
     text_weight: Tensor,
     image_weight: Tensor,
     layout: TokenLayout,
     eps: float,
-    residual: Rows | None = None,
+    residual: TowerRows | None = None,
     backend: str | None = None,
-) -> Rows | tuple[Rows, Rows]:
+) -> TowerRows | tuple[TowerRows, TowerRows]:
     """x / rms(x) * weight, row by row, text rows with `text_weight` and image rows with `image_weight`.
 
     x: [N, d] in tower order, or the pair ([num_text, d_text], [num_image, d_image]). text_weight [d_text], image_weight
@@ -39,7 +39,7 @@ def routed_rms_norm(
     added = [] if residual is None else check_rows(residual, layout, "residual")
     if added:
         check_like(added, rows, "residual")
-    if choose(backend, rows[0], others=(*rows, *added, text_weight, image_weight)) == "reference":
+    if choose_backend(backend, rows[0], others=(*rows, *added, text_weight, image_weight)) == "reference":
         return reference.routed_rms_norm(x, text_weight, image_weight, layout, eps, residual)
     if residual is None:
         out = _ops.rms_norm_alone(rows, text_weight, image_weight, layout.num_text, eps)
@@ -91,7 +91,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
     normed, rstd = output[len(x) : 2 * len(x)] if residual else x, output[-1]
     ctx.save_for_backward(*normed, rstd, text_weight, image_weight)
     ctx.num_text, ctx.has_residual = num_text, bool(residual)
-    ctx.mark_non_differentiable(*output[len(x) + len(residual) :])  # what is kept, and rstd
+    ctx.mark_non_differentiable(*output[len(x) + len(residual) :])  # the copies, and rstd
     ctx.set_materialize_grads(False)
 
 
@@ -105,7 +105,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
 def _gradients(
     ctx: Any, grads: list[Tensor | None], want_text: bool, want_image: bool
 ) -> tuple[list[Tensor] | list[None], Tensor | None, Tensor | None]:
-    """Those of what was normalised, of the text weight and of the image weight."""
+    """The gradients of the normalised rows, of the text weight and of the image weight."""
     *x, rstd, text_weight, image_weight = ctx.saved_tensors
     dy = _filled(grads[: len(x)], x)
     dsum = _filled(grads[len(x) : 2 * len(x)], x) if ctx.has_residual else []
@@ -126,7 +126,7 @@ def _filled(grads: list[Tensor | None], x: list[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(rows) if grad is None else grad for grad, rows in zip(grads, x, strict=True)]
 
 
-# Without a residual: an op of its own, since AOTInductor makes None of the empty list that stands for no residual.
+# Without a residual there is a separate op, because AOTInductor turns the empty list of residuals into None.
 
 
 def _alone(x: list[Tensor], text_weight: Tensor, image_weight: Tensor, num_text: int, eps: float) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""RoPE, with the rows of both towers brought to sequence order: public wrapper, shapes under tracing, autograd."""
+"""RoPE, and the rows of both towers moved to sequence order: public wrapper, shapes under tracing, autograd."""
 
 from typing import Any
 
@@ -6,17 +6,17 @@ import torch
 from torch import Tensor
 
 from lmfusion_kernels import reference
-from lmfusion_kernels.block.weights import Rope, Rows
+from lmfusion_kernels.block.weights import Rope, TowerRows
 from lmfusion_kernels.layout.token_layout import TokenLayout
 from lmfusion_kernels.runtime import library
-from lmfusion_kernels.runtime.backends import choose
+from lmfusion_kernels.runtime.backends import choose_backend
 from lmfusion_kernels.runtime.validation import check_rope, check_rows, check_weight
 
 _ops = torch.ops.lmfusion
 
 
 def rope_reorder(
-    qkv: Rows,
+    qkv: TowerRows,
     layout: TokenLayout,
     rope: Rope,
     num_heads: int,
@@ -40,7 +40,7 @@ def rope_reorder(
     cos, sin = rope
     norms = (text_q_norm, text_k_norm, image_q_norm, image_k_norm)
     _check(rows, layout, cos, sin, num_heads, norms)
-    if choose(backend, rows[0], others=(*rows, cos, sin, *norms)) == "reference":
+    if choose_backend(backend, rows[0], others=(*rows, cos, sin, *norms)) == "reference":
         return reference.rope_reorder(qkv, layout, rope, num_heads, *norms, eps)
     order = layout.tower_to_sequence
     _, q, k, v = _ops.rope_reorder(rows, cos, sin, order, order, layout.num_text, 0, num_heads, *norms, eps)
@@ -61,8 +61,8 @@ def _check(
         num_kv_rows = tensor.shape[1] - num_heads * head_dim
         if tensor.shape[1] != rows[0].shape[1] or num_heads <= 0 or num_kv_rows <= 0 or num_kv_rows % (2 * head_dim):
             raise ValueError(
-                f"qkv is {tensor.shape[1]} wide; expected (H + 2 H_kv) D with H = {num_heads} query heads and D = "
-                f"{head_dim}, the same in both towers"
+                f"qkv must be (H + 2 H_kv) D wide with H = {num_heads} query heads and D = {head_dim}, equal in both "
+                f"towers, got {tensor.shape[1]}"
             )
     for name, norm in zip(("text_q_norm", "text_k_norm", "image_q_norm", "image_k_norm"), norms, strict=True):
         check_weight(norm, (head_dim,), rows[0], name)

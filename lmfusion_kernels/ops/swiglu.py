@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from lmfusion_kernels import reference
-from lmfusion_kernels.block.weights import Rows, split_towers
+from lmfusion_kernels.block.weights import TowerRows, split_towers
 from lmfusion_kernels.layout.token_layout import TokenLayout
 from lmfusion_kernels.ops.gate_up_swiglu import choose_ffn
 from lmfusion_kernels.ops.linear import apply_linear
 from lmfusion_kernels.runtime import library
-from lmfusion_kernels.runtime.backends import choose
+from lmfusion_kernels.runtime.backends import choose_backend
 from lmfusion_kernels.runtime.validation import check_rows, check_weight
 
 _ops = torch.ops.lmfusion
@@ -23,21 +23,21 @@ def swiglu(gate_up: Tensor, backend: str | None = None) -> Tensor:
     Raises ValueError for another shape.
     """
     if gate_up.dim() != 2 or gate_up.shape[1] % 2:
-        raise ValueError(f"gate_up has shape {tuple(gate_up.shape)}; it is [N, 2 I], gate and up side by side")
-    if choose(backend, gate_up) == "reference":
+        raise ValueError(f"gate_up must be [N, 2 I], gate and up side by side, got shape {tuple(gate_up.shape)}")
+    if choose_backend(backend, gate_up) == "reference":
         return reference.swiglu(gate_up)
     return _ops.swiglu([gate_up])[0]
 
 
 def routed_swiglu(
-    x: Rows,
+    x: TowerRows,
     text_gate_up: Tensor,
     text_down: Tensor,
     image_gate_up: Tensor,
     image_down: Tensor,
     layout: TokenLayout,
     backend: str | None = None,
-) -> Rows:
+) -> TowerRows:
     """down(silu(gate(x)) * up(x)), each row through the feed-forward network of its own tower.
 
     x: [N, d] in tower order, or the pair ([num_text, d_text], [num_image, d_image]). A tower's gate_up [2 I, d] holds
@@ -55,13 +55,14 @@ def routed_swiglu(
         check_weight(down, (width, -1), tower_rows, f"{name}_down")
         if gate_up.shape[0] != 2 * down.shape[1]:
             raise ValueError(
-                f"{name}_gate_up has {gate_up.shape[0]} rows and {name}_down {down.shape[1]} columns; "
-                "gate_up needs two rows (gate and up) for every column of down"
+                f"{name}_gate_up must have two rows (gate and up) for every column of {name}_down, got "
+                f"{gate_up.shape[0]} rows and {down.shape[1]} columns"
             )
-    if choose(backend, rows[0], others=(*rows, text_gate_up, text_down, image_gate_up, image_down)) == "reference":
+    others = (*rows, text_gate_up, text_down, image_gate_up, image_down)
+    if choose_backend(backend, rows[0], others=others) == "reference":
         return reference.routed_swiglu(x, text_gate_up, text_down, image_gate_up, image_down, layout)
     is_joined = isinstance(x, Tensor)
-    # Between the two projections the towers may be of different width, so their rows stay in one tensor only if not.
+    # Between the projections the towers may differ in width. Their rows stay in one tensor only if they do not.
     is_hidden_joined = is_joined and text_gate_up.shape[0] == image_gate_up.shape[0]
     by_tower, weights = split_towers(x, layout), (text_gate_up, image_gate_up)
     needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (*rows, *weights))
@@ -87,7 +88,7 @@ def _fake_backward(dy: list[Tensor], gate_up: list[Tensor], recompute: bool) -> 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     gate_up = inputs[0]
     ctx.save_for_backward(*gate_up)
-    ctx.mark_non_differentiable(*output[len(gate_up) :])  # what is kept
+    ctx.mark_non_differentiable(*output[len(gate_up) :])  # the copies
 
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:

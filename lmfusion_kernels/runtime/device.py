@@ -1,4 +1,4 @@
-"""What can a CUDA device do, and does code that was compiled for some architectures run on it?"""
+"""The compute capability of a CUDA device, and whether code compiled for certain architectures runs on it."""
 
 import re
 from collections.abc import Callable
@@ -11,7 +11,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def constant_result(function: F) -> F:
-    """Let torch.compile call `function` while it traces and take the answer for a constant.
+    """Let torch.compile call `function` while it traces and treat the answer as a constant.
 
     torch.compiler.assume_constant_result does the same, and imports the compiler to do so.
     """
@@ -21,7 +21,7 @@ def constant_result(function: F) -> F:
 
 @constant_result
 def capability(device: torch.device) -> tuple[int, int] | None:
-    """The compute capability of a CUDA device; None where torch finds none."""
+    """The compute capability of a CUDA device; None if torch finds no CUDA device."""
     return _capability(device)
 
 
@@ -34,8 +34,8 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 def runs_on(architectures: tuple[str, ...], capability: tuple[int, int]) -> bool:
     """Whether code for these architectures (CMake's names: "80-real", "90a", "90-virtual") runs on such a device.
 
-    Machine code ("real") runs from its own minor version to the end of its major one, PTX ("virtual") from its version
-    on, and what ends in a letter runs on exactly one version; a name without either word stands for both.
+    Machine code ("real") runs from its own minor version to the end of its major version, PTX ("virtual") from its
+    version on. A name that ends in a letter runs on exactly one version; a name without either word stands for both.
     """
     for name in architectures:
         match = re.fullmatch(r"(\d+)(\d)([af]?)(-real|-virtual)?", name)

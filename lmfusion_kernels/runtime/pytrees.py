@@ -12,9 +12,9 @@ T = TypeVar("T")
 def register_tree(
     cls: type[T], name: str, to_dict: Callable[[T], dict[str, Any]], from_dict: Callable[[dict[str, Any]], T]
 ) -> None:
-    """Let pytrees take objects of `cls` apart into the values of `to_dict`, and `from_dict` put them together again.
+    """Let pytrees flatten objects of `cls` into the values of `to_dict` and rebuild them with `from_dict`.
 
-    name: what saved programs call the class. The names of the values must be the same for all objects.
+    name: the name of the class in saved programs. The names of the values must be the same for all objects.
     """
 
     def flatten(value: T) -> tuple[list[Any], tuple[str, ...]]:

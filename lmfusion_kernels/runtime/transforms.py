@@ -18,7 +18,7 @@ from lmfusion_kernels.runtime.device import constant_result
 INSIDE_TRANSFORM = "it does not run inside torch.func's transforms"
 _FORWARD_MODE = (
     "the native backend has no forward-mode derivative (torch.func.jvp, jacfwd, hessian, torch.autograd.forward_ad); "
-    "pass backend='reference', which has, or take the derivative in reverse mode"
+    "pass backend='reference', which has one, or take the derivative in reverse mode"
 )
 
 
@@ -31,9 +31,9 @@ def is_tracing() -> bool:
 
 
 def is_transformed(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether torch.func's vmap, grad or another transform is at work on one of the tensors.
+    """Whether torch.func's vmap, grad or another transform is active on one of the tensors.
 
-    While torch.compile or torch.export traces: whether one is at work at all.
+    While torch.compile or torch.export traces: whether one is active at all.
     """
     if torch.compiler.is_compiling():
         return _are_transforms_active()
@@ -73,7 +73,7 @@ def _carries_tangent(tensor: Tensor | None) -> bool:
         return True
     inside = functorch.get_unwrapped(tensor)
     if _is_wrapped(inside):
-        return any(outer)  # only the innermost transform can be asked for its tangents
+        return any(outer)  # tangents are known for the innermost transform only
     return _carries_tangent(inside)
 
 
@@ -88,7 +88,7 @@ def _is_forward_mode_active() -> bool:
 
 
 class Link(torch.autograd.Function):
-    """A tensor without content through which the graph reaches the inputs, and that keeps no memory of theirs."""
+    """An empty tensor through which the graph reaches the inputs without keeping their memory alive."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
@@ -102,9 +102,9 @@ class Link(torch.autograd.Function):
 
 
 class NoSecondDerivative(torch.autograd.Function):
-    """Gradients as they are, whose own derivative raises: `apply(op, num_grads, *grads, *inputs)`.
+    """Passes gradients on; their own derivative raises: `apply(op, num_grads, *grads, *inputs)`.
 
-    The inputs are those of the op, so that the graph reaches them and nobody takes them for unused.
+    The inputs are those of the op, so that the graph reaches them and autograd does not report them as unused.
     """
 
     @staticmethod

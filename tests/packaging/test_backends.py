@@ -1,4 +1,4 @@
-"""Which backend is chosen, what an impossible wish is answered, and what `backends()` says."""
+"""The choice of the backend, errors for a request that cannot be met, and the report of `backends()`."""
 
 import re
 
@@ -6,16 +6,16 @@ import pytest
 import torch
 
 import lmfusion_kernels as lk
-from lmfusion_kernels import attention
+from lmfusion_kernels.attention import dispatch
 from lmfusion_kernels.runtime import library
-from lmfusion_kernels.runtime.backends import ATTENTION_KERNELS, choose
+from lmfusion_kernels.runtime.backends import ATTENTION_KERNELS, choose_backend
 
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch):
     monkeypatch.delenv("LMFUSION_KERNELS_BACKEND", raising=False)
     yield
-    attention._why_absent.cache_clear()  # what was said of a library that is not there
+    dispatch._cached_unavailable_reason.cache_clear()  # what was said of a library that is not there
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def with_library(monkeypatch):
 def without_library(monkeypatch):
     monkeypatch.setattr(library, "native", False)
     monkeypatch.setattr(library, "unavailable_reason", "the native ops were not built: no compiler; install one")
-    attention._why_absent.cache_clear()
+    dispatch._cached_unavailable_reason.cache_clear()
 
 
 @pytest.mark.usefixtures("with_library")
@@ -45,18 +45,21 @@ def without_library(monkeypatch):
     ],
 )
 def test_dtype_decides(dtype, expected):
-    assert choose(None, torch.ones(2), None, torch.ones(2, dtype=dtype), torch.ones(2, dtype=torch.int32)) == expected
+    assert (
+        choose_backend(None, torch.ones(2), None, torch.ones(2, dtype=dtype), torch.ones(2, dtype=torch.int32))
+        == expected
+    )
 
 
 @pytest.mark.usefixtures("with_library")
 def test_a_wish_and_the_environment(monkeypatch):
     x = torch.ones(2)
-    assert choose("reference", x) == "reference"
+    assert choose_backend("reference", x) == "reference"
     monkeypatch.setenv("LMFUSION_KERNELS_BACKEND", "reference")
-    assert choose(None, x) == "reference"
-    assert choose("native", x) == "native"  # the argument is nearer than the environment
+    assert choose_backend(None, x) == "reference"
+    assert choose_backend("native", x) == "native"  # the argument is nearer than the environment
     monkeypatch.setenv("LMFUSION_KERNELS_BACKEND", "")
-    assert choose(None, x) == "native"
+    assert choose_backend(None, x) == "native"
 
 
 @pytest.mark.usefixtures("with_library")
@@ -64,16 +67,16 @@ def test_an_impossible_wish():
     with pytest.raises(
         ValueError, match=r"native backend was asked for, but it takes float32 and bfloat16 on cpu, not float64"
     ):
-        choose("native", torch.ones(2, dtype=torch.float64))
+        choose_backend("native", torch.ones(2, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"but it runs on cpu and cuda, not on mps.*backend='reference'"):
-        choose("native", FakeDevice("mps"))
+        choose_backend("native", FakeDevice("mps"))
     with pytest.raises(ValueError, match=r"but it was built without nvcc"):
-        choose("native", FakeDevice("cuda"))
-    assert choose(None, FakeDevice("cuda")) == "reference"
+        choose_backend("native", FakeDevice("cuda"))
+    assert choose_backend(None, FakeDevice("cuda")) == "reference"
 
 
 class FakeDevice:
-    """As much of a tensor as `choose` looks at, on a device that need not be here."""
+    """The attributes of a tensor that `choose_backend` reads, on a device that need not exist."""
 
     dtype = torch.float32
 
@@ -86,17 +89,17 @@ class FakeDevice:
 
 def test_an_unknown_backend(monkeypatch):
     with pytest.raises(ValueError, match="backend='cuda' is unknown; known: native, reference, triton, flash,"):
-        choose("cuda")
+        choose_backend("cuda")
     monkeypatch.setenv("LMFUSION_KERNELS_BACKEND", "fast")
     with pytest.raises(ValueError, match="LMFUSION_KERNELS_BACKEND='fast' is unknown"):
-        choose(None)
+        choose_backend(None)
 
 
 @pytest.mark.usefixtures("without_library")
 def test_without_the_library():
-    assert choose(None, torch.ones(2)) == "reference"
+    assert choose_backend(None, torch.ones(2)) == "reference"
     with pytest.raises(ValueError, match="but the native ops were not built: no compiler; install one"):
-        choose("native", torch.ones(2))
+        choose_backend("native", torch.ones(2))
     here = lk.backends()
     assert not here["native-cpu"].available
     assert here["native-cpu"].detail == "the native ops were not built: no compiler; install one"
@@ -163,7 +166,7 @@ def test_the_table_tells_of_an_unknown_instruction_set(monkeypatch):
 
 def test_choose_can_be_compiled():
     def double(x):
-        return x * 2 if choose(None, x) == "native" else x + x
+        return x * 2 if choose_backend(None, x) == "native" else x + x
 
     x = torch.ones(3)
     assert torch.equal(torch.compile(double, fullgraph=True, backend="eager")(x), 2 * x)

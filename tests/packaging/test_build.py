@@ -1,4 +1,4 @@
-"""setup.py: where it finds torch, how it reads its environment variables, and that a failing build is one sentence."""
+"""setup.py: how it finds torch and reads environment variables, and that a failed build costs one sentence."""
 
 import importlib.util
 import json
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="not a 
 
 @pytest.fixture
 def build(monkeypatch, tmp_path):
-    """setup.py as a module, without its last line's effect, building into tmp_path."""
+    """setup.py as a module, without running setup(), building into tmp_path."""
     asked = {}
     monkeypatch.setattr(setuptools, "setup", asked.update)
     for name in ("LMFUSION_CUDA", "LMFUSION_CUDA_ARCHITECTURES", "LMFUSION_BUILD_JOBS"):
@@ -84,7 +84,7 @@ def test_no_cmake(build, monkeypatch, tmp_path):
 
 @pytest.fixture
 def with_tools(build, monkeypatch):
-    """Compiler and CMake seem to be there; every command fails with one line of error."""
+    """Simulates a compiler and CMake; every command fails with one line of error."""
 
     def fail(command, log):
         log += ["-- configuring\n", "x.cpp:3:1: error: no member named 'y'\n", "ninja: build stopped\n"]
@@ -153,7 +153,7 @@ def test_cuda_on_off_and_auto(build, monkeypatch):
 
 @pytest.fixture
 def cmake(build, monkeypatch, tmp_path):
-    """Everything seems to be there, nvcc too. Returns CMake's command lines; with `fails` set, nvcc finds an error."""
+    """Simulates all tools, including nvcc. Returns CMake's command lines; with `fails` set, nvcc finds an error."""
 
     class Commands(list):
         fails = False

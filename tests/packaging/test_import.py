@@ -1,4 +1,4 @@
-"""Importing the packages is light: no network, no GPU, nothing heavy; and the host module knows nothing of torch."""
+"""Importing the packages is light: no network, no GPU, nothing heavy; the layout module does not load torch."""
 
 import subprocess
 import sys
@@ -28,7 +28,7 @@ def run_python(code):
 
 def test_kernels_import_nothing_heavy():
     code = f"""
-import torch, torch.utils.flop_counter  # this part of torch imports triton where it is installed
+import torch, torch.utils.flop_counter  # this part of torch imports triton where it is availability
 torch_alone = set(sys.modules)
 import lmfusion_kernels
 added = set(sys.modules) - torch_alone
@@ -71,6 +71,12 @@ def test_network_is_noticed():
     assert "network: socket.getaddrinfo" in process.stderr
 
 
+def test_a_compiled_layout_module_is_used():
+    """The builders fall back to numpy silently, so a module that cannot be imported would only be slow."""
+    is_compiled = any(Path(build.__file__).parents[1].glob("_layout_native*.so"))
+    assert (build._layout_native is not None) == is_compiled
+
+
 @pytest.mark.skipif(build._layout_native is None, reason="_layout_native was not compiled")
 def test_host_module_needs_no_torch():
     code = f"""
@@ -98,7 +104,7 @@ def test_the_instruction_set_can_be_held_down(isa):
     code = f"""
 import os
 os.environ["LMFUSION_CPU_ISA"] = {isa!r}
-from lmfusion_kernels import build
+from lmfusion_kernels.layout import build
 print(build.instruction_set())
 """
     assert run_python(code).stdout.strip() == isa

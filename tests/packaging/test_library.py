@@ -1,4 +1,4 @@
-"""A library that is missing, damaged or meets an old torch costs one clear sentence, never an exception."""
+"""A library that is missing, damaged or meets an old torch gives one clear sentence, never an exception."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_a_library_that_does_not_load(tmp_path):
 def test_an_old_torch(tmp_path, monkeypatch, version):
     monkeypatch.setattr(torch, "__version__", version)
     assert library.load(tmp_path) == (
-        f"torch {version} is installed and the native ops need 2.10 or later; `pip install 'torch>=2.10'`"
+        f"torch {version} is installed, and the native ops need 2.10 or later; `pip install 'torch>=2.10'`"
     )
 
 

@@ -1,5 +1,4 @@
-"""Packed causal attention in plain PyTorch with FlashAttention's conventions, in any dtype: what two_pass.py runs on
-where there is no GPU."""
+"""Packed causal attention in plain PyTorch with FlashAttention's conventions; stands in for the packages."""
 
 import torch
 
@@ -41,7 +40,7 @@ class PlainPackedCausal:
         return dq, dk, dv
 
     def check(self, tensors, sequences):
-        """What the CUDA kernels demand, or read without asking."""
+        """What the CUDA kernels require, checked or unchecked."""
         q, k, v, *_ = tensors
         query_start, key_start, num_keys = sequences.query_start, sequences.key_start, sequences.num_keys
         assert all(x.dtype == torch.int32 and x.is_contiguous() for x in (query_start, key_start))

@@ -1,4 +1,4 @@
-"""Are the optional packages called as their code asks for? Stand-ins with the packages' own schemas run on the CPU.
+"""The optional packages are called with the arguments that they take; stand-ins with their schemas run on the CPU.
 
 The schemas are those of flash-attn 2.8, of hopper/flash_attn_interface.py of 2026 and of flash-attn-4 4.0.0b36. A wrong
 name, order or default fails here; the results are compared with the specification.
@@ -12,11 +12,10 @@ import pytest
 import torch
 
 import lmfusion_kernels as lk
-from lmfusion_kernels import attention
-from lmfusion_kernels.attention import flash, flash_attn_3, flash_attn_4, installed
-from lmfusion_kernels.attention.interface import AttentionProblem
+from lmfusion_kernels.attention import availability, dispatch, flash, flash_attn_3, flash_attn_4
+from lmfusion_kernels.attention.interface import AttentionCall, AttentionProblem
+from lmfusion_kernels.attention.packed_causal import Sequences, at_least_two
 from lmfusion_kernels.attention.reference import Reference, dense_attention
-from lmfusion_kernels.attention.two_pass import Sequences
 from lmfusion_kernels.runtime import device as device_module
 from tests.kernels.attention.packed_causal import PlainPackedCausal
 from tests.kernels.attention.test_two_pass import make_inputs
@@ -57,13 +56,13 @@ FLASH_ATTN_3 = {
 @pytest.fixture(autouse=True)
 def forget_answers():
     yield
-    attention._why_absent.cache_clear()
+    dispatch._cached_unavailable_reason.cache_clear()
     flash_attn_3._build_flags.cache_clear()
 
 
 @pytest.fixture
 def define_ops():
-    """Ops of a package under its own namespace, implemented on the CPU, gone after the test."""
+    """Ops of a package under its own namespace, implemented on the CPU and removed after the test."""
     libraries = []
 
     def define(namespace, schemas, implementations):
@@ -79,11 +78,11 @@ def define_ops():
 
 
 def pretend(monkeypatch, versions, modules, capability=(9, 0)):
-    """These packages are installed, and a device of this capability is here."""
+    """Simulate these installed packages and a device of this capability."""
     for name, module in modules.items():
         module.__spec__ = importlib.machinery.ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(installed, "version", lambda name: versions[name])
+    monkeypatch.setattr(availability, "version", lambda name: versions[name])
     monkeypatch.setattr(device_module, "_capability", lambda device: capability)
 
 
@@ -120,7 +119,7 @@ def implementations(schemas, forward_name, backward_name, causal_name):
         a = by_name(schemas[backward_name], complete(schemas[backward_name], arguments, more))
         names = {"dout", "q", "k", "v", "out", "softmax_lse", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q"}
         check(a, {*names, "max_seqlen_k", "dq", "dk", "dv", "deterministic"})
-        assert a["deterministic"] is installed.wants_deterministic()
+        assert a["deterministic"] is availability.wants_deterministic()
         tensors = (a[name] for name in ("dout", "q", "k", "v", "out", "softmax_lse"))
         grads = plain.backward(*tensors, sequences_of(a), a["softmax_scale"])
         for name, grad in zip(("dq", "dk", "dv"), grads, strict=True):
@@ -140,7 +139,7 @@ def complete(schema, arguments, more):
 
 
 def assert_equals_the_specification(name, tolerance=1e-12, documents=DOCUMENTS):
-    kernel, specification = attention.KERNELS[name], Reference()
+    kernel, specification = dispatch.KERNELS[name], Reference()
     layouts = [lk.TokenLayout.from_spans(documents)]
     if not kernel.unsupported_reason(case(needs_grad=False, is_cached=True)):
         for cache_starts in ([0, 20, 40], [7, 29, 64]):
@@ -149,14 +148,14 @@ def assert_equals_the_specification(name, tolerance=1e-12, documents=DOCUMENTS):
     for layout in layouts:
         for rows in ("all", "active") if layout.is_cached else ("all", "active", "constant"):
             q, k, v, dout = make_inputs(layout, rows)
-            out, lse = kernel.forward(q, k, v, layout, rows, 0.3)
-            expected = specification.forward(q, k, v, layout, rows, 0.3)
+            out, lse = kernel.forward(AttentionCall(q, k, v, layout, rows, 0.3))
+            expected = specification.forward(AttentionCall(q, k, v, layout, rows, 0.3))
             assert (out - expected[0]).abs().max() <= tolerance and (lse - expected[1]).abs().max() <= tolerance
             if rows == "constant" or layout.is_cached:
                 continue
-            grads = kernel.backward(dout, q, k, v, out, lse, layout, rows, 0.3)
+            grads = kernel.backward(AttentionCall(q, k, v, layout, rows, 0.3), dout, out, lse)
             for grad, target in zip(
-                grads, specification.backward(dout, q, k, v, out, lse, layout, rows, 0.3), strict=True
+                grads, specification.backward(AttentionCall(q, k, v, layout, rows, 0.3), dout, out, lse), strict=True
             ):
                 assert (grad - target).abs().max() <= tolerance
 
@@ -197,46 +196,46 @@ def case(needs_grad=True, head_dim=128, dtype=torch.bfloat16, is_cached=False):
 
 def test_deterministic_backwards_where_torch_demands_them(monkeypatch, define_ops):
     pretend(monkeypatch, {"flash-attn": "2.8.3"}, flash_attn_2(define_ops) | flash_attn_3_modules(define_ops))
-    assert not installed.wants_deterministic()  # this suite asks for warnings alone
+    assert not availability.wants_deterministic()  # this suite asks for warnings alone
     monkeypatch.setattr(torch, "is_deterministic_algorithms_warn_only_enabled", lambda: False)
-    assert installed.wants_deterministic()
+    assert availability.wants_deterministic()
     assert_equals_the_specification("flash-attn-2")  # the stand-ins compare the argument
     assert_equals_the_specification("flash-attn-3")
 
 
 def test_flash_attn_2(monkeypatch, define_ops):
     pretend(monkeypatch, {"flash-attn": "2.8.3"}, flash_attn_2(define_ops))
-    assert attention.unsupported_reason("flash-attn-2", case()) == ""
+    assert dispatch.unsupported_reason("flash-attn-2", case()) == ""
     assert_equals_the_specification("flash-attn-2")
-    assert "multiples of 8 up to 256, not 100" in attention.unsupported_reason("flash-attn-2", case(head_dim=100))
-    assert "not float32" in attention.unsupported_reason("flash-attn-2", case(dtype=torch.float32))
+    assert "multiples of 8 up to 256, not 100" in dispatch.unsupported_reason("flash-attn-2", case(head_dim=100))
+    assert "not float32" in dispatch.unsupported_reason("flash-attn-2", case(dtype=torch.float32))
 
 
 @pytest.mark.parametrize("version", ["2.6.3", "3.0.0"])
 def test_flash_attn_of_another_version(monkeypatch, define_ops, version):
     pretend(monkeypatch, {"flash-attn": version}, flash_attn_2(define_ops))
-    reason = attention.unsupported_reason("flash-attn-2", case())
+    reason = dispatch.unsupported_reason("flash-attn-2", case())
     assert version in reason and "from 2.7 on" in reason
 
 
 def test_flash_attn_2_that_does_not_import(monkeypatch):
     pretend(monkeypatch, {"flash-attn": "2.8.3"}, {"flash_attn": types.ModuleType("flash_attn")})
-    assert "`import flash_attn.flash_attn_interface` fails" in attention.unsupported_reason("flash-attn-2", case())
+    assert "`import flash_attn.flash_attn_interface` fails" in dispatch.unsupported_reason("flash-attn-2", case())
 
 
 def test_flash_attn_3(monkeypatch, define_ops):
     pretend(monkeypatch, {}, flash_attn_3_modules(define_ops))
-    assert attention.unsupported_reason("flash-attn-3", case()) == ""
+    assert dispatch.unsupported_reason("flash-attn-3", case()) == ""
     assert_equals_the_specification("flash-attn-3")
 
 
 def test_flash_attn_3_without_a_backward(monkeypatch, define_ops):
-    """tokenspeed-fa3 is built so, and without heads of 96, which then use the kernels of 128."""
+    """tokenspeed-fa3 is built like this, and without heads of 96, which then use the kernels of 128."""
     flags = {f"FLASHATTENTION_DISABLE_{name}": True for name in ("BACKWARD", "HDIM96", "HDIM192", "HDIM256")}
     pretend(monkeypatch, {}, flash_attn_3_modules(define_ops, **flags))
-    assert "built without a backward" in attention.unsupported_reason("flash-attn-3", case())
-    assert attention.unsupported_reason("flash-attn-3", case(needs_grad=False, head_dim=96)) == ""
-    assert "head sizes up to 128, not 192" in attention.unsupported_reason(
+    assert "built without a backward" in dispatch.unsupported_reason("flash-attn-3", case())
+    assert dispatch.unsupported_reason("flash-attn-3", case(needs_grad=False, head_dim=96)) == ""
+    assert "head sizes up to 128, not 192" in dispatch.unsupported_reason(
         "flash-attn-3", case(needs_grad=False, head_dim=192)
     )
 
@@ -244,31 +243,31 @@ def test_flash_attn_3_without_a_backward(monkeypatch, define_ops):
 def test_flash_attn_3_elsewhere(monkeypatch, define_ops):
     pretend(monkeypatch, {}, flash_attn_3_modules(define_ops), capability=(8, 0))
     assert (
-        attention.unsupported_reason("flash-attn-3", case())
+        dispatch.unsupported_reason("flash-attn-3", case())
         == "it needs compute capability 9.0, and this device has 8.0"
     )
 
 
 def test_torch_flash_by_schema(monkeypatch):
     """The ops of the installed torch take what is passed, and a torch whose ops differ is refused by name."""
-    assert flash.why_schema_differs() == ""
+    assert flash.schema_difference() == ""
     monkeypatch.setattr(flash, "FORWARD_ARGUMENTS", (*flash.FORWARD_ARGUMENTS, "softcap"))
-    assert "has other arguments (softcap)" in flash.why_schema_differs()
+    assert "has other arguments (softcap)" in flash.schema_difference()
     monkeypatch.setattr(flash, "FORWARD_ARGUMENTS", flash.FORWARD_ARGUMENTS[:8])
-    assert "has other arguments (is_causal, return_debug_mask)" in flash.why_schema_differs()
+    assert "has other arguments (is_causal, return_debug_mask)" in flash.schema_difference()
 
 
 def test_torch_flash_on_the_device(monkeypatch):
     pretend(monkeypatch, {}, {})
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    assert attention.unsupported_reason("flash", case()) == ""
-    assert attention.unsupported_reason("flash", case(head_dim=256)) == ""
-    assert "not 264" in attention.unsupported_reason("flash", case(head_dim=264))
+    assert dispatch.unsupported_reason("flash", case()) == ""
+    assert dispatch.unsupported_reason("flash", case(head_dim=256)) == ""
+    assert "not 264" in dispatch.unsupported_reason("flash", case(head_dim=264))
     monkeypatch.setattr(device_module, "_capability", lambda device: (8, 9))
-    assert "backward takes head sizes up to 192" in attention.unsupported_reason("flash", case(head_dim=256))
+    assert "backward takes head sizes up to 192" in dispatch.unsupported_reason("flash", case(head_dim=256))
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
-    attention._why_absent.cache_clear()
-    assert attention.unsupported_reason("flash", case()) == "this build of torch has no FlashAttention"
+    dispatch._cached_unavailable_reason.cache_clear()
+    assert dispatch.unsupported_reason("flash", case()) == "this build of torch has no FlashAttention"
 
 
 def test_torch_flash_calls_the_ops(monkeypatch):
@@ -299,11 +298,16 @@ def test_torch_flash_calls_the_ops(monkeypatch):
 
 
 def test_sequences_with_no_query_beside_sequences_with_one():
-    """FlashAttention-2 takes a bound of one query for the promise that every sequence has one."""
+    """FlashAttention-2 assumes from a bound of one query that every sequence has exactly one."""
     q = torch.empty(2, 4, 8)
-    assert flash.at_least_two(1, q, torch.tensor([0, 1, 2])) == 1
-    assert flash.at_least_two(1, q, torch.tensor([0, 1, 1, 2])) == 2
-    assert flash.at_least_two(5, q, torch.tensor([0, 2])) == 5
+
+    def bound(max_queries, query_start):
+        start = torch.tensor(query_start)
+        return at_least_two(Sequences(start, start, max_queries, 9), q)
+
+    assert bound(1, [0, 1, 2]) == 1
+    assert bound(1, [0, 1, 1, 2]) == 2
+    assert bound(5, [0, 2]) == 5
 
 
 def ranges_to_mask(start, end, num_columns):
@@ -312,7 +316,7 @@ def ranges_to_mask(start, end, num_columns):
 
 
 def assert_listed(lists, mask):
-    """Whatever is visible lies in a listed block, and whole blocks are visible whole."""
+    """Every visible pair lies in a listed block, and full blocks are visible as a whole."""
     rows, columns = (-(-size // 128) for size in mask.shape)
     assert lists.mask_block_idx.shape == lists.full_block_idx.shape == (1, 1, rows, columns)
     for i in range(rows):
@@ -360,22 +364,22 @@ def test_flash_attn_4(monkeypatch):
     monkeypatch.setattr(flash_attn_4, "_mask", lambda: "the mask")
     stand_in = types.SimpleNamespace(flash_attn_4=flash_attn_4._forward, flash_attn_4_backward=flash_attn_4._backward)
     monkeypatch.setattr(flash_attn_4, "_ops", stand_in)
-    assert attention.unsupported_reason("flash-attn-4", case()) == ""
+    assert dispatch.unsupported_reason("flash-attn-4", case()) == ""
     assert_equals_the_specification("flash-attn-4")
     long = [[("text", 150), ("image", 90), ("text", 30)], [("text", 20), ("image", 140), ("text", 200)]]
     assert_equals_the_specification("flash-attn-4", documents=long)
     assert (
-        attention.unsupported_reason("flash-attn-4", case(needs_grad=False, is_cached=True))
+        dispatch.unsupported_reason("flash-attn-4", case(needs_grad=False, is_cached=True))
         == "it takes no key-value cache"
     )
     assert len(calls) == 2 * (3 + 2) and all(lists.block_size == (128, 128) for lists in calls)
     for lists in calls:
         assert lists.mask_block_cnt.dtype == lists.full_block_idx.dtype == torch.int32
         assert lists.mask_block_cnt.shape[:2] == lists.mask_block_idx.shape[:2] == (1, 1)
-    assert "up to 128, not 192" in attention.unsupported_reason("flash-attn-4", case(head_dim=192))
+    assert "up to 128, not 192" in dispatch.unsupported_reason("flash-attn-4", case(head_dim=192))
     monkeypatch.setattr(flash_attn_4, "wants_deterministic", lambda: True)
-    assert "not deterministic" in attention.unsupported_reason("flash-attn-4", case())
-    assert attention.unsupported_reason("flash-attn-4", case(needs_grad=False)) == ""
+    assert "not deterministic" in dispatch.unsupported_reason("flash-attn-4", case())
+    assert dispatch.unsupported_reason("flash-attn-4", case(needs_grad=False)) == ""
 
 
 @pytest.mark.parametrize(
@@ -387,12 +391,12 @@ def test_flash_attn_4(monkeypatch):
     ],
 )
 def test_an_absent_package_says_how_to_get_it(monkeypatch, name, command):
-    monkeypatch.setattr(installed, "version_of", lambda distribution: None)
-    monkeypatch.setattr(installed, "has_module", lambda module: False)
+    monkeypatch.setattr(availability, "installed_version", lambda distribution: None)
+    monkeypatch.setattr(availability, "has_module", lambda module: False)
     layout = lk.TokenLayout.from_spans(DOCUMENTS)
     kind = dict(dtype=torch.bfloat16, num_heads=4, num_kv_heads=2, head_dim=64, needs_grad=True)
     with pytest.raises(ValueError, match=f"{name} attention was asked for, but .* is not installed; `{command}"):
-        attention.choose(name, layout, device=torch.device("cpu"), **kind)
+        dispatch.choose_kernel(name, layout, device=torch.device("cpu"), **kind)
 
 
 @pytest.mark.parametrize("keys", [[5e9, 4.5e9], [5e9, 5e9], [-3e12, -3e12], [float("-inf"), float("-inf")]])

@@ -1,4 +1,4 @@
-"""Is attention on the CPU right where scores are huge, overflow or are not numbers, forward and backward?"""
+"""Attention on the CPU with scores that are huge, overflow or are not numbers, forward and backward."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Do the block lists hold the mask, and does FlexAttention, which reads them, compute hybrid attention?"""
+"""The block lists hold the mask, and FlexAttention, which reads them, computes hybrid attention."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lmfusion_kernels as lk
-from lmfusion_kernels import attention, reference
+from lmfusion_kernels import reference
 from lmfusion_kernels.attention import flex
 from lmfusion_kernels.attention.block_lists import block_lists
+from lmfusion_kernels.attention.interface import AttentionCall, ranges_by_key
 from lmfusion_kernels.attention.reference import Reference
 from tests.kernels.attention.test_two_pass import make_inputs
 
@@ -42,10 +43,10 @@ def test_lists_of_random_documents(documents, size, frozen_text):
     layout = lk.TokenLayout.from_spans(documents, frozen_text=frozen_text)
     n = layout.num_tokens
     assert_lists_hold_the_mask(layout.key_start, layout.key_end, n, size)
-    assert_lists_hold_the_mask(layout.query_start, layout.query_end, n, size)
-    assert_lists_hold_the_mask(layout.active_key_start, layout.active_key_end, n, size, has_gaps=True)
-    assert_lists_hold_the_mask(layout.constant_key_start, layout.constant_key_end, n, size, has_gaps=True)
-    by_key = attention.interface.ranges_by_key(layout.active_key_start, layout.active_key_end, n)
+    assert_lists_hold_the_mask(layout.mask.query_start, layout.mask.query_end, n, size)
+    assert_lists_hold_the_mask(layout.active.key_start, layout.active.key_end, n, size, has_gaps=True)
+    assert_lists_hold_the_mask(layout.constant.key_start, layout.constant.key_end, n, size, has_gaps=True)
+    by_key = ranges_by_key(layout.active.key_start, layout.active.key_end, n)
     assert_lists_hold_the_mask(*by_key, layout.num_active, size)
 
 
@@ -58,7 +59,7 @@ def test_whole_blocks_are_most_of_a_long_document():
 
 @pytest.fixture
 def gradients_on_the_cpu(monkeypatch):
-    """FlexAttention refuses gradients on the CPU, though its plain form has them."""
+    """FlexAttention refuses gradients on the CPU, although its uncompiled form has them."""
     from torch.nn.attention import flex_attention
 
     monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
@@ -71,13 +72,15 @@ def test_flex_equals_the_specification():
     kernel, specification = flex.Flex(), Reference()
     for rows in ("all", "active", "constant"):
         q, k, v, dout = make_inputs(layout, rows, head_dim=16)
-        out, lse = kernel.forward(q, k, v, layout, rows, 0.3)
-        expected = specification.forward(q, k, v, layout, rows, 0.3)
+        out, lse = kernel.forward(AttentionCall(q, k, v, layout, rows, 0.3))
+        expected = specification.forward(AttentionCall(q, k, v, layout, rows, 0.3))
         assert (out - expected[0]).abs().max() <= 1e-12 and (lse - expected[1]).abs().max() <= 1e-12
         if rows == "constant":
             continue
-        grads = kernel.backward(dout, q, k, v, out, lse, layout, rows, 0.3)
-        for grad, target in zip(grads, specification.backward(dout, q, k, v, out, lse, layout, rows, 0.3), strict=True):
+        grads = kernel.backward(AttentionCall(q, k, v, layout, rows, 0.3), dout, out, lse)
+        for grad, target in zip(
+            grads, specification.backward(AttentionCall(q, k, v, layout, rows, 0.3), dout, out, lse), strict=True
+        ):
             assert (grad - target).abs().max() <= 1e-12
 
 

@@ -1,5 +1,7 @@
-"""Which kernel is chosen: by wish, by the measured table, by default; what an impossible wish is answered; what
-`backends()` tells of it. Devices are pretended."""
+"""The choice of the attention kernel: by request, by the measured table, by default; errors; and `backends()`.
+
+Devices are simulated.
+"""
 
 import json
 
@@ -7,13 +9,12 @@ import pytest
 import torch
 
 import lmfusion_kernels as lk
-from lmfusion_kernels import attention, reference
-from lmfusion_kernels.attention import installed, propose, registered, table
-from lmfusion_kernels.attention.table import Row
+from lmfusion_kernels import reference
+from lmfusion_kernels.attention import availability, dispatch, propose, table, torch_ops
+from lmfusion_kernels.attention.table import TableRow
 from lmfusion_kernels.runtime import device as device_module
 from lmfusion_kernels.runtime import library
-from lmfusion_kernels.runtime.backends import ATTENTION_KERNELS, BACKENDS, why_not_native
-from lmfusion_kernels.runtime.backends import choose as choose_rows
+from lmfusion_kernels.runtime.backends import ATTENTION_KERNELS, BACKENDS, choose_backend, native_unsupported_reason
 from lmfusion_kernels.runtime.device import runs_on
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -24,23 +25,23 @@ LAYOUT = lk.TokenLayout.from_spans([[("text", 3), ("image", 4)]])
 def fresh(monkeypatch):
     monkeypatch.delenv("LMFUSION_KERNELS_BACKEND", raising=False)
     yield
-    attention._why_absent.cache_clear()
+    dispatch._cached_unavailable_reason.cache_clear()
     table.measured.cache_clear()
 
 
 @pytest.fixture
 def hopper(monkeypatch):
-    """A device of capability 9.0 with Triton and PyTorch's FlashAttention, and no package beside."""
-    monkeypatch.setattr(library, "unsupported_reason", "")
+    """A device of capability 9.0 with Triton and PyTorch's FlashAttention, and no other package."""
+    monkeypatch.setattr(library, "unavailable_reason", "")
     monkeypatch.setattr(device_module, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(installed, "version_of", lambda distribution: None)
-    monkeypatch.setattr(registered, "has_module", lambda module: True)
+    monkeypatch.setattr(availability, "installed_version", lambda distribution: None)
+    monkeypatch.setattr(torch_ops, "has_module", lambda module: True)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    attention._why_absent.cache_clear()
+    dispatch._cached_unavailable_reason.cache_clear()
 
 
 def choose(backend=None, device=CUDA, dtype=torch.bfloat16, head_dim=128, needs_grad=True, layout=LAYOUT):
-    return attention.choose(
+    return dispatch.choose_kernel(
         backend, layout, device=device, dtype=dtype, num_heads=4, num_kv_heads=2, head_dim=head_dim,
         needs_grad=needs_grad,
     )  # fmt: skip
@@ -67,8 +68,8 @@ def test_on_the_cpu(monkeypatch):
     with pytest.raises(ValueError, match="flash attention was asked for by LMFUSION_KERNELS_BACKEND, but"):
         choose(device=CPU)
     monkeypatch.delenv("LMFUSION_KERNELS_BACKEND")
-    monkeypatch.setattr(library, "unsupported_reason", "the native ops were not built: no compiler")
-    attention._why_absent.cache_clear()
+    monkeypatch.setattr(library, "unavailable_reason", "the native ops were not built: no compiler")
+    dispatch._cached_unavailable_reason.cache_clear()
     assert choose(device=CPU) == "reference"
 
 
@@ -88,12 +89,12 @@ def test_default_order_on_cuda():
 
 @pytest.mark.usefixtures("hopper")
 def test_triton_that_is_absent_gives_way(monkeypatch):
-    monkeypatch.setattr(registered, "has_module", lambda module: False)
+    monkeypatch.setattr(torch_ops, "has_module", lambda module: False)
     assert choose() == "flash"
     with pytest.raises(ValueError, match="triton is not installed; `pip install triton`"):
         choose("triton")
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
-    attention._why_absent.cache_clear()
+    dispatch._cached_unavailable_reason.cache_clear()
     assert choose() == "reference"
 
 
@@ -110,10 +111,10 @@ def test_the_environment(monkeypatch):
 @pytest.mark.usefixtures("hopper")
 def test_measured_rows_come_first(monkeypatch):
     rows = (
-        Row("9.0", "bfloat16", 128, "training", 0, "flash"),
-        Row("9.0", "bfloat16", 128, "training", 7, "flex"),
-        Row("9.0", "bfloat16", 64, "forward", 0, "flash-attn-3"),
-        Row("8.0", "bfloat16", 256, "forward", 0, "flash"),
+        TableRow("9.0", "bfloat16", 128, "training", 0, "flash"),
+        TableRow("9.0", "bfloat16", 128, "training", 7, "flex"),
+        TableRow("9.0", "bfloat16", 64, "forward", 0, "flash-attn-3"),
+        TableRow("8.0", "bfloat16", 256, "forward", 0, "flash"),
     )
     monkeypatch.setattr(table, "load", lambda: rows)
     table.measured.cache_clear()
@@ -126,18 +127,18 @@ def test_measured_rows_come_first(monkeypatch):
 
 
 def test_row_ops_take_the_name_of_an_attention_kernel(monkeypatch):
-    """It means the native row ops with that attention."""
+    """The name means the native row ops with that attention."""
     monkeypatch.setattr(library, "native", True)
     x = torch.ones(2)
     for name in ATTENTION_KERNELS:
-        assert choose_rows(name, x) == "native"
+        assert choose_backend(name, x) == "native"
     with pytest.raises(ValueError, match="native backend was asked for, but it takes float32 and bfloat16 on cpu"):
-        choose_rows("flash", x.double())
+        choose_backend("flash", x.double())
 
 
 def test_names_are_those_of_the_kernels():
-    assert set(attention.KERNELS) == set(BACKENDS)
-    assert all(kernel.summary for kernel in attention.KERNELS.values())
+    assert set(dispatch.KERNELS) == set(BACKENDS)
+    assert all(kernel.summary for kernel in dispatch.KERNELS.values())
 
 
 @pytest.mark.usefixtures("hopper")
@@ -150,7 +151,7 @@ def test_backends_explains(monkeypatch):
     assert here["flash"].available and here["flash"].chosen_for == ()
     assert "not installed; `pip install flash-attn" in here["flash-attn-2"].detail
 
-    rows = (Row("9.0", "bfloat16", 128, "training", 0, "flash"),)
+    rows = (TableRow("9.0", "bfloat16", 128, "training", 0, "flash"),)
     monkeypatch.setattr(table, "load", lambda: rows)
     table.measured.cache_clear()
     assert lk.backends()["flash"].detail.endswith("chosen measured: bfloat16 heads of 128 with gradients")
@@ -165,8 +166,8 @@ def test_backends_explains(monkeypatch):
 
 
 def test_the_file_holds_rows_that_fit():
-    """What is committed can be read, and names kernels that exist."""
-    assert all(row.kernel in attention.KERNELS and row.direction in table.DIRECTIONS for row in table.load())
+    """The committed file can be read, and names kernels that exist."""
+    assert all(row.kernel in dispatch.KERNELS and row.direction in table.DIRECTIONS for row in table.load())
 
 
 def result(kernel, direction, median_ms, num_tokens=1024, pattern="causal", **more):
@@ -183,8 +184,8 @@ def test_propose():
           for kernel in ("triton", "flash") for direction in ("forward", "backward")),
     ]  # fmt: skip
     assert propose.propose(results) == [
-        Row("9.0", "bfloat16", 128, "forward", 0, "triton"),
-        Row("9.0", "bfloat16", 128, "training", 0, "flash"),
+        TableRow("9.0", "bfloat16", 128, "forward", 0, "triton"),
+        TableRow("9.0", "bfloat16", 128, "training", 0, "flash"),
     ]
 
 
@@ -197,13 +198,16 @@ def test_propose_by_size():
         for kernel, time in zip(("triton", "flash"), pair, strict=True)
     ]
     assert [(row.min_tokens, row.kernel) for row in propose.propose(results)] == [(0, "triton"), (4096, "flash")]
-    with pytest.raises(ValueError, match="direction 'both'; known: forward, backward"):
+    with pytest.raises(ValueError, match="must be forward or backward, got 'both'"):
         propose.propose([result("triton", "both", 1.0)])
     assert propose.propose([]) == []
 
 
 def test_a_proposal_becomes_the_file():
-    old = (Row("8.0", "float16", 64, "forward", 0, "flash"), Row("9.0", "bfloat16", 128, "forward", 0, "flex"))
+    old = (
+        TableRow("8.0", "float16", 64, "forward", 0, "flash"),
+        TableRow("9.0", "bfloat16", 128, "forward", 0, "flex"),
+    )
     new = propose.propose([result("triton", "forward", 1.0)])
     assert table.parse(propose.merge(old, new)) == (old[0], *new)  # the rows of the measured device are replaced
     assert propose.merge([], []) == "[]\n"
@@ -211,7 +215,10 @@ def test_a_proposal_becomes_the_file():
 
 @pytest.mark.parametrize(
     ("entry", "message"),
-    [({"kernel": "flash"}, "does not fit"), ({"direction": "sideways"}, "direction 'sideways'; known: forward")],
+    [
+        ({"kernel": "flash"}, "must have the fields of TableRow"),
+        ({"direction": "sideways"}, "must be one of forward, training, got 'sideways'"),
+    ],
 )
 def test_a_row_that_does_not_fit(entry, message):
     whole = dict(capability="9.0", dtype="bfloat16", head_dim=64, direction="forward", min_tokens=0, kernel="flash")
@@ -240,7 +247,7 @@ def test_which_devices_compiled_code_runs_on(architectures, capability, expected
 
 
 class OnCuda:
-    """As much of a tensor as `why_not_native` looks at."""
+    """The attributes of a tensor that `native_unsupported_reason` reads."""
 
     device, dtype = CUDA, torch.float16
 
@@ -252,19 +259,19 @@ def test_a_device_without_compiled_code(monkeypatch):
     monkeypatch.setattr(library, "native", True)
     monkeypatch.setattr(library, "build_info", {"cuda_architectures": ["80-real"]})
     monkeypatch.setattr(device_module, "_capability", lambda device: (8, 6))
-    assert why_not_native(OnCuda()) == ""  # float16 too
+    assert native_unsupported_reason(OnCuda()) == ""  # float16 too
     monkeypatch.setattr(device_module, "_capability", lambda device: (7, 5))
-    reason = why_not_native(OnCuda())
+    reason = native_unsupported_reason(OnCuda())
     assert "compute capability 7.5" in reason and "LMFUSION_CUDA_ARCHITECTURES=75" in reason
 
 
 def test_second_derivatives_are_refused(monkeypatch):
-    """By the kernels that autograd cannot follow as by the compiled ops."""
+    """Also by the attention kernels that autograd cannot follow."""
     from lmfusion_kernels.attention.two_pass import TwoPass
     from tests.kernels.attention.packed_causal import PlainPackedCausal
 
-    monkeypatch.setitem(attention.KERNELS, "flash", TwoPass(PlainPackedCausal()))
-    attention._why_absent.cache_clear()
+    monkeypatch.setitem(dispatch.KERNELS, "flash", TwoPass(PlainPackedCausal()))
+    dispatch._cached_unavailable_reason.cache_clear()
     q, k, v = (torch.randn(7, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     out = lk.hybrid_attention(q, k, v, LAYOUT, backend="flash")
     expected = reference.hybrid_attention(q, k, v, LAYOUT)

@@ -1,7 +1,7 @@
-"""Does torch.compile(fullgraph=True) take attention by PyTorch's flash kernels, once for many layouts, and does nothing
-ask the device for a number?
+"""torch.compile(fullgraph=True) takes attention by PyTorch's flash kernels, in one graph for many layouts, without host
+syncs.
 
-The two private ops of torch get an implementation on the CPU, in plain PyTorch, for the time of a test.
+The two private ops of torch get an implementation on the CPU, in plain PyTorch, during a test.
 """
 
 import pytest
@@ -9,9 +9,10 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import lmfusion_kernels as lk
-from lmfusion_kernels import attention, reference
-from lmfusion_kernels.attention import flash, table
-from lmfusion_kernels.attention.two_pass import Sequences
+from lmfusion_kernels import reference
+from lmfusion_kernels.attention import dispatch, flash, table
+from lmfusion_kernels.attention.interface import AttentionCall
+from lmfusion_kernels.attention.packed_causal import Sequences
 from lmfusion_kernels.runtime import device as device_module
 from lmfusion_kernels.runtime import library
 from tests.kernels.attention.packed_causal import PlainPackedCausal
@@ -33,10 +34,10 @@ def flash_on_the_cpu(monkeypatch):
     library.impl("_flash_attention_backward", backward, "CPU")
     monkeypatch.setattr(flash.TorchFlash, "unavailable_reason", lambda self, device: "")
     monkeypatch.setattr(flash.TorchFlash, "unsupported_reason", lambda self, case: "")
-    attention._why_absent.cache_clear()
+    dispatch._cached_unavailable_reason.cache_clear()
     yield
     library._destroy()
-    attention._why_absent.cache_clear()
+    dispatch._cached_unavailable_reason.cache_clear()
 
 
 def run(op, layout, inputs):
@@ -86,19 +87,19 @@ def test_the_block_compiles_with_flash_attention():
 
 @pytest.mark.parametrize("is_measured", [False, True])
 def test_the_choice_is_made_while_tracing(monkeypatch, is_measured):
-    """On a pretended GPU: by the table, by the default order, by what is installed."""
-    rows = (table.Row("9.0", "bfloat16", 64, "training", 5, "flash"),) if is_measured else ()
+    """On a simulated GPU: by the table, by the default order, by what is installed."""
+    rows = (table.TableRow("9.0", "bfloat16", 64, "training", 5, "flash"),) if is_measured else ()
     monkeypatch.setattr(table, "load", lambda: rows)
     monkeypatch.setattr(device_module, "_capability", lambda device: (9, 0))
-    monkeypatch.setattr(library, "unsupported_reason", "")
+    monkeypatch.setattr(library, "unavailable_reason", "")
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
-    for cache in (table.measured, attention._why_absent):
+    for cache in (table.measured, dispatch._cached_unavailable_reason):
         cache.cache_clear()
     layout = lk.TokenLayout.from_spans([[("text", 9)]])
 
     def name_of(backend):
         kind = dict(dtype=torch.bfloat16, num_heads=4, num_kv_heads=2, head_dim=64, needs_grad=True)
-        return attention.choose(backend, layout, device=torch.device("cuda"), **kind)
+        return dispatch.choose_kernel(backend, layout, device=torch.device("cuda"), **kind)
 
     def with_its_length(x, backend):
         return x + len(name_of(backend))
@@ -108,20 +109,20 @@ def test_the_choice_is_made_while_tracing(monkeypatch, is_measured):
     for backend in (None, "native", "flash"):
         assert compiled(torch.zeros(1), backend) == len(name_of(backend))
     assert name_of(None) == ("flash" if is_measured else "triton")
-    for cache in (table.measured, attention._why_absent):
+    for cache in (table.measured, dispatch._cached_unavailable_reason):
         cache.cache_clear()
 
 
 def test_tracing_asks_the_device_for_nothing():
-    """Meta tensors hold no numbers, so whatever the host did with one would fail. Forward and backward, all rows."""
+    """Meta tensors hold no numbers, so reading one on the host would fail. Forward and backward, all queries."""
     layout = lk.TokenLayout.from_spans([[("text", 4), ("image", 6), ("text", 2)], [("text", 3), ("image", 5)]])
     moved = layout.to("meta")
     for name in ("flash", "flash-attn-4"):
-        kernel = attention.KERNELS[name]
+        kernel = dispatch.KERNELS[name]
         for rows, n in (("all", 20), ("active", 13), ("constant", 7)):
             q, k = (torch.empty(*size, 64, dtype=torch.bfloat16, device="meta") for size in ((n, 4), (20, 2)))
-            out, lse = kernel.forward(q, k, k, moved, rows, 1.0)
+            out, lse = kernel.forward(AttentionCall(q, k, k, moved, rows, 1.0))
             assert (out.shape, lse.shape, lse.dtype) == (q.shape, (4, n), torch.float32)
             if rows != "constant":
-                dq, dk, dv = kernel.backward(out, q, k, k, out, lse, moved, rows, 1.0)
+                dq, dk, dv = kernel.backward(AttentionCall(q, k, k, moved, rows, 1.0), out, out, lse)
                 assert (dq.shape, dk.shape, dv.shape) == (q.shape, (n, 2, 64), (n, 2, 64))

@@ -1,4 +1,4 @@
-"""Is attention with hidden spans right, forward and backward, by every kernel that runs on a CPU, and in a block?"""
+"""Attention with hidden spans, forward and backward, by every kernel that runs on a CPU, and in a block."""
 
 import pytest
 import torch
@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 import lmfusion_kernels as lk
-from lmfusion_kernels import attention, reference
+from lmfusion_kernels import reference
+from lmfusion_kernels.attention import dispatch
 from lmfusion_kernels.attention.flex import Flex
-from lmfusion_kernels.attention.interface import AttentionProblem
+from lmfusion_kernels.attention.interface import AttentionCall, AttentionProblem
 from lmfusion_kernels.attention.reference import Reference
 from lmfusion_kernels.attention.two_pass import TwoPass
 from tests.kernels.attention.packed_causal import PlainPackedCausal
@@ -67,27 +68,27 @@ def assert_kernel_equals_specification(kernel, layout, dtype, tolerance, seed=0,
         if n == 0:
             continue
         q, k, v, dout = make_inputs(n, layout.num_tokens, 4, 2, 8, dtype, seed)
-        out, lse = kernel.forward(q, k, v, layout, rows, 0.3)
-        expected, expected_lse = Reference().forward(q, k, v, layout, rows, 0.3)
+        out, lse = kernel.forward(AttentionCall(q, k, v, layout, rows, 0.3))
+        expected, expected_lse = Reference().forward(AttentionCall(q, k, v, layout, rows, 0.3))
         assert (out - expected).abs().max() <= tolerance and (lse - expected_lse).abs().max() <= tolerance, rows
         if rows == "constant" or not backward:
             continue
-        grads = kernel.backward(dout, q, k, v, out, lse, layout, rows, 0.3)
-        targets = Reference().backward(dout, q, k, v, expected, expected_lse, layout, rows, 0.3)
+        grads = kernel.backward(AttentionCall(q, k, v, layout, rows, 0.3), dout, out, lse)
+        targets = Reference().backward(AttentionCall(q, k, v, layout, rows, 0.3), dout, expected, expected_lse)
         for name, grad, target in zip(("dq", "dk", "dv"), grads, targets, strict=True):
             assert grad.shape == target.shape and (grad - target).abs().max() <= tolerance, (rows, name)
 
 
 @pytest.mark.parametrize("frozen_text", [True, False])
 @pytest.mark.parametrize("name", BATCHES)
-def test_two_calls_equal_the_specification(name, frozen_text):
+def test_two_pass_equals_the_specification(name, frozen_text):
     layout = lk.TokenLayout.from_spans(BATCHES[name], frozen_text=frozen_text)
     assert_kernel_equals_specification(TwoPass(PlainPackedCausal()), layout, torch.float64, 1e-12)
 
 
 @settings(max_examples=20)
 @given(short_documents, st.booleans(), st.integers(0, 99))
-def test_two_calls_on_random_documents(documents, frozen_text, seed):
+def test_two_pass_on_random_documents(documents, frozen_text, seed):
     layout = lk.TokenLayout.from_spans(documents, frozen_text=frozen_text)
     assert_kernel_equals_specification(TwoPass(PlainPackedCausal()), layout, torch.float64, 1e-12, seed)
 
@@ -97,7 +98,7 @@ def test_two_calls_on_random_documents(documents, frozen_text, seed):
 @given(documents, st.integers(0, 99))
 def test_native_on_active_and_constant_rows(documents, seed):
     layout = lk.TokenLayout.from_spans(documents)
-    assert_kernel_equals_specification(attention.KERNELS["native"], layout, torch.float32, 2e-4, seed)
+    assert_kernel_equals_specification(dispatch.KERNELS["native"], layout, torch.float32, 2e-4, seed)
 
 
 @pytest.mark.parametrize("name", BATCHES)
@@ -107,16 +108,16 @@ def test_flex_equals_the_specification(name):
 
 
 def test_flash_attention_4_says_that_it_cannot():
-    """And is passed over where it would have been the fastest."""
+    """So it is passed over, even if it would be the fastest."""
     cuda = torch.device("cuda")
     case = AttentionProblem(cuda, torch.bfloat16, 8, 2, 64, needs_grad=False, is_cached=False, has_hidden=True)
-    assert attention.KERNELS["flash-attn-4"].unsupported_reason(case) == "it takes no hidden spans"
-    assert attention.KERNELS["flash-attn-4"].unsupported_reason(case._replace(has_hidden=False)) == ""
+    assert dispatch.KERNELS["flash-attn-4"].unsupported_reason(case) == "it takes no hidden spans"
+    assert dispatch.KERNELS["flash-attn-4"].unsupported_reason(case._replace(has_hidden=False)) == ""
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("native", marks=needs_native)])
 def test_nothing_outside_depends_on_what_is_hidden(backend):
-    """Other values in a hidden image: nothing but its own rows changes; of the rest they still see all before them."""
+    """Other values in a hidden image change only its own tokens, which still see everything before them."""
     layout = lk.TokenLayout.from_spans([[("text", 70), ("image", 50, "hidden"), ("image", 50), ("text", 30)]])
     q, k, v, _ = make_inputs(200, 200, 4, 2, 16)
     out = lk.hybrid_attention(q, k, v, layout, backend=backend)
@@ -130,7 +131,7 @@ def test_nothing_outside_depends_on_what_is_hidden(backend):
 
 @needs_native
 def test_the_visible_rows_are_those_of_a_batch_without_the_hidden_ones():
-    """But for rounding: with 64 hidden rows at a tile's border the same tiles of keys remain."""
+    """Except for rounding: with 64 hidden tokens at a tile's border the same tiles of keys remain."""
     with_hidden = lk.TokenLayout.from_spans([[("text", 64), ("image", 64, "hidden"), ("image", 50), ("text", 30)]])
     without = lk.TokenLayout.from_spans([[("text", 64), ("image", 50), ("text", 30)]])
     q, k, v, _ = make_inputs(208, 208, 4, 2, 16)
@@ -159,11 +160,11 @@ def test_operator_registrations():
     layout = lk.TokenLayout.from_spans([[("text", 3), ("image", 4, "hidden"), ("text", 2)]])
     q, k, v, _ = make_inputs(9, 9, 2, 1, 16)
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    vectors = layout.key_start, layout.key_end, None, 0.25, layout.visible_end, layout.run_end
+    vectors = layout.key_start, layout.key_end, None, 0.25, layout.mask.visible_end, layout.hidden.run_end
     torch.library.opcheck(torch.ops.lmfusion.hybrid_attention, (*leaves, *vectors))
     with pytest.raises(RuntimeError, match="visible_end must be a contiguous int32 vector with 9 entries"):
         torch.ops.lmfusion.hybrid_attention(
-            q, k, v, layout.key_start, layout.key_end, None, 0.25, layout.visible_end[1:]
+            q, k, v, layout.key_start, layout.key_end, None, 0.25, layout.mask.visible_end[1:]
         )
 
 

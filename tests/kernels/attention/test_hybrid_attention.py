@@ -1,4 +1,4 @@
-"""Is hybrid attention right, forward and backward, for every mask, and does it cost what is visible and no more?"""
+"""Hybrid attention, forward and backward, for every mask; it costs what is visible and no more."""
 
 import resource
 import time
@@ -114,22 +114,22 @@ def test_visibility():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_active_rows_alone(dtype):
-    """A backward without the constant rows gives the same as their slice of the full one."""
+    """A backward over the active tokens gives their slice of the full backward."""
     layout = lk.TokenLayout.from_spans(MIXED)
     assert 0 < layout.num_constant < layout.num_text
     n, scale = layout.num_tokens, 0.25
     q, k, v, dout = make_inputs(n, n, 6, 2, 16, dtype)
-    active = layout.active_key.long()
+    active = layout.active.key.long()
     dout[[i for i in range(n) if i not in set(active.tolist())]] = 0  # constant rows have no gradient to pass on
     full = run(lambda *x: hybrid_attention(*x, layout, scale), q, k, v, dout, dtype)
 
-    active_ranges = layout.active_key_start, layout.active_key_end
-    out, lse = _ops.hybrid_attention(q[active], k, v, *active_ranges, layout.active_row, scale)
-    row = layout.active_row.long()
+    active_ranges = layout.active.key_start, layout.active.key_end
+    out, lse = _ops.hybrid_attention(q[active], k, v, *active_ranges, layout.active.out_row, scale)
+    row = layout.active.out_row.long()
     torch.testing.assert_close(out[row].double(), full[0][active])
     dout_tower = torch.empty_like(out)
     dout_tower[row] = dout[active]
-    query_ranges = layout.active_query_start, layout.active_query_end
+    query_ranges = layout.active.query_start, layout.active.query_end
     grads = _ops.hybrid_attention_backward(
         dout_tower,
         q[active],
@@ -138,9 +138,9 @@ def test_active_rows_alone(dtype):
         out,
         lse,
         *active_ranges,
-        layout.active_key,
+        layout.active.key,
         *query_ranges,
-        layout.active_row,
+        layout.active.out_row,
         scale,
     )
     for name, grad, expected in zip(("dq", "dk", "dv"), grads, full[1:], strict=True):
@@ -157,10 +157,10 @@ def test_only_listed_keys_get_gradients():
     out, lse = _ops.hybrid_attention(q, k, v, *ranges, None, 1.0)
     every = torch.arange(n, dtype=torch.int32)
     full = _ops.hybrid_attention_backward(
-        dout, q, k, v, out, lse, *ranges, every, layout.query_start, layout.query_end, None, 1.0
+        dout, q, k, v, out, lse, *ranges, every, layout.mask.query_start, layout.mask.query_end, None, 1.0
     )
     for listed in (every[::2], every[5:9], every[-1:], torch.cat([every[3:70], every[90:91], every[130:]]), every[:0]):
-        by_key = layout.query_start[listed], layout.query_end[listed]
+        by_key = layout.mask.query_start[listed], layout.mask.query_end[listed]
         some = _ops.hybrid_attention_backward(dout, q, k, v, out, lse, *ranges, listed.contiguous(), *by_key, None, 1.0)
         for grad, expected in zip(some, (full[0], full[1][listed], full[2][listed]), strict=True):
             torch.testing.assert_close(grad, expected)
@@ -176,7 +176,7 @@ def test_log_sum_exp():
 
 
 def test_cache_equals_no_cache():
-    """Documents continued through a key-value cache, whose other rows hold NaN, give what the whole documents give."""
+    """Documents continued through a key-value cache, whose other slots hold NaN, equal the whole documents."""
     before, after = (("text", 40), ("image", 30)), (("text", 2), ("image", 70), ("text", 5))
     whole = lk.TokenLayout.from_spans([[*before, *after], [("text", 9), *after]])
     rest = lk.TokenLayout.from_spans([after, after], cached_lengths=[70, 9], cache_starts=[0, 200], cache_slots=400)
@@ -248,7 +248,7 @@ def test_empty_and_one_token(dtype):
 def test_ranges_by_key(documents):
     layout = lk.TokenLayout.from_spans(documents)
     query_start, query_end = ranges_by_key(layout.key_start, layout.key_end, layout.num_tokens)
-    assert query_start.equal(layout.query_start) and query_end.equal(layout.query_end)
+    assert query_start.equal(layout.mask.query_start) and query_end.equal(layout.mask.query_end)
 
 
 def test_same_bits_again_and_for_any_number_of_threads():
@@ -267,7 +267,7 @@ def test_same_bits_again_and_for_any_number_of_threads():
 
 
 def test_memory_is_linear():
-    """20,000 tokens: a mask or a score matrix of one byte an entry would be 400 MB."""
+    """20,000 tokens: a mask or a score matrix of one byte per entry would be 400 MB."""
     layout = lk.TokenLayout.from_spans([[("text", 100), ("image", 28)]] * 140 + [[("text", 2080)]], frozen_text=False)
     assert layout.num_tokens == 20000
     inputs = make_inputs(layout.num_tokens, layout.num_tokens, 2, 1, 16)
@@ -301,7 +301,7 @@ def test_operator_registrations():
         ranges, scale = (layout.key_start, layout.key_end), 0.25
         out, lse = _ops.hybrid_attention(q, k, v, *ranges, None, scale)
         listed = torch.arange(2, 9, dtype=torch.int32)
-        by_key = layout.query_start[2:].clone(), layout.query_end[2:].clone()
+        by_key = layout.mask.query_start[2:].clone(), layout.mask.query_end[2:].clone()
         torch.library.opcheck(
             _ops.hybrid_attention_backward, (dout, q, k, v, out, lse, *ranges, listed, *by_key, None, scale)
         )
@@ -376,11 +376,11 @@ BAD_INPUTS = {
     "flat q": (lambda q, k, v: (q.flatten(1), k, v), r"q must be \[N, H, D\]"),
     "k unlike v": (lambda q, k, v: (q, k, v[:, :1]), "k and v both"),
     "another head size": (lambda q, k, v: (q, k[..., :8], v[..., :8]), "k and v both"),
-    "heads": (lambda q, k, v: (q[:, :3], k, v), "3 heads, which is no multiple of the 2"),
+    "heads": (lambda q, k, v: (q[:, :3], k, v), "must be a multiple of the 2 heads of k and v, got 3"),
     "dtype": (lambda q, k, v: (q, k.bfloat16(), v), "one dtype"),
-    "query rows": (lambda q, k, v: (q[1:], k, v), "q has shape"),
-    "key rows": (lambda q, k, v: (q, k[1:], v[1:]), "k has shape"),
-    "device": (lambda q, k, v: (q.to("meta"), k, v), "q is on meta"),
+    "query rows": (lambda q, k, v: (q[1:], k, v), "q must have"),
+    "key rows": (lambda q, k, v: (q, k[1:], v[1:]), "k must have"),
+    "device": (lambda q, k, v: (q.to("meta"), k, v), "q must be on"),
 }
 
 

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lmfusion_kernels as lk
-from lmfusion_kernels import attention, reference
+from lmfusion_kernels import reference
+from lmfusion_kernels.attention import dispatch
+from lmfusion_kernels.attention.interface import AttentionCall
 from lmfusion_kernels.attention.reference import Reference
 from lmfusion_kernels.attention.two_pass import TwoPass
 from tests.kernels.attention.packed_causal import PlainPackedCausal
@@ -26,7 +28,7 @@ BATCHES = {
 
 
 def make_inputs(layout, rows, num_heads=4, num_kv_heads=2, head_dim=8, seed=0):
-    """q of the rows, k, v and a gradient in the order of the output, float64."""
+    """q of the queries, k, v and a gradient in the order of the output, float64."""
     generator = torch.Generator().manual_seed(seed)
     n = {"all": layout.num_tokens, "active": layout.num_active, "constant": layout.num_constant}[rows]
     sizes = (n, num_heads), (layout.num_keys, num_kv_heads), (layout.num_keys, num_kv_heads), (n, num_heads)
@@ -36,14 +38,14 @@ def make_inputs(layout, rows, num_heads=4, num_kv_heads=2, head_dim=8, seed=0):
 def assert_exact(layout, rows, seed=0, scale=0.3):
     q, k, v, dout = make_inputs(layout, rows, seed=seed)
     kernel, specification = TwoPass(PlainPackedCausal()), Reference()
-    out, lse = kernel.forward(q, k, v, layout, rows, scale)
-    expected_out, expected_lse = specification.forward(q, k, v, layout, rows, scale)
+    out, lse = kernel.forward(AttentionCall(q, k, v, layout, rows, scale))
+    expected_out, expected_lse = specification.forward(AttentionCall(q, k, v, layout, rows, scale))
     assert (out - expected_out).abs().max() <= TOLERANCE
     assert (lse - expected_lse).abs().max() <= TOLERANCE
     if rows == "constant" or layout.is_cached:
         return
-    grads = kernel.backward(dout, q, k, v, out, lse, layout, rows, scale)
-    expected = specification.backward(dout, q, k, v, expected_out, expected_lse, layout, rows, scale)
+    grads = kernel.backward(AttentionCall(q, k, v, layout, rows, scale), dout, out, lse)
+    expected = specification.backward(AttentionCall(q, k, v, layout, rows, scale), dout, expected_out, expected_lse)
     for name, grad, target in zip(("dq", "dk", "dv"), grads, expected, strict=True):
         assert grad.shape == target.shape, name
         assert (grad - target).abs().max() <= TOLERANCE, name
@@ -89,19 +91,21 @@ def test_rows_of_the_cache_that_hold_nothing_are_not_read():
     documents, cache = [[("text", 1)], [("image", 3)]], {"cache_starts": [2, 7], "cache_slots": 14}
     layout = lk.TokenLayout.from_spans(documents, cached_lengths=[2, 0], **cache)
     q, k, v, _ = make_inputs(layout, "all")
-    expected = Reference().forward(q, k, v, layout, "all", 0.3)[0]
+    expected = Reference().forward(AttentionCall(q, k, v, layout, "all", 0.3))[0]
     for x in (k, v):
         x[:2] = x[5:7] = x[10:] = float("nan")
-    assert (TwoPass(PlainPackedCausal()).forward(q, k, v, layout, "all", 0.3)[0] - expected).abs().max() <= TOLERANCE
+    assert (
+        TwoPass(PlainPackedCausal()).forward(AttentionCall(q, k, v, layout, "all", 0.3))[0] - expected
+    ).abs().max() <= TOLERANCE
 
 
 def test_the_second_call_is_made_for_triangles_alone():
-    """Its rows: those of all images but the last (queries) or the first (keys) of each; none without images."""
+    """Its tokens: those of all images except the last (queries) or the first (keys) of each; none without images."""
     for name, num_rows in (("mixed", 6 + 3), ("text alone", 0), ("single-token images", 0), ("image alone", 8 + 1)):
         layout = lk.TokenLayout.from_spans(BATCHES[name])
         packed = PlainPackedCausal()
         q, k, v, _ = make_inputs(layout, "all")
-        TwoPass(packed).forward(q, k, v, layout, "all", 1.0)
+        TwoPass(packed).forward(AttentionCall(q, k, v, layout, "all", 1.0))
         assert packed.calls == [(layout.num_tokens,) * 2] + [(num_rows,) * 2] * (num_rows > 0)
 
 
@@ -109,9 +113,9 @@ def test_an_empty_batch():
     layout = lk.TokenLayout.from_spans([])
     q, k, v, dout = make_inputs(layout, "all")
     kernel = TwoPass(PlainPackedCausal())
-    out, lse = kernel.forward(q, k, v, layout, "all", 1.0)
+    out, lse = kernel.forward(AttentionCall(q, k, v, layout, "all", 1.0))
     assert out.shape == q.shape and lse.shape == (4, 0)
-    assert [x.shape for x in kernel.backward(dout, q, k, v, out, lse, layout, "all", 1.0)] == [
+    assert [x.shape for x in kernel.backward(AttentionCall(q, k, v, layout, "all", 1.0), dout, out, lse)] == [
         q.shape,
         k.shape,
         v.shape,
@@ -119,48 +123,48 @@ def test_an_empty_batch():
 
 
 def test_documents_without_active_rows_get_no_gradients():
-    """No row takes part in a backward: there is nothing to compute, and nothing comes back."""
+    """No token has a backward: nothing is computed, and the gradients are empty."""
     layout = lk.TokenLayout.from_spans([[("text", 4)]])
     q, k, v, dout = make_inputs(layout, "active")
     kernel = TwoPass(PlainPackedCausal())
-    out, lse = kernel.forward(q, k, v, layout, "active", 1.0)
-    grads = kernel.backward(dout, q, k, v, out, lse, layout, "active", 1.0)
+    out, lse = kernel.forward(AttentionCall(q, k, v, layout, "active", 1.0))
+    grads = kernel.backward(AttentionCall(q, k, v, layout, "active", 1.0), dout, out, lse)
     assert [x.shape[0] for x in grads] == [0, 0, 0]
-    with pytest.raises(ValueError, match="constant rows have no backward"):
-        kernel.backward(dout, q, k, v, out, lse, layout, "constant", 1.0)
+    with pytest.raises(ValueError, match="constant tokens have no backward"):
+        kernel.backward(AttentionCall(q, k, v, layout, "constant", 1.0), dout, out, lse)
 
 
 def test_the_merge_survives_scores_of_any_size():
     """Scores in the thousands: their exponentials would overflow, their log-sum-exps do not."""
     layout = lk.TokenLayout.from_spans(BATCHES["mixed"])
     q, k, v, _ = make_inputs(layout, "all")
-    out, lse = TwoPass(PlainPackedCausal()).forward(1e2 * q, 1e2 * k, v, layout, "all", 1.0)
-    expected, expected_lse = Reference().forward(1e2 * q, 1e2 * k, v, layout, "all", 1.0)
+    out, lse = TwoPass(PlainPackedCausal()).forward(AttentionCall(1e2 * q, 1e2 * k, v, layout, "all", 1.0))
+    expected, expected_lse = Reference().forward(AttentionCall(1e2 * q, 1e2 * k, v, layout, "all", 1.0))
     assert (out - expected).abs().max() <= 1e-9
     torch.testing.assert_close(lse, expected_lse)
 
 
 def test_strides_and_signs_that_kernels_do_not_take():
-    """Heads apart, a gradient as `out.sum()` gives it, an odd place in memory, a negative scale."""
+    """Strided heads, an expanded gradient as from `out.sum()`, an unaligned address, a negative scale."""
     layout = lk.TokenLayout.from_spans(BATCHES["mixed"])
     q, k, v, dout = make_inputs(layout, "all")
     q = q.transpose(0, 2).contiguous().transpose(0, 2)
     k = torch.cat([k.new_zeros(3), k.flatten()])[3:].view(k.shape)
     dout = dout[:1, :1, :1].expand(dout.shape)
-    attention.KERNELS["plain"] = TwoPass(PlainPackedCausal())
+    dispatch.KERNELS["plain"] = TwoPass(PlainPackedCausal())
     try:
-        out, lse = attention.forward("plain", q, k, v, layout, "all", -0.3)
-        grads = attention.backward("plain", dout, q, k, v, out, lse, layout, "all", -0.3)
+        out, lse = dispatch.forward("plain", AttentionCall(q, k, v, layout, "all", -0.3))
+        grads = dispatch.backward("plain", AttentionCall(q, k, v, layout, "all", -0.3), dout, out, lse)
     finally:
-        del attention.KERNELS["plain"]
-    expected = Reference().backward(dout, q, k, v, out, lse, layout, "all", -0.3)
-    assert (out - Reference().forward(q, k, v, layout, "all", -0.3)[0]).abs().max() <= TOLERANCE
+        del dispatch.KERNELS["plain"]
+    expected = Reference().backward(AttentionCall(q, k, v, layout, "all", -0.3), dout, out, lse)
+    assert (out - Reference().forward(AttentionCall(q, k, v, layout, "all", -0.3))[0]).abs().max() <= TOLERANCE
     assert all((grad - target).abs().max() <= TOLERANCE for grad, target in zip(grads, expected, strict=True))
 
 
 def test_equals_the_public_reference():
-    """`Reference` above is the specification of tests/kernels/attention/test_hybrid_attention.py, from the same vectors."""
+    """`Reference` computes what `lmfusion_kernels.reference` specifies, from the same vectors."""
     layout = lk.TokenLayout.from_spans(BATCHES["mixed"])
     q, k, v, _ = make_inputs(layout, "all")
-    out, _ = Reference().forward(q, k, v, layout, "all", 0.3)
+    out, _ = Reference().forward(AttentionCall(q, k, v, layout, "all", 0.3))
     torch.testing.assert_close(out, reference.hybrid_attention(q, k, v, layout, 0.3), rtol=0, atol=1e-14)

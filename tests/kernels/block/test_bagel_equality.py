@@ -1,8 +1,7 @@
-"""Does BAGEL's training recipe run on our block? Its own layer, on its own packed batch under its own mask, against
-`routed_block` with the same weights: forward and every gradient.
+"""BAGEL's training recipe on our block, against its own layer, on its own packed batch under its own mask.
 
-Needs a checkout: git clone https://github.com/ByteDance-Seed/Bagel, and LMFUSION_PEER_BAGEL set to it. `pytest -s`
-shows the errors.
+Forward and every gradient of `routed_block` are compared, with the same weights. Needs a checkout: git clone
+https://github.com/ByteDance-Seed/Bagel, and LMFUSION_PEER_BAGEL set to it. `pytest -s` shows the errors.
 """
 
 import os
@@ -52,7 +51,7 @@ def document_of(sample):
 
 
 def positions_of(samples):
-    """Those of dataset_base.py: text counts on, all tokens of an image share one, a noised copy its successor's."""
+    """Positions as in dataset_base.py: text counts up, an image's tokens share one, noised copies have the clean one's."""
     positions = []
     for sample in samples:
         next_position = 0
@@ -73,7 +72,7 @@ def packed_case(dtype):
 
 
 def gradients_by_name(layer):
-    """Those of a layer of BAGEL's, by tower and our names."""
+    """The weights of a layer of BAGEL, by tower and under our names."""
     grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
     result = {}
     for tower, suffix in (("text", ""), ("image", "_moe_gen")):
@@ -116,7 +115,7 @@ def by_block(case, x, dy, block):
 
 @needs_native
 def test_layer_and_gradients():
-    """In float32: ours as near to the float64 reference as BAGEL's, within a factor of two, and both side by side."""
+    """In float32: our error against the float64 reference is at most twice BAGEL's, and both agree."""
     cases = {dtype: packed_case(dtype) for dtype in (torch.float32, torch.float64)}
     exact_case = cases[torch.float64]
     torch.manual_seed(1)

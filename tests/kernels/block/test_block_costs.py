@@ -1,6 +1,4 @@
-"""What does the fused block cost? Kernels launched, bytes kept, FLOPs, and what each way of recomputing saves."""
-
-from dataclasses import fields
+"""The cost of the fused block: kernels launched, bytes kept, FLOPs, and what each recompute mode saves."""
 
 import pytest
 import torch
@@ -22,7 +20,7 @@ WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero"}
 
 
 class Launches(TorchDispatchMode):
-    """Counts the kernels that ops would launch on a GPU, but for attention and for results without elements."""
+    """Counts the kernels that ops would launch on a GPU, except attention and results without elements."""
 
     def __init__(self):
         super().__init__()
@@ -116,9 +114,7 @@ def test_cached_inference_launches_twelve_kernels():
 def saved_bytes(block, x, layout, rope, recompute):
     """Bytes of the distinct storages autograd keeps, without weights, rope and the layout's vectors."""
     known = {t.untyped_storage().data_ptr() for t in [*block.parameters(), *rope]}
-    known |= {
-        t.untyped_storage().data_ptr() for f in fields(layout) if isinstance(t := getattr(layout, f.name), Tensor)
-    }
+    known |= {vector.untyped_storage().data_ptr() for vector in layout.vectors.values()}
     storages = {}
 
     def pack(t):

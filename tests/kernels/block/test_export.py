@@ -1,4 +1,4 @@
-"""Do blocks and single ops give the same numbers when torch.export, AOTInductor or make_fx has made a graph of them?"""
+"""Graphs of blocks and single ops by torch.export, AOTInductor and make_fx give the same numbers."""
 
 import pickle
 import subprocess
@@ -141,7 +141,7 @@ def test_exported_op(name, strict, tmp_path):
 
 
 def dynamic(inputs):
-    """As docs/kernels.md has it: every size and every count may vary."""
+    """As in docs/kernels.md: every size and every count may vary."""
 
     def free(leaf):
         return None if isinstance(leaf, bool) else {0: Dim.AUTO} if isinstance(leaf, torch.Tensor) else Dim.AUTO
@@ -163,7 +163,7 @@ def test_block_exported_for_layouts_of_any_size(order, tmp_path):
 
 
 def test_another_layout_is_refused_where_sizes_are_fixed():
-    """Not read as if it were the first."""
+    """It is refused, not read as if it were the first."""
     moved = [[("image", 3), ("text", 3)], [("text", 4), ("image", 6), ("text", 2)]]  # as many tokens of each kind
     other = [[("text", 5), ("image", 5), ("text", 2)], [("image", 3), ("text", 3)]]
     for module in (Block("sequence"), Op("linear"), Op("attention")):
@@ -206,9 +206,9 @@ def test_what_depends_on_counts_is_checked_by_the_graph():
     with pytest.raises(ValueError, match="frozen_text=False"):
         torch.compile(block, backend="aot_eager")(x, layout, rope)
     block.requires_grad_(False)
-    with pytest.raises(ValueError, match="the layout needs 18 rows"):
+    with pytest.raises(ValueError, match="must have 18 rows for this layout"):
         torch.compile(block, backend="aot_eager")(x[1:], layout, rope)
-    with pytest.raises(ValueError, match="cos and sin have shapes"):
+    with pytest.raises(ValueError, match="cos and sin must be"):
         torch.compile(block, backend="aot_eager")(x, layout, (rope.cos[1:], rope.sin[1:]))
 
 
@@ -314,7 +314,7 @@ def test_layouts_and_tables_are_pytrees():
     assert_same(tuple(rope_again), tuple(rope))
     assert pytree.treespec_loads(pytree.treespec_dumps(spec)) == spec
     paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(layout)[0]]
-    assert ".num_text" in paths and ".tower_to_sequence" in paths
+    assert ".num_text" in paths and ".order_tower_to_sequence" in paths
     moved = pytree.tree_map_only(torch.Tensor, lambda t: t.to("meta"), layout)
     assert moved.device.type == "meta" and moved.num_tokens == layout.num_tokens
     assert torch.equal(moved.as_two_tensors()[1], layout.as_two_tensors()[1])
@@ -332,7 +332,7 @@ def test_layouts_travel_through_a_data_loader():
 
 
 def test_a_layout_that_was_taken_apart():
-    """By FSDP2, which puts dataclasses together anew; by `bounded` inside a compiled function."""
+    """By FSDP2, which rebuilds dataclasses; by `bounded` inside a compiled function."""
     _, layout, _ = make_inputs(DOCUMENTS)
     again = torch.distributed.utils._apply_to_tensors(lambda t: t, layout)
     assert again.as_two_tensors()[0] is layout.as_two_tensors()[0]

@@ -1,4 +1,4 @@
-"""How many graphs does torch.compile make for a stream of batches? Few, whatever number of tokens a tower has."""
+"""torch.compile makes few graphs for a stream of batches, whatever number of tokens a tower has."""
 
 import itertools
 import random
@@ -18,7 +18,7 @@ COUNTS = (0, 1, 7)
 
 
 def document(num_constant, num_live, num_image):
-    """A document with so many rows of each class, under a frozen text tower."""
+    """A document with these numbers of tokens of each class, under a frozen text tower."""
     spans = [("text", num_constant), ("image", num_image), ("marker" if not num_image else "text", num_live)]
     return [[span for span in spans if span[1]]] if num_constant + num_live + num_image else []
 
@@ -60,7 +60,7 @@ def outcome(model, x, layout, rope, trained):
 
 
 def count_graphs(model, stream, trained, paired=False):
-    """Graphs that torch.compile makes; every result must be the one without it."""
+    """The number of graphs that torch.compile makes. Every result must equal the uncompiled one."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -77,7 +77,7 @@ def count_graphs(model, stream, trained, paired=False):
 @pytest.mark.parametrize(("num_blocks", "order"), [(1, "tower"), (2, "sequence")])
 @pytest.mark.parametrize("name", STREAMS)
 def test_graphs_for_a_stream(name, num_blocks, order, trained):
-    """One for the first sizes, and as they turn out to vary a few for more than one row, none, and one."""
+    """One for the first sizes; once they vary, a few more for many rows, none, and one."""
     model = stacked([make_block() for _ in range(num_blocks)], order)
     assert count_graphs(model, STREAMS[name], trained) <= 6
 
@@ -97,7 +97,7 @@ def test_graphs_for_recomputing_and_norms(recompute, qk_norm):
 
 
 def test_graphs_for_pairs_of_towers():
-    """Here the towers' own numbers of rows are sizes of the arguments: each is none, one, or more."""
+    """The towers' numbers of rows are sizes of the arguments here: each is zero, one, or more."""
     model = stacked([make_block(image_width=16)], "tower")
     stream = [document(a, b, c) for a, b, c in ((5, 2, 4), (7, 3, 6), (8, 0, 0), (0, 0, 9), (4, 2, 1), (1, 0, 8))]
     count = 0

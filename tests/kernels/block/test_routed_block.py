@@ -1,4 +1,4 @@
-"""Is the fused block the block of the paper? Values, gradients, row classes and FLOPs against the reference."""
+"""The fused block against the reference: values, gradients, token classes and FLOPs."""
 
 import itertools
 from dataclasses import fields, replace
@@ -202,7 +202,7 @@ def run_compiled(compiled, block, x, layout, rope, **options):
 
 @pytest.mark.parametrize("spans", [("text", "image"), ("image", "text"), ("text", "image", "text")])
 def test_stacked_blocks_compile_once_for_many_layouts(spans):
-    """Counts that coincide (all text constant, all text live) are no trouble where shapes are symbolic."""
+    """Counts that coincide (all text constant, all text live) work with symbolic shapes."""
     torch._dynamo.reset()
     blocks = [make_block() for _ in range(2)]
     counter = CompileCounterWithBackend("aot_eager")
@@ -286,34 +286,34 @@ def test_bad_input_is_named():
     layout = lk.TokenLayout.from_spans(DOCUMENTS)
     x, rope = make_inputs(layout, torch.float32)
     text, image = block.text.weights(torch.float32), block.image.weights(torch.float32)
-    with pytest.raises(ValueError, match="recompute is 'all'; it must be one of none, ffn, layer"):
+    with pytest.raises(ValueError, match="recompute must be one of none, ffn, layer, got 'all'"):
         lk.routed_block(x, layout, text, image, rope, recompute="all")
-    with pytest.raises(ValueError, match="order is 'towers'"):
+    with pytest.raises(ValueError, match="order must be 'tower' or 'sequence', got 'towers'"):
         lk.routed_block(x, layout, text, image, rope, order="towers")
-    with pytest.raises(ValueError, match=r"text rows has shape .*, but the layout needs \d+ rows"):
+    with pytest.raises(ValueError, match=r"text rows must have \d+ rows for this layout, got shape"):
         lk.routed_block((x[0][1:], x[1]), layout, text, image, rope)
     with pytest.raises(ValueError, match="float64"):
         lk.routed_block(x, layout, text, replace(image, down_proj=image.down_proj.double()), rope)
     with pytest.raises(ValueError, match="frozen_text=False"):
         lk.routed_block(x, layout, replace(text, down_proj=text.down_proj.detach().requires_grad_()), image, rope)
-    with pytest.raises(ValueError, match="cos and sin have shapes"):
+    with pytest.raises(ValueError, match="cos and sin must be"):
         lk.routed_block(x, layout, text, image, (rope[0][1:], rope[1][1:]))
     with pytest.raises(ValueError, match="equally many heads"):
         lk.routed_block(x, layout, text, replace(image, qkv_proj=image.qkv_proj[2 * HEAD_DIM :]), rope)
-    with pytest.raises(ValueError, match="do not divide into H"):
+    with pytest.raises(ValueError, match="must divide into H"):
         lk.routed_block(x, layout, replace(text, qkv_proj=text.qkv_proj[HEAD_DIM:]), image, rope)
     with pytest.raises(ValueError, match="kv_cache"):
         lk.routed_block(x, layout, text, image, rope, kv_cache=(x[0], x[0]))
     with pytest.raises(ValueError, match="eps"):
         lk.routed_block(x, layout, text, replace(image, eps=1e-3), rope)
-    with pytest.raises(ValueError, match=r"cos is torch\.bfloat16"):
+    with pytest.raises(ValueError, match=r"cos must be float32, got torch\.bfloat16"):
         lk.routed_block(x, layout, text, image, (rope[0].bfloat16(), rope[1]))
     with pytest.raises(ValueError, match=r"\[rows, width\]"):
         lk.routed_block((x[0][None].transpose(0, 1), x[1]), layout, text, image, rope)
     for name in ("o_proj", "gate_up_proj", "down_proj", "input_layernorm", "post_attention_layernorm"):
         with pytest.raises(ValueError, match=name):
             lk.routed_block(x, layout, text, replace(image, **{name: getattr(image, name)[:-1]}), rope)
-    with pytest.raises(ValueError, match="one angle for each pair"):
+    with pytest.raises(ValueError, match="one angle per pair"):
         block(x, layout, tuple(torch.cat([table, table], dim=-1) for table in rope))
     with pytest.raises(ValueError, match="backend"):
         lk.routed_block(x, layout, text, image, rope, backend="fastest")
@@ -322,7 +322,7 @@ def test_bad_input_is_named():
 @pytest.mark.parametrize("backend", [None, "reference"])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64], ids=str)
 def test_rows_that_are_no_floating_point_numbers(dtype, backend):
-    """Every op answers in the same words, whatever would have computed it."""
+    """Every op raises the same error, whichever backend would have run."""
     layout = lk.TokenLayout.from_spans([[("text", 2), ("image", 3)]], frozen_text=False)
     x, q = torch.ones(5, 8, dtype=dtype), torch.ones(5, 1, 8, dtype=dtype)
     norm, square, gate_up = (torch.ones(*shape, dtype=dtype) for shape in ((8,), (8, 8), (16, 8)))
@@ -336,22 +336,22 @@ def test_rows_that_are_no_floating_point_numbers(dtype, backend):
         lambda: lk.RoutedBlock(8, 8, 1, 1)(x, layout, rope, "sequence", backend=backend),
     ]
     for call in calls:
-        with pytest.raises(ValueError, match=rf"(x|q|qkv) is {dtype}; ops take rows in float32, bfloat16"):
+        with pytest.raises(ValueError, match=rf"(x|q|qkv) must be in one of float32, bfloat16.*, got {dtype}"):
             call()
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((65, 48, 4, 2), "hidden_size 65 is not a multiple of num_heads 4; give head_dim"),
-        ((64, 48, 4, 3), "num_heads 4 is not a multiple of num_kv_heads 3"),
-        ((0, 48, 4, 2), "hidden_size is 0; sizes are positive"),
-        ((64, -48, 4, 2), "intermediate_size is -48; sizes are positive"),
-        ((64, 48, 0, 2), "num_heads is 0; sizes are positive"),
-        ((64, 48, 4, 0), "num_kv_heads is 0; sizes are positive"),
-        ((64, 48, 4, 2, 0), "head_dim is 0; sizes are positive"),
-        ((64, 48, 4, 2, 15), "head_dim is 15; RoPE turns pairs"),
-        ((12, 48, 4, 2), "head_dim is 3; RoPE turns pairs"),
+        ((65, 48, 4, 2), "hidden_size must be a multiple of num_heads 4, got 65; give head_dim"),
+        ((64, 48, 4, 3), "num_heads must be a multiple of num_kv_heads 3, got 4"),
+        ((0, 48, 4, 2), "hidden_size must be positive, got 0"),
+        ((64, -48, 4, 2), "intermediate_size must be positive, got -48"),
+        ((64, 48, 0, 2), "num_heads must be positive, got 0"),
+        ((64, 48, 4, 0), "num_kv_heads must be positive, got 0"),
+        ((64, 48, 4, 2, 0), "head_dim must be positive, got 0"),
+        ((64, 48, 4, 2, 15), "head_dim must be even, .*, got 15"),
+        ((12, 48, 4, 2), "head_dim must be even, .*, got 3"),
     ],
 )
 def test_sizes_that_do_not_fit(sizes, message):
@@ -362,7 +362,7 @@ def test_sizes_that_do_not_fit(sizes, message):
 
 @pytest.mark.parametrize("name", ["image_hidden_size", "image_intermediate_size"])
 def test_an_image_tower_of_no_size(name):
-    with pytest.raises(ValueError, match=f"{name} is 0; sizes are positive"):
+    with pytest.raises(ValueError, match=f"{name} must be positive, got 0"):
         lk.RoutedBlock(64, 48, 4, 2, **{name: 0})
 
 

@@ -1,7 +1,5 @@
 """Tensors where a test wants them: layouts' vectors in the emulated device's memory, and rows that start anywhere."""
 
-from dataclasses import fields, replace
-
 import torch
 from torch import Tensor
 
@@ -11,8 +9,7 @@ from tests.kernels.ops import row_ops
 
 def to_device(layout: lk.TokenLayout) -> lk.TokenLayout:
     """A copy in memory of the allocator that the emulation watches."""
-    values = {field.name: getattr(layout, field.name) for field in fields(layout) if field.init}
-    return replace(layout, **{name: value.clone() for name, value in values.items() if isinstance(value, Tensor)})
+    return layout.with_vectors({name: vector.clone() for name, vector in layout.vectors.items()})
 
 
 def make_layout(name: str) -> lk.TokenLayout:

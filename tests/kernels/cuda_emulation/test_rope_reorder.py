@@ -73,7 +73,7 @@ def test_queries_of_constant_rows_apart(cuda_ops, norms, head_dim, paired):
     weights = [tensors.get(name) for name in ALL_NORMS]
     qkv = [tensors["qkv_text"], tensors["qkv_image"]] if paired else [tensors["qkv"]]
     order = layout.tower_to_sequence
-    arguments = (qkv, cos, sin, order, layout.query_row, num_text, num_constant, HEADS, *weights, 1e-5)
+    arguments = (qkv, cos, sin, order, layout.order.query_row, num_text, num_constant, HEADS, *weights, 1e-5)
     ours, on_cpu_too = ops.rope_reorder(*arguments), torch.ops.lmfusion.rope_reorder(*arguments)
     for result, expected in zip(ours, on_cpu_too, strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
@@ -83,9 +83,10 @@ def test_queries_of_constant_rows_apart(cuda_ops, norms, head_dim, paired):
     rows = live if norms != "no norms" else []
     for joined in (False, True):
         for wants in ((False, True), (True, True), (False, False)):
+            active = layout.active
             arguments = (
-                *grads, [torch.cat(rows)] if joined and rows else rows, cos, sin, layout.active_row, layout.active_key,
-                num_live, HEADS, *weights, 1e-5, *wants, joined,
+                *grads, [torch.cat(rows)] if joined and rows else rows, cos, sin, active.out_row, active.key, num_live,
+                HEADS, *weights, 1e-5, *wants, joined,
             )  # fmt: skip
             ours = ops.rope_reorder_backward(*arguments)
             expected = torch.ops.lmfusion.rope_reorder_backward(*arguments)

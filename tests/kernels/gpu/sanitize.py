@@ -59,7 +59,7 @@ def rope(dtype: torch.dtype, head_dim: int) -> None:
     new = random(cached.num_tokens, 5 * head_dim, dtype=dtype)
     with torch.no_grad():
         ops.rope_reorder_cached(
-            [new], *rope_of(cached, head_dim), cached.tower_to_sequence, cached.key_slot, cached.num_text, 3, *norms,
+            [new], *rope_of(cached, head_dim), cached.tower_to_sequence, cached.mask.key, cached.num_text, 3, *norms,
             1e-5, *caches,
         )  # fmt: skip
 

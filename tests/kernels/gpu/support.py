@@ -7,14 +7,13 @@ import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 import lmfusion_kernels as lk
-from lmfusion_kernels import attention
+from lmfusion_kernels.attention import dispatch
 
 DEVICE = os.environ.get("LMFUSION_TEST_DEVICE", "cuda")
 ON_GPU = DEVICE == "cuda"
@@ -114,7 +113,7 @@ def skip_unless_it_runs(
 ) -> None:  # fmt: skip
     """Skip, with its reason, where the attention kernel cannot run this case here."""
     try:
-        attention.choose(
+        dispatch.choose_kernel(
             kernel, layout, device=torch.device(DEVICE), dtype=dtype, num_heads=num_heads, num_kv_heads=num_kv_heads,
             head_dim=head_dim, needs_grad=needs_grad,
         )  # fmt: skip
@@ -175,8 +174,7 @@ def assert_same_bits(one: dict[str, Tensor | None], other: dict[str, Tensor | No
 
 def clone_layout(layout: lk.TokenLayout) -> lk.TokenLayout:
     """The same layout in memory of its own, to be overwritten."""
-    copies = {f.name: t.clone() for f in fields(layout) if isinstance(t := getattr(layout, f.name), Tensor)}
-    return replace(layout, **copies)
+    return layout.with_vectors({name: vector.clone() for name, vector in layout.vectors.items()})
 
 
 def synchronize() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import lmfusion_kernels as lk
-from lmfusion_kernels import attention
+from lmfusion_kernels.attention import dispatch
 from tests.kernels.gpu.support import (
     DEVICE,
     DOCUMENTS,
@@ -25,7 +25,7 @@ from tests.kernels.gpu.support import (
     skip_unless_it_runs,
 )
 
-KERNELS = [name for name in attention.KERNELS if name not in ("reference", "flex")]
+KERNELS = [name for name in dispatch.KERNELS if name not in ("reference", "flex")]
 """Flex compiles seconds for every case, so it has a test of few cases."""
 HEADS = [(4, 4), (6, 2), (7, 1)]
 HEAD_DIMS = [40, 64, 96, 128, 256]

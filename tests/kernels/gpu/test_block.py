@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lmfusion_kernels as lk
-from lmfusion_kernels import attention
+from lmfusion_kernels.attention import dispatch
 from lmfusion_kernels.ops import gate_up_swiglu as ffn
 from tests.kernels.gpu.support import (
     DEVICE,
@@ -62,7 +62,7 @@ def test_variants_of_the_block(dtype, options):
     assert_as_good_as_plain(block, *_inputs(layout, dtype, options.get("image_hidden_size", 128)))
 
 
-@pytest.mark.parametrize("kernel", [name for name in attention.KERNELS if name != "reference"])
+@pytest.mark.parametrize("kernel", [name for name in dispatch.KERNELS if name != "reference"])
 def test_attention_kernels_in_the_block(kernel):
     """Their active and constant rows: queries of the backward alone, keys without gradients."""
     layout = make_layout("mixed")

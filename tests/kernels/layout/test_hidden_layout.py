@@ -1,7 +1,6 @@
 """Hidden spans and full segments of a TokenLayout against their definition, token by token; builders; bad input."""
 
 import itertools
-from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from lmfusion_kernels import TokenLayout, reference
 from lmfusion_kernels.layout import build
 from lmfusion_kernels.layout.spans import FULL, HIDDEN
+from tests.kernels.layout.test_token_layout import assert_equal_layouts
 
 MODALITIES = ("text", "image", "marker")
 needs_native = pytest.mark.skipif(build._layout_native is None, reason="_layout_native was not compiled")
@@ -34,7 +34,7 @@ def tokens_of(documents):
 
 
 def visible(tokens):
-    """Bool [N, N] by the words of the definition: query i sees key j."""
+    """Bool [N, N] by the definition: query i sees key j."""
     mask = np.zeros((len(tokens), len(tokens)), bool)
     for i, (_, document, segment, _, _) in enumerate(tokens):
         for j, (_, other_document, other_segment, is_full, is_hidden) in enumerate(tokens):
@@ -60,7 +60,7 @@ def by_ranges(starts, ends, num_columns):
 
 
 def seen_by_query(starts, ends, visible_end):
-    """Bool [queries, N]: ranges of keys, but for keys that end before the query."""
+    """Bool [queries, N]: ranges of keys, except keys that end before the query."""
     mask = by_ranges(starts, ends, visible_end.shape[0])
     return mask & (np.arange(len(starts))[:, None] < visible_end.numpy())
 
@@ -72,67 +72,78 @@ def test_mask_by_query_and_by_key(documents, frozen_text):
     mask, is_constant = visible(tokens), constant_tokens(tokens, frozen_text)
     active = np.flatnonzero(~is_constant)
     assert layout.has_hidden == any(is_hidden for *_, is_hidden in tokens)
-    assert layout.num_constant == is_constant.sum() and layout.active_key.tolist() == active.tolist()
+    assert layout.num_constant == is_constant.sum() and layout.active.key.tolist() == active.tolist()
     assert layout.num_image == sum(modality == "image" for modality, *_ in tokens)
     assert (reference.hybrid_mask(layout).numpy() == mask).all()
-    assert (by_ranges(layout.query_start, layout.query_end, layout.num_tokens) == mask.T).all()
-    by_key = by_ranges(layout.active_query_start, layout.active_query_end, len(active))
+    assert (by_ranges(layout.mask.query_start, layout.mask.query_end, layout.num_tokens) == mask.T).all()
+    by_key = by_ranges(layout.active.query_start, layout.active.query_end, len(active))
     assert (by_key == mask[np.ix_(active, active)].T).all()
-    for name in ("key_start", "key_end", "query_start", "active_key_start", "active_key_end", "active_query_start"):
-        assert (getattr(layout, name).diff() >= 0).all(), name
+    for queries in (layout.mask, layout.active):
+        for name in ("key_start", "key_end", "query_start"):
+            assert (getattr(queries, name).diff() >= 0).all(), name
     if layout.has_hidden:
         queries = layout.key_start, layout.key_end
-        active_queries, constant = (layout.active_key_start, layout.active_key_end), mask[is_constant]
-        constant_queries = layout.constant_key_start, layout.constant_key_end
-        assert (seen_by_query(*queries, layout.visible_end) == mask).all()
-        assert (seen_by_query(*active_queries, layout.active_visible_end) == mask[active]).all()
-        assert (seen_by_query(*constant_queries, layout.constant_visible_end) == constant).all()
+        active_queries, constant = (layout.active.key_start, layout.active.key_end), mask[is_constant]
+        constant_queries = layout.constant.key_start, layout.constant.key_end
+        assert (seen_by_query(*queries, layout.mask.visible_end) == mask).all()
+        assert (seen_by_query(*active_queries, layout.active.visible_end) == mask[active]).all()
+        assert (seen_by_query(*constant_queries, layout.constant.visible_end) == constant).all()
 
 
 @given(batches, st.booleans())
-def test_stretches_are_keys_alike(documents, frozen_text):
-    """A stretch ends where the next key's visible_end differs, or where a hidden segment begins."""
+def test_runs_are_keys_alike(documents, frozen_text):
+    """A run ends where the next key's visible_end differs, or where a hidden segment begins."""
     layout = TokenLayout.from_spans(documents, frozen_text=frozen_text)
     tokens = tokens_of(documents)
     if not layout.has_hidden:
-        assert layout.run_end.shape[0] == layout.visible_end.shape[0] == 0
+        assert layout.hidden.run_end.shape[0] == layout.mask.visible_end.shape[0] == 0
         return
-    ends, alike = layout.run_end.tolist(), [(d, segment if hidden else None) for _, d, segment, _, hidden in tokens]
+    ends, alike = (
+        layout.hidden.run_end.tolist(),
+        [(d, segment if hidden else None) for _, d, segment, _, hidden in tokens],
+    )
     for j in range(len(tokens)):
         end = next((i for i in range(j, len(tokens)) if alike[i] != alike[j]), len(tokens))
         assert ends[j] == end
-        assert len({layout.active_visible_end[i].item() for i in range(j, end)}) == 1
+        assert len({layout.active.visible_end[i].item() for i in range(j, end)}) == 1
 
 
 @given(batches, st.booleans())
-def test_parts_and_triangles_are_the_mask(documents, frozen_text):
-    """Causal parts, whose last query sees the last key, and the triangles give every visible pair once."""
+def test_causal_segments_and_triangles_are_the_mask(documents, frozen_text):
+    """Causal segments, whose last query sees the last key, and the triangles give every visible pair once."""
     layout = TokenLayout.from_spans(documents, frozen_text=frozen_text)
+    hidden = layout.hidden
     if not layout.has_hidden:
-        assert layout.part_start.shape[0] == layout.part_key.shape[0] == 0
+        assert hidden.segment_start.shape[0] == hidden.segment_key.shape[0] == 0
         return
     tokens = tokens_of(documents)
     n, mask, is_constant = len(tokens), visible(tokens), constant_tokens(tokens, frozen_text)
     rows_of = {
-        "all": (layout.part_row, layout.part_start, np.arange(n)),
-        "active": (layout.active_part_row, layout.active_part_start, np.flatnonzero(~is_constant)),
+        "all": (hidden.segment_query, hidden.segment_start, np.arange(n)),
+        "active": (
+            hidden.active_segment_query,
+            hidden.active_segment_start,
+            np.flatnonzero(~is_constant),
+        ),
         "constant": (
-            layout.constant_part_row,
-            layout.part_start - layout.active_part_start,
+            hidden.constant_segment_query,
+            hidden.segment_start - hidden.active_segment_start,
             np.flatnonzero(is_constant),
         ),
     }
     for name, (rows, starts, sequence) in rows_of.items():
         counted = np.zeros((n, n), int)
         assert sorted(rows.tolist()) == list(range(len(sequence)))
-        for part, (start, end) in enumerate(itertools.pairwise(starts.tolist())):
-            keys = layout.part_key[layout.part_key_start[part] : layout.part_key_start[part + 1]].tolist()
+        for segment, (start, end) in enumerate(itertools.pairwise(starts.tolist())):
+            keys = hidden.segment_key[
+                hidden.segment_key_start[segment] : hidden.segment_key_start[segment + 1]
+            ].tolist()
             if name == "constant":
-                keys = keys[: layout.constant_part_num_keys[part]]
+                keys = keys[: hidden.constant_num_keys[segment]]
             queries = sequence[rows.numpy()[start:end]]
             counted[np.ix_(queries, keys)] += np.tri(len(queries), len(keys), len(keys) - len(queries), dtype=int)
-        triangles = layout.triangle_row.tolist()
-        for start, end in itertools.pairwise(layout.triangle_start.tolist()):
+        triangles = layout.causal.triangle_query.tolist()
+        for start, end in itertools.pairwise(layout.causal.triangle_start.tolist()):
             queries = triangles[start:end]
             counted[np.ix_(queries, [row + 1 for row in queries])] += np.tri(end - start, dtype=int)
         assert (counted[sequence] == mask[sequence]).all(), name
@@ -163,14 +174,8 @@ def test_compiled_builder_equals_numpy(documents, frozen_text):
         np.testing.assert_array_equal(vector, expected[name], err_msg=name)
 
 
-def assert_equal_layouts(a, b):
-    for field in fields(TokenLayout):
-        x, y = getattr(a, field.name), getattr(b, field.name)
-        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, field.name
-
-
 def test_a_segment_of_one_image_is_an_image():
-    """And joined text that nothing precedes sees itself whole, by rows of the text tower."""
+    """And joined text at the start of a document sees all of itself, in the text tower."""
     plain = TokenLayout.from_spans([[("text", 3), ("image", 4), ("text", 1)]])
     assert_equal_layouts(TokenLayout.from_spans([[("text", 3), ("full", [("image", 4)]), ("text", 1)]]), plain)
     understanding = TokenLayout.from_spans([[("full", [("text", 4)]), ("text", 2)]])
@@ -179,7 +184,7 @@ def test_a_segment_of_one_image_is_an_image():
 
 
 def test_full_segments_with_a_cache():
-    """They are context as any other; only what is hidden cannot be kept."""
+    """They are ordinary context; only hidden spans cannot be kept."""
     document = [("text", 2), ("full", [("marker", 1), ("image", 3), ("marker", 1)]), ("text", 2)]
     whole = reference.hybrid_mask(TokenLayout.from_spans([document]))
     place = {"cache_starts": [3], "cache_slots": 20}
@@ -207,16 +212,16 @@ def test_hidden_ids_give_the_layout_of_the_spans(documents):
 @pytest.mark.parametrize(
     ("documents", "message"),
     [
-        ([[("image", 4, "hide")]], r"document 0 has the span \('image', 4, 'hide'\).*\(modality, length, 'hidden'\)"),
-        ([[("image", 4, "hidden", 1)]], r"document 0 has the span \('image', 4, 'hidden', 1\)"),
-        ([[("text", 1)], [("full", 3)]], r"document 1 has the span \('full', 3\), which joins no list of spans"),
-        ([[("full", [])]], r"document 0 has the span \('full', \[\]\), which joins no list"),
-        ([[("full", [("audio", 3)])]], "document 0 has a span of unknown modality 'audio'"),
-        ([[("full", [("image", 3, "hidden")])]], r"document 0 joins the span \('image', 3, 'hidden'\)"),
-        ([[("full", [("full", [("image", 3)])])]], "document 0 has a span of unknown modality 'full'"),
-        ([[("full", [("text", 0)], "hidden")]], "document 0 has a text span of length 0; lengths are positive"),
-        ([[("image", 0, "hidden")]], "document 0 has a image span of length 0"),
-        ([[("image", 2**64, "hidden")]], "longer than 64 bits"),
+        ([[("image", 4, "hide")]], r"document 0: .*got \('image', 4, 'hide'\).*\(modality, length, 'hidden'\)"),
+        ([[("image", 4, "hidden", 1)]], r"got \('image', 4, 'hidden', 1\)"),
+        ([[("text", 1)], [("full", 3)]], r"document 1: 'full' must join a list of spans, got \('full', 3\)"),
+        ([[("full", [])]], r"'full' must join a list of spans, got \('full', \[\]\)"),
+        ([[("full", [("audio", 3)])]], "modality of a span must be .*, got 'audio'"),
+        ([[("full", [("image", 3, "hidden")])]], r"'full' must join pairs, got \('image', 3, 'hidden'\)"),
+        ([[("full", [("full", [("image", 3)])])]], "modality of a span must be .*, got 'full'"),
+        ([[("full", [("text", 0)], "hidden")]], r"length of a span must be positive, got \('text', 0\)"),
+        ([[("image", 0, "hidden")]], r"length of a span must be positive, got \('image', 0\)"),
+        ([[("image", 2**64, "hidden")]], "must fit into 64 bits"),
     ],
 )
 def test_bad_spans(documents, message):
@@ -225,7 +230,7 @@ def test_bad_spans(documents, message):
 
 
 def test_bad_hidden_ids():
-    with pytest.raises(ValueError, match="hidden_ids must have one entry a token, 3; it has 2"):
+    with pytest.raises(ValueError, match="hidden_ids must have one entry per token, 3, got 2"):
         TokenLayout.from_modality_ids([0, 1, 1], [0, 0, 0], [0, 0, 0], hidden_ids=[-1, 0])
     with pytest.raises(
         ValueError, match=r"hidden_ids has 7 on both sides of token 1, where another span begins; .*full"

@@ -1,4 +1,4 @@
-"""pack_documents: every document once, no row too full, the same answer everywhere, few empty tokens, bad input."""
+"""pack_documents: every document once, no sequence too full, the same result everywhere, little padding, bad input."""
 
 import numpy as np
 import pytest
@@ -74,11 +74,11 @@ def test_small_documents_are_dealt_out_evenly():
 @pytest.mark.parametrize(
     ("lengths", "capacity", "window", "message"),
     [
-        ([5, 12, 3], 10, 8, "document 1 has 12 tokens, but a row has room for 10"),
-        ([5, 0], 10, 8, "document 1 has length 0; lengths are positive"),
-        ([5, -2], 10, 8, "document 1 has length -2; lengths are positive"),
-        ([5], 0, 8, "room for 0"),
-        ([5], 10, 0, "window=0"),
+        ([5, 12, 3], 10, 8, "at most the capacity of 10 tokens, got 12 for document 1"),
+        ([5, 0], 10, 8, "lengths must be positive, got 0 for document 1"),
+        ([5, -2], 10, 8, "lengths must be positive, got -2 for document 1"),
+        ([5], 0, 8, "capacity of 0"),
+        ([5], 10, 0, "window must be at least 1 document, got 0"),
         ([1.5], 10, 8, "lengths must be integers"),
         ([[1, 2]], 10, 8, r"of shape \(1, 2\)"),
     ],

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from lmfusion_kernels import TokenLayout, reference
 from lmfusion_kernels.layout import build
 from lmfusion_kernels.layout.buffer import copy_together, pack, unpack
+from lmfusion_kernels.layout.masks import PIECES
 
 MODALITIES = ("text", "image", "marker")
 needs_native = pytest.mark.skipif(build._layout_native is None, reason="_layout_native was not compiled")
@@ -35,7 +36,7 @@ def tokens_of(documents):
 
 
 def visible(tokens):
-    """Bool [N, N] by the words of the definition: query i sees key j."""
+    """Bool [N, N] by the definition: query i sees key j."""
     mask = np.zeros((len(tokens), len(tokens)), bool)
     for i, (modality, document, span, _) in enumerate(tokens):
         for j, (_, other_document, other_span, _) in enumerate(tokens):
@@ -45,7 +46,7 @@ def visible(tokens):
 
 
 def constant_tokens(tokens, frozen_text):
-    """Bool [N]: text before the first image or marker of its document, where the text tower is frozen."""
+    """Bool [N]: text before the first image or marker of its document, if the text tower is frozen."""
     trained_documents, result = set(), []
     for modality, document, _, _ in tokens:
         if modality != "text":
@@ -60,10 +61,9 @@ def ranges_to_mask(starts, ends, num_columns):
 
 
 def assert_equal_layouts(a, b):
-    for field in fields(TokenLayout):
-        x, y = getattr(a, field.name), getattr(b, field.name)
-        equal = torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
-        assert equal, field.name
+    assert a.counts == b.counts
+    for (name, x), (other_name, y) in zip(a.vectors.items(), b.vectors.items(), strict=True):
+        assert name == other_name and torch.equal(x, y), name
 
 
 @given(batches, st.booleans())
@@ -82,7 +82,7 @@ def test_orders_and_counts(documents, frozen_text):
     assert (layout.num_constant, layout.num_image) == (is_constant.sum(), is_image.sum())
     assert layout.num_constant + layout.num_live + layout.num_image == layout.num_tokens
     assert not layout.is_cached or layout.num_tokens == 0
-    assert all(v.dtype == torch.int32 for v in vars(layout).values() if isinstance(v, torch.Tensor))
+    assert all(vector.dtype == torch.int32 for vector in layout.vectors.values())
 
 
 @given(batches, st.booleans())
@@ -90,66 +90,66 @@ def test_mask_by_query_and_by_key(documents, frozen_text):
     layout = TokenLayout.from_spans(documents, frozen_text=frozen_text)
     mask = visible(tokens_of(documents))
     assert (reference.hybrid_mask(layout).numpy() == mask).all()
-    assert (ranges_to_mask(layout.query_start, layout.query_end, layout.num_tokens) == mask.T).all()
+    assert (ranges_to_mask(layout.mask.query_start, layout.mask.query_end, layout.num_tokens) == mask.T).all()
     for name in ("key_start", "key_end", "query_start", "query_end"):
-        assert (getattr(layout, name).diff() >= 0).all(), name
-    assert layout.key_slot.tolist() == list(range(layout.num_tokens))
+        assert (getattr(layout.mask, name).diff() >= 0).all(), name
+    assert layout.mask.key.tolist() == list(range(layout.num_tokens))
 
 
 @given(batches, st.booleans())
-def test_rows_that_take_part_in_a_backward(documents, frozen_text):
-    """The vectors of the active and of the constant rows are the mask, cut to these rows."""
+def test_active_and_constant_tokens(documents, frozen_text):
+    """The vectors of the active and of the constant tokens are the mask, restricted to them."""
     layout = TokenLayout.from_spans(documents, frozen_text=frozen_text)
     tokens = tokens_of(documents)
     mask, is_constant = visible(tokens), constant_tokens(tokens, frozen_text)
     active = np.flatnonzero(~is_constant)
-    assert layout.active_key.tolist() == active.tolist()
-    by_rank = ranges_to_mask(layout.active_key_start, layout.active_key_end, len(tokens))
+    assert layout.active.key.tolist() == active.tolist()
+    by_rank = ranges_to_mask(layout.active.key_start, layout.active.key_end, len(tokens))
     assert (by_rank == mask[active]).all()
-    by_key = ranges_to_mask(layout.active_query_start, layout.active_query_end, len(active))
+    by_key = ranges_to_mask(layout.active.query_start, layout.active.query_end, len(active))
     assert (by_key == mask[np.ix_(active, active)].T).all()
-    constant = ranges_to_mask(layout.constant_key_start, layout.constant_key_end, len(tokens))
+    constant = ranges_to_mask(layout.constant.key_start, layout.constant.key_end, len(tokens))
     assert (constant == mask[is_constant]).all()
-    assert layout.active_row.tolist() == [layout.sequence_to_tower[i] - layout.num_constant for i in active]
+    assert layout.active.out_row.tolist() == [layout.sequence_to_tower[i] - layout.num_constant for i in active]
     rank = {int(i): r for r, i in enumerate(active)}
     for row, i in enumerate(layout.tower_to_sequence.tolist()):
-        assert layout.query_row[row] == (row if is_constant[i] else layout.num_constant + rank[i])
+        assert layout.order.query_row[row] == (row if is_constant[i] else layout.num_constant + rank[i])
 
 
 @given(batches, st.booleans())
 def test_causal_documents_and_triangles_are_the_mask(documents, frozen_text):
-    """Causality inside documents, and in each image what it leaves out: rows in reverse, causal again."""
+    """Causality inside documents, and the triangle that it leaves out in each image: reversed, causal again."""
     layout = TokenLayout.from_spans(documents, frozen_text=frozen_text)
     n = layout.num_tokens
     counted = np.zeros((n, n), int)
-    for start, end in itertools.pairwise(layout.document_start.tolist()):
+    for start, end in itertools.pairwise(layout.causal.start.tolist()):
         counted[start:end, start:end] += np.tri(end - start, dtype=int)
-    rows = layout.triangle_row.tolist()
-    for start, end in itertools.pairwise(layout.triangle_start.tolist()):
+    rows = layout.causal.triangle_query.tolist()
+    for start, end in itertools.pairwise(layout.causal.triangle_start.tolist()):
         queries, keys = rows[start:end], [row + 1 for row in rows[start:end]]
         counted[np.ix_(queries, keys)] += np.tri(end - start, dtype=int)
     assert (counted == visible(tokens_of(documents))).all()  # every pair once
     lengths = [sum(length for _, length in document) for document in documents]
-    assert layout.document_start.diff().tolist() == layout.document_num_keys.tolist() == lengths
-    assert layout.document_key_start.equal(layout.document_start)
-    triangles = layout.triangle_start.diff()
-    assert (triangles > 0).all() and layout.longest_triangle == max(triangles.tolist(), default=0)
+    assert layout.causal.start.diff().tolist() == layout.causal.num_keys.tolist() == lengths
+    assert layout.causal.key_start.equal(layout.causal.start)
+    triangles = layout.causal.triangle_start.diff()
+    assert (triangles > 0).all() and layout.counts.longest_triangle == max(triangles.tolist(), default=0)
 
 
 @given(batches, st.booleans())
 def test_documents_and_triangles_of_the_active_rows(documents, frozen_text):
     layout = TokenLayout.from_spans(documents, frozen_text=frozen_text)
-    active = layout.active_key.tolist()
-    starts = layout.document_start.tolist()
+    active = layout.active.key.tolist()
+    starts = layout.causal.start.tolist()
     expected = [sum(i < start for i in active) for start in starts]
-    assert layout.active_document_start.tolist() == expected
-    assert layout.longest_active == max(np.diff(expected), default=0)
-    assert [active[rank] for rank in layout.active_triangle_row] == layout.triangle_row.tolist()
+    assert layout.causal.active_start.tolist() == expected
+    assert layout.counts.longest_active == max(np.diff(expected), default=0)
+    assert [active[rank] for rank in layout.causal.active_triangle_query] == layout.causal.triangle_query.tolist()
 
 
 @given(batches.filter(bool), st.data())
 def test_cached_layout_continues_a_document(documents, data):
-    """A document cut between two spans: the second part sees the first one's cache rows as it saw its tokens."""
+    """A document cut between two spans: the second part sees the cache slots of the first as it saw its tokens."""
     cuts = [data.draw(st.integers(0, len(document) - 1)) for document in documents]
     cached_lengths = [sum(n for _, n in document[:cut]) for document, cut in zip(documents, cuts, strict=True)]
     rest = [document[cut:] for document, cut in zip(documents, cuts, strict=True)]
@@ -169,10 +169,10 @@ def test_cached_layout_continues_a_document(documents, data):
     expected = np.zeros((len(continued), layout.num_keys), bool)
     expected[:, slots] = whole[continued]
     assert (reference.hybrid_mask(layout).numpy() == expected).all()
-    assert layout.key_slot.tolist() == [slots[i] for i in continued]
-    assert layout.document_key_start.tolist() == [*starts, num_rows]
-    assert layout.document_num_keys.tolist() == totals and layout.longest_document == max(totals)
-    assert layout.longest_active == max(layout.document_start.diff().tolist())
+    assert layout.mask.key.tolist() == [slots[i] for i in continued]
+    assert layout.causal.key_start.tolist() == [*starts, num_rows]
+    assert layout.causal.num_keys.tolist() == totals and layout.longest_document == max(totals)
+    assert layout.counts.longest_active == max(layout.causal.start.diff().tolist())
     assert layout.position.tolist() == [tokens[i][3] for i in continued]
 
 
@@ -216,48 +216,50 @@ def test_vectors_are_copied_together_and_aligned():
 
 
 def test_a_layout_of_other_vectors():
-    """Its vectors and counts are all of it; in a buffer of their own they make the same layout."""
+    """Its vectors are those of its pieces; in a buffer of their own they make the same layout."""
     layout = TokenLayout.from_spans([[("text", 2), ("image", 3)]], frozen_text=False)
-    assert layout.vectors.keys() | layout.counts.keys() == {field.name for field in fields(TokenLayout)}
-    assert layout.vectors.keys().isdisjoint(layout.counts)
+    assert {"counts", *PIECES} == {field.name for field in fields(TokenLayout)}
+    for name, (_, vectors) in PIECES.items():
+        present = {field for field, value in vars(getattr(layout, name)).items() if value is not None}
+        assert present == set(vectors)
     assert_equal_layouts(layout.with_vectors(unpack(pack(layout.vectors), layout.vectors)), layout)
     for longest, bound in ((1, 1), (2, 2), (5, 8), (8, 8), (9, 16)):
         assert TokenLayout.from_spans([[("text", longest)]]).bounded().longest_document == bound
-    assert_equal_layouts(replace(layout.bounded(), longest_document=5), layout)
+    assert_equal_layouts(layout.bounded(most=5), layout)
 
 
 def test_orders_are_inverse_and_check_rows():
     layout = TokenLayout.from_spans([[("text", 2), ("image", 3), ("text", 1)]])
     x = torch.randn(6, 4)
     assert torch.equal(layout.to_sequence_order(layout.to_tower_order(x)), x)
-    with pytest.raises(ValueError, match=r"shape \(5, 4\).*6 rows"):
+    with pytest.raises(ValueError, match=r"must have 6 rows .*shape \(5, 4\)"):
         layout.to_tower_order(x[:5])
-    with pytest.raises(ValueError, match="is on meta, the layout on cpu"):
+    with pytest.raises(ValueError, match="must be on the layout's device cpu, got meta"):
         layout.to_tower_order(x.to("meta"))
 
 
 @pytest.mark.parametrize(
     ("documents", "message"),
     [
-        ([[("text", 1)], [("audio", 3)]], r"document 1 .*'audio'.*text, image, marker"),
-        ([[("text", 0)]], "text span of length 0; lengths are positive"),
-        ([[("image", -4)]], "image span of length -4; lengths are positive"),
-        ([[("image", 2.5)]], "length 2.5; lengths are integers"),
-        ([[("text", 1)], []], "document 1 has no spans"),
-        ([[("text", 2**64)]], "longer than 64 bits"),
+        ([[("text", 1)], [("audio", 3)]], r"document 1: .*one of text, image, marker, got 'audio'"),
+        ([[("text", 0)]], r"length of a span must be positive, got \('text', 0\)"),
+        ([[("image", -4)]], r"length of a span must be positive, got \('image', -4\)"),
+        ([[("image", 2.5)]], "must be an integer, got 2.5"),
+        ([[("text", 1)], []], "document 1 must have at least one span"),
+        ([[("text", 2**64)]], "must fit into 64 bits"),
         (
             [("text", 3)],
-            r"document 0 has the span 'text'; a batch is a list of documents, .*\(modality, length\): from_sp",
+            r"document 0: a span must be .*, got 'text'; a batch is a list of documents",
         ),
-        ([("ab", 3)], "document 0 has the span 'ab'; a batch is"),
-        ("text", "document 0 has the span 't'; a batch is"),
-        ([[("text", 3)], [("image", 4, 5)]], r"document 1 has the span \('image', 4, 5\); a batch is"),
-        ([[("text", 3), None]], "document 0 has the span None; a batch is"),
-        ([[(["text"], 3)]], r"unknown modality \['text'\]"),
-        ([[("text", None)]], "length None; lengths are integers"),
+        ([("ab", 3)], "got 'ab'; a batch is"),
+        ("text", "got 't'; a batch is"),
+        ([[("text", 3)], [("image", 4, 5)]], r"got \('image', 4, 5\); a batch is"),
+        ([[("text", 3), None]], "got None; a batch is"),
+        ([[(["text"], 3)]], r"got \['text'\]"),
+        ([[("text", None)]], "must be an integer, got None"),
         ([3], "'int' object is not iterable; a batch is a list of documents"),
         (None, "'NoneType' object is not iterable; a batch is a list of documents"),
-        ([[("text", 2**30), ("text", 2**30)]], "2147483648 tokens; the limit is 2147483647"),
+        ([[("text", 2**30), ("text", 2**30)]], "at most 2147483647 tokens, got 2147483648"),
     ],
 )
 def test_bad_spans(documents, message):
@@ -272,15 +274,15 @@ def test_bad_spans(documents, message):
         (None, [0], 9, "cached_lengths, cache_starts and cache_slots together, or none"),
         ([1], [0], 9, "cached_lengths must have one entry for each of 2 documents, got 1"),
         ([1, 1], [0], 9, "cache_starts must have one entry for each of 2 documents, got 1"),
-        ([0, 8], [0, 4], 9, "document 1 would hold 10 tokens, but it has 5 rows of the cache, from 4 to 9; give it"),
-        ([3, 0], [0, 4], 9, "document 0 would hold 5 tokens, but it has 4 rows of the cache, from 0 to 4; give it"),
-        ([0, 0], [0, 12], 9, "document 1 would hold 2 tokens, but it has 0 rows of the cache, from 12 to 9"),
-        ([0, -1], [0, 4], 9, "document 1 has cached length -1; it must be 0 or more"),
-        ([1, 1], [4, 0], 9, "document 1 begins at row 0 of the cache; starts ascend from 0, so sort the documents"),
-        ([1, 1], [-1, 4], 9, "document 0 begins at row -1 of the cache; starts ascend from 0"),
-        ([0, 0], [4, 4], 9, "documents 0 and 1 both begin at row 4 of the cache; only documents of one token or one"),
-        ([1, 1], [0, 4], 2**31, "cache_slots is 2147483648; it must be from 0 to 2147483647"),
-        ([1, 1], [0, 4], -1, "cache_slots is -1"),
+        ([0, 8], [0, 4], 9, "document 1 would hold 10 tokens, but it has 5 slots of the cache, from 4 to 9; give it"),
+        ([3, 0], [0, 4], 9, "document 0 would hold 5 tokens, but it has 4 slots of the cache, from 0 to 4; give it"),
+        ([0, 0], [0, 12], 9, "document 1 would hold 2 tokens, but it has 0 slots of the cache, from 12 to 9"),
+        ([0, -1], [0, 4], 9, "cached_lengths must be at least 0, got -1 for document 1"),
+        ([1, 1], [4, 0], 9, "cache_starts must ascend from 0, got 0 for document 1; sort the documents"),
+        ([1, 1], [-1, 4], 9, "cache_starts must ascend from 0, got -1 for document 0"),
+        ([0, 0], [4, 4], 9, "documents 0 and 1 both begin at slot 4 of the cache; only documents of one token or one"),
+        ([1, 1], [0, 4], 2**31, "cache_slots must be from 0 to 2147483647, got 2147483648"),
+        ([1, 1], [0, 4], -1, "cache_slots must be from 0 to 2147483647, got -1"),
     ],
 )
 def test_bad_cache(cached_lengths, cache_starts, cache_slots, message):
@@ -292,8 +294,8 @@ def test_bad_cache(cached_lengths, cache_starts, cache_slots, message):
 @pytest.mark.parametrize(
     ("padding", "cached"), [([("text", 1)], 0), ([("marker", 1)], 3), ([("image", 4)], 0), ([("image", 4)], 3)]
 )
-def test_documents_that_pad_a_batch_share_their_rows(padding, cached):
-    """They are as good as one another, and the documents before them see what they see alone."""
+def test_documents_that_pad_a_batch_share_their_slots(padding, cached):
+    """They are interchangeable, and the documents before them see what they see without padding."""
     documents, lengths, starts = [[("text", 2)], [("image", 3)]], [5, 0], [1, 20]
     layout = TokenLayout.from_spans(
         documents + [padding] * 3, cached_lengths=lengths + [cached] * 3, cache_starts=starts + [40] * 3, cache_slots=50
@@ -304,7 +306,7 @@ def test_documents_that_pad_a_batch_share_their_rows(padding, cached):
     mask = reference.hybrid_mask(layout)[5:].reshape(3, num_padding, 50)
     assert (mask[0] == mask[1]).all() and (mask[0] == mask[2]).all()
     assert mask.nonzero()[:, -1].unique().tolist() == list(range(40, 40 + cached + num_padding))
-    assert layout.key_slot[5:].tolist() == [*range(40 + cached, 40 + cached + num_padding)] * 3
+    assert layout.mask.key[5:].tolist() == [*range(40 + cached, 40 + cached + num_padding)] * 3
     for name in ("key_start", "key_end"):
         assert (getattr(layout, name).diff() >= 0).all(), name
 
@@ -318,18 +320,18 @@ def test_documents_that_pad_a_batch_share_their_rows(padding, cached):
         ([[("marker", 1), ("image", 2)]] * 2, [0, 0]),
     ],
 )
-def test_documents_that_differ_share_no_rows(documents, lengths):
-    """Their key ranges could decrease from one query to the next, which kernels rely on not to happen."""
-    with pytest.raises(ValueError, match="documents 0 and 1 both begin at row 4 of the cache"):
+def test_documents_that_differ_share_no_slots(documents, lengths):
+    """Their key ranges could decrease from one query to the next; kernels rely on non-decreasing ranges."""
+    with pytest.raises(ValueError, match="documents 0 and 1 both begin at slot 4 of the cache"):
         TokenLayout.from_spans(documents, cached_lengths=lengths, cache_starts=[4, 4], cache_slots=20)
 
 
 @pytest.mark.parametrize(
     ("modality", "document", "message"),
     [
-        ([0, 0], [0, 0, 0], "one entry a token; they have 2, 3 and 2"),
-        ([0, 3], [0, 0], "unknown modality id 3"),
-        ([0, -1], [0, 0], "unknown modality id -1"),
+        ([0, 0], [0, 0, 0], "one entry per token, got 2, 3 and 2"),
+        ([0, 3], [0, 0], "got 3"),
+        ([0, -1], [0, 0], "got -1"),
         ([0, 0], [1, 0], "must not decrease"),
     ],
 )
@@ -350,7 +352,7 @@ def test_documents_may_be_any_iterables():
 def test_rows_are_floating_point_numbers(dtype):
     layout = TokenLayout.from_spans([[("text", 2), ("image", 3)]])
     x = torch.ones(5, 4, dtype=dtype)
-    with pytest.raises(ValueError, match=rf"qkv is {dtype}; ops take rows in float32, bfloat16, float16, float64"):
+    with pytest.raises(ValueError, match=rf"qkv must be in one of float32, bfloat16, float16, float64, got {dtype}"):
         layout.check_rows(x, name="qkv")
     assert layout.to_sequence_order(layout.to_tower_order(x)).dtype == dtype  # whatever moves, as token ids
 

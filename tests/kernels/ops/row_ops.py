@@ -1,4 +1,4 @@
-"""What the tests of the row ops share: layouts, random rows, and the comparison with the float64 reference."""
+"""Shared by the tests of row ops: layouts, random rows, and the comparison with the float64 reference."""
 
 from collections.abc import Callable, Sequence
 
@@ -37,7 +37,7 @@ def flatten(value: object) -> list[Tensor]:
 
 
 def run(op: Callable, tensors: dict[str, Tensor], frozen: Sequence[str] = ()) -> dict[str, Tensor | None]:
-    """Results of `op(**tensors)` and the gradients of all tensors but `frozen`, for a fixed random loss."""
+    """Results of `op(**tensors)` and the gradients of all tensors except `frozen`, for a fixed random loss."""
     leaves = {name: t.detach().clone().requires_grad_(name not in frozen) for name, t in tensors.items()}
     results = flatten(op(**leaves))
     grads = [random(*result.shape, seed=9 + i).to(result.dtype) for i, result in enumerate(results)]

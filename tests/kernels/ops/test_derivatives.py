@@ -1,4 +1,4 @@
-"""Which derivatives are right, and do all others raise? Forward mode, second derivatives, torch.func, of every op."""
+"""Derivatives of every op: forward mode, second derivatives and torch.func are right or raise."""
 
 from functools import partial
 
@@ -106,7 +106,7 @@ def test_forward_mode_of_the_reference(name):
 
 
 def test_ops_beside_a_forward_mode_derivative_run():
-    """What carries no tangent needs no derivative."""
+    """Tensors without a tangent need no derivative."""
     x, op = normal(N, 8), make_ops()["block"]
     with forward_ad.dual_level():
         assert torch.equal(op(x), make_ops()["block"](x))
@@ -124,7 +124,7 @@ def test_reordering_knows_all_derivatives():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_second_derivatives_are_refused(name):
-    """But for the linear map, whose second derivative is PyTorch's own."""
+    """Except the linear map, whose second derivative is PyTorch's own."""
     op, x = make_ops()[name], normal(N, 8, seed=2).requires_grad_()
     (first,) = torch.autograd.grad(op(x).square().sum(), x, create_graph=True)
     if name in LINEAR:
@@ -141,7 +141,7 @@ def test_second_derivatives_are_refused(name):
 @pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("trained", ["rows", "weights", "both"])
 def test_second_derivatives_of_the_block_are_refused(trained, paired):
-    """Whatever links them to what is asked for: a loss that is linear in the output, weights that are all frozen."""
+    """However they are linked to the inputs: through a loss linear in the output, or with all weights frozen."""
     op = make_block()
     op.func.requires_grad_(trained != "rows")
     x = normal(N, 8).requires_grad_(trained != "weights")

@@ -1,4 +1,4 @@
-"""Which kernel computes gate, up and SwiGLU, what happens when the one asked for cannot, and how is QuACK called?"""
+"""The choice of the kernel for gate, up and SwiGLU, its errors, and the call of QuACK."""
 
 import sys
 from types import ModuleType
@@ -44,14 +44,14 @@ def test_the_block_says_why_a_kernel_cannot_run(monkeypatch):
 def test_reasons(monkeypatch, kernel):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(ffn.importlib.util, "find_spec", lambda name: None)
-    assert "is not installed; `pip install" in ffn._why_absent(kernel, torch.device("cuda"))
+    assert "is not installed; `pip install" in ffn._unavailable_reason(kernel, torch.device("cuda"))
     monkeypatch.setattr(ffn.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(ffn.importlib.metadata, "version", lambda name: "0.6.5")
-    assert ffn._why_absent(kernel, torch.device("cpu")) == "it runs on CUDA devices, not on cpu"
+    assert ffn._unavailable_reason(kernel, torch.device("cpu")) == "it runs on CUDA devices, not on cpu"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
-    assert ffn._why_absent(kernel, torch.device("cuda")) == "it needs compute capability 9.0, not 8.9"
+    assert ffn._unavailable_reason(kernel, torch.device("cuda")) == "it needs compute capability 9.0, not 8.9"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    assert ffn._why_absent(kernel, torch.device("cuda")) == ""
+    assert ffn._unavailable_reason(kernel, torch.device("cuda")) == ""
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_reasons(monkeypatch, kernel):
     ],
 )
 def test_what_the_kernels_take(monkeypatch, kernel, dtype, width, ffn_width, keep, reason):
-    monkeypatch.setattr(ffn, "_why_absent", lambda kernel, device: "")
+    monkeypatch.setattr(ffn, "_unavailable_reason", lambda kernel, device: "")
     monkeypatch.setenv("LMFUSION_KERNELS_FFN", kernel)
 
     class OnCuda(torch.Tensor):
@@ -97,7 +97,7 @@ def test_quack_is_called_with_the_weight_as_it_is(monkeypatch):
     calls = []
     for name, module in fake_quack(calls).items():
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(ffn, "_why_absent", lambda kernel, device: "")
+    monkeypatch.setattr(ffn, "_unavailable_reason", lambda kernel, device: "")
     block = make_block()
     layout = lk.TokenLayout.from_spans(DOCUMENTS)
     x, rope = make_inputs(layout, torch.float32)

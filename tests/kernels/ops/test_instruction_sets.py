@@ -1,4 +1,4 @@
-"""Do the CPU kernels of the smaller instruction sets, which this processor would not choose, pass the same tests?"""
+"""CPU kernels of smaller instruction sets, which this processor would not choose, pass the same tests."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""Does every row go through the projection of its own tower, and do frozen weights get no gradient?"""
+"""Every row goes through the projection of its own tower, and frozen weights get no gradient."""
 
 import pytest
 import torch
@@ -86,7 +86,7 @@ def test_keeps_rows_only_for_weight_gradients():
 
 
 class Ops(TorchDispatchMode):
-    """The names of the ops that are dispatched, but for views and allocations."""
+    """The names of the ops that are dispatched, except views and allocations."""
 
     def __init__(self):
         super().__init__()
@@ -169,11 +169,14 @@ def test_without_native_ops(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"text_weight": random(24, 36)}, r"text_weight has shape \(24, 36\), expected \[\*, 37\]"),
-        ({"image_bias": random(23)}, r"image_bias has shape \(23,\), expected \[24\]"),
-        ({"image_weight": random(23, 37), "image_bias": None}, "text_weight has 24 rows and image_weight 23"),
-        ({"text_weight": random(24, 37, dtype=torch.bfloat16)}, "text_weight is torch.bfloat16"),
-        ({"x": random(64, 37).to("meta")}, "x is on meta, the layout on cpu"),
+        ({"text_weight": random(24, 36)}, r"text_weight must be \[\*, 37\] .*, got shape \(24, 36\)"),
+        ({"image_bias": random(23)}, r"image_bias must be \[24\] .*, got shape \(23,\)"),
+        ({"image_weight": random(23, 37), "image_bias": None}, "same number of rows for one result, got 24 and 23"),
+        (
+            {"text_weight": random(24, 37, dtype=torch.bfloat16)},
+            r"text_weight must be in the rows' dtype .*bfloat16",
+        ),
+        ({"x": random(64, 37).to("meta")}, "x must be on the layout's device cpu, got meta"),
     ],
 )
 def test_wrong_arguments(change, message):

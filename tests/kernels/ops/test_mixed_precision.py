@@ -1,4 +1,4 @@
-"""Do rope's angles stay exact where PyTorch casts a module or its arguments: FSDP2, DDP, autocast, .to(dtype)?"""
+"""Rope's angles stay exact where PyTorch casts a module or its arguments: FSDP2, DDP, autocast, .to(dtype)."""
 
 import copy
 
@@ -16,7 +16,7 @@ INV_FREQ = 1e4 ** -torch.linspace(0, 1, 8)
 
 
 class Model(nn.Module):
-    """Two layers whose caller makes the tables, or that make them of a buffer of their own."""
+    """Two layers that get the tables from the caller, or make them from a buffer of their own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def test_fsdp_that_casts_the_output(one_rank, x):
 def test_fsdp_casts_a_plain_pair_and_the_error_says_so(one_rank, x):
     model = Model()
     fully_shard(model, mesh=one_rank, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-    with pytest.raises(ValueError, match=r"cos is torch\.bfloat16; angles need float32.*as rope_tables returns"):
+    with pytest.raises(ValueError, match=r"cos must be float32, got torch\.bfloat16.*as rope_tables returns"):
         model(x, LAYOUT, tuple(lk.rope_tables(LAYOUT.position, INV_FREQ)))
 
 
@@ -131,7 +131,7 @@ def test_tables_made_under_autocast_and_another_default_dtype():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_a_module_that_was_cast(x, dtype):
-    """Its buffer of frequencies is cast too: an error where that loses digits. With tables from outside all is well."""
+    """Its buffer of frequencies is cast too: an error if that loses digits. Tables from outside are not affected."""
     model = Model()
     rope = lk.rope_tables(LAYOUT.position, INV_FREQ)
     exact = Model().double()(x.double(), LAYOUT, rope, None)
@@ -139,18 +139,21 @@ def test_a_module_that_was_cast(x, dtype):
     if dtype == torch.float64:
         torch.testing.assert_close(model(x.double(), LAYOUT), exact, rtol=1e-5, atol=1e-5)
     else:
-        with pytest.raises(ValueError, match=rf"inv_freq is {dtype}, too coarse for angles; .*module\.to\(dtype\)"):
+        with pytest.raises(
+            ValueError,
+            match=rf"inv_freq must be float32 .* got {dtype}, too coarse.*module\.to\(dtype\)",
+        ):
             model(x.to(dtype), LAYOUT)
     error = (model(x.to(dtype), LAYOUT, rope).double() - exact).abs().max() / exact.abs().max()
     assert error < 8 * torch.finfo(dtype).eps + 1e-6
 
 
 def test_coarse_positions_and_tables():
-    with pytest.raises(ValueError, match=r"position is torch\.bfloat16, too coarse"):
+    with pytest.raises(ValueError, match=r"position must be float32 .*got torch\.bfloat16, too coarse"):
         lk.rope_tables(LAYOUT.position.bfloat16(), INV_FREQ)
     rope = lk.rope_tables(LAYOUT.position, INV_FREQ)
     for rows in (torch.float32, torch.float64):
-        with pytest.raises(ValueError, match=r"sin is torch\.float16; angles need float32"):
+        with pytest.raises(ValueError, match=r"sin must be float32, got torch\.float16"):
             Model().to(rows)(torch.zeros(LAYOUT.num_tokens, 32, dtype=rows), LAYOUT, (rope.cos, rope.sin.half()))
 
 

@@ -1,4 +1,4 @@
-"""Do rows of every dtype come out in the asked order and gradients in the opposite one?"""
+"""Rows of every dtype come out in the given order, and gradients in the inverse order."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Do RoPE and QK norm come out right, and every row at its place in sequence order, forward and backward?"""
+"""RoPE and QK norm, and every row at its place in sequence order, forward and backward."""
 
 import pytest
 import torch
@@ -90,7 +90,7 @@ def test_keeps_rows_only_for_norms():
 
 @needs_native
 def test_queries_of_constant_rows_apart():
-    """The block's use: constant rows' queries in a tensor of their own, and a backward over the other rows only."""
+    """As the block uses it: queries of constant tokens in a separate tensor, and a backward over the others only."""
     layout = make_layout("mixed")
     num_constant, num_live = layout.num_constant, layout.num_live
     assert num_constant > 0 and num_live > 0
@@ -101,25 +101,25 @@ def test_queries_of_constant_rows_apart():
     order = layout.tower_to_sequence
     arguments = (num_constant, HEADS, *norms, 1e-5)
     op = torch.ops.lmfusion.rope_reorder
-    q_constant, q_active, k, v = op([qkv], cos, sin, order, layout.query_row, layout.num_text, *arguments)
+    q_constant, q_active, k, v = op([qkv], cos, sin, order, layout.order.query_row, layout.num_text, *arguments)
 
     exact_q, exact_k, exact_v = reference.rope_reorder(qkv, layout, (cos, sin), HEADS, *norms, 1e-5)
     torch.testing.assert_close(q_constant, exact_q[order[:num_constant]])
-    torch.testing.assert_close(q_active, exact_q[layout.active_key])
+    torch.testing.assert_close(q_active, exact_q[layout.active.key])
     torch.testing.assert_close(k, exact_k)
     torch.testing.assert_close(v, exact_v)
 
     grads = [random(*t.shape, seed=i) for i, t in enumerate((q_constant, q_active, k, v))]
     (dqkv,) = torch.autograd.grad((q_constant, q_active, k, v), qkv, grads)
     dq = torch.zeros_like(exact_q)
-    dq[order[:num_constant]], dq[layout.active_key] = grads[0], grads[1]
+    dq[order[:num_constant]], dq[layout.active.key] = grads[0], grads[1]
     (expected,) = torch.autograd.grad((exact_q, exact_k, exact_v), qkv, (dq, *grads[2:]), retain_graph=True)
     torch.testing.assert_close(dqkv, expected)
 
-    active = layout.active_key
+    active = layout.active.key
     rows = list(qkv.detach()[num_constant:].tensor_split([num_live]))
     dlive, dimage, *dnorms = torch.ops.lmfusion.rope_reorder_backward(
-        grads[1], grads[2][active], grads[3][active], rows, cos, sin, layout.active_row, active, num_live, HEADS,
+        grads[1], grads[2][active], grads[3][active], rows, cos, sin, layout.active.out_row, active, num_live, HEADS,
         *norms, 1e-5, False, True,
     )  # fmt: skip
     torch.testing.assert_close(torch.cat([dlive, dimage]), expected[num_constant:])
@@ -227,7 +227,7 @@ def test_schema_fake_and_autograd(norms, paired):
     order, constant = layout.tower_to_sequence, layout.num_constant
     ops = torch.ops.lmfusion
     common = (HEADS, *weights, 1e-5)
-    for row, count in ((order, 0), (layout.query_row, constant)):
+    for row, count in ((order, 0), (layout.order.query_row, constant)):
         torch.library.opcheck(ops.rope_reorder.default, (qkv, cos, sin, order, row, layout.num_text, count, *common))
     weights = [None if weight is None else weight.detach() for weight in weights]
     grads = [random(layout.num_tokens, heads, 10, seed=heads) for heads in (HEADS, KV_HEADS, KV_HEADS)]
@@ -270,16 +270,19 @@ def test_without_native_ops(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"qkv": random(64, 79)}, r"qkv is 79 wide; expected \(H \+ 2 H_kv\) D with H = 4 query heads and D = 10"),
-        ({"qkv": (random(51, 80), random(13, 100))}, "qkv is 100 wide"),
-        ({"num_heads": 8}, "qkv is 80 wide"),
-        ({"num_heads": 0}, "qkv is 80 wide"),
-        ({"rope": (random(63, 5), random(63, 5))}, r"cos and sin have shapes \(63, 5\) and \(63, 5\)"),
+        ({"qkv": random(64, 79)}, r"qkv must be \(H \+ 2 H_kv\) D wide with H = 4 query heads and D = 10, .* got 79"),
+        ({"qkv": (random(51, 80), random(13, 100))}, "towers, got 100"),
+        ({"num_heads": 8}, "towers, got 80"),
+        ({"num_heads": 0}, "towers, got 80"),
+        ({"rope": (random(63, 5), random(63, 5))}, r"got shapes \(63, 5\) and \(63, 5\)"),
         ({"rope": (random(64, 5), random(64, 4))}, r"N = 64 tokens"),
-        ({"rope": (random(64, 5, dtype=torch.bfloat16), random(64, 5))}, "cos is torch.bfloat16; angles need float32"),
-        ({"rope": (random(64, 5), random(64, 5).to("meta"))}, "sin is on meta, the rows on cpu"),
-        ({"text_q_norm": random(8)}, r"text_q_norm has shape \(8,\), expected \[10\]"),
-        ({"image_k_norm": random(10, dtype=torch.bfloat16)}, "image_k_norm is torch.bfloat16"),
+        ({"rope": (random(64, 5, dtype=torch.bfloat16), random(64, 5))}, "cos must be float32, got torch.bfloat16"),
+        ({"rope": (random(64, 5), random(64, 5).to("meta"))}, "sin must be on the rows' device cpu, got meta"),
+        ({"text_q_norm": random(8)}, r"text_q_norm must be \[10\] for .*, got shape \(8,\)"),
+        (
+            {"image_k_norm": random(10, dtype=torch.bfloat16)},
+            "image_k_norm must be in the rows' dtype torch.float32, got torch.bfloat16",
+        ),
     ],
 )
 def test_wrong_arguments(change, message):

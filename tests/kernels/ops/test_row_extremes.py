@@ -1,4 +1,4 @@
-"""Do RMSNorm and RoPE treat infinite, NaN, zero, huge and tiny rows as plain PyTorch does, forward and backward?"""
+"""RMSNorm and RoPE treat infinite, NaN, zero, huge and tiny rows as plain PyTorch does, forward and backward."""
 
 import itertools
 import math

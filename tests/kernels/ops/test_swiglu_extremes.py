@@ -1,4 +1,4 @@
-"""Does SwiGLU give what torch's silu gives at gates of every kind, infinite and NaN too, forward and backward?"""
+"""SwiGLU equals torch's silu at gates of every kind, including infinite and NaN, forward and backward."""
 
 import itertools
 import math

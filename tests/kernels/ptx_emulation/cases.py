@@ -81,8 +81,8 @@ def attention(
     out_row = layout.sequence_to_tower if num_queries is None else None
     ranges = layout.key_start[of_query].contiguous(), layout.key_end[of_query].contiguous()
     grad_key = torch.arange(num_constant, n, dtype=torch.int32)
-    by_key = grad_key, layout.query_start[num_constant:].clone(), layout.query_end[num_constant:].clone()
-    hidden = (layout.visible_end, layout.run_end) if layout.has_hidden else (None, None)
+    by_key = grad_key, layout.mask.query_start[num_constant:].clone(), layout.mask.query_end[num_constant:].clone()
+    hidden = (layout.mask.visible_end, layout.hidden.run_end) if layout.has_hidden else (None, None)
 
     def in_sequence(x: torch.Tensor) -> torch.Tensor:
         return x if out_row is None else x[out_row.long()]

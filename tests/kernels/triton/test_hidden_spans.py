@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lmfusion_kernels as lk
-from lmfusion_kernels.attention.interface import hidden_ends, key_ranges, query_ranges
+from lmfusion_kernels.attention.interface import AttentionCall
 from lmfusion_kernels.attention.reference import Reference
 from tests.kernels.triton import interpreter
 from tests.kernels.triton.test_hybrid_attention import BY_POINTER, LARGE, MODULE, SMALL, UNSHRUNK, int32, make_inputs
@@ -42,13 +42,13 @@ def assert_as_good_as_reference(layout, rows, heads, head_dim, dtype, tiles, see
     q, k, v, dout = make_inputs(num_queries, layout.num_tokens, *heads, head_dim, dtype, seed)
     targets = []
     for wide in (torch.float64, dtype):
-        x = [value.to(wide) for value in (dout, q, k, v)]
-        out, lse = Reference().forward(*x[1:], layout, rows, 0.3)
-        targets.append([out, lse, *Reference().backward(*x, out, lse, layout, rows, 0.3)])
-    *ranges, out_row = key_ranges(layout, rows)
+        call = AttentionCall(*(value.to(wide) for value in (q, k, v)), layout, rows, 0.3)
+        out, lse = Reference().forward(call)
+        targets.append([out, lse, *Reference().backward(call, dout.to(wide), out, lse)])
+    *ranges, out_row = call.key_ranges()
     result = interpreter.call(
-        "tests.kernels.triton.test_hidden_spans", "forward_and_backward", dout, q, k, v, ranges, query_ranges(layout, rows),
-        out_row, 0.3, hidden_ends(layout, rows), tiles,
+        "tests.kernels.triton.test_hidden_spans", "forward_and_backward", dout, q, k, v, ranges, call.query_ranges(),
+        out_row, 0.3, call.hidden_ends(), tiles,
     )  # fmt: skip
     floor = 4 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps / 4
     for name, exact, plain, value in zip(("out", "lse", "dq", "dk", "dv"), *targets, result, strict=True):
@@ -85,7 +85,7 @@ def test_what_is_hidden_is_not_read_from_outside():
     """Queries behind a hidden image have the bits that they have if it holds NaN: its tiles are skipped."""
     layout = lk.TokenLayout.from_spans([[("text", 64), ("image", 64, "hidden"), ("text", 128)]])
     q, k, v, _ = make_inputs(256, 256, 1, 1, 16)
-    arguments = layout.key_start, layout.key_end, None, 0.3, layout.visible_end, layout.run_end
+    arguments = layout.key_start, layout.key_end, None, 0.3, layout.mask.visible_end, layout.hidden.run_end
     out, _ = interpreter.call(MODULE, "forward", q, k, v, *arguments, tiles=SMALL)
     k[64:128] = v[64:128] = float("nan")
     other, _ = interpreter.call(MODULE, "forward", q, k, v, *arguments, tiles=SMALL)

@@ -163,9 +163,9 @@ def test_random_documents(documents, only_active, heads, head_dim, dtype, tiles,
     q, k, v, dout = make_inputs(num_queries, layout.num_tokens, *heads, head_dim, dtype, seed)
     ranges, options = (layout.key_start, layout.key_end), {}
     if only_active:
-        ranges = layout.active_key_start, layout.active_key_end
-        by_key = layout.active_query_start, layout.active_query_end
-        options = {"grad_key": layout.active_key, "by_key": by_key, "out_row": layout.active_row}
+        ranges = layout.active.key_start, layout.active.key_end
+        by_key = layout.active.query_start, layout.active.query_end
+        options = {"grad_key": layout.active.key, "by_key": by_key, "out_row": layout.active.out_row}
     assert_as_good_as_dense(q, k, v, dout, *ranges, head_dim**-0.5, tiles=tiles, **options)
 
 
@@ -322,15 +322,15 @@ def test_strided_inputs(tiles):
     for q, k, v in views:
         dout = torch.ones(1, 1, 1, dtype=torch.float16).expand(n, 2, 16)
         expected = triton_attention(*(x.contiguous() for x in (q, k, v, dout)), *ranges, 1.0, tiles=tiles)
+        active = layout.active.key.long()
         result = interpreter.call(
             "tests.kernels.triton.test_hybrid_attention", "forward_and_backward", dout, q, k, v, *ranges,
-            layout.active_key, layout.query_start[layout.active_key.long()], layout.query_end[layout.active_key.long()],
-            None, 1.0, tiles,
+            layout.active.key, layout.mask.query_start[active], layout.mask.query_end[active], None, 1.0, tiles,
         )  # fmt: skip
         for name, x, y in zip(("out", "lse", "dq"), result, expected, strict=False):
             assert x.equal(y), name
         for x, y in zip(result[3:], expected[3:], strict=True):
-            torch.testing.assert_close(x, y[layout.active_key.long()], rtol=1e-2, atol=1e-3)
+            torch.testing.assert_close(x, y[active], rtol=1e-2, atol=1e-3)
 
 
 def far_rows(stride: int) -> list[torch.Tensor]:

@@ -286,9 +286,9 @@ def test_wrong_inputs_are_named(tmp_path):
     with pytest.raises(ValueError, match="the batch must be on the model's device, cpu, got meta"):
         model(batch=make_batch().to("meta"))
     batch = make_batch()
-    with pytest.raises(ValueError, match=r"image rows has shape .4, 16., but the layout needs 8 rows"):
+    with pytest.raises(ValueError, match=r"image rows must have 8 rows for this layout, got shape .4, 16."):
         model(batch=replace(batch, latents=batch.latents[:1], noise=batch.noise[:1], timesteps=batch.timesteps[:1]))
-    with pytest.raises(ValueError, match="text rows has shape"):
+    with pytest.raises(ValueError, match="text rows must have"):
         model(batch=replace(batch, token_ids=batch.token_ids[1:]))
     with pytest.raises(ValueError, match=r"sliding window of 16 tokens, got one of 17"):
         build(tmp_path / "mistral", config=FAMILIES["mistral"])(torch.zeros(2, 17, dtype=torch.int64))

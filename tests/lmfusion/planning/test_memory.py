@@ -1,10 +1,8 @@
 """The calculated memory of a step equals what is measured: what autograd keeps, the peak, weights and states."""
 
-from dataclasses import fields
 
 import pytest
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from lmfusion.model.flops import SequenceCounts
@@ -46,8 +44,7 @@ def calculated(model, batch):
 
 def measured(model, batch):
     """Bytes of the distinct storages that autograd keeps, without parameters and the layout's vectors."""
-    vectors = [v for f in fields(batch.layout) if isinstance(v := getattr(batch.layout, f.name), Tensor)]
-    return saved_bytes(lambda: model(batch=batch), [*model.parameters(), *vectors])
+    return saved_bytes(lambda: model(batch=batch), [*model.parameters(), *batch.layout.vectors.values()])
 
 
 def peak(model, batch):

@@ -1,4 +1,4 @@
-"""The kernels of torch.ops.lmfusion.hybrid_attention: Triton's place on CUDA, and the C++ one for all sets of rows."""
+"""The kernels of torch.ops.lmfusion.hybrid_attention: Triton's registration on CUDA, and C++ for all queries."""
 
 import subprocess
 import sys
@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import lmfusion_kernels as lk
 import lmfusion_kernels.triton
-from lmfusion_kernels import attention
-from lmfusion_kernels.attention import registered
+from lmfusion_kernels.attention import dispatch, torch_ops
+from lmfusion_kernels.attention.interface import AttentionCall
 from lmfusion_kernels.runtime import library
 
 pytestmark = pytest.mark.skipif(not library.native, reason="the native ops were not compiled")
@@ -35,8 +35,8 @@ def test_it_hands_everything_to_triton(monkeypatch):
         backward=lambda *arguments: calls.append(arguments) or "gradients",
     )
     monkeypatch.setattr(lmfusion_kernels.triton, "hybrid_attention", module, raising=False)
-    assert registered._forward(*range(7)) == "out and lse"
-    assert registered._backward(*range(13)) == "gradients"
+    assert torch_ops._forward(*range(7)) == "out and lse"
+    assert torch_ops._backward(*range(13)) == "gradients"
     assert calls == [tuple(range(7)), tuple(range(13))]
 
 
@@ -61,16 +61,16 @@ def test_native_equals_the_specification_for_all_rows(documents, frozen_text, se
     k, v = torch.randn(2, layout.num_tokens, 1, 16, generator=generator)
     for rows, n in (("all", layout.num_tokens), ("active", layout.num_active), ("constant", layout.num_constant)):
         q, dout = torch.randn(2, n, 2, 16, generator=generator)
-        out, lse = attention.forward("native", q, k, v, layout, rows, 0.25)
-        expected_out, expected_lse = attention.forward("reference", q, k, v, layout, rows, 0.25)
+        out, lse = dispatch.forward("native", AttentionCall(q, k, v, layout, rows, 0.25))
+        expected_out, expected_lse = dispatch.forward("reference", AttentionCall(q, k, v, layout, rows, 0.25))
         torch.testing.assert_close(out, expected_out, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
         if rows == "constant":
-            with pytest.raises(ValueError, match="constant rows have no backward"):
-                attention.backward("native", dout, q, k, v, out, lse, layout, rows, 0.25)
+            with pytest.raises(ValueError, match="constant tokens have no backward"):
+                dispatch.backward("native", AttentionCall(q, k, v, layout, rows, 0.25), dout, out, lse)
             continue
-        grads = attention.backward("native", dout, q, k, v, out, lse, layout, rows, 0.25)
-        expected = attention.backward("reference", dout, q, k, v, out, lse, layout, rows, 0.25)
+        grads = dispatch.backward("native", AttentionCall(q, k, v, layout, rows, 0.25), dout, out, lse)
+        expected = dispatch.backward("reference", AttentionCall(q, k, v, layout, rows, 0.25), dout, out, lse)
         for grad, target in zip(grads, expected, strict=True):
             torch.testing.assert_close(grad, target, rtol=1e-4, atol=1e-5)
 
@@ -80,8 +80,10 @@ def test_a_negative_scale():
     q, k, v, dout = torch.randn(4, 7, 2, 16, generator=torch.Generator().manual_seed(0))
     results = []
     for kernel in ("native", "reference"):
-        out, lse = attention.forward(kernel, q, k, v, layout, "all", -0.4)
-        results.append([out, lse, *attention.backward(kernel, dout, q, k, v, out, lse, layout, "all", -0.4)])
+        out, lse = dispatch.forward(kernel, AttentionCall(q, k, v, layout, "all", -0.4))
+        results.append(
+            [out, lse, *dispatch.backward(kernel, AttentionCall(q, k, v, layout, "all", -0.4), dout, out, lse)]
+        )
     expected = torch.einsum("nhd,mhd->hnm", q, k) * -0.4
     expected = expected.masked_fill(~lk.reference.hybrid_mask(layout), float("-inf")).logsumexp(-1)
     for value, target in zip(*results, strict=True):
