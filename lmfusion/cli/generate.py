@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from lmfusion.cli.answering import INTERRUPTED, run_to_the_end
 from lmfusion.cli.loading import add_model_arguments, check_batch_size, load_model
 from lmfusion.cli.pairs import json_pairs
+from lmfusion.generation.options import OPTIONS, Group
 
 if TYPE_CHECKING:
     from lmfusion.cli.progress import Request
@@ -41,107 +42,70 @@ DEFAULT_OUTPUT = "drawings"
 NUM_BAR_UPDATES = 20
 """How often the bar of an image moves on."""
 
-_DRAWING = (
-    "num_steps",
-    "sampler",
-    "guidance_scale",
-    "image_guidance_scale",
-    "guidance_interval",
-    "guidance_rescale",
-    "negative_prompt",
-    "image_size",
-    "preview_every",
-    "output",
-)
-_WRITING = ("max_new_tokens", "temperature", "top_p", "top_k", "stop_strings")
-_MIXING = ("max_images", "min_images")
-_CHATTING = ("template_variables",)
-_FLAGS = {"stop_strings": "--stop", "template_variables": "--template-variable"}
-"""Options whose name is not that of the field of GenerationOptions."""
+_PLACEHOLDERS: dict[str, Any] = {
+    "sampler": "NAME",
+    "template_variables": "NAME=VALUE",
+    "guidance_interval": ("LOW", "HIGH"),
+}
+"""What the help shows in place of a value, where that is not N, X or TEXT."""
 
 _RECORDED: dict[str, Any] = {"prompt": str, "prompt_images": list, "chat": bool, "index": int, "sampler": str}
-"""Kinds of what --settings brings along, where GenerationOptions does not look at them itself."""
+"""Types of the settings in a PNG that GenerationOptions does not check itself."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    prompts = parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw, answer or go on from")
-    prompts.required = False  # --settings brings one along
-    parser.set_defaults(seed=None)  # --settings brings one along, too
+    prompts = parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw, to answer or to continue")
+    prompts.required = False  # --settings has a prompt
+    parser.set_defaults(seed=None)  # --settings has a seed, too
 
-    asking = parser.add_argument_group("what is asked for")
-    asking.add_argument("--chat", action="store_true", help="prompts are said to a chat model; text and images answer")
-    asking.add_argument("--text", action="store_true", help="write and do not draw; go on from the prompt, or --chat")
+    asking = parser.add_argument_group("what to generate")
+    asking.add_argument("--chat", action="store_true", help="prompts are messages to a chat model, which answers")
+    asking.add_argument(
+        "--text", action="store_true", help="write text only: continue the prompt, or answer with --chat"
+    )
     asking.add_argument(
         "--image", action="append", metavar="FILE", help="an image before the text of each prompt; may be repeated"
     )
-    asking.add_argument(
-        "--template-variable",
-        action="append",
-        dest="template_variables",
-        metavar="NAME=VALUE",
-        help="what the chat template reads, such as enable_thinking=false, or today=2024-07-26 (values are JSON); may "
-        "be repeated, with --chat",
-    )
+    _add_options(asking, "conversation")
     asking.add_argument("--count", type=int, metavar="N", help="answers to each prompt (default: 1)")
     asking.add_argument(
-        "--settings", metavar="PNG", help="do what this image was made with; further options change some of it"
+        "--settings", metavar="PNG", help="use the settings that this image was made with; other options change them"
     )
+    _add_options(asking, "answer")
 
-    drawing = parser.add_argument_group("drawing")
-    drawing.add_argument("--output", metavar="DIR", help=f"folder of the images (default: {DEFAULT_OUTPUT})")
-    drawing.add_argument(
-        "--sampler", metavar="NAME", help="ddpm, ddim or dpm-solver, which needs the fewest steps (default: ddpm)"
-    )
-    drawing.add_argument("--num-steps", type=int, metavar="N", help="denoising steps (default: 50)")
-    drawing.add_argument(
-        "--guidance-scale",
-        type=float,
-        metavar="X",
-        help="how closely to follow the text; 1: no guidance (default: 1.55)",
-    )
-    drawing.add_argument(
-        "--image-guidance-scale",
-        type=float,
-        metavar="X",
-        help="how closely to follow images in the prompt; 1: guide by the text alone (default: by both together)",
-    )
-    drawing.add_argument(
-        "--guidance-interval",
-        type=float,
-        nargs=2,
-        metavar=("LOW", "HIGH"),
-        help="guide only between these shares of the noise levels (default: 0 1)",
-    )
-    drawing.add_argument(
-        "--guidance-rescale",
-        type=float,
-        metavar="X",
-        help="how much of the contrast guidance adds to take back, 0 to 1 (default: 0)",
-    )
-    drawing.add_argument("--negative-prompt", metavar="TEXT", help="what to keep away from")
-    drawing.add_argument(
-        "--image-size", type=int, metavar="N", help="pixels a side (default: the size the model was trained with)"
-    )
-    drawing.add_argument(
-        "--preview-every", type=int, metavar="N", help="also save what becomes of an image, every N steps"
-    )
+    images = parser.add_argument_group("images")
+    images.add_argument("--output", metavar="DIR", help=f"folder of the images (default: {DEFAULT_OUTPUT})")
+    _add_options(images, "image")
+    _add_options(parser.add_argument_group("text"), "text")
+    parser.add_argument("--verbose", action="store_true", help="show the memory plan and what each answer took")
 
-    writing = parser.add_argument_group("writing")
-    writing.add_argument("--max-new-tokens", type=int, metavar="N", help="of text, in an answer (default: 256)")
-    writing.add_argument("--temperature", type=float, metavar="X", help="0 takes the likeliest token (default: 0)")
-    writing.add_argument(
-        "--top-p", type=float, metavar="X", help="choose among the likeliest tokens of this probability (default: 1)"
-    )
-    writing.add_argument("--top-k", type=int, metavar="N", help="choose among so many of the likeliest tokens; 0: all")
-    writing.add_argument(
-        "--stop", action="append", dest="stop_strings", metavar="TEXT", help="end the answer here; may be repeated"
-    )
-    writing.add_argument(
-        "--max-images", type=int, metavar="N", help=f"images in an answer at most, with --chat (default: {CHAT_IMAGES})"
-    )
-    writing.add_argument("--min-images", type=int, metavar="N", help="images in an answer at least, with --chat")
-    parser.add_argument("--verbose", action="store_true", help="say how memory is used, and what each answer took")
+
+def _add_options(arguments: "argparse._ArgumentGroup", group: Group) -> None:
+    """The options of a group in the table of options. The default is None, which leaves the value to the table."""
+    for option in OPTIONS.values():
+        if option.group != group or option.flag is None:
+            continue
+        kind = option.value_type
+        default = f"{CHAT_IMAGES} with --chat" if option.name == "max_images" else option.default
+        has_default = default not in (None, (), {})
+        text = option.help
+        if isinstance(default, (int, float, tuple)):
+            default = " ".join(f"{number:g}" for number in (default if isinstance(default, tuple) else (default,)))
+        if kind in (list, dict):
+            how: dict[str, Any] = {"action": "append"}
+            text += "; may be repeated"
+        elif kind is tuple:
+            how = {"nargs": 2, "type": float}
+        else:
+            how = {"type": kind}
+        arguments.add_argument(
+            option.flag,
+            dest=option.name,
+            metavar=_PLACEHOLDERS.get(option.name, {int: "N", float: "X"}.get(kind, "TEXT")),
+            help=(f"{text} (default: {default})" if has_default else text).replace("%", "%%"),
+            **how,
+        )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -248,8 +212,8 @@ def _options(
     """
     from lmfusion.generation import GenerationOptions
 
-    names = (*_DRAWING, *_WRITING, *_MIXING, *_CHATTING, "seed")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options_given = [name for name, option in OPTIONS.items() if option.flag is not None]
+    given = {name: getattr(args, name) for name in (*options_given, "output") if getattr(args, name) is not None}
     if "template_variables" in given:
         pairs = given["template_variables"]
         given["template_variables"] = json_pairs(
@@ -258,30 +222,35 @@ def _options(
     values = {**base, **given}
     values.pop("output", None)
     options = GenerationOptions(**values)
+    has_text = options.max_new_tokens > 0 and base.get("max_new_tokens") != 0
     rules = (
-        (_DRAWING, options.max_images > 0, "is about drawing; leave out --text, or raise --max-images"),
         (
-            _WRITING,
-            options.max_new_tokens > 0 and base.get("max_new_tokens") != 0,
-            "is about text; add --text or --chat",
+            (*_of("image"), "output"),
+            options.max_images > 0,
+            "images in the answer; leave out --text, or raise --max-images",
         ),
-        (_CHATTING, chats, "is about conversations; add --chat"),
-        (_MIXING, mixes, "is about answers of text and images; add --chat and leave out --text"),
-        (("top_p", "top_k"), options.temperature > 0, "chooses among what chance may take; add --temperature"),
+        (_of("text"), has_text, "text in the answer; add --text or --chat"),
+        (_of("conversation"), chats, "a conversation; add --chat"),
+        (_of("answer"), mixes, "an answer of text and images; add --chat and leave out --text"),
+        (("top_p", "top_k"), options.temperature > 0, "random sampling; add --temperature"),
         (
             ("guidance_interval", "guidance_rescale", "negative_prompt"),
             options.is_guided,
-            "is about guidance; raise --guidance-scale above 1",
+            "guidance; raise --guidance-scale above 1",
         ),
-        (("image_guidance_scale",), sees, "is about images in the prompt; add --image FILE"),
+        (("image_guidance_scale",), sees, "images in the prompt; add --image FILE"),
     )
-    for affected, has_effect, why in rules:
+    for affected, has_effect, need in rules:
         for name in affected:
             if name in given and not has_effect:
-                raise ValueError(f"{_FLAGS.get(name, '--' + name.replace('_', '-'))} {why}")
+                raise ValueError(f"{'--output' if name == 'output' else OPTIONS[name].flag} needs {need}")
     if options.max_images and sys.stderr.isatty() and not options.preview_every:
         options = replace(options, preview_every=max(1, options.num_steps // NUM_BAR_UPDATES))
     return options
+
+
+def _of(group: Group) -> list[str]:
+    return [name for name, option in OPTIONS.items() if option.group == group]
 
 
 def _prompt_of(request: "Request") -> "PromptLike":

@@ -15,9 +15,9 @@ import torch
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
+from lmfusion.generation.options import SAMPLERS, unknown_sampler
 from lmfusion.model.diffusion import Diffusion
 
-SAMPLERS = ("ddpm", "ddim", "dpm-solver")
 NUM_COEFFICIENTS = 6
 
 
@@ -47,7 +47,7 @@ def step_table(diffusion: Diffusion, name: str, num_steps: int, clip: float) -> 
     Raises ValueError for an unknown name or num_steps outside 1 to num_train_timesteps.
     """
     if name not in SAMPLERS:
-        raise ValueError(f"unknown sampler {name!r}; known: {', '.join(SAMPLERS)}, or a diffusers scheduler")
+        raise ValueError(unknown_sampler(name))
     num_train_timesteps = diffusion.config.num_train_timesteps
     _check_num_steps(num_steps, num_train_timesteps)
     # "Trailing" spacing, so that the first step starts at the timestep of pure noise
@@ -175,9 +175,7 @@ def _check_scheduler(scheduler: Any, diffusion: Diffusion, clip: float) -> None:
     """Raise ValueError where `scheduler` is none of diffusers', or not one for this diffusion."""
     if not isinstance(scheduler, SchedulerMixin):
         hint = "; give an instance of it" if isinstance(scheduler, type) else ""
-        raise ValueError(
-            f"sampler is {scheduler!r}, neither one of {', '.join(SAMPLERS)} nor a diffusers scheduler{hint}"
-        )
+        raise ValueError(f"{unknown_sampler(scheduler)}{hint}")
     given: Any = scheduler
     name, config, settings = _name(given), diffusion.config, given.config
     remedy = f"build it with {name}.from_config(lmfusion.model.diffusion.scheduler_config(model.config.diffusion))"

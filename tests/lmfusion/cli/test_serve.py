@@ -129,7 +129,7 @@ def run(folder, *arguments):
     [
         (["--default", "num_steps"], "--default is 'num_steps'; it must be FIELD=VALUE"),
         (["--default", "steps=3"], "there is no field 'steps' to set"),
-        (["--default", "num_steps=9", "--max-num-steps", "8"], "num_steps is 9; the limit here is 8"),
+        (["--default", "num_steps=9", "--max-num-steps", "8"], "num_steps must be at most 8 here, got 9"),
         (["--shutdown-seconds", "-1"], "--shutdown-seconds is -1"),
         (["--max-images", "-1"], "--max-images is -1"),
         (["--max-tokens", "-1"], "--max-tokens is -1"),

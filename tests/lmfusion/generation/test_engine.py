@@ -443,10 +443,10 @@ def test_nan_of_one_answer_does_not_reach_the_next(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_new_tokens": 9000}, "max_new_tokens is 9000; the limit here is 8000"),
-        ({"max_images": 2}, "max_images is 2; the limit here is 1"),
-        ({"max_images": 1, "num_steps": 999}, "num_steps is 999; the limit here is 100"),
-        ({"max_images": 1, "image_size": 4096}, "image_size is 4096; the limit here is 2048"),
+        ({"max_new_tokens": 9000}, "max_new_tokens must be at most 8000 here, got 9000"),
+        ({"max_images": 2}, "max_images must be at most 1 here, got 2"),
+        ({"max_images": 1, "num_steps": 999}, "num_steps must be at most 100 here, got 999"),
+        ({"max_images": 1, "image_size": 4096}, "image_size must be at most 2048 here, got 4096"),
         ({"max_images": 1, "image_size": 7}, "7 x 7 does not divide"),
         ({"max_new_tokens": 200}, "may take 256 rows of the key-value cache, which has 100"),
     ],
@@ -460,7 +460,7 @@ def test_requests_that_can_never_run_are_refused(model, options, message):
 
 def test_images_in_a_prompt_are_limited(model):
     engine = Engine(model, num_rows=100, limits=Limits(max_prompt_images=1))
-    with pytest.raises(ValueError, match="number of images in the prompt is 2; the limit here is 1"):
+    with pytest.raises(ValueError, match="number of images in the prompt must be at most 1 here, got 2"):
         engine.submit(encode_prompt(model, PROMPTS[1]), GenerationOptions())
 
 

@@ -57,7 +57,7 @@ def test_strings_that_look_like_control_tokens_are_text(model, monkeypatch):
 
 @pytest.mark.parametrize("stop_strings", [[""], ["a", ""], "a", [5], ["x"] * 17])
 def test_what_is_no_list_of_texts_is_refused(stop_strings):
-    with pytest.raises(ValueError, match="stop_strings is"):
+    with pytest.raises(ValueError, match="stop_strings"):
         GenerationOptions(stop_strings=stop_strings)
 
 

@@ -172,7 +172,7 @@ def test_what_cannot_be_answered_is_said(browser, page, tmp_path, monkeypatch):
     browser.open(page.url)
     draw(browser, **{"max-images": 0})
     browser.one("#box textarea").send_keys("Draw\n")
-    browser.wait(lambda: "min_images is 1, but max_images 0" in browser.text("body"))
+    browser.wait(lambda: "min_images must be at most max_images (0), got 1" in browser.text("body"))
     browser.open(page.url)
     browser.set("max-tokens", 50)
     browser.one("#box textarea").send_keys("x" * 300 + "\n")
