@@ -165,7 +165,7 @@ def run(model: Path, num_clients: int, seconds: float, image_size: int) -> dict[
             exit_code: int | None = process.wait(60)
         except subprocess.TimeoutExpired:
             exit_code = None
-    leaks = {name: final[name] for name in ("requests_running", "requests_waiting", "cache_rows_used")}
+    leaks = {name: final[name] for name in ("requests_running", "requests_waiting", "cache_slots_used")}
     growth = growth_of(samples)
     checks = {
         "errors": not log.problems,

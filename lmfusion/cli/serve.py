@@ -119,7 +119,7 @@ def run(args: argparse.Namespace) -> int:
         name = args.name or Path(args.model).resolve().name
         reader = RequestReader(model, name, limits, defaults)
         preview_map(model.codec)  # which may take seconds, before anybody waits for it
-        engine = Engine(model, num_rows=args.cache_slots, max_batch=args.max_batch, limits=limits.generation)
+        engine = Engine(model, num_slots=args.cache_slots, max_batch=args.max_batch, limits=limits.generation)
         worker = EngineWorker(engine, max_waiting=args.max_waiting)
         app = build_app(worker, reader, api_key=api_key, allowed_hosts=[*args.allow_host, args.host])
         print(engine.plan)

@@ -60,8 +60,8 @@ class Metrics:
             *_metric("new_tokens_total", "counter", "text tokens of finished answers", stats.num_new_tokens),
             *_metric("images_total", "counter", "images finished", stats.num_images),
             *_metric("denoise_steps_total", "counter", "steps of finished images", stats.num_denoise_steps),
-            *_metric("cache_slots", "gauge", "rows of the key-value cache", stats.num_rows),
-            *_metric("cache_rows_used", "gauge", "rows that requests hold", stats.num_rows_used),
+            *_metric("cache_slots", "gauge", "slots of the key-value cache", stats.num_slots),
+            *_metric("cache_slots_used", "gauge", "slots that requests hold", stats.num_slots_used),
         ]
         for name, what, histogram in (
             ("first_event_seconds", "from arrival to the first text or image", self.first_event),

@@ -85,7 +85,7 @@ def test_the_process_says_where_it_is_answers_and_ends_well(folder):
 )
 def test_running_answers_may_go_on_for_a_while(model, number, seconds, num_steps, reason):
     """Here in this process, which is what gets the signal."""
-    worker = EngineWorker(Engine(model, num_rows=1024))
+    worker = EngineWorker(Engine(model, num_slots=1024))
     app = build_app(worker, RequestReader(model, "tiny"))
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     received, refused = [], []
@@ -112,7 +112,7 @@ def test_running_answers_may_go_on_for_a_while(model, number, seconds, num_steps
 
 
 def test_without_clients_it_ends_at_once(model):
-    worker = EngineWorker(Engine(model, num_rows=256))
+    worker = EngineWorker(Engine(model, num_slots=256))
     app = build_app(worker, RequestReader(model, "tiny"))
     start = time.monotonic()
     stop = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
@@ -134,9 +134,9 @@ def run(folder, *arguments):
         (["--max-images", "-1"], "--max-images is -1"),
         (["--max-tokens", "-1"], "--max-tokens is -1"),
         (["--max-body-mb", "0"], "max_body_bytes is 0"),
-        (["--max-waiting", "0"], "max_waiting is 0"),
-        (["--max-batch", "0"], "max_batch is 0"),
-        (["--cache-slots", "0"], "num_rows is 0"),
+        (["--max-waiting", "0"], "max_waiting must be at least 1, got 0"),
+        (["--max-batch", "0"], "max_batch must be at least 1, got 0"),
+        (["--cache-slots", "0"], "num_slots must be at least 1, got 0"),
         (["--host", "256.1.1.1"], "cannot listen on 256.1.1.1, port 0"),
         (["--port", "70000"], "--port is 70000; it is between 0 and 65535"),
         (["--chat-template", "missing.jinja"], "missing.jinja"),

@@ -28,7 +28,7 @@ class FakeEngine:
 
     def __init__(self, max_batch=4):
         self.max_batch = max_batch
-        self.num_rows = 100
+        self.num_slots = 100
         self.requests = {}
         self.cancelled = []
         self.num_steps = 0
@@ -51,7 +51,7 @@ class FakeEngine:
         return len(self.requests) - self.num_running
 
     @property
-    def num_rows_used(self):
+    def num_slots_used(self):
         return 10 * self.num_running
 
     def submit(self, prompt, options, *, index=0):

@@ -116,8 +116,8 @@ def answer(model, prompt, options, index=0):
     while True:
         if not wants_image:
             logits = model.text_logits(read(model, context)[0][-1:])[0]
-            may_draw = num_images < options.max_images
-            token_id = int(logits[: model.boi_token_id + may_draw].argmax())
+            can_start_image = num_images < options.max_images
+            token_id = int(logits[: model.boi_token_id + can_start_image].argmax())
             if token_id in end_token_ids(model):
                 if num_images >= options.min_images:
                     return [*parts, ids]

@@ -245,11 +245,11 @@ def test_generation_leaves_training_mode_and_gradients_alone(model):
         ({"num_steps": 1001}, "num_steps must be at most 1000 here, got 1001"),
         ({"sampler": "euler"}, "sampler must be one of ddpm, .*, got 'euler'"),
         ({"sampler": object()}, "a diffusers scheduler"),
-        ({"prompts": []}, "prompts is empty"),
-        ({"prompts": "a seven"}, "give a list"),
+        ({"prompts": []}, "prompts must not be empty"),
+        ({"prompts": "a seven"}, "prompts must be a list"),
         ({"prompts": ["fine", "  "]}, "caption is empty"),
-        ({"prompts": ["word " * 60]}, "model's context is 256"),
-        ({"batch_size": 0}, "batch_size is 0"),
+        ({"prompts": ["word " * 60]}, "model's context of 256"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"image_size": 7}, "7 x 7 does not divide"),
         ({"image_size": 0}, "image_size must be at least 1, got 0"),
@@ -261,7 +261,7 @@ def test_generation_leaves_training_mode_and_gradients_alone(model):
         ({"guidance_interval": (0.5,)}, "guidance_interval .*must be a list of 2"),
         ({"guidance_interval": ("a", "b")}, r"guidance_interval\[0\] .*must be a number"),
         ({"negative_prompt": 7}, "negative_prompt .*must be text"),
-        ({"scale": 2}, "unknown option 'scale'; known: max_new_tokens"),
+        ({"scale": 2}, "an option must be one of max_new_tokens, .*, got 'scale'"),
     ],
 )
 def test_wrong_drawing_settings_are_named(model, settings, message):
@@ -291,7 +291,7 @@ def test_wrong_drawing_settings_are_named(model, settings, message):
         ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"stop_strings": "end"}, "stop_strings .*must be a list"),
         ({"stop_strings": 5}, "stop_strings .*must be a list"),
-        ({"stop_strings": ["so</s>"]}, "holds 'so</s>', which has text before the control token '</s>'"),
+        ({"stop_strings": ["so</s>"]}, "must not have text before a control token, got 'so</s>'"),
         ({"stop_strings": [""]}, "none empty"),
         ({"stop_strings": ["x"] * 17}, "at most 16"),
     ],
@@ -317,7 +317,10 @@ def test_wrong_decoding_settings_are_named(model, settings, message):
             "max_new_tokens must be at least 1 where text begins.*; set draw_first or min_images",
         ),
         ({"callback_on_step_end": 5}, "callback_on_step_end must be a function, got 5"),
-        ({"max_images": 1, "negative_prompt": "x" * 300}, "negative_prompt takes 300 tokens and an image 18"),
+        (
+            {"max_images": 1, "negative_prompt": "x" * 300},
+            "negative_prompt must leave room for an image of 18 tokens .*, got 300 tokens",
+        ),
     ],
 )
 def test_wrong_settings_of_text_and_images_are_named(model, settings, message):
@@ -326,9 +329,9 @@ def test_wrong_settings_of_text_and_images_are_named(model, settings, message):
 
 
 def test_what_draw_and_caption_decide_is_not_for_others_to_say(model):
-    with pytest.raises(ValueError, match="draw makes an image and no text; leave out draw_first"):
+    with pytest.raises(ValueError, match="draw generates an image and no text; leave out draw_first"):
         model.draw(["x"], draw_first=False)
-    with pytest.raises(ValueError, match="caption makes text and no image; leave out max_images"):
+    with pytest.raises(ValueError, match="caption generates text and no image; leave out max_images"):
         model.caption(PICTURES[:1], max_images=1)
 
 
@@ -336,22 +339,22 @@ def test_sliding_window_bounds_the_context(model, monkeypatch):
     monkeypatch.setattr(model.config.text_config, "sliding_window", 20, raising=False)
     answer = model.generate(["0123456789"], max_new_tokens=99)[0]  # 11 tokens with bos
     assert answer.num_new_tokens == 10 and answer.finish_reason == "length"  # the last one takes no row
-    with pytest.raises(ValueError, match=r"the prompt takes 21 tokens .* context is 20; shorten"):
+    with pytest.raises(ValueError, match=r"must fit the model's context of 20 tokens, got 21 and 1 tokens; shorten"):
         model.generate(["0123456789" * 2], max_new_tokens=1)
 
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("", "a prompt is empty"),
-        ([], "a prompt is empty"),
+        ("", "a prompt must not be empty"),
+        ([], "a prompt must not be empty"),
         (["fine", ""], "caption is empty"),
-        (["fine", 3], "a part of a prompt is 3"),
+        (["fine", 3], "a part of a prompt must be a text or an image .*, got 3"),
         ("half \ud800", "a text is not valid Unicode: surrogates not allowed at character 5"),
         (["half \ud800"], "a text is not valid Unicode"),
-        (b"bytes", "a prompt is b'bytes'"),
-        ({"role": "user", "content": "x"}, "it is a text, a list of texts and images, or a list of messages"),
-        (7, "a prompt is 7"),
+        (b"bytes", "a prompt must be a text, .*, got b'bytes'"),
+        ({"role": "user", "content": "x"}, "must be a text, a list of texts and images, or a list of messages"),
+        (7, "a prompt must be a text, .*, got 7"),
         ([np.zeros((2, 2, 9), np.uint8)], "array"),
         ([{"role": "user", "content": "x"}], "no chat template"),
     ],
@@ -366,12 +369,12 @@ def test_wrong_prompts_are_named(model, prompt, message):
 def test_wrong_images_and_models_without_tokenizer_are_named(model, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"no chat template"):
         model.generate(["hi"], chat=True)
-    with pytest.raises(ValueError, match=r"images is empty"):
+    with pytest.raises(ValueError, match=r"images must not be empty"):
         model.caption([])
     for missing in (tmp_path / "missing.png", str(tmp_path / "missing.png")):
         with pytest.raises(FileNotFoundError, match=r"missing.png"):
             model.caption([missing])
     monkeypatch.setattr(model, "tokenizer", None)
     for call in (lambda: model.generate(["x"]), lambda: model.draw(["x"]), lambda: model.stream("x")):
-        with pytest.raises(ValueError, match=r"no tokenizer"):
+        with pytest.raises(ValueError, match=r"must have a tokenizer"):
             call()

@@ -120,5 +120,7 @@ def test_what_cannot_be_recorded_is_run_and_said_once():
 
 def test_graphs_need_a_gpu():
     assert recorder_for(CPU, None) is None and recorder_for(CPU, False) is None
-    with pytest.raises(ValueError, match="use_graphs is True, but the model is on cpu; CUDA graphs need a GPU"):
+    with pytest.raises(
+        ValueError, match="use_graphs must be False or None without a GPU, got True with a model on cpu"
+    ):
         recorder_for(CPU, True)

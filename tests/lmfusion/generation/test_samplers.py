@@ -224,14 +224,14 @@ def test_bfloat16_predictions_are_taken_in_float32():
 
 
 @pytest.mark.parametrize(
-    ("name", "num_steps", "message"), [("euler", 10, "'euler'"), ("ddpm", 0, "is 0"), ("ddim", 1001, "1001")]
+    ("name", "num_steps", "message"), [("euler", 10, "'euler'"), ("ddpm", 0, "got 0"), ("ddim", 1001, "1001")]
 )
 def test_wrong_sampler_or_steps_are_named(name, num_steps, message):
     with pytest.raises(ValueError, match=message):
         step_table(Diffusion(DiffusionConfig()), name, num_steps, clip=1.0)
 
 
-# The evaluations that 40 steps take, and whether chance has a part in them
+# The evaluations that 40 steps take, and whether the scheduler takes random numbers
 SCHEDULERS = {
     "DDIMScheduler": (40, False),
     "DDPMScheduler": (40, True),
@@ -370,27 +370,35 @@ def fitting(name, **settings):
 @pytest.mark.parametrize(
     ("make", "num_steps", "message"),
     [
-        (lambda: "euler", 4, "'euler', neither one of ddpm"),
+        (lambda: "euler", 4, "sampler must be one of ddpm, .*, got 'euler'"),
         (lambda: EulerDiscreteScheduler, 4, "give an instance"),
         (
             lambda: fitting("EulerDiscreteScheduler", prediction_type="v_prediction"),
             4,
-            "'v_prediction', but this model",
+            "must be 'epsilon', as the model's, got 'v_prediction'",
         ),
-        (EulerDiscreteScheduler, 4, r"noise schedule \('linear'.*\('cosine'.*EulerDiscreteScheduler.from_config\(lmf"),
-        (lambda: fitting("DDIMScheduler", num_train_timesteps=500), 4, "500 timesteps.*1000 timesteps"),
+        (
+            EulerDiscreteScheduler,
+            4,
+            r"noise schedule .*\('cosine'.*\('linear'.*EulerDiscreteScheduler.from_config\(lmf",
+        ),
+        (lambda: fitting("DDIMScheduler", num_train_timesteps=500), 4, "1000 timesteps.*500 timesteps"),
         (lambda: fitting("DDIMScheduler", rescale_betas_zero_snr=True), 4, "noise schedule"),
         (lambda: fitting("DPMSolverMultistepScheduler", use_flow_sigmas=True), 4, "noise schedule"),
-        (lambda: fitting("DDIMScheduler", clip_sample=True), 4, "clips latents to 1.0, but this model's reach 5.0"),
-        (lambda: fitting("DDIMInverseScheduler"), 4, "goes from clean latents to noise"),
+        (lambda: fitting("DDIMScheduler", clip_sample=True), 4, "must not clip latents below 5.0, .* with 1.0"),
+        (lambda: fitting("DDIMInverseScheduler"), 4, "must go from noise to clean latents, got DDIMInverseScheduler"),
         (diffusers.FlowMatchEulerDiscreteScheduler, 4, "another kind of diffusion"),
         (lambda: fitting("UnCLIPScheduler"), 4, "another kind of diffusion"),
         (lambda: fitting("RePaintScheduler"), 4, "another kind of diffusion"),
         (diffusers.ScoreSdeVeScheduler, 4, "another kind of diffusion"),
-        (lambda: fitting("DDIMScheduler"), 0, "num_steps is 0"),
-        (lambda: fitting("DDIMScheduler"), 1001, "1 to 1000 steps"),
-        (lambda: fitting("LCMScheduler"), 400, "LCMScheduler cannot make num_steps 400"),
-        (lambda: fitting("KDPM2AncestralDiscreteScheduler"), 2, "cannot make num_steps 2"),
+        (lambda: fitting("DDIMScheduler"), 0, "num_steps must be between 1 and the diffusion's 1000, got 0"),
+        (lambda: fitting("DDIMScheduler"), 1001, "between 1 and the diffusion's 1000, got 1001"),
+        (lambda: fitting("LCMScheduler"), 400, "num_steps must be one that LCMScheduler can do, got 400"),
+        (
+            lambda: fitting("KDPM2AncestralDiscreteScheduler"),
+            2,
+            "num_steps must be one that KDPM2AncestralDiscreteScheduler can do, got 2",
+        ),
     ],
 )
 def test_a_scheduler_that_does_not_fit_is_named(make, num_steps, message):

@@ -62,5 +62,7 @@ def test_what_is_no_list_of_texts_is_refused(stop_strings):
 
 
 def test_a_control_token_behind_words_is_refused(model):
-    with pytest.raises(ValueError, match="holds 'end</s>', which has text before the control token '</s>'"):
+    with pytest.raises(
+        ValueError, match="must not have text before a control token, got 'end</s>' with the control token '</s>'"
+    ):
         model.generate(["x"], stop_strings=["end</s>"])

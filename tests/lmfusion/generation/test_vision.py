@@ -86,7 +86,7 @@ def test_a_template_without_images_is_named(tmp_path):
     model.tokenizer.chat_template = "{% for m in messages %}{{ 'x' + m['content'] }}{% endfor %}"
     with pytest.raises(ValueError, match="does not take this conversation"):
         encode_prompt(model, [user("what?", picture(4, 4))])
-    with pytest.raises(ValueError, match="a prompt holds the model's image token"):
+    with pytest.raises(ValueError, match="must not hold the model's image token"):
         encode_prompt(model, "what is <image>?")
 
 

@@ -120,7 +120,7 @@ def test_cancel_at_any_event_frees_the_request(engine, worker, num_events):
     assert len(events) == num_events and engine.requests
     answering.cancel()
     wait_until(lambda: worker.stats().num_finished == {"cancelled": 1})
-    assert engine.requests == {} and worker.stats().num_rows_used == 0
+    assert engine.requests == {} and worker.stats().num_slots_used == 0
     answering.cancel()  # of an ended one: nothing
     assert text_of(worker.submit("ab", None)) == "ab"
 
@@ -139,7 +139,7 @@ def test_leaving_the_loop_cancels(engine, worker):
         assert event == TextDelta("a")
         break
     wait_until(lambda: worker.stats().num_finished == {"cancelled": 1})
-    assert engine.requests == {} and worker.stats().num_rows_used == 0
+    assert engine.requests == {} and worker.stats().num_slots_used == 0
 
 
 def test_a_request_that_fails_hurts_no_other(worker):
@@ -220,7 +220,7 @@ def test_submitting_from_a_listener_is_refused_not_a_deadlock(worker):
 
     worker.submit("a", None, submit)
     wait_until(lambda: errors)
-    assert "on_event cannot submit" in errors[0]
+    assert "on_event must not submit" in errors[0]
 
 
 def test_close_cancels_everything_and_ends_the_thread(engine):
@@ -240,7 +240,7 @@ def test_stats_add_up(worker):
     stats = worker.stats()
     assert (stats.num_prompt_tokens, stats.num_new_tokens, stats.num_images) == (5, 3, 2)
     assert stats.num_denoise_steps == 2 * NUM_STEPS and stats.num_finished == {"stop": 2}
-    assert (stats.num_running, stats.num_waiting, stats.num_rows, stats.num_rows_used) == (0, 0, 100, 0)
+    assert (stats.num_running, stats.num_waiting, stats.num_slots, stats.num_slots_used) == (0, 0, 100, 0)
 
 
 def test_an_idle_worker_does_not_step(engine, worker):
@@ -251,5 +251,5 @@ def test_an_idle_worker_does_not_step(engine, worker):
 
 
 def test_a_queue_without_places_is_refused(engine):
-    with pytest.raises(ValueError, match="max_waiting is 0"):
+    with pytest.raises(ValueError, match="max_waiting must be at least 1, got 0"):
         EngineWorker(engine, max_waiting=0)

@@ -92,7 +92,7 @@ def check(response, status, message, param=None, code=None):
         ({"image_size": 0, "min_images": 1}, "image_size must be at least 1, got 0", "image_size"),
         ({"preview_every": -1}, "preview_every must be at least 0, got -1", "preview_every"),
         ({"messages": [{"role": "user", "content": "x" * 3000}]}, "3000 characters; the limit here is", "messages"),
-        ({"messages": [{"role": "user", "content": "x" * 1000}]}, "the model's context is 256", None),
+        ({"messages": [{"role": "user", "content": "x" * 1000}]}, "the model's context of 256", None),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )

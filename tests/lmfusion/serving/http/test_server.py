@@ -59,7 +59,7 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_back(serve):
         response = server.post()
         assert response.status_code == 429 and response.headers["retry-after"] == "2"
         assert response.json()["error"] == {
-            "message": "2 requests are waiting, and no more may; try again in a few seconds",
+            "message": "2 requests are waiting, which is the limit; try again in a few seconds",
             "type": "rate_limit_error",
             "param": None,
             "code": "queue_full",
@@ -82,14 +82,14 @@ def test_a_client_that_hangs_up_is_cancelled_and_its_rows_are_free(serve, stream
         read_until(connection, rb'"preview"' if "num_steps" in fields else rb'"content":"[^"]')
     else:
         wait_until(lambda: server.worker.stats().num_running == 1)
-    assert server.worker.stats().num_rows_used > 0
+    assert server.worker.stats().num_slots_used > 0
     server.gate.close()  # or it might have been finished
     connection.close()
     time.sleep(0.1)
     server.gate.open()
     wait_until(lambda: server.worker.stats().num_finished == {"cancelled": 1})
     stats = server.worker.stats()
-    assert (stats.num_running, stats.num_rows_used, stats.num_images) == (0, 0, 0)
+    assert (stats.num_running, stats.num_slots_used, stats.num_images) == (0, 0, 0)
     assert server.post(max_tokens=2).status_code == 200
 
 
@@ -339,8 +339,8 @@ def test_metrics_count_what_happened(serve):
         'lmfusion_http_responses_total{status="400"}': 1,
         "lmfusion_images_total": 2,
         "lmfusion_denoise_steps_total": 8,
-        "lmfusion_cache_rows": 4096,
-        "lmfusion_cache_rows_used": 0,
+        "lmfusion_cache_slots": 4096,
+        "lmfusion_cache_slots_used": 0,
         "lmfusion_first_event_seconds_count": 2,
         "lmfusion_request_seconds_count": 2,
         'lmfusion_request_seconds_bucket{le="+Inf"}': 2,
@@ -366,8 +366,8 @@ def test_the_cache_and_the_running_are_seen_while_they_run(serve):
         values = metrics_of(server)
         assert values["lmfusion_requests_running"] + values["lmfusion_requests_waiting"] == 1
         server.gate.open()
-        wait_until(lambda: metrics_of(server)["lmfusion_cache_rows_used"] > 0)
-    wait_until(lambda: metrics_of(server)["lmfusion_cache_rows_used"] == 0)
+        wait_until(lambda: metrics_of(server)["lmfusion_cache_slots_used"] > 0)
+    wait_until(lambda: metrics_of(server)["lmfusion_cache_slots_used"] == 0)
 
 
 def test_histograms_are_cumulative():

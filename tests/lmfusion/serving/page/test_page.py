@@ -75,7 +75,7 @@ def test_text_streams_and_a_picture_sharpens(browser, page, tmp_path):
     settings = read_settings(path)
     assert settings["prompt"] == "Draw a seven" and settings["num_steps"] == 30
     assert str(settings["seed"]) == browser.setting("seed"), "a random seed is shown"
-    assert page.engine.num_rows_used == 0
+    assert page.engine.num_slots_used == 0
 
 
 def test_the_same_seed_draws_the_same_picture(browser):
@@ -124,7 +124,7 @@ def test_stop_keeps_what_is_there(browser, page):
     browser.wait_for_answer()
     assert "Stopped." in browser.text("#chat .bot") and "stopped at step" in browser.text("#chat .bot")
     assert browser.all("#chat img.preview") and not browser.all("#chat progress")
-    page.wait(lambda: page.engine.num_rows_used == 0)
+    page.wait(lambda: page.engine.num_slots_used == 0)
     browser.set("num-steps", 3)
     browser.ask("Draw quickly")
     assert browser.picture()
@@ -141,7 +141,7 @@ def test_a_reload_cancels_and_starts_afresh(browser, page, monkeypatch):
     browser.open(page.url)
     left = browser.complaints()  # gradio's own, of the connection that the reload cut
     assert all("abort" in line or "errored out" in line for line in left)
-    page.wait(lambda: page.engine.num_running == 0 and page.engine.num_rows_used == 0)
+    page.wait(lambda: page.engine.num_running == 0 and page.engine.num_slots_used == 0)
     page.wait(lambda: not any((page.folder / "pictures").iterdir()))
     monkeypatch.undo()
     assert not browser.all("#chat .bot")
@@ -176,7 +176,7 @@ def test_what_cannot_be_answered_is_said(browser, page, tmp_path, monkeypatch):
     browser.open(page.url)
     browser.set("max-tokens", 50)
     browser.one("#box textarea").send_keys("x" * 300 + "\n")
-    browser.wait(lambda: "context is 256" in browser.text("body"))
+    browser.wait(lambda: "context of 256" in browser.text("body"))
 
     def full(*_):
         raise QueueFull("64 requests are waiting, and no more may")
