@@ -127,7 +127,7 @@ def run(folder, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--default", "num_steps"], "--default is 'num_steps'; it must be FIELD=VALUE"),
+        (["--default", "num_steps"], "--default must be FIELD=VALUE"),
         (["--default", "steps=3"], "there is no field 'steps' to set"),
         (["--default", "num_steps=9", "--max-num-steps", "8"], "num_steps must be at most 8 here, got 9"),
         (["--shutdown-seconds", "-1"], "--shutdown-seconds is -1"),

@@ -10,7 +10,7 @@ from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 
 from lmfusion.generation import Engine, GenerationOptions, ImageEnd, ImagePreview, encode_prompt
 from tests.lmfusion.generation.models import build
-from tests.lmfusion.generation.test_engine import DRAWING, EULER, PICTURES, assert_same, parts, run
+from tests.lmfusion.generation.test_engine import DENOISE, EULER, PICTURES, assert_same, parts, run
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ ANCESTRAL = EulerAncestralDiscreteScheduler(**EULER, timestep_spacing="trailing"
     ],
 )
 def test_an_image_that_is_not_finite_ends_its_request_alone(model, changes):
-    prompt, good = encode_prompt(model, "a seven"), GenerationOptions(**{**DRAWING, "num_steps": 3})
+    prompt, good = encode_prompt(model, "a seven"), GenerationOptions(**{**DENOISE, "num_steps": 3})
     alone = parts(run(Engine(model, num_slots=2000), [(prompt, good)])[0])
     engine = Engine(model, num_slots=2000)
     broken = replace(good, draw_first=True, **changes)
@@ -95,7 +95,7 @@ def test_an_autoencoder_that_decodes_to_nan_says_so(model, monkeypatch):
         return images
 
     monkeypatch.setattr(type(model.codec), "decode", breaks_the_second)
-    options = GenerationOptions(**{**DRAWING, "num_steps": 1, "max_images": 1, "min_images": 1}, draw_first=True)
+    options = GenerationOptions(**{**DENOISE, "num_steps": 1, "max_images": 1, "min_images": 1}, draw_first=True)
     engine = Engine(model, num_slots=2000)
     events = run(engine, [(encode_prompt(model, "a seven"), options)] * 3)
     assert [events[i][-1].finish_reason for i in range(3)] == ["length", "error", "length"]
