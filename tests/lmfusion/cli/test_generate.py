@@ -232,7 +232,7 @@ def test_a_terminal_shows_a_bar(saved, here, monkeypatch):
 def test_verbose_tells_memory_and_counts(saved, here, capsys):
     assert generate(saved, "one", "--num-steps", "2", "--verbose") == 0
     err = capsys.readouterr().err
-    assert "key-value cache" in err and "rows of prompt, 0 tokens, 1 images" in err
+    assert "key-value cache" in err and "prompt tokens, 0 text tokens, 1 images" in err
 
 
 # --- captions ---
@@ -271,8 +271,8 @@ def test_ctrl_c_among_captions(saved, photo, monkeypatch, capsys):
         ("x --guidance-scale nan", "guidance_scale must be between 0 and 1,000, got nan"),
         ("x --num-steps 0", "num_steps must be at least 1, got 0"),
         ("x --sampler euler", "sampler must be one of ddpm, ddim, dpm-solver"),
-        ("x --count 0", "--count is 0"),
-        ("x --batch-size 0", "--batch-size is 0"),
+        ("x --count 0", "--count must be at least 1, got 0"),
+        ("x --batch-size 0", "--batch-size must be at least 1, got 0"),
         ("x --seed -1", "seed must be at least 0, got -1"),
         ("x --image-size 9", "does not divide into patches"),
         ("x --image nowhere.png", "nowhere.png"),
@@ -287,13 +287,13 @@ def test_ctrl_c_among_captions(saved, photo, monkeypatch, capsys):
         ("x --text --output y", "--output needs images in the answer"),
         ("x --text --min-images 0", "--min-images needs an answer of text and images"),
         ("x --text --top-p 0.5", "add --temperature"),
-        ("x --text --count 2", "--count is 2, but without chance"),
+        ("x --text --count 2", "--count must be 1 without random sampling, got 2"),
         ("x --chat --max-images 0 --sampler ddim", "--sampler needs images in the answer"),
         ("x --chat --min-images 9", "raise max_images"),
         ("x --chat --max-images 10000000 --image-guidance-scale 2", "max_images must be at most 16 here"),
-        ("--num-steps 3", "there is no PROMPT"),
-        ("x --settings y.png", "PROMPT is what --settings brings along"),
-        ("--settings y.png --chat", "--chat is what --settings brings along"),
+        ("--num-steps 3", "a PROMPT must be given"),
+        ("x --settings y.png", "PROMPT must not be given with --settings"),
+        ("--settings y.png --chat", "--chat must not be given with --settings"),
         ("--settings y.png --count 2", "leave out --count"),
         ("--settings nowhere.png", "nowhere.png"),
     ],
@@ -311,9 +311,9 @@ RECORDED = {"prompt": "x", "prompt_images": [], "chat": False, "index": 0, "draw
     ("settings", "message"),
     [
         ({"seed": 1}, "lack 'prompt'"),
-        ({**RECORDED, "prompt": 7}, "prompt is 7"),
-        ({**RECORDED, "prompt_images": [7]}, "prompt_images [7]"),
-        ({**RECORDED, "index": -1}, "index is -1"),
+        ({**RECORDED, "prompt": 7}, "prompt must be a str, got 7"),
+        ({**RECORDED, "prompt_images": [7]}, "prompt_images texts, got 0 and [7]"),
+        ({**RECORDED, "index": -1}, "index must be at least 0 and prompt_images texts, got -1"),
         ({**RECORDED, "draw_first": [1]}, "draw_first"),
         ({**RECORDED, "num_steps": "7"}, "num_steps"),
         ({**RECORDED, "guidance_scale": "7"}, "cannot be used"),
@@ -331,7 +331,7 @@ def test_settings_of_others_are_looked_at(saved, here, capsys, settings, message
 
 def test_a_png_without_settings(saved, photo, capsys):
     assert generate(saved, "--settings", photo) == 2
-    assert "photo.png holds no settings" in capsys.readouterr().err
+    assert "photo.png must hold settings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["generate", "nowhere", ""], ["generate", "nowhere", "x"]])

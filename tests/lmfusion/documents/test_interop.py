@@ -13,7 +13,7 @@ from lmfusion.model.modeling import LMFusion
 
 pytest.importorskip("peft")
 
-PAGE = Path(__file__).parents[2] / "docs" / "interop.md"
+PAGE = Path(__file__).parents[3] / "docs" / "interop.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 

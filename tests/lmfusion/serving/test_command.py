@@ -130,9 +130,9 @@ def run(folder, *arguments):
         (["--default", "num_steps"], "--default must be FIELD=VALUE"),
         (["--default", "steps=3"], "there is no field 'steps' to set"),
         (["--default", "num_steps=9", "--max-num-steps", "8"], "num_steps must be at most 8 here, got 9"),
-        (["--shutdown-seconds", "-1"], "--shutdown-seconds is -1"),
+        (["--shutdown-seconds", "-1"], "--shutdown-seconds must be at least 0, got -1"),
         (["--max-images", "-1"], "--max-images is -1"),
-        (["--max-tokens", "-1"], "--max-tokens is -1"),
+        (["--max-tokens", "-1"], "--max-tokens must be at least 0, got -1"),
         (["--max-body-mb", "0"], "max_body_bytes is 0"),
         (["--max-waiting", "0"], "max_waiting must be at least 1, got 0"),
         (["--max-batch", "0"], "max_batch must be at least 1, got 0"),
@@ -164,7 +164,7 @@ def test_keys_that_cannot_be_used(folder, key, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("LMFUSION_API_KEY", key)
     assert run(folder) == 2
     error = capsys.readouterr().err
-    assert "the API key in LMFUSION_API_KEY is empty" in error and (not key.strip() or key not in error)
+    assert "the API key in LMFUSION_API_KEY must be printable ASCII" in error and (not key.strip() or key not in error)
 
 
 @pytest.mark.parametrize(("key", "words"), [(None, "WITHOUT ANY KEY"), ("k3y", "with the API key")])

@@ -17,7 +17,7 @@ from lmfusion.generation import Limits
 from lmfusion.generation.options import OPTIONS, Option
 from lmfusion.model.modeling import LMFusion
 
-GUIDE = Path(__file__).parents[2] / "docs" / "generation.md"
+GUIDE = Path(__file__).parents[3] / "docs" / "generation.md"
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"

@@ -8,7 +8,7 @@ import torch
 
 from tests.lmfusion.vlms import picture, save_vlm
 
-PAGE = Path(__file__).parents[2] / "docs" / "llavafusion.md"
+PAGE = Path(__file__).parents[3] / "docs" / "llavafusion.md"
 SIZES = [((256, 256), 1176), ((1080, 1920), 1948), ((480, 640), 2340), ((1024, 1024), 2928)]
 """Height and width of an image, and its rows."""
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
