@@ -72,8 +72,8 @@ def run(args: argparse.Namespace) -> int:
     from lmfusion.serving.guard import is_loopback
     from lmfusion.serving.lifecycle import bind
 
-    with bind(args.host, args.port) as listener:  # a port that is taken is an error before minutes of training
-        name, examples, way = "lmfusion demo", EXAMPLES, "message"  # it was trained on single questions
+    with bind(args.host, args.port) as listener:  # a port that is taken is told before minutes of training
+        name, examples, way = "lmfusion demo", EXAMPLES, "message"  # it was taught single questions
         if args.model is not None:
             name, examples, way = Path(args.model).resolve().name, (), "conversation"
         else:
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         from lmfusion.serving.page.app import serve_page
 
         if not is_loopback(args.host):
-            warning = f"{args.host} is not this machine only: everybody who reaches it can use the page, unencrypted"
+            warning = f"{args.host} is more than this machine: everybody who reaches it can use the page, unencrypted"
             print(f"lmfusion: warning: {warning}", file=sys.stderr)
         model = load_model(args)
         engine = Engine(model, max_batch=MAX_BATCH)

@@ -1,13 +1,13 @@
-"""Estimate a training run: memory on each GPU, FLOPs, tokens per second, days and dollars.
+"""What would a run take, before anything is paid for? Memory on each GPU, FLOPs, tokens a second, days and dollars.
 
-It reads the recipe and the configurations of the base (config.json of a folder, or the header of a GGUF file) and of
-the autoencoder, but no weights and no data. If the LLM's files are not there yet, give its sizes with --llm.
+Read are the recipe and the configurations of the base (config.json of a folder, or the header of a GGUF file) and of
+the autoencoder; no weights and no data. Where the LLM's files are not there yet, --llm names its sizes.
 
     lmfusion estimate recipes/llama3-8b-paper.yaml --llm llama3-8b --gpus 8 --tokens 0.25e12 --price 2.5
     lmfusion estimate recipes/llama3-8b-paper.yaml --llm llama3-8b train.optimizer=adamw_8bit train.recompute=layer
 
-Memory and FLOPs are calculated. --mfu is your guess of the utilization that the GPUs reach: figures that depend on it
-are not measurements. Exit code: 0 if the run fits, 1 if it would not start or does not fit, 2 for bad input.
+Memory and FLOPs are calculated. --mfu is your guess of what the GPUs reach: the figures that depend on it are no
+measurements. Exit code: 0 if the run fits, 1 if it would not start or not fit, 2 for bad input.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lmfusion.planning.estimate import Estimate
 
-HELP = "estimate the memory, time and cost of a recipe"
+HELP = "memory, time and money that a recipe takes"
 
 DAY = 86400.0
 GIB = 2**30
@@ -28,35 +28,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="change a key of the recipe, such as train.recompute=layer"
     )
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs that share the run (default: 1)")
+    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="that share the run (default: 1)")
     parser.add_argument(
-        "--gpu-memory",
-        type=float,
-        default=141,
-        metavar="GB",
-        help="memory of each GPU, in units of 10**9 bytes (default: 141, an H200)",
+        "--gpu-memory", type=float, default=141, metavar="GB", help="of each, as vendors count (default: 141, an H200)"
     )
     parser.add_argument(
         "--peak-tflops",
         type=float,
         metavar="X",
-        help="peak of each GPU in train.dtype (default: an H200's data sheet, 989 in bfloat16 and 67 in float32)",
+        help="of each in train.dtype (default: an H200's data sheet, 989 in bfloat16 and 67 in float32)",
     )
     parser.add_argument(
-        "--mfu",
-        type=float,
-        default=0.4,
-        help="share of the peak that the GPUs reach, including all waiting (default: 0.4)",
+        "--mfu", type=float, default=0.4, help="share of the peak they compute at, all waiting included (default: 0.4)"
     )
     parser.add_argument(
-        "--tokens", type=float, metavar="N", help="tokens to train on, text and image (default: the recipe's steps)"
+        "--tokens", type=float, metavar="N", help="to train on, text and image (default: the recipe's steps)"
     )
-    parser.add_argument("--price", type=float, metavar="X", help="price of one GPU for one hour")
+    parser.add_argument("--price", type=float, metavar="X", help="of a GPU for an hour")
     parser.add_argument(
-        "--caption-tokens", type=int, default=32, metavar="N", help="mean tokens per caption (default: 32)"
+        "--caption-tokens", type=int, default=32, metavar="N", help="of a caption, in the mean (default: 32)"
     )
     parser.add_argument(
-        "--llm", metavar="NAME", help="use the sizes of llama3-8b, llama3.2-1b, smollm2-135m or llama3-llava-next-8b"
+        "--llm", metavar="NAME", help="take the sizes of llama3-8b, llama3.2-1b, smollm2-135m or llama3-llava-next-8b"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

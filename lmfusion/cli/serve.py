@@ -1,4 +1,4 @@
-"""Serve a model over HTTP with OpenAI's chat API, with images in and out. See docs/serving.md.
+"""Serve a model over HTTP: OpenAI's chat API, with images in and out. See docs/serving.md.
 
     lmfusion serve runs/demo/run/model
     lmfusion serve runs/demo/run/model --port 9000 --max-waiting 16 --default sampler=dpm-solver --default num_steps=20
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
         _require_chat(model, template)
         name = args.name or Path(args.model).resolve().name
         reader = RequestReader(model, name, limits, defaults)
-        preview_map(model.codec)  # may take seconds, so it is made before a client waits for it
+        preview_map(model.codec)  # which may take seconds, before anybody waits for it
         engine = Engine(model, num_slots=args.cache_slots, max_batch=args.max_batch, limits=limits.generation)
         worker = EngineWorker(engine, max_waiting=args.max_waiting)
         app = build_app(worker, reader, api_key=api_key, allowed_hosts=[*args.allow_host, args.host])

@@ -1,8 +1,8 @@
-"""Train the image side of a model as a recipe describes, or resume the run in the recipe's output folder.
+"""Train the image side of a model as a recipe describes, or continue the run that the recipe's output folder holds.
 
-Running the same command again resumes from the newest checkpoint, with the same numbers as an uninterrupted run.
-SIGTERM and Ctrl-C stop after the current step, with a checkpoint. Exit code: 0 finished, 75 interrupted, 2 bad input.
-torchrun trains on several GPUs; it exits with 1 if one of its processes does not exit with 0.
+Running the same command again resumes from the newest checkpoint, with the numbers of a run that was never stopped.
+SIGTERM and Ctrl-C stop at the next step, with a checkpoint. Exit code: 0 finished, 75 interrupted, 2 bad input.
+torchrun trains on several GPUs, and ends with 1 where one of its processes did not end with 0.
 
     lmfusion train recipes/digits.yaml
     lmfusion train recipes/digits.yaml train.num_steps=2000 output=runs/long
@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lmfusion.training.distributed import World
 
-HELP = "train the image side of a model as a recipe describes, or resume"
+HELP = "train the image side as a recipe describes, or resume"
 
 INTERRUPTED = 75
-"""EX_TEMPFAIL, which job schedulers understand as "run it again"."""
+"""EX_TEMPFAIL: what schedulers read as "run it again"."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,16 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="change a key of the recipe, such as train.learning_rate=1e-3"
     )
-    parser.add_argument(
-        "--max-steps", type=int, help="stop after this many steps; the schedule stays that of num_steps"
-    )
+    parser.add_argument("--max-steps", type=int, help="stop after so many steps; the schedule stays that of num_steps")
 
 
 def run(args: argparse.Namespace) -> int:
     from lmfusion.training.config import load_config
 
     if args.max_steps is not None and args.max_steps < 1:
-        raise ValueError(f"--max-steps must be at least 1, got {args.max_steps}")
+        raise ValueError(f"--max-steps is {args.max_steps}; it must be at least 1")
     config = load_config(args.recipe, args.overrides)
 
     from lmfusion.training.distributed import init_distributed

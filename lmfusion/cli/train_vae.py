@@ -1,7 +1,7 @@
-"""Train an autoencoder, which encodes images into latents and decodes them, as a recipe describes, or resume.
+"""Train an autoencoder, which turns images into latents and back, as a recipe describes; or continue such a run.
 
-Running the same command again resumes from the newest checkpoint, with the same numbers as an uninterrupted run.
-SIGTERM and Ctrl-C stop after the current step, with a checkpoint. Exit code: 0 finished, 75 interrupted, 2 bad input.
+Running the same command again resumes from the newest checkpoint, with the numbers of a run that was never stopped.
+SIGTERM and Ctrl-C stop at the next step, with a checkpoint. Exit code: 0 finished, 75 interrupted, 2 bad input.
 The result is a folder for `codec: {kind: autoencoder_kl, path: ...}`.
 
     lmfusion train-vae recipes/vae.yaml
@@ -18,9 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="change a key of the recipe, such as train.batch_size=16"
     )
-    parser.add_argument(
-        "--max-steps", type=int, help="stop after this many steps; the schedule stays that of num_steps"
-    )
+    parser.add_argument("--max-steps", type=int, help="stop after so many steps; the schedule stays that of num_steps")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     from lmfusion.vae.config import load_vae_config
 
     if args.max_steps is not None and args.max_steps < 1:
-        raise ValueError(f"--max-steps must be at least 1, got {args.max_steps}")
+        raise ValueError(f"--max-steps is {args.max_steps}; it must be at least 1")
     config = load_vae_config(args.recipe, args.overrides)
 
     from lmfusion.vae.trainer import VAETrainer

@@ -52,7 +52,7 @@ def build_app(
 
     def check_place() -> None:
         if worker.stats().num_waiting + num_reading >= max_waiting:
-            raise busy(f"{max_waiting} requests are waiting, which is the limit; try again in a few seconds")
+            raise busy(f"{max_waiting} requests are waiting, and no more may; try again in a few seconds")
 
     @app.post(CHAT_PATH)
     async def chat(http: Request) -> Response:

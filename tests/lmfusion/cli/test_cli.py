@@ -126,7 +126,7 @@ def test_interrupted_training_says_so(recipe, monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["train.num_stepz=1"], "unknown key train.num_stepz; did you mean train.num_steps?"),
-        (["--max-steps", "0"], "--max-steps must be at least 1, got 0"),
+        (["--max-steps", "0"], "--max-steps is 0"),
         (["model.base=/nowhere/llm"], "/nowhere/llm"),
         (["model.image.patch_coder.patch_size=3"], "does not divide into patches of 3 x 3"),
     ],

@@ -59,7 +59,7 @@ def test_a_full_queue_is_a_429_that_says_when_to_come_back(serve):
         response = server.post()
         assert response.status_code == 429 and response.headers["retry-after"] == "2"
         assert response.json()["error"] == {
-            "message": "2 requests are waiting, which is the limit; try again in a few seconds",
+            "message": "2 requests are waiting, and no more may; try again in a few seconds",
             "type": "rate_limit_error",
             "param": None,
             "code": "queue_full",
