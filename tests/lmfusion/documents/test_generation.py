@@ -1,4 +1,4 @@
-"""Does the generation guide tell the truth? Every block of docs/generation.md runs, in order, on a tiny model."""
+"""Every block of docs/generation.md runs, in order, on a tiny model, and its tables are those of the code."""
 
 import json
 import re
@@ -26,7 +26,7 @@ TEMPLATE = (
 
 @pytest.fixture
 def workplace(tiny_llama, tmp_path, monkeypatch):
-    """A folder with what the guide takes for granted: runs/digits/model and photo.png."""
+    """A folder with what the guide assumes: runs/digits/model and photo.png."""
     base = tmp_path / "base"
     shutil.copytree(tiny_llama, base)
     config = json.loads((base / "config.json").read_text())
