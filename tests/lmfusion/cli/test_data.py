@@ -1,4 +1,4 @@
-"""`lmfusion data`: the picture, the table of what is damaged, the counts, and the exit codes."""
+"""`lmfusion data`: the contact sheet, the table of damaged samples, the counts, and the exit codes."""
 
 import json
 
@@ -120,7 +120,7 @@ def test_reasons_are_told_apart_by_what_they_say():
         SkippedSample("webdataset x, sample 4", "s-1.tar/5: no caption (txt, json) in the tar, only jpg"),
         SkippedSample("webdataset x, sample 9", "s-2.tar/6: no caption (txt, json) in the tar, only jpg"),
         SkippedSample("webdataset x, sample 11", "s-2.tar/9: no caption (txt, json) in the tar, only jpg"),
-        SkippedSample("c.png", "/data/c.png is no regular file; give a JPEG, PNG or WEBP file"),
+        SkippedSample("c.png", "/data/c.png is not a regular file; give a JPEG, PNG or WEBP file"),
         SkippedSample("d.png", "[Errno 2] No such file or directory: '/data/d.png'"),
         SkippedSample("e.png", "e.png: no caption; write a .txt file of its name beside it, or use a metadata.jsonl"),
     ]
@@ -128,7 +128,7 @@ def test_reasons_are_told_apart_by_what_they_say():
         (3, "no caption (txt, json) in the tar, only jpg"),
         (2, "the sample is damaged or truncated: image file is truncated (N bytes left)"),
         (1, "[Errno N] No such file or directory: the sample"),
-        (1, "the sample is no regular file; give a JPEG, PNG or WEBP file"),
+        (1, "the sample is not a regular file; give a JPEG, PNG or WEBP file"),
         (1, "the sample: no caption; write a .txt file of its name beside it, or use a metadata.jsonl"),
     ]
 

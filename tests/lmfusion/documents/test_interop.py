@@ -1,4 +1,4 @@
-"""Does every Python example of docs/interop.md run as it stands there, in its order?"""
+"""Every Python example of docs/interop.md runs as it stands there, in order."""
 
 import re
 import shutil

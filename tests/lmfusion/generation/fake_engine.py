@@ -1,4 +1,4 @@
-"""An engine that runs no model: one letter of the prompt a step, an image where it says "#", and failures on demand."""
+"""A fake engine without a model: one letter of the prompt per step, an image for "#", and failures on demand."""
 
 import threading
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Running:
 
 
 class FakeEngine:
-    """Prompts are strings. "!" fails at submission, "?" in a step of its own, "*" takes the whole step down, "." waits
+    """Prompts are strings. "!" fails at submission, "?" fails in a step, "*" makes the whole step fail, "." waits
     without an event, "_" is lost.
 
     gate: steps wait for it; `hold()` closes it.

@@ -1,4 +1,4 @@
-"""What `LMFusion` makes of prompts: text as the base LLM, images and captions; what cannot be made is named."""
+"""`generate`, `draw` and `caption`: text as from the base LLM, images, captions, and errors that name the problem."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Editing: what is read for an edit, with all branches of its guidance, is what training read."""
+"""Editing: the tokens of an edit, in all branches of its guidance, are those of training."""
 
 from types import SimpleNamespace
 
@@ -27,7 +27,7 @@ def model(tiny_llama):
 
 
 def training_documents(model, caption_drop, num=200):
-    """All documents that training makes of one edit, by what they have lost, up to the target image."""
+    """All documents that training makes of one edit, by what was dropped, up to the target image."""
     planner = DocumentPlanner(
         DataConfig([SourceConfig("shape_edits")], caption_drop=caption_drop),
         tokenizer=model.tokenizer,
@@ -76,7 +76,7 @@ def test_without_drops_there_is_one_document(model):
 
 
 def test_the_command_edits_an_image(model, tmp_path):
-    """The command gives the edit that the method gives, and its PNG says what it was made of."""
+    """The command and the method generate the same image, and its PNG holds the settings."""
     model.save_pretrained(tmp_path / "model", parts="all")
     PICTURE.save(tmp_path / "in.png")
     options = {"num_steps": 3, "sampler": "ddim", "guidance_scale": 2.0, "image_guidance_scale": 1.5}

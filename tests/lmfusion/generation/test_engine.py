@@ -1,4 +1,4 @@
-"""The engine: what it answers is the specification's answer, alone or in company; what ends gives its cache back."""
+"""The engine: its answers are the specification's, alone or in a batch, and requests that end free their cache."""
 
 import itertools
 from dataclasses import replace
@@ -38,21 +38,21 @@ def model(tiny_llama):
 
 
 def run(engine, requests):
-    """Events of each of `requests` [(prompt, options)], by their place, all submitted at once."""
-    place = {engine.submit(prompt, options, index=i): i for i, (prompt, options) in enumerate(requests)}
-    return collect(engine, place)
+    """Events of each of `requests` [(prompt, options)], by their index, all submitted at once."""
+    position = {engine.submit(prompt, options, index=i): i for i, (prompt, options) in enumerate(requests)}
+    return collect(engine, position)
 
 
-def collect(engine, place):
-    events = {i: [] for i in place.values()}
+def collect(engine, position):
+    events = {i: [] for i in position.values()}
     while engine.has_work:
         for request_id, event in engine.step():
-            events[place[request_id]].append(event)
+            events[position[request_id]].append(event)
     return events
 
 
 def parts(events):
-    """Text and pixels in their order, texts joined."""
+    """Text and pixels in order, adjacent texts joined."""
     found = [""]
     for event in events:
         if isinstance(event, TextDelta):
@@ -95,7 +95,7 @@ def expected_parts(model, prompt, options, index=0):
     ],
 )
 def test_answers_are_those_of_the_specification(tiny_llama, kind, changes):
-    """Interleaved prompts and answers, with the cache, side by side, beside whole documents without one."""
+    """Interleaved prompts and answers, in a batch with the cache, compared with whole documents without a cache."""
     model = build(tiny_llama, **(UNET if kind == "unet" else {}))
     options = GenerationOptions(**{**DENOISE, **changes})
     prompts = [encode_prompt(model, prompt) for prompt in PROMPTS]
@@ -148,7 +148,7 @@ def test_batched_is_single(model, max_batch):
 
 
 class OnDevice(torch.Tensor):
-    """Stands in for a tensor on a GPU: whoever asks for its numbers would have to wait for the device."""
+    """Stands in for a tensor on a GPU: code that reads its numbers would have to wait for the device."""
 
     WAITING = (
         "item",
@@ -189,7 +189,7 @@ def test_a_denoising_step_waits_for_nothing(model, sampler):
 
 
 def test_replayed_steps_are_the_steps(model, monkeypatch):
-    """Batches padded to powers of two, and every shape of step recorded once."""
+    """Batches are padded to powers of two, and every shape of a step is recorded once."""
     requests = mixed_requests(model)[::2]
     eager = run(Engine(model, num_slots=1500), requests)
     monkeypatch.setattr("lmfusion.generation.engine.recorder_for", lambda *_: Tracer())
@@ -203,17 +203,17 @@ def test_replayed_steps_are_the_steps(model, monkeypatch):
 
 @pytest.mark.parametrize("gap", [1, 3, 10])
 def test_joined_late_is_alone(model, gap):
-    """A request every `gap` steps, each while the ones before it write and draw."""
+    """A request joins every `gap` steps, while those before it decode and denoise."""
     requests = mixed_requests(model)
-    engine, place, events = Engine(model, num_slots=1500), {}, {}
+    engine, position, events = Engine(model, num_slots=1500), {}, {}
     for step in itertools.count():
-        if step % gap == 0 and len(place) < len(requests):
-            i = len(place)
-            place[engine.submit(*requests[i], index=i)] = i
-        if not engine.has_work and len(place) == len(requests):
+        if step % gap == 0 and len(position) < len(requests):
+            i = len(position)
+            position[engine.submit(*requests[i], index=i)] = i
+        if not engine.has_work and len(position) == len(requests):
             break
         for request_id, event in engine.step():
-            events.setdefault(place[request_id], []).append(event)
+            events.setdefault(position[request_id], []).append(event)
     alone = run(Engine(model, num_slots=1500, max_batch=1), requests)
     for i in range(len(requests)):
         assert_same(parts(events[i]), parts(alone[i]))
@@ -221,20 +221,20 @@ def test_joined_late_is_alone(model, gap):
 
 def test_a_small_cache_makes_requests_wait_and_changes_nothing(model):
     requests = mixed_requests(model)
-    need = max(sum_rows(model, *request) for request in requests)
+    need = max(num_slots_of(model, *request) for request in requests)
     narrow = Engine(model, num_slots=need)
-    place = {narrow.submit(*request, index=i): i for i, request in enumerate(requests)}
+    position = {narrow.submit(*request, index=i): i for i, request in enumerate(requests)}
     assert narrow.num_waiting == 4
     narrow.step()
     assert narrow.num_running < 4 and narrow.num_waiting > 0
-    events = collect(narrow, place)
+    events = collect(narrow, position)
     wide = run(Engine(model, num_slots=3000), requests)
     for i in range(4):
         assert_same(parts(events[i]), parts(wide[i]))
     assert narrow.num_slots_used == 0
 
 
-def sum_rows(model, prompt, options):
+def num_slots_of(model, prompt, options):
     engine = Engine(model, num_slots=5000)
     engine.submit(prompt, options)
     engine.step()
@@ -245,17 +245,17 @@ def sum_rows(model, prompt, options):
 def test_cancelling_frees_the_cache_and_leaves_the_others_alone(model, num_steps_before):
     requests = mixed_requests(model)
     engine = Engine(model, num_slots=1500)
-    place = {engine.submit(*request, index=i): i for i, request in enumerate(requests)}
-    ids = list(place)
+    position = {engine.submit(*request, index=i): i for i, request in enumerate(requests)}
+    ids = list(position)
     events = {i: [] for i in range(4)}
     for _ in range(num_steps_before):
         for request_id, event in engine.step():
-            events[place[request_id]].append(event)
+            events[position[request_id]].append(event)
     used = engine.num_slots_used
     engine.cancel(ids[0])
     engine.cancel(ids[0])
     assert engine.num_slots_used == 0 if num_steps_before == 0 else engine.num_slots_used < used
-    for i, rest in collect(engine, place).items():
+    for i, rest in collect(engine, position).items():
         events[i] += rest
     assert [event for event in events[0] if isinstance(event, Done)] == [events[0][-1]]
     assert events[0][-1].finish_reason == "cancelled"
@@ -296,10 +296,10 @@ def test_stop_strings_end_the_answer(model):
 
 
 def test_an_answer_ends_where_the_context_does(model):
-    """256 tokens; images that are owed keep their room."""
+    """256 tokens; room is reserved for the images that are still needed."""
     answer = model.generate(["word " * 40], max_new_tokens=100, max_images=1, min_images=1, num_steps=1)[0]
     assert answer.finish_reason == "length" and len(answer.images) == 1
-    # The last token is not read any more, so it takes no row
+    # The last token is not put into the cache, so it takes no slot
     assert answer.num_prompt_tokens + answer.num_new_tokens + 18 == 256 + 1 < answer.num_prompt_tokens + 118
     assert answer.num_new_tokens >= 30
 
@@ -340,8 +340,8 @@ def test_a_failing_callback_ends_its_request_alone(model):
         model.draw(["a seven"], num_steps=3, callback_on_step_end=lambda *_: {"latents": torch.zeros(2)})
 
 
-def test_callbacks_may_cancel_whom_they_will(model):
-    """Also itself, and raise on top of it; nothing is told of an answer after its end, no row is freed twice."""
+def test_callbacks_may_cancel_any_request(model):
+    """Even itself, and raise afterwards. No event follows the end of an answer, and no slot is freed twice."""
     prompt = encode_prompt(model, "a seven")
     engine = Engine(model, num_slots=1500)
 
@@ -355,9 +355,9 @@ def test_callbacks_may_cancel_whom_they_will(model):
     ids = [engine.submit(prompt, writing), engine.submit(prompt, drawing)]
     ids.append(engine.submit(prompt, replace(drawing, callback_on_step_end=cancel_all)))
     events = collect(engine, dict(zip(ids, range(3), strict=True)))
-    for told in events.values():
-        assert isinstance(told[-1], Done) and told[-1].finish_reason == "cancelled"
-        assert sum(isinstance(event, Done) for event in told) == 1
+    for received in events.values():
+        assert isinstance(received[-1], Done) and received[-1].finish_reason == "cancelled"
+        assert sum(isinstance(event, Done) for event in received) == 1
     assert engine.num_slots_used == 0 and engine._cache.allocate([1500]) is not None
 
 
@@ -383,7 +383,7 @@ def test_the_autoencoder_gets_few_images_at_a_time(model, monkeypatch):
 
 
 def test_a_negative_prompt_has_room_beside_the_images(model, monkeypatch):
-    """The branch that knows the images holds it, too, and may not outgrow the LLM's window."""
+    """The branch with the images holds it, too, and must not exceed the LLM's window."""
     monkeypatch.setattr(model.config.text_config, "sliding_window", 100, raising=False)
     options = dict(max_new_tokens=60, max_images=4, min_images=2, num_steps=2, negative_prompt="y" * 30)
     answer = model.generate([["a", PICTURES[0]]], **options, image_guidance_scale=1.5)[0]
@@ -430,10 +430,10 @@ def test_a_stream_leaves_gradients_and_training_mode_to_its_caller(model):
 
 
 def test_nan_of_one_answer_does_not_reach_the_next(model):
-    """Rows of the cache are cleared when they change hands."""
+    """Slots of the cache are cleared when another request gets them."""
     options = GenerationOptions(**DENOISE)
     prompt = encode_prompt(model, "a seven")
-    engine = Engine(model, num_slots=sum_rows(model, prompt, options))
+    engine = Engine(model, num_slots=num_slots_of(model, prompt, options))
     expected = parts(run(engine, [(prompt, options)])[0])
     poison = GenerationOptions(**DENOISE, callback_on_step_end=lambda *_: {"latents": torch.full((1, 8, 8), np.nan)})
     run(engine, [(prompt, poison)])

@@ -1,4 +1,4 @@
-"""Samplers: tables that do what diffusers' schedulers do, images apart from each other, and any scheduler that fits."""
+"""Samplers: the tables do what diffusers' schedulers do, for each image separately; schedulers that fit are taken."""
 
 import functools
 
@@ -24,7 +24,7 @@ class ClippedDPMSolver(DPMSolverMultistepScheduler):
 
 
 def diffusers_scheduler(diffusion, name, timesteps, clip):
-    """What diffusers has for our sampler, at our timesteps."""
+    """The diffusers scheduler of our sampler, at our timesteps."""
     settings = scheduler_config(diffusion.config)
     if name == "ddpm":
         scheduler = DDPMScheduler.from_config({**settings, "clip_sample": True, "clip_sample_range": clip})
@@ -57,7 +57,7 @@ def signals(diffusion, timestep):
 
 
 def gaussian_oracle(diffusion, mean, std):
-    """The best prediction there is where every value of the data is from N(mean, std ** 2)."""
+    """The best possible prediction if every value of the data comes from N(mean, std ** 2)."""
 
     def predict(x, timestep):
         alpha, sigma = signals(diffusion, timestep)
@@ -263,7 +263,7 @@ def run_scheduler(scheduler, diffusion, num_steps, predict, seed=0, size=64, cli
 
 @functools.cache
 def worst_of_ours(prediction_type, schedule):
-    """How far our own samplers are from the spread of known data after 40 steps."""
+    """The error of our own samplers in the spread of known data after 40 steps."""
     diffusion = Diffusion(DiffusionConfig(prediction_type=prediction_type, schedule=schedule))
     predict, generator = gaussian_oracle(diffusion, mean=0.3, std=0.4), torch.Generator().manual_seed(0)
     latents = torch.randn(1, 1, 64, 64, generator=generator)
@@ -287,7 +287,7 @@ def test_any_scheduler_lands_on_the_data(name, prediction_type, schedule):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_chance_of_a_scheduler_comes_from_the_generator(name):
+def test_random_numbers_of_a_scheduler_come_from_the_generator(name):
     diffusion = Diffusion(DiffusionConfig(schedule="scaled_linear"))
     predict = gaussian_oracle(diffusion, mean=0.3, std=0.4)
     one, same, other = (run_scheduler(name, diffusion, 10, predict, seed, size=8)[0] for seed in (1, 1, 2))
@@ -296,7 +296,7 @@ def test_chance_of_a_scheduler_comes_from_the_generator(name):
 
 
 class SeededScheduler(EulerDiscreteScheduler):
-    """Takes no generator but a seed, and where there is none one from the clock, as DPMSolverSDEScheduler does."""
+    """Takes no generator, but a seed, or a seed from the clock if there is none, as DPMSolverSDEScheduler does."""
 
     noise_sampler_seed = None
 
@@ -305,7 +305,7 @@ class SeededScheduler(EulerDiscreteScheduler):
         return (super().step(model_output, timestep, sample).prev_sample + 0.1 * noise,)
 
 
-def test_chance_of_a_scheduler_with_a_seed_comes_from_the_generator():
+def test_random_numbers_of_a_scheduler_with_a_seed_come_from_the_generator():
     diffusion = Diffusion(DiffusionConfig())
     scheduler = SeededScheduler.from_config(scheduler_config(diffusion.config))
     predict = gaussian_oracle(diffusion, mean=0.3, std=0.4)

@@ -12,7 +12,7 @@ def model(tiny_llama):
 
 
 def answer(model, monkeypatch, ids, **options):
-    """What `generate` makes of the tokens `ids`, chosen one after the other."""
+    """The answer of `generate` if the tokens `ids` are sampled one after the other."""
     waiting = iter(ids)
     monkeypatch.setattr(
         "lmfusion.generation.device_steps.next_tokens", lambda logits, *_: logits.argmax(-1) * 0 + next(waiting)
@@ -56,7 +56,7 @@ def test_strings_that_look_like_control_tokens_are_text(model, monkeypatch):
 
 
 @pytest.mark.parametrize("stop_strings", [[""], ["a", ""], "a", [5], ["x"] * 17])
-def test_what_is_no_list_of_texts_is_refused(stop_strings):
+def test_anything_but_a_list_of_texts_is_refused(stop_strings):
     with pytest.raises(ValueError, match="stop_strings"):
         GenerationOptions(stop_strings=stop_strings)
 

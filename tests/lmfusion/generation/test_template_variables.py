@@ -1,4 +1,4 @@
-"""Template variables of a chat: over those saved with the model, kept with images, refused where none is read."""
+"""Template variables: they override those of the model, are saved with images, and are refused without a template."""
 
 import pytest
 import torch
