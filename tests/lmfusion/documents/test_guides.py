@@ -1,4 +1,4 @@
-"""Every Python example of the LLaVAFusion guide in docs/guides.md runs, in order, and the links and numbers are right."""
+"""The Python examples of the LLaVAFusion guide in docs/guides.md run, in order; its numbers and links are right."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Every Python example of docs/interop.md runs as it stands there, in order."""
+"""Does every Python example of docs/interop.md run as it stands there, in its order?"""
 
 import re
 import shutil
