@@ -199,8 +199,8 @@ def _check_scheduler(scheduler: Any, diffusion: Diffusion, clip: float) -> None:
     fits = theirs.shape == ours.shape and torch.allclose(theirs.to(ours), ours, rtol=1e-3, atol=1e-9)
     if not fits or settings.get("use_flow_sigmas", False):
         raise ValueError(
-            f"the scheduler's noise schedule must be that of the model ({config.schedule!r}, {len(ours)} timesteps), got "
-            f"that of {name} ({settings.get('beta_schedule')!r}, {len(theirs)} timesteps); {remedy}"
+            f"the noise schedule of the scheduler must be the model's ({config.schedule!r}, {len(ours)} timesteps), "
+            f"got that of {name} ({settings.get('beta_schedule')!r}, {len(theirs)} timesteps); {remedy}"
         )
     if settings.get("clip_sample", False) and settings.get("clip_sample_range", 1.0) < clip:
         raise ValueError(

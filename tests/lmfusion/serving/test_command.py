@@ -131,7 +131,7 @@ def run(folder, *arguments):
         (["--default", "steps=3"], "there is no field 'steps' to set"),
         (["--default", "num_steps=9", "--max-num-steps", "8"], "num_steps must be at most 8 here, got 9"),
         (["--shutdown-seconds", "-1"], "--shutdown-seconds must be at least 0, got -1"),
-        (["--max-images", "-1"], "--max-images is -1"),
+        (["--max-images", "-1"], "--max-images must be at least 0, got -1"),
         (["--max-tokens", "-1"], "--max-tokens must be at least 0, got -1"),
         (["--max-body-mb", "0"], "max_body_bytes is 0"),
         (["--max-waiting", "0"], "max_waiting must be at least 1, got 0"),
@@ -160,7 +160,7 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(tmp_path, capsy
 def test_keys_that_cannot_be_used(folder, key, tmp_path, capsys, monkeypatch):
     (tmp_path / "key").write_text(key, encoding="utf-8")
     assert run(folder, "--api-key-file", str(tmp_path / "key")) == 2
-    assert "is empty or has characters that headers cannot hold" in capsys.readouterr().err
+    assert "must be printable ASCII and not empty" in capsys.readouterr().err
     monkeypatch.setenv("LMFUSION_API_KEY", key)
     assert run(folder) == 2
     error = capsys.readouterr().err
@@ -188,7 +188,7 @@ def test_a_model_that_cannot_chat_needs_a_template(tiny_llama, tmp_path, capsys,
     base = LMFusion.from_llm(tiny_llama, image={"patch_coder": {"kind": "linear"}}, codec={"image_size": 8})
     base.save_pretrained(tmp_path / "base", parts="all")
     assert run(tmp_path / "base") == 2
-    assert "no chat template" in capsys.readouterr().err
+    assert "must have a chat template" in capsys.readouterr().err
     served = []
     monkeypatch.setattr(
         "lmfusion.serving.lifecycle.run_server", lambda app, worker, *_, **__: (worker.close(), served.append(app))
