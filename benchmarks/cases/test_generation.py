@@ -144,7 +144,7 @@ def test_text(record, device, batch, dtype):
     prompt = encode_prompt(model, "x" * 128)
 
     def prepare(_):
-        engine = Engine(model, num_rows=batch * 4096, max_batch=batch)
+        engine = Engine(model, num_slots=batch * 4096, max_batch=batch)
         for _ in range(batch):
             engine.submit(prompt, GenerationOptions(max_new_tokens=3900))
         engine.step()  # reads the prompts

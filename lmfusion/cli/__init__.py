@@ -1,6 +1,6 @@
-"""The command `lmfusion`. Each subcommand is a module here: HELP, add_arguments(parser) and run(args) -> exit code.
+"""The command `lmfusion`. Each subcommand is a module here with HELP, add_arguments(parser) and run(args) -> exit code.
 
-Subcommands import what they need when they run, so that `lmfusion --help` answers at once.
+Subcommands import heavy packages only when they run, so that `lmfusion --help` answers at once.
 """
 
 import argparse
@@ -29,15 +29,15 @@ COMMANDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the subcommand that `argv` (default: the process's arguments) names; answer with the exit code.
+    """Run the subcommand named in `argv` (default: the process's arguments). Returns the exit code.
 
-    Input that cannot be used ends in one line on stderr and exit code 2, Ctrl-C in 130.
+    Unusable input gives one line on stderr and exit code 2, Ctrl-C gives 130.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="lmfusion",
-        description="Teach a frozen text LLM to draw and to describe images.",
-        epilog="`lmfusion COMMAND --help` tells more about a command.",
+        description="Teach a frozen text LLM to generate and to describe images.",
+        epilog="`lmfusion COMMAND --help` describes a command.",
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -53,12 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_arguments(subparser)
         subparser.set_defaults(run=module.run)
     args, left_over = parser.parse_known_args(arguments)
-    # argparse gives up on positionals that go on after an option: `train RECIPE --max-steps 20 output=runs/short`
+    # argparse does not accept positionals on both sides of an option: `train RECIPE --max-steps 20 output=runs/short`
     if left_over and hasattr(args, "overrides") and not any(item.startswith("-") for item in left_over):
         args.overrides = [*args.overrides, *left_over]
     elif left_over:
         parser.error(f"unrecognized arguments: {' '.join(left_over)}")
-    # transformers imports torchao where it is installed, which complains of kernels that were made for other builds
+    # transformers imports torchao if it is installed, which warns about kernels compiled for other builds
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:

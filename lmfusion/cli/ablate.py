@@ -1,9 +1,9 @@
-"""Train variants of one recipe, one after the other, measure all alike, and say how they compare.
+"""Train variants of one recipe, one after the other, measure them in the same way, and compare them.
 
-A recipe names the training run that all share (`base`), what each variant changes in it (`variants`), what is measured
-(`measure`) and what is claimed of the outcome (`claims`), which is reported as found or not found. The folder
-`output` then holds a run a variant, and ablation.json, .md, .svg and .png. The same command goes on where it was
-stopped; finished variants are not trained again. Exit code: 0 finished, 75 interrupted, 2 bad input.
+The recipe names the training run that all variants share (`base`), what each variant changes in it (`variants`), what
+is measured (`measure`), and which results are claimed (`claims`); these are reported as found or not found. The
+folder `output` then holds one run per variant, and ablation.json, .md, .svg and .png. Running the same command again
+continues; finished variants are not trained again. Exit code: 0 finished, 75 interrupted, 2 bad input.
 
     lmfusion ablate recipes/ablation.yaml
     lmfusion ablate recipes/ablation.yaml output=runs/longer base.train.num_steps=2000 measure.every=200
@@ -13,7 +13,7 @@ import argparse
 
 from lmfusion.cli.train import INTERRUPTED
 
-HELP = "train variants of a recipe, and compare them in a table and a plot"
+HELP = "train variants of a recipe and compare them in a table and a plot"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""How do requests run to their end where Ctrl-C may come? What the commands that generate share."""
+"""Runs the requests of `lmfusion generate` and `lmfusion caption` to their end, or until Ctrl-C."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -12,9 +12,9 @@ INTERRUPTED = 130
 
 
 def run_to_the_end(engine: "Engine", requests: "Sequence[EngineRequest]", show: Callable[[int, "Event"], None]) -> bool:
-    """Hand every event to `show`, with the number of its request; False where Ctrl-C was pressed.
+    """Pass every event to `show`, with the number of its request. Returns False if Ctrl-C was pressed.
 
-    What a step has finished is shown before Ctrl-C takes effect, unless it is pressed once more.
+    The events of a finished step are shown before Ctrl-C takes effect, unless it is pressed a second time.
     """
     from lmfusion.utils.signals import stop_signals
 

@@ -3,8 +3,8 @@
     lmfusion caption runs/digits/model photo.png another.jpg
     lmfusion caption runs/digits/model photo.png --prompt "a handwritten"
 
-JPEG, PNG and WEBP files are read; they are cropped to the middle and resized to the model's size. Captions appear as
-they are finished, in the order of the images. The same seed gives the same captions, whatever --batch-size.
+Files may be JPEG, PNG or WEBP; images are cropped to the middle and resized to the model's size. Captions are printed
+as soon as they are finished, in the order of the images. The same seed gives the same captions, whatever --batch-size.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from lmfusion.cli.answering import INTERRUPTED, run_to_the_end
 from lmfusion.cli.loading import add_model_arguments, check_batch_size, load_model
+from lmfusion.generation.options import OPTIONS
 
 if TYPE_CHECKING:
     from lmfusion.generation import Event
@@ -26,11 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
     parser.add_argument("--prompt", default="", help="how every caption begins")
-    parser.add_argument("--max-new-tokens", type=int, default=32, help="default: 32")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default: 0)")
-    parser.add_argument(
-        "--top-p", type=float, default=1.0, help="choose among the likeliest tokens of this probability (default: 1)"
-    )
+    parser.add_argument("--max-new-tokens", type=int, default=32, help="most tokens of a caption (default: 32)")
+    parser.add_argument("--temperature", type=float, default=0.0, help=f"{OPTIONS['temperature'].help} (default: 0)")
+    parser.add_argument("--top-p", type=float, default=1.0, help=f"{OPTIONS['top_p'].help} (default: 1)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     model = load_model(args)
     prompt = args.prompt.strip()
     engine = None
-    for start in range(0, len(args.images), args.batch_size):  # so that few images are in memory at a time
+    for start in range(0, len(args.images), args.batch_size):  # so that only a batch of images is in memory at a time
         images = args.images[start : start + args.batch_size]
         asked = [
             EngineRequest(encode_prompt(model, [Path(image), *([prompt] if prompt else [])]), options, start + i)
@@ -60,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class _Captions:
-    """Prints each caption of a batch once it is finished and those before it are printed."""
+    """Prints each caption of a batch as soon as it is finished and those before it are printed."""
 
     def __init__(self, images: Sequence[str], prompt: str) -> None:
         self._images, self._prompt = images, prompt
@@ -69,7 +68,7 @@ class _Captions:
         self._next = 0
 
     def show(self, i: int, event: "Event") -> None:
-        """An event of the caption of image `i`."""
+        """Take an event of the caption of image `i`."""
         from lmfusion.generation import Done, TextDelta
 
         if isinstance(event, TextDelta):

@@ -1,13 +1,13 @@
-"""Look into data before training on it: show some samples, check all of them, or count what an epoch takes.
+"""Inspect data before training on it: show some samples, check all of them, or count the tokens of an epoch.
 
     lmfusion data show recipes/mine.yaml --output sheet.png
     lmfusion data check "webdataset=photos-{0000..0099}.tar" --workers 8
     lmfusion data count recipes/mine.yaml data.seq_len=2048
 
 DATA is a recipe, or one or more sources as kind=path: folder=, webdataset=, parquet=, interleaved= or latents=, and
-digits, openmoji, shapes or shape_edits without a path. docs/data.md tells what these hold.
+digits, openmoji, shapes or shape_edits without a path. docs/data.md describes them.
 
-Exit code: 0, 1 where `check` finds a damaged sample, 2 bad input.
+Exit code: 0, 1 if `check` finds a damaged sample, 2 bad input.
 """
 
 import argparse
@@ -25,41 +25,43 @@ if TYPE_CHECKING:
     from lmfusion.model.configuration import LMFusionConfig
     from lmfusion.training.config import RunConfig
 
-HELP = "show, check or count a data set"
+HELP = "show, check or count the samples of a data set"
 
 NUM_NAMED = 5
-"""Damaged samples that are named for each reason; --output has them all."""
+"""Damaged samples that are printed for each reason; --output has them all."""
 DEFAULT_IMAGE_SIZE = 256
-"""At which emoji are drawn where no recipe tells."""
+"""Pixels per side of rendered emoji without a recipe."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    show = actions.add_parser("show", help="a picture of some samples with their captions")
-    check = actions.add_parser("check", help="decode every image and read every caption; list what is damaged")
-    count = actions.add_parser("count", help="samples, images and texts; with a recipe also tokens and packing")
+    show = actions.add_parser("show", help="make an image of some samples with their captions")
+    check = actions.add_parser("check", help="decode every image, read every caption, and list the damaged samples")
+    count = actions.add_parser("count", help="count samples, images and texts; with a recipe also tokens and packing")
     for action in (show, check, count):
         action.add_argument("data", metavar="DATA", help="a recipe, or kind=path")
         action.add_argument(
-            "overrides", nargs="*", metavar="key=value", help="change a key of the recipe; or a further kind=path"
+            "overrides", nargs="*", metavar="key=value", help="change a key of the recipe, or name another kind=path"
         )
-        action.add_argument("--image", metavar="NAME", help="of webdataset= and parquet=: suffix or column of images")
-        action.add_argument("--caption", metavar="NAME", help="the same for the captions, such as txt or json:prompt")
+        action.add_argument("--image", metavar="NAME", help="suffix (webdataset=) or column (parquet=) of the images")
+        action.add_argument(
+            "--caption", metavar="NAME", help="suffix or column of the captions, such as txt or json:prompt"
+        )
     show.add_argument("--output", default="samples.png", metavar="FILE", help="PNG to write (default: samples.png)")
-    show.add_argument("--samples", type=int, default=24, metavar="N", help="of each source (default: 24)")
-    show.add_argument("--seed", type=int, default=0, help="which samples (default: 0)")
-    check.add_argument("--output", metavar="FILE", help="write every damaged sample into this jsonl file")
+    show.add_argument("--samples", type=int, default=24, metavar="N", help="samples of each source (default: 24)")
+    show.add_argument("--seed", type=int, default=0, help="seed that selects the samples (default: 0)")
+    check.add_argument("--output", metavar="FILE", help="write every damaged sample to this jsonl file")
     for action in (check, count):
         action.add_argument("--workers", type=int, default=4, metavar="N", help="threads that read (default: 4)")
     count.add_argument(
-        "--samples", type=int, metavar="N", help="with a recipe: estimate tokens from so many samples, not from all"
+        "--samples", type=int, metavar="N", help="with a recipe: estimate tokens from this many samples instead of all"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     for name, value in (("--workers", getattr(args, "workers", None)), ("--samples", getattr(args, "samples", None))):
         if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+            raise ValueError(f"{name} must be at least 1, got {value}")
     recipe, configs = _read_arguments(args)
     if args.action == "show":
         return _show(args, recipe, configs)
@@ -78,11 +80,11 @@ def _read_arguments(args: argparse.Namespace) -> tuple["RunConfig | None", list[
         for item in (args.data, *args.overrides):
             kind, separator, path = item.partition("=")
             if kind not in KINDS:
-                raise ValueError(f"{item!r} is no source; write kind=path with a kind of {', '.join(KINDS)}")
+                raise ValueError(f"a source must be kind=path with a kind of {', '.join(KINDS)}, got {item!r}")
             configs.append(SourceConfig(kind, path if separator else None, image=args.image, caption=args.caption))
         return None, configs
     if args.image is not None or args.caption is not None:
-        raise ValueError("--image and --caption go with kind=path; a recipe has them in data.sources")
+        raise ValueError("--image and --caption need kind=path; a recipe has them in data.sources")
 
     from lmfusion.training.config import load_config
 
@@ -147,7 +149,7 @@ def _count(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["
     from lmfusion.data.inspect import measure_epoch, read_all
 
     if recipe is None and args.samples is not None:
-        raise ValueError("--samples is about tokens, which need a recipe: its LLM has the tokenizer")
+        raise ValueError("--samples needs a recipe, whose LLM has the tokenizer; leave it out, or give a recipe")
     sources = _load(recipe, configs)
     if args.samples is None:
         for config, source in zip(configs, sources, strict=True):
@@ -218,7 +220,10 @@ def _image_size(recipe: "RunConfig") -> int:
 
 
 def _read_model(recipe: "RunConfig", sources: list["Source"]) -> tuple["LMFusionConfig", "Codec", Any]:
-    """Configuration, codec and tokenizer of the recipe's model. Raises ValueError for a cache made with others."""
+    """Configuration, codec and tokenizer of the recipe's model.
+
+    Raises ValueError for a latent cache that was made with others.
+    """
     from lmfusion.cli.loading import read_without_weights
     from lmfusion.data.samples import EncodedSource
 

@@ -1,12 +1,13 @@
-"""Open a page in the browser to talk to a model: text and pictures in one answer, pictures while they appear.
+"""Chat with a model in the browser: text and images in one answer, with previews of the images.
 
     lmfusion demo
     lmfusion demo path/to/model --port 8080
 
-Without MODEL it is the demo's own: SmolLM2-135M, taught to draw and read scikit-learn's handwritten digits. Where
-DIR/run holds no such model yet, it is made first: adapt, train, draw, caption, and check that the text side did not
-change by a bit. That takes minutes on two CPU cores, and writes report.html, summary.json and digits.png into DIR. The
-training run lies in DIR/run: an interrupted one continues there, a finished one only draws, captions and reports again.
+Without MODEL it is the demo's own model: SmolLM2-135M, taught to generate and to read scikit-learn's handwritten
+digits. If DIR/run holds no such model yet, it is made first: adapt, train, generate, caption, and check that the text
+side did not change by a bit. This takes minutes on two CPU cores, and writes report.html, summary.json and digits.png
+into DIR. The training run is in DIR/run: an interrupted run continues there; a finished one only generates, captions
+and reports again.
 
     lmfusion demo --no-page
     lmfusion demo --no-page --output runs/other train.num_steps=1000
@@ -18,15 +19,15 @@ from pathlib import Path
 from lmfusion.cli.loading import add_loading_options, load_model
 
 MAX_BATCH = 8
-"""Answers made at a time on the page: it decides how large the key-value cache is."""
-HELP = "talk to a model in the browser; without one, make the demo's first"
+"""Answers that the page generates at a time. It decides the size of the key-value cache."""
+HELP = "chat with a model in the browser; without MODEL, train the demo's first"
 
 EXAMPLES: tuple[str, ...] = (
     "Draw a seven, then say what you drew.",
     "Can you draw a three?",
     "What is the capital of France?",
 )
-"""What the demo's own model has been taught."""
+"""Prompts that the demo's own model was trained for."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,29 +35,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to recipes/digits.yaml")
 
     page = parser.add_argument_group("page")
-    page.add_argument("--host", default="127.0.0.1", help="to listen on (default: 127.0.0.1, this machine alone)")
-    page.add_argument("--port", type=int, default=7860, help="0: any that is free (default: 7860)")
+    page.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+    )
+    page.add_argument("--port", type=int, default=7860, help="port to listen on; 0: any free one (default: 7860)")
     page.add_argument(
         "--allow-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="name by which browsers may call the page, besides localhost and IP addresses; may be repeated",
+        help="host name that browsers may use for the page, besides localhost and IP addresses; may be repeated",
     )
     add_loading_options(page)
 
     chain = parser.add_argument_group("the demo's own model")
-    chain.add_argument("--output", default="runs/demo", metavar="DIR", help="where it is (default: runs/demo)")
-    chain.add_argument("--no-page", action="store_true", help="make it, write the report, and end")
+    chain.add_argument(
+        "--output", default="runs/demo", metavar="DIR", help="folder of the model and its report (default: runs/demo)"
+    )
+    chain.add_argument("--no-page", action="store_true", help="make the model, write the report, and exit")
 
 
 def run(args: argparse.Namespace) -> int:
     if args.model is not None and "=" in args.model and not Path(args.model).exists():
-        args.overrides = [args.model, *args.overrides]  # argparse takes the first word for MODEL
+        args.overrides = [args.model, *args.overrides]  # argparse takes the first positional for MODEL
         args.model = None
     if args.model is not None and (args.no_page or args.overrides):
         what = "--no-page" if args.no_page else f"{args.overrides[0]} (a change to the recipe)"
-        raise ValueError(f"{what} is about the demo's own model; leave out {args.model}")
+        raise ValueError(f"{what} needs the demo's own model; leave out {args.model}")
     if args.no_page:
         return _make(args)
 

@@ -1,13 +1,14 @@
-"""Encode the images and captions of a recipe once, so that training need not do it in every epoch.
+"""Encode the images and captions of a recipe once, so that training does not do it in every epoch.
 
     lmfusion encode recipes/mine.yaml caches/mine
     lmfusion encode recipes/mine.yaml caches/mine --dtype float16 --workers 16 --batch-size 32
 
 Then name the cache in the recipe: data: {sources: [{kind: latents, path: caches/mine}]}. A recipe with several sources
-gets a cache for each: caches/mine/0, caches/mine/1, ... docs/latents.md tells what a cache holds, and when training
-refuses it.
+gets a cache for each: caches/mine/0, caches/mine/1, ... docs/data.md describes what a cache holds, and
+when training refuses it.
 
-Started several times, or by torchrun on several GPUs, it shares the work. Killed and started again, it continues.
+Several processes, also those of torchrun on several GPUs, share the work. After an interruption the same command
+continues.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from lmfusion.cli.loading import read_without_weights
 if TYPE_CHECKING:
     import torch
 
-HELP = "turn a data set into latents and token ids, once"
+HELP = "encode a data set into latents and token ids once"
 
 NUM_DAMAGED_SHOWN = 5
 
@@ -31,17 +32,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="change a key of the recipe, such as data.max_damaged=0.05"
     )
-    parser.add_argument("--shard-samples", type=int, default=2048, metavar="N", help="samples a file (default: 2048)")
+    parser.add_argument("--shard-samples", type=int, default=2048, metavar="N", help="samples per file (default: 2048)")
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         default="float32",
-        help="of the latents; float32 keeps every bit, the others half of the space (default: float32)",
+        help="dtype of the latents; float32 keeps every bit, the others take half the space (default: float32)",
     )
     parser.add_argument(
         "--variance",
         action="store_true",
-        help="keep the autoencoder's variance too, which data.sample_latents needs: twice the space",
+        help="also keep the autoencoder's variance, which data.sample_latents needs; takes twice the space",
     )
     parser.add_argument("--workers", type=int, default=4, metavar="N", help="threads that read images (default: 4)")
     parser.add_argument(
@@ -49,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="images encoded at a time; more is quicker on a GPU, and may change last bits (default: 1)",
+        help="images encoded at a time; more is faster on a GPU, but may change the last bits (default: 1)",
     )
 
 
@@ -91,14 +92,14 @@ def run(args: argparse.Namespace) -> int:
                 template_variables=variables,
                 report=report,
             )
-        _tell(folder, manifest)
+        _print_summary(folder, manifest)
     print("train on it with\ndata:\n  sources:")
     for source, folder in zip(sources, folders, strict=True):
         print(f"    - {{kind: latents, path: {folder}, weight: {source.weight:g}}}")
     return 0
 
 
-def _tell(folder: Path, manifest: dict[str, Any]) -> None:
+def _print_summary(folder: Path, manifest: dict[str, Any]) -> None:
     num_bytes = sum(shard["size"] for shard in manifest["shards"])
     print(
         f"{folder}: {manifest['plan']['num_samples']} samples, {manifest['num_images']} images, "
@@ -106,7 +107,7 @@ def _tell(folder: Path, manifest: dict[str, Any]) -> None:
     )
     damaged = [record for shard in manifest["shards"] for record in shard["damaged"]]
     if damaged:
-        print(f"{manifest['num_damaged']} samples are damaged, and will be left out; manifest.json names them all")
+        print(f"{manifest['num_damaged']} samples are damaged, and will be skipped; manifest.json names them all")
     for record in damaged[:NUM_DAMAGED_SHOWN]:
         print(f"  sample {record['index']}: {record['reason']}")
 

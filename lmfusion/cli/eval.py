@@ -1,8 +1,8 @@
-"""Evaluate a trained model as a recipe describes: its language, its drawings, its captions, its obedience.
+"""Evaluate a trained model as a recipe describes: language modelling, image generation, captioning, following prompts.
 
-Writes <output>/eval.json and <output>/index.html, after every suite. Running the same command again goes on with what
-is left; what is finished with the same model and settings is kept. Data and weights that are missing are named before
-anything slow happens. Exit code: 0 finished, 2 bad input, 130 interrupted.
+Writes <output>/eval.json and <output>/index.html after every suite. Running the same command again continues with the
+suites that are left; results of the same model and settings are kept. Missing data and weights are reported before
+anything slow starts. Exit code: 0 finished, 2 bad input, 130 interrupted.
 
     lmfusion eval recipes/eval/digits.yaml
     lmfusion eval recipes/eval/digits.yaml model=runs/mine/model output=runs/mine/eval images.num_images=100
@@ -12,7 +12,7 @@ anything slow happens. Exit code: 0 finished, 2 bad input, 130 interrupted.
 import argparse
 import shlex
 
-HELP = "score the language, drawings and captions of a trained model"
+HELP = "score the language, images and captions of a trained model"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

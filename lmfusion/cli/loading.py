@@ -1,4 +1,4 @@
-"""Which model, where? The arguments and the loading that commands working with a trained model share."""
+"""Arguments and loading that the commands for a trained model share."""
 
 import argparse
 from pathlib import Path
@@ -25,9 +25,12 @@ def add_loading_options(parser: "argparse._ActionsContainer") -> None:
     """--base, --codec-path, --device and --dtype."""
     add_places(parser)
     parser.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU where there is one"
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="device of the model (default: a GPU if there is one)",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as they were saved")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as saved)")
 
 
 def add_places(parser: "argparse._ActionsContainer") -> None:
@@ -45,21 +48,21 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """MODEL, --base, --codec-path, --device, --dtype, --batch-size and --seed."""
     add_loading_arguments(parser)
     parser.add_argument(
-        "--batch-size", type=int, default=8, help="how many at a time; changes speed and memory only (default: 8)"
+        "--batch-size", type=int, default=8, help="prompts at a time; changes only speed and memory (default: 8)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers (default: 0)")
 
 
 def check_batch_size(args: argparse.Namespace) -> None:
     """Raise ValueError for a --batch-size below 1."""
     if args.batch_size < 1:
-        raise ValueError(f"--batch-size is {args.batch_size}; it must be at least 1")
+        raise ValueError(f"--batch-size must be at least 1, got {args.batch_size}")
 
 
 def load_model(args: argparse.Namespace) -> "LMFusion":
     """The model that the arguments name, on its device.
 
-    Raises ValueError where a GPU is asked for and there is none, and whatever `LMFusion.from_pretrained` raises.
+    Raises ValueError if a GPU is asked for and there is none, and whatever `LMFusion.from_pretrained` raises.
     """
     import torch
 
@@ -75,9 +78,9 @@ def load_model(args: argparse.Namespace) -> "LMFusion":
 
 
 def read_without_weights(model: "ModelConfig") -> tuple["LMFusionConfig", "Codec", Any]:
-    """Configuration, codec and tokenizer of the model that a recipe starts from; no weight of the LLM is read.
+    """Configuration, codec and tokenizer of the model that a recipe starts from, without the weights of the LLM.
 
-    Raises ValueError where the LLM has no tokenizer, and whatever `LMFusion.from_llm` or `from_pretrained` raises.
+    Raises ValueError if the LLM has no tokenizer, and whatever `LMFusion.from_llm` or `from_pretrained` raises.
     """
     from lmfusion.conversion import open_base
     from lmfusion.conversion.tokenizer import read_tokenizer, with_tokenizer_check
@@ -95,5 +98,5 @@ def read_without_weights(model: "ModelConfig") -> tuple["LMFusionConfig", "Codec
         config = LMFusionConfig(base.config, model.image, model.codec, model.diffusion, vlm_config=base.vlm_config)
         tokenizer = base.read_tokenizer()
     if tokenizer is None:
-        raise ValueError("the base LLM has no tokenizer to read captions with; put its tokenizer.json beside it")
+        raise ValueError("the base LLM must have a tokenizer to encode captions; put its tokenizer.json beside it")
     return config, load_codec(config.codec), tokenizer

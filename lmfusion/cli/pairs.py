@@ -1,4 +1,4 @@
-"""NAME=VALUE arguments of the command line."""
+"""Parses NAME=VALUE arguments of the command line."""
 
 import json
 from collections.abc import Sequence
@@ -6,15 +6,15 @@ from typing import Any
 
 
 def json_pairs(pairs: Sequence[str], option: str, form: str) -> dict[str, Any]:
-    """Names and values of `pairs`. A value that is not JSON is taken as text.
+    """The names and values of `pairs`. A value that is not JSON is taken as text.
 
-    option, form: what the error says that each must be. Raises ValueError for a pair without "=".
+    option, form: the option's name and the expected form, for the error. Raises ValueError for a pair without "=".
     """
     values = {}
     for pair in pairs:
         name, sign, text = pair.partition("=")
         if not sign:
-            raise ValueError(f"{option} is {pair!r}; it must be {form}")
+            raise ValueError(f"{option} must be {form}, got {pair!r}")
         try:
             values[name] = json.loads(text)
         except ValueError:

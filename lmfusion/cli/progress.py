@@ -1,4 +1,4 @@
-"""What does somebody at a terminal see of answers in the making? Text in its order, a bar an image, files at once."""
+"""Shows answers on a terminal while they are generated: text in order, a progress bar per image, files at once."""
 
 import re
 import sys
@@ -17,32 +17,32 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Request:
-    """One answer that is asked for."""
+class CommandRequest:
+    """A request of the command line: one answer to one prompt."""
 
     prompt: str
     images: tuple[str, ...]
-    """Files of the images before the text."""
+    """Files of the prompt's images."""
     chat: bool
     index: int
-    """With the seed it is the key of chance."""
+    """With the seed, the key of the random numbers."""
     options: "GenerationOptions"
 
     @property
-    def is_drawing(self) -> bool:
-        """Whether the answer is an image alone."""
+    def is_image_only(self) -> bool:
+        """Whether the answer is an image without text."""
         return self.options.draw_first and self.options.max_new_tokens == 0
 
     def record(self) -> dict[str, Any]:
-        """What, beside the options, it takes to ask for the same answer again."""
+        """What is needed besides the options to repeat the request."""
         return {"prompt": self.prompt, "prompt_images": list(self.images), "chat": self.chat, "index": self.index}
 
 
-class Screen:
+class ProgressDisplay:
     """Shows the events of several answers, and saves their images.
 
-    Text goes to stdout in the order of the requests; that of an answer whose turn has not come is held back. A single
-    answer appears token by token, one of several line by line, since the bars of others stand on the lines below.
+    Text goes to stdout in the order of the requests; the text of later answers is held back until their turn. A single
+    answer is printed token by token, one of several line by line, since the lines below show progress bars.
     """
 
     saved: list[Path]
@@ -50,15 +50,15 @@ class Screen:
     num_failed: int
     """Answers that ended with an error."""
 
-    def __init__(self, requests: Sequence[Request], folder: Path, *, keep_previews: bool, verbose: bool) -> None:
+    def __init__(self, requests: Sequence[CommandRequest], folder: Path, *, keep_previews: bool, verbose: bool) -> None:
         self.saved, self.num_failed = [], 0
-        self._answers = [_Answer(request) for request in requests]
+        self._answers = [_AnswerOutput(request) for request in requests]
         self._turn = 0
         self._folder, self._keep_previews, self._verbose = folder, keep_previews, verbose
         self._next_number = _first_free_number(folder)
 
     def show(self, i: int, event: Event) -> None:
-        """An event of the answer to request `i`."""
+        """Take an event of the answer to request `i`."""
         answer = self._answers[i]
         if isinstance(event, TextDelta):
             answer.add_text(event.text)
@@ -78,19 +78,19 @@ class Screen:
         self._write()
 
     def close(self) -> None:
-        """Take the bars away, and write what was held back of answers that were not finished."""
+        """Remove the bars, and write the text of unfinished answers that was held back."""
         for answer in self._answers:
             answer.end()
         self._write()
 
-    def _save(self, answer: "_Answer", event: ImageEnd) -> Path:
+    def _save(self, answer: "_AnswerOutput", event: ImageEnd) -> Path:
         settings = {**event.settings, **answer.request.record(), "image": event.index}
-        settings.pop("preview_every", None)  # nothing of the image depends on it
+        settings.pop("preview_every", None)  # the image does not depend on it
         while True:
             path = self._folder / f"{answer.number:04d}.png"
             try:
                 save_png(path, event.image, settings, overwrite=False)
-            except FileExistsError:  # another process draws into the same folder
+            except FileExistsError:  # another process saves to the same folder
                 answer.number = self._take_number()
             else:
                 self.saved.append(path)
@@ -100,20 +100,20 @@ class Screen:
         self._next_number += 1
         return self._next_number - 1
 
-    def _finish(self, answer: "_Answer", event: Done) -> None:
+    def _finish(self, answer: "_AnswerOutput", event: Done) -> None:
         answer.end()
         self._write()
         if event.finish_reason == "error":
             self.num_failed += 1
-            self._say(f"lmfusion: error: {event.error} (prompt: {answer.request.prompt!r:.80})")
+            self._print_error(f"lmfusion: error: {event.error} (prompt: {answer.request.prompt!r:.80})")
         if self._verbose:
-            self._say(
-                f"{event.finish_reason}: {event.num_prompt_tokens} rows of prompt, {event.num_new_tokens} tokens, "
+            self._print_error(
+                f"{event.finish_reason}: {event.num_prompt_tokens} prompt tokens, {event.num_new_tokens} text tokens, "
                 f"{event.num_images} images, {event.seconds:.2f} s"
             )
 
     def _write(self) -> None:
-        """Write what may be written: the answer whose turn it is, and those behind it once it is finished."""
+        """Write the text of the answer whose turn it is, and of the next ones once it is finished."""
         while self._turn < len(self._answers):
             answer = self._answers[self._turn]
             text = answer.take(whole_lines=len(self._answers) > 1)
@@ -125,26 +125,26 @@ class Screen:
                 return
             self._turn += 1
 
-    def _say(self, text: str) -> None:
+    def _print_error(self, text: str) -> None:
         with tqdm.external_write_mode(file=sys.stderr):
             print(text, file=sys.stderr)
 
 
-class _Answer:
-    """What of one answer is not written yet, and the bar of the image that it is drawing."""
+class _AnswerOutput:
+    """The text of one answer that is not written yet, and the progress bar of its current image."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: CommandRequest) -> None:
         self.request = request
         self.number = 0
         self.bar: tqdm[Any] | None = None
         self.is_finished = False
         self._text = ""
         self._is_mid_line = False
-        # A chat's answer is shown without the white space around its texts, a text that goes on keeps it
+        # A chat's answer is shown without the white space around its texts; continued text keeps it
         self._strips = request.chat
         self._at_start = True
         self._space = ""
-        if not request.chat and not request.is_drawing:
+        if not request.chat and not request.is_image_only:
             self._add(request.prompt)
 
     def add_text(self, text: str) -> None:
@@ -158,7 +158,7 @@ class _Answer:
             self._add(text)
 
     def add_image(self, path: Path) -> None:
-        self._add(f"{path}\t{self.request.prompt}\n" if self.request.is_drawing else f"{path}\n")
+        self._add(f"{path}\t{self.request.prompt}\n" if self.request.is_image_only else f"{path}\n")
         self._end_bar()
 
     def advance(self, step: int) -> None:
@@ -176,7 +176,7 @@ class _Answer:
         self.is_finished = True
 
     def take(self, whole_lines: bool) -> str:
-        """The text that may be written now; it is not given again."""
+        """The text that may be written now. It is returned once."""
         end = self._text.rfind("\n") + 1 if whole_lines else len(self._text)
         text, self._text = self._text[:end], self._text[end:]
         return text
@@ -188,17 +188,17 @@ class _Answer:
     def _end_bar(self) -> None:
         if self.bar is not None:
             self.bar.close()
-            self.bar.fp.write("\r")  # tqdm forgets it for bars that are not the first
+            self.bar.fp.write("\r")  # tqdm does this only for the first bar
             self.bar = None
 
 
 def _bar(name: str, num_steps: int) -> "tqdm[Any] | None":
-    """A progress bar on stderr where that is a terminal."""
+    """A progress bar on stderr, if that is a terminal."""
     return tqdm(total=num_steps, desc=name, unit="step", leave=False) if sys.stderr.isatty() else None
 
 
 def _first_free_number(folder: Path) -> int:
-    """The number behind all images of a folder, also those that another process is writing."""
+    """The number after all images of a folder, including those that another process is writing."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return max(
         (int(found[1]) + 1 for name in names if (found := re.match(r"(\d{4,})\.(step\d+\.)?png", name))), default=0

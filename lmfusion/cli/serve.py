@@ -6,8 +6,8 @@
     curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
         -d '{"messages": [{"role": "user", "content": "Draw a seven, then say what you drew."}]}'
 
-Listens on this machine alone unless --host says otherwise. Where others can reach it, demand a key: its text is read
-from the environment variable LMFUSION_API_KEY or from --api-key-file. Ctrl-C or SIGTERM lets running answers finish.
+It listens on this machine only, unless --host says otherwise. If others can reach it, demand a key: it is read from the
+environment variable LMFUSION_API_KEY or from --api-key-file. After Ctrl-C or SIGTERM running answers may finish.
 """
 
 import argparse
@@ -23,46 +23,48 @@ if TYPE_CHECKING:
     from lmfusion.generation.options import Limits
     from lmfusion.model.modeling import LMFusion
 
-HELP = "answer chats over HTTP, as OpenAI's API does"
+HELP = "serve a model over HTTP with OpenAI's chat API"
 KEY_VARIABLE = "LMFUSION_API_KEY"
 MEBI = 2**20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_loading_arguments(parser)
-    parser.add_argument("--name", help="what requests call the model (default: the name of its folder)")
+    parser.add_argument("--name", help="name of the model in requests (default: the name of its folder)")
     parser.add_argument(
-        "--chat-template", metavar="FILE", help="Jinja template to use in place of the tokenizer's own, or for its lack"
+        "--chat-template",
+        metavar="FILE",
+        help="Jinja template to use instead of the tokenizer's own, or if it has none",
     )
     parser.add_argument(
         "--default",
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="of requests that leave the field out, such as num_steps=20; may be repeated",
+        help="value for requests that leave the field out, such as num_steps=20; may be repeated",
     )
 
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    network.add_argument("--port", type=int, default=8000, help="0: any that is free (default: 8000)")
+    network.add_argument("--port", type=int, default=8000, help="port to listen on; 0: any free one (default: 8000)")
     network.add_argument(
         "--allow-host",
         action="append",
         default=[],
         metavar="NAME",
-        help="name by which clients may call the server, besides localhost and IP addresses; may be repeated",
+        help="host name that clients may use for the server, besides localhost and IP addresses; may be repeated",
     )
-    network.add_argument("--api-key-file", metavar="FILE", help=f"file with the API key, in place of {KEY_VARIABLE}")
+    network.add_argument("--api-key-file", metavar="FILE", help=f"file with the API key, instead of {KEY_VARIABLE}")
     network.add_argument(
         "--shutdown-seconds",
         type=float,
         default=10,
         metavar="S",
-        help="how long running answers may go on after SIGTERM (default: 10)",
+        help="seconds that running answers may take after SIGTERM (default: 10)",
     )
 
     capacity = parser.add_argument_group("capacity")
-    capacity.add_argument("--max-batch", type=int, default=64, help="answers worked on at a time (default: 64)")
+    capacity.add_argument("--max-batch", type=int, default=64, help="answers generated at a time (default: 64)")
     capacity.add_argument(
         "--max-waiting", type=int, default=64, help="requests in the queue; more get a 429 (default: 64)"
     )
@@ -70,23 +72,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache-slots",
         type=int,
         metavar="N",
-        help="of the key-value cache (default: planned from the memory there is)",
+        help="slots of the key-value cache, one per token (default: planned from the free memory)",
     )
 
     limits = parser.add_argument_group("limits of one request")
-    limits.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="of an answer's text (default: 4096)")
-    limits.add_argument("--max-images", type=int, default=16, metavar="N", help="of an answer (default: 16)")
+    limits.add_argument(
+        "--max-tokens", type=int, default=4096, metavar="N", help="text tokens of an answer (default: 4096)"
+    )
+    limits.add_argument("--max-images", type=int, default=16, metavar="N", help="images of an answer (default: 16)")
     limits.add_argument(
         "--max-num-steps", type=int, default=1000, metavar="N", help="denoising steps of an image (default: 1000)"
     )
     limits.add_argument(
-        "--max-image-size", type=int, default=2048, metavar="N", help="pixels a side to draw (default: 2048)"
+        "--max-image-size",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="pixels per side of an image of an answer (default: 2048)",
     )
-    limits.add_argument("--max-prompt-images", type=int, default=64, metavar="N", help="in a request (default: 64)")
     limits.add_argument(
-        "--max-prompt-megapixels", type=float, default=16, metavar="X", help="of an image sent (default: 16)"
+        "--max-prompt-images", type=int, default=64, metavar="N", help="images of a prompt (default: 64)"
     )
-    limits.add_argument("--max-body-mb", type=float, default=16, metavar="X", help="of a request, in MiB (default: 16)")
+    limits.add_argument(
+        "--max-prompt-megapixels",
+        type=float,
+        default=16,
+        metavar="X",
+        help="megapixels of an image of a prompt (default: 16)",
+    )
+    limits.add_argument(
+        "--max-body-mb", type=float, default=16, metavar="X", help="size of a request in MiB (default: 16)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -101,9 +117,9 @@ def run(args: argparse.Namespace) -> int:
     from lmfusion.generation.previews import preview_map
     from lmfusion.generation.worker import EngineWorker
 
-    # All that can be wrong is told before the model is loaded
+    # Everything that can be wrong is checked before the model is loaded
     if args.shutdown_seconds < 0:
-        raise ValueError(f"--shutdown-seconds is {args.shutdown_seconds}; it must be 0 or more")
+        raise ValueError(f"--shutdown-seconds must be at least 0, got {args.shutdown_seconds}")
     limits = RequestLimits(
         max_body_bytes=round(args.max_body_mb * MEBI),
         max_image_pixels=round(args.max_prompt_megapixels * MEBI),
@@ -120,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
         name = args.name or Path(args.model).resolve().name
         parser = RequestParser(model, name, limits, defaults)
         preview_map(model.codec)  # which may take seconds, before anybody waits for it
-        engine = Engine(model, num_rows=args.cache_slots, max_batch=args.max_batch, limits=limits.generation)
+        engine = Engine(model, num_slots=args.cache_slots, max_batch=args.max_batch, limits=limits.generation)
         worker = EngineWorker(engine, max_waiting=args.max_waiting)
         app = build_app(worker, parser, api_key=api_key, allowed_hosts=[*args.allow_host, args.host])
         print(engine.plan)
@@ -148,29 +164,29 @@ def _limits(args: argparse.Namespace) -> "Limits":
     for name, value in given.items():
         if value < 0:
             option = "--max-tokens" if name == "max_new_tokens" else f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} is {value}; it must be 0 or more")
+            raise ValueError(f"{option} must be at least 0, got {value}")
     return Limits(**given)
 
 
 def _api_key(path: str | None) -> str | None:
-    """Not an option's value, which every user of the machine could read in the list of processes."""
+    """The API key. It is not a command-line value, which every user of the machine could read in the process list."""
     key = os.environ.get(KEY_VARIABLE) if path is None else Path(path).read_text(encoding="utf-8")
     if key is None:
         return None
     key = key.strip()
     if not (key and key.isascii() and key.isprintable()):
         where = KEY_VARIABLE if path is None else path
-        raise ValueError(f"the API key in {where} is empty or has characters that headers cannot hold; use ASCII")
+        raise ValueError(f"the API key in {where} must be printable ASCII and not empty, or headers cannot hold it")
     return key
 
 
 def _require_chat(model: "LMFusion", template: str | None) -> None:
     if model.tokenizer is None:
-        raise ValueError("the model has no tokenizer; adapt it from a checkpoint with one")
+        raise ValueError("the model must have a tokenizer; adapt it from a checkpoint with one")
     if template is not None:
         model.tokenizer.chat_template = template
     if not getattr(model.tokenizer, "chat_template", None):
         raise ValueError(
-            "the model's tokenizer has no chat template, so it was not trained to chat; serve a chat model, or give "
-            "--chat-template FILE"
+            "the model's tokenizer must have a chat template, or it was not trained to chat; serve a chat model, or "
+            "give --chat-template FILE"
         )

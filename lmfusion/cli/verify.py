@@ -1,15 +1,15 @@
 """Compare the text side of a saved model with its base LLM, bit for bit.
 
-Prints how many text tensors have the base's sha256, and whether the logits of a few prompts are the same to the last
-bit. The exit code is 0 only if everything is identical, 1 if something differs, and 2 if the
-model cannot be put together: without its text tower it is not loaded onto another base LLM.
+Prints how many text tensors have the sha256 of the base's, and whether the logits of a few prompts are the same to the
+last bit. Exit code: 0 if everything is identical, 1 if something differs, 2 if the model cannot be loaded, for example
+because its base LLM has changed.
 """
 
 import argparse
 
 from lmfusion.cli.loading import add_places
 
-HELP = "check that the text side of a model is still its base LLM, bit for bit"
+HELP = "check that the text side of a model equals its base LLM, bit for bit"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""What can a trained model make? Answers of text and images, images of texts, captions of images: by the engine."""
+"""Functions behind `LMFusion.generate`, `stream`, `draw` and `caption`: they run an engine for a list of prompts."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model made of a prompt. `str(answer)` is its text."""
+    """The answer to a prompt. `str(answer)` is its text."""
 
     parts: tuple[str | Image.Image, ...]
-    """Texts and images in their order."""
+    """Texts and images in order."""
     finish_reason: str
     """"stop" or "length", as `events.Done` has it."""
     num_prompt_tokens: int
@@ -47,10 +47,10 @@ class Answer:
 def stream_answer(model: "LMFusion", prompt: PromptLike, *, chat: bool = False, **options: Any) -> Iterator[Event]:
     """Events of one answer, as they happen, up to Done. Closing the iterator cancels the answer.
 
-    prompt, chat: see `encode_prompt`. options: fields of `GenerationOptions`. What is wrong with them is raised here,
-    not at the first event.
+    prompt, chat: see `encode_prompt`. options: fields of `GenerationOptions`. Errors in them are raised at once, not at
+    the first event.
 
-    Raises ValueError for unknown options, numbers out of range, and what `encode_prompt` and `Engine.submit` refuse.
+    Raises ValueError for unknown options, values out of range, and what `encode_prompt` and `Engine.submit` refuse.
     """
     given = options_of(options)
     asked = EngineRequest(encode_prompt(model, prompt, chat, given.template_variables), given)
@@ -72,34 +72,35 @@ def stream_answer(model: "LMFusion", prompt: PromptLike, *, chat: bool = False, 
 def generate_answers(
     model: "LMFusion", prompts: Sequence[PromptLike], *, chat: bool = False, batch_size: int = 8, **options: Any
 ) -> list[Answer]:
-    """An answer to each of `prompts`, as `stream_answer` makes them, up to `batch_size` at a time.
+    """An answer to each of `prompts`, up to `batch_size` at a time, as `stream_answer` gives them.
 
-    Chance is keyed by (seed, index of the prompt), so batch_size does not change an answer.
+    Random numbers are keyed by (seed, index of the prompt), so batch_size does not change an answer.
 
     Raises what `stream_answer` raises, before anything is computed, and ValueError for an empty list.
     """
     asked = options_of(options)
     check_list(prompts, "prompts", batch_size)
     read = [encode_prompt(model, prompt, chat, asked.template_variables) for prompt in prompts]
-    return _answer(model, read, asked, batch_size)
+    return _run(model, read, asked, batch_size)
 
 
 def draw_images(
     model: "LMFusion", prompts: Sequence[PromptLike], *, batch_size: int = 8, **options: Any
 ) -> list[Image.Image]:
-    """One image for each prompt: a caption, or a list of texts and images that an edited one comes after.
+    """One image for each prompt: a caption, or a list of texts and images that the new image follows, as in edits.
 
     options: those of images in `GenerationOptions`. Noise is keyed by (seed, index of the prompt), so batch_size does
     not change an image.
 
     Raises ValueError for an empty list or prompt, and what `generate_answers` raises.
     """
-    _refuse(options, ("draw_first", "max_images", "min_images", "max_new_tokens"), "draw makes an image and no text")
-    _refuse(options, ("template_variables",), "draw takes no conversation")
+    fixed = ("draw_first", "max_images", "min_images", "max_new_tokens")
+    _refuse(options, fixed, "draw generates an image and no text")
+    _refuse(options, ("template_variables",), "draw takes captions, not conversations")
     asked = options_of({"draw_first": True, "max_images": 1, "max_new_tokens": 0, **options})
     check_list(prompts, "prompts", batch_size)
     read = [encode_prompt(model, [prompt] if isinstance(prompt, str) else prompt) for prompt in prompts]
-    return [answer.images[0] for answer in _answer(model, read, asked, batch_size)]
+    return [answer.images[0] for answer in _run(model, read, asked, batch_size)]
 
 
 def caption_images(
@@ -113,15 +114,15 @@ def caption_images(
 ) -> list[str]:
     """A caption of each image, up to eos or `max_new_tokens`.
 
-    images: files, Pillow images or arrays; cropped and resized to the codec's size. prompt: how every caption begins;
-    it is not part of the answer. Images are read at timestep 0, without noise. options: those of text in
-    `GenerationOptions`. Chance is keyed by (seed, index of the image).
+    images: files, Pillow images or arrays; cropped and resized to the codec's size, and read without noise. prompt: how
+    every caption begins; it is not part of the answer. options: those of text in `GenerationOptions`. Random numbers
+    are keyed by (seed, index of the image).
 
     Raises ValueError for an empty list, a damaged, huge or unknown image, and what `generate_answers` raises; OSError
     for a file that cannot be opened.
     """
-    _refuse(options, ("draw_first", "max_images", "min_images"), "caption makes text and no image")
-    _refuse(options, ("template_variables",), "caption takes no conversation")
+    _refuse(options, ("draw_first", "max_images", "min_images"), "caption generates text and no image")
+    _refuse(options, ("template_variables",), "caption takes images, not conversations")
     asked = options_of({"max_new_tokens": max_new_tokens, **options})
     check_list(images, "images", batch_size)
     words = [prompt] if prompt.strip() else []
@@ -129,36 +130,36 @@ def caption_images(
         encode_prompt(model, [image if isinstance(image, (Image.Image, np.ndarray)) else Path(image), *words])
         for image in images
     ]
-    return [answer.text.strip() for answer in _answer(model, read, asked, batch_size)]
+    return [answer.text.strip() for answer in _run(model, read, asked, batch_size)]
 
 
 @dataclass(frozen=True)
 class EngineRequest:
-    """A request, ready for an engine."""
+    """An encoded prompt with its options, ready to be submitted to an engine."""
 
     prompt: Prompt
     options: GenerationOptions
     index: int = 0
-    """With the seed it is the key of chance."""
+    """With the seed, the key of the random numbers."""
 
 
 def engine_for(model: "LMFusion", requests: Sequence[EngineRequest], batch_size: int) -> Engine:
-    """An engine with as many rows of cache as `batch_size` of `requests` may need at a time.
+    """An engine with as many cache slots as any `batch_size` of `requests` may need at a time.
 
     Raises ValueError for a request beyond the limits, or one that the model cannot answer.
     """
-    for asked in requests:  # before memory is taken for what is beyond them
+    for asked in requests:  # before memory is allocated for a request beyond them
         Limits().check(asked.options, asked.prompt.num_images)
     needs = [sum(Request(model, 0, asked.prompt, asked.options, asked.index).slot_counts()) for asked in requests]
-    return Engine(model, num_rows=sum(sorted(needs, reverse=True)[:batch_size]), max_batch=batch_size)
+    return Engine(model, num_slots=sum(sorted(needs, reverse=True)[:batch_size]), max_batch=batch_size)
 
 
 def options_of(options: dict[str, Any]) -> GenerationOptions:
-    """`GenerationOptions` of keyword arguments. Raises ValueError for a name that is none of its fields."""
+    """`GenerationOptions` from keyword arguments. Raises ValueError for an unknown name."""
     known = [item.name for item in fields(GenerationOptions)]
     unknown = [name for name in options if name not in known]
     if unknown:
-        raise ValueError(f"unknown option {unknown[0]!r}; known: {', '.join(known)}")
+        raise ValueError(f"an option must be one of {', '.join(known)}, got {unknown[0]!r}")
     return GenerationOptions(**options)
 
 
@@ -169,18 +170,18 @@ def _refuse(options: dict[str, Any], names: Sequence[str], why: str) -> None:
 
 
 def check_list(items: Any, name: str, batch_size: int) -> None:
-    """Raise ValueError unless `items` is a list with something in it, to be worked on `batch_size` at a time."""
+    """Raise ValueError unless `items` is a list that is not empty, and batch_size at least 1."""
     if isinstance(items, str) or not isinstance(items, Sequence):
-        raise ValueError(f"{name} is {items!r}; give a list, also for a single one")
+        raise ValueError(f"{name} must be a list, also for a single one, got {items!r:.80}")
     if len(items) == 0:
-        raise ValueError(f"{name} is empty; give at least one")
+        raise ValueError(f"{name} must not be empty; give at least one")
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
 
 
 @contextmanager
 def evaluating(model: "LMFusion") -> Iterator[None]:
-    """In evaluation mode; training mode comes back afterwards."""
+    """Put the model into evaluation mode, and restore its mode afterwards."""
     was_training = model.training
     model.eval()
     try:
@@ -189,27 +190,27 @@ def evaluating(model: "LMFusion") -> Iterator[None]:
         model.train(was_training)
 
 
-def _answer(model: "LMFusion", prompts: Sequence[Prompt], options: GenerationOptions, batch_size: int) -> list[Answer]:
+def _run(model: "LMFusion", prompts: Sequence[Prompt], options: GenerationOptions, batch_size: int) -> list[Answer]:
     requests = [EngineRequest(prompt, options, i) for i, prompt in enumerate(prompts)]
     engine = engine_for(model, requests, batch_size)
-    place = {engine.submit(request.prompt, options, index=request.index): request.index for request in requests}
+    position = {engine.submit(request.prompt, options, index=request.index): request.index for request in requests}
     collectors = [_Collector() for _ in prompts]
     with evaluating(model):
         while engine.has_work:
             for request_id, event in engine.step():
-                collectors[place[request_id]].add(_without_error(event))
+                collectors[position[request_id]].add(_without_error(event))
     return [collector.answer() for collector in collectors]
 
 
 def _without_error(event: Event) -> Event:
-    """The event, unless it tells that the request failed: then what failed is raised."""
+    """The event. Raises the exception that ended a request."""
     if isinstance(event, Done) and event.exception is not None:
         raise event.exception
     return event
 
 
 class _Collector:
-    """Puts the events of one answer together."""
+    """Collects the events of one answer."""
 
     def __init__(self) -> None:
         self._parts: list[str | Image.Image] = []

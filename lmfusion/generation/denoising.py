@@ -1,8 +1,8 @@
-"""How do images of different requests, at different steps of different samplers, take a step together?
+"""Denoising: images of different requests, at different steps of different samplers, take a step together.
 
-Images of one size go through the image tower in one forward, with all their branches of guidance. Which documents these
-are seldom changes from step to step, so their layout is kept. Where steps are replayed as CUDA graphs, images and
-documents are padded to powers of two, so that few graphs do for batches of every size.
+Images of one size go through the image tower in one forward, with all their branches of guidance. The documents of a
+batch seldom change from step to step, so their layout is kept. When steps are replayed as CUDA graphs, images and
+documents are padded to powers of two: a few graphs then serve batches of every size.
 """
 
 from collections import OrderedDict
@@ -30,12 +30,12 @@ from lmfusion_kernels.layout.token_layout import TokenLayout
 if TYPE_CHECKING:
     from lmfusion.model.modeling import LMFusion
 
-NUM_KEPT = 8
-"""Layouts that are kept: a batch alternates between a few, with and without guidance."""
+MAX_LAYOUTS = 8
+"""Layouts that are kept. A batch alternates between a few of them, as guidance sets in and ends."""
 
 
 class Previews(NamedTuple):
-    """What the images of a batch would be if they were finished now."""
+    """Previews of the images of a batch, on their way from the device."""
 
     pixels: HostCopy
     """uint8 [n, h, w, 3]"""
@@ -43,30 +43,30 @@ class Previews(NamedTuple):
     is_finite: HostCopy
     """bool [n]"""
     frames: list[tuple[int, int, int, int]]
-    """(index, step, num_steps, pixels a side) of each"""
+    """(index, step, num_steps, pixels per side) of each"""
 
     def events(self) -> Iterator[tuple[Request, ImagePreview | None]]:
-        """One a picture; None for one whose numbers are not finite. Waits for the pixels."""
+        """The event of each preview, or None if it is not finite. Waits for the pixels."""
         pictures = zip(self.pixels.wait(), self.is_finite.wait().tolist(), self.requests, self.frames, strict=True)
         for pixels, is_finite, request, (index, step, num_steps, size) in pictures:
             picture = ImagePreview(index, step, num_steps, preview_image(pixels, size)) if is_finite else None
             yield request, picture
 
 
-class _Rows(NamedTuple):
-    """Where the images of a batch stand in the cache, and how their branches belong together."""
+class _Plan(NamedTuple):
+    """Where the images of a batch are in the cache, and which branches belong to each."""
 
     layout: TokenLayout
     branching: Branching | None
     num_images: int
-    """Of the batch and those that pad it."""
+    """Those of the batch and those that pad it."""
 
 
 class Denoiser:
-    """Takes the denoising steps of requests that draw."""
+    """Takes the denoising steps of requests."""
 
     def __init__(self, model: "LMFusion", cache: KeyValueCache, recorder: Recorder | None) -> None:
-        """recorder: of CUDA graphs; None: every step is launched anew."""
+        """recorder: of CUDA graphs; None to launch every step from the host."""
         self._model = model
         self._cache = cache
         self._is_padded = recorder is not None
@@ -74,101 +74,113 @@ class Denoiser:
             ReplayedStep(partial(step, model, cache), cache.device, recorder, longest_document=context_limit(model))
             for step in (denoise_step, predict_step)
         )
-        self._kept: OrderedDict[Hashable, _Rows] = OrderedDict()
+        self._plans: OrderedDict[Hashable, _Plan] = OrderedDict()
         self._previews: list[Previews] = []
 
     def step(self, requests: Sequence[Request]) -> list[tuple[Request, Exception]]:
-        """Move the drawing of each request on by a step; answers with those whose own code failed, and how."""
+        """Take the next denoising step of each request. Returns the requests whose own code failed, with the errors.
+
+        Nothing here waits for the device: the host may queue a step while the one before is still running.
+        """
         failures: list[tuple[Request, Exception]] = []
         for batch in _batches(requests):
-            rows = self._rows(batch)
-            if isinstance(_drawing(batch[0]).run, SchedulerRun):
-                failures += self._scheduled_step(batch, rows)
+            plan = self._plan(batch)
+            if isinstance(_state(batch[0]).run, SchedulerRun):
+                failures += self._scheduler_step(batch, plan)
             else:
-                self._table_step([_drawing(request) for request in batch], rows)
+                self._table_step([_state(request) for request in batch], plan)
             failed = {request.id for request, _ in failures}
             for request in batch:
-                _drawing(request).step += 1
+                _state(request).step += 1
+                # A callback runs once per step, and not for a request whose scheduler has failed in this one
                 if request.options.callback_on_step_end is not None and request.id not in failed:
                     failures += _attempt(request, partial(_call_back, request))
             self._begin_previews(batch)
         return failures
 
     def take_previews(self) -> list["Previews"]:
-        """The previews of the steps so far, each given out once. They may still be on their way from the device."""
+        """The previews of the steps so far; each is returned once. They may still be on their way from the device."""
         taken, self._previews = self._previews, []
         return taken
 
-    def _table_step(self, drawings: Sequence[DenoiseState], rows: _Rows) -> None:
-        """The next step of images whose samplers are tables of coefficients."""
-        rows_of_numbers = [drawing.numbers[drawing.step] for drawing in drawings]  # type: ignore[index]
+    def _table_step(self, states: Sequence[DenoiseState], plan: _Plan) -> None:
+        """The next step of images whose samplers are tables of coefficients, in one function of tensors."""
+        numbers = [state.numbers[state.step] for state in states]  # type: ignore[index]
+        # Each image has its own generator, on the CPU, so that the batch does not change its noise. A step that adds no
+        # noise takes no random numbers: the noise of later steps depends on how many were taken before.
         noise = [
-            torch.randn(drawing.x.shape, generator=drawing.generator)
-            if drawing.noise_scales[drawing.step]
-            else torch.zeros(drawing.x.shape)
-            for drawing in drawings
+            torch.randn(state.x.shape, generator=state.generator)
+            if state.noise_scales[state.step]
+            else torch.zeros(state.x.shape)
+            for state in states
         ]
         x, x0 = self.denoise(
-            _stacked([drawing.x for drawing in drawings], rows.num_images),
-            _stacked([drawing.x0 for drawing in drawings], rows.num_images),
-            _stacked(noise, rows.num_images),
-            _stacked(rows_of_numbers, rows.num_images),
-            rows.layout,
-            rows.branching,
+            _stacked([state.x for state in states], plan.num_images),
+            _stacked([state.x0 for state in states], plan.num_images),
+            _stacked(noise, plan.num_images),
+            _stacked(numbers, plan.num_images),
+            plan.layout,
+            plan.branching,
             self._model.codec.latent_range,
         )
-        for i, drawing in enumerate(drawings):
-            drawing.x, drawing.x0 = x[i], x0[i]
+        for i, state in enumerate(states):  # the images that pad the batch come after these
+            state.x, state.x0 = x[i], x0[i]
 
-    def _scheduled_step(self, batch: Sequence[Request], rows: _Rows) -> list[tuple[Request, Exception]]:
-        """The same by schedulers of diffusers, each its own; answers with those that failed."""
-        drawings = [_drawing(request) for request in batch]
-        scaled = [drawing.run.scale(drawing.x, drawing.step) for drawing in drawings]  # type: ignore[union-attr]
-        timesteps = [torch.tensor(float(drawing.timestep)) for drawing in drawings]
-        x, timesteps_padded = _stacked(scaled, rows.num_images), _stacked(timesteps, rows.num_images)
-        predictions = self.predict(x, timesteps_padded, rows.layout, rows.branching)
+    def _scheduler_step(self, batch: Sequence[Request], plan: _Plan) -> list[tuple[Request, Exception]]:
+        """The same with diffusers schedulers, each image with its own. Returns the requests whose scheduler failed."""
+        states = [_state(request) for request in batch]
+        scaled = [state.run.scale(state.x, state.step) for state in states]  # type: ignore[union-attr]
+        timesteps = [torch.tensor(float(state.timestep)) for state in states]
+        x, timesteps_padded = _stacked(scaled, plan.num_images), _stacked(timesteps, plan.num_images)
+        predictions = self.predict(x, timesteps_padded, plan.layout, plan.branching)
         failures = []
-        for request, prediction in zip(batch, predictions, strict=False):  # after these comes what pads them
+        for request, prediction in zip(batch, predictions, strict=False):  # those that pad the batch come last
             failures += _attempt(request, partial(_schedule, request, prediction))
         return failures
 
-    def _rows(self, batch: Sequence[Request]) -> _Rows:
-        """Layout and branching of the next step of `batch`, those of an earlier one where nothing has changed."""
+    def _plan(self, batch: Sequence[Request]) -> _Plan:
+        """Layout and branching of the next step of `batch`: those of an earlier step if nothing has changed."""
         num_train_timesteps = self._model.config.diffusion.num_train_timesteps
         documents = [_documents(request, num_train_timesteps) for request in batch]
+        # All that the layout and the branching are made from. Slots are reused by later requests, so a document's start
+        # alone does not tell: its length and the branches' weights are in the key, too.
         key = tuple(
-            (request.image_rows, request.options.guidance_rescale, *((c.start, c.length, w) for c, w in drawn))
-            for request, drawn in zip(batch, documents, strict=True)
+            (request.num_image_tokens, request.options.guidance_rescale, *((c.start, c.length, w) for c, w in branches))
+            for request, branches in zip(batch, documents, strict=True)
         )
-        if key not in self._kept:
-            self._kept[key] = self._build_rows(batch, documents)
-            if len(self._kept) > NUM_KEPT:
-                self._kept.popitem(last=False)
-        self._kept.move_to_end(key)
-        return self._kept[key]
+        if key not in self._plans:
+            self._plans[key] = self._build_plan(batch, documents)
+            if len(self._plans) > MAX_LAYOUTS:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(key)
+        return self._plans[key]
 
-    def _build_rows(
+    def _build_plan(
         self, batch: Sequence[Request], documents: Sequence[Sequence[tuple[CachedDocument, float]]]
-    ) -> _Rows:
-        flat = [(cached, i) for i, drawn in enumerate(documents) for cached, _ in drawn]
-        flat.sort(key=lambda item: item[0].start)
+    ) -> _Plan:
+        flat = [(cached, i) for i, branches in enumerate(documents) for cached, _ in branches]
+        flat.sort(key=lambda item: item[0].start)  # the order that the cache's layout requires
         is_branched = len(flat) > len(batch)
         num_images, num_documents = len(batch), len(flat)
-        if self._is_padded and batch[0].image_rows <= self._cache.scratch.num_rows:
+        if self._is_padded and batch[0].num_image_tokens <= self._cache.scratch.num_slots:
             num_images = next_power_of_two(num_images)
             num_documents = next_power_of_two(num_documents + num_images - len(batch))
-        # What pads the images comes first among what pads the documents: its own document is that of an image
+        # Images that pad the batch need a document each, in the scratch slots: the first padding documents are theirs.
+        # The rest belong to the last image, and nothing reads what they give.
         padding = range(len(batch), len(batch) + num_documents - len(flat))
         flat += [(self._cache.scratch, min(i, num_images - 1)) for i in padding]
-        layout = self._cache.layout([cached for cached, _ in flat], [[("image", batch[0].image_rows)]] * len(flat))
+        layout = self._cache.layout(
+            [cached for cached, _ in flat], [[("image", batch[0].num_image_tokens)]] * len(flat)
+        )
         if not is_branched:
-            return _Rows(layout, None, num_images)
-        place = {cached: b for b, (cached, _) in enumerate(flat)}
+            return _Plan(layout, None, num_images)
+        position = {cached: b for b, (cached, _) in enumerate(flat)}
         index, weights = [], []
-        for drawn in [*documents, *[[(self._cache.scratch, 1.0)]] * (num_images - len(batch))]:
-            places = [place[cached] for cached, _ in drawn]
-            index.append(places + places[:1] * (MAX_BRANCHES - len(places)))
-            weights.append([weight for _, weight in drawn] + [0.0] * (MAX_BRANCHES - len(drawn)))
+        for branches in [*documents, *[[(self._cache.scratch, 1.0)]] * (num_images - len(batch))]:
+            positions = [position[cached] for cached, _ in branches]
+            # Every image gets MAX_BRANCHES, so that the shape is the same with and without some of them
+            index.append(positions + positions[:1] * (MAX_BRANCHES - len(positions)))
+            weights.append([weight for _, weight in branches] + [0.0] * (MAX_BRANCHES - len(branches)))
         rescale = [request.options.guidance_rescale for request in batch] + [0.0] * (num_images - len(batch))
         device = self._cache.device
         branching = Branching(
@@ -177,84 +189,84 @@ class Denoiser:
             weights=upload(weights, device),
             rescale=upload(rescale, device),
         )
-        return _Rows(layout, branching, num_images)
+        return _Plan(layout, branching, num_images)
 
     def _begin_previews(self, batch: Sequence[Request]) -> None:
         codec = self._model.codec
         shown, frames = [], []
         for request in batch:
-            drawing, every = _drawing(request), request.options.preview_every
-            if every and drawing.step % every == 0 and not drawing.is_finished:
+            state, every = _state(request), request.options.preview_every
+            if every and state.step % every == 0 and not state.is_finished:
                 shown.append(request)
                 size = codec.downscale * request.latent_shape[-1]
-                frames.append((request.num_images, drawing.step, len(drawing.run.timesteps), size))
+                frames.append((request.num_images, state.step, len(state.run.timesteps), size))
         if shown:
-            clean = torch.stack([_drawing(request).x0 for request in shown])
+            clean = torch.stack([_state(request).x0 for request in shown])
             rgb = to_rgb(clean, preview_map(codec))
             self._previews.append(Previews(HostCopy(rgb), shown, HostCopy(are_finite(clean)), frames))
 
 
 def _batches(requests: Sequence[Request]) -> Iterator[list[Request]]:
-    """Requests that can go through one forward, in the order of their rows in the cache."""
+    """Groups of requests that can share a forward, each in the order of its documents in the cache."""
 
     def kind(request: Request) -> tuple[bool, tuple[int, int, int]]:
-        return isinstance(_drawing(request).run, SchedulerRun), request.latent_shape
+        return isinstance(_state(request).run, SchedulerRun), request.latent_shape
 
-    def place(request: Request) -> int:
+    def start(request: Request) -> int:
         assert request.cached is not None
         return request.cached.start
 
-    for _, batch in groupby(sorted(requests, key=lambda request: (kind(request), place(request))), kind):
+    for _, batch in groupby(sorted(requests, key=lambda request: (kind(request), start(request))), kind):
         yield list(batch)
 
 
 def _documents(request: Request, num_train_timesteps: int) -> list[tuple[CachedDocument, float]]:
-    """The documents of the next step's branches, with their weights; outside the guidance interval there is one."""
+    """The documents of the next step's branches, with their weights; outside the guidance interval only the first."""
     low, high = request.options.guidance_interval
-    is_guided = low <= _drawing(request).timestep / num_train_timesteps <= high
-    drawn = request.drawn_branches()
-    return drawn if is_guided else [(drawn[0][0], 1.0)]
+    is_guided = low <= _state(request).timestep / num_train_timesteps <= high
+    branches = request.branch_weights()
+    return branches if is_guided else [(branches[0][0], 1.0)]
 
 
 def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _stacked(tensors: Sequence[Tensor], num_rows: int) -> Tensor:
-    """`tensors` as rows of one, the first of them repeated up to `num_rows`."""
-    return torch.stack([*tensors, *[tensors[0]] * (num_rows - len(tensors))])
+def _stacked(tensors: Sequence[Tensor], num_images: int) -> Tensor:
+    """`tensors` in one tensor, padded with the first of them to `num_images`."""
+    return torch.stack([*tensors, *[tensors[0]] * (num_images - len(tensors))])
 
 
-def _drawing(request: Request) -> DenoiseState:
-    assert request.drawing is not None
-    return request.drawing
+def _state(request: Request) -> DenoiseState:
+    assert request.denoising is not None
+    return request.denoising
 
 
 def _schedule(request: Request, prediction: Tensor) -> None:
-    drawing = _drawing(request)
-    assert isinstance(drawing.run, SchedulerRun)
-    drawing.x, drawing.x0 = drawing.run.step(prediction, drawing.step, drawing.x, drawing.generator)
+    state = _state(request)
+    assert isinstance(state.run, SchedulerRun)
+    state.x, state.x0 = state.run.step(prediction, state.step, state.x, state.generator)
 
 
 def _call_back(request: Request) -> None:
-    """Let the request's callback see the step that was taken, and change its outcome."""
-    drawing, callback = _drawing(request), request.options.callback_on_step_end
+    """Call the request's callback after a step; it may replace the latents."""
+    state, callback = _state(request), request.options.callback_on_step_end
     assert callback is not None
-    step = drawing.step - 1
-    answer = callback(step, int(drawing.run.timesteps[step]), {"latents": drawing.x})
+    step = state.step - 1
+    answer = callback(step, int(state.run.timesteps[step]), {"latents": state.x})
     if answer is None:
         return
-    latents = answer.get("latents", drawing.x)
+    latents = answer.get("latents", state.x)
     shape = tuple(latents.shape) if isinstance(latents, Tensor) else type(latents).__name__
-    if shape != tuple(drawing.x.shape):
+    if shape != tuple(state.x.shape):
         raise ValueError(
-            f"latents of callback_on_step_end must be a tensor of the shape {tuple(drawing.x.shape)}, got {shape}"
+            f"latents of callback_on_step_end must be a tensor of the shape {tuple(state.x.shape)}, got {shape}"
         )
-    drawing.x = latents.to(drawing.x)
+    state.x = latents.to(state.x)
 
 
 def _attempt(request: Request, work: Callable[[], None]) -> list[tuple[Request, Exception]]:
-    """What the code of one request raised, if it did."""
+    """Run code that belongs to one request. Returns what it raised, if it did: the other requests go on."""
     try:
         work()
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What does one step compute? Functions of tensors alone, on the cache in place, that wait for nothing on the host."""
+"""The decode and denoise steps as functions of tensors that never wait for the device: CUDA graphs can hold them."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 class Branching(NamedTuple):
-    """Which image each of B branches draws, and the branches of each of R images."""
+    """The image that each of B branches predicts for, and the branches of each of R images."""
 
     image: Tensor
     """int64 [B]"""
     branch: Tensor
-    """int64 [R, 3], the whole prompt's first; repeated where there are fewer"""
+    """int64 [R, 3], that of the whole prompt first; repeated if an image has fewer"""
     weights: Tensor
-    """float32 [R, 3], 0 where there are fewer"""
+    """float32 [R, 3], 0 for repeated ones"""
     rescale: Tensor
     """float32 [R]"""
 
@@ -33,13 +33,13 @@ def decode_step(
     cache: KeyValueCache,
     token_ids: Tensor,
     layout: TokenLayout,
-    choice: SamplingParams,
+    params: SamplingParams,
     is_greedy: bool,
 ) -> Tensor:
-    """The token int64 [B] that follows `token_ids` int64 [B], each the next of a cached document."""
+    """The tokens int64 [B] that follow `token_ids` int64 [B], each of which continues a cached document."""
     x_text = model.embed(token_ids)
     h_text, _ = model.run_layers(x_text, x_text.new_empty(0, model.config.image_hidden_size), layout, cache.layers)
-    return next_tokens(model.text_logits(h_text), choice, is_greedy)
+    return next_tokens(model.text_logits(h_text), params, is_greedy)
 
 
 def predict_step(
@@ -50,22 +50,23 @@ def predict_step(
     layout: TokenLayout,
     branching: Branching | None,
 ) -> Tensor:
-    """The (guided) prediction for R noisy images x [R, C, h, w] at `timesteps` [R], each at the end of its documents.
+    """The guided prediction for R noisy images x [R, C, h, w] at `timesteps` [R], each at the end of its documents.
 
-    The layout holds the images' rows alone, a document a branch; None for `branching`: a document an image.
+    layout: of the images' tokens alone, one document per branch. branching: None if there is one document per image.
     """
-    # Attention gives the tokens of other documents a weight of 0, but 0 times NaN is NaN. So the model sees zeros in
-    # place of an image that is not finite. The image itself stays as it is: its sampler continues from x.
+    # Attention gives the tokens of other documents a weight of 0, but 0 times NaN is NaN. So the model gets zeros in
+    # place of an image that is not finite, and the other images are unharmed. The image itself stays as it is: its
+    # sampler continues from x, and the engine finds the NaN when the image is finished.
     is_finite = x.isfinite().flatten(1).all(dim=1)
     x = torch.where(is_finite[:, None, None, None], x, 0.0)
-    rows, skip = model.encode_images(x, timesteps)
+    x_image, skip = model.encode_images(x, timesteps)
     assert skip is not None
     if branching is not None:
-        rows = rows.unflatten(0, (x.shape[0], -1)).index_select(0, branching.image).flatten(0, 1)
+        x_image = x_image.unflatten(0, (x.shape[0], -1)).index_select(0, branching.image).flatten(0, 1)
         skip = tuple(feature.index_select(0, branching.image) for feature in skip)
         timesteps = timesteps.index_select(0, branching.image)
     no_text = model.embed(torch.empty(0, dtype=torch.int64, device=x.device))
-    _, h_image = model.run_layers(no_text, rows, layout, cache.layers)
+    _, h_image = model.run_layers(no_text, x_image, layout, cache.layers)
     predictions = model.decode_images(h_image, timesteps, skip).to(x.dtype)
     if branching is None:
         return predictions
@@ -85,7 +86,7 @@ def denoise_step(
 ) -> tuple[Tensor, Tensor]:
     """(x, x0) of R images after one step of their samplers.
 
-    x, x0 (the clean images predicted one step before), noise: [R, C, h, w]. numbers: float32 [R, 7], the timestep of
+    x, x0 (the clean images predicted in the step before), noise: [R, C, h, w]. numbers: float32 [R, 7], the timestep of
     each image and its six coefficients (`samplers.StepTable`).
     """
     prediction = predict_step(model, cache, x, numbers[:, 0].to(torch.int64), layout, branching)

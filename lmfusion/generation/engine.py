@@ -1,12 +1,12 @@
-"""How do many answers come about side by side? Requests join and leave between steps; one buffer holds what was read.
+"""Engine: continuous batching of requests that generate text and images, over one key-value cache.
 
-A step of the engine moves every running request on, in up to three forwards of the model:
+Requests join and leave between steps. A step advances every running request, in up to three forwards of the model:
 
-    read      prompts, BOI with the branches of guidance, finished images with EOI: what is known and new
-    decode    one text row a document: the text tower alone
-    denoise   the images' rows: the image tower alone; all branches of guidance in one forward
+    prefill   tokens that are known: prompts, BOI with the branches of guidance, finished images with EOI
+    decode    one text token per document, by the text tower alone
+    denoise   the tokens of the images, by the image tower alone; all branches of guidance in one forward
 
-The forwards of text and of images share no weight, so one for both would save nothing.
+The forwards of text and of images share no weights, so one forward for both would save nothing.
 """
 
 import itertools
@@ -43,48 +43,49 @@ if TYPE_CHECKING:
     from lmfusion.model.modeling import LMFusion
 
 CODEC_BATCH = 8
-"""Images that the autoencoder codes at a time: its working memory is that of a network on full-size images."""
-MAX_READ_ROWS = 16384
-"""Rows of new prompts read in one forward at most, so that its working memory stays bounded."""
+"""Images that the autoencoder encodes or decodes at a time: it works at full size, which takes much memory."""
+MAX_PREFILL_TOKENS = 16384
+"""Most tokens of new prompts in one prefill, which bounds its working memory."""
 
 
 class Engine:
-    """Answers requests, many at a time. One thread uses it: submit, then `step` while `has_work`.
+    """Answers many requests at a time. One thread uses it: `submit`, then `step` while `has_work`.
 
-    The model is to be in evaluation mode and stays as it is for as long as the engine is used (weights may be changed
-    in place between steps).
+    The model must be in evaluation mode. While the engine is used, its weights may be changed in place between steps,
+    but not replaced: CUDA graphs hold their addresses.
     """
 
     plan: MemoryPlan
-    """What the engine holds, and what a step takes beside it."""
+    """The memory that the engine holds."""
     limits: Limits
 
     def __init__(
         self,
         model: "LMFusion",
         *,
-        num_rows: int | None = None,
+        num_slots: int | None = None,
         max_batch: int = 64,
         limits: Limits | None = None,
         use_graphs: bool | None = None,
     ) -> None:
-        """num_rows: tokens that the key-value cache holds, of all running requests together; None: what fits well.
-        max_batch: requests that run at a time. use_graphs: replay CUDA graphs; None: on a GPU, unless the model is
-        sharded.
+        """num_slots: tokens that the key-value cache holds, of all running requests together; None: planned from the
+        free memory. max_batch: requests that run at a time. use_graphs: replay CUDA graphs; None: on a GPU, unless the
+        model is sharded.
 
         Raises ValueError for a model without tokenizer, for numbers below 1, or for graphs without a GPU.
         """
         if max_batch < 1:
-            raise ValueError(f"max_batch is {max_batch}; it must be at least 1")
+            raise ValueError(f"max_batch must be at least 1, got {max_batch}")
         self.limits = limits or Limits()
         self.max_batch = max_batch
-        self.plan = plan_memory(model, num_rows, max_batch)
+        self.plan = plan_memory(model, num_slots, max_batch)
         self._model = model
         if use_graphs is None and any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-            use_graphs = False  # gathering the weights of a sharded model is not recorded
+            use_graphs = False  # gathering the weights of a sharded model cannot be recorded
         recorder = recorder_for(model.device, use_graphs)
         self._is_padded = recorder is not None
-        self._cache = KeyValueCache(model, self.plan.num_rows, model.tokens_per_image if recorder else 0)
+        # With CUDA graphs, batches are padded with documents in scratch slots; none of them is longer than one image
+        self._cache = KeyValueCache(model, self.plan.num_slots, model.tokens_per_image if recorder else 0)
         self._denoiser = Denoiser(model, self._cache, recorder)
         self._decode_step = ReplayedStep(
             partial(decode_step, model, self._cache),
@@ -100,52 +101,59 @@ class Engine:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that have not begun."""
+        """Requests that have not started."""
         return len(self._waiting)
 
     @property
     def num_running(self) -> int:
+        """Requests that have started and not ended."""
         return len(self._running)
 
     @property
     def running_ids(self) -> list[int]:
-        """Requests that have begun and not ended."""
+        """Their ids."""
         return list(self._running)
 
     @property
-    def num_rows(self) -> int:
-        """Rows of the key-value cache."""
-        return self._cache.num_rows
+    def num_slots(self) -> int:
+        """Slots of the key-value cache."""
+        return self._cache.num_slots
 
     @property
-    def num_rows_used(self) -> int:
-        return self._cache.num_rows_used
+    def num_slots_used(self) -> int:
+        """Slots that running requests hold."""
+        return self._cache.num_slots_used
 
     @property
     def has_work(self) -> bool:
-        """Whether `step` has something to do or to tell."""
+        """Whether `step` has something to do, or events to return."""
         return bool(self._waiting or self._running or self._events)
 
     def submit(self, prompt: Prompt, options: GenerationOptions, *, index: int = 0) -> int:
-        """Queue a request; its id comes with its events. index: makes chance differ between prompts of one seed.
+        """Queue a request. Returns its id, which its events carry.
+
+        index: distinguishes requests with the same seed; (seed, index) is the key of the random numbers.
 
         Raises ValueError for options beyond the limits, or an answer that could never fit the context or the cache.
         """
         self.limits.check(options, prompt.num_images)
         request = Request(self._model, next(self._ids), prompt, options, index)
-        num_rows = sum(request.slot_counts())
-        if num_rows > self.num_rows:
+        num_slots = sum(request.slot_counts())
+        if num_slots > self.num_slots:
             raise ValueError(
-                f"the prompt and its answer may take {num_rows} rows of the key-value cache, which has "
-                f"{self.num_rows}; ask for fewer images or tokens, or make the cache larger"
+                f"prompt and answer must fit the key-value cache of {self.num_slots} slots, got {num_slots}; ask for "
+                "fewer images or tokens, or make the cache larger"
             )
         if options.preview_every:
-            preview_map(self._model.codec)  # fitted at the first call; servers make it before they begin
+            preview_map(self._model.codec)  # the first call fits it; servers make that call before they start
         self._waiting.append(request)
         return request.id
 
     def cancel(self, request_id: int) -> None:
-        """End a request and free its rows of the cache at once; `step` tells so. One that has ended is left alone."""
+        """End a request and free its slots of the cache at once; the next `step` returns its Done.
+
+        Nothing happens if the request has ended already.
+        """
         waiting = next((request for request in self._waiting if request.id == request_id), None)
         if waiting is not None:
             self._waiting.remove(waiting)
@@ -154,48 +162,59 @@ class Engine:
             self._finish(self._running[request_id], "cancelled")
 
     def step(self) -> list[tuple[int, Event]]:
-        """Move every running request on by a token or a denoising step; answers with what happened, by request id.
+        """Advance every running request by a token or a denoising step. Returns the events with their request ids.
 
         A request whose callback or scheduler raises, or whose numbers are not finite, ends with finish_reason "error";
-        the others go on. Whatever the model itself raises (out of memory) is raised.
+        the others continue. What the model itself raises, such as out of memory, is raised.
         """
         with torch.no_grad():
             self._admit()
+            # The phases are taken before the prefill changes them: a request whose prompt is prefilled in this step
+            # starts to decode or to denoise in the next one. So no forward writes slots that another one of the same
+            # step reads.
             running = list(self._running.values())
-            prefill, writing, drawing = (
+            prefill, decode, denoise = (
                 [r for r in running if r.phase is phase] for phase in (Phase.PREFILL, Phase.DECODE, Phase.DENOISE)
             )
+            # The previews of the step before: their copies had a whole step to arrive, so waiting for them costs
+            # nothing
             previews = self._denoiser.take_previews()
-            chosen = self._read(prefill) + self._decode(writing)
-            failed = self._denoiser.step(drawing)
-            # What has to be waited for comes last: the device is busy with the drawings meanwhile
-            for requests, token_ids in chosen:
-                for request, token_id in zip(requests, token_ids.wait().tolist(), strict=False):  # padding comes after
-                    if request.id in self._running:  # callbacks may cancel
-                        self._accept(request, token_id)
+            # All work of the step is queued first, and results are waited for afterwards. Waiting for a token before
+            # the denoising step is queued would leave the device idle.
+            sampled = self._prefill(prefill) + self._decode(decode)
+            failed = self._denoiser.step(denoise)
+            for requests, token_ids in sampled:
+                for request, token_id in zip(requests, token_ids.wait().tolist(), strict=False):  # padding comes last
+                    if request.id in self._running:  # a callback may have cancelled it
+                        self._accept_token(request, token_id)
             for request, error in failed:
                 self._finish(request, "error", error)
             for preview in previews:
-                for request, picture in preview.events():
-                    if request.id in self._running and picture is None:
+                for request, event in preview.events():
+                    if request.id in self._running and event is None:
                         self._finish(request, "error", _image_error(request))
-                    elif picture is not None and request.id in self._running:
-                        self._events.append((request.id, picture))
-            self._end_images([r for r in drawing if r.id in self._running and r.drawing and r.drawing.is_finished])
+                    elif event is not None and request.id in self._running:
+                        self._events.append((request.id, event))
+            self._finish_images(
+                [r for r in denoise if r.id in self._running and r.denoising and r.denoising.is_finished]
+            )
         events, self._events = self._events, []
         return events
 
     def _admit(self) -> None:
-        """Let waiting requests begin, in their order, as long as there is room for all that they may need."""
-        num_read = 0
+        """Start waiting requests in their order, as long as there are slots for all that each may need.
+
+        A request gets all its slots at once, so that none has to stop halfway for another one.
+        """
+        num_prefill = 0
         while self._waiting and self.num_running < self.max_batch:
             request = self._waiting[0]
-            if num_read and num_read + request.document.num_tokens > MAX_READ_ROWS:
+            if num_prefill and num_prefill + request.document.num_tokens > MAX_PREFILL_TOKENS:
                 return
             cached = self._cache.allocate(request.slot_counts())
             if cached is None:
                 return
-            num_read += request.document.num_tokens
+            num_prefill += request.document.num_tokens
             self._waiting.popleft()
             self._running[request.id] = request
             request.cached, request.branches = cached[0], cached[1:]
@@ -204,72 +223,75 @@ class Engine:
             except Exception as error:  # such as too large an image for the autoencoder's memory
                 self._finish(request, "error", error)
                 continue
-            if not request.wants_token:
-                self._continue_without_text(request)
+            if not request.needs_token:
+                self._image_or_end(request)
 
     def _context_images(self, prompt: Prompt) -> list[ContextImage]:
-        """A prompt's images in their order, encoded."""
+        """The images of a prompt in their order, encoded."""
         pixels = [image for image in prompt.images if isinstance(image, Tensor)]
         latents: list[Tensor] = []
         for start in range(0, len(pixels), CODEC_BATCH):
-            few = torch.stack(pixels[start : start + CODEC_BATCH])
-            latents += self._model.codec.encode(upload(few, self._cache.device))
+            batch = torch.stack(pixels[start : start + CODEC_BATCH])
+            latents += self._model.codec.encode(upload(batch, self._cache.device))
         in_order = iter(latents)
         images = []
         for image in prompt.images:
             if isinstance(image, VisionInput):
                 assert self._model.vision is not None
-                [rows] = self._model.vision.encode([image])
-                images.append(ContextImage(rows, image.num_tokens, is_seen=True))
+                [embeds] = self._model.vision.encode([image])
+                images.append(ContextImage(embeds, image.num_tokens, is_vision=True))
             else:
                 images.append(ContextImage(next(in_order), self._model.tokens_per_image))
         return images
 
-    def _read(self, requests: Sequence[Request]) -> list[tuple[list[Request], HostCopy]]:
-        """Read what is known; answers with the tokens that follow, where one is wanted."""
+    def _prefill(self, requests: Sequence[Request]) -> list[tuple[list[Request], HostCopy]]:
+        """Put known tokens into the cache. Returns the tokens that follow, for the requests that need one."""
         if not requests:
             return []
+        # Documents of the cache's layout must be in the order of their slots
         prefills = sorted((prefill for r in requests for prefill in r.prefills), key=lambda item: item.cached.start)
-        x_text, x_image = self._rows_of(prefills)
-        layout = self._cache.layout([r.cached for r in prefills], [r.document.spans for r in prefills])
+        x_text, x_image = self._embed(prefills)
+        layout = self._cache.layout([p.cached for p in prefills], [p.document.spans for p in prefills])
         h_text, _ = self._model.run_layers(x_text, x_image, layout, self._cache.layers)
 
         ends = itertools.accumulate(len(prefill.document.token_ids) for prefill in prefills)
-        last_row = {prefill.cached: end - 1 for prefill, end in zip(prefills, ends, strict=True)}
+        last_token = {prefill.cached: end - 1 for prefill, end in zip(prefills, ends, strict=True)}
+        # Only now: the layout above holds the lengths before these tokens
         for prefill in prefills:
             prefill.cached.length += prefill.document.num_tokens
-        asking = []
+        need_token = []
         for request in requests:
             request.prefills = []
-            if request.wants_token:
-                asking.append(request)
+            if request.needs_token:
+                need_token.append(request)
             else:
                 request.phase = Phase.DENOISE
-        if not asking:
+        if not need_token:
             return []
-        rows = torch.tensor([last_row[request.cached] for request in asking])  # type: ignore[index]
-        logits = self._model.text_logits(h_text.index_select(0, upload(rows, h_text.device)))
-        choice, is_greedy = self._choice(asking)
-        choice = SamplingParams(*(upload(numbers, logits.device) for numbers in choice))
-        return [(asking, HostCopy(next_tokens(logits, choice, is_greedy)))]
+        last = torch.tensor([last_token[request.cached] for request in need_token])  # type: ignore[index]
+        logits = self._model.text_logits(h_text.index_select(0, upload(last, h_text.device)))
+        params, is_greedy = self._sampling_params(need_token)
+        params = SamplingParams(*(upload(numbers, logits.device) for numbers in params))
+        return [(need_token, HostCopy(next_tokens(logits, params, is_greedy)))]
 
-    def _rows_of(self, prefills: Sequence[Prefill]) -> tuple[Tensor, Tensor]:
-        """Rows of both towers that `prefills` begin with, images without noise."""
+    def _embed(self, prefills: Sequence[Prefill]) -> tuple[Tensor, Tensor]:
+        """Inputs of the text tower and of the image tower for `prefills`; images have no noise."""
         model, device = self._model, self._cache.device
         token_ids = torch.from_numpy(number_vision_tokens([prefill.document for prefill in prefills]))
         images = [image for prefill in prefills for image in prefill.images]
-        seen = [image.data for image in images if image.is_seen]
-        x_text = model.embed(upload(token_ids, device), torch.cat(seen) if seen else None)
-        latents = [image.data for image in images if not image.is_seen]
+        vision = [image.data for image in images if image.is_vision]
+        x_text = model.embed(upload(token_ids, device), torch.cat(vision) if vision else None)
+        latents = [image.data for image in images if not image.is_vision]
+        # Runs of equal shape, not all images of a shape: the tokens must stay in the order of the documents
         runs = [list(run) for _, run in itertools.groupby(latents, key=lambda x: x.shape)]
-        rows = [
+        x_image = [
             model.encode_images(torch.stack(run), torch.zeros(len(run), dtype=torch.int64, device=device))[0]
             for run in runs
         ]
-        return x_text, torch.cat(rows) if rows else x_text.new_empty(0, model.config.image_hidden_size)
+        return x_text, torch.cat(x_image) if x_image else x_text.new_empty(0, model.config.image_hidden_size)
 
     def _decode(self, requests: Sequence[Request]) -> list[tuple[list[Request], HostCopy]]:
-        """Read the token chosen last of each request; answers with those that follow."""
+        """Put the last token of each request into the cache. Returns the tokens that follow."""
         if not requests:
             return []
         batch = sorted(requests, key=lambda request: request.cached.start)  # type: ignore[union-attr]
@@ -278,98 +300,99 @@ class Engine:
         layout = self._cache.layout(
             [*documents, *[self._cache.scratch] * num_padding], [[("text", 1)]] * (len(batch) + num_padding)
         )
-        token_ids = torch.tensor([request.token for request in batch] + [0] * num_padding)
-        choice, is_greedy = self._choice(batch, num_padding)
-        following = self._decode_step(token_ids, layout, choice, is_greedy)
+        token_ids = torch.tensor([request.pending_token for request in batch] + [0] * num_padding)
+        params, is_greedy = self._sampling_params(batch, num_padding)
+        following = self._decode_step(token_ids, layout, params, is_greedy)
         for document in documents:
             document.length += 1
         return [(batch, HostCopy(following))]
 
-    def _choice(self, requests: Sequence[Request], num_padding: int = 0) -> tuple[SamplingParams, bool]:
-        """How each request chooses its next token, in tensors on the host, and whether all take the likeliest."""
+    def _sampling_params(self, requests: Sequence[Request], num_padding: int = 0) -> tuple[SamplingParams, bool]:
+        """The sampling parameters of each request, on the host, and whether all of them are greedy."""
         vocab_size = self._model.boi_token_id
-        rows = []
+        values = []
         for request in requests:
             options, temperature = request.options, request.options.text_temperature
-            allow_boi = float(request.may_draw)
+            allow_boi = float(request.can_start_image)
+            # From the request's own generator, one number per token, so that its text does not depend on the batch
             uniform = float(torch.rand((), generator=request.generator)) if temperature else 0.0
-            rows.append((allow_boi, temperature, options.top_p, options.top_k or vocab_size + 1, uniform))
-        is_greedy = all(row[1] == 0 for row in rows)
-        rows += rows[:1] * num_padding
-        return SamplingParams(*torch.tensor(list(zip(*rows, strict=True)), dtype=torch.float32)), is_greedy
+            values.append((allow_boi, temperature, options.top_p, options.top_k or vocab_size + 1, uniform))
+        is_greedy = all(temperature == 0 for _, temperature, *_ in values)
+        values += values[:1] * num_padding
+        return SamplingParams(*torch.tensor(list(zip(*values, strict=True)), dtype=torch.float32)), is_greedy
 
-    def _accept(self, request: Request, token_id: int) -> None:
-        """Go on from the token that was chosen: text, the beginning of an image, or the end."""
-        request.token = None
+    def _accept_token(self, request: Request, token_id: int) -> None:
+        """Continue from a sampled token: it is text, begins an image, or ends the answer."""
+        request.pending_token = None
         if token_id == NO_TOKEN:
             self._finish(request, "error", text_error())
         elif token_id == self._model.boi_token_id:
-            self._begin_image(request)
+            self._start_image(request)
         elif token_id in self._end_ids or token_id in request.stop_ids:
-            if request.owes_image:
-                self._begin_image(request)
+            if request.needs_image:
+                self._start_image(request)
             else:
                 self._finish(request, "stop")
         else:
             request.num_new_tokens += 1
-            self._tell_text(request, request.stream.push(token_id))
-            request.token, request.phase = token_id, Phase.DECODE
+            self._emit_text(request, request.stream.push(token_id))
+            request.pending_token, request.phase = token_id, Phase.DECODE
             if request.stream.is_stopped or request.text_room() <= 0:
-                request.ending = "stop" if request.stream.is_stopped else "length"
-                self._continue_without_text(request)
+                request.end_reason = "stop" if request.stream.is_stopped else "length"
+                self._image_or_end(request)
 
-    def _continue_without_text(self, request: Request) -> None:
-        """Where no text can follow: draw what is still to be drawn, or end."""
-        if request.owes_image:
-            self._begin_image(request)
+    def _image_or_end(self, request: Request) -> None:
+        """When no text can follow: start the next image that is still needed, or end the answer."""
+        if request.needs_image:
+            self._start_image(request)
         else:
-            self._finish(request, request.ending or ("length" if request.options.max_new_tokens else "stop"))
+            self._finish(request, request.end_reason or ("length" if request.options.max_new_tokens else "stop"))
 
-    def _begin_image(self, request: Request) -> None:
-        self._tell_text(request, request.stream.finish())
-        request.begin_image(self._model)
-        assert request.drawing is not None
+    def _start_image(self, request: Request) -> None:
+        self._emit_text(request, request.stream.finish())
+        request.start_image(self._model)
+        assert request.denoising is not None
         side = self._model.codec.downscale * request.latent_shape[-1]
-        num_steps = len(request.drawing.run.timesteps)
+        num_steps = len(request.denoising.run.timesteps)
         self._events.append((request.id, ImageBegin(request.num_images, side, side, num_steps)))
 
-    def _end_images(self, requests: Sequence[Request]) -> None:
-        """Decode finished images, and put them into their documents where the answer goes on."""
+    def _finish_images(self, requests: Sequence[Request]) -> None:
+        """Decode finished images, and prepare their prefill if the answer continues."""
         by_shape = sorted(requests, key=lambda request: request.latent_shape)
         for _, run in itertools.groupby(by_shape, key=lambda request: request.latent_shape):
             finished = list(run)
             images: list[Image.Image] = []
             is_finite: list[bool] = []
             for start in range(0, len(finished), CODEC_BATCH):
-                latents = [r.drawing.x for r in finished[start : start + CODEC_BATCH] if r.drawing is not None]
+                latents = [r.denoising.x for r in finished[start : start + CODEC_BATCH] if r.denoising is not None]
                 pixels = self._model.codec.decode(torch.stack(latents))
                 checked = HostCopy(are_finite(latents, pixels))
                 images += to_pil(pixels)
-                is_finite += checked.wait().tolist()  # no extra wait: the images were just waited for
+                is_finite += checked.wait().tolist()  # to_pil has waited for the images already
             for request, image, is_image in zip(finished, images, is_finite, strict=True):
                 if not is_image:
                     self._finish(request, "error", _image_error(request))
                     continue
                 self._events.append((request.id, ImageEnd(request.num_images, image, request.settings())))
-                request.end_image()
-                if not request.wants_token:
-                    self._continue_without_text(request)
+                request.finish_image()
+                if not request.needs_token:
+                    self._image_or_end(request)
 
-    def _tell_text(self, request: Request, text: str) -> None:
+    def _emit_text(self, request: Request, text: str) -> None:
         if text:
             self._events.append((request.id, TextDelta(text)))
 
     def _finish(self, request: Request, reason: str, error: Exception | None = None) -> None:
-        if self._running.pop(request.id, None) is None:  # it has ended before
-            return
-        self._tell_text(request, request.stream.finish())
+        if self._running.pop(request.id, None) is None:
+            return  # it has ended already; freeing its slots twice would give them to two requests
+        self._emit_text(request, request.stream.finish())
         self._cache.free([document for document in (request.cached, *request.branches) if document is not None])
         self._events.append((request.id, _done(request, reason, error)))
 
 
 def _image_error(request: Request) -> Exception:
-    assert request.drawing is not None
-    return image_error(request.num_images, request.options.sampler, len(request.drawing.run.timesteps))
+    assert request.denoising is not None
+    return image_error(request.num_images, request.options.sampler, len(request.denoising.run.timesteps))
 
 
 def _done(request: Request, reason: str, error: Exception | None = None) -> Done:

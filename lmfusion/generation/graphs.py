@@ -1,8 +1,9 @@
-"""How does a step that repeats cost one launch? Captured as a CUDA graph once for every shape, and then replayed.
+"""CUDA graphs: a step is captured once for every shape of its arguments, and then replayed with one launch.
 
-A graph holds kernels and the addresses they read and write. So what a step is given is copied to where the graph reads
-it, and what comes out is copied away; keys and values of the cache, which the step writes in place, stay where they
-are. Everything that is not in a tensor is part of the graph: sizes, and the counts of a layout. They are its key.
+A graph holds kernels and the addresses that they read and write. So the arguments of a step are copied to static
+buffers that the graph reads, and its results are copied away before the next replay overwrites them. The keys and
+values of the cache, which the step writes in place, stay where they are. What is not in a tensor is part of the graph
+and therefore of its key: sizes, constants and the counts of a layout.
 """
 
 import warnings
@@ -20,20 +21,22 @@ from lmfusion_kernels.layout.token_layout import TokenLayout
 
 
 class Recorder(Protocol):
-    """What turns a function without arguments into one that runs the same kernels on the same memory again."""
+    """Turns a function without arguments into one that runs the same kernels on the same memory again."""
 
     def warm_up(self, run: Callable[[], Any]) -> Any:
-        """run(), where everything that happens the first time alone may happen."""
+        """run(), outside of a recording, with whatever happens only in a first call: compilation, allocation."""
         ...
 
     def record(self, run: Callable[[], Any]) -> Callable[[], Any]:
-        """A function that answers as `run` did; its next call may overwrite what it gave. Raises RuntimeError where
-        `run` does what cannot be recorded."""
+        """A function that returns what `run` returned; its next call may overwrite that.
+
+        Raises RuntimeError if `run` does something that cannot be recorded.
+        """
         ...
 
 
 class CudaRecorder:
-    """CUDA graphs that share the memory of what they compute on the way. Untested on a GPU."""
+    """CUDA graphs that share one pool of memory for intermediate results. Untested on a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -46,15 +49,18 @@ class CudaRecorder:
         with torch.cuda.stream(self._stream):
             result = run()
         current.wait_stream(self._stream)
+        # The result was allocated on the recorder's stream, but is used on the current one: without this the allocator
+        # could give its memory away too early
         for tensor in _leaves(result):
             tensor.record_stream(current)
         return result
 
     def record(self, run: Callable[[], Any]) -> Callable[[], Any]:
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on using the device meanwhile
+        # thread_local: other threads may use the device meanwhile
         capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-        with torch.cuda.stream(torch.cuda.current_stream(self._device)), capture:  # which a failed one does not restore
+        # A failed capture does not restore the current stream, so the outer context does
+        with torch.cuda.stream(torch.cuda.current_stream(self._device)), capture:
             result = run()
 
         def replay() -> Any:
@@ -65,31 +71,31 @@ class CudaRecorder:
 
 
 def recorder_for(device: torch.device, use_graphs: bool | None) -> Recorder | None:
-    """The recorder that the steps of one engine share; None where they are to run as they are.
+    """The recorder that the steps of one engine share; None if they are launched from the host.
 
-    use_graphs: None is yes on a GPU. Raises ValueError for True elsewhere.
+    use_graphs: None means yes on a GPU. Raises ValueError for True elsewhere.
     """
     if device.type == "cuda":
         return None if use_graphs is False else CudaRecorder(device)
     if use_graphs:
-        raise ValueError(f"use_graphs is True, but the model is on {device.type}; CUDA graphs need a GPU")
+        raise ValueError(f"use_graphs must be False or None without a GPU, got True with a model on {device.type}")
     return None
 
 
 class ReplayedStep:
-    """`function`, recorded once for every shape of its arguments and replayed whenever a shape comes again.
+    """`function`, recorded once for every shape of its arguments and replayed when the shape comes again.
 
-    Arguments are tensors, layouts, (named) tuples and lists of those, and hashable constants, which like shapes decide
-    what is recorded; results are tensors and tuples or lists of those. Tensors and layouts may be on the host. A result
-    is the caller's own. The function may write into tensors that it holds, as into a cache; it must neither wait for
-    the device nor depend on what it wrote there before, since the first call may run it twice. What it holds stays
-    where it is: after moving it, `clear`.
+    Arguments are tensors, layouts, (named) tuples and lists of tensors and layouts, and hashable constants, which like
+    shapes select the recording. Results are tensors, and tuples or lists of tensors; they belong to the caller. Tensors
+    and layouts may be on the host. The function may write into tensors that it holds, such as a cache. It must not wait
+    for the device, and must not depend on what it wrote there before, since the first call may run it twice. The
+    tensors that it holds must stay at their addresses: call `clear` after moving them.
     """
 
     num_recorded: int
     """Graphs made so far."""
     num_replayed: int
-    """Calls answered by one of them."""
+    """Calls that replayed one of them."""
 
     def __init__(
         self,
@@ -100,9 +106,9 @@ class ReplayedStep:
         max_graphs: int = 128,
         longest_document: int | None = None,
     ) -> None:
-        """device: where the function computes. recorder: None to call it every time. max_graphs: when there are more,
-        the one that was used longest ago is dropped. longest_document: tokens that no document exceeds; layouts are
-        recorded for the next power of two, or for this.
+        """device: where the function computes. recorder: None to call the function every time. max_graphs: beyond this
+        the least recently used graph is dropped. longest_document: the most tokens a document can have; layouts are
+        recorded for the next power of two, at most for this.
         """
         self._function = function
         self._device = device
@@ -118,13 +124,13 @@ class ReplayedStep:
         return len(self._recordings)
 
     def clear(self) -> None:
-        """Drop all graphs, as is due when the function's own tensors have moved."""
+        """Drop all graphs. To be called when tensors that the function holds have moved."""
         self._recordings.clear()
 
     def __call__(self, *arguments: Any) -> Any:
         if self._recorder is None:
-            return self._function(*_map(self._place, arguments))
-        arguments = _map(self._bound, arguments)
+            return self._function(*_map(self._to_device, arguments))
+        arguments = _map(self._bounded, arguments)
         key = _key(arguments)
         recording = self._recordings.get(key)
         if recording is None:
@@ -133,17 +139,19 @@ class ReplayedStep:
         self.num_replayed += 1
         for buffer, argument in zip(recording.buffers, _leaves(arguments), strict=True):
             buffer.load(argument)
+        # Cloned, because the next replay writes its results to the same memory
         return _map(torch.clone, recording.replay())
 
     def _record(self, key: Hashable, arguments: tuple[Any, ...]) -> Any:
-        """The answer to a first call, whose graph is kept."""
+        """The result of the first call for a shape; its graph is kept for the next ones."""
         assert self._recorder is not None
         buffers = [_buffer_like(argument, self._device) for argument in _leaves(arguments)]
-        places = iter(buffers)
-        placed = _map(lambda _: next(places).value, arguments)
-        result = self._recorder.warm_up(lambda: self._function(*placed))
+        remaining = iter(buffers)
+        static = _map(lambda _: next(remaining).value, arguments)
+        # The result comes from the warm-up: recording runs no kernel, and its memory is overwritten by the next replay
+        result = self._recorder.warm_up(lambda: self._function(*static))
         try:
-            replay = self._recorder.record(lambda: self._function(*placed))
+            replay = self._recorder.record(lambda: self._function(*static))
         except RuntimeError as error:
             self._recorder = None
             reason = str(error).partition("\n")[0]
@@ -157,15 +165,15 @@ class ReplayedStep:
             self._recordings.popitem(last=False)
         return result
 
-    def _bound(self, argument: "Tensor | TokenLayout") -> "Tensor | TokenLayout":
+    def _bounded(self, argument: "Tensor | TokenLayout") -> "Tensor | TokenLayout":
         return argument.bounded(self._longest_document) if isinstance(argument, TokenLayout) else argument
 
-    def _place(self, argument: "Tensor | TokenLayout") -> "Tensor | TokenLayout":
+    def _to_device(self, argument: "Tensor | TokenLayout") -> "Tensor | TokenLayout":
         return argument.to(self._device) if isinstance(argument, TokenLayout) else upload(argument, self._device)
 
 
 class _TensorBuffer:
-    """Where a graph reads a tensor."""
+    """The static buffer from which a graph reads a tensor."""
 
     def __init__(self, tensor: Tensor, device: torch.device) -> None:
         self.value = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
@@ -176,7 +184,7 @@ class _TensorBuffer:
 
 
 class _LayoutBuffer:
-    """Where a graph reads the vectors of a layout: one buffer, so that one copy brings them from the host."""
+    """The static buffer from which a graph reads the vectors of a layout: one buffer, so one copy from the host."""
 
     def __init__(self, layout: TokenLayout, device: torch.device) -> None:
         self._buffer = torch.empty(pack(layout.vectors).shape, dtype=torch.int32, device=device)
@@ -185,7 +193,7 @@ class _LayoutBuffer:
         self.load(layout)
 
     def load(self, layout: TokenLayout) -> None:
-        if layout.position is self._loaded:  # the same layout as before, as in most steps of an image
+        if layout.position is self._loaded:  # the layout of the step before, as in most steps of an image
             return
         self._loaded, source = layout.position, layout.vectors
         if layout.device == self._buffer.device:
@@ -206,7 +214,7 @@ def _buffer_like(argument: Any, device: torch.device) -> "_TensorBuffer | _Layou
 
 
 def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor`, in page-locked memory where it is on the host and `device` is a GPU: copying it waits for nothing."""
+    """`tensor`, in page-locked memory if it is on the host and `device` is a GPU, so that copying it does not wait."""
     return tensor.pin_memory() if tensor.device.type == "cpu" and device.type == "cuda" else tensor
 
 
@@ -215,7 +223,7 @@ def _is_parent(value: Any) -> bool:
 
 
 def _map(function: Callable[[Any], Any], value: Any) -> Any:
-    """`value` with the function's answer in the place of every tensor and layout in it."""
+    """`value` with the function applied to every tensor and layout in it."""
     if isinstance(value, (Tensor, TokenLayout)):
         return function(value)
     if not _is_parent(value):
@@ -234,7 +242,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _key(value: Any) -> Hashable:
-    """What a graph for `value` is tied to."""
+    """What a graph for `value` depends on besides the numbers in its tensors."""
     if isinstance(value, Tensor):
         return value.shape, value.dtype
     if isinstance(value, TokenLayout):

@@ -1,14 +1,15 @@
-"""What is an image's prediction guided by? Branches that know less than the prompt, all computed in one forward.
+"""Guidance: the branches that an image's prediction is combined from, all computed in one forward.
 
-Guided by text, with scale s (classifier-free guidance, LMFusion section 4.1), e being the network's prediction:
+A branch is a document that holds all of the prompt, a part of it, or nothing. With e for the network's prediction,
+guidance by the text with scale s is (classifier-free guidance, LMFusion section 4.1)
 
     e(nothing) + s (e(all) - e(nothing))
 
-and by the images that come before it, too, with scale s_I (InstructPix2Pix, equation 3):
+and guidance by the images before it, too, with scale s_I, is (InstructPix2Pix, equation 3)
 
     e(nothing) + s_I (e(images) - e(nothing)) + s (e(all) - e(images))
 
-Both are sums of the branches' predictions with weights that add up to 1.
+Both are weighted sums of the branches' predictions; the weights add up to 1.
 """
 
 from collections.abc import Sequence
@@ -24,32 +25,32 @@ MAX_BRANCHES = 3
 
 
 class ContextImage(NamedTuple):
-    """An image that stands in a document already."""
+    """A finished image in a document."""
 
     data: Tensor
-    """Clean latents [C, h, w]; of one that is seen its rows [num_rows, d_text]."""
-    num_rows: int
-    is_seen: bool = False
-    """Whether a vision encoder made rows of the text tower of it."""
+    """Clean latents [C, h, w], or the vision encoder's embeddings [num_tokens, d_text]."""
+    num_tokens: int
+    is_vision: bool = False
+    """Whether a vision encoder turned it into embeddings of the text tower."""
 
     def put(self, document: Document, tokens: SpecialTokens) -> Document:
-        """`document` followed by the image, as prompts hold it."""
-        if self.is_seen:
-            return document.input_image(self.num_rows)
-        return document.marker(tokens.boi_token_id).image(self.num_rows).marker(tokens.eoi_token_id)
+        """`document` followed by the image, just as in a prompt."""
+        if self.is_vision:
+            return document.input_image(self.num_tokens)
+        return document.marker(tokens.boi_token_id).image(self.num_tokens).marker(tokens.eoi_token_id)
 
 
 class Branch(NamedTuple):
-    """What a branch other than the whole prompt's reads before the image."""
+    """A branch other than that of the whole prompt: what comes before the image in it."""
 
     document: Document
     images: list[ContextImage]
-    """Those in the document."""
+    """The images in the document."""
     weight: float
 
 
 class Guidance(NamedTuple):
-    """The weight of the prediction that knows everything, and the other branches."""
+    """The weight of the prediction from the whole prompt, and the other branches."""
 
     weight: float
     branches: list[Branch]
@@ -61,7 +62,7 @@ def guidance_of(
     tokens: SpecialTokens,
     negative_ids: Sequence[int],
 ) -> Guidance:
-    """The branches of an image that comes after `images`. Branches without weight are left out."""
+    """The branches of an image that comes after `images`, the largest first. Those of weight 0 are left out."""
     scale, image_scale = options.guidance_scale, options.image_guidance_scale
     with_images = image_scale is not None and len(images) > 0
     weights = (scale, image_scale - scale, 1 - image_scale) if with_images else (scale, 0.0, 1 - scale)  # type: ignore[operator]
@@ -80,9 +81,9 @@ def guidance_of(
 def guide(predictions: Tensor, branch_index: Tensor, weights: Tensor, rescale: Tensor) -> Tensor:
     """Guided predictions [R, C, h, w] from those of all branches [B, C, h, w].
 
-    branch_index: int64 [R, 3], the branches of each image, that of the whole prompt first. weights: [R, 3], 0 where
-    there are fewer. rescale: [R], how much of the standard deviation that guidance adds is taken back (Lin et al. 2023,
-    equations 15 and 16).
+    branch_index: int64 [R, 3], the branches of each image, that of the whole prompt first. weights: [R, 3], 0 for
+    branches that an image does not have. rescale: [R], how much of the standard deviation that guidance adds is taken
+    back (Lin et al. 2023, equations 15 and 16).
     """
     parts = predictions[branch_index]  # [R, 3, C, h, w]
     guided = (parts * weights[:, :, None, None, None]).sum(dim=1)

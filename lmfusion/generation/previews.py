@@ -1,7 +1,7 @@
-"""What will the image look like? A linear map from predicted clean latents to colours, fitted for the codec.
+"""Previews: a linear map from predicted clean latents to colours, fitted to the codec.
 
-Decoding would cost more than the denoising step it shows. Colours, however, are nearly linear in the latents of every
-autoencoder in use, which is enough to see a picture come.
+Decoding would cost more than the denoising step that it shows. But colours are nearly linear in the latents of every
+autoencoder in use, which is good enough to watch an image appear.
 """
 
 import math
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from lmfusion.model.codec import Codec, PixelCodec
 
 NUM_IMAGES = 48
-"""Synthetic images that a map is fitted to."""
+"""Synthetic images that the map is fitted to."""
 LATENT_SIDE = 8
 """Their height and width in latent pixels."""
 _BATCH = 8
@@ -23,10 +23,10 @@ _BATCH = 8
 def preview_map(codec: Codec) -> Tensor:
     """Weights of the codec's latent channels and, in the last row, an offset: float32 [latent_channels + 1, 3].
 
-    Gives red, green and blue in [0, 1], see `to_rgb`. Exact where the image is its own latent; otherwise fitted by
-    least squares to synthetic images that the codec encodes, and kept on the codec: only the first call takes time
-    (seconds on a CPU with an autoencoder as large as Stable Diffusion's). Always on the CPU, and always the same for
-    the same codec.
+    Gives red, green and blue in [0, 1], see `to_rgb`. It is exact for raw pixels; otherwise it is fitted by least
+    squares to synthetic images that the codec encodes, and kept on the codec, so that only the first call takes time
+    (seconds on a CPU with an autoencoder as large as Stable Diffusion's). It is on the CPU, and the same for the same
+    codec.
     """
     kept = getattr(codec, "_preview_map", None)
     if kept is None:
@@ -37,9 +37,9 @@ def preview_map(codec: Codec) -> Tensor:
 
 
 def to_rgb(x0: Tensor, preview_map: Tensor) -> Tensor:
-    """Colours uint8 [B, h, w, 3] of clean latents [B, C, h, w], on their device and without waiting for it.
+    """Colours uint8 [B, h, w, 3] of clean latents [B, C, h, w], on their device, without waiting for the device.
 
-    preview_map: that of the codec.
+    preview_map: from `preview_map(codec)`.
     """
     preview_map = preview_map.to(x0.device, non_blocking=True)
     rgb = x0.permute(0, 2, 3, 1).float() @ preview_map[:-1] + preview_map[-1]
@@ -47,7 +47,7 @@ def to_rgb(x0: Tensor, preview_map: Tensor) -> Tensor:
 
 
 def preview_image(rgb: Tensor, size: int) -> Image.Image:
-    """A Pillow image of `size` pixels a side, that of the finished one, from colours uint8 [h, w, 3] on the CPU.
+    """A Pillow image of `size` pixels per side, like the finished one, from colours uint8 [h, w, 3] on the CPU.
 
     Latents of an autoencoder are enlarged smoothly; pixels stay as they are.
     """
@@ -68,12 +68,12 @@ def _fit(codec: Codec) -> Tensor:
     features = latents.permute(0, 2, 3, 1).flatten(0, 2).double()
     features = torch.cat([features, torch.ones(len(features), 1, dtype=torch.float64)], dim=1)
     targets = colours.permute(0, 2, 3, 1).flatten(0, 2).double()
-    # gelsd: latent channels that say nothing new leave the system short of rank
+    # gelsd: the system lacks full rank if one latent channel depends on others
     return torch.linalg.lstsq(features, targets, driver="gelsd").solution.float()
 
 
 def _synthetic_images(channels: int, size: int) -> Tensor:
-    """Smooth fields of colour, gradients and shapes in turn: float32 [NUM_IMAGES, channels, size, size] in [-1, 1]."""
+    """Smooth colours, gradients and shapes in turn: float32 [NUM_IMAGES, channels, size, size] in [-1, 1]."""
     generator = torch.Generator().manual_seed(0)
     position = (torch.arange(size) + 0.5) / size
     y, x = torch.meshgrid(position, position, indexing="ij")

@@ -1,4 +1,4 @@
-"""What does an answer go on from? Text, images, a mix of both, or a conversation, read into token ids and pixels."""
+"""Prompts: text, images, a mix of both, or a conversation, encoded into token ids and pixels."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
 
 Part = str | Path | Image.Image | np.ndarray | VisionInput
 PromptLike = str | Sequence[Part] | Sequence[ChatMessage]
-"""A text; a list of texts and images (a path is an image, a str never is); or messages as in `lmfusion.text.chat`."""
+"""A text; a list of texts and images (a Path is an image, a str never is); or messages as in `lmfusion.text.chat`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """A prompt that has been read."""
+    """An encoded prompt."""
 
     parts: tuple[list[int] | Tensor | VisionInput, ...]
-    """In their order: token ids; images as the image tower has them, pixels [channels, H, W] in [-1, 1]; and images
-    that a vision encoder sees."""
+    """In order: token ids; images for the image tower, as pixels [channels, H, W] in [-1, 1]; and images for a vision
+    encoder."""
     text: str
-    """Its words, to be kept with what is made from it."""
+    """Its words, to be saved with the images made from it."""
 
     @property
     def images(self) -> list[Tensor | VisionInput]:
@@ -42,20 +42,18 @@ class Prompt:
     def num_images(self) -> int:
         return len(self.images)
 
-    def num_image_rows(self, num_image_tokens: int) -> int:
-        """Rows that its images take, with their markers. num_image_tokens: of an image of the image tower."""
-        return sum(
-            image.num_tokens if isinstance(image, VisionInput) else num_image_tokens + 2 for image in self.images
-        )
+    def num_image_tokens(self, tokens_per_image: int) -> int:
+        """Tokens of its images, with BOI and EOI. tokens_per_image: those of an image in the image tower."""
+        return sum(image.num_tokens if isinstance(image, VisionInput) else tokens_per_image + 2 for image in self.images)
 
-    def document(self, num_image_tokens: int, tokens: SpecialTokens) -> Document:
-        """Its rows: text as it is, every image between BOI and EOI, or as it is where a vision encoder sees it."""
+    def document(self, tokens_per_image: int, tokens: SpecialTokens) -> Document:
+        """Its tokens: text as it is, images between BOI and EOI, images of a vision encoder without these."""
         document = Document()
         for part in self.parts:
             if isinstance(part, VisionInput):
                 document = document.input_image(part.num_tokens)
             elif isinstance(part, Tensor):
-                document = document.marker(tokens.boi_token_id).image(num_image_tokens).marker(tokens.eoi_token_id)
+                document = document.marker(tokens.boi_token_id).image(tokens_per_image).marker(tokens.eoi_token_id)
             else:
                 document = document.text(part)
         return document
@@ -69,40 +67,41 @@ def encode_prompt(
 ) -> Prompt:
     """`prompt` in the model's tokens and pixels.
 
-    A single text is tokenised as the base LLM would. In a list, texts are stripped, as captions are in training, and
-    bos comes first; images are cropped to the middle and resized to the codec's size. Messages, and with `chat` a
-    single text or list as the user's turn, are written in the tokenizer's chat template, after the model's system
-    prompt if it has one and the conversation has none. template_variables: what the template reads by name, over those
-    saved with the model.
-    A vision-language model sees images at their own size with its encoder, all but those of the assistant in messages,
-    which are its own drawings.
+    A single text is tokenised as by the base LLM. In a list, texts are stripped, as captions are in training, and bos
+    comes first; images are cropped to the middle and resized to the codec's size. Messages are written with the
+    tokenizer's chat template, as is with `chat` a single text or list, which is then the user's turn. The model's
+    system prompt comes first, if it has one and the conversation has none. template_variables: values that the template
+    reads by name, over those saved with the model. A vision-language model encodes images at their own size with its
+    vision encoder, except those of the assistant in messages, which it has generated itself.
 
     Raises ValueError for an empty prompt, a part that is neither text nor image, a damaged or huge image, a
-    conversation where the tokenizer has no chat template, or template variables without a conversation; OSError for a
+    conversation without a chat template in the tokenizer, or template variables without a conversation; OSError for a
     file that cannot be opened.
     """
     tokenizer = require_tokenizer(model)
     is_conversation = isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
     if template_variables and not (is_conversation or chat):
-        raise ValueError("template_variables are for conversations; set chat=True or give messages, or leave them out")
+        raise ValueError("template_variables need a conversation; set chat=True, give messages, or leave them out")
     if isinstance(prompt, str) and not chat:
         [ids] = token_ids(tokenizer, [prompt], control_tokens=True, add_special_tokens=True)
         if not ids or not prompt:
-            raise ValueError("a prompt is empty; write something to go on from")
+            raise ValueError("a prompt must not be empty; write something to continue")
         if model.vision is not None and model.vision.image_token_id in ids:
             raise ValueError(
-                "a prompt holds the model's image token, but no image; give a list of texts and images, or messages"
+                "a text alone must not hold the model's image token; give a list of texts and images, or messages"
             )
         return Prompt((ids,), prompt)
     if not isinstance(prompt, (str, Sequence)) or isinstance(prompt, (bytes, Mapping)):
-        raise ValueError(f"a prompt is {prompt!r:.80}; it is a text, a list of texts and images, or a list of messages")
+        raise ValueError(
+            f"a prompt must be a text, a list of texts and images, or a list of messages, got {prompt!r:.80}"
+        )
     if len(prompt) == 0:
-        raise ValueError("a prompt is empty; write something to go on from")
+        raise ValueError("a prompt must not be empty; write something to continue")
     if is_conversation or chat:
         messages: Sequence[Any] = prompt if is_conversation else [{"role": "user", "content": prompt}]
         return _conversation(model, messages, template_variables or {})
     bos = SpecialTokens.of(tokenizer, model.boi_token_id).bos
-    parts = [encode_caption(tokenizer, part) if isinstance(part, str) else _shown(model, part) for part in prompt]
+    parts = [encode_caption(tokenizer, part) if isinstance(part, str) else _input_image(model, part) for part in prompt]
     return Prompt((bos, *parts) if bos else tuple(parts), _words(prompt))
 
 
@@ -117,7 +116,7 @@ def _conversation(model: "LMFusion", messages: Sequence[Any], template_variables
     parts = [
         part
         if isinstance(part, list)
-        else _shown(model, part.image)
+        else _input_image(model, part.image)
         if isinstance(part, InputImage)
         else _pixels(model, part)
         for part in encode_chat(tokenizer, messages, image_token_id=image_token_id, template_variables=variables)
@@ -132,15 +131,15 @@ def _words(parts: Sequence[Any]) -> str:
     return " ".join(text.strip() for text in texts if isinstance(text, str) and text.strip())
 
 
-def _shown(model: "LMFusion", image: Any) -> Tensor | VisionInput:
-    """An image that somebody shows to the model."""
+def _input_image(model: "LMFusion", image: Any) -> Tensor | VisionInput:
+    """An image that is given to the model: for its vision encoder if it has one, else for the image tower."""
     if model.vision is None or isinstance(image, VisionInput):
         return image if isinstance(image, VisionInput) else _pixels(model, image)
     return model.vision.prepare(_checked(image))
 
 
 def _pixels(model: "LMFusion", image: Any) -> Tensor:
-    """An image as the image tower has it."""
+    """An image for the image tower."""
     config = model.codec.config
     return to_tensor(_checked(image), config.image_size, config.channels)
 
@@ -148,21 +147,21 @@ def _pixels(model: "LMFusion", image: Any) -> Tensor:
 def _checked(image: Any) -> Path | Image.Image | np.ndarray:
     if not isinstance(image, (Path, Image.Image, np.ndarray)):
         raise ValueError(
-            f"a part of a prompt is {image!r:.80}; it is a text, or an image: a pathlib.Path, "
-            "a Pillow image or an array"
+            "a part of a prompt must be a text or an image (a pathlib.Path, a Pillow image or an array), "
+            f"got {image!r:.80}"
         )
     return image
 
 
 def require_tokenizer(model: "LMFusion") -> Any:
-    """The model's tokenizer. Raises ValueError where it has none."""
+    """The model's tokenizer. Raises ValueError if it has none."""
     if model.tokenizer is None:
-        raise ValueError("the model has no tokenizer; adapt it from a checkpoint with one, or set model.tokenizer")
+        raise ValueError("the model must have a tokenizer; adapt it from a checkpoint with one, or set model.tokenizer")
     return model.tokenizer
 
 
 def context_limit(model: "LMFusion") -> int | None:
-    """Tokens that a document may have: the LLM's positions or its attention window. None: no limit is known."""
+    """Most tokens of a document: the LLM's positions, or its attention window if smaller. None: no limit is known."""
     text_config = model.config.text_config
     limits = (getattr(text_config, "max_position_embeddings", None), sliding_window(text_config))
     return min((limit for limit in limits if limit is not None), default=None)

@@ -1,4 +1,4 @@
-"""What does the engine know of one answer in the making? Its place in the cache, its phase, its image so far."""
+"""Request: the state of one answer in the engine, with its phase, its slots of the cache and its image so far."""
 
 import enum
 import time
@@ -27,37 +27,39 @@ class Phase(enum.Enum):
     """What a request does in the next step."""
 
     PREFILL = "prefill"
-    """Rows that are known: the prompt, a BOI, a finished image."""
+    """Puts tokens that are known already into the cache: the prompt, a BOI, a finished image."""
     DECODE = "decode"
+    """Puts the last text token into the cache and samples the next one."""
     DENOISE = "denoise"
+    """Takes a denoising step of its image."""
 
 
 @dataclass(eq=False)
 class Prefill:
-    """Rows that are known and wait to be read."""
+    """Known tokens that wait to be put into the cache."""
 
     cached: CachedDocument
     document: Document
     images: list[ContextImage] = field(default_factory=list)
-    """Those in the document."""
+    """The images in the document."""
 
 
 @dataclass(eq=False)
 class DenoiseState:
-    """An image in the making."""
+    """The state of an image that is being denoised."""
 
     run: StepTable | SchedulerRun
     numbers: Tensor | None
-    """float32 [num_steps, 7] on the CPU: of a table, timestep and coefficients of each step"""
+    """For a table: float32 [num_steps, 7] on the CPU, timestep and coefficients of each step."""
     noise_scales: list[float]
-    """Of a table, how much noise each step adds."""
+    """For a table: how much noise each step adds."""
     generator: torch.Generator
     x: Tensor
-    """[C, h, w] on the device: noisy at first"""
+    """[C, h, w] on the device; noise at first."""
     x0: Tensor
-    """[C, h, w]: the clean image predicted last"""
+    """[C, h, w]: the clean image that the last step predicted."""
     weight: float
-    """of the branch that knows everything"""
+    """Of the branch with the whole prompt."""
     branches: list[Branch]
     step: int = 0
 
@@ -72,13 +74,17 @@ class DenoiseState:
 
 
 class Request:
-    """One answer in the making. The engine moves it on."""
+    """The state of one answer. The engine advances it."""
 
     def __init__(
         self, model: "LMFusion", request_id: int, prompt: Prompt, options: GenerationOptions, index: int
     ) -> None:
-        """Raises ValueError for an image size that codec or patch coder cannot make, steps or a scheduler that do not
-        fit the diffusion, a stop string with text before a control token, or a prompt that leaves no room."""
+        """index: with the seed, the key of the answer's random numbers.
+
+        Raises ValueError for an image size that codec or patch coder cannot make, a number of steps or a scheduler that
+        does not fit the diffusion, a stop string with text before a control token, or a prompt that leaves no room for
+        an answer.
+        """
         tokenizer = require_tokenizer(model)
         self.stop_ids = _stop_ids(options.stop_strings, control_tokens(tokenizer))
         """Control tokens that end the answer."""
@@ -87,124 +93,129 @@ class Request:
         self.index = index
         self.prompt = prompt
         self.latent_shape = latent_shape(model, options.image_size)
-        self.image_rows = model.image.patch_coder.tokens_per_image(*self.latent_shape[1:])
+        self.num_image_tokens = model.image.patch_coder.tokens_per_image(*self.latent_shape[1:])
         self.min_images = max(options.min_images, int(options.draw_first))
         self.tokens = SpecialTokens.of(tokenizer, model.boi_token_id)
         negative = (options.negative_prompt or "").strip() if options.max_images else ""
         self.negative_ids = encode_caption(tokenizer, negative) if negative else []
-        self._model_image_rows = model.tokens_per_image
-        self.document = prompt.document(self._model_image_rows, self.tokens)
-        self._num_rows = self._count_rows(model)
+        self._num_input_image_tokens = model.tokens_per_image
+        self.document = prompt.document(self._num_input_image_tokens, self.tokens)
+        self._max_length = self._document_limit(model)
+        """Most tokens of the document, prompt and answer."""
         if options.max_images:
-            self._sampler_run(model)  # complain before anything is computed
+            self._sampler_run(model)  # raises before anything is computed
 
         self.phase = Phase.PREFILL
         self.cached: CachedDocument | None = None
         self.branches: list[CachedDocument] = []
-        """Rows of the branches that know less; in use while an image is drawn."""
+        """Documents of the other branches of guidance; in use while an image is denoised."""
         self.prefills: list[Prefill] = []
-        self.wants_token = False
-        """Whether the last row to be read predicts the next token."""
-        self.token: int | None = None
-        """The text token chosen last, while it has not been read."""
+        self.needs_token = False
+        """Whether the last token of the prefill predicts a text token that is to be sampled."""
+        self.pending_token: int | None = None
+        """The text token sampled last, until it is in the cache."""
+        # One generator for the text and another one for each image: how much text there is does not change the images
         self.generator = random_generator(options.seed, index, 0)
         last = prompt.parts[-1]
         self.stream = TextStream(tokenizer, options.stop_strings, last[-1:] if isinstance(last, list) else ())
         self.images: list[ContextImage] = []
-        """All images so far, the prompt's first."""
-        self.drawing: DenoiseState | None = None
+        """All images so far, those of the prompt first."""
+        self.denoising: DenoiseState | None = None
         self.num_new_tokens = 0
         self.num_images = 0
-        self.ending = ""
-        """Why the text has ended, while images are still to be drawn."""
+        self.end_reason = ""
+        """Why the text has ended, while images are still to be generated; "" before that."""
         self.started_at = time.perf_counter()
 
     def slot_counts(self) -> list[int]:
-        """Rows of the cache to be kept for the answer: its document's, then each branch's."""
-        return [-(-num_rows // ALIGNMENT) * ALIGNMENT for num_rows in self._most_rows()]
+        """Slots of the cache that the answer needs at most: those of its document, then those of each other branch."""
+        return [-(-length // ALIGNMENT) * ALIGNMENT for length in self._max_lengths()]
 
-    def _most_rows(self) -> list[int]:
+    def _max_lengths(self) -> list[int]:
         options = self.options
         if not options.max_images or not options.is_guided:
-            return [self._num_rows]
-        nothing = len(self.tokens.bos) + len(self.negative_ids) + 1 + self.image_rows
+            return [self._max_length]
+        nothing = len(self.tokens.bos) + len(self.negative_ids) + 1 + self.num_image_tokens
         if options.image_guidance_scale is None:
-            return [self._num_rows, nothing]
-        images = self.prompt.num_image_rows(self._model_image_rows)
-        images += (options.max_images - 1) * (self.image_rows + 2)
-        # What the document holds itself, and the negative prompt
-        return [self._num_rows, min(nothing + images, self._num_rows + len(self.negative_ids)), nothing]
+            return [self._max_length, nothing]
+        images = self.prompt.num_image_tokens(self._num_input_image_tokens)
+        images += (options.max_images - 1) * (self.num_image_tokens + 2)
+        # The branch with the images has no more than the whole document and the negative prompt
+        return [self._max_length, min(nothing + images, self._max_length + len(self.negative_ids)), nothing]
 
-    def _count_rows(self, model: "LMFusion") -> int:
+    def _document_limit(self, model: "LMFusion") -> int:
         options, num_prompt = self.options, self.document.num_tokens
-        image_rows = self.image_rows + 2  # with its markers
+        num_image_tokens = self.num_image_tokens + 2  # with its markers
         limit = context_limit(model)
-        most = num_prompt + options.max_new_tokens + options.max_images * image_rows
+        most = num_prompt + options.max_new_tokens + options.max_images * num_image_tokens
         if limit is None:
             return most
         num_negative = len(self.negative_ids)
-        if num_negative and num_negative + image_rows > limit:
+        if num_negative and num_negative + num_image_tokens > limit:
             raise ValueError(
-                f"negative_prompt takes {num_negative} tokens and an image {image_rows}, but the model's context is "
-                f"{limit}; shorten it"
+                f"negative_prompt must leave room for an image of {num_image_tokens} tokens in the model's context of "
+                f"{limit}, got {num_negative} tokens; shorten it"
             )
         if options.image_guidance_scale is not None:
-            limit -= num_negative  # the branch that knows the images has it, too
-        least = num_prompt + min(1, options.max_new_tokens) + self.min_images * image_rows
+            limit -= num_negative  # the branch with the images holds it, too
+        least = num_prompt + min(1, options.max_new_tokens) + self.min_images * num_image_tokens
         if least > limit:
             raise ValueError(
-                f"the prompt takes {num_prompt} tokens and the least answer {least - num_prompt} more, but the model's "
-                f"context is {limit}; shorten one or the other"
+                f"the prompt and the shortest answer must fit the model's context of {limit} tokens, got {num_prompt} "
+                f"and {least - num_prompt} tokens; shorten the prompt or ask for less"
             )
         return min(most, limit)
 
     @property
     def _room(self) -> int:
-        """Rows that the document may still grow by."""
+        """Tokens that the document may still grow by."""
         assert self.cached is not None
-        return self._num_rows - self.cached.length
+        return self._max_length - self.cached.length
 
     def text_room(self, num_ahead: int = 0) -> int:
-        """Tokens of text that may still come, once `num_ahead` rows more have been read."""
-        owed = max(0, self.min_images - self.num_images) * (self.image_rows + 2)
-        return min(self.options.max_new_tokens - self.num_new_tokens, self._room - num_ahead - owed)
+        """Text tokens that may still come, once `num_ahead` more tokens are in the cache."""
+        reserved = max(0, self.min_images - self.num_images) * (self.num_image_tokens + 2)
+        return min(self.options.max_new_tokens - self.num_new_tokens, self._room - num_ahead - reserved)
 
     @property
-    def may_draw(self) -> bool:
+    def can_start_image(self) -> bool:
         """Whether an image may come next."""
-        return self.num_images < self.options.max_images and self._room >= self.image_rows + 2
+        return self.num_images < self.options.max_images and self._room >= self.num_image_tokens + 2
 
     @property
-    def owes_image(self) -> bool:
-        return self.num_images < self.min_images and self.may_draw
+    def needs_image(self) -> bool:
+        """Whether an image must come before the answer may end."""
+        return self.num_images < self.min_images and self.can_start_image
 
     def start(self, images: list[ContextImage]) -> None:
-        """Get ready to read the prompt, once there are rows for it; images: those in it."""
+        """Prepare the prefill of the prompt, once there are slots for it. images: those in the prompt."""
         assert self.cached is not None
         self.images = images
         self.prefills = [Prefill(self.cached, self.document, list(images))]
-        self.wants_token = not self.options.draw_first and self.options.max_new_tokens > 0
+        self.needs_token = not self.options.draw_first and self.options.max_new_tokens > 0
         self.started_at = time.perf_counter()
 
-    def begin_image(self, model: "LMFusion") -> None:
-        """Get ready to draw: BOI, the branches' documents, and noise."""
+    def start_image(self, model: "LMFusion") -> None:
+        """Prepare the next image: the prefill of BOI and of the other branches, and the noise."""
         assert self.cached is not None
         options = self.options
         guidance = guidance_of(options, self.images, self.tokens, self.negative_ids)
+        # The other branches start again for each image: their slots are reused, whatever the last image left in them
         for cached in self.branches:
             cached.length = 0
+        # A prefill of the document may be waiting already, such as the end of the image before: BOI is added to it
         main = next((prefill for prefill in self.prefills if prefill.cached is self.cached), None)
         if main is None:
             main = Prefill(self.cached, Document())
             self.prefills.append(main)
-        unread = [] if self.token is None else [self.token]
-        main.document = main.document.text(unread).marker(self.tokens.boi_token_id)
-        self.token = None
+        pending = [] if self.pending_token is None else [self.pending_token]
+        main.document = main.document.text(pending).marker(self.tokens.boi_token_id)
+        self.pending_token = None
         self.prefills += [
             Prefill(cached, branch.document, branch.images)
-            for cached, branch in zip(self._rows_of(guidance.branches), guidance.branches, strict=True)
+            for cached, branch in zip(self._documents_of(guidance.branches), guidance.branches, strict=True)
         ]
-        self.wants_token = False
+        self.needs_token = False
         generator = random_generator(options.seed, self.index, 1 + self.num_images)
         run = self._sampler_run(model)
         x, numbers, noise_scales = torch.randn(self.latent_shape, generator=generator), None, []
@@ -214,40 +225,43 @@ class Request:
             numbers = torch.cat([torch.tensor(run.timesteps, dtype=torch.float32)[:, None], run.coefficients], dim=1)
             noise_scales = run.coefficients[:, -1].tolist()
         x = upload(x, model.device)
-        self.drawing = DenoiseState(
+        self.denoising = DenoiseState(
             run, numbers, noise_scales, generator, x, torch.zeros_like(x), guidance.weight, guidance.branches
         )
         self.phase = Phase.PREFILL
 
-    def _rows_of(self, branches: Sequence[Branch]) -> list[CachedDocument]:
-        """Ranges for `branches`: the first are the largest, as the branches that know most come first."""
+    def _documents_of(self, branches: Sequence[Branch]) -> list[CachedDocument]:
+        """The documents of `branches`. The largest come first, as do the branches with the most context."""
         return self.branches[: len(branches)]
 
-    def drawn_branches(self) -> list[tuple[CachedDocument, float]]:
-        """Documents that take part in the next denoising step, with the weights of their predictions."""
-        assert self.cached is not None and self.drawing is not None
+    def branch_weights(self) -> list[tuple[CachedDocument, float]]:
+        """The documents of the next denoising step, with the weights of their predictions; that of the whole prompt
+        first."""
+        assert self.cached is not None and self.denoising is not None
         return [
-            (self.cached, self.drawing.weight),
+            (self.cached, self.denoising.weight),
             *(
                 (cached, branch.weight)
-                for cached, branch in zip(self._rows_of(self.drawing.branches), self.drawing.branches, strict=True)
+                for cached, branch in zip(
+                    self._documents_of(self.denoising.branches), self.denoising.branches, strict=True
+                )
             ),
         ]
 
-    def end_image(self) -> None:
-        """Put the finished image into the document, without noise, as context of what follows."""
-        assert self.cached is not None and self.drawing is not None
-        image = ContextImage(self.drawing.x, self.image_rows)
+    def finish_image(self) -> None:
+        """Prepare the prefill of the finished image, without noise, as the context of what follows."""
+        assert self.cached is not None and self.denoising is not None
+        image = ContextImage(self.denoising.x, self.num_image_tokens)
         self.images.append(image)
         self.num_images += 1
-        document = Document().image(self.image_rows).marker(self.tokens.eoi_token_id)
+        document = Document().image(self.num_image_tokens).marker(self.tokens.eoi_token_id)
         self.prefills = [Prefill(self.cached, document, [image])]
-        self.wants_token = not self.ending and self.text_room(self.image_rows + 1) > 0
-        self.drawing = None
+        self.needs_token = not self.end_reason and self.text_room(self.num_image_tokens + 1) > 0
+        self.denoising = None
         self.phase = Phase.PREFILL
 
     def settings(self) -> dict[str, Any]:
-        """What the image in the making is made with."""
+        """The settings of the current image, as JSON values."""
         return {"prompt": self.prompt.text, **self.options.settings(), "index": self.index, "image": self.num_images}
 
     def _sampler_run(self, model: "LMFusion") -> StepTable | SchedulerRun:
@@ -258,15 +272,15 @@ class Request:
 
 
 def _stop_ids(stop_strings: Sequence[str], control: Mapping[int, str]) -> set[int]:
-    """Control tokens that stop strings begin with. They never show up in the text that is searched for stop strings."""
+    """Control tokens that stop strings begin with. They never appear in the text that is searched for stop strings."""
     ids = {token: token_id for token_id, token in control.items()}
     found = set()
     for stop in stop_strings:
         match = find_tokens(stop, ids)
         if match is not None and match.start() > 0:
             raise ValueError(
-                f"stop_strings holds {stop!r}, which has text before the control token {match[0]!r}; give the text or "
-                "the token alone"
+                f"stop_strings must not have text before a control token, got {stop!r} with the control token "
+                f"{match[0]!r}; give the text or the token alone"
             )
         if match is not None:
             found.add(ids[match[0]])
@@ -278,6 +292,6 @@ def latent_shape(model: "LMFusion", image_size: int | None) -> tuple[int, int, i
     codec = model.codec
     image_size = codec.config.image_size if image_size is None else image_size
     if image_size < 1 or image_size % codec.downscale:
-        raise ValueError(f"image_size is {image_size}; the codec makes positive multiples of {codec.downscale} pixels")
+        raise ValueError(f"image_size must be a positive multiple of {codec.downscale} pixels, got {image_size}")
     size = image_size // codec.downscale
     return codec.latent_channels, size, size

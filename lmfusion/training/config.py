@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lmfusion.data.samples import DataConfig, SourceConfig
-from lmfusion.generation.samplers import SAMPLERS
+from lmfusion.generation.options import SAMPLERS
 from lmfusion.model.codec import CodecConfig
 from lmfusion.model.configuration import ImageTowerConfig
 from lmfusion.model.diffusion import DiffusionConfig

@@ -52,6 +52,11 @@ def from_values(cls: type[T], value: Any, name: str = "") -> T:
     return cls(**{key: _convert(item, hints[key], f"{prefix}{key}") for key, item in value.items()})
 
 
+def check_type(value: Any, hint: Any, name: str) -> None:
+    """Raise ValueError, naming the value, if it is not of the type `hint`. Text is not read as a number here."""
+    _convert(value, hint, name, is_strict=True)
+
+
 def to_values(config: Any) -> dict[str, Any]:
     """Plain values, as YAML and JSON hold them; `from_values` takes them back."""
     return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
@@ -69,8 +74,8 @@ def check_least(config: Any, section: str, **limits: float) -> None:
             raise ValueError(f"{section}.{name} must be at least {least}, got {value}")
 
 
-def _convert(value: Any, hint: Any, name: str) -> Any:
-    """`value` as the type `hint`, or ValueError naming the key."""
+def _convert(value: Any, hint: Any, name: str, is_strict: bool = False) -> Any:
+    """`value` as the type `hint`, or ValueError naming the key. is_strict: only an int is taken for a float."""
     if hint is Any:
         return value
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -85,17 +90,21 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
         length = len(args) if origin is tuple and args[-1] is not Ellipsis else None
         if not isinstance(value, (list, tuple)) or length not in (None, len(value)):
             raise ValueError(f"{name} must be a list{f' of {length}' if length else ''}, got {short_repr(value)}")
-        return origin(_convert(item, args[0], f"{name}[{i}]") for i, item in enumerate(value))
+        return origin(_convert(item, args[0], f"{name}[{i}]", is_strict) for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ValueError(f"{name} must map names to values, got {short_repr(value)}")
-        return {key: _convert(item, args[1], f"{name}.{key}") for key, item in value.items()}
-    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        return {key: _convert(item, args[1], f"{name}.{key}", is_strict) for key, item in value.items()}
+    if (
+        hint is float
+        and isinstance(value, (int, float) if is_strict else (int, float, str))
+        and not isinstance(value, bool)
+    ):
         try:
             return float(value)  # YAML reads 1e-4 as text
         except (ValueError, OverflowError):
             pass
-    if hint is int and isinstance(value, (float, str)):
+    if hint is int and isinstance(value, (float, str)) and not is_strict:
         try:
             number = float(value)
             value = int(number) if number.is_integer() else value
@@ -104,7 +113,7 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         kind = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, hint.__name__)
         raise ValueError(f"{name} must be {kind}, got {short_repr(value)}")
-    if isinstance(value, int) and value.bit_length() > 63:
+    if isinstance(value, int) and value.bit_length() > 63 and not is_strict:
         raise ValueError(f"{name} must be less than 2**63, got {short_repr(value)}")
     return value
 

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from lmfusion.generation.options import GenerationOptions, Limits
-from lmfusion.generation.samplers import SAMPLERS
+from lmfusion.generation.options import SAMPLERS, GenerationOptions, Limits
 from lmfusion.utils.config_values import short_repr
 
 FIELDS = ("guidance_scale", "image_guidance_scale", "sampler", "num_steps", "seed")

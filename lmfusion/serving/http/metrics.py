@@ -71,8 +71,8 @@ class _WorkerCollector(Collector):
             ("engine_up", "1 while requests can be answered", int(not stats.problem)),
             ("requests_waiting", "Requests in the queue", stats.num_waiting),
             ("requests_running", "Requests in the batch", stats.num_running),
-            ("cache_slots", "Slots of the key-value cache", stats.num_rows),
-            ("cache_slots_used", "Slots that requests hold", stats.num_rows_used),
+            ("cache_slots", "Slots of the key-value cache", stats.num_slots),
+            ("cache_slots_used", "Slots that requests hold", stats.num_slots_used),
         ):
             yield GaugeMetricFamily(f"lmfusion_{name}", text, value)
         for name, text, value in (

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageOps
 
-from lmfusion.generation.options import GenerationOptions, Limits
+from lmfusion.generation.options import OPTIONS, GenerationOptions, Limits
 from lmfusion.generation.prompt import Prompt, context_limit, encode_prompt
 from lmfusion.images.preprocessing import decode_image, read_image_size
 from lmfusion.model.vision import VisionInput
@@ -40,9 +40,7 @@ ESCAPES = dict(
 )
 """Percent-escapes of base64 and its line breaks. Decoding all possible escapes would be slow in long texts."""
 OPENAI_NAMES = {
-    "max_new_tokens": "max_tokens",
-    "stop_strings": "stop",
-    "template_variables": "chat_template_kwargs",
+    option.name: option.request_name for option in OPTIONS.values() if option.request_name not in (None, option.name)
 }
 """Generation options that have another name in a request."""
 
@@ -256,7 +254,7 @@ def options_error(error: ValueError, param: str | None = None) -> ApiError:
     return ApiError(400, message, param=param, code="invalid_value")
 
 
-_OPTIONS = {*SAME_NAMES, "max_tokens", "stop", "chat_template_kwargs"}
+_OPTIONS = {*SAME_NAMES, *OPENAI_NAMES.values()}
 
 
 def _parts(message: ChatMessage) -> Iterator[TextPart | ImagePart]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError
 
+from lmfusion.generation.options import OPTIONS
 from lmfusion.serving.errors import ApiError
 from lmfusion.serving.http.fields import NO_BIAS, WITH_TEXT, IgnoredField, MaxTokens, Only, Seed, TopK
 
@@ -196,24 +197,7 @@ class ChatRequest(_Strict):
     """It could only make the answer faster."""
 
 
-SAME_NAMES = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "seed",
-    "max_images",
-    "min_images",
-    "draw_first",
-    "num_steps",
-    "sampler",
-    "guidance_scale",
-    "image_guidance_scale",
-    "guidance_interval",
-    "guidance_rescale",
-    "negative_prompt",
-    "image_size",
-    "preview_every",
-)
+SAME_NAMES = tuple(option.name for option in OPTIONS.values() if option.request_name == option.name)
 """Fields that `GenerationOptions` has by the same name."""
 
 

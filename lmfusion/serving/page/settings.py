@@ -4,9 +4,8 @@ import secrets
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from lmfusion.generation.options import GenerationOptions, Limits
+from lmfusion.generation.options import SAMPLERS, GenerationOptions, Limits
 from lmfusion.generation.prompt import context_limit
-from lmfusion.generation.samplers import SAMPLERS
 
 if TYPE_CHECKING:
     from lmfusion.model.modeling import LMFusion

@@ -18,7 +18,7 @@ def models(tiny_llama):  # noqa: F811
 
 
 def answers(model, use_graphs):
-    engine = Engine(model, num_rows=2000, use_graphs=use_graphs)
+    engine = Engine(model, num_slots=2000, use_graphs=use_graphs)
     prompts = ["a seven", ["one", np.zeros((8, 8), np.uint8), "and"], "x"]
     for i, prompt in enumerate(prompts):
         options = GenerationOptions(**OPTIONS, sampler=("ddpm", "dpm-solver")[i % 2])
@@ -43,7 +43,7 @@ def test_answers_are_those_of_the_cpu(models, use_graphs):
 @pytest.mark.parametrize("use_graphs", [True, False])
 def test_denoising_steps_wait_for_nothing(models, use_graphs):
     model = models[1]
-    engine = Engine(model, num_rows=2000, use_graphs=use_graphs)
+    engine = Engine(model, num_slots=2000, use_graphs=use_graphs)
     options = GenerationOptions(**{**OPTIONS, "num_steps": 20}, draw_first=True)
     for i in range(3):
         engine.submit(encode_prompt(model, "a seven"), options, index=i)

@@ -12,7 +12,7 @@ def test_adapt_saves_the_model_that_was_asked_for(tiny_llama, tmp_path, capsys):
     output = tmp_path / "models" / "digits"
     options = ["--image-width", "16", "--image-ffn-width", "24", "--prediction", "v_prediction", "--patch-size", "4"]
     assert main(["adapt", str(tiny_llama), str(output), *IMAGES, *options]) == 0
-    assert "4 rows an image" in capsys.readouterr().out
+    assert "4 tokens per image" in capsys.readouterr().out
     model = LMFusion.from_pretrained(output)
     assert (model.config.image.hidden_size, model.config.image.intermediate_size) == (16, 24)
     assert model.config.image.patch_coder.patch_size == 4

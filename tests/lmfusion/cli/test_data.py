@@ -1,4 +1,4 @@
-"""`lmfusion data`: the picture, the table of what is damaged, the counts, and the exit codes."""
+"""`lmfusion data`: the contact sheet, the table of damaged samples, the counts, and the exit codes."""
 
 import json
 
@@ -120,7 +120,7 @@ def test_reasons_are_told_apart_by_what_they_say():
         SkippedSample("webdataset x, sample 4", "s-1.tar/5: no caption (txt, json) in the tar, only jpg"),
         SkippedSample("webdataset x, sample 9", "s-2.tar/6: no caption (txt, json) in the tar, only jpg"),
         SkippedSample("webdataset x, sample 11", "s-2.tar/9: no caption (txt, json) in the tar, only jpg"),
-        SkippedSample("c.png", "/data/c.png is no regular file; give a JPEG, PNG or WEBP file"),
+        SkippedSample("c.png", "/data/c.png is not a regular file; give a JPEG, PNG or WEBP file"),
         SkippedSample("d.png", "[Errno 2] No such file or directory: '/data/d.png'"),
         SkippedSample("e.png", "e.png: no caption; write a .txt file of its name beside it, or use a metadata.jsonl"),
     ]
@@ -128,7 +128,7 @@ def test_reasons_are_told_apart_by_what_they_say():
         (3, "no caption (txt, json) in the tar, only jpg"),
         (2, "the sample is damaged or truncated: image file is truncated (N bytes left)"),
         (1, "[Errno N] No such file or directory: the sample"),
-        (1, "the sample is no regular file; give a JPEG, PNG or WEBP file"),
+        (1, "the sample is not a regular file; give a JPEG, PNG or WEBP file"),
         (1, "the sample: no caption; write a .txt file of its name beside it, or use a metadata.jsonl"),
     ]
 
@@ -214,13 +214,13 @@ def test_a_latent_cache_is_shown_checked_and_counted_like_its_images(recipe, fol
         (["check", "webdataset=gone.tar"], "there is no file gone.tar"),
         (["check", "webdataset"], "need one"),
         (["check", "digits=x"], "digits, digit_conversations, openmoji, shapes, shape_edits take no path"),
-        (["check", "digits", "x.yaml"], "'x.yaml' is no source; write kind=path"),
+        (["check", "digits", "x.yaml"], "a source must be kind=path with a kind of"),
         (["check", "gone.yaml"], "no recipe at gone.yaml"),
         (["check", "nokind=a.tar"], "no recipe at nokind=a.tar"),
-        (["check", "digits", "--workers", "0"], "--workers is 0"),
-        (["show", "digits", "--samples", "0"], "--samples is 0"),
-        (["count", "digits", "--samples", "9"], "need a recipe"),
-        (["count", "{recipe}", "--image", "jpg"], "--image and --caption go with kind=path"),
+        (["check", "digits", "--workers", "0"], "--workers must be at least 1, got 0"),
+        (["show", "digits", "--samples", "0"], "--samples must be at least 1, got 0"),
+        (["count", "digits", "--samples", "9"], "--samples needs a recipe"),
+        (["count", "{recipe}", "--image", "jpg"], "--image and --caption need kind=path"),
         (["count", "{recipe}", "data.row_token=3"], "unknown key data.row_token"),
         (["check", "folder={folder}", "--image", "jpg"], "image names a member or column"),
     ],

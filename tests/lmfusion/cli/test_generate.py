@@ -232,7 +232,7 @@ def test_a_terminal_shows_a_bar(saved, here, monkeypatch):
 def test_verbose_tells_memory_and_counts(saved, here, capsys):
     assert generate(saved, "one", "--num-steps", "2", "--verbose") == 0
     err = capsys.readouterr().err
-    assert "key-value cache" in err and "rows of prompt, 0 tokens, 1 images" in err
+    assert "key-value cache" in err and "prompt tokens, 0 text tokens, 1 images" in err
 
 
 # --- captions ---
@@ -268,32 +268,32 @@ def test_ctrl_c_among_captions(saved, photo, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("x --guidance-scale nan", "guidance_scale is nan"),
-        ("x --num-steps 0", "num_steps is 0"),
-        ("x --sampler euler", "unknown sampler 'euler'"),
-        ("x --count 0", "--count is 0"),
-        ("x --batch-size 0", "--batch-size is 0"),
-        ("x --seed -1", "seed is -1"),
-        ("x --image-size 9", "must be multiples of the patch size"),
+        ("x --guidance-scale nan", "guidance_scale must be between 0 and 1,000, got nan"),
+        ("x --num-steps 0", "num_steps must be at least 1, got 0"),
+        ("x --sampler euler", "sampler must be one of ddpm, ddim, dpm-solver"),
+        ("x --count 0", "--count must be at least 1, got 0"),
+        ("x --batch-size 0", "--batch-size must be at least 1, got 0"),
+        ("x --seed -1", "seed must be at least 0, got -1"),
+        ("x --image-size 9", "does not divide into patches"),
         ("x --image nowhere.png", "nowhere.png"),
         ("x --image {saved}/config.json", "not an image of a known format"),
-        ("x --temperature 0.5", "--temperature is about text; add --text or --chat"),
-        ("x --stop y", "--stop is about text"),
-        ("x --max-images 2", "--max-images is about answers of text and images; add --chat"),
+        ("x --temperature 0.5", "--temperature needs text in the answer; add --text or --chat"),
+        ("x --stop y", "--stop needs text in the answer"),
+        ("x --max-images 2", "--max-images needs an answer of text and images; add --chat"),
         ("x --image-guidance-scale 2", "add --image"),
-        ("x --guidance-scale 1 --negative-prompt y", "--negative-prompt is about guidance"),
-        ("x --guidance-scale 1 --guidance-interval 0 0.5", "--guidance-interval is about guidance"),
-        ("x --text --num-steps 5", "--num-steps is about drawing"),
-        ("x --text --output y", "--output is about drawing"),
-        ("x --text --min-images 0", "--min-images is about answers of text and images"),
+        ("x --guidance-scale 1 --negative-prompt y", "--negative-prompt needs guidance"),
+        ("x --guidance-scale 1 --guidance-interval 0 0.5", "--guidance-interval needs guidance"),
+        ("x --text --num-steps 5", "--num-steps needs images in the answer"),
+        ("x --text --output y", "--output needs images in the answer"),
+        ("x --text --min-images 0", "--min-images needs an answer of text and images"),
         ("x --text --top-p 0.5", "add --temperature"),
-        ("x --text --count 2", "--count is 2, but without chance"),
-        ("x --chat --max-images 0 --sampler ddim", "--sampler is about drawing"),
+        ("x --text --count 2", "--count must be 1 without random sampling, got 2"),
+        ("x --chat --max-images 0 --sampler ddim", "--sampler needs images in the answer"),
         ("x --chat --min-images 9", "raise max_images"),
-        ("x --chat --max-images 10000000 --image-guidance-scale 2", "the limit here is 16"),
-        ("--num-steps 3", "there is no PROMPT"),
-        ("x --settings y.png", "PROMPT is what --settings brings along"),
-        ("--settings y.png --chat", "--chat is what --settings brings along"),
+        ("x --chat --max-images 10000000 --image-guidance-scale 2", "max_images must be at most 16 here"),
+        ("--num-steps 3", "a PROMPT must be given"),
+        ("x --settings y.png", "PROMPT must not be given with --settings"),
+        ("--settings y.png --chat", "--chat must not be given with --settings"),
         ("--settings y.png --count 2", "leave out --count"),
         ("--settings nowhere.png", "nowhere.png"),
     ],
@@ -311,16 +311,16 @@ RECORDED = {"prompt": "x", "prompt_images": [], "chat": False, "index": 0, "draw
     ("settings", "message"),
     [
         ({"seed": 1}, "lack 'prompt'"),
-        ({**RECORDED, "prompt": 7}, "prompt is 7"),
-        ({**RECORDED, "prompt_images": [7]}, "prompt_images [7]"),
-        ({**RECORDED, "index": -1}, "index is -1"),
-        ({**RECORDED, "draw_first": [1]}, "draw_first is [1]"),
-        ({**RECORDED, "num_steps": "7"}, "num_steps is '7'"),
+        ({**RECORDED, "prompt": 7}, "prompt must be a str, got 7"),
+        ({**RECORDED, "prompt_images": [7]}, "prompt_images texts, got 0 and [7]"),
+        ({**RECORDED, "index": -1}, "index must be at least 0 and prompt_images texts, got -1"),
+        ({**RECORDED, "draw_first": [1]}, "draw_first"),
+        ({**RECORDED, "num_steps": "7"}, "num_steps"),
         ({**RECORDED, "guidance_scale": "7"}, "cannot be used"),
         ({**RECORDED, "guidance_interval": 7}, "cannot be used"),
-        ({**RECORDED, "negative_prompt": 7}, "negative_prompt is 7"),
-        ({**RECORDED, "image_size": "8"}, "image_size is '8'"),
-        ({**RECORDED, "sampler": "EulerDiscreteScheduler"}, "unknown sampler"),
+        ({**RECORDED, "negative_prompt": 7}, "negative_prompt"),
+        ({**RECORDED, "image_size": "8"}, "image_size"),
+        ({**RECORDED, "sampler": "EulerDiscreteScheduler"}, "sampler must be one of"),
     ],
 )
 def test_settings_of_others_are_looked_at(saved, here, capsys, settings, message):
@@ -331,7 +331,7 @@ def test_settings_of_others_are_looked_at(saved, here, capsys, settings, message
 
 def test_a_png_without_settings(saved, photo, capsys):
     assert generate(saved, "--settings", photo) == 2
-    assert "photo.png holds no settings" in capsys.readouterr().err
+    assert "photo.png must hold settings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["generate", "nowhere", ""], ["generate", "nowhere", "x"]])

@@ -1,4 +1,4 @@
-"""What a terminal shows of answers in the making, event by event, and which files are there when."""
+"""What a terminal shows of answers while they are generated, event by event, and which files exist when."""
 
 import io
 import os
@@ -8,7 +8,7 @@ import termios
 import numpy as np
 from PIL import Image
 
-from lmfusion.cli.progress import Request, Screen
+from lmfusion.cli.progress import CommandRequest, ProgressDisplay
 from lmfusion.generation.events import Done, ImageBegin, ImageEnd, ImagePreview, TextDelta
 from lmfusion.generation.options import GenerationOptions
 from lmfusion.images.png import read_settings
@@ -19,15 +19,15 @@ PICTURE = Image.fromarray(np.full((8, 8), 7, np.uint8))
 
 
 def screen_of(folder, *requests, keep_previews=False, verbose=False):
-    return Screen(requests, folder, keep_previews=keep_previews, verbose=verbose)
+    return ProgressDisplay(requests, folder, keep_previews=keep_previews, verbose=verbose)
 
 
 def chat(prompt="hello", index=0):
-    return Request(prompt, (), True, index, MIXED)
+    return CommandRequest(prompt, (), True, index, MIXED)
 
 
 def drawing(prompt="a seven", index=0):
-    return Request(prompt, (), False, index, DRAWING)
+    return CommandRequest(prompt, (), False, index, DRAWING)
 
 
 def done(reason="stop", error=""):
@@ -60,7 +60,7 @@ def test_text_and_image_appear_at_once(tmp_path, capsys):
 
 
 def test_a_text_that_goes_on_keeps_its_white_space(tmp_path, capsys):
-    screen = screen_of(tmp_path, Request("The sky", (), False, 0, GenerationOptions()))
+    screen = screen_of(tmp_path, CommandRequest("The sky", (), False, 0, GenerationOptions()))
     for event in (TextDelta(" is  "), TextDelta(" blue\n"), done()):
         screen.show(0, event)
     assert capsys.readouterr().out == "The sky is   blue\n"
@@ -122,7 +122,7 @@ def test_a_failed_answer_is_named_and_the_others_go_on(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert out == "so far\nfine\n" and screen.num_failed == 1
     assert "not enough memory (prompt: 'one')" in err
-    assert "stop: 3 rows of prompt, 2 tokens, 1 images, 0.50 s" in err
+    assert "stop: 3 prompt tokens, 2 text tokens, 1 images, 0.50 s" in err
 
 
 def test_a_terminal_has_a_bar_for_each_image(tmp_path, monkeypatch):

@@ -1,10 +1,11 @@
-"""Does the generation guide tell the truth? Every block of docs/generation.md runs, in order, on a tiny model."""
+"""Every block of docs/generation.md runs, in order, on a tiny model, and its tables are those of the code."""
 
 import json
 import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ import torch
 from PIL import Image
 
 from lmfusion.cli import main
-from lmfusion.generation import GenerationOptions, Limits
+from lmfusion.generation import Limits
+from lmfusion.generation.options import OPTIONS, Option
 from lmfusion.model.modeling import LMFusion
 
 GUIDE = Path(__file__).parents[3] / "docs" / "generation.md"
@@ -24,7 +26,7 @@ TEMPLATE = (
 
 @pytest.fixture
 def workplace(tiny_llama, tmp_path, monkeypatch):
-    """A folder with what the guide takes for granted: runs/digits/model and photo.png."""
+    """A folder with what the guide assumes: runs/digits/model and photo.png."""
     base = tmp_path / "base"
     shutil.copytree(tiny_llama, base)
     config = json.loads((base / "config.json").read_text())
@@ -62,13 +64,37 @@ def test_every_block_runs(workplace):
         assert (workplace / name).exists(), name
 
 
-def test_tables_name_every_option_and_limit():
+def shown(default: Any) -> str:
+    match default:
+        case None:
+            return "unset"
+        case bool():
+            return "yes" if default else "no"
+        case str():
+            return f'`"{default}"`'
+        case int() | float():
+            return f"{default:g}"
+        case (low, high):
+            return f"{low:g} to {high:g}"
+    return "none"
+
+
+def table_row(option: Option) -> str:
+    """The row of the guide's table of options."""
+    request_name = "" if option.request_name is None else f"`{option.request_name}`"
+    return f"| `{option.name}` | {shown(option.default)} | {option.allowed} | {request_name} | {option.help} |"
+
+
+def test_the_table_of_options_is_the_one_of_the_code():
+    """The rows, in their order. After a change of an option, the assertion shows the rows to put into the guide."""
+    rows = [line for line in GUIDE.read_text().splitlines() if line.startswith("| `") and line.count("|") == 6]
+    assert rows == [table_row(option) for option in OPTIONS.values()]
+
+
+def test_the_table_of_limits_is_the_one_of_the_code():
     text = GUIDE.read_text()
-    for kind in (GenerationOptions, Limits):
-        for name, default in vars(kind()).items():
-            assert f"`{name}`" in text or f"`{name}=" in text, name
-            if kind is Limits:
-                assert f"| `{name}` | {default:,}" in text
+    for name, default in vars(Limits()).items():
+        assert f"| `{name}` | {default:,}" in text, name
 
 
 def test_links_lead_somewhere():

@@ -1,4 +1,4 @@
-"""An engine that runs no model: one letter of the prompt a step, an image where it says "#", and failures on demand."""
+"""A fake engine without a model: one letter of the prompt per step, an image for "#", and failures on demand."""
 
 import threading
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Running:
 
 
 class FakeEngine:
-    """Prompts are strings. "!" fails at submission, "?" in a step of its own, "*" takes the whole step down, "." waits
+    """Prompts are strings. "!" fails at submission, "?" fails in a step, "*" makes the whole step fail, "." waits
     without an event, "_" is lost.
 
     gate: steps wait for it; `hold()` closes it.
@@ -28,7 +28,7 @@ class FakeEngine:
 
     def __init__(self, max_batch=4):
         self.max_batch = max_batch
-        self.num_rows = 100
+        self.num_slots = 100
         self.requests = {}
         self.cancelled = []
         self.num_steps = 0
@@ -51,7 +51,7 @@ class FakeEngine:
         return len(self.requests) - self.num_running
 
     @property
-    def num_rows_used(self):
+    def num_slots_used(self):
         return 10 * self.num_running
 
     def submit(self, prompt, options, *, index=0):

@@ -1,4 +1,4 @@
-"""Tiny models that write and draw, for tests of generation."""
+"""Tiny models that generate text and images, for the tests of generation."""
 
 import torch
 
@@ -11,7 +11,7 @@ UNET = {"kind": "unet", "channels": (8, 16), "num_blocks": 1}
 
 
 def build(folder, dtype=torch.float64, **patch_coder):
-    """A model whose every weight matters: what training starts at zero is drawn too."""
+    """A model whose every weight matters: weights that training starts at zero are random, too."""
     model = LMFusion.from_llm(
         folder,
         image={"hidden_size": 16, "patch_coder": {"kind": "linear", **patch_coder}},
@@ -34,7 +34,7 @@ def tokens_of(model):
 def teach_boi(model, prompt, num_tokens):
     """Make the model begin an image by itself after `num_tokens` tokens of its greedy answer to `prompt`.
 
-    BOI's row of the head becomes what the text tower puts out there, just long enough to win.
+    BOI's row of the head becomes the output of the text tower there, just long enough to win.
     """
     read = encode_prompt(model, prompt)
     options = GenerationOptions(max_new_tokens=num_tokens + 4)

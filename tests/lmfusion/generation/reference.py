@@ -1,4 +1,4 @@
-"""The specification of an answer: no cache, no batch, no branches side by side. Every step reads the whole document."""
+"""The specification of an answer: no cache, no batch, no joint branches. Every step computes the whole document."""
 
 from dataclasses import dataclass, field, replace
 
@@ -14,12 +14,12 @@ from lmfusion.model.vision import VisionInput
 
 @dataclass
 class Context:
-    """A document as far as it goes, with the clean latents of its images."""
+    """The document so far, with the clean latents of its images."""
 
     document: Document = field(default_factory=Document)
     latents: tuple = ()
     seen: tuple = ()
-    """Rows of images that are seen."""
+    """Embeddings of images that a vision encoder made."""
 
     def text(self, ids):
         return replace(self, document=self.document.text(ids))
@@ -55,7 +55,7 @@ def read(model, context, timesteps=None):
 
 
 def draw(model, context, options, number, index, negative_ids, tokens, latent_shape):
-    """Clean latents of the next image of `context`, which ends with BOI; guidance in one forward a branch."""
+    """Clean latents of the next image of `context`, which ends with BOI; guidance in one forward per branch."""
     rows = model.image.patch_coder.tokens_per_image(*latent_shape[1:])
     bare = Context().text(tokens.bos)
     nothing = bare.text(negative_ids).marker(tokens.boi_token_id)
@@ -93,7 +93,7 @@ def draw(model, context, options, number, index, negative_ids, tokens, latent_sh
 
 
 def answer(model, prompt, options, index=0):
-    """Greedy answer: ids and latents in their order, as [ids, latents, ids, ...]."""
+    """Greedy answer: ids and latents in order, as [ids, latents, ids, ...]."""
     tokens = SpecialTokens.of(model.tokenizer, model.boi_token_id)
     negative_ids = encode_caption(model.tokenizer, options.negative_prompt) if options.negative_prompt else []
     codec = model.codec
@@ -116,8 +116,8 @@ def answer(model, prompt, options, index=0):
     while True:
         if not wants_image:
             logits = model.text_logits(read(model, context)[0][-1:])[0]
-            may_draw = num_images < options.max_images
-            token_id = int(logits[: model.boi_token_id + may_draw].argmax())
+            can_start_image = num_images < options.max_images
+            token_id = int(logits[: model.boi_token_id + can_start_image].argmax())
             if token_id in end_token_ids(model):
                 if num_images >= options.min_images:
                     return [*parts, ids]

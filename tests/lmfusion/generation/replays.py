@@ -1,4 +1,4 @@
-"""Steps to record and replay on any device, on unlike documents of one shape, and what they should give."""
+"""Steps to record and replay on any device, for different documents of one shape, and the check of their results."""
 
 import dataclasses
 import functools
@@ -12,9 +12,9 @@ from lmfusion.generation.device_steps import Branching, decode_step, denoise_ste
 from lmfusion.generation.graphs import ReplayedStep
 from lmfusion.model.modeling import LMFusion
 
-NUM_ROWS, NUM_SCRATCH = 144, 16
+NUM_SLOTS, NUM_SCRATCH = 144, 16
 LIMIT = 256
-"""Tokens that no document exceeds."""
+"""Most tokens of a document."""
 
 
 def make_model(folder, device="cpu"):
@@ -36,7 +36,7 @@ def random(*shape, seed=0):
 
 
 def make_cache(model):
-    cache = KeyValueCache(model, NUM_ROWS, NUM_SCRATCH)
+    cache = KeyValueCache(model, NUM_SLOTS, NUM_SCRATCH)
     for i, buffers in enumerate(cache.layers):
         for j, buffer in enumerate(buffers):
             buffer.copy_(random(*buffer.shape, seed=2 * i + j))
@@ -44,18 +44,18 @@ def make_cache(model):
 
 
 def layout_of(span, lengths, starts, num_padding=0):
-    """A layout, on the host, of documents that go on with `span`, and of others that do so in the scratch rows."""
+    """A layout, on the host, of documents that continue with `span`, and of padding documents in the scratch slots."""
     return lk.TokenLayout.from_spans(
         [[span]] * (len(lengths) + num_padding),
         cached_lengths=[*lengths, *[0] * num_padding],
-        cache_starts=[*starts, *[NUM_ROWS] * num_padding],
-        cache_slots=NUM_ROWS + NUM_SCRATCH,
+        cache_starts=[*starts, *[NUM_SLOTS] * num_padding],
+        cache_slots=NUM_SLOTS + NUM_SCRATCH,
     )
 
 
 @dataclasses.dataclass
 class Call:
-    """Arguments of a step, on the host, and how many of its results are not those of padding."""
+    """Arguments of a step, on the host, and the number of its results that do not belong to padding."""
 
     arguments: tuple
     num_real: int
@@ -67,7 +67,7 @@ def decode_calls(documents):
     for seed, (lengths, starts, num_padding) in enumerate(documents):
         num = len(lengths) + num_padding
         generator = torch.Generator().manual_seed(seed)
-        choice = SamplingParams(
+        params = SamplingParams(
             allow_boi=torch.ones(num),
             temperature=torch.rand(num, generator=generator).round(decimals=0) * 0.7,
             top_p=torch.rand(num, generator=generator),
@@ -76,7 +76,7 @@ def decode_calls(documents):
         )
         token_ids = torch.randint(0, 250, (num,), generator=generator)
         layout = layout_of(("text", 1), lengths, starts, num_padding)
-        calls.append(Call((token_ids, layout, choice, False), len(lengths)))
+        calls.append(Call((token_ids, layout, params, False), len(lengths)))
     return calls
 
 
@@ -106,7 +106,7 @@ def unguided_denoise_calls():
         numbers = torch.cat([torch.tensor([[999.0 - 7 * seed], [500.0], [3.0]]), random(3, 6, seed=seed)], dim=1)
         layout = layout_of(("image", 16), lengths, starts, num_padding)
         calls.append(Call((x, x0, noise, numbers, layout, None, 1.0), len(lengths)))
-    return [*calls, calls[-1]]  # the last one's layout is there already
+    return [*calls, calls[-1]]  # the last one's layout is loaded already
 
 
 STEPS = {
@@ -120,7 +120,7 @@ STEPS = {
 
 
 def assert_replayed(model, recorder, step, calls, num_graphs=1, tolerance=0.0, replaying=None):
-    """Every call gives, and leaves in the cache, what the step itself does; the graphs are as many as announced.
+    """Every call returns what the step returns and leaves the same cache; there are `num_graphs` graphs.
 
     replaying: a context in which calls that are not recorded run.
     """
@@ -138,8 +138,8 @@ def assert_replayed(model, recorder, step, calls, num_graphs=1, tolerance=0.0, r
         answers.append((answer, expected, call.num_real))
         for own, other in zip(cache.layers, eager_cache.layers, strict=True):
             for one, two in zip(own, other, strict=True):
-                torch.testing.assert_close(one[:NUM_ROWS], two[:NUM_ROWS], rtol=tolerance, atol=tolerance)
+                torch.testing.assert_close(one[:NUM_SLOTS], two[:NUM_SLOTS], rtol=tolerance, atol=tolerance)
     assert (replayed.num_recorded, replayed.num_replayed) == (num_graphs, len(calls) - num_graphs)
-    for answer, expected, num_real in answers:  # which no later call has overwritten
+    for answer, expected, num_real in answers:  # later calls must not have overwritten them
         for one, two in zip(*(x if isinstance(x, tuple) else (x,) for x in (answer, expected)), strict=True):
             torch.testing.assert_close(one[:num_real], two[:num_real], rtol=tolerance, atol=tolerance)

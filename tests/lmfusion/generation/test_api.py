@@ -1,4 +1,4 @@
-"""What `LMFusion` makes of prompts: text as the base LLM, images and captions; what cannot be made is named."""
+"""`generate`, `draw` and `caption`: text as from the base LLM, images, captions, and errors that name the problem."""
 
 import numpy as np
 import pytest
@@ -235,33 +235,33 @@ def test_generation_leaves_training_mode_and_gradients_alone(model):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"guidance_scale": -0.5}, "guidance_scale is -0.5"),
-        ({"guidance_scale": float("nan")}, "guidance_scale is nan"),
-        ({"image_guidance_scale": -1}, "image_guidance_scale is -1"),
-        ({"guidance_interval": (0.5, 0.2)}, r"guidance_interval is \(0.5, 0.2\)"),
-        ({"guidance_rescale": 1.5}, "guidance_rescale is 1.5"),
-        ({"num_steps": 0}, "num_steps is 0"),
-        ({"num_steps": 2.5}, "num_steps is 2.5"),
-        ({"num_steps": 1001}, "num_steps is 1001"),
-        ({"sampler": "euler"}, "unknown sampler 'euler'"),
+        ({"guidance_scale": -0.5}, "guidance_scale must be between 0 and 1,000, got -0.5"),
+        ({"guidance_scale": float("nan")}, "guidance_scale must be between 0 and 1,000, got nan"),
+        ({"image_guidance_scale": -1}, "image_guidance_scale must be between 0 and 1,000, got -1"),
+        ({"guidance_interval": (0.5, 0.2)}, r"guidance_interval must be low and high with .*, got \(0.5, 0.2\)"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale must be between 0 and 1, got 1.5"),
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"num_steps": 2.5}, "num_steps .*must be a whole number"),
+        ({"num_steps": 1001}, "num_steps must be at most 1000 here, got 1001"),
+        ({"sampler": "euler"}, "sampler must be one of ddpm, .*, got 'euler'"),
         ({"sampler": object()}, "a diffusers scheduler"),
-        ({"prompts": []}, "prompts is empty"),
-        ({"prompts": "a seven"}, "give a list"),
+        ({"prompts": []}, "prompts must not be empty"),
+        ({"prompts": "a seven"}, "prompts must be a list"),
         ({"prompts": ["fine", "  "]}, "caption is empty"),
-        ({"prompts": ["word " * 60]}, "model's context is 256"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"seed": -1}, "seed is -1"),
+        ({"prompts": ["word " * 60]}, "model's context of 256"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
         ({"image_size": 7}, "7 x 7 does not divide"),
-        ({"image_size": 0}, "image_size is 0"),
-        ({"image_size": "8"}, "image_size is '8'"),
-        ({"preview_every": -1}, "preview_every is -1"),
-        ({"guidance_scale": "2"}, "guidance_scale is '2'; it is a number"),
-        ({"guidance_scale": True}, "guidance_scale is True; it is a number"),
-        ({"guidance_interval": 0.5}, r"guidance_interval is 0.5; it is \(low, high\)"),
-        ({"guidance_interval": (0.5,)}, r"guidance_interval is \(0.5,\); it is \(low, high\)"),
-        ({"guidance_interval": ("a", "b")}, r"guidance_interval is \('a', 'b'\)"),
-        ({"negative_prompt": 7}, "negative_prompt is 7; it is a text or None"),
-        ({"scale": 2}, "unknown option 'scale'; known: max_new_tokens"),
+        ({"image_size": 0}, "image_size must be at least 1, got 0"),
+        ({"image_size": "8"}, "image_size .*must be a whole number"),
+        ({"preview_every": -1}, "preview_every must be at least 0, got -1"),
+        ({"guidance_scale": "2"}, "guidance_scale .*must be a number"),
+        ({"guidance_scale": True}, "guidance_scale .*must be a number"),
+        ({"guidance_interval": 0.5}, "guidance_interval .*must be a list of 2"),
+        ({"guidance_interval": (0.5,)}, "guidance_interval .*must be a list of 2"),
+        ({"guidance_interval": ("a", "b")}, r"guidance_interval\[0\] .*must be a number"),
+        ({"negative_prompt": 7}, "negative_prompt .*must be text"),
+        ({"scale": 2}, "an option must be one of max_new_tokens, .*, got 'scale'"),
     ],
 )
 def test_wrong_drawing_settings_are_named(model, settings, message):
@@ -272,24 +272,27 @@ def test_wrong_drawing_settings_are_named(model, settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens and max_images are both 0"),
-        ({"max_new_tokens": True}, "max_new_tokens is True"),
-        ({"temperature": -1.0}, "temperature is -1.0"),
-        ({"temperature": float("inf")}, "temperature is inf"),
-        ({"temperature": 0.5, "do_sample": False}, "do_sample is False, but temperature is 0.5"),
-        ({"temperature": 1e-39}, "temperature is 1e-39; it is 0"),
-        ({"temperature": 10**400}, "temperature is 1000"),
-        ({"temperature": "hot"}, "temperature is 'hot'; it is a number"),
-        ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"top_p": 1e-50, "temperature": 1.0}, "top_p is 1e-50; it is 1e-06 to 1"),
-        ({"top_k": 10**400}, "top_k is above 1000000"),
-        ({"top_p": 1.5}, "top_p is 1.5"),
-        ({"top_k": -1}, "top_k is -1"),
-        ({"seed": -1}, "seed is -1"),
-        ({"stop_strings": "end"}, "stop_strings is 'end'; give a list"),
-        ({"stop_strings": 5}, "stop_strings is 5; give a list"),
-        ({"stop_strings": ["so</s>"]}, "holds 'so</s>', which has text before the control token '</s>'"),
-        ({"stop_strings": [""]}, "none is empty"),
+        ({"max_new_tokens": 0}, "max_new_tokens or max_images must be at least 1, got 0 for both"),
+        ({"max_new_tokens": True}, "max_new_tokens .*must be a whole number"),
+        ({"temperature": -1.0}, "temperature must be 0 or between 0.001 and 1000, got -1.0"),
+        ({"temperature": float("inf")}, "temperature must be 0 or between 0.001 and 1000, got inf"),
+        (
+            {"temperature": 0.5, "do_sample": False},
+            "do_sample must not be False with a temperature, got temperature 0.5",
+        ),
+        ({"temperature": 1e-39}, "temperature must be 0 or .*, got 1e-39"),
+        ({"temperature": 10**400}, "temperature .*must be a number"),
+        ({"temperature": "hot"}, "temperature .*must be a number"),
+        ({"top_p": 0.0}, "top_p must be between 1e-06 and 1, got 0.0"),
+        ({"top_p": 1e-50, "temperature": 1.0}, "top_p must be between 1e-06 and 1, got 1e-50"),
+        ({"top_k": 10**400}, "top_k must be between 0 and 1,000,000, got 0x"),
+        ({"top_p": 1.5}, "top_p must be between 1e-06 and 1, got 1.5"),
+        ({"top_k": -1}, "top_k must be between 0 and 1,000,000, got -1"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"stop_strings": "end"}, "stop_strings .*must be a list"),
+        ({"stop_strings": 5}, "stop_strings .*must be a list"),
+        ({"stop_strings": ["so</s>"]}, "must not have text before a control token, got 'so</s>'"),
+        ({"stop_strings": [""]}, "none empty"),
         ({"stop_strings": ["x"] * 17}, "at most 16"),
     ],
 )
@@ -305,13 +308,19 @@ def test_wrong_decoding_settings_are_named(model, settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"min_images": 1}, "min_images is 1, but max_images 0"),
-        ({"draw_first": True}, "draw_first begins with an image, but max_images is 0"),
-        ({"draw_first": 1, "max_images": 1}, "draw_first is 1; it is True or False"),
-        ({"image_guidance_scale": 1.5, "max_images": 10**9}, "max_images is 1000000000; the limit here is 16"),
-        ({"max_new_tokens": 0, "max_images": 1}, "nothing begins an image; set draw_first or min_images"),
-        ({"callback_on_step_end": 5}, "callback_on_step_end is 5; it is a function"),
-        ({"max_images": 1, "negative_prompt": "x" * 300}, "negative_prompt takes 300 tokens and an image 18"),
+        ({"min_images": 1}, "min_images must be at most max_images \\(0\\), got 1"),
+        ({"draw_first": True}, "max_images must be at least 1 with draw_first, got 0"),
+        ({"draw_first": 1, "max_images": 1}, "draw_first .*must be true or false"),
+        ({"image_guidance_scale": 1.5, "max_images": 10**9}, "max_images must be at most 16 here, got 1000000000"),
+        (
+            {"max_new_tokens": 0, "max_images": 1},
+            "max_new_tokens must be at least 1 where text begins.*; set draw_first or min_images",
+        ),
+        ({"callback_on_step_end": 5}, "callback_on_step_end must be a function, got 5"),
+        (
+            {"max_images": 1, "negative_prompt": "x" * 300},
+            "negative_prompt must leave room for an image of 18 tokens .*, got 300 tokens",
+        ),
     ],
 )
 def test_wrong_settings_of_text_and_images_are_named(model, settings, message):
@@ -320,9 +329,9 @@ def test_wrong_settings_of_text_and_images_are_named(model, settings, message):
 
 
 def test_what_draw_and_caption_decide_is_not_for_others_to_say(model):
-    with pytest.raises(ValueError, match="draw makes an image and no text; leave out draw_first"):
+    with pytest.raises(ValueError, match="draw generates an image and no text; leave out draw_first"):
         model.draw(["x"], draw_first=False)
-    with pytest.raises(ValueError, match="caption makes text and no image; leave out max_images"):
+    with pytest.raises(ValueError, match="caption generates text and no image; leave out max_images"):
         model.caption(PICTURES[:1], max_images=1)
 
 
@@ -330,22 +339,22 @@ def test_sliding_window_bounds_the_context(model, monkeypatch):
     monkeypatch.setattr(model.config.text_config, "sliding_window", 20, raising=False)
     answer = model.generate(["0123456789"], max_new_tokens=99)[0]  # 11 tokens with bos
     assert answer.num_new_tokens == 10 and answer.finish_reason == "length"  # the last one takes no row
-    with pytest.raises(ValueError, match=r"the prompt takes 21 tokens .* context is 20; shorten"):
+    with pytest.raises(ValueError, match=r"must fit the model's context of 20 tokens, got 21 and 1 tokens; shorten"):
         model.generate(["0123456789" * 2], max_new_tokens=1)
 
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
     [
-        ("", "a prompt is empty"),
-        ([], "a prompt is empty"),
+        ("", "a prompt must not be empty"),
+        ([], "a prompt must not be empty"),
         (["fine", ""], "caption is empty"),
-        (["fine", 3], "a part of a prompt is 3"),
+        (["fine", 3], "a part of a prompt must be a text or an image .*, got 3"),
         ("half \ud800", "a text is not valid Unicode: surrogates not allowed at character 5"),
         (["half \ud800"], "a text is not valid Unicode"),
-        (b"bytes", "a prompt is b'bytes'"),
-        ({"role": "user", "content": "x"}, "it is a text, a list of texts and images, or a list of messages"),
-        (7, "a prompt is 7"),
+        (b"bytes", "a prompt must be a text, .*, got b'bytes'"),
+        ({"role": "user", "content": "x"}, "must be a text, a list of texts and images, or a list of messages"),
+        (7, "a prompt must be a text, .*, got 7"),
         ([np.zeros((2, 2, 9), np.uint8)], "array"),
         ([{"role": "user", "content": "x"}], "no chat template"),
     ],
@@ -360,12 +369,12 @@ def test_wrong_prompts_are_named(model, prompt, message):
 def test_wrong_images_and_models_without_tokenizer_are_named(model, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=r"no chat template"):
         model.generate(["hi"], chat=True)
-    with pytest.raises(ValueError, match=r"images is empty"):
+    with pytest.raises(ValueError, match=r"images must not be empty"):
         model.caption([])
     for missing in (tmp_path / "missing.png", str(tmp_path / "missing.png")):
         with pytest.raises(FileNotFoundError, match=r"missing.png"):
             model.caption([missing])
     monkeypatch.setattr(model, "tokenizer", None)
     for call in (lambda: model.generate(["x"]), lambda: model.draw(["x"]), lambda: model.stream("x")):
-        with pytest.raises(ValueError, match=r"no tokenizer"):
+        with pytest.raises(ValueError, match=r"must have a tokenizer"):
             call()

@@ -1,4 +1,4 @@
-"""Tokens by chance, and text as it grows: probabilities are followed, characters stay whole, stop strings stop."""
+"""Sampling follows the probabilities; streamed text has whole characters and ends at stop strings."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from lmfusion.generation.decoding import NO_TOKEN, SamplingParams, TextStream, n
 
 
 def choose(logits, temperature=1.0, top_p=1.0, top_k=10**6, allow_boi=True, seed=0):
-    """One token of each row of `logits`, the vocabulary's; BOI and EOI get logits that would win."""
+    """One token for each row of `logits` over the vocabulary; BOI and EOI get logits that would win."""
     num_rows = logits.shape[0]
     markers = torch.full((num_rows, 2), 50.0)
     uniform = torch.rand(num_rows, generator=random_generator(seed, 0))
@@ -91,7 +91,7 @@ TEXT = "naïve 猫 and 👩‍🚀 said: done, and so on"
 
 
 def stream(tokenizer, text, stop_strings=()):
-    """What each token of `text` shows, and the rest."""
+    """The text that each token of `text` adds, and the rest."""
     growing = TextStream(tokenizer, stop_strings)
     shown = [growing.push(token_id) for token_id in tokenizer(text, add_special_tokens=False)["input_ids"]]
     return shown, growing.finish(), growing.is_stopped
@@ -134,7 +134,7 @@ def test_stop_strings(tokenizer, stop_strings, expected):
 
 
 def test_spaces_at_the_seam_of_prompt_and_answer_are_kept():
-    """Tokenizers of Llama 2's kind write a space before every word, and leave it out at the beginning of a text."""
+    """Tokenizers like Llama 2's write a space before every word, except at the start of a text."""
     vocabulary = {"<unk>": 0, "▁The": 1, "▁sky": 2, "▁is": 3, "▁blue": 4}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.decoder = decoders.Metaspace()

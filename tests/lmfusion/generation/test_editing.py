@@ -1,4 +1,4 @@
-"""Editing: what is read for an edit, with all branches of its guidance, is what training read."""
+"""Editing: the tokens of an edit, in all branches of its guidance, are those of training."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 from lmfusion.cli import main
 from lmfusion.data import DataConfig, Edit, SourceConfig
 from lmfusion.data.pipeline.documents import DocumentPlanner
-from lmfusion.data.pipeline.mixture import Draw
+from lmfusion.data.pipeline.mixture import SampleRef
 from lmfusion.generation import GenerationOptions, encode_prompt
 from lmfusion.generation.guidance import ContextImage
 from lmfusion.generation.request import Request
@@ -27,7 +27,7 @@ def model(tiny_llama):
 
 
 def training_documents(model, caption_drop, num=200):
-    """All documents that training makes of one edit, by what they have lost, up to the image that is drawn."""
+    """All documents that training makes of one edit, by what was dropped, up to the target image."""
     planner = DocumentPlanner(
         DataConfig([SourceConfig("shape_edits")], caption_drop=caption_drop),
         tokenizer=model.tokenizer,
@@ -37,19 +37,19 @@ def training_documents(model, caption_drop, num=200):
         seed=0,
     )
     sample = Edit("a", lambda: PICTURE, f" {INSTRUCTION} ", lambda: PICTURE)
-    documents = {plan.document for plan in planner.plan([(Draw(0, epoch, 0), sample) for epoch in range(num)])}
+    documents = {plan.document for plan in planner.plan([(SampleRef(0, epoch, 0), sample) for epoch in range(num)])}
     assert all(document.spans[-2:] == (("image", model.tokens_per_image), ("marker", 1)) for document in documents)
     return sorted(((d.spans[:-2], d.token_ids[:-1]) for d in documents), key=lambda document: -len(document[1]))
 
 
 def read_documents(model, **options):
-    """(spans, token ids) of what each branch of guidance reads before the image, that of the whole prompt first."""
+    """(spans, token ids) that each branch of guidance has before the image, that of the whole prompt first."""
     prompt = encode_prompt(model, [INSTRUCTION, PICTURE])
     request = Request(model, 0, prompt, GenerationOptions(**DENOISE, **options), 0)
     request.cached, *request.branches = (SimpleNamespace(length=0) for _ in range(3))
     latents = model.codec.encode(prompt.images[0][None])[0]
     request.start([ContextImage(latents, model.tokens_per_image)])
-    request.begin_image(model)
+    request.start_image(model)
     assert all(
         len(prefill.images) == prefill.document.num_images and all(i.data is latents for i in prefill.images)
         for prefill in request.prefills
@@ -76,7 +76,7 @@ def test_without_drops_there_is_one_document(model):
 
 
 def test_the_command_edits_an_image(model, tmp_path):
-    """The command gives the edit that the method gives, and its PNG says what it was made of."""
+    """The command and the method generate the same image, and its PNG holds the settings."""
     model.save_pretrained(tmp_path / "model", parts="all")
     PICTURE.save(tmp_path / "in.png")
     options = {"num_steps": 3, "sampler": "ddim", "guidance_scale": 2.0, "image_guidance_scale": 1.5}

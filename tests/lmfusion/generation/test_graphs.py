@@ -1,5 +1,7 @@
-"""Is a replayed step the step itself? A tracer stands in for CUDA graphs: like those it keeps every op and every number
-that was on the host, and knows tensors by their memory alone."""
+"""Replayed steps give the results of the steps. A tracer stands in for CUDA graphs.
+
+Like a graph, it keeps every op and every number that was on the host, and knows tensors only by their memory.
+"""
 
 import warnings
 
@@ -15,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 class Tracer:
-    """A recorder whose graph is that of torch.fx: the ops below autograd, with what they were given."""
+    """A recorder whose graph is that of torch.fx: the ops below autograd, with their arguments."""
 
     def warm_up(self, run):
         return run()
@@ -42,13 +44,13 @@ def without_gradients():
 
 @pytest.mark.parametrize("name", STEPS)
 def test_documents_of_other_lengths_at_other_places(model, name):
-    """One graph for all; the cache that it writes into is part of it."""
+    """One graph serves all of them, and holds the cache that it writes into."""
     step, make_calls = STEPS[name]
     assert_replayed(model, Tracer(), step, make_calls())
 
 
 def test_a_document_that_outgrows_its_bound_is_recorded_again(model):
-    """Bounds are powers of two, up to what no document exceeds."""
+    """Bounds are powers of two, up to the most tokens of a document."""
     calls = decode_calls([([length], [0], 0) for length in (31, 16, 32, 63, 100, 140)])
     assert_replayed(model, Tracer(), decode_step, calls, num_graphs=4)
     layouts = [call.arguments[1] for call in calls]
@@ -91,8 +93,7 @@ def test_the_graph_that_was_used_longest_ago_is_dropped():
 
 
 def test_numbers_of_the_host_would_be_noticed():
-    """The tracer does what the tests here rely on, as a graph of CUDA would: a number of the host stays what it was,
-    and a tensor's cannot be asked for."""
+    """The tracer behaves like a CUDA graph: numbers of the host are frozen, and those of a tensor cannot be read."""
     numbers = iter(range(9))
     replayed = ReplayedStep(lambda x: x + next(numbers), CPU, Tracer())
     assert [replayed(torch.zeros(1)).item() for _ in range(4)] == [0, 1, 1, 1]
@@ -120,5 +121,7 @@ def test_what_cannot_be_recorded_is_run_and_said_once():
 
 def test_graphs_need_a_gpu():
     assert recorder_for(CPU, None) is None and recorder_for(CPU, False) is None
-    with pytest.raises(ValueError, match="use_graphs is True, but the model is on cpu; CUDA graphs need a GPU"):
+    with pytest.raises(
+        ValueError, match="use_graphs must be False or None without a GPU, got True with a model on cpu"
+    ):
         recorder_for(CPU, True)

@@ -1,4 +1,4 @@
-"""Guidance: branches in one forward are forwards apart, put together by the papers' formulas, with any sampler."""
+"""Guidance: branches in one forward equal separate forwards, combined by the papers' formulas, with any sampler."""
 
 import diffusers
 import numpy as np
@@ -17,7 +17,7 @@ from lmfusion.model.diffusion import scheduler_config
 from tests.lmfusion.generation import reference
 from tests.lmfusion.generation.models import UNET, build, tokens_of
 
-SHAPE, NUM_ROWS = (1, 8, 8), 16
+SHAPE, NUM_IMAGE_TOKENS = (1, 8, 8), 16
 EDIT = ["make", np.random.default_rng(0).integers(0, 256, (8, 8), np.uint8), "rounder"]
 
 # diffusers calls numpy's functions on tensors
@@ -30,27 +30,27 @@ def model(tiny_llama):
 
 
 def contexts(model, prompt, negative_prompt=None):
-    """What the three branches read before the image: everything, the images, nothing."""
+    """The documents of the three branches before the image: everything, the images, nothing."""
     tokens, read = tokens_of(model), encode_prompt(model, prompt)
     negative_ids = encode_caption(model.tokenizer, negative_prompt) if negative_prompt else []
     latents = tuple(model.codec.encode(image[None])[0] for image in read.images)
     everything = reference.Context(read.document(model.tokens_per_image, tokens), latents)
     images = nothing = reference.Context().text(tokens.bos)
     for item in latents:
-        images = images.marker(tokens.boi_token_id).image(item, NUM_ROWS).marker(tokens.eoi_token_id)
+        images = images.marker(tokens.boi_token_id).image(item, NUM_IMAGE_TOKENS).marker(tokens.eoi_token_id)
     return [c.marker(tokens.boi_token_id) for c in (everything, images.text(negative_ids), nothing.text(negative_ids))]
 
 
 def predict_apart(model, context, x, timestep):
-    """The prediction at the end of one branch, the whole document in a forward of its own."""
-    return reference.read(model, context.image(x, NUM_ROWS), timestep)[1]
+    """The prediction at the end of one branch, with the whole document in a separate forward."""
+    return reference.read(model, context.image(x, NUM_IMAGE_TOKENS), timestep)[1]
 
 
 @torch.no_grad()
 def predict_together(model, all_contexts, x, timesteps, index, weights, rescale):
-    """Guided predictions for images x [R, C, h, w], every branch in one forward over the cache."""
+    """Guided predictions for images x [R, C, h, w], all branches in one forward over the cache."""
     cache = KeyValueCache(model, 1000)
-    documents = cache.allocate([context.document.num_tokens + NUM_ROWS for context, _ in all_contexts])
+    documents = cache.allocate([context.document.num_tokens + NUM_IMAGE_TOKENS for context, _ in all_contexts])
     layout = cache.layout(documents, [context.document.spans for context, _ in all_contexts])
     latents = [item for context, _ in all_contexts for item in context.latents]
     rows = torch.empty(0, model.config.image_hidden_size, dtype=x.dtype)
@@ -60,7 +60,7 @@ def predict_together(model, all_contexts, x, timesteps, index, weights, rescale)
     model.run_layers(model.embed(torch.tensor(token_ids)), rows, layout, cache.layers)
     for document, (context, _) in zip(documents, all_contexts, strict=True):
         document.length = context.document.num_tokens
-    layout = cache.layout(documents, [[("image", NUM_ROWS)]] * len(documents))
+    layout = cache.layout(documents, [[("image", NUM_IMAGE_TOKENS)]] * len(documents))
     branching = Branching(
         torch.tensor([image for _, image in all_contexts]),
         torch.tensor(index),
@@ -110,14 +110,16 @@ def test_one_forward_is_two_or_three(tiny_llama, kind, dtype, tolerance):
 def test_branches_without_weight_are_left_out(model, scale, image_scale, has_images, weight, branches):
     options = GenerationOptions(max_images=1, guidance_scale=scale, image_guidance_scale=image_scale)
     images = [torch.zeros(SHAPE)] * 2 if has_images else []
-    guidance = guidance_of(options, [ContextImage(x, NUM_ROWS) for x in images], tokens_of(model), [7])
+    guidance = guidance_of(options, [ContextImage(x, NUM_IMAGE_TOKENS) for x in images], tokens_of(model), [7])
     assert guidance.weight == weight
     assert len(guidance.branches) == len(branches)
     for branch, (kind, expected) in zip(guidance.branches, branches, strict=True):
         num_images = 2 if kind == "images" else 0
         assert branch.weight == pytest.approx(expected)
         assert len(branch.images) == num_images
-        assert branch.document.num_tokens == 1 + num_images * (NUM_ROWS + 2) + 1 + 1  # bos, negative prompt, boi
+        assert (
+            branch.document.num_tokens == 1 + num_images * (NUM_IMAGE_TOKENS + 2) + 1 + 1
+        )  # bos, negative prompt, boi
     assert guidance.weight + sum(branch.weight for branch in guidance.branches) == pytest.approx(1.0)
 
 
@@ -159,7 +161,7 @@ def test_steps_outside_the_interval_cost_one_branch(model, monkeypatch, interval
     monkeypatch.setattr(type(model), "run_layers", watch)
     options = dict(num_steps=5, sampler="ddim", guidance_scale=3.0)
     image = model.draw(["a seven"], **options, guidance_interval=interval)[0]
-    assert sorted(rows) == [NUM_ROWS] * (5 - num_guided) + [2 * NUM_ROWS] * num_guided
+    assert sorted(rows) == [NUM_IMAGE_TOKENS] * (5 - num_guided) + [2 * NUM_IMAGE_TOKENS] * num_guided
     if num_guided == 0:
         plain = model.draw(["a seven"], **{**options, "guidance_scale": 1.0})[0]
         np.testing.assert_array_equal(np.asarray(image), np.asarray(plain))
@@ -179,7 +181,7 @@ def test_a_negative_prompt_takes_the_place_of_no_text(model):
 
 
 def draw_apart(model, run, prompt, predict_from, scale, seed=0):
-    """An image by `run`, a function of (x, predict, generator), each branch in a forward of its own."""
+    """An image by `run`, a function of (x, predict, generator), with a separate forward for each branch."""
     generator = random_generator(seed, 0, 1)
     x = torch.randn(SHAPE, generator=generator)
     everything, _, nothing = contexts(model, prompt)
@@ -235,7 +237,7 @@ def scheduler_of(model, name):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_any_scheduler_draws_as_in_a_loop_by_hand(model, name):
-    """The loop of diffusers' pipelines; clipping apart, which the schedulers do not know of."""
+    """The loop of diffusers' pipelines, with the clipping that the schedulers do not have."""
 
     def run(x, predict, generator):
         scheduler = scheduler_of(model, name)
@@ -277,7 +279,7 @@ def test_schedulers_that_are_our_samplers_draw_the_same(model, ours, theirs):
 def test_schedulers_of_one_batch_keep_apart(model):
     samplers = ["ddpm", scheduler_of(model, "HeunDiscreteScheduler"), scheduler_of(model, "UniPCMultistepScheduler")]
     samplers += samplers[1:2]  # one instance for two requests
-    engine, place, images = Engine(model, num_rows=1000), {}, {}
+    engine, place, images = Engine(model, num_slots=1000), {}, {}
     prompt = encode_prompt(model, ["a seven"])
     every = dict(draw_first=True, max_images=1, max_new_tokens=0)
     for i, sampler in enumerate(samplers):
@@ -295,9 +297,9 @@ def test_schedulers_of_one_batch_keep_apart(model):
 @pytest.mark.parametrize(
     ("sampler", "message"),
     [
-        (diffusers.EulerDiscreteScheduler(), "takes prediction_type 'epsilon', but this model predicts 'v_prediction'"),
+        (diffusers.EulerDiscreteScheduler(), "prediction_type .* must be 'v_prediction', .*, got 'epsilon'"),
         (diffusers.FlowMatchEulerDiscreteScheduler(), "another kind of diffusion"),
-        (7, "sampler is 7, neither one of ddpm"),
+        (7, "sampler must be one of ddpm.*, got 7"),
     ],
 )
 def test_a_sampler_that_does_not_fit_is_refused_at_once(model, sampler, message):

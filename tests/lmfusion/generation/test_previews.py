@@ -1,4 +1,4 @@
-"""Previews: colours read off latents by a map that fits the codec, for next to nothing."""
+"""Previews: the linear map from latents to colours fits the codec, and is made once."""
 
 import numpy as np
 import pytest
@@ -38,7 +38,7 @@ class LinearCodec(Codec):
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory):
-    """Folder of a small AutoencoderKL whose encoder has learnt to mix colours, more or less linearly."""
+    """Folder of a small AutoencoderKL whose encoder has learned to mix colours, nearly linearly."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoencoderKL(

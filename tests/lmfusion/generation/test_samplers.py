@@ -1,4 +1,4 @@
-"""Samplers: tables that do what diffusers' schedulers do, images apart from each other, and any scheduler that fits."""
+"""Samplers: the tables do what diffusers' schedulers do, for each image separately; schedulers that fit are taken."""
 
 import functools
 
@@ -24,7 +24,7 @@ class ClippedDPMSolver(DPMSolverMultistepScheduler):
 
 
 def diffusers_scheduler(diffusion, name, timesteps, clip):
-    """What diffusers has for our sampler, at our timesteps."""
+    """The diffusers scheduler of our sampler, at our timesteps."""
     settings = scheduler_config(diffusion.config)
     if name == "ddpm":
         scheduler = DDPMScheduler.from_config({**settings, "clip_sample": True, "clip_sample_range": clip})
@@ -57,7 +57,7 @@ def signals(diffusion, timestep):
 
 
 def gaussian_oracle(diffusion, mean, std):
-    """The best prediction there is where every value of the data is from N(mean, std ** 2)."""
+    """The best possible prediction if every value of the data comes from N(mean, std ** 2)."""
 
     def predict(x, timestep):
         alpha, sigma = signals(diffusion, timestep)
@@ -224,14 +224,14 @@ def test_bfloat16_predictions_are_taken_in_float32():
 
 
 @pytest.mark.parametrize(
-    ("name", "num_steps", "message"), [("euler", 10, "'euler'"), ("ddpm", 0, "is 0"), ("ddim", 1001, "1001")]
+    ("name", "num_steps", "message"), [("euler", 10, "'euler'"), ("ddpm", 0, "got 0"), ("ddim", 1001, "1001")]
 )
 def test_wrong_sampler_or_steps_are_named(name, num_steps, message):
     with pytest.raises(ValueError, match=message):
         step_table(Diffusion(DiffusionConfig()), name, num_steps, clip=1.0)
 
 
-# The evaluations that 40 steps take, and whether chance has a part in them
+# The evaluations that 40 steps take, and whether the scheduler takes random numbers
 SCHEDULERS = {
     "DDIMScheduler": (40, False),
     "DDPMScheduler": (40, True),
@@ -263,7 +263,7 @@ def run_scheduler(scheduler, diffusion, num_steps, predict, seed=0, size=64, cli
 
 @functools.cache
 def worst_of_ours(prediction_type, schedule):
-    """How far our own samplers are from the spread of known data after 40 steps."""
+    """The error of our own samplers in the spread of known data after 40 steps."""
     diffusion = Diffusion(DiffusionConfig(prediction_type=prediction_type, schedule=schedule))
     predict, generator = gaussian_oracle(diffusion, mean=0.3, std=0.4), torch.Generator().manual_seed(0)
     latents = torch.randn(1, 1, 64, 64, generator=generator)
@@ -287,7 +287,7 @@ def test_any_scheduler_lands_on_the_data(name, prediction_type, schedule):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_chance_of_a_scheduler_comes_from_the_generator(name):
+def test_random_numbers_of_a_scheduler_come_from_the_generator(name):
     diffusion = Diffusion(DiffusionConfig(schedule="scaled_linear"))
     predict = gaussian_oracle(diffusion, mean=0.3, std=0.4)
     one, same, other = (run_scheduler(name, diffusion, 10, predict, seed, size=8)[0] for seed in (1, 1, 2))
@@ -296,7 +296,7 @@ def test_chance_of_a_scheduler_comes_from_the_generator(name):
 
 
 class SeededScheduler(EulerDiscreteScheduler):
-    """Takes no generator but a seed, and where there is none one from the clock, as DPMSolverSDEScheduler does."""
+    """Takes no generator, but a seed, or a seed from the clock if there is none, as DPMSolverSDEScheduler does."""
 
     noise_sampler_seed = None
 
@@ -305,7 +305,7 @@ class SeededScheduler(EulerDiscreteScheduler):
         return (super().step(model_output, timestep, sample).prev_sample + 0.1 * noise,)
 
 
-def test_chance_of_a_scheduler_with_a_seed_comes_from_the_generator():
+def test_random_numbers_of_a_scheduler_with_a_seed_come_from_the_generator():
     diffusion = Diffusion(DiffusionConfig())
     scheduler = SeededScheduler.from_config(scheduler_config(diffusion.config))
     predict = gaussian_oracle(diffusion, mean=0.3, std=0.4)
@@ -370,27 +370,35 @@ def fitting(name, **settings):
 @pytest.mark.parametrize(
     ("make", "num_steps", "message"),
     [
-        (lambda: "euler", 4, "'euler', neither one of ddpm"),
+        (lambda: "euler", 4, "sampler must be one of ddpm, .*, got 'euler'"),
         (lambda: EulerDiscreteScheduler, 4, "give an instance"),
         (
             lambda: fitting("EulerDiscreteScheduler", prediction_type="v_prediction"),
             4,
-            "'v_prediction', but this model",
+            "must be 'epsilon', as the model's, got 'v_prediction'",
         ),
-        (EulerDiscreteScheduler, 4, r"noise schedule \('linear'.*\('cosine'.*EulerDiscreteScheduler.from_config\(lmf"),
-        (lambda: fitting("DDIMScheduler", num_train_timesteps=500), 4, "500 timesteps.*1000 timesteps"),
+        (
+            EulerDiscreteScheduler,
+            4,
+            r"noise schedule .*\('cosine'.*\('linear'.*EulerDiscreteScheduler.from_config\(lmf",
+        ),
+        (lambda: fitting("DDIMScheduler", num_train_timesteps=500), 4, "1000 timesteps.*500 timesteps"),
         (lambda: fitting("DDIMScheduler", rescale_betas_zero_snr=True), 4, "noise schedule"),
         (lambda: fitting("DPMSolverMultistepScheduler", use_flow_sigmas=True), 4, "noise schedule"),
-        (lambda: fitting("DDIMScheduler", clip_sample=True), 4, "clips latents to 1.0, but this model's reach 5.0"),
-        (lambda: fitting("DDIMInverseScheduler"), 4, "goes from clean latents to noise"),
+        (lambda: fitting("DDIMScheduler", clip_sample=True), 4, "must not clip latents below 5.0, .* with 1.0"),
+        (lambda: fitting("DDIMInverseScheduler"), 4, "must go from noise to clean latents, got DDIMInverseScheduler"),
         (diffusers.FlowMatchEulerDiscreteScheduler, 4, "another kind of diffusion"),
         (lambda: fitting("UnCLIPScheduler"), 4, "another kind of diffusion"),
         (lambda: fitting("RePaintScheduler"), 4, "another kind of diffusion"),
         (diffusers.ScoreSdeVeScheduler, 4, "another kind of diffusion"),
-        (lambda: fitting("DDIMScheduler"), 0, "num_steps is 0"),
-        (lambda: fitting("DDIMScheduler"), 1001, "1 to 1000 steps"),
-        (lambda: fitting("LCMScheduler"), 400, "LCMScheduler cannot make num_steps 400"),
-        (lambda: fitting("KDPM2AncestralDiscreteScheduler"), 2, "cannot make num_steps 2"),
+        (lambda: fitting("DDIMScheduler"), 0, "num_steps must be between 1 and the diffusion's 1000, got 0"),
+        (lambda: fitting("DDIMScheduler"), 1001, "between 1 and the diffusion's 1000, got 1001"),
+        (lambda: fitting("LCMScheduler"), 400, "num_steps must be one that LCMScheduler can do, got 400"),
+        (
+            lambda: fitting("KDPM2AncestralDiscreteScheduler"),
+            2,
+            "num_steps must be one that KDPM2AncestralDiscreteScheduler can do, got 2",
+        ),
     ],
 )
 def test_a_scheduler_that_does_not_fit_is_named(make, num_steps, message):

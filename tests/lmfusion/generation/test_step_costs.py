@@ -1,4 +1,4 @@
-"""What does a step ask of the host, and what does it launch? No content of a tensor, and a dozen ops a layer."""
+"""Steps never read a tensor's numbers on the host, and launch a dozen ops per layer."""
 
 from collections import Counter
 
@@ -18,7 +18,7 @@ OF_LAYER = {
     "aten::mm": 6,
     "aten::addmm": 2,
 }
-"""Ops of one layer; products of the tower that has no rows are called, too, and launch nothing."""
+"""Ops of one layer. The products of a tower without tokens are called, too, and launch nothing."""
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +60,7 @@ def test_ops_of_a_step(tiny_llama, name):
 
 @pytest.mark.parametrize("name", STEPS)
 def test_no_step_reads_what_a_tensor_holds(tiny_llama, name):
-    """Tensors of the device "meta" have no content: whoever copies it to the host, or asks for a number, fails."""
+    """Tensors of the device "meta" have no content: copying them to the host, or reading a number, fails."""
     model = make_model(tiny_llama).to("meta")
     cache, (step, make_calls) = make_cache(model), STEPS[name]
     run = ReplayedStep(lambda *arguments: step(model, cache, *arguments), torch.device("meta"), None)

@@ -12,7 +12,7 @@ def model(tiny_llama):
 
 
 def answer(model, monkeypatch, ids, **options):
-    """What `generate` makes of the tokens `ids`, chosen one after the other."""
+    """The answer of `generate` if the tokens `ids` are sampled one after the other."""
     waiting = iter(ids)
     monkeypatch.setattr(
         "lmfusion.generation.device_steps.next_tokens", lambda logits, *_: logits.argmax(-1) * 0 + next(waiting)
@@ -56,11 +56,13 @@ def test_strings_that_look_like_control_tokens_are_text(model, monkeypatch):
 
 
 @pytest.mark.parametrize("stop_strings", [[""], ["a", ""], "a", [5], ["x"] * 17])
-def test_what_is_no_list_of_texts_is_refused(stop_strings):
-    with pytest.raises(ValueError, match="stop_strings is"):
+def test_anything_but_a_list_of_texts_is_refused(stop_strings):
+    with pytest.raises(ValueError, match="stop_strings"):
         GenerationOptions(stop_strings=stop_strings)
 
 
 def test_a_control_token_behind_words_is_refused(model):
-    with pytest.raises(ValueError, match="holds 'end</s>', which has text before the control token '</s>'"):
+    with pytest.raises(
+        ValueError, match="must not have text before a control token, got 'end</s>' with the control token '</s>'"
+    ):
         model.generate(["x"], stop_strings=["end</s>"])

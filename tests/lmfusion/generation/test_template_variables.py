@@ -1,4 +1,4 @@
-"""Template variables of a chat: over those saved with the model, kept with images, refused where none is read."""
+"""Template variables: they override those of the model, are saved with images, and are refused without a template."""
 
 import pytest
 import torch
@@ -50,11 +50,11 @@ def test_options_of_answers_and_streams(model):
 def test_where_no_template_is_read_they_are_refused(model):
     variables = {"enable_thinking": False}
     for prompt in ("Hi.", ["Hi."]):
-        with pytest.raises(ValueError, match="template_variables are for conversations; set chat=True"):
+        with pytest.raises(ValueError, match="template_variables need a conversation; set chat=True"):
             model.generate([prompt], template_variables=variables)
-    with pytest.raises(ValueError, match="draw takes no conversation; leave out template_variables"):
+    with pytest.raises(ValueError, match="draw takes captions, not conversations; leave out template_variables"):
         model.draw(["Hi."], template_variables=variables)
-    with pytest.raises(ValueError, match="caption takes no conversation; leave out template_variables"):
+    with pytest.raises(ValueError, match="caption takes images, not conversations; leave out template_variables"):
         model.caption([torch.zeros(8, 8).numpy()], template_variables=variables)
     with pytest.raises(ValueError, match="must not have the key 'messages'"):
         model.generate([ASKED], template_variables={"messages": []})
@@ -74,12 +74,9 @@ def test_they_are_saved_with_the_model_and_given_on_the_command_line(model, tmp_
     assert read_settings("drawings/0001.png")["template_variables"] == expected
     capsys.readouterr()
     for arguments, message in (
-        (["x", "--template-variable", "a=1"], "--template-variable is about conversations; add --chat"),
-        (["x", "--chat", "--template-variable", "a"], "--template-variable is 'a'; it must be NAME=VALUE"),
-        (
-            ["x", "--chat", "--template-variable", "today=x"],
-            "template_variables.today must be a date as YYYY-MM-DD, such as 2024-07-26, got 'x'",
-        ),
+        (["x", "--template-variable", "a=1"], "--template-variable needs a conversation; add --chat"),
+        (["x", "--chat", "--template-variable", "a"], "--template-variable must be NAME=VALUE"),
+        (["x", "--chat", "--template-variable", "today=x"], "template_variables.today"),
     ):
         assert main(["generate", "model", *arguments]) == 2
         assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Vision-language models answer: what they write of images is transformers' answer, and they draw beside it."""
+"""Vision-language models: their text about images is transformers', and they generate images, too."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def user(*content):
 
 
 def as_theirs(messages):
-    """Messages in transformers' words."""
+    """Messages in transformers' format."""
     return [
         {
             "role": message["role"],
@@ -86,7 +86,7 @@ def test_a_template_without_images_is_named(tmp_path):
     model.tokenizer.chat_template = "{% for m in messages %}{{ 'x' + m['content'] }}{% endfor %}"
     with pytest.raises(ValueError, match="does not take this conversation"):
         encode_prompt(model, [user("what?", picture(4, 4))])
-    with pytest.raises(ValueError, match="a prompt holds the model's image token"):
+    with pytest.raises(ValueError, match="must not hold the model's image token"):
         encode_prompt(model, "what is <image>?")
 
 
@@ -106,8 +106,8 @@ def test_greedy_captions_are_those_of_transformers(tmp_path, kind):
 
 
 @pytest.mark.parametrize("image_guidance_scale", [None, 1.5])
-def test_cached_answers_are_those_of_reading_everything_anew(tmp_path, image_guidance_scale):
-    """An answer to images that are seen draws, writes and draws again, with all images in context."""
+def test_cached_answers_are_those_without_a_cache(tmp_path, image_guidance_scale):
+    """An answer to input images generates an image, text and an image again, with all images in context."""
     save_vlm(tmp_path)
     model = build(tmp_path, dtype=torch.float64)
     prompt = [picture(5, 23), "and", picture(16, 16, seed=1), "draw"]
@@ -132,7 +132,7 @@ def test_cached_answers_are_those_of_reading_everything_anew(tmp_path, image_gui
     assert found.text == model.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def test_answers_do_not_depend_on_company(tmp_path):
+def test_answers_do_not_depend_on_the_batch(tmp_path):
     save_vlm(tmp_path)
     model = build(tmp_path, dtype=torch.float64)
     prompts = [[picture(*shape, seed=i), f"number {i}"] for i, shape in enumerate(SHAPES)]

@@ -1,4 +1,4 @@
-"""The worker: any thread submits, one owns the engine; what fails hurts nobody else; nobody waits for ever."""
+"""The worker: any thread submits, one owns the engine; failures stay with their request; no caller waits forever."""
 
 import itertools
 import threading
@@ -45,7 +45,7 @@ def test_events_come_in_order_and_end_with_done(worker):
     assert text_of(events) == "abc" and events[-1].finish_reason == "stop"
 
 
-def test_one_thread_owns_the_engine_whoever_submits(engine):
+def test_one_thread_owns_the_engine(engine):
     worker = EngineWorker(engine)
     with ThreadPoolExecutor(8) as pool:
         texts = list(pool.map(lambda text: text_of(worker.submit(text, None)), [f"text {i}" for i in range(40)]))
@@ -55,9 +55,9 @@ def test_one_thread_owns_the_engine_whoever_submits(engine):
 
 
 def test_an_iterator_that_was_read_to_its_end_stays_ended(worker):
-    answering = worker.submit("a", None)
-    assert len(list(answering)) == 2
-    assert list(answering) == []
+    stream = worker.submit("a", None)
+    assert len(list(stream)) == 2
+    assert list(stream) == []
 
 
 def test_on_event_is_called_in_the_workers_thread(worker):
@@ -68,10 +68,10 @@ def test_on_event_is_called_in_the_workers_thread(worker):
         if isinstance(event, Done):
             ended.set()
 
-    answering = worker.submit("ab", None, listen)
+    stream = worker.submit("ab", None, listen)
     assert ended.wait(10)
     assert {name for name, _ in seen} == {"lmfusion-engine"} and text_of(event for _, event in seen) == "ab"
-    assert list(answering) == []
+    assert list(stream) == []
 
 
 def test_what_the_engine_refuses_is_raised_where_it_was_submitted(worker):
@@ -81,13 +81,13 @@ def test_what_the_engine_refuses_is_raised_where_it_was_submitted(worker):
 
 
 def test_a_full_queue_is_busy_and_counts_it(engine, worker):
-    answerings = [worker.submit("....", None) for _ in range(engine.max_batch + worker.max_waiting)]
+    streams = [worker.submit("....", None) for _ in range(engine.max_batch + worker.max_waiting)]
     with pytest.raises(QueueFull, match="3 requests are waiting"):
         worker.submit("a", None)
     assert worker.stats().num_rejected == 1 and worker.stats().num_waiting == 3
-    for answering in answerings:
-        answering.cancel()
-    assert [list(answering)[-1].finish_reason for answering in answerings] == ["cancelled"] * 7
+    for stream in streams:
+        stream.cancel()
+    assert [list(stream)[-1].finish_reason for stream in streams] == ["cancelled"] * 7
     assert text_of(worker.submit("a", None)) == "a"
 
 
@@ -106,31 +106,31 @@ def test_the_bound_holds_for_threads_that_submit_at_once(engine, worker):
         results = pool.map(submit, range(12))
         wait_until(lambda: worker.stats().num_rejected == 12 - worker.max_waiting)
         engine.gate.set()
-        accepted = [answering for answering in results if answering is not None]
+        accepted = [stream for stream in results if stream is not None]
     assert len(accepted) == worker.max_waiting
-    assert all(text_of(answering) == "b" for answering in accepted)
+    assert all(text_of(stream) == "b" for stream in accepted)
 
 
 @pytest.mark.parametrize("num_events", [0, 1, 2, 4])
 def test_cancel_at_any_event_frees_the_request(engine, worker, num_events):
-    answering = worker.submit("a##....", None)  # never ends by itself
+    stream = worker.submit("a##....", None)  # never ends by itself
     events = []
-    for event in itertools.islice(answering, num_events):
+    for event in itertools.islice(stream, num_events):
         events.append(event)
     assert len(events) == num_events and engine.requests
-    answering.cancel()
+    stream.cancel()
     wait_until(lambda: worker.stats().num_finished == {"cancelled": 1})
-    assert engine.requests == {} and worker.stats().num_rows_used == 0
-    answering.cancel()  # of an ended one: nothing
+    assert engine.requests == {} and worker.stats().num_slots_used == 0
+    stream.cancel()  # of an ended one: nothing
     assert text_of(worker.submit("ab", None)) == "ab"
 
 
 def test_a_cancelled_answer_still_ends_with_done(worker):
-    answering = worker.submit("a....", None)
+    stream = worker.submit("a....", None)
     events = []
-    for event in answering:
+    for event in stream:
         events.append(event)
-        answering.cancel()
+        stream.cancel()
     assert events == [TextDelta("a"), events[-1]] and events[-1].finish_reason == "cancelled"
 
 
@@ -139,7 +139,7 @@ def test_leaving_the_loop_cancels(engine, worker):
         assert event == TextDelta("a")
         break
     wait_until(lambda: worker.stats().num_finished == {"cancelled": 1})
-    assert engine.requests == {} and worker.stats().num_rows_used == 0
+    assert engine.requests == {} and worker.stats().num_slots_used == 0
 
 
 def test_a_request_that_fails_hurts_no_other(worker):
@@ -186,9 +186,9 @@ def test_a_dead_thread_leaves_nobody_waiting(engine, worker, monkeypatch):
     def die():
         raise SystemExit
 
-    answering = worker.submit("....", None)
+    stream = worker.submit("....", None)
     monkeypatch.setattr(engine, "step", die)
-    done = list(answering)[-1]
+    done = list(stream)[-1]
     assert done.finish_reason == "error" and "SystemExit" in done.error
     with pytest.raises(Stopped):
         worker.submit("a", None)
@@ -220,14 +220,14 @@ def test_submitting_from_a_listener_is_refused_not_a_deadlock(worker):
 
     worker.submit("a", None, submit)
     wait_until(lambda: errors)
-    assert "on_event cannot submit" in errors[0]
+    assert "on_event must not submit" in errors[0]
 
 
 def test_close_cancels_everything_and_ends_the_thread(engine):
     worker = EngineWorker(engine)
-    answerings = [worker.submit("a.....", None) for _ in range(6)]
+    streams = [worker.submit("a.....", None) for _ in range(6)]
     worker.close()
-    assert [list(answering)[-1].finish_reason for answering in answerings] == ["cancelled"] * 6
+    assert [list(stream)[-1].finish_reason for stream in streams] == ["cancelled"] * 6
     assert not worker._thread.is_alive() and engine.requests == {}
     with pytest.raises(Stopped, match="was closed"):
         worker.submit("a", None)
@@ -240,7 +240,7 @@ def test_stats_add_up(worker):
     stats = worker.stats()
     assert (stats.num_prompt_tokens, stats.num_new_tokens, stats.num_images) == (5, 3, 2)
     assert stats.num_denoise_steps == 2 * NUM_STEPS and stats.num_finished == {"stop": 2}
-    assert (stats.num_running, stats.num_waiting, stats.num_rows, stats.num_rows_used) == (0, 0, 100, 0)
+    assert (stats.num_running, stats.num_waiting, stats.num_slots, stats.num_slots_used) == (0, 0, 100, 0)
 
 
 def test_an_idle_worker_does_not_step(engine, worker):
@@ -251,5 +251,5 @@ def test_an_idle_worker_does_not_step(engine, worker):
 
 
 def test_a_queue_without_places_is_refused(engine):
-    with pytest.raises(ValueError, match="max_waiting is 0"):
+    with pytest.raises(ValueError, match="max_waiting must be at least 1, got 0"):
         EngineWorker(engine, max_waiting=0)

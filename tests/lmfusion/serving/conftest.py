@@ -85,7 +85,7 @@ class Served:
 
     def __init__(self, model, *, max_waiting=64, max_batch=8, limits=None, defaults=None, **options):
         limits = limits or RequestLimits()
-        self.engine = Engine(model, num_rows=4096, max_batch=max_batch, limits=limits.generation)
+        self.engine = Engine(model, num_slots=4096, max_batch=max_batch, limits=limits.generation)
         self.gate = Gate(self.engine)
         self.worker = EngineWorker(self.engine, max_waiting=max_waiting)
         parser = RequestParser(model, "tiny", limits, defaults)

@@ -85,7 +85,7 @@ def test_the_process_says_where_it_is_answers_and_ends_well(folder):
 )
 def test_running_answers_may_go_on_for_a_while(model, number, seconds, num_steps, reason):
     """Here in this process, which is what gets the signal."""
-    worker = EngineWorker(Engine(model, num_rows=1024))
+    worker = EngineWorker(Engine(model, num_slots=1024))
     app = build_app(worker, RequestParser(model, "tiny"))
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     received, refused = [], []
@@ -112,7 +112,7 @@ def test_running_answers_may_go_on_for_a_while(model, number, seconds, num_steps
 
 
 def test_without_clients_it_ends_at_once(model):
-    worker = EngineWorker(Engine(model, num_rows=256))
+    worker = EngineWorker(Engine(model, num_slots=256))
     app = build_app(worker, RequestParser(model, "tiny"))
     start = time.monotonic()
     stop = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
@@ -127,16 +127,16 @@ def run(folder, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--default", "num_steps"], "--default is 'num_steps'; it must be FIELD=VALUE"),
+        (["--default", "num_steps"], "--default must be FIELD=VALUE"),
         (["--default", "steps=3"], "got 'steps'"),
-        (["--default", "num_steps=9", "--max-num-steps", "8"], "num_steps is 9; the limit here is 8"),
-        (["--shutdown-seconds", "-1"], "--shutdown-seconds is -1"),
-        (["--max-images", "-1"], "--max-images is -1"),
-        (["--max-tokens", "-1"], "--max-tokens is -1"),
+        (["--default", "num_steps=9", "--max-num-steps", "8"], "num_steps must be at most 8 here, got 9"),
+        (["--shutdown-seconds", "-1"], "--shutdown-seconds must be at least 0, got -1"),
+        (["--max-images", "-1"], "--max-images must be at least 0, got -1"),
+        (["--max-tokens", "-1"], "--max-tokens must be at least 0, got -1"),
         (["--max-body-mb", "0"], "max_body_bytes must be at least 1, got 0"),
-        (["--max-waiting", "0"], "max_waiting is 0"),
-        (["--max-batch", "0"], "max_batch is 0"),
-        (["--cache-slots", "0"], "num_rows is 0"),
+        (["--max-waiting", "0"], "max_waiting must be at least 1, got 0"),
+        (["--max-batch", "0"], "max_batch must be at least 1, got 0"),
+        (["--cache-slots", "0"], "num_slots must be at least 1, got 0"),
         (["--host", "256.1.1.1"], "cannot listen on 256.1.1.1, port 0"),
         (["--port", "70000"], "--port must be between 0 and 65535, got 70000"),
         (["--chat-template", "missing.jinja"], "missing.jinja"),
@@ -160,11 +160,11 @@ def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(tmp_path, capsy
 def test_keys_that_cannot_be_used(folder, key, tmp_path, capsys, monkeypatch):
     (tmp_path / "key").write_text(key, encoding="utf-8")
     assert run(folder, "--api-key-file", str(tmp_path / "key")) == 2
-    assert "is empty or has characters that headers cannot hold" in capsys.readouterr().err
+    assert "must be printable ASCII and not empty" in capsys.readouterr().err
     monkeypatch.setenv("LMFUSION_API_KEY", key)
     assert run(folder) == 2
     error = capsys.readouterr().err
-    assert "the API key in LMFUSION_API_KEY is empty" in error and (not key.strip() or key not in error)
+    assert "the API key in LMFUSION_API_KEY must be printable ASCII" in error and (not key.strip() or key not in error)
 
 
 @pytest.mark.parametrize(("key", "words"), [(None, "WITHOUT ANY KEY"), ("k3y", "with the API key")])
@@ -188,7 +188,7 @@ def test_a_model_that_cannot_chat_needs_a_template(tiny_llama, tmp_path, capsys,
     base = LMFusion.from_llm(tiny_llama, image={"patch_coder": {"kind": "linear"}}, codec={"image_size": 8})
     base.save_pretrained(tmp_path / "base", parts="all")
     assert run(tmp_path / "base") == 2
-    assert "no chat template" in capsys.readouterr().err
+    assert "must have a chat template" in capsys.readouterr().err
     served = []
     monkeypatch.setattr(
         "lmfusion.serving.lifecycle.run_server", lambda app, worker, *_, **__: (worker.close(), served.append(app))

@@ -60,7 +60,7 @@ def test_disconnecting_anywhere_leaves_nothing_and_logs_nothing(serve, request, 
             connections.append(connection)
     wait_until(lambda: not server.server.server_state.connections and not server.server.server_state.tasks)
     wait_until(lambda: server.worker.stats().num_running + server.worker.stats().num_waiting == 0)
-    assert server.worker.stats().num_rows_used == 0
+    assert server.worker.stats().num_slots_used == 0
     assert server.post(max_tokens=1).status_code == 200
     assert log == []
     assert 'lmfusion_http_responses_total{status="499"}' in server.client.get("/metrics").text

@@ -48,15 +48,15 @@ ANCESTRAL = EulerAncestralDiscreteScheduler(**EULER, timestep_spacing="trailing"
 )
 def test_an_image_that_is_not_finite_ends_its_request_alone(model, changes):
     prompt, good = encode_prompt(model, "a seven"), GenerationOptions(**{**DENOISE, "num_steps": 3})
-    alone = parts(run(Engine(model, num_rows=2000), [(prompt, good)])[0])
-    engine = Engine(model, num_rows=2000)
+    alone = parts(run(Engine(model, num_slots=2000), [(prompt, good)])[0])
+    engine = Engine(model, num_slots=2000)
     broken = replace(good, draw_first=True, **changes)
     events = run(engine, [(prompt, broken), (prompt, good)])
     done = events[0][-1]
     assert done.finish_reason == "error" and "image 0 is not finite" in done.error and done.num_images == 0
-    assert not any(isinstance(event, ImageEnd) for event in events[0]) and engine.num_rows_used == 0
+    assert not any(isinstance(event, ImageEnd) for event in events[0]) and engine.num_slots_used == 0
     assert not any(isinstance(event, ImagePreview) and event.step > 1 for event in events[0])
-    together = run(Engine(model, num_rows=2000), [(prompt, good), (prompt, broken)])[0]
+    together = run(Engine(model, num_slots=2000), [(prompt, good), (prompt, broken)])[0]
     assert_same(parts(together), alone)
 
 
@@ -96,6 +96,6 @@ def test_an_autoencoder_that_decodes_to_nan_says_so(model, monkeypatch):
 
     monkeypatch.setattr(type(model.codec), "decode", breaks_the_second)
     options = GenerationOptions(**{**DENOISE, "num_steps": 1, "max_images": 1, "min_images": 1}, draw_first=True)
-    engine = Engine(model, num_rows=2000)
+    engine = Engine(model, num_slots=2000)
     events = run(engine, [(encode_prompt(model, "a seven"), options)] * 3)
     assert [events[i][-1].finish_reason for i in range(3)] == ["length", "error", "length"]

@@ -80,6 +80,6 @@ def test_version_1(system, membership, groups, expected):
 
 def test_the_cache_is_planned_within_the_limit(system, tiny_llama):
     model = build(tiny_llama)
-    row_bytes = plan_memory(model, 1, 1).row_bytes
-    system("0::/\n", root=(2000 * row_bytes, 0, 0))
-    assert plan_memory(model, None, 64).num_rows == 1000
+    slot_bytes = plan_memory(model, 1, 1).slot_bytes
+    system("0::/\n", root=(2000 * slot_bytes, 0, 0))
+    assert plan_memory(model, None, 64).num_slots == 1000

@@ -121,7 +121,7 @@ def test_prompts_from_files_and_the_clip_score(tiny, tmp_path):
         ({"source": DIGITS, "guidance_scales": []}, r"one or more different numbers, got \[\]"),
         ({"source": DIGITS, "guidance_scales": [-1]}, "guidance_scale"),
         ({"source": DIGITS, "sampler": "magic"}, "images.sampler must be one of .* got 'magic'"),
-        ({"source": DIGITS, "num_steps": 5000}, "images.num_steps is 5000; the limit here is 1000"),
+        ({"source": DIGITS, "num_steps": 5000}, "images.num_steps must be at most 1000 here, got 5000"),
         ({"source": DIGITS, "num_images": 1}, "images.num_images must be at least 2, got 1"),
     ],
 )

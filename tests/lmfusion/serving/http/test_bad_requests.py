@@ -61,10 +61,10 @@ def check(response, status, message, param=None, code=None):
         (user({"type": "audio"}), 'a part must be {"type": "text", "text": ...} or', "messages[0].content[0]"),
         (user({"type": "text"}), "messages[0].content[0].text is missing", "messages[0].content[0].text"),
         ({"temperature": "hot"}, "temperature: Input should be a valid number", "temperature"),
-        ({"temperature": -1}, "temperature is -1", "temperature"),
-        ({"top_p": 0}, "top_p is 0", "top_p"),
-        ({"max_tokens": 51}, "max_tokens is 51; the limit here is 50", "max_tokens"),
-        ({"max_completion_tokens": 51}, "max_tokens is 51; the limit here is 50", "max_tokens"),
+        ({"temperature": -1}, "temperature must be 0 or between 0.001 and 1000, got -1", "temperature"),
+        ({"top_p": 0}, "top_p must be between 1e-06 and 1, got 0", "top_p"),
+        ({"max_tokens": 51}, "max_tokens must be at most 50 here, got 51", "max_tokens"),
+        ({"max_completion_tokens": 51}, "max_tokens must be at most 50 here, got 51", "max_tokens"),
         (
             {"max_tokens": 4, "max_completion_tokens": 5},
             "must be equal, got 4 and 5",
@@ -72,8 +72,8 @@ def check(response, status, message, param=None, code=None):
         ),
         ({"max_tokens": True}, "max_tokens: Input should be a valid integer", "max_tokens"),
         ({"max_tokens": 0, "max_images": 0}, "nothing to generate", "max_tokens"),
-        ({"stop": ["x"] * 17}, "stop is", "stop"),
-        ({"stop": [""]}, "none is empty", "stop"),
+        ({"stop": ["x"] * 17}, "stop must be at most 16 texts", "stop"),
+        ({"stop": [""]}, "none empty", "stop"),
         ({"stop": "x" * 2000}, "at most 1000 characters", "stop"),
         ({"seed": -(2**63) - 1}, "seed: Input should be greater than or equal to -9223372036854775808", "seed"),
         ({"seed": 2**63}, "seed: Input should be less than", "seed"),
@@ -83,20 +83,20 @@ def check(response, status, message, param=None, code=None):
         ({"presence_penalty": 0.5}, "presence_penalty must be 0, got 0.5", "presence_penalty"),
         ({"response_format": {"type": "json_object"}}, "response_format.type", "response_format.type"),
         ({"stream": "yes"}, "stream: Input should be a valid boolean", "stream"),
-        ({"max_images": 3}, "max_images is 3; the limit here is 2", "max_images"),
-        ({"min_images": 2, "max_images": 1}, "min_images is 2, but max_images 1", "min_images"),
-        ({"num_steps": 21}, "num_steps is 21; the limit here is 20", "num_steps"),
-        ({"num_steps": 0}, "num_steps is 0", "num_steps"),
-        ({"sampler": "euler"}, "unknown sampler 'euler'", "sampler"),
-        ({"guidance_scale": -2}, "guidance_scale is -2", "guidance_scale"),
-        ({"guidance_interval": [0.9, 0.1]}, "guidance_interval is (0.9, 0.1)", "guidance_interval"),
+        ({"max_images": 3}, "max_images must be at most 2 here, got 3", "max_images"),
+        ({"min_images": 2, "max_images": 1}, "min_images must be at most max_images (1), got 2", "min_images"),
+        ({"num_steps": 21}, "num_steps must be at most 20 here, got 21", "num_steps"),
+        ({"num_steps": 0}, "num_steps must be at least 1, got 0", "num_steps"),
+        ({"sampler": "euler"}, "sampler must be one of ddpm", "sampler"),
+        ({"guidance_scale": -2}, "guidance_scale must be between 0 and 1,000, got -2", "guidance_scale"),
+        ({"guidance_interval": [0.9, 0.1]}, "<= 1, got (0.9, 0.1)", "guidance_interval"),
         ({"guidance_interval": [0.9]}, "guidance_interval[1] is missing", "guidance_interval[1]"),
-        ({"guidance_rescale": 2}, "guidance_rescale is 2", "guidance_rescale"),
-        ({"image_size": 17}, "image_size is 17; the limit here is 16", "image_size"),
-        ({"image_size": 0, "min_images": 1}, "image_size is 0", "image_size"),
-        ({"preview_every": -1}, "preview_every is -1", "preview_every"),
+        ({"guidance_rescale": 2}, "guidance_rescale must be between 0 and 1, got 2", "guidance_rescale"),
+        ({"image_size": 17}, "image_size must be at most 16 here, got 17", "image_size"),
+        ({"image_size": 0, "min_images": 1}, "image_size must be at least 1, got 0", "image_size"),
+        ({"preview_every": -1}, "preview_every must be at least 0, got -1", "preview_every"),
         ({"messages": [{"role": "user", "content": "x" * 3000}]}, "characters, got 3000", "messages"),
-        ({"messages": [{"role": "user", "content": "x" * 1000}]}, "the model's context is 256", None),
+        ({"messages": [{"role": "user", "content": "x" * 1000}]}, "the model's context of 256", None),
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )
@@ -212,7 +212,7 @@ def test_wrong_base64_is_named(server):
 
 def test_too_many_images(server):
     response = server.post(user(*[image_part(data_url(picture()))] * 3))
-    check(response, 400, "the number of images in the prompt is 3; the limit here is 2")
+    check(response, 400, "the number of images in the prompt must be at most 2 here, got 3")
 
 
 def test_another_model_and_unknown_paths(server):
@@ -290,9 +290,9 @@ def test_after_all_that_the_server_answers_as_before(server):
     [
         ({"steps": 3}, r"the field must be one of chat_template_kwargs, draw_first.*; got 'steps'"),
         ({"stream": True}, "got 'stream'"),
-        ({"num_steps": 30}, "num_steps is 30; the limit here is 20"),
+        ({"num_steps": 30}, "num_steps must be at most 20 here, got 30"),
         ({"temperature": "hot"}, "temperature: Input should be a valid number"),
-        ({"sampler": "euler"}, "unknown sampler 'euler'"),
+        ({"sampler": "euler"}, "sampler must be one of ddpm"),
     ],
 )
 def test_defaults_that_no_request_could_have(model, defaults, message):

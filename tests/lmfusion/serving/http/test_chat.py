@@ -17,7 +17,7 @@ DRAWING = dict(max_tokens=6, min_images=1, max_images=1, num_steps=3, seed=3, te
 
 
 def engine_events(model, messages, **options):
-    engine = Engine(model, num_rows=1024)
+    engine = Engine(model, num_slots=1024)
     engine.submit(encode_prompt(model, messages), GenerationOptions(**options))
     events = []
     while engine.has_work:

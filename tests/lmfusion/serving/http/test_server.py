@@ -82,14 +82,14 @@ def test_a_disconnect_cancels_the_request_and_frees_its_slots(serve, stream, fie
         read_until(connection, rb'"preview"' if "num_steps" in fields else rb'"content":"[^"]')
     else:
         wait_until(lambda: server.worker.stats().num_running == 1)
-    assert server.worker.stats().num_rows_used > 0
+    assert server.worker.stats().num_slots_used > 0
     server.gate.close()  # or it might have been finished
     connection.close()
     server.wait_until_idle()
     server.gate.open()
     wait_until(lambda: server.worker.stats().num_finished == {"cancelled": 1})
     stats = server.worker.stats()
-    assert (stats.num_running, stats.num_rows_used, stats.num_images) == (0, 0, 0)
+    assert (stats.num_running, stats.num_slots_used, stats.num_images) == (0, 0, 0)
     assert server.post(max_tokens=2).status_code == 200
 
 

@@ -71,7 +71,7 @@ def test_any_model_is_shown(calls, tmp_path, capsys):
 @pytest.mark.parametrize("extra", [["--no-page"], ["train.num_steps=5"]])
 def test_a_model_is_not_trained(calls, tmp_path, capsys, extra):
     assert main(["demo", str(tmp_path), *extra]) == 2
-    assert "is about the demo's own model" in capsys.readouterr().err and calls == []
+    assert "needs the demo's own model" in capsys.readouterr().err and calls == []
 
 
 def test_what_is_missing_is_reported_before_the_work(calls, tmp_path, capsys, monkeypatch):

@@ -76,7 +76,7 @@ def test_text_is_streamed_and_an_image_sharpens(browser, page, tmp_path):
     settings = read_settings(path)
     assert settings["prompt"] == "Draw a seven" and settings["num_steps"] == 30
     assert str(settings["seed"]) == browser.setting("seed"), "a random seed is shown"
-    assert page.engine.num_rows_used == 0
+    assert page.engine.num_slots_used == 0
 
 
 def test_the_same_seed_generates_the_same_image(browser):
@@ -125,7 +125,7 @@ def test_stop_keeps_what_was_generated(browser, page):
     browser.wait_for_answer()
     assert "Stopped." in browser.text("#chat .bot") and "stopped at step" in browser.text("#chat .bot")
     assert browser.all("#chat img.preview") and not browser.all("#chat progress")
-    wait_until(lambda: page.engine.num_rows_used == 0)
+    wait_until(lambda: page.engine.num_slots_used == 0)
     browser.set("num-steps", 3)
     browser.ask("Draw quickly")
     assert browser.image()
@@ -142,7 +142,7 @@ def test_a_reload_cancels_and_starts_afresh(browser, page, monkeypatch):
     browser.open(page.url)
     left = browser.complaints()  # from gradio, about the connection that the reload closed
     assert all("abort" in line or "errored out" in line for line in left)
-    wait_until(lambda: page.engine.num_running == 0 and page.engine.num_rows_used == 0)
+    wait_until(lambda: page.engine.num_running == 0 and page.engine.num_slots_used == 0)
     wait_until(lambda: not any((page.folder / "images").iterdir()))
     monkeypatch.undo()
     assert not browser.all("#chat .bot")
@@ -173,11 +173,11 @@ def test_errors_are_shown(browser, page, tmp_path, monkeypatch):
     browser.open(page.url)
     set_image_options(browser, **{"max-images": 0})
     browser.one("#box textarea").send_keys("Draw\n")
-    browser.wait(lambda: "min_images is 1, but max_images 0" in browser.text("body"))
+    browser.wait(lambda: "min_images must be at most max_images (0), got 1" in browser.text("body"))
     browser.open(page.url)
     browser.set("max-tokens", 50)
     browser.one("#box textarea").send_keys("x" * 300 + "\n")
-    browser.wait(lambda: "context is 256" in browser.text("body"))
+    browser.wait(lambda: "context of 256" in browser.text("body"))
 
     def full(*_):
         raise QueueFull("64 requests are waiting, which is the limit")
