@@ -1,4 +1,4 @@
-"""Would the tests notice? Breaks the code behind each promise of docs/design.md in a copy, and runs its test.
+"""Breaks the code behind each promise of docs/design.md, in a copy, and checks that its test then fails.
 
     python tests/break_promises.py        # all; exit code 0 only if every test passes as it is and fails once broken
     python tests/break_promises.py 3 6    # some
@@ -92,7 +92,7 @@ BREAKAGES = (
         "    if num_constant and layout.num_active:\n        constant = ",
     ),
     Breakage(
-        "6 the t of the noise is the t the network is told: it is told 0",
+        "6 the network is given the t of the noise: it is given 0",
         "tests/lmfusion/model/test_modeling.py::test_losses_are_those_of_the_parts",
         "lmfusion/model/modeling.py",
         "x_image, skip = self.encode_images(noisy, timesteps)",
@@ -134,14 +134,14 @@ BREAKAGES = (
         "else (1 - scale, 0.0, scale)",
     ),
     Breakage(
-        "8 a resumed run equals an unbroken one: the optimiser starts anew",
+        "8 a resumed run equals an unbroken one: the optimizer starts from zero",
         "tests/lmfusion/training/test_resume.py::test_resumed_run_equals_an_unbroken_one",
         "lmfusion/training/trainer.py",
         'self.optimizer.load_state_tensors(parts["optimizer"])',
         "pass",
     ),
     Breakage(
-        "8 a resumed run equals an unbroken one: the data starts anew",
+        "8 a resumed run equals an unbroken one: the data starts from the beginning",
         "tests/lmfusion/training/test_resume.py::test_resumed_run_equals_an_unbroken_one",
         "lmfusion/training/trainer.py",
         "self.loader.steps(self.progress.loader, max(0, last - self.step))",

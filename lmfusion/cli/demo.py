@@ -70,8 +70,8 @@ def run(args: argparse.Namespace) -> int:
     require_gradio()
     from lmfusion.serving.lifecycle import bind, warn_if_public
 
-    with bind(args.host, args.port) as listener:  # a port that is taken is told before minutes of training
-        name, examples, prompt_mode = "lmfusion demo", EXAMPLES, "last_message"  # it was taught single questions
+    with bind(args.host, args.port) as listener:  # fails before minutes of training if the port is taken
+        name, examples, prompt_mode = "lmfusion demo", EXAMPLES, "last_message"  # it was trained on single questions
         if args.model is not None:
             name, examples, prompt_mode = Path(args.model).resolve().name, (), "conversation"
         else:

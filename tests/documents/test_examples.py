@@ -1,4 +1,4 @@
-"""Do the examples run, and would they notice if what they show were not so?"""
+"""The examples run, and fail if what they show does not hold."""
 
 import importlib.util
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""`lmfusion serve` as a process: it says where it is, answers, and ends well; what cannot work is told at once."""
+"""`lmfusion serve` as a process: it prints its address, answers, ends cleanly, and refuses what cannot work at once."""
 
 import argparse
 import functools
