@@ -24,7 +24,7 @@ help:
 	@echo "make clean     remove .venv and everything compiled"
 
 demo: $(VENV)/.built
-	$(BIN)/python -m lmfusion.experiments.demo --no-page
+	$(BIN)/lmfusion demo --no-page
 	@echo "$(BIN)/lmfusion demo opens a page to talk to the model"
 	@echo "$(BIN)/lmfusion eval recipes/eval/digits.yaml scores it"
 
