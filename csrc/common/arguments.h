@@ -110,8 +110,7 @@ inline int64_t check_rope_backward(
     check_dtype(*t, dtype, dq, name);
     check_shape(*t, {num_rows, num_kv_heads, head_dim}, name);
   }
-  STD_TORCH_CHECK(
-      num_live >= 0 && num_live <= num_rows, "num_live is ", num_live, ", outside of [0, ", num_rows, "]");
+  STD_TORCH_CHECK(num_live >= 0 && num_live <= num_rows, "num_live is ", num_live, ", outside of [0, ", num_rows, "]");
   if (qkv.empty()) return head_dim;
   STD_TORCH_CHECK(
       check_rows(qkv, num_live, "qkv") == num_rows, "qkv does not have ", num_rows, " rows, one for each of dq");

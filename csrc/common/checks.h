@@ -111,14 +111,13 @@ inline int64_t check_rows(const Tensors& x, int64_t num_text, const char* name) 
     num_rows += t.size(0);
   }
   STD_TORCH_CHECK(
-      num_text >= 0 && (x.size() == 1 ? num_text <= num_rows : num_text == x[0].size(0)), name, " has ",
-      x[0].size(0), " rows in its first tensor, which does not fit num_text ", num_text);
+      num_text >= 0 && (x.size() == 1 ? num_text <= num_rows : num_text == x[0].size(0)), name, " has ", x[0].size(0),
+      " rows in its first tensor, which does not fit num_text ", num_text);
   return num_rows;
 }
 
 inline void check_like(const Tensors& tensors, const Tensors& like, const char* name) {
-  STD_TORCH_CHECK(
-      tensors.size() == like.size(), name, " holds ", tensors.size(), " tensors, expected ", like.size());
+  STD_TORCH_CHECK(tensors.size() == like.size(), name, " holds ", tensors.size(), " tensors, expected ", like.size());
   for (size_t i = 0; i < like.size(); ++i) {
     check_dtype(tensors[i], like[i].scalar_type(), like[0], name);
     check_shape(tensors[i], {like[i].size(0), like[i].size(1)}, name);

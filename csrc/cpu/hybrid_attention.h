@@ -62,7 +62,7 @@ struct AttentionBackward : Attention {
   const void* dout;
   const void* out;
   const float* lse;
-  const int32_t* grad_key;  // [num_grad_keys], ascending
+  const int32_t* grad_key;    // [num_grad_keys], ascending
   const int32_t* first_grad;  // [key tiles + 1]: rank of the first listed key at or after the start of each key tile
   int64_t num_grad_keys;
   void* dq;

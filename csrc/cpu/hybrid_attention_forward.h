@@ -52,8 +52,7 @@ void forward_task(const AttentionForward& a, int64_t task, int64_t worker) {
   const QueryTile tile(a, task, s.row_start, s.row_end);
   const int64_t dim = a.padded_dim;
   for (int64_t row = 0; row < tile.num_rows; ++row) {
-    load_row(static_cast<const T*>(a.q) + tile.offset(a, row, nullptr), a.head_dim, dim, a.row_factor,
-             s.q + row * dim);
+    load_row(static_cast<const T*>(a.q) + tile.offset(a, row, nullptr), a.head_dim, dim, a.row_factor, s.q + row * dim);
     s.highest[row] = -kInfinity;
   }
   for (int64_t i = 0; i < tile.num_rows * dim; ++i) s.out[i] = 0.0f;
@@ -72,16 +71,18 @@ void forward_task(const AttentionForward& a, int64_t task, int64_t worker) {
       const ColumnRange columns(tile, row, row + count - 1, tile_start);
       const int32_t* ends = ends_for(a, tile, row + count - 1, key_tile);
       const int64_t c = columns.vector_begin;
-      multiply<false, Update::kStore>(count, a.head_dim, columns.num_vectors(), s.q + row * dim, dim, k_columns + c,
-                                      kKeyTile, s.weights + c, kKeyTile);
+      multiply<false, Update::kStore>(
+          count, a.head_dim, columns.num_vectors(), s.q + row * dim, dim, k_columns + c, kKeyTile, s.weights + c,
+          kKeyTile);
       scale_rows(a.score_factor, count, columns, s.weights);
       for (int64_t r = 0; r < count; ++r)
-        softmax_row(s.weights + r * kKeyTile, columns, tile.row_start[row + r] - tile_start,
-                    tile.row_end[row + r] - tile_start, ends, static_cast<int32_t>(tile.query(a, row + r)),
-                    s.total + (row + r) * kLanes, s.highest + row + r, s.rescale + r);
-      multiply<false, Update::kScaleAdd>(count, columns.end - columns.begin, dim / kLanes, s.weights + columns.begin,
-                                         kKeyTile, v_rows + columns.begin * dim, dim, s.out + row * dim, dim,
-                                         s.rescale);
+        softmax_row(
+            s.weights + r * kKeyTile, columns, tile.row_start[row + r] - tile_start, tile.row_end[row + r] - tile_start,
+            ends, static_cast<int32_t>(tile.query(a, row + r)), s.total + (row + r) * kLanes, s.highest + row + r,
+            s.rescale + r);
+      multiply<false, Update::kScaleAdd>(
+          count, columns.end - columns.begin, dim / kLanes, s.weights + columns.begin, kKeyTile,
+          v_rows + columns.begin * dim, dim, s.out + row * dim, dim, s.rescale);
     }
   }
 

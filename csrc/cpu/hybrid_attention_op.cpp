@@ -25,15 +25,17 @@ constexpr int64_t kForwardRows = 192;
 constexpr int64_t kBackwardRows = 96;
 
 const int32_t* int32_vector(const Tensor& x, int64_t size, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 1 && x.size(0) == size && x.scalar_type() == ScalarType::Int && x.is_contiguous(),
-                  "hybrid_attention: ", name, " must be a contiguous int32 vector with ", size, " entries");
+  STD_TORCH_CHECK(
+      x.dim() == 1 && x.size(0) == size && x.scalar_type() == ScalarType::Int && x.is_contiguous(),
+      "hybrid_attention: ", name, " must be a contiguous int32 vector with ", size, " entries");
   return x.const_data_ptr<int32_t>();
 }
 
 void check_heads(const Tensor& x, int64_t rows, int64_t heads, int64_t dim, ScalarType dtype, const char* name) {
   const bool fits = x.dim() == 3 && x.size(0) == rows && x.size(1) == heads && x.size(2) == dim;
-  STD_TORCH_CHECK(fits && x.scalar_type() == dtype, "hybrid_attention: ", name, " must be [", rows, ", ", heads, ", ",
-                  dim, "] and of q's dtype");
+  STD_TORCH_CHECK(
+      fits && x.scalar_type() == dtype, "hybrid_attention: ", name, " must be [", rows, ", ", heads, ", ", dim,
+      "] and of q's dtype");
 }
 
 Tensor empty_floats(int64_t size) { return torch::stable::empty({size}, ScalarType::Float); }
@@ -59,21 +61,23 @@ struct Setup {
     return buffers.back().mutable_data_ptr<float>();
   }
 
-  void fill(lmf::Attention& a, const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, const Tensor& key_start,
-            const Tensor& key_end, const std::optional<Tensor>& out_row, double scale,
-            const std::optional<Tensor>& visible_end, int64_t rows_per_tile) {
+  void fill(
+      lmf::Attention& a, const Tensor& q_any, const Tensor& k_any, const Tensor& v_any, const Tensor& key_start,
+      const Tensor& key_end, const std::optional<Tensor>& out_row, double scale,
+      const std::optional<Tensor>& visible_end, int64_t rows_per_tile) {
     const ScalarType dtype = q_any.scalar_type();
-    STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
-                    "hybrid_attention: q must be float32 or bfloat16 on the CPU");
-    STD_TORCH_CHECK(q_any.dim() == 3 && k_any.dim() == 3,
-                    "hybrid_attention: q must be [Nq, H, D], k and v [Nk, H_kv, D]");
+    STD_TORCH_CHECK(
+        dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
+        "hybrid_attention: q must be float32 or bfloat16 on the CPU");
+    STD_TORCH_CHECK(
+        q_any.dim() == 3 && k_any.dim() == 3, "hybrid_attention: q must be [Nq, H, D], k and v [Nk, H_kv, D]");
     a.num_queries = q_any.size(0), a.num_heads = q_any.size(1), a.head_dim = q_any.size(2);
     a.num_keys = k_any.size(0), a.num_kv_heads = k_any.size(1);
     check_heads(k_any, a.num_keys, a.num_kv_heads, a.head_dim, dtype, "k");
     check_heads(v_any, a.num_keys, a.num_kv_heads, a.head_dim, dtype, "v");
-    STD_TORCH_CHECK(a.head_dim > 0 && a.num_kv_heads > 0 && a.num_heads > 0 && a.num_heads % a.num_kv_heads == 0,
-                    "hybrid_attention: ", a.num_heads, " query heads are no multiple of ", a.num_kv_heads,
-                    " key-value heads");
+    STD_TORCH_CHECK(
+        a.head_dim > 0 && a.num_kv_heads > 0 && a.num_heads > 0 && a.num_heads % a.num_kv_heads == 0,
+        "hybrid_attention: ", a.num_heads, " query heads are no multiple of ", a.num_kv_heads, " key-value heads");
     q = torch::stable::contiguous(q_any), k = torch::stable::contiguous(k_any), v = torch::stable::contiguous(v_any);
     a.q = q.const_data_ptr(), a.k = k.const_data_ptr(), a.v = v.const_data_ptr();
     a.is_bfloat16 = dtype == ScalarType::BFloat16;
@@ -101,9 +105,9 @@ struct Setup {
       start = a.key_start[i], end = a.key_end[i];
       if (a.out_row != nullptr) good &= a.out_row[i] >= 0 && a.out_row[i] < a.num_queries;
     }
-    STD_TORCH_CHECK(good && end <= a.num_keys,
-                    "hybrid_attention: key_start and key_end must not decrease and lie within the ", a.num_keys,
-                    " keys, out_row within the queries");
+    STD_TORCH_CHECK(
+        good && end <= a.num_keys, "hybrid_attention: key_start and key_end must not decrease and lie within the ",
+        a.num_keys, " keys, out_row within the queries");
   }
 
   void hide(lmf::Attention& a, const int32_t* ends) {
@@ -112,8 +116,7 @@ struct Setup {
     std::copy_n(ends, a.num_keys, visible_end.begin());
     for (int64_t tile = 0; tile < num_tiles; ++tile) {
       const int64_t first = tile * lmf::kKeyTile;
-      const auto [least, most] =
-          std::minmax_element(ends + first, ends + std::min(first + lmf::kKeyTile, a.num_keys));
+      const auto [least, most] = std::minmax_element(ends + first, ends + std::min(first + lmf::kKeyTile, a.num_keys));
       least_visible_end.push_back(*least), most_visible_end.push_back(*most);
     }
     a.visible_end = visible_end.data();
@@ -140,9 +143,9 @@ struct Setup {
   }
 };
 
-std::tuple<Tensor, Tensor> hybrid_attention(Tensor q, Tensor k, Tensor v, Tensor key_start, Tensor key_end,
-                                            std::optional<Tensor> out_row, double scale,
-                                            std::optional<Tensor> visible_end, std::optional<Tensor>) {
+std::tuple<Tensor, Tensor> hybrid_attention(
+    Tensor q, Tensor k, Tensor v, Tensor key_start, Tensor key_end, std::optional<Tensor> out_row, double scale,
+    std::optional<Tensor> visible_end, std::optional<Tensor>) {
   lmf::AttentionForward a{};
   Setup setup;
   setup.fill(a, q, k, v, key_start, key_end, out_row, scale, visible_end, kForwardRows);
@@ -154,10 +157,12 @@ std::tuple<Tensor, Tensor> hybrid_attention(Tensor q, Tensor k, Tensor v, Tensor
   a.v_rows = setup.buffer(setup.packed_size(a, a.padded_dim));
   a.scratch_size = LMF_CALL_KERNEL(forward_scratch, a);
   a.scratch = setup.buffer(setup.num_workers * a.scratch_size);
-  run_tasks(a.num_kv_heads * a.num_packed, setup.num_workers,
-            [&](int64_t task, int64_t) { LMF_CALL_KERNEL(pack_keys, a, task); });
-  run_tasks(a.num_kv_heads * a.num_query_tiles, setup.num_workers,
-            [&](int64_t task, int64_t worker) { LMF_CALL_KERNEL(attention_forward, a, task, worker); });
+  run_tasks(a.num_kv_heads * a.num_packed, setup.num_workers, [&](int64_t task, int64_t) {
+    LMF_CALL_KERNEL(pack_keys, a, task);
+  });
+  run_tasks(a.num_kv_heads * a.num_query_tiles, setup.num_workers, [&](int64_t task, int64_t worker) {
+    LMF_CALL_KERNEL(attention_forward, a, task, worker);
+  });
   return {out, lse};
 }
 
@@ -189,9 +194,10 @@ std::tuple<Tensor, Tensor, Tensor> hybrid_attention_backward(
   setup.fill(a, q, k, v, key_start, key_end, out_row, scale, visible_end, kBackwardRows);
   check_heads(dout, a.num_queries, a.num_heads, a.head_dim, q.scalar_type(), "dout");
   check_heads(out, a.num_queries, a.num_heads, a.head_dim, q.scalar_type(), "out");
-  STD_TORCH_CHECK(lse.dim() == 2 && lse.size(0) == a.num_heads && lse.size(1) == a.num_queries &&
-                      lse.scalar_type() == ScalarType::Float,
-                  "hybrid_attention: lse must be float32 [", a.num_heads, ", ", a.num_queries, "]");
+  STD_TORCH_CHECK(
+      lse.dim() == 2 && lse.size(0) == a.num_heads && lse.size(1) == a.num_queries &&
+          lse.scalar_type() == ScalarType::Float,
+      "hybrid_attention: lse must be float32 [", a.num_heads, ", ", a.num_queries, "]");
   const Tensor dout_rows = torch::stable::contiguous(dout), out_rows = torch::stable::contiguous(out);
   const Tensor lse_rows = torch::stable::contiguous(lse);
   a.dout = dout_rows.const_data_ptr(), a.out = out_rows.const_data_ptr(), a.lse = lse_rows.const_data_ptr<float>();
@@ -202,8 +208,9 @@ std::tuple<Tensor, Tensor, Tensor> hybrid_attention_backward(
   int32_vector(query_start, a.num_grad_keys, "query_start");
   int32_vector(query_end, a.num_grad_keys, "query_end");
   for (int64_t r = 0; r < a.num_grad_keys; ++r)
-    STD_TORCH_CHECK(a.grad_key[r] > (r == 0 ? -1 : a.grad_key[r - 1]) && a.grad_key[r] < a.num_keys,
-                    "hybrid_attention: grad_key must ascend within the ", a.num_keys, " keys");
+    STD_TORCH_CHECK(
+        a.grad_key[r] > (r == 0 ? -1 : a.grad_key[r - 1]) && a.grad_key[r] < a.num_keys,
+        "hybrid_attention: grad_key must ascend within the ", a.num_keys, " keys");
   a.num_key_tiles = (a.num_keys + lmf::kKeyTile - 1) / lmf::kKeyTile;
   std::vector<int32_t> first_grad, turn;
   order_key_grads(a, first_grad, turn);
@@ -223,10 +230,12 @@ std::tuple<Tensor, Tensor, Tensor> hybrid_attention_backward(
   a.v_columns = setup.buffer(setup.packed_size(a, a.head_dim));
   a.scratch_size = LMF_CALL_KERNEL(backward_scratch, a);
   a.scratch = setup.buffer(setup.num_workers * a.scratch_size);
-  run_tasks(a.num_kv_heads * a.num_packed, setup.num_workers,
-            [&](int64_t task, int64_t) { LMF_CALL_KERNEL(pack_keys, a, task); });
-  run_tasks(a.num_kv_heads * a.num_query_tiles, setup.num_workers,
-            [&](int64_t task, int64_t worker) { LMF_CALL_KERNEL(attention_backward, a, task, worker); });
+  run_tasks(a.num_kv_heads * a.num_packed, setup.num_workers, [&](int64_t task, int64_t) {
+    LMF_CALL_KERNEL(pack_keys, a, task);
+  });
+  run_tasks(a.num_kv_heads * a.num_query_tiles, setup.num_workers, [&](int64_t task, int64_t worker) {
+    LMF_CALL_KERNEL(attention_backward, a, task, worker);
+  });
   torch::stable::parallel_for(0, a.num_grad_keys * a.num_kv_heads, 256, [&](int64_t begin, int64_t end) {
     LMF_CALL_KERNEL(store_key_grads, a, begin, end);
   });

@@ -25,8 +25,9 @@ LMF_INLINE void scale_rows(float factor, int64_t count, const ColumnRange& colum
 
 // Scores of one row over the vectors of `columns` become weights exp(score - highest). [begin, end): what the row sees
 // of them, if `ends` is null; else of these the columns with query < ends[column].
-LMF_INLINE void softmax_row(float* scores, const ColumnRange& columns, int64_t begin, int64_t end, const int32_t* ends,
-                            int32_t query, float* total, float* highest, float* rescale) {
+LMF_INLINE void softmax_row(
+    float* scores, const ColumnRange& columns, int64_t begin, int64_t end, const int32_t* ends, int32_t query,
+    float* total, float* highest, float* rescale) {
   if (begin > columns.vector_begin || end < columns.vector_end) {
     for (int64_t c = columns.vector_begin; c < columns.vector_end; c += kLanes)
       store(scores + c, select(visible(c, begin, end), load(scores + c), broadcast(-kInfinity)));
@@ -56,9 +57,9 @@ LMF_INLINE void softmax_row(float* scores, const ColumnRange& columns, int64_t b
 // Scores become weights exp(score - shift) / 2^log2_total, and gradients of weights become gradients of scores, over all
 // columns of the key tile: 0 where the row does not see, so that products over rows need no mask. `ends` and `query`: see
 // softmax_row.
-LMF_INLINE void softmax_backward_row(float* weights, float* dscores, const ColumnRange& columns, int64_t begin,
-                                     int64_t end, const int32_t* ends, int32_t query, float shift, float log2_total,
-                                     float delta) {
+LMF_INLINE void softmax_backward_row(
+    float* weights, float* dscores, const ColumnRange& columns, int64_t begin, int64_t end, const int32_t* ends,
+    int32_t query, float shift, float log2_total, float delta) {
   const auto weight_of = [&](Vec score) __attribute__((always_inline)) {
     return exp2((score - shift) * kLog2e - log2_total);
   };

@@ -2,9 +2,9 @@
 
 #pragma once
 
+#include "../elementwise/scalar.h"
 #include "hybrid_attention.h"
 #include "hybrid_attention_vector.h"
-#include "../elementwise/scalar.h"
 
 namespace lmf::LMF_ISA {
 
@@ -23,8 +23,9 @@ LMF_INLINE void store_row(const float* source, int64_t n, float factor, T* targe
 // `count` keys of one head into rows [kKeyTile, padded], times `factor`, and/or columns [head_dim, kKeyTile]; zeros
 // after them.
 template <typename T>
-void pack_tile(const T* source, int64_t stride, int64_t count, int64_t head_dim, int64_t padded, float factor,
-               float* rows, float* columns) {
+void pack_tile(
+    const T* source, int64_t stride, int64_t count, int64_t head_dim, int64_t padded, float factor, float* rows,
+    float* columns) {
   if (rows != nullptr) {
     for (int64_t j = 0; j < count; ++j) load_row(source + j * stride, head_dim, padded, factor, rows + j * padded);
     for (int64_t i = count * padded; i < kKeyTile * padded; ++i) rows[i] = 0.0f;
@@ -50,16 +51,18 @@ void pack_keys_of(const Attention& a, int64_t task) {
   const auto at = [&](float* buffer, int64_t width) {
     return buffer == nullptr ? nullptr : buffer + task * kKeyTile * width;
   };
-  pack_tile(static_cast<const T*>(a.k) + source, stride, count, a.head_dim, a.padded_dim, a.row_factor,
-            at(a.k_rows, a.padded_dim), at(a.k_columns, a.head_dim));
-  pack_tile(static_cast<const T*>(a.v) + source, stride, count, a.head_dim, a.padded_dim, 1.0f,
-            at(a.v_rows, a.padded_dim), at(a.v_columns, a.head_dim));
+  pack_tile(
+      static_cast<const T*>(a.k) + source, stride, count, a.head_dim, a.padded_dim, a.row_factor,
+      at(a.k_rows, a.padded_dim), at(a.k_columns, a.head_dim));
+  pack_tile(
+      static_cast<const T*>(a.v) + source, stride, count, a.head_dim, a.padded_dim, 1.0f, at(a.v_rows, a.padded_dim),
+      at(a.v_columns, a.head_dim));
 }
 
 // One task: the rows of a query tile under one key-value head.
 struct QueryTile {
-  int64_t head;         // key-value head
-  int64_t index;        // of the query tile
+  int64_t head;   // key-value head
+  int64_t index;  // of the query tile
   int64_t first_query;
   int64_t num_rows;
   const int32_t* row_start;  // [num_rows] the keys a row sees; non-decreasing

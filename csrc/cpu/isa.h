@@ -19,6 +19,7 @@
 #define LMF_ISA baseline
 #endif
 
+// clang-format off: one line per instruction set
 #if defined(__x86_64__)
 #define LMF_DECLARE_KERNEL(result, name, parameters) \
   namespace lmf::baseline { result name parameters; }  \
@@ -35,6 +36,7 @@
   namespace lmf::baseline { result name parameters; }
 #define LMF_CALL_KERNEL(name, ...) ::lmf::baseline::name(__VA_ARGS__)
 #endif
+// clang-format on
 
 namespace lmf {
 

@@ -30,7 +30,7 @@ struct RmsNormBackwardRows {
   const T* dresidual;  // added to dx; null: none
   T* dx;
   float* dweight;  // [width], the sum over these rows is added; null: not wanted
-  T* y;  // the forward's result; null: not wanted
+  T* y;            // the forward's result; null: not wanted
   int64_t num_rows, width;
 };
 

@@ -69,7 +69,8 @@ void forward(const RopeReorderRows<T>& rows) {
     T* q_out = query_to < rows.num_constant ? rows.q_constant + query_to * q_width
                                             : rows.q + (query_to - rows.num_constant) * q_width;
     rotate_heads<T, kHalf>(q, rows.heads.num_heads, half, cos, sin, rows.q_norm, rows.eps, q_out);
-    rotate_heads<T, kHalf>(k, rows.heads.num_kv_heads, half, cos, sin, rows.k_norm, rows.eps, rows.k + key_to * kv_width);
+    rotate_heads<T, kHalf>(
+        k, rows.heads.num_kv_heads, half, cos, sin, rows.k_norm, rows.eps, rows.k + key_to * kv_width);
     memcpy(rows.v + key_to * kv_width, k + kv_width, kv_width * sizeof(T));
   }
 }

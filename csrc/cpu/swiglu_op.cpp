@@ -35,8 +35,7 @@ Tensors swiglu(const Tensors& gate_ups, int64_t num_constant, bool keep) {
 }
 
 Tensors swiglu_backward(const Tensors& dys, const Tensors& gate_ups, bool recompute) {
-  STD_TORCH_CHECK(
-      dys.size() == gate_ups.size(), "dy holds ", dys.size(), " tensors, expected ", gate_ups.size());
+  STD_TORCH_CHECK(dys.size() == gate_ups.size(), "dy holds ", dys.size(), " tensors, expected ", gate_ups.size());
   Tensors result, recomputed;
   for (size_t i = 0; i < gate_ups.size(); ++i) {
     const int64_t width = check_gate_up(gate_ups[i], gate_ups[0]), num_rows = gate_ups[i].size(0);

@@ -22,9 +22,9 @@
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 // Launches kernel<<<grid, block, 0, stream>>>(arguments...); parenthesise a kernel that is an instance of a template.
-#define LMF_LAUNCH(kernel, grid, block, stream, ...)                \
-  do {                                                              \
-    (kernel)<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__);        \
+#define LMF_LAUNCH(kernel, grid, block, stream, ...)                 \
+  do {                                                               \
+    (kernel)<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__);         \
     ::lmf::check_cuda(cudaGetLastError(), "the launch of " #kernel); \
   } while (false)
 

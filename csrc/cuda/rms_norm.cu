@@ -314,11 +314,11 @@ Tensors rms_norm(
     bool aligned = true;
     for (int i : {0, 1}) {
       NormTower<T>& tower = arguments.tower[i];
-      tower = {x_rows.rows[i], residual_rows.rows[i], data<T>(weights[i]), y_rows.rows[i], sum_rows.rows[i],
+      tower = {x_rows.rows[i], residual_rows.rows[i], data<T>(weights[i]),      y_rows.rows[i], sum_rows.rows[i],
                copies[i],      x_rows.width[i],       i == 0 ? num_constant : 0};
-      aligned = aligned && is_aligned(
-                               tower.width * sizeof(T),
-                               {tower.x, tower.residual, tower.weight, tower.y, tower.sum, tower.kept});
+      aligned =
+          aligned &&
+          is_aligned(tower.width * sizeof(T), {tower.x, tower.residual, tower.weight, tower.y, tower.sum, tower.kept});
     }
     if (num_rows == 0) return;
     const BlockShape shape(std::max(x_rows.width[0], x_rows.width[1]), kVector<T> * kForwardPacks);
@@ -369,10 +369,10 @@ Tensors rms_norm_backward(
     BlockShape shape(std::max(x_rows.width[0], x_rows.width[1]), kVector<T> * kBackwardPacks);
     bool in_registers = shape.threads <= kMaxBackwardThreads<T>;
     for (int i : {0, 1}) {
-      in_registers = in_registers && is_aligned(
-                                         x_rows.width[i] * sizeof(T),
-                                         {dy_rows.rows[i], x_rows.rows[i], data<T>(weights[i]),
-                                          dresidual_rows.rows[i], dx_rows.rows[i], y_rows.rows[i]});
+      in_registers =
+          in_registers && is_aligned(
+                              x_rows.width[i] * sizeof(T), {dy_rows.rows[i], x_rows.rows[i], data<T>(weights[i]),
+                                                            dresidual_rows.rows[i], dx_rows.rows[i], y_rows.rows[i]});
     }
     if (!in_registers) {
       shape.threads = kThreadsOfAnyRow;
@@ -385,9 +385,16 @@ Tensors rms_norm_backward(
     std::vector<PartialSum<T>> sums;
     for (int i : {0, 1}) {
       const int64_t width = x_rows.width[i], num_partials = arguments.num_blocks[i] * shape.rows;
-      arguments.tower[i] = {dy_rows.rows[i], x_rows.rows[i], data<T>(weights[i]), dresidual_rows.rows[i],
-                            dx_rows.rows[i], y_rows.rows[i], nullptr,             x_rows.num_rows[i],
-                            width};
+      arguments.tower[i] = {
+          dy_rows.rows[i],
+          x_rows.rows[i],
+          data<T>(weights[i]),
+          dresidual_rows.rows[i],
+          dx_rows.rows[i],
+          y_rows.rows[i],
+          nullptr,
+          x_rows.num_rows[i],
+          width};
       if (!weight_grad[i]) continue;
       dweights.push_back(allocate_beside({width}, x[0].scalar_type(), x[0]));
       partials.push_back(allocate_beside({num_partials, width}, ScalarType::Float, x[0]));

@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kRopeThreads, kNormedThreads / kRopeThreads)
       load_floats(arguments.sin + row.angle * half + j, sin);
     }
     // Unpacked and turned twice, before and after the sums: keeping the values instead would take twice the registers.
-    const auto unpack_turned = [&](int h, float(&a)[kCount], float(&b)[kCount]) {
+    const auto unpack_turned = [&](int h, float (&a)[kCount], float (&b)[kCount]) {
       unpack(first[h], a);
       unpack(second[h], b);
       if (group.kind == kValue) return;
@@ -284,8 +284,9 @@ __global__ void __launch_bounds__(kRopeThreads) rope_backward_any_kernel(const R
           sums[j] += norm_weight_grad(grad.first, first, rstd);
           sums[half + j] += norm_weight_grad(grad.second, second, rstd);
         }
-        grad = {norm_backward_element(grad.first, first, widen(norm[j]), rstd, correction),
-                norm_backward_element(grad.second, second, widen(norm[half + j]), rstd, correction)};
+        grad = {
+            norm_backward_element(grad.first, first, widen(norm[j]), rstd, correction),
+            norm_backward_element(grad.second, second, widen(norm[half + j]), rstd, correction)};
       }
       dx[j] = narrow<T>(grad.first);
       dx[half + j] = narrow<T>(grad.second);

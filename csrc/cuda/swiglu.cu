@@ -149,8 +149,8 @@ Tensors swiglu(const Tensors& gate_ups, int64_t num_constant, bool keep) {
       SwigluTowers<T> towers = {};
       for (size_t i = first; i < std::min(first + 2, gate_up.size()); ++i) {
         T* kept = keep && i == 0 ? data<T>(result.back()) : nullptr;
-        towers.tower[i - first] = {nullptr, data<T>(gate_up[i]), data<T>(result[i]), nullptr, kept,
-                                   gate_up[i].size(0), gate_up[i].size(1) / 2, num_constant};
+        towers.tower[i - first] = {nullptr, data<T>(gate_up[i]), data<T>(result[i]),     nullptr,
+                                   kept,    gate_up[i].size(0),  gate_up[i].size(1) / 2, num_constant};
       }
       choose_access(towers, false, gpu);
     }
@@ -159,8 +159,7 @@ Tensors swiglu(const Tensors& gate_ups, int64_t num_constant, bool keep) {
 }
 
 Tensors swiglu_backward(const Tensors& dys, const Tensors& gate_ups, bool recompute) {
-  STD_TORCH_CHECK(
-      dys.size() == gate_ups.size(), "dy holds ", dys.size(), " tensors, expected ", gate_ups.size());
+  STD_TORCH_CHECK(dys.size() == gate_ups.size(), "dy holds ", dys.size(), " tensors, expected ", gate_ups.size());
   const ScalarType dtype = gate_ups[0].scalar_type();
   for (size_t i = 0; i < gate_ups.size(); ++i) {
     const int64_t width = check_gate_up(gate_ups[i], gate_ups[0]);
@@ -175,8 +174,15 @@ Tensors swiglu_backward(const Tensors& dys, const Tensors& gate_ups, bool recomp
     for (size_t first = 0; first < gate_up.size(); first += 2) {
       SwigluTowers<T> towers = {};
       for (size_t i = first; i < std::min(first + 2, gate_up.size()); ++i) {
-        towers.tower[i - first] = {data<T>(dy[i]), data<T>(gate_up[i]), recompute ? data<T>(y[i]) : nullptr,
-                                   data<T>(dgate_up[i]), nullptr, gate_up[i].size(0), gate_up[i].size(1) / 2, 0};
+        towers.tower[i - first] = {
+            data<T>(dy[i]),
+            data<T>(gate_up[i]),
+            recompute ? data<T>(y[i]) : nullptr,
+            data<T>(dgate_up[i]),
+            nullptr,
+            gate_up[i].size(0),
+            gate_up[i].size(1) / 2,
+            0};
       }
       choose_access(towers, true, gpu);
     }

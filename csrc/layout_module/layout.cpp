@@ -37,8 +37,9 @@ void for_each_segment(const Spans& spans, int64_t first, int64_t end, int64_t st
 }
 
 // The parts of one document: its visible rows, then its hidden segments with the visible rows before them as keys.
-void fill_parts(const Spans& spans, int64_t first, int64_t end, int32_t start, int32_t first_active, int32_t rank,
-                int32_t num_constant_before, const LayoutVectors& out, int32_t& part, int32_t& row, int32_t& key) {
+void fill_parts(
+    const Spans& spans, int64_t first, int64_t end, int32_t start, int32_t first_active, int32_t rank,
+    int32_t num_constant_before, const LayoutVectors& out, int32_t& part, int32_t& row, int32_t& key) {
   int32_t active = rank, constant = num_constant_before;  // next entries of active_part_row and constant_part_row
   const auto begin_part = [&](int32_t num_constant_keys) {
     out.part_start[part] = row;
@@ -95,8 +96,9 @@ LayoutCounts count_tokens(const Spans& spans, bool frozen_text, const Cache& cac
     counts.num_triangle_rows += num_tokens - 1;
     counts.longest_triangle = std::max(counts.longest_triangle, num_tokens - 1);
   });
-  for_each_document(spans, frozen_text && cache.length == nullptr,
-                    [&](int64_t first, int64_t end, int64_t start, int64_t num_constant, int64_t num_tokens) {
+  for_each_document(
+      spans, frozen_text && cache.length == nullptr,
+      [&](int64_t first, int64_t end, int64_t start, int64_t num_constant, int64_t num_tokens) {
     if (counts.num_hidden_segments > 0) {
       int64_t num_visible = 0;
       for_each_segment(spans, first, end, start, [&](int64_t s, int64_t, int64_t, int64_t size) {
@@ -112,8 +114,8 @@ LayoutCounts count_tokens(const Spans& spans, bool frozen_text, const Cache& cac
   return counts;
 }
 
-void fill_layout(const Spans& spans, bool frozen_text, const Cache& cache, const LayoutCounts& counts,
-                 const LayoutVectors& out) {
+void fill_layout(
+    const Spans& spans, bool frozen_text, const Cache& cache, const LayoutCounts& counts, const LayoutVectors& out) {
   const bool has_cache = cache.length != nullptr;
   const auto num_constant = static_cast<int32_t>(counts.num_constant);
   // Running tower index of each row class, and rank of the next active row.
@@ -122,8 +124,9 @@ void fill_layout(const Spans& spans, bool frozen_text, const Cache& cache, const
   const bool has_hidden = counts.num_hidden_segments > 0;
   int32_t part = 0, part_row = 0, part_key = 0;
 
-  for_each_document(spans, frozen_text && !has_cache,
-                    [&](int64_t first, int64_t end, int64_t start64, int64_t constant_here, int64_t num_tokens) {
+  for_each_document(
+      spans, frozen_text && !has_cache,
+      [&](int64_t first, int64_t end, int64_t start64, int64_t constant_here, int64_t num_tokens) {
     const auto start = static_cast<int32_t>(start64);
     const auto document_end = static_cast<int32_t>(start64 + num_tokens);
     const int32_t first_active = start + static_cast<int32_t>(constant_here);
@@ -141,8 +144,8 @@ void fill_layout(const Spans& spans, bool frozen_text, const Cache& cache, const
     if (has_hidden)
       fill_parts(spans, first, end, start, first_active, rank, next_constant, out, part, part_row, part_key);
     int32_t stretch = start;  // the first row after the last hidden segment
-    for_each_segment(spans, first, end, start, [&](int64_t first_span, int64_t end_span, int64_t start_of_segment,
-                                                   int64_t size) {
+    for_each_segment(
+        spans, first, end, start, [&](int64_t first_span, int64_t end_span, int64_t start_of_segment, int64_t size) {
       const auto segment_start = static_cast<int32_t>(start_of_segment);
       const auto segment_end = static_cast<int32_t>(start_of_segment + size);
       const bool is_full = spans.is_full(first_span), is_hidden = spans.is_hidden(first_span);
@@ -204,8 +207,7 @@ void fill_layout(const Spans& spans, bool frozen_text, const Cache& cache, const
     if (has_hidden) std::fill(out.run_end + stretch, out.run_end + document_end, document_end);
   });
   out.document_start[counts.num_documents] = static_cast<int32_t>(counts.num_tokens);
-  out.document_key_start[counts.num_documents] =
-      has_cache ? cache.num_rows : static_cast<int32_t>(counts.num_tokens);
+  out.document_key_start[counts.num_documents] = has_cache ? cache.num_rows : static_cast<int32_t>(counts.num_tokens);
   out.active_document_start[counts.num_documents] = rank;
   out.triangle_start[triangle] = triangle_row;
   if (has_hidden) {

@@ -22,7 +22,9 @@ struct Spans {
 
   bool is_full(int64_t span) const { return mode == nullptr ? kind[span] == kImage : (mode[span] & kFull) != 0; }
   bool is_hidden(int64_t span) const { return mode != nullptr && (mode[span] & kHidden) != 0; }
-  bool joins_previous(int64_t span) const { return segment != nullptr && span > 0 && segment[span] == segment[span - 1]; }
+  bool joins_previous(int64_t span) const {
+    return segment != nullptr && span > 0 && segment[span] == segment[span - 1];
+  }
 };
 
 struct Cache {
@@ -53,7 +55,7 @@ struct LayoutVectors {
 
 LayoutCounts count_tokens(const Spans& spans, bool frozen_text, const Cache& cache);
 
-void fill_layout(const Spans& spans, bool frozen_text, const Cache& cache, const LayoutCounts& counts,
-                 const LayoutVectors& out);
+void fill_layout(
+    const Spans& spans, bool frozen_text, const Cache& cache, const LayoutCounts& counts, const LayoutVectors& out);
 
 }  // namespace lmf

@@ -32,9 +32,7 @@ std::string error;
 jmp_buf scheduler;
 ucontext_t creator;
 
-std::string text(Dim3 d) {
-  return std::to_string(d.x) + "," + std::to_string(d.y) + "," + std::to_string(d.z);
-}
+std::string text(Dim3 d) { return std::to_string(d.x) + "," + std::to_string(d.y) + "," + std::to_string(d.z); }
 
 // A fiber lives for ever: it runs its thread of one block, then that of the next.
 void fiber() {
@@ -50,8 +48,7 @@ void allocate_threads() {
   threads.resize(kMaxThreads);
   for (uint32_t i = 0; i < kMaxThreads; ++i) {
     threads[i].index = i;
-    void* stack =
-        mmap(nullptr, kStackSize, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* stack = mmap(nullptr, kStackSize, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stack == MAP_FAILED) throw std::runtime_error("no memory for the stacks of emulated threads");
     threads[i].stack = static_cast<char*>(stack);
     memcpy(threads[i].stack, &kCanary, sizeof(kCanary));
@@ -181,8 +178,8 @@ void run_block(uint32_t num_threads) {
     }
     if (any_ready) continue;
     if (num_finished == num_threads) return;
-    const Thread& first = *std::find_if(
-        threads.begin(), threads.end(), [](const Thread& t) { return t.state == Thread::kAtBarrier; });
+    const Thread& first =
+        *std::find_if(threads.begin(), threads.end(), [](const Thread& t) { return t.state == Thread::kAtBarrier; });
     for (uint32_t i = 0; i < num_threads; ++i) {
       if (threads[i].state != Thread::kAtBarrier || threads[i].line != first.line || threads[i].file != first.file) {
         fail_at(
@@ -255,9 +252,9 @@ void run(const Launch& launch) {
   try {
     for (uint64_t i : blocks) {
       const uint64_t row = i / launch.grid.x;
-      builtins.block_index =
-          Dim3(static_cast<uint32_t>(i % launch.grid.x), static_cast<uint32_t>(row % launch.grid.y),
-               static_cast<uint32_t>(row / launch.grid.y));
+      builtins.block_index = Dim3(
+          static_cast<uint32_t>(i % launch.grid.x), static_cast<uint32_t>(row % launch.grid.y),
+          static_cast<uint32_t>(row / launch.grid.y));
       run_block(static_cast<uint32_t>(launch.block.count()));
     }
   } catch (...) {

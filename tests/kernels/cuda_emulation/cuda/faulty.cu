@@ -149,13 +149,14 @@ void run_host_load(Tensor x, Tensor out) {
 
 }  // namespace
 
-#define LMF_TOYS(f)                                                                                              \
-  f(block_sum) f(shuffles) f(missing_barrier) f(unordered_shared) f(overwritten_shared) f(divergent_barrier)     \
-  f(two_barriers) f(divergent_shuffle) f(shuffle_from_outside) f(store_out_of_bounds) f(load_out_of_bounds)      \
-  f(misaligned_store) f(misaligned_load) f(unwritten_shared) f(blocks_in_order) f(blocks_at_one_place)           \
-  f(default_stream) f(empty_grid) f(host_load)
+#define LMF_TOYS(f)                                                                                             \
+  f(block_sum) f(shuffles) f(missing_barrier) f(unordered_shared) f(overwritten_shared) f(divergent_barrier)    \
+      f(two_barriers) f(divergent_shuffle) f(shuffle_from_outside) f(store_out_of_bounds) f(load_out_of_bounds) \
+          f(misaligned_store) f(misaligned_load) f(unwritten_shared) f(blocks_in_order) f(blocks_at_one_place)  \
+              f(default_stream) f(empty_grid) f(host_load)
 
 #define LMF_DEFINE(name) m.def(#name "(Tensor x, Tensor(a!) out) -> ()");
 #define LMF_IMPLEMENT(name) m.impl(#name, TORCH_BOX(&run_##name));
-STABLE_TORCH_LIBRARY(lmfusion_toys, m) { LMF_TOYS(LMF_DEFINE) }
-STABLE_TORCH_LIBRARY_IMPL(lmfusion_toys, CUDA, m) { LMF_TOYS(LMF_IMPLEMENT) }
+STABLE_TORCH_LIBRARY(lmfusion_toys, m){LMF_TOYS(LMF_DEFINE)} STABLE_TORCH_LIBRARY_IMPL(lmfusion_toys, CUDA, m) {
+  LMF_TOYS(LMF_IMPLEMENT)
+}

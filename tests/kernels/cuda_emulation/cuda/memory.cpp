@@ -50,23 +50,21 @@ struct Memory {
   uint32_t next_recent = 0;
 
   Memory() {
-    dl_iterate_phdr(
-        [](dl_phdr_info* info, size_t, void* self) {
-          const auto here = reinterpret_cast<uintptr_t>(&builtins);
-          std::vector<Region> found;
-          bool is_this = false;
-          for (int i = 0; i < info->dlpi_phnum; ++i) {
-            const auto& segment = info->dlpi_phdr[i];
-            if (segment.p_type != PT_LOAD) continue;
-            const uintptr_t begin = info->dlpi_addr + segment.p_vaddr;
-            const bool is_writable = segment.p_flags & PF_W;
-            found.push_back({begin, begin + segment.p_memsz, is_writable, is_writable, nullptr});
-            is_this |= found.back().holds(here, 1);
-          }
-          if (is_this) static_cast<Memory*>(self)->statics = std::move(found);
-          return static_cast<int>(is_this);
-        },
-        this);
+    dl_iterate_phdr([](dl_phdr_info* info, size_t, void* self) {
+      const auto here = reinterpret_cast<uintptr_t>(&builtins);
+      std::vector<Region> found;
+      bool is_this = false;
+      for (int i = 0; i < info->dlpi_phnum; ++i) {
+        const auto& segment = info->dlpi_phdr[i];
+        if (segment.p_type != PT_LOAD) continue;
+        const uintptr_t begin = info->dlpi_addr + segment.p_vaddr;
+        const bool is_writable = segment.p_flags & PF_W;
+        found.push_back({begin, begin + segment.p_memsz, is_writable, is_writable, nullptr});
+        is_this |= found.back().holds(here, 1);
+      }
+      if (is_this) static_cast<Memory*>(self)->statics = std::move(found);
+      return static_cast<int>(is_this);
+    }, this);
   }
 
   Region* find_tensor(uintptr_t address) {
@@ -161,8 +159,7 @@ const char* conflict(Byte& byte, bool is_shared, bool is_write) {
       !(byte.writer / kWarpSize == warp && byte.write_warp_epoch < thread.warp_epoch)) {
     return "what another thread writes, with no barrier between";
   }
-  const bool read_by_others =
-      byte.read_epoch == position.epoch && (byte.many_readers || byte.reader != thread.index);
+  const bool read_by_others = byte.read_epoch == position.epoch && (byte.many_readers || byte.reader != thread.index);
   if (is_write && read_by_others &&
       !(!byte.many_warps && byte.reader / kWarpSize == warp && byte.read_warp_epoch < thread.warp_epoch)) {
     return "what another thread reads, with no barrier between";
@@ -252,10 +249,10 @@ LMF_EXPORT const char* lmf_emulation_host_error() {
 
 using lmf_emulation::access;
 
-#define LMF_ACCESS(size)                                                                                  \
-  extern "C" void __tsan_read##size(void* p) { access(p, size, false, true); }                            \
-  extern "C" void __tsan_write##size(void* p) { access(p, size, true, true); }                            \
-  extern "C" void __tsan_unaligned_read##size(void* p) { access(p, size, false, false); }                 \
+#define LMF_ACCESS(size)                                                                  \
+  extern "C" void __tsan_read##size(void* p) { access(p, size, false, true); }            \
+  extern "C" void __tsan_write##size(void* p) { access(p, size, true, true); }            \
+  extern "C" void __tsan_unaligned_read##size(void* p) { access(p, size, false, false); } \
   extern "C" void __tsan_unaligned_write##size(void* p) { access(p, size, true, false); }
 LMF_ACCESS(1)
 LMF_ACCESS(2)
@@ -271,26 +268,26 @@ extern "C" void __tsan_vptr_read(void*) {}
 extern "C" void __tsan_vptr_update(void*, void*) {}
 
 // Atomics are of host code alone (reference counts); kernels have none, because results must not depend on an order.
-#define LMF_ATOMIC(bits)                                                                                               \
-  using atomic##bits = uint##bits##_t;                                                                                 \
-  extern "C" atomic##bits __tsan_atomic##bits##_load(const volatile atomic##bits* p, int) {                            \
-    return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                                                       \
-  }                                                                                                                    \
-  extern "C" void __tsan_atomic##bits##_store(volatile atomic##bits* p, atomic##bits v, int) {                         \
-    __atomic_store_n(p, v, __ATOMIC_SEQ_CST);                                                                          \
-  }                                                                                                                    \
-  extern "C" atomic##bits __tsan_atomic##bits##_exchange(volatile atomic##bits* p, atomic##bits v, int) {              \
-    return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);                                                                \
-  }                                                                                                                    \
-  extern "C" atomic##bits __tsan_atomic##bits##_fetch_add(volatile atomic##bits* p, atomic##bits v, int) {             \
-    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);                                                                 \
-  }                                                                                                                    \
-  extern "C" atomic##bits __tsan_atomic##bits##_fetch_sub(volatile atomic##bits* p, atomic##bits v, int) {             \
-    return __atomic_fetch_sub(p, v, __ATOMIC_SEQ_CST);                                                                 \
-  }                                                                                                                    \
-  extern "C" bool __tsan_atomic##bits##_compare_exchange_strong(                                                       \
-      volatile atomic##bits* p, atomic##bits* expected, atomic##bits v, int, int) {                                    \
-    return __atomic_compare_exchange_n(p, expected, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                     \
+#define LMF_ATOMIC(bits)                                                                                   \
+  using atomic##bits = uint##bits##_t;                                                                     \
+  extern "C" atomic##bits __tsan_atomic##bits##_load(const volatile atomic##bits* p, int) {                \
+    return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                                           \
+  }                                                                                                        \
+  extern "C" void __tsan_atomic##bits##_store(volatile atomic##bits* p, atomic##bits v, int) {             \
+    __atomic_store_n(p, v, __ATOMIC_SEQ_CST);                                                              \
+  }                                                                                                        \
+  extern "C" atomic##bits __tsan_atomic##bits##_exchange(volatile atomic##bits* p, atomic##bits v, int) {  \
+    return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);                                                    \
+  }                                                                                                        \
+  extern "C" atomic##bits __tsan_atomic##bits##_fetch_add(volatile atomic##bits* p, atomic##bits v, int) { \
+    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);                                                     \
+  }                                                                                                        \
+  extern "C" atomic##bits __tsan_atomic##bits##_fetch_sub(volatile atomic##bits* p, atomic##bits v, int) { \
+    return __atomic_fetch_sub(p, v, __ATOMIC_SEQ_CST);                                                     \
+  }                                                                                                        \
+  extern "C" bool __tsan_atomic##bits##_compare_exchange_strong(                                           \
+      volatile atomic##bits* p, atomic##bits* expected, atomic##bits v, int, int) {                        \
+    return __atomic_compare_exchange_n(p, expected, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);         \
   }
 LMF_ATOMIC(8)
 LMF_ATOMIC(32)
