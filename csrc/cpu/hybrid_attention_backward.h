@@ -27,24 +27,19 @@ struct BackwardScratch {
 
   BackwardScratch(const Attention& a, float* memory) {
     const int64_t rows = a.rows_per_tile();
-    float* next = memory;
-    const auto take = [&](int64_t n) {
-      float* taken = next;
-      next += (n + 15) / 16 * 16;  // whole cache lines
-      return taken;
-    };
-    q = take(rows * a.padded_dim);
-    dout = take(rows * a.padded_dim);
-    dq = take(rows * a.padded_dim);
-    weights = take(rows * kKeyTile);
-    dscores = take(rows * kKeyTile);
-    shift = take(rows);
-    log2_total = take(rows);
-    total = take(rows * kLanes);
-    delta = take(rows);
-    row_start = reinterpret_cast<int32_t*>(take(rows));
-    row_end = reinterpret_cast<int32_t*>(take(rows));
-    size = next - memory;
+    ScratchMemory take(memory);
+    q = take.floats(rows * a.padded_dim);
+    dout = take.floats(rows * a.padded_dim);
+    dq = take.floats(rows * a.padded_dim);
+    weights = take.floats(rows * kKeyTile);
+    dscores = take.floats(rows * kKeyTile);
+    shift = take.floats(rows);
+    log2_total = take.floats(rows);
+    total = take.floats(rows * kLanes);
+    delta = take.floats(rows);
+    row_start = take.integers(rows);
+    row_end = take.integers(rows);
+    size = take.next - memory;
   }
 };
 

@@ -21,21 +21,16 @@ struct ForwardScratch {
 
   ForwardScratch(const Attention& a, float* memory) {
     const int64_t rows = a.rows_per_tile();
-    float* next = memory;
-    const auto take = [&](int64_t n) {
-      float* taken = next;
-      next += (n + 15) / 16 * 16;  // whole cache lines
-      return taken;
-    };
-    q = take(rows * a.padded_dim);
-    out = take(rows * a.padded_dim);
-    weights = take(kBlockRows * kKeyTile);
-    total = take(rows * kLanes);
-    highest = take(rows);
-    rescale = take(kBlockRows);
-    row_start = reinterpret_cast<int32_t*>(take(rows));
-    row_end = reinterpret_cast<int32_t*>(take(rows));
-    size = next - memory;
+    ScratchMemory take(memory);
+    q = take.floats(rows * a.padded_dim);
+    out = take.floats(rows * a.padded_dim);
+    weights = take.floats(kBlockRows * kKeyTile);
+    total = take.floats(rows * kLanes);
+    highest = take.floats(rows);
+    rescale = take.floats(kBlockRows);
+    row_start = take.integers(rows);
+    row_end = take.integers(rows);
+    size = take.next - memory;
   }
 };
 

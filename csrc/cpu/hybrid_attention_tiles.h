@@ -59,6 +59,20 @@ void pack_keys_of(const Attention& a, int64_t task) {
       at(a.v_columns, a.head_dim));
 }
 
+// Hands out a worker's scratch memory in whole cache lines.
+struct ScratchMemory {
+  float* next;
+
+  explicit ScratchMemory(float* memory) : next(memory) {}
+
+  float* floats(int64_t n) {
+    float* taken = next;
+    next += (n + 15) / 16 * 16;
+    return taken;
+  }
+  int32_t* integers(int64_t n) { return reinterpret_cast<int32_t*>(floats(n)); }
+};
+
 // One task: the rows of a query tile under one key-value head.
 struct QueryTile {
   int64_t head;   // key-value head

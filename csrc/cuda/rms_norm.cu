@@ -292,30 +292,19 @@ struct BlockShape {
 Tensors rms_norm(
     const Tensors& x_in, const Tensors& residual_in, const Tensor& text_weight, const Tensor& image_weight,
     int64_t num_text, double eps, int64_t num_constant, bool keep_text, bool keep_image) {
-  const int64_t num_rows = check_rows(x_in, num_text, "x");
-  check_num_constant(num_constant, num_text);
-  check_norm_weights(x_in, text_weight, image_weight);
-  if (!residual_in.empty()) check_like(residual_in, x_in, "residual");
-  const Gpu gpu(x_in[0]);
-  const Tensors x = as_contiguous(x_in), residual = as_contiguous(residual_in);
-  const Tensor weights[2] = {as_contiguous(text_weight), as_contiguous(image_weight)};
-  const Tensors y = allocate_like(x), sum = allocate_like(residual);
-  const Tensor rstd = allocate_beside({num_rows}, ScalarType::Float, x[0]);
-  const ScalarType dtype = x[0].scalar_type();
-  Tensors kept;
-  if (keep_text) kept.push_back(allocate_beside({num_text - num_constant, x[0].size(1)}, dtype, x[0]));
-  if (keep_image) kept.push_back(allocate_beside({num_rows - num_text, x.back().size(1)}, dtype, x[0]));
-  with_gpu_element_type(dtype, [&](auto zero) {
+  const RmsNormTensors t(x_in, residual_in, text_weight, image_weight, num_text, num_constant, keep_text, keep_image);
+  const int64_t num_rows = t.num_rows;
+  const Gpu gpu(t.x[0]);
+  with_gpu_element_type(t.x[0].scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const auto x_rows = towers_of<T>(x, num_text), residual_rows = towers_of<T>(residual, num_text);
-    const auto y_rows = towers_of<T>(y, num_text), sum_rows = towers_of<T>(sum, num_text);
-    T* const copies[2] = {keep_text ? data<T>(kept[0]) : nullptr, keep_image ? data<T>(kept.back()) : nullptr};
-    NormArguments<T> arguments = {{}, data<float>(rstd), num_rows, num_text, static_cast<float>(eps)};
+    const auto x_rows = towers_of<T>(t.x, num_text), residual_rows = towers_of<T>(t.residual, num_text);
+    const auto y_rows = towers_of<T>(t.y, num_text), sum_rows = towers_of<T>(t.sum, num_text);
+    NormArguments<T> arguments = {{}, data<float>(t.rstd), num_rows, num_text, static_cast<float>(eps)};
     bool aligned = true;
     for (int i : {0, 1}) {
       NormTower<T>& tower = arguments.tower[i];
-      tower = {x_rows.rows[i], residual_rows.rows[i], data<T>(weights[i]),      y_rows.rows[i], sum_rows.rows[i],
-               copies[i],      x_rows.width[i],       i == 0 ? num_constant : 0};
+      tower = {x_rows.rows[i],   residual_rows.rows[i], data<T>(t.weights[i]), y_rows.rows[i],
+               sum_rows.rows[i], t.kept_rows<T>(i),     x_rows.width[i],       t.first_kept[i]};
       aligned =
           aligned &&
           is_aligned(tower.width * sizeof(T), {tower.x, tower.residual, tower.weight, tower.y, tower.sum, tower.kept});
@@ -329,11 +318,7 @@ Tensors rms_norm(
       LMF_LAUNCH((rms_norm_any_kernel<T>), dim3(num_rows), dim3(kThreadsOfAnyRow), gpu.stream, arguments);
     }
   });
-  Tensors result = y;
-  append(result, sum);
-  append(result, kept);
-  result.push_back(rstd);
-  return result;
+  return t.results();
 }
 
 // Deals `num_blocks` blocks out to the towers by their rows, at least one to each that has any, and not more than rows.
@@ -349,36 +334,27 @@ Tensors rms_norm_backward(
     const Tensors& dy_in, const Tensors& x_in, const Tensor& rstd_in, const Tensor& text_weight,
     const Tensor& image_weight, int64_t num_text, const Tensors& dresidual_in, bool text_grad, bool image_grad,
     bool recompute) {
-  const int64_t num_rows = check_rows(x_in, num_text, "x");
-  check_norm_weights(x_in, text_weight, image_weight);
-  check_like(dy_in, x_in, "dy");
-  if (!dresidual_in.empty()) check_like(dresidual_in, x_in, "dresidual");
-  check_dtype(rstd_in, ScalarType::Float, x_in[0], "rstd");
-  check_shape(rstd_in, {num_rows}, "rstd");
-  const Gpu gpu(x_in[0]);
-  const Tensors dy = as_contiguous(dy_in), x = as_contiguous(x_in), dresidual = as_contiguous(dresidual_in);
-  const Tensor weights[2] = {as_contiguous(text_weight), as_contiguous(image_weight)}, rstd = as_contiguous(rstd_in);
-  const bool weight_grad[2] = {text_grad, image_grad};
-  const Tensors dx = allocate_like(x), y = recompute ? allocate_like(x) : Tensors{};
-  Tensors dweights;
-  with_gpu_element_type(x[0].scalar_type(), [&](auto zero) {
+  const RmsNormBackwardTensors t(
+      dy_in, x_in, rstd_in, text_weight, image_weight, num_text, dresidual_in, text_grad, image_grad, recompute);
+  const Gpu gpu(t.x[0]);
+  with_gpu_element_type(t.x[0].scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const auto dy_rows = towers_of<T>(dy, num_text), x_rows = towers_of<T>(x, num_text);
-    const auto dresidual_rows = towers_of<T>(dresidual, num_text);
-    const auto dx_rows = towers_of<T>(dx, num_text), y_rows = towers_of<T>(y, num_text);
+    const auto dy_rows = towers_of<T>(t.dy, num_text), x_rows = towers_of<T>(t.x, num_text);
+    const auto dresidual_rows = towers_of<T>(t.dresidual, num_text);
+    const auto dx_rows = towers_of<T>(t.dx, num_text), y_rows = towers_of<T>(t.y, num_text);
     BlockShape shape(std::max(x_rows.width[0], x_rows.width[1]), kVector<T> * kBackwardPacks);
     bool in_registers = shape.threads <= kMaxBackwardThreads<T>;
     for (int i : {0, 1}) {
       in_registers =
           in_registers && is_aligned(
-                              x_rows.width[i] * sizeof(T), {dy_rows.rows[i], x_rows.rows[i], data<T>(weights[i]),
+                              x_rows.width[i] * sizeof(T), {dy_rows.rows[i], x_rows.rows[i], data<T>(t.weights[i]),
                                                             dresidual_rows.rows[i], dx_rows.rows[i], y_rows.rows[i]});
     }
     if (!in_registers) {
       shape.threads = kThreadsOfAnyRow;
       shape.rows = 1;
     }
-    NormBackwardArguments<T> arguments = {{}, data<float>(rstd), {0, 0}};
+    NormBackwardArguments<T> arguments = {{}, data<float>(t.rstd), {0, 0}};
     const int64_t blocks_each = kMaxBackwardThreads<T> / (shape.threads * shape.rows);
     deal_blocks(gpu.num_multiprocessors() * blocks_each, x_rows.num_rows, shape.rows, arguments.num_blocks);
     Tensors partials;
@@ -388,31 +364,27 @@ Tensors rms_norm_backward(
       arguments.tower[i] = {
           dy_rows.rows[i],
           x_rows.rows[i],
-          data<T>(weights[i]),
+          data<T>(t.weights[i]),
           dresidual_rows.rows[i],
           dx_rows.rows[i],
           y_rows.rows[i],
           nullptr,
           x_rows.num_rows[i],
           width};
-      if (!weight_grad[i]) continue;
-      dweights.push_back(allocate_beside({width}, x[0].scalar_type(), x[0]));
-      partials.push_back(allocate_beside({num_partials, width}, ScalarType::Float, x[0]));
+      if (!t.weight_grad[i]) continue;
+      partials.push_back(allocate({num_partials, width}, ScalarType::Float, t.x[0]));
       arguments.tower[i].partials = data<float>(partials.back());
-      sums.push_back({data<float>(partials.back()), data<T>(dweights.back()), num_partials, width, width});
+      sums.push_back({data<float>(partials.back()), t.dweight<T>(i), num_partials, width, width});
     }
     const dim3 grid(arguments.num_blocks[0] + arguments.num_blocks[1]), block(shape.threads, shape.rows);
-    if (num_rows > 0 && in_registers) {
+    if (t.num_rows > 0 && in_registers) {
       LMF_LAUNCH((rms_norm_backward_kernel<T>), grid, block, gpu.stream, arguments);
-    } else if (num_rows > 0) {
+    } else if (t.num_rows > 0) {
       LMF_LAUNCH((rms_norm_backward_any_kernel<T>), grid, block, gpu.stream, arguments);
     }
     launch_sums(sums, gpu);
   });
-  Tensors result = dx;
-  append(result, dweights);
-  append(result, y);
-  return result;
+  return t.results();
 }
 
 }  // namespace
