@@ -1,5 +1,5 @@
-// Gradients of one query tile, in one pass over the key tiles it sees: its own dq, and its share of dk and dv. Where
-// scores are large, a pass before it finds the sums of their softmax.
+// Gradients of one query tile, in one pass over the key tiles it sees: its own dq, and its share of dk and dv. If
+// scores are large, an earlier pass recomputes the sums of their softmax.
 
 #pragma once
 
@@ -43,12 +43,12 @@ struct BackwardScratch {
   }
 };
 
-// A float32 has 24 bits: of a larger lse, more than 2^-18 of log(total), which is part of it, would be rounded off, and
-// beyond 2^24 all of it.
+// lse = highest score + log(total) is one float32 of 24 bits. Above this limit rounding it would change log(total) by
+// more than 2^-18, and beyond 2^24 nothing of log(total) would be left.
 constexpr float kLargestLse = 128.0f;
 
-// How scores become weights: by lse, or where that is too large for one of the rows, by the highest score and the sum of
-// exp(score - highest), which are computed again from the scores.
+// Finds shift and log2_total, which turn scores into weights: from lse, or, if lse is too large for one of the rows,
+// from the highest score and the sum of exp(score - highest), which are computed again from the scores.
 inline void find_totals(const AttentionBackward& a, const BackwardScratch& s, const QueryTile& tile) {
   bool is_large = false;
   for (int64_t row = 0; row < tile.num_rows; ++row) {
@@ -91,7 +91,7 @@ inline void find_totals(const AttentionBackward& a, const BackwardScratch& s, co
   }
 }
 
-// dv += weights^T dout and dk += dscores^T q for the listed keys of a key tile, kBlockRows keys that follow each other
+// Adds weights^T dout to dv and dscores^T q to dk for the listed keys of a key tile: up to kBlockRows consecutive keys
 // at a time, over the rows that see any of them.
 inline void add_key_grads(
     const AttentionBackward& a, const BackwardScratch& s, const QueryTile& tile, int64_t key_tile,
@@ -172,7 +172,7 @@ void backward_task(const AttentionBackward& a, int64_t task, int64_t worker) {
     }
     if (a.first_grad[key_tile] == a.first_grad[key_tile + 1]) continue;
     int32_t* turn = a.turn + tile.head * a.num_key_tiles + key_tile;
-    // Whoever has the turn began before this task and waits for still earlier ones only, so this ends.
+    // The task whose turn it is began before this one and waits only for tasks that began earlier still, so this ends.
     while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != tile.index) sched_yield();
     add_key_grads(a, s, tile, key_tile, seeing);
     __atomic_store_n(turn, static_cast<int32_t>(tile.index - 1), __ATOMIC_RELEASE);

@@ -1,4 +1,4 @@
-// out and lse of one query tile: an online softmax over the key tiles it sees.
+// Attention of one query tile, out and lse: an online softmax over the key tiles it sees.
 
 #pragma once
 
@@ -34,8 +34,9 @@ struct ForwardScratch {
   }
 };
 
-// How many of the `count` rows from `row` on begin to see keys where it does. Rows of several documents in one block
-// would multiply what lies between those, in other documents or unused rows of a cache, with weights of 0: NaN stays NaN.
+// Returns how many of the `count` rows from `row` on have the same first key as `row`. A block with rows of several
+// documents would multiply the values between their keys (of other documents, or unused slots of a cache) by weights of
+// 0, and 0 times NaN is NaN.
 inline int64_t rows_of_one_document(const QueryTile& tile, int64_t row, int64_t count) {
   while (tile.row_start[row + count - 1] != tile.row_start[row]) --count;
   return count;
@@ -85,7 +86,7 @@ void forward_task(const AttentionForward& a, int64_t task, int64_t worker) {
     const float total = sum_of_lanes(load(s.total + row * kLanes));
     const float factor = total == 0.0f ? 0.0f : 1.0f / total;  // a query without keys gives 0
     store_row(s.out + row * dim, a.head_dim, factor, static_cast<T*>(a.out) + tile.offset(a, row, a.out_row));
-    const double lse = s.highest[row] + __builtin_log2(total) * kLn2;  // double: rounded once, for the backward
+    const double lse = s.highest[row] + __builtin_log2(total) * kLn2;  // in double, so that it is rounded only once
     a.lse[tile.lse_offset(a, row)] = static_cast<float>(lse);
   }
 }

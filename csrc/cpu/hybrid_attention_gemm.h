@@ -1,6 +1,6 @@
-// How are small matrices multiplied? C = A B on tiles that lie in the cache, with a block of C held in registers.
+// Products of small matrices, C = A B, on tiles that lie in the cache, with a block of C in registers.
 //
-// B and C are row-major, their width a whole number of vectors. A is read one element at a time, so it may be given
+// B and C are row-major, and their width is a whole number of vectors. A is read one element at a time, so it may be
 // transposed at no cost.
 
 #pragma once
@@ -9,7 +9,7 @@
 
 namespace lmf::LMF_ISA {
 
-// Rows and vectors of the register block: all but a few registers hold sums.
+// Rows and vectors of the register block: all registers except a few hold sums.
 constexpr int kBlockRows = kRegisters == 32 ? 8 : 4;
 constexpr int kBlockVectors = 3;
 

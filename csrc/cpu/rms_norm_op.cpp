@@ -1,4 +1,4 @@
-// RMSNorm of rows of two towers on the CPU: checks, results, threads. The arithmetic is in cpu/rms_norm_kernel.cpp.
+// RMSNorm of rows of two towers on the CPU: the ops and their threads. The arithmetic is in rms_norm_kernel.cpp.
 
 #include "rms_norm.h"
 

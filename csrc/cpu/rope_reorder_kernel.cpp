@@ -10,7 +10,7 @@ namespace lmf {
 namespace LMF_ISA {
 namespace {
 
-// kHalf: head_dim / 2 where it is a common one (the loops over it unroll), or 0.
+// kHalf: head_dim / 2 if it is a common one, so that loops over it unroll; else 0.
 template <int kHalf>
 LMF_HD int64_t half_of(const HeadCounts& heads) {
   return kHalf != 0 ? kHalf : heads.head_dim / 2;

@@ -1,4 +1,4 @@
-// RoPE with reorder on the CPU: checks, results, threads. The arithmetic is in cpu/rope_reorder_kernel.cpp.
+// RoPE with reordering on the CPU: the ops and their threads. The arithmetic is in rope_reorder_kernel.cpp.
 
 #include "rope_reorder.h"
 

@@ -1,4 +1,4 @@
-// SwiGLU on the CPU: checks, results, threads. The arithmetic is in cpu/swiglu_kernel.cpp.
+// SwiGLU on the CPU: the ops and their threads. The arithmetic is in swiglu_kernel.cpp.
 
 #include "swiglu.h"
 

@@ -1,5 +1,5 @@
-// Rows of any dtype in another order, on the GPU: moved as they are, in accesses of 16, 4 or 1 bytes, kAccesses of them
-// in flight a thread.
+// Moves rows of any dtype into another order on the GPU, in accesses of 16, 4 or 1 bytes, kAccesses of them in flight
+// per thread.
 //
 // Bytes per row of b bytes: 2 b and 4 of the index; the floor is those bytes over the copy bandwidth.
 

@@ -1,11 +1,12 @@
 // RMSNorm of rows of two towers on the GPU, forward and backward, one launch for both towers.
 //
-// A row is read once and stays in registers between the sum over it and the scaling: kPacks accesses of 16 bytes a
-// thread, as many threads as that takes. Rows that are not aligned, or too wide, are read twice, element by element.
+// A row is read once and stays in registers between the sum over it and the scaling: kPacks accesses of 16 bytes per
+// thread, with as many threads as that takes. Rows that are not aligned, or too wide, are read twice, element by
+// element.
 //
 // Bytes per row, e = bytes of an element, d = width: forward 2 e d (reads x, writes y), with a residual 4 e d, and e d
 // for a kept row; backward 3 e d (reads dy, x, writes dx), e d more each for dresidual and for a recomputed y. Weights
-// and the partial sums of their gradients (4 bytes a column and resident row of threads) stay in the L2. The floor is
+// and the partial sums of their gradients (4 bytes per column and resident row of threads) stay in the L2. The floor is
 // those bytes over the copy bandwidth.
 
 #include "../elementwise/rms_norm.h"
@@ -18,7 +19,7 @@ namespace {
 
 constexpr int kForwardPacks = 4, kBackwardPacks = 2;
 constexpr int kMaxThreads = 1024, kMinThreads = 128, kThreadsOfAnyRow = 256;
-// Of the backward's block and of a multiprocessor: what 80 registers a thread leave room for, 64 with float32.
+// Threads of the backward's block and of a multiprocessor: what 80 registers per thread leave room for, 64 in float32.
 template <typename T>
 constexpr int kMaxBackwardThreads = sizeof(T) == 4 ? 1024 : 768;
 
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const NormArgumen
   __shared__ float partial[kMaxWarps];
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool is_image = i >= arguments.num_text;
-  // Copies chosen member by member: an index that is not a constant would put the arguments into local memory.
+  // Members are selected one by one: indexing with a variable would put the arguments into local memory.
   NormTower<T> tower = arguments.tower[0];
   if (is_image) tower = arguments.tower[1];
   const int64_t row = is_image ? i - arguments.num_text : i;
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const NormArgumen
   if (threadIdx.x == 0 && i < arguments.num_rows) arguments.rstd[i] = rstd;
 }
 
-// One row a block, any width.
+// One row per block, any width.
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads) rms_norm_any_kernel(const NormArguments<T> arguments) {
   __shared__ float partial[kMaxWarps];
@@ -172,7 +173,7 @@ struct BackwardBlock {
   }
 };
 
-// Every threadIdx.y of every block strides over the rows of one tower, its sums of the weight gradient in registers.
+// Every threadIdx.y of every block strides over the rows of one tower, with sums of the weight gradient in registers.
 template <typename T>
 __global__ void __launch_bounds__(kMaxBackwardThreads<T>)
     rms_norm_backward_kernel(const NormBackwardArguments<T> arguments) {
@@ -214,7 +215,8 @@ __global__ void __launch_bounds__(kMaxBackwardThreads<T>)
 #pragma unroll
       for (int k = 0; k < kCount; ++k) dot += w[k] * g[k] * a[k];
     }
-    // Two buffers in turn: the next row's sync lies between the reads for this row and the writes of the next but one.
+    // Two buffers alternate, so one sync per row suffices: the next row's sync separates the reads for this row from
+    // the writes for the row after the next.
     const float correction = norm_correction(row_sum(dot, partial[parity]), tower.width, rstd);
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
@@ -250,7 +252,8 @@ __global__ void __launch_bounds__(kMaxBackwardThreads<T>)
   }
 }
 
-// Any width, one row at a time a block; sums of the weight gradient in memory, every element in one thread's hands.
+// Any width, one row at a time per block. Sums of the weight gradient are in memory; each element belongs to one
+// thread.
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads) rms_norm_backward_any_kernel(const NormBackwardArguments<T> arguments) {
   __shared__ float partial[2][kMaxWarps];
@@ -280,7 +283,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_backward_any_kernel(cons
   }
 }
 
-// Threads along a row and rows in a block, for rows of `width` elements, `elements` of them in a thread's registers.
+// Threads along a row and rows in a block, for rows of `width` elements with `elements` of them per thread.
 struct BlockShape {
   int64_t threads, rows;
 
@@ -321,7 +324,7 @@ Tensors rms_norm(
   return t.results();
 }
 
-// Deals `num_blocks` blocks out to the towers by their rows, at least one to each that has any, and not more than rows.
+// Splits `num_blocks` blocks between the towers by their rows: at least one if it has any rows, at most one per row.
 void deal_blocks(int64_t num_blocks, const int64_t (&num_rows)[2], int64_t rows_per_block, int64_t (&blocks)[2]) {
   const int64_t all = num_rows[0] + num_rows[1];
   for (int i : {0, 1}) {

@@ -1,4 +1,4 @@
-// RoPE, QK norm and the way from tower order to sequence order on the GPU; one launch for both towers. The backward is
+// RoPE, QK norm and the reordering from tower to sequence order on the GPU, one launch for both towers. The backward is
 // in rope_reorder_backward.cu.
 //
 // Bytes per row, e = bytes of an element, W = (H + 2 H_kv) D: 2 e W (reads qkv, writes q, k, v), 4 D of angles and 8 of
@@ -11,8 +11,8 @@ namespace lmf {
 namespace LMF_ISA {
 namespace {
 
-constexpr int kHeadsEach = 4;        // of a thread, where there are many rows
-constexpr int kHeadsEachCached = 1;  // where there are few
+constexpr int kHeadsEach = 4;        // per thread, for many rows
+constexpr int kHeadsEachCached = 1;  // for few rows
 
 template <typename T>
 struct RopeTower {
@@ -38,7 +38,7 @@ struct RopeArguments {
   float eps;
 };
 
-// Where a row comes from and goes to.
+// Source and target of a row.
 template <typename T>
 struct RopeRow {
   RopeTower<T> tower;
@@ -47,7 +47,7 @@ struct RopeRow {
 
   __device__ __forceinline__ RopeRow(const RopeArguments<T>& arguments, int64_t i) {
     const bool is_image = i >= arguments.num_text;
-    // Chosen member by member: an index that is not a constant would put the arguments into local memory.
+    // Members are selected one by one: indexing with a variable would put the arguments into local memory.
     tower = arguments.tower[0];
     if (is_image) tower = arguments.tower[1];
     qkv = tower.qkv + (is_image ? i - arguments.num_text : i) * arguments.heads.width();
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kRopeThreads) rope_reorder_kernel(const RopeAr
   }
 }
 
-// A warp for each row and head, any size of head, element by element.
+// A warp for each row and head, element by element, for any size of head.
 template <typename T>
 __global__ void __launch_bounds__(kRopeThreads) rope_reorder_any_kernel(const RopeArguments<T> arguments) {
   const int half = arguments.heads.half;

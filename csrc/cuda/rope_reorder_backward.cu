@@ -1,5 +1,5 @@
-// Gradients of RoPE, QK norm and the way to sequence order on the GPU; one launch for both towers, and one more for the
-// sums of the norms' gradients.
+// Gradients of RoPE, QK norm and the reordering on the GPU: one launch for both towers, and one more for the sums of
+// the norms' gradients.
 //
 // Bytes per active row, e = bytes of an element, W = (H + 2 H_kv) D: 2 e W (reads dq, dk, dv, writes dqkv), with norms
 // e (H + H_kv) D more for qkv; 4 D of angles and 8 of indices. The floor is those bytes over the copy bandwidth.
@@ -11,7 +11,7 @@ namespace lmf {
 namespace LMF_ISA {
 namespace {
 
-constexpr int kHeadsEach = 4, kHeadsEachNormed = 1;  // of a thread
+constexpr int kHeadsEach = 4, kHeadsEachNormed = 1;  // per thread
 constexpr int64_t kNormedThreads = 768;              // of a multiprocessor, by the registers of the kernel with norms
 constexpr int64_t kAnyBlocks = 64;                   // of a multiprocessor, without sums over rows
 
@@ -45,7 +45,7 @@ struct RopeBackwardArguments {
   }
 };
 
-// Where the gradients of a rank go.
+// Target of the gradients of a rank.
 template <typename T>
 struct ActiveRow {
   RopeBackwardTower<T> tower;
@@ -55,7 +55,7 @@ struct ActiveRow {
   __device__ __forceinline__ ActiveRow(const RopeBackwardArguments<T>& arguments, int64_t rank) {
     const int64_t row = arguments.active_row[rank];
     is_image = row >= arguments.num_live;
-    // Chosen member by member: an index that is not a constant would put the arguments into local memory.
+    // Members are selected one by one: indexing with a variable would put the arguments into local memory.
     tower = arguments.tower[0];
     if (is_image) tower = arguments.tower[1];
     offset = (is_image ? row - arguments.num_live : row) * arguments.heads.width();
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kRopeThreads, kNormedThreads / kRopeThreads)
       load_floats(arguments.cos + row.angle * half + j, cos);
       load_floats(arguments.sin + row.angle * half + j, sin);
     }
-    // Unpacked and turned twice, before and after the sums: keeping the values instead would take twice the registers.
+    // Values are unpacked and rotated twice, before and after the sums: keeping them would take twice the registers.
     const auto unpack_turned = [&](int h, float (&a)[kCount], float (&b)[kCount]) {
       unpack(first[h], a);
       unpack(second[h], b);
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kRopeThreads, kNormedThreads / kRopeThreads)
   }
   if (arguments.partials == nullptr) return;
 
-  // The block's sum of all threads that hold the same elements of the same kind, in the order of the threads.
+  // Sums over the block's threads that hold the same elements of the same kind, in the order of the threads.
   const int64_t block = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
   __syncthreads();
   for (int column = thread; column < 4 * 2 * half; column += num_threads) {
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kRopeThreads, kNormedThreads / kRopeThreads)
   }
 }
 
-// Any size of head: a warp for each head, element by element, each warp with partial sums of its own in memory.
+// A warp for each head, element by element, for any size of head. Each warp has partial sums of its own in memory.
 template <typename T>
 __global__ void __launch_bounds__(kRopeThreads) rope_backward_any_kernel(const RopeBackwardArguments<T> arguments) {
   const int half = arguments.heads.half, head_dim = 2 * half;
@@ -330,7 +330,8 @@ Tensors rope_reorder_backward(
     const bool has_norms = t.norms.has_any();
     const HeadsGrid shape(arguments.heads, kVector<T>, has_norms ? kHeadsEachNormed : kHeadsEach);
     const int64_t blocks = ceil_div(num_rows, shape.block_rows);
-    // With norms there are sums over rows, so only as many blocks as are resident at once.
+    // With norms there are sums over rows: launch only as many blocks as are resident at once, to have few partial
+    // sums.
     const int64_t size = gpu.num_multiprocessors();
     const int64_t resident =
         std::min(blocks, ceil_div(size * (kNormedThreads / shape.num_threads()), shape.grid_groups));

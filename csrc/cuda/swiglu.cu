@@ -1,4 +1,4 @@
-// SwiGLU on the GPU. One launch for two towers; every thread keeps kPacks accesses of 16 bytes per operand in flight.
+// SwiGLU on the GPU, one launch for two towers. Every thread keeps kPacks accesses of 16 bytes per operand in flight.
 //
 // Bytes per row, e = bytes of an element, I = width: forward 3 e I (reads gate and up, writes y) and 2 e I for a kept
 // row; backward 5 e I (reads dy, gate, up, writes dgate, dup) and e I where y is recomputed. The floor is those bytes
@@ -36,7 +36,7 @@ __device__ __forceinline__ void for_each_pack(const SwigluTowers<T>& towers, con
   const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.y;
   const int first = (blockIdx.x * kPacks * blockDim.x + threadIdx.x) * kCount, pack_step = blockDim.x * kCount;
   for (int64_t i = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y; i < all_rows; i += step) {
-    // A copy chosen member by member: an index that is not a constant would put the arguments into local memory.
+    // Members are selected one by one: indexing with a variable would put the arguments into local memory.
     SwigluTower<T> tower = towers.tower[0];
     if (i >= num_rows) tower = towers.tower[1];
     f(tower, i < num_rows ? i : i - num_rows, first, pack_step);

@@ -95,7 +95,7 @@ def test_what_is_hidden_is_not_read_from_outside():
 def test_bad_vectors():
     q, k, v, _ = make_inputs(9, 9, 1, 1, 16)
     start, end = int32([0] * 9), int32([9] * 9)
-    with pytest.raises(ValueError, match="give visible_end and run_end together"):
+    with pytest.raises(ValueError, match="visible_end and run_end must be given together"):
         interpreter.call(MODULE, "forward", q, k, v, start, end, None, 1.0, end)
     with pytest.raises(ValueError, match="run_end must be a contiguous int32 vector with 9 entries"):
         interpreter.call(MODULE, "forward", q, k, v, start, end, None, 1.0, end, end[1:])

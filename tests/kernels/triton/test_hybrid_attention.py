@@ -399,12 +399,12 @@ def test_bfloat16_and_consumer_devices_have_tiles():
 BAD_INPUTS = {
     "flat q": (lambda q, k, v: (q.flatten(1), k, v), r"q must be \[Nq, H, D\]"),
     "k unlike v": (lambda q, k, v: (q, k, v[:, :1]), "k and v both"),
-    "heads": (lambda q, k, v: (q[:, :3], k, v), "3 heads, which is no multiple of the 2"),
+    "heads": (lambda q, k, v: (q[:, :3], k, v), "q must have a multiple of the 2 heads of k and v, got 3"),
     "dtype": (lambda q, k, v: (q, k.half(), v), "one dtype"),
     "double": (lambda *x: [y.double() for y in x], "float16, bfloat16 or float32"),
-    "head size": (lambda *x: [y[..., :12] for y in x], "head size is 12; .* multiples of 8 up to 256"),
-    "large head": (lambda *x: [y.repeat(1, 1, 17) for y in x], "head size is 272"),
-    "no head size": (lambda *x: [y[..., :0] for y in x], "head size is 0"),
+    "head size": (lambda *x: [y[..., :12] for y in x], "head size must be a multiple of 8 up to 256 .*, got 12"),
+    "large head": (lambda *x: [y.repeat(1, 1, 17) for y in x], "head size .* got 272"),
+    "no head size": (lambda *x: [y[..., :0] for y in x], "head size .* got 0"),
 }
 
 

@@ -1,5 +1,5 @@
-// Does the emulation see what a GPU would not forgive? Two right kernels, and one with each mistake; called by
-// test_emulator.py as torch.ops.lmfusion_toys_emulated.<name>(x, out).
+// Kernels that test the emulation itself: two correct ones, and one with each mistake. test_emulator.py calls them as
+// torch.ops.lmfusion_toys_emulated.<name>(x, out).
 
 #include <torch/csrc/stable/tensor.h>
 
@@ -19,7 +19,7 @@ __global__ void block_sum(const float* x, float* out) {
   if (threadIdx.x == 0) out[blockIdx.x] = partial[0] + partial[1];
 }
 
-// Each kind of shuffle; and what one lane of a warp writes, read by the others behind a __syncwarp.
+// Each kind of shuffle, and a value that one lane of a warp writes and the others read after a __syncwarp.
 __global__ void shuffles(const float* x, float* out) {
   __shared__ float first[2];
   const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, all = 0xffffffffu;

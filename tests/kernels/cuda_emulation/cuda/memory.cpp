@@ -1,13 +1,13 @@
-// Which loads and stores of a kernel are errors? g++ -fsanitize=thread,alignment calls the functions at the end of this
-// file before every access of device code; there is no run-time library of g++ behind them, only this file.
+// Checks every load and store of a kernel. g++ -fsanitize=thread,alignment calls the functions at the end of this file
+// before every access of device code; they replace the run-time library of g++. Errors are accesses
 //
 // - outside of a tensor, the kernel's arguments, shared memory and the thread's own stack;
 // - at an address that the type's alignment does not allow (16 bytes for vectors);
-// - of shared memory that this block has not written;
-// - two threads at one byte, one of them writing, with no barrier between them; or two blocks of one launch;
-// - by host code on a tensor's data, which on a GPU it cannot reach without a synchronisation.
+// - to shared memory that this block has not written;
+// - of two threads to one byte, one of them writing, with no barrier between them; or of two blocks of one launch;
+// - by host code to a tensor's data, which on a GPU it cannot reach without a synchronisation.
 //
-// Tensors are known because their memory comes from the allocator here while the emulation is on.
+// The tensors are known because their memory comes from the allocator in this file while the emulation is on.
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
@@ -25,7 +25,7 @@
 namespace lmf_emulation {
 namespace {
 
-// Who touched a byte last. Threads are indices in the block, epochs as in Position.
+// The last accesses to a byte. Threads are indices in the block, epochs as in Position.
 struct Byte {
   uint32_t write_epoch = 0, read_epoch = 0;
   uint16_t writer = 0, reader = 0;
@@ -142,7 +142,7 @@ std::string describe(const char* verb, uintptr_t address, size_t size) {
          std::to_string(tensor->end - tensor->begin) + " bytes";
 }
 
-// Why two threads that touch this byte get in each other's way, or null.
+// Describes the conflict with another thread that accesses this byte; null if there is none.
 const char* conflict(Byte& byte, bool is_shared, bool is_write) {
   const Thread& thread = *position.thread;
   const uint32_t warp = thread.index / kWarpSize;
@@ -238,14 +238,14 @@ LMF_EXPORT void lmf_emulation_switch(int on) {
   c10::SetCPUAllocator(on ? &ours : original, 1);
 }
 
-// What the host did wrong since the last call; "" for nothing. Valid until the next call.
+// The error of host code since the last call; "" if there is none. Valid until the next call.
 LMF_EXPORT const char* lmf_emulation_host_error() {
   static std::string text;
   text = lmf_emulation::take_host_error();
   return text.c_str();
 }
 
-// ---- What g++ calls -------------------------------------------------------------------------------------------------
+// ---- Functions that g++ calls ---------------------------------------------------------------------------------------
 
 using lmf_emulation::access;
 
@@ -267,7 +267,7 @@ extern "C" void __tsan_func_exit() {}
 extern "C" void __tsan_vptr_read(void*) {}
 extern "C" void __tsan_vptr_update(void*, void*) {}
 
-// Atomics are of host code alone (reference counts); kernels have none, because results must not depend on an order.
+// Only host code uses atomics (reference counts). Kernels have none, because results must not depend on an order.
 #define LMF_ATOMIC(bits)                                                                                   \
   using atomic##bits = uint##bits##_t;                                                                     \
   extern "C" atomic##bits __tsan_atomic##bits##_load(const volatile atomic##bits* p, int) {                \
