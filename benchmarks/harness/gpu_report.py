@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.harness import shapes
 from benchmarks.harness.output import read_results
-from benchmarks.harness.report import page
+from benchmarks.harness.tables import tables_page
 from lmfusion_kernels.attention import KERNELS, propose, table
 
 HEAD_DIMS = {shape.name: shape.head_dim for shape in vars(shapes).values() if isinstance(shape, shapes.LayerShape)}
@@ -83,7 +83,7 @@ def tests_section(commands: list[dict[str, Any]]) -> str:
 def main(path: str) -> None:
     results = read_results(Path(path))
     folder = Path(path).parent
-    text, plots = page([results], "")
+    text, plots = tables_page([results], "")
     if plots:
         text = re.sub(r"!\[[^\]]*\]\([^)]*\.svg\)\n\n?", "", text) + "\n## Plots\n\n![Bars of all rows](plots.svg)\n"
         (folder / "plots.svg").write_text(stacked(plots))

@@ -226,31 +226,16 @@ def table(found: dict[str, Any]) -> str:
 def build_model(folder: Path) -> Path:
     """A random model that a step takes a millisecond, saved in `folder`: 2 layers, width 32, images of 8 x 8 pixels."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
+    from benchmarks.harness.tiny_model import build_tokenizer, save_llama
     from lmfusion.model.modeling import LMFusion
-    from tests.lmfusion.conftest import build_tokenizer
 
     tokenizer = build_tokenizer()
     tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}"
         "{% if add_generation_prompt %}a:{% endif %}"
     )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "llm")
-    tokenizer.save_pretrained(folder / "llm")
+    save_llama(folder / "llm", tokenizer)
     image = {"hidden_size": 16, "patch_coder": {"kind": "linear"}}
     model = LMFusion.from_llm(folder / "llm", image, codec={"kind": "pixels", "channels": 1, "image_size": 8})
     generator = torch.Generator().manual_seed(0)

@@ -2,9 +2,9 @@
 
 import torch
 
+from benchmarks.harness.tiny_model import build_tokenizer
 from lmfusion.data.pipeline.loader import LoaderState
 from tests.kernels.gpu.support import DEVICE, needs_gpu
-from tests.lmfusion.conftest import build_tokenizer
 from tests.lmfusion.data.pipeline.rows import contents, read, row_loader
 
 

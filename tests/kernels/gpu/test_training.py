@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.importorskip(module)
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tests.lmfusion.conftest import build_tokenizer
+    from benchmarks.harness.tiny_model import build_tokenizer
 
     path = tmp_path_factory.mktemp("llama")
     tokenizer = build_tokenizer()
