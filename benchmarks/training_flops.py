@@ -1,11 +1,11 @@
-"""How many FLOPs does a training step take, by class of its tokens, beside other ways to train on the same tokens?
+"""Counts the FLOPs of a training step by class of token, and those of other ways to train on the same tokens.
 
     python -m benchmarks.training_flops            prints the tables
     python -m benchmarks.training_flops --keep     writes them into docs/flops.md
 
-Every matrix product, convolution and attention that a real forward and backward calls is counted as it passes torch's
-dispatcher, by the formulas of torch.utils.flop_counter. On the meta device the same code runs without numbers, so that
-a model of 8 billion parameters can be counted here; tests/benchmarks/test_training_flops.py compares both.
+Every matrix product, convolution and attention call of a real forward and backward is counted as it passes torch's
+dispatcher, by the formulas of torch.utils.flop_counter. On the meta device the same code runs without data, so that a
+model of 8 billion parameters can be counted anywhere; tests/benchmarks/test_training_flops.py compares both.
 """
 
 import argparse
@@ -35,7 +35,7 @@ ATTENTION, HEAD, CODER = "attention", "LM head", "patch coder"
 PARTS = (TEXT_BEFORE, TEXT_AFTER, IMAGE, ATTENTION, HEAD, CODER)
 ATTENTION_OPS = ("lmfusion::hybrid_attention", "lmfusion::hybrid_attention_backward")
 RANGES = ("key_start", "key_end", "query_start", "query_end")
-"""Arguments of these ops that say which pairs are visible."""
+"""Arguments of these ops that determine which pairs are visible."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Model:
     latent_channels: int
     latent_size: int
     unit: float
-    """FLOPs that a figure of its table stands for."""
+    """FLOPs per unit of its table's figures."""
     unit_name: str
 
 
@@ -70,7 +70,7 @@ LLAMA3_8B = Model(
     {"kind": "unet", "patch_size": 2, "channels": [640, 992], "num_blocks": 3},
     8, 32, 1e12, "TFLOP",
 )  # fmt: skip
-"""LMFusion's own: 256 tokens an image, from 32 x 32 x 8 latents."""
+"""LMFusion's sizes: 256 tokens per image, from 32 x 32 x 8 latents."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Way:
     frozen_text: bool = False
     separation: str = "deep"
     block: Any = None
-    """What computes a layer; None: ours."""
+    """The function that computes a layer; None: ours."""
 
 
 OURS = Way("ours: frozen text", frozen_text=True)
@@ -92,10 +92,10 @@ WAYS = (
     Way("dense Transfusion", separation="none"),
 )
 BESIDE_OTHER_PAIRS = (OURS, WAYS[1], WAYS[3])
-"""Counted for all mixes; `freeze_und` takes its time, and shows what it is on the first one."""
+"""Counted for all mixes. `freeze_und`, which is slow to count, is counted only on the first one."""
 
 CAPTION_LENGTHS = tuple(range(17, 57, 2))
-"""Tokens of the captions of a batch, 36 in the mean."""
+"""Tokens of the captions of a batch, 36 on average."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,8 @@ class Mix:
     name: str
     caption_lengths: tuple[int, ...] = CAPTION_LENGTHS
     image_first_every: int = 5
-    """One in so many pairs is described, the others are drawn; 1: all are described."""
+    """One of this number of pairs has its image first (to be captioned), the others are to be generated; 1: all are
+    captioned."""
 
     def documents(self, tokens: SpecialTokens, num_image_tokens: int) -> list[Document]:
         documents = []
@@ -137,14 +138,14 @@ class Count:
 
 
 class FlopsByPart(TorchDispatchMode):
-    """Counts what passes the dispatcher, by part of the model.
+    """Counts the ops that pass the dispatcher, by part of the model.
 
     A product belongs to the class of tokens whose number is one of its sizes, if the other two are those of a layer's
     weight; to the LM head if they are those of the vocabulary's or the marker rows' head; and else to the patch coder.
     """
 
     def __init__(self, model: LMFusion, layout: TokenLayout, num_before: int) -> None:
-        """layout: of the batch, on the CPU. num_before: rows that frozen text leaves constant."""
+        """layout: of the batch, on the CPU. num_before: rows that are constant with frozen text."""
         super().__init__()
         self.parts = {name: Count() for name in PARTS}
         self.is_backward = False
@@ -171,7 +172,7 @@ class FlopsByPart(TorchDispatchMode):
         self._real: dict[int, Tensor] = {}
 
     def on_meta(self, layout: TokenLayout) -> None:
-        """Where an op is given a vector of `layout`, a copy without values, take the real one."""
+        """Replace a vector of the meta layout, which has no values, by that of the real layout."""
         names = [item.name for item in fields(layout) if isinstance(getattr(layout, item.name), Tensor)]
         self._real = {id(getattr(layout, name)): getattr(self._layout, name) for name in names}
 
@@ -188,7 +189,7 @@ class FlopsByPart(TorchDispatchMode):
         given = list(args)
         for i, (argument, value) in enumerate(zip(func._schema.arguments, args, strict=False)):
             if argument.name in RANGES and value.is_meta:
-                # What is no vector of the layout was computed by `lk.hybrid_attention`, which has all rows
+                # A vector from elsewhere was computed by `lk.hybrid_attention`, which has all rows.
                 given[i] = self._real.get(id(value), getattr(self._layout, argument.name))
                 assert given[i].shape == value.shape
         return given
@@ -202,7 +203,7 @@ class FlopsByPart(TorchDispatchMode):
                 count.forward += flops * share[0] // share[1]
 
     def _shares_of(self, name: str, args: Sequence[Any]) -> dict[str, tuple[int, int]]:
-        """Parts that a product is of, and their shares as fractions."""
+        """The parts that a product belongs to, and their shares as fractions."""
         if name in ATTENTION_OPS:
             return {ATTENTION: (1, 1)}
         if name in ("aten::mm", "aten::addmm"):
@@ -319,16 +320,16 @@ def _table_of_mixes(
 
 
 def tables() -> str:
-    """What stands in docs/flops.md."""
+    """The generated part of docs/flops.md."""
     return "\n".join([*tables_of(LLAMA3_8B, MIXES), *tables_of(SMOLLM2, [PAPER])]) + "\n"
 
 
 def with_tables(page: str, made: str) -> str:
-    """The page with `made` between its marks. Raises ValueError for a page without them."""
+    """The page with `made` between its markers. Raises ValueError for a page without them."""
     head, begin, rest = page.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"the page lacks the lines {BEGIN!r} and {END!r} that tables stand between")
+        raise ValueError(f"the page must have the lines {BEGIN!r} and {END!r} around its tables")
     return head + begin + "\n" + made + end + tail
 
 

@@ -1,8 +1,9 @@
-"""What does it cost to stop gradients instead of freezing? A layer in which text rows are detached after every step.
+"""A layer that stops gradients instead of freezing weights: text rows are detached after every step.
 
-This is what the switch `freeze_und` of BAGEL's layer does (modeling/bagel/qwen2_navit.py, PackedAttentionMoT and
-Qwen2MoTDecoderLayer): text weights want gradients; queries, keys, values and both residual branches of text rows are
-written back detached. Autograd then sends zeros through all their products. Written anew, with our attention.
+The switch `freeze_und` of BAGEL's layer does this (modeling/bagel/qwen2_navit.py, PackedAttentionMoT and
+Qwen2MoTDecoderLayer): text weights require gradients, and queries, keys, values and both residual branches of text rows
+are written back detached. Autograd then sends zeros through all their products. This is our own code, with our
+attention.
 """
 
 from typing import Any
@@ -24,7 +25,7 @@ def freeze_und_block(
     rope: Rope,
     **_: Any,
 ) -> Rows:
-    """The layer on rows ([num_text, d], [num_image, d]), both of one width; it can stand for `lk.routed_block`."""
+    """The layer on rows ([num_text, d], [num_image, d]), both of one width; a replacement for `lk.routed_block`."""
     towers = ((slice(0, layout.num_text), text), (slice(layout.num_text, None), image))
     cos, sin = rope
     head_dim = 2 * cos.shape[-1]

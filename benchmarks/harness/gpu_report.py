@@ -1,10 +1,10 @@
-"""What does a run of benchmarks/gpu.py say, for a reader? Files beside its results.json.
+"""Writes the report of a run of benchmarks/gpu.py, beside its results.json.
 
     python -m benchmarks.harness.gpu_report runs/gpu/results.json
 
-results.md: the tests' results and the benchmarks' page. plots.svg: all plots of that page in one picture. After a run
-on a GPU also attention_table.json, a proposal for lmfusion_kernels/attention/table.json: look at it, then put it there.
-lmfusion_kernels/attention/propose.py decides; this file only translates what the benchmarks wrote.
+results.md: the tests' results and the tables of the benchmarks. plots.svg: all plots of these in one picture. After a
+run on a GPU also attention_table.json, a proposal for lmfusion_kernels/attention/table.json: review it, then copy it
+there. lmfusion_kernels/attention/propose.py decides; this file only translates the benchmarks' results.
 """
 
 import re
@@ -22,7 +22,7 @@ HEAD_DIMS = {shape.name: shape.head_dim for shape in vars(shapes).values() if is
 
 
 def attention_times(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What `propose` takes: a kernel's median for each pattern, forward and backward apart.
+    """The input of `propose`: a kernel's median for each pattern, separately for forward and backward.
 
     The benchmarks time the forward alone and both together, so the backward is the difference.
     """
@@ -47,7 +47,7 @@ def attention_times(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def stacked(plots: Mapping[str, str]) -> str:
-    """Plots one below the other, as one SVG."""
+    """All plots in one SVG, one below the other."""
     width = height = 0
     parts = []
     for plot in plots.values():
@@ -59,7 +59,7 @@ def stacked(plots: Mapping[str, str]) -> str:
 
 
 def tests_section(commands: list[dict[str, Any]]) -> str:
-    """The tests' counts, what failed, and why something was skipped."""
+    """The tests' counts, failures, and reasons of skips."""
     lines = [
         "# Tests",
         "",
