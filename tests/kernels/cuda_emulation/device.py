@@ -1,4 +1,4 @@
-"""Tensors where a test wants them: layouts' vectors in the emulated device's memory, and rows that start anywhere."""
+"""Tensors for the emulation: layouts in the emulated device's memory, and rows without alignment."""
 
 from dataclasses import fields, replace
 
@@ -10,7 +10,7 @@ from tests.kernels.ops import row_ops
 
 
 def to_device(layout: lk.TokenLayout) -> lk.TokenLayout:
-    """A copy in memory of the allocator that the emulation watches."""
+    """A copy in memory of the allocator that the emulation checks."""
     values = {field.name: getattr(layout, field.name) for field in fields(layout) if field.init}
     return replace(layout, **{name: value.clone() for name, value in values.items() if isinstance(value, Tensor)})
 
@@ -24,5 +24,5 @@ def from_spans(documents: list[list[tuple[str, int]]]) -> lk.TokenLayout:
 
 
 def shifted(x: Tensor) -> Tensor:
-    """A contiguous copy that starts one element behind an address of 16 bytes' alignment."""
+    """A contiguous copy that starts one element after an address aligned to 16 bytes."""
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)

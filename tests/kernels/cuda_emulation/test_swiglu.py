@@ -1,4 +1,4 @@
-"""Is the CUDA SwiGLU right, forward and backward, for any width, number of rows, address and both towers?"""
+"""The CUDA SwiGLU is right, forward and backward, for any width, number of rows, alignment and both towers."""
 
 import math
 

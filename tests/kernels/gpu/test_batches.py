@@ -1,4 +1,4 @@
-"""Does a loader give the same rows where the codec is on the GPU, and do they get there without the host waiting?"""
+"""A loader gives the same batches if the codec is on the GPU, and copies them there without a wait of the host."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Are the Triton attention kernels right where spans are hidden, forward and backward? In Triton's interpreter."""
+"""The Triton attention kernels are right with hidden spans, forward and backward, in Triton's interpreter."""
 
 import pytest
 import torch
@@ -47,8 +47,8 @@ def assert_as_good_as_reference(layout, rows, heads, head_dim, dtype, tiles, see
         targets.append([out, lse, *Reference().backward(*x, out, lse, layout, rows, 0.3)])
     *ranges, out_row = key_ranges(layout, rows)
     result = interpreter.call(
-        "tests.kernels.triton.test_hidden_spans", "forward_and_backward", dout, q, k, v, ranges, query_ranges(layout, rows),
-        out_row, 0.3, hidden_ends(layout, rows), tiles,
+        "tests.kernels.triton.test_hidden_spans", "forward_and_backward", dout, q, k, v, ranges,
+        query_ranges(layout, rows), out_row, 0.3, hidden_ends(layout, rows), tiles,
     )  # fmt: skip
     floor = 4 * torch.finfo(torch.float32).eps + torch.finfo(dtype).eps / 4
     for name, exact, plain, value in zip(("out", "lse", "dq", "dk", "dv"), *targets, result, strict=True):
@@ -74,7 +74,7 @@ def test_equals_reference(name, dtype):
     st.integers(0, 99),
 )
 def test_random_documents(documents, heads, dtype, tiles, seed):
-    """All rows; and the active ones alone, stored in tower order, as a block with frozen text has them."""
+    """All rows, or only the active ones, stored in tower order as in a block with frozen text."""
     layout = lk.TokenLayout.from_spans(documents)
     assert_as_good_as_reference(layout, "all", heads, 16, dtype, tiles, seed)
     if layout.num_active:
@@ -82,7 +82,7 @@ def test_random_documents(documents, heads, dtype, tiles, seed):
 
 
 def test_what_is_hidden_is_not_read_from_outside():
-    """Queries behind a hidden image have the bits that they have if it holds NaN: its tiles are skipped."""
+    """Queries after a hidden image have the same bits if it holds NaN, because its tiles are skipped."""
     layout = lk.TokenLayout.from_spans([[("text", 64), ("image", 64, "hidden"), ("text", 128)]])
     q, k, v, _ = make_inputs(256, 256, 1, 1, 16)
     arguments = layout.key_start, layout.key_end, None, 0.3, layout.visible_end, layout.run_end
