@@ -325,7 +325,7 @@ Tensors rms_norm(
 }
 
 // Splits `num_blocks` blocks between the towers by their rows: at least one if it has any rows, at most one per row.
-void deal_blocks(int64_t num_blocks, const int64_t (&num_rows)[2], int64_t rows_per_block, int64_t (&blocks)[2]) {
+void split_blocks(int64_t num_blocks, const int64_t (&num_rows)[2], int64_t rows_per_block, int64_t (&blocks)[2]) {
   const int64_t all = num_rows[0] + num_rows[1];
   for (int i : {0, 1}) {
     const int64_t share = all > 0 ? ceil_div(num_blocks * num_rows[i], all) : 0;
@@ -359,7 +359,7 @@ Tensors rms_norm_backward(
     }
     NormBackwardArguments<T> arguments = {{}, data<float>(t.rstd), {0, 0}};
     const int64_t blocks_each = kMaxBackwardThreads<T> / (shape.threads * shape.rows);
-    deal_blocks(gpu.num_multiprocessors() * blocks_each, x_rows.num_rows, shape.rows, arguments.num_blocks);
+    split_blocks(gpu.num_multiprocessors() * blocks_each, x_rows.num_rows, shape.rows, arguments.num_blocks);
     Tensors partials;
     std::vector<PartialSum<T>> sums;
     for (int i : {0, 1}) {

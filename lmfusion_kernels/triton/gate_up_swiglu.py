@@ -50,7 +50,7 @@ def configurations(element_size: int) -> list[Configuration]:
 
 
 @triton.jit
-def _tower(
+def _tower_tiles(
     x, gate_weight, up_weight, hidden, gate, up, num_rows, num_columns, width, num_constant, first_tile,
     KEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -88,17 +88,17 @@ def _tower(
 
 
 @triton.jit(do_not_specialize=["text_rows", "image_rows", "num_constant"])
-def _kernel(
+def gate_up_swiglu_kernel(
     text_x, text_gate_weight, text_up_weight, text_hidden, text_gate, text_up, text_rows, text_columns, text_width,
     image_x, image_gate_weight, image_up_weight, image_hidden, image_gate, image_up, image_rows, image_columns,
     image_width, num_constant,
     KEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    first = _tower(
+    first = _tower_tiles(
         text_x, text_gate_weight, text_up_weight, text_hidden, text_gate, text_up, text_rows, text_columns, text_width,
         num_constant, tl.program_id(0), KEEP, ROWS, COLUMNS, DEPTH, GROUP,
     )  # fmt: skip
-    _tower(
+    _tower_tiles(
         image_x, image_gate_weight, image_up_weight, image_hidden, image_gate, image_up, image_rows, image_columns,
         image_width, 0, first, KEEP, ROWS, COLUMNS, DEPTH, GROUP,
     )  # fmt: skip
@@ -144,7 +144,7 @@ def forward(
         arguments += [*tiles, num_rows[tower], columns, width]
     programs = min(_num_multiprocessors(x[0].device), sum(_num_tiles(h, c) for h in hidden))
     with torch.cuda.device(x[0].device) if x[0].is_cuda else nullcontext():
-        _kernel[(programs,)](
+        gate_up_swiglu_kernel[(programs,)](
             *arguments, num_constant, KEEP=keep, ROWS=c.rows, COLUMNS=c.columns, DEPTH=c.depth, GROUP=GROUP_ROWS,
             num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip

@@ -234,30 +234,30 @@ def attention_forward(
             interior_start, interior_end, high, exp2_scale, HEAD_DIM, PADDED_DIM, BLOCK_N,
         )  # fmt: skip
         while done < high:
-            run_start, run_end = next_run(key_start, key_end, row, last_row, done)
+            keys_start, keys_end = next_run(key_start, key_end, row, last_row, done)
             # If there is an interior, all ranges overlap and there is only one run.
             skipped = interior_end - interior_start
             row_start = tl.load(key_start + row)
-            row_end = tl.minimum(tl.load(key_end + row), run_end)  # a tile may reach into the next run
+            row_end = tl.minimum(tl.load(key_end + row), keys_end)  # a tile may reach into the next run
             acc, row_sum, row_max = add_border(
                 acc, row_sum, row_max, q_tile, k, v, k_border, v_border, k_row_stride, v_row_stride, k_column, v_column,
-                run_start, run_end, interior_start, skipped, row_start, row_end, exp2_scale, HEAD_DIM, PADDED_DIM,
+                keys_start, keys_end, interior_start, skipped, row_start, row_end, exp2_scale, HEAD_DIM, PADDED_DIM,
                 BORDER_N,
             )  # fmt: skip
-            done = run_end
+            done = keys_end
     else:
         while done < high:
-            end, run_end, hidden_from = next_section(visible_end, run_end, done, high, first_row)
-            shared_high = tl.where(hidden_from > last_row, tl.minimum(tl.load(key_end + first_row), run_end), done)
+            end, keys_end, hidden_from = next_section(visible_end, run_end, done, high, first_row)
+            shared_high = tl.where(hidden_from > last_row, tl.minimum(tl.load(key_end + first_row), keys_end), done)
             interior_start, interior_end = interior(done, done, shared_high, BLOCK_N)
             acc, row_sum, row_max = add_interior(
                 acc, row_sum, row_max, q_tile, k, v, k_tiles, v_tiles, k_row_stride, v_row_stride, k_column, v_column,
                 interior_start, interior_end, high, exp2_scale, HEAD_DIM, PADDED_DIM, BLOCK_N,
             )  # fmt: skip
-            row_end = tl.where(row < hidden_from, tl.minimum(tl.load(key_end + row), run_end), done)
+            row_end = tl.where(row < hidden_from, tl.minimum(tl.load(key_end + row), keys_end), done)
             acc, row_sum, row_max = add_border(
                 acc, row_sum, row_max, q_tile, k, v, k_border, v_border, k_row_stride, v_row_stride, k_column, v_column,
-                interior_end, run_end, done, 0, None, row_end, exp2_scale, HEAD_DIM, PADDED_DIM, BORDER_N,
+                interior_end, keys_end, done, 0, None, row_end, exp2_scale, HEAD_DIM, PADDED_DIM, BORDER_N,
             )  # fmt: skip
             done = end
 

@@ -101,7 +101,7 @@ def test_a_build_that_fails(build, tmp_path, capsys):
     stale.write_bytes(b"of an earlier build")
     unavailable_reason = install(build, tmp_path)["unavailable_reason"]
     assert unavailable_reason.startswith("compiling failed (x.cpp:3:1: error: no member named 'y'); see ")
-    log = Path(unavailable_reason.split("see ")[1].split(", mend")[0])
+    log = Path(unavailable_reason.split("see ")[1].split(", fix it")[0])
     assert "build stopped" in log.read_text()
     assert not stale.exists()
     assert "native code left out, plain PyTorch takes its place" in capsys.readouterr().out

@@ -98,7 +98,7 @@ def test_the_instruction_set_can_be_held_down(isa):
     code = f"""
 import os
 os.environ["LMFUSION_CPU_ISA"] = {isa!r}
-from lmfusion_kernels import build
+from lmfusion_kernels.layout import build
 print(build.instruction_set())
 """
     assert run_python(code).stdout.strip() == isa
