@@ -131,7 +131,7 @@ def test_architectures(build, monkeypatch):
     monkeypatch.setenv("LMFUSION_CUDA_ARCHITECTURES", "90a")
     assert build.cuda_architectures() == ["90a-real", "90-virtual"]
     monkeypatch.setenv("LMFUSION_CUDA_ARCHITECTURES", "sm_90")
-    with pytest.raises(SystemExit, match="LMFUSION_CUDA_ARCHITECTURES must be .*, got 'sm_90'"):
+    with pytest.raises(SystemExit, match=r"LMFUSION_CUDA_ARCHITECTURES must be .*, got 'sm_90'"):
         build.cuda_architectures()
 
 

@@ -89,7 +89,9 @@ def test_every_source_compiles(language, tmp_path):
     commands = {path: words for path, words in configure(tmp_path, nvcc).items() if path.suffix == suffix}
     assert set(commands) == set((ROOT / "csrc").rglob(f"*{suffix}"))
     assert all(
-        str(OLDEST / "include") in " ".join(words) for path, words in commands.items() if "layout_module" not in path.parts
+        str(OLDEST / "include") in " ".join(words)
+        for path, words in commands.items()
+        if "layout_module" not in path.parts
     )
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         answers = pool.map(lambda item: compile_only(*item, tmp_path), commands.items())
