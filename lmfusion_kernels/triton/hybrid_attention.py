@@ -92,8 +92,8 @@ def forward(
             _forward_split(q, k, v, key_start, key_end, out_row, scale, out, lse, tiles)
             return out, lse
         tile = tiles.forward
-        counts = query_tile_counts(q, k, tile)
-        attention_forward[(counts[1] * num_heads,)](
+        _, num_tiles, *_ = counts = query_tile_counts(q, k, tile)
+        attention_forward[(num_tiles * num_heads,)](
             q,
             k,
             v,
@@ -289,8 +289,8 @@ def _backward_queries(
 ) -> None:
     num_heads, head_dim = q.shape[1:]
     tile = tiles.queries
-    counts = query_tile_counts(q, k, tile)
-    attention_backward_queries[(counts[1] * num_heads,)](
+    _, num_tiles, *_ = counts = query_tile_counts(q, k, tile)
+    attention_backward_queries[(num_tiles * num_heads,)](
         dout,
         q,
         k,
