@@ -35,6 +35,7 @@ test: lint $(VENV)/.built $(OLDEST)
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	find csrc tests/kernels/cuda_emulation/cuda -type f -exec $(BIN)/clang-format --dry-run --Werror {} +
 	$(BIN)/mypy
 
 bench: $(VENV)/.built

@@ -1,12 +1,12 @@
-"""How does `pip install` compile the native code? With CMake and Ninja, and it never fails for want of them.
+"""Builds the native code with CMake and Ninja. `pip install` goes on without it if it cannot be built.
 
 Environment variables:
     LMFUSION_CUDA=auto|0|1            compile csrc/cuda with nvcc: where it is found (auto), never, or fail without it
     LMFUSION_CUDA_ARCHITECTURES       list such as "80;90a" (the default); PTX of the last one is added
-    LMFUSION_BUILD_JOBS               compilers at a time (default: one a core)
+    LMFUSION_BUILD_JOBS               compilers at a time (default: one per core)
 
-What was built, or why not, goes into lmfusion_kernels/_build.json, which `lmfusion_kernels.backends()` reads. A failure
-under pip costs the native part alone; `python setup.py build_ext --inplace` (`make build`) stops at it instead.
+What was built, or why not, goes into lmfusion_kernels/_build.json, which `lmfusion_kernels.backends()` reads. Under pip
+a failure leaves out only the native part; `python setup.py build_ext --inplace` (`make build`) stops at it instead.
 
 Torch is found by its path and not imported: only its headers and libraries are needed.
 """
@@ -33,7 +33,7 @@ LIBRARIES = {"_C": "_C.so", "_layout_native": "_layout_native" + sysconfig.get_c
 
 
 class BuildError(Exception):
-    """One sentence: what is missing and the way out."""
+    """Says in one sentence what is missing and what to do."""
 
 
 def torch_version(torch: Path) -> tuple[int, ...]:
@@ -42,9 +42,9 @@ def torch_version(torch: Path) -> tuple[int, ...]:
 
 
 def find_torch() -> Path | None:
-    """The folder of the torch to build against: one that is new enough if there is any, else whatever there is.
+    """The folder of the torch to build against: the first one that is new enough, else the first one.
 
-    Under pip's build isolation `sys.path` lacks the environment that is installed into, but sysconfig still names it.
+    Under pip's build isolation `sys.path` lacks the environment to install into, but sysconfig still names it.
     """
     base = {"base": sys.base_prefix, "platbase": sys.base_prefix}
     folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]
@@ -71,25 +71,25 @@ def find_nvcc() -> str | None:
 
 
 def cuda_architectures() -> list[str]:
-    """CMake's list: machine code for each, and PTX of the last one for what comes after it."""
+    """CMake's list: machine code for each architecture, and PTX of the last one for later GPUs."""
     wanted = os.environ.get("LMFUSION_CUDA_ARCHITECTURES", "80;90a")
     names = [name for name in re.split(r"[;,\s]+", wanted) if name]
     if not names or not all(re.fullmatch(r"\d{2,3}[af]?", name) for name in names):
-        sys.exit(f"LMFUSION_CUDA_ARCHITECTURES={wanted!r} is no list of architectures; write it as in '80;90a'")
+        sys.exit(f"LMFUSION_CUDA_ARCHITECTURES must be a list of architectures such as '80;90a', got {wanted!r}")
     return [f"{name}-real" for name in names] + [names[-1].rstrip("af") + "-virtual"]
 
 
-def wants_cuda() -> tuple[str | None, str]:
-    """nvcc, or None and the reason."""
+def choose_nvcc() -> tuple[str | None, str]:
+    """The nvcc to compile CUDA with; or None, and why there is none."""
     setting = os.environ.get("LMFUSION_CUDA", "auto").lower()
     if setting not in ("auto", "0", "1"):
-        sys.exit(f"LMFUSION_CUDA={setting!r} is unknown; use auto, 0 or 1")
+        sys.exit(f"LMFUSION_CUDA must be auto, 0 or 1, got {setting!r}")
     if setting == "0":
         return None, "LMFUSION_CUDA=0 was set when it was built"
     nvcc = find_nvcc()
     if nvcc is None:
         if setting == "1":
-            sys.exit("LMFUSION_CUDA=1, but there is no nvcc; put it on PATH or set CUDA_HOME")
+            sys.exit("LMFUSION_CUDA=1 needs nvcc, which was not found; put it on PATH or set CUDA_HOME")
         return None, "there was no nvcc when it was built; put it on PATH or set CUDA_HOME, and install lmfusion again"
     return nvcc, ""
 
@@ -110,7 +110,7 @@ class CMakeBuild(build_ext):
 
     @property
     def required(self) -> bool:
-        """Whether somebody asked for the native code by name (`build_ext --inplace`), and not for an installation."""
+        """Whether a failure stops the build: for `build_ext --inplace`, but not for an installation."""
         return bool(self.inplace) and not self.editable_mode
 
     @property
@@ -153,8 +153,8 @@ class CMakeBuild(build_ext):
         torch = find_torch()
         too_old = torch is not None and torch_version(torch) < MINIMUM_TORCH
         torch = None if too_old else torch
-        nvcc, info["cuda_unavailable_reason"] = wants_cuda()
-        # One folder for each torch, so environments do not undo each other's builds.
+        nvcc, info["cuda_unavailable_reason"] = choose_nvcc()
+        # One folder per torch, so that environments do not overwrite each other's builds.
         binary = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{zlib.crc32(str(torch).encode()):08x}"
         options = {
             "CMAKE_MAKE_PROGRAM": ninja,
@@ -174,7 +174,7 @@ class CMakeBuild(build_ext):
             library = binary / "lib" / LIBRARIES[name]
             if library.exists():
                 target = self.package_folder / library.name
-                # A process may have the old file mapped: replace the name, not the content.
+                # A process may have the old file mapped, so replace the file and do not write into it.
                 shutil.copy2(library, target.with_suffix(".new"))
                 os.replace(target.with_suffix(".new"), target)
                 self.missing.remove(name)
@@ -187,7 +187,7 @@ class CMakeBuild(build_ext):
             raise BuildError(f"there was no torch to build against; `pip install 'torch>=2.10'` {again}")
         if not ok or self.missing:
             (binary / "build.log").write_text("".join(log))
-            raise BuildError(f"compiling failed ({first_error(log)}); see {binary / 'build.log'}, mend it {again}")
+            raise BuildError(f"compiling failed ({first_error(log)}); see {binary / 'build.log'}, fix it {again}")
 
     @staticmethod
     def compile(
@@ -197,7 +197,7 @@ class CMakeBuild(build_ext):
         if nvcc:
             definitions += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DLMFUSION_CUDA_ARCHITECTURES={';'.join(architectures)}"]
         definitions.append(f"-DLMFUSION_CUDA={'ON' if nvcc else 'OFF'}")
-        shutil.rmtree(binary / "lib", ignore_errors=True)  # so that what is there afterwards is of this build
+        shutil.rmtree(binary / "lib", ignore_errors=True)  # so that only libraries of this build are copied
         configure = [cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(binary), *definitions]
         log: list[str] = []
         if not run_logged(configure, log):
@@ -233,6 +233,6 @@ torch = find_torch()
 setup(
     ext_modules=[Extension(f"{PACKAGE}.{name}", sources=[]) for name in LIBRARIES],
     cmdclass={"build_ext": CMakeBuild},
-    # Where a fitting torch is installed, no second one is downloaded into the isolated build environment.
+    # If a suitable torch is installed, pip need not download a second one into the isolated build environment.
     setup_requires=[] if torch and torch_version(torch) >= MINIMUM_TORCH else ["torch>=2.10"],
 )

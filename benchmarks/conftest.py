@@ -1,9 +1,9 @@
-"""Two threads, one row a test, one table at the end, and results.json where LMFUSION_BENCHMARK_OUTPUT names a folder.
+"""Runs the benchmarks: one row per test, a table at the end, and results.json if LMFUSION_BENCHMARK_OUTPUT is a folder.
 
-A run ends within five minutes: rows that find no time left say so.
+CPU runs use two threads. A run ends within five minutes: rows without time are skipped and say so.
 
-pytest-benchmark chooses what runs (--benchmark-only) and its JSON holds the rows as extra_info; its own table is left
-out, since host clocks say nothing about a GPU.
+pytest-benchmark chooses what runs (--benchmark-only), and its JSON holds the rows as extra_info. Its own table is left
+out, because host clocks say nothing about a GPU.
 """
 
 import importlib.util
@@ -21,7 +21,7 @@ from benchmarks.harness import machine, shapes
 from benchmarks.harness.compare import compare, unsupported_reason
 from benchmarks.harness.output import table, write_results
 
-# A GPU machine may have no more than torch and what the kernels need
+# A GPU machine may have only torch and the needs of the kernels.
 NEEDED = ("transformers", "diffusers", "gguf", "safetensors")
 NEED_THEM = ["test_training_step.py", "test_generation.py", "test_generation_step.py"]
 collect_ignore = [] if all(importlib.util.find_spec(name) for name in NEEDED) else NEED_THEM
@@ -40,8 +40,8 @@ FILES = (
 )
 LIMIT_SECONDS = float(os.environ.get("LMFUSION_BENCHMARK_SECONDS", "285"))
 ROWS = pytest.StashKey[dict]()
-"""Of the run: each row by its place in the table."""
-PLACE = pytest.StashKey[int]()
+"""The rows of the run, by position in the table."""
+POSITION = pytest.StashKey[int]()
 START = pytest.StashKey[float]()
 
 
@@ -53,7 +53,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """What matters most first, every benchmark in turn: a run has a limit of time, and none shall be without rows."""
+    """Run the most important rows first, alternating between benchmarks: time is limited, and each needs some rows."""
 
     def importance(item):
         return FILES.index(item.path.stem) if item.path.stem in FILES else len(FILES)
@@ -61,8 +61,8 @@ def pytest_collection_modifyitems(items):
     items.sort(key=importance)
     num_before = Counter()
     turn = {}
-    for place, item in enumerate(items):
-        item.stash[PLACE] = place
+    for position, item in enumerate(items):
+        item.stash[POSITION] = position
         turn[item] = num_before[item.path, item.originalname]
         num_before[item.path, item.originalname] += 1
     items.sort(key=turn.__getitem__)
@@ -75,11 +75,12 @@ def device():
 
 @pytest.fixture
 def record(benchmark, request, device):
-    """Measure a row: record(row, contestants, ours="ours"). Fails if our own contestant does, once it is written."""
+    """Measure a row: record(row, contestants, ours="ours"). The test fails if our contestant does, after it is
+    written."""
 
     spent = time.perf_counter() - request.config.stash[START]
     if spent > LIMIT_SECONDS:
-        pytest.skip(f"{spent:.0f} s of {LIMIT_SECONDS:.0f} are over; LMFUSION_BENCHMARK_SECONDS=600 gives more time")
+        pytest.skip(f"{spent:.0f} of {LIMIT_SECONDS:.0f} s are used up; LMFUSION_BENCHMARK_SECONDS=600 gives more time")
 
     def measure(row, contestants, ours="ours"):
         result = {"name": request.node.name, **compare(row, contestants, ours, device)}
@@ -101,10 +102,10 @@ def record(benchmark, request, device):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    """A test that ends before it measured anything is a row, too, with the reason."""
+    """A test that ends before it measured anything is also a row, with the reason."""
     outcome = yield
     report = outcome.get_result()
-    if call.excinfo is None or report.passed or item.stash[PLACE] in item.config.stash[ROWS]:
+    if call.excinfo is None or report.passed or item.stash[POSITION] in item.config.stash[ROWS]:
         return
     line = unsupported_reason(call.excinfo.value)
     if report.skipped:
@@ -113,8 +114,8 @@ def pytest_runtest_makereport(item, call):
 
 
 def keep(item, row):
-    """A row more. The file is written again each time: an interrupted run keeps what it has."""
-    item.config.stash[ROWS][item.stash[PLACE]] = row
+    """Add a row. The file is written again each time, so that an interrupted run keeps its rows."""
+    item.config.stash[ROWS][item.stash[POSITION]] = row
     if folder := os.environ.get("LMFUSION_BENCHMARK_OUTPUT"):
         write_results(results_so_far(item.config), Path(folder))
 

@@ -1,15 +1,14 @@
-"""What does this machine's GPU say? Build, tests, memory checks, tuning, benchmarks and report, by `make gpu`.
+"""Runs everything that needs a GPU: build, tests, memory checks, tuning, benchmarks and a report (`make gpu`).
 
     python benchmarks/gpu.py [output folder] [--budget SECONDS]
 
-Uses the python and torch that are there (this python, or the checkout's .venv where this one has no torch); nothing is
-downloaded. Every step has a time limit, whatever fails stops nothing else, and what failed or could not run is listed
-at the end. Without a GPU it goes through the steps that can run, and names the others.
+Uses the installed python and torch (this python, or the checkout's .venv if this one has no torch) and downloads
+nothing. Every step has a time limit. A failure does not stop other steps; the end of the output lists what failed or
+could not run. Without a GPU it runs the steps that can run, and names the others.
 
-Written into the output folder: summary.json (every command: passed, failed, timed out or skipped, and why),
-results.json (the benchmarks' rows, and the counts of the tests), what benchmarks/harness/gpu_report.py makes of it, logs.txt
-(all output). The exit status is 1 if anything that ran failed, or if on a GPU tests or benchmarks did not run, else 0.
-"""
+The output folder gets summary.json (every command: passed, failed, timed out or skipped, and why), results.json (the
+benchmarks' rows, and the counts of the tests), the pages of benchmarks/harness/gpu_report.py, and logs.txt (all
+output). The exit status is 1 if anything that ran failed, or if tests or benchmarks did not run on a GPU; else 0."""
 
 import argparse
 import contextlib
@@ -37,9 +36,9 @@ GRACE = 12.0
 """Seconds between the interruption of a command and its end by force."""
 REPORT_SECONDS = 30.0
 MARGIN = 40.0
-"""Seconds that a command which is told its time does not count on: imports before, the row under way behind."""
+"""Seconds that are withheld from a command that gets a time limit: for imports, and to finish the current row."""
 LOG_LINES = 25
-"""How much of a failed command's log is shown at the end."""
+"""Lines of a failed command's log that are shown at the end."""
 
 PROBE = """
 import importlib.util, json, platform
@@ -58,10 +57,10 @@ print(json.dumps(found))
 
 @dataclass(frozen=True)
 class Command:
-    """One process. `name` heads its log; `junit` is where pytest writes its results, if it does.
+    """One process. `name` is the title of its log; `junit` is the file for pytest's results, if it runs pytest.
 
-    seconds_in: the environment variable that tells it how many seconds it has. refusal: what a log says of a failure
-    that means only that the command cannot run on this machine.
+    seconds_in: the environment variable that gets the number of seconds it has. refusal: a text in the log of a failure
+    that only means that the command cannot run on this machine.
     """
 
     name: str
@@ -80,17 +79,17 @@ class Step:
     limit: float
     commands: Sequence[Command] = ()
     reserve: float = 0.0
-    """Seconds of the budget that earlier steps leave for it."""
+    """Seconds of the budget that earlier steps must leave for it."""
     jobs: int = 1
     is_optional: bool = False
-    """It may be left out where less than its limit is left; any other step without time has failed."""
+    """It is left out if less than its limit is left; any other step without time counts as timed out."""
     missing: str = ""
     """Why it cannot run here."""
 
 
 @dataclass
 class Outcome:
-    """What became of one command, or of a step that could not start."""
+    """The result of one command, or of a step that could not start."""
 
     step: str
     name: str
@@ -115,21 +114,21 @@ class Outcome:
 
 
 class Runner:
-    """Runs steps within one budget of seconds and keeps the books in `output`."""
+    """Runs steps within one budget of seconds and records their outcomes in `output`."""
 
     def __init__(self, output: Path, budget: float = DEFAULT_BUDGET) -> None:
         self.output, self.end = output, time.monotonic() + budget
         self.outcomes: list[Outcome] = []
         self.found: dict[str, Any] = {}
         if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-            # As a shell's background job has it; commands would inherit it, and could not be interrupted
+            # A background job of a shell ignores SIGINT. Commands would inherit that and could not be interrupted.
             signal.signal(signal.SIGINT, signal.default_int_handler)
         output.mkdir(parents=True, exist_ok=True)
         for old in FILES:
             (output / old).unlink(missing_ok=True)
 
     def run(self, steps: Sequence[Step], reserve: float = 0.0) -> None:
-        """Run the steps one after another, and leave `reserve` seconds of the budget."""
+        """Run the steps one after another, leaving `reserve` seconds of the budget."""
         for i, step in enumerate(steps):
             reserved = reserve + sum(later.reserve for later in steps[i + 1 :] if not later.missing)
             seconds = min(step.limit, self.end - time.monotonic() - reserved)
@@ -175,7 +174,7 @@ class Runner:
         (self.output / "summary.json").write_text(json.dumps(self.summary(), indent=1) + "\n")
 
     def finish(self) -> int:
-        """List what failed and what did not run; the exit status."""
+        """Print what failed and what did not run. Returns the exit status."""
         self.write_summary()
         bad = [outcome for outcome in self.outcomes if outcome.is_bad]
         for outcome in bad:
@@ -199,7 +198,7 @@ class Runner:
 
 
 class _Process:
-    """A command under way, its output in a file of its own, in a process group that can be stopped as a whole."""
+    """A running command with its own log file, in a process group that can be stopped as a whole."""
 
     def __init__(self, step: str, command: Command, deadline: float) -> None:
         self.step, self.command, self.start = step, command, time.monotonic()
@@ -218,7 +217,8 @@ class _Process:
             self.error = f"{command.arguments[0]} does not start: {error.strerror}"
 
     def is_over(self, deadline: float) -> bool:
-        """Whether it ended. Past the deadline it is interrupted, so that pytest writes what it has, then killed."""
+        """Whether it has ended. After the deadline it is interrupted, so that pytest writes its results, and then
+        killed."""
         if self.process is None or self.process.poll() is not None:
             return True
         now = time.monotonic()
@@ -227,7 +227,7 @@ class _Process:
             self.signal(signal.SIGINT)
         if self.stopped_at and now >= self.stopped_at + GRACE:
             self.signal(signal.SIGKILL)
-            return now >= self.stopped_at + GRACE + 4  # a process that a driver holds is left behind
+            return now >= self.stopped_at + GRACE + 4  # a process that hangs in the driver is abandoned
         return False
 
     def signal(self, number: int) -> None:
@@ -237,7 +237,7 @@ class _Process:
 
     def finish(self) -> tuple[Outcome, str]:
         if self.process is not None:
-            self.signal(signal.SIGKILL)  # what it left running
+            self.signal(signal.SIGKILL)  # child processes that still run
         self.log.seek(0)
         text = self.log.read().decode(errors="replace") + self.error
         self.log.close()
@@ -251,7 +251,7 @@ class _Process:
             status = "failed"
             detail = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
             if self.command.refusal and self.command.refusal in text:
-                status, detail = "skipped", f"it says: {self.command.refusal}"
+                status, detail = "skipped", f"its log says: {self.command.refusal}"
         outcome = Outcome(self.step, self.command.name, status, detail, round(time.monotonic() - self.start, 1))
         outcome.log = text
         if self.command.junit is not None and self.command.junit.exists():
@@ -261,7 +261,7 @@ class _Process:
 
 
 def read_junit(path: Path, outcome: Outcome) -> None:
-    """Counts, names of failed tests and reasons of skips from what pytest wrote."""
+    """Add counts, names of failed tests and reasons of skips from pytest's XML file to `outcome`."""
     try:
         cases = list(ElementTree.parse(path).iter("testcase"))
     except ElementTree.ParseError:
@@ -290,7 +290,7 @@ def find_sanitizer() -> str | None:
 
 
 def probe(python: str) -> dict[str, Any]:
-    """Versions, GPU and python modules, asked of `python` in a process of its own."""
+    """Versions, GPU and modules of `python`, found by a process of its own."""
     try:
         process = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, timeout=90)
         found = json.loads(process.stdout.strip().splitlines()[-1])
@@ -300,13 +300,13 @@ def probe(python: str) -> dict[str, Any]:
 
 
 def make_plan(python: str, found: dict[str, Any], output: Path) -> list[Step]:
-    """The steps for what was found on this machine."""
+    """The steps for this machine."""
     modules, has_gpu = set(found["modules"]), found["gpu"] is not None
-    no_torch = "" if found["torch"] else f"{python} has no torch; PYTHON=... names another, `make build` makes one"
+    no_torch = "" if found["torch"] else f"{python} has no torch; set PYTHON=..., or run `make build`"
     no_gpu = no_torch or ("" if has_gpu else "torch finds no GPU")
     no_pytest = no_torch or missing_modules(modules, "pytest", "hypothesis")
     no_benchmark = no_pytest or missing_modules(modules, "pytest_benchmark")
-    # Without pytest-timeout its setting in pyproject.toml would be an unknown one, an error under --strict-config.
+    # Without pytest-timeout its setting in pyproject.toml is unknown, which --strict-config makes an error.
     plain = [] if "pytest_timeout" in modules else ["-o", "addopts=-ra --strict-markers --import-mode=importlib"]
     pytest = [python, "-m", "pytest", *plain, "-q", "-p", "no:cacheprovider"]
     cores = len(os.sched_getaffinity(0))
@@ -322,7 +322,7 @@ def make_plan(python: str, found: dict[str, Any], output: Path) -> list[Step]:
     options = ["--benchmark-disable"] if "pytest_benchmark" in modules else []
     if "xdist" in modules and cores >= 8:
         options += ["-n", "3", "--dist", "worksteal"]
-    if "pytest_timeout" in modules:  # a signal could not end a wait for a kernel that hangs
+    if "pytest_timeout" in modules:  # a signal cannot end the wait for a kernel that hangs
         options += ["--timeout", "150", "--timeout-method", "thread"]
     environment = {"OMP_NUM_THREADS": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     tests = []
@@ -358,16 +358,16 @@ def make_plan(python: str, found: dict[str, Any], output: Path) -> list[Step]:
 
 
 def sanitize(python: str, sanitizer: str) -> list[Command]:
-    """Every kernel once under the memory checker, those of csrc/cuda also under the checker of races."""
+    """Commands that run every kernel under the memory checker, and those of csrc/cuda also under the race checker."""
     checked = [python, "tests/kernels/gpu/sanitize.py"]
-    # Memory from the caching allocator has neighbours that an access out of bounds would hit unseen.
+    # With the caching allocator, an access out of bounds could hit a neighbouring tensor unnoticed.
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    # A failed call of CUDA's API raises in torch, Triton or csrc/cuda; those that only ask (for a function of another
-    # driver, for the device of a pointer) would count as errors here.
+    # Failed calls of CUDA's API raise in torch, Triton or csrc/cuda anyway. Mere queries that fail (for a function of
+    # another driver, for the device of a pointer) would count as errors here.
     memcheck = [sanitizer, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9", *checked]
-    # racecheck's rules do not know the asynchronous copies of Triton's kernels.
+    # racecheck does not understand the asynchronous copies of Triton's kernels.
     racecheck = [sanitizer, "--tool", "racecheck", "--error-exitcode", "9", *checked, "--no-triton"]
-    refusal = "Device not supported"  # as where a virtual machine hides what it needs of the driver
+    refusal = "Device not supported"  # in virtual machines that hide the driver's debugger interface
     return [
         Command("memcheck", memcheck, uncached, refusal=refusal),
         Command("racecheck", racecheck, refusal=refusal),
@@ -375,7 +375,7 @@ def sanitize(python: str, sanitizer: str) -> list[Command]:
 
 
 def make_report_plan(python: str, found: dict[str, Any], output: Path) -> list[Step]:
-    """What turns results.json into pages; it exists by now, or there is nothing to show."""
+    """The step that turns results.json into pages."""
     results = output / "results.json"
     missing = "" if results.exists() and found["torch"] else "the benchmarks wrote no results.json"
     report = Command("report", [python, "-m", "benchmarks.harness.gpu_report", str(results)])
@@ -388,7 +388,7 @@ def missing_modules(modules: set[str], *names: str) -> str:
 
 
 def build_environment(found: dict[str, Any]) -> dict[str, str]:
-    """Compile for the GPU that is there alone, unless the caller chose: half the time."""
+    """Compile only for this GPU, which halves the time, unless the caller chose architectures."""
     if found["capability"] is None or "LMFUSION_CUDA_ARCHITECTURES" in os.environ:
         return {}
     major, minor = found["capability"]
@@ -396,7 +396,7 @@ def build_environment(found: dict[str, Any]) -> dict[str, str]:
 
 
 def add_tests(output: Path, summary: dict[str, Any]) -> None:
-    """The counts of the tests into results.json, so that numbers and their proof travel together."""
+    """Write the counts of the tests into results.json, so that numbers and their tests stay together."""
     path = output / "results.json"
     try:
         results = json.loads(path.read_text())
@@ -413,7 +413,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=DEFAULT_BUDGET, help="seconds for all steps together")
     options = parser.parse_args(arguments)
     output = options.output.resolve()
-    # Started in a shell's background it would be ignored, by the commands too, and they could not be interrupted.
+    # Started in a shell's background, SIGINT would be ignored, also by the commands, which could not be interrupted.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     runner = Runner(output, options.budget)
     python = find_python()

@@ -70,7 +70,7 @@ LLAMA3_8B = Model(
     {"kind": "unet", "patch_size": 2, "channels": [640, 992], "num_blocks": 3},
     8, 32, 1e12, "TFLOP",
 )  # fmt: skip
-"""LMFusion's own: 256 tokens an image, from 32 x 32 x 8 latents."""
+"""LMFusion's sizes: 256 tokens per image, from 32 x 32 x 8 latents."""
 
 
 @dataclass(frozen=True)
@@ -137,14 +137,14 @@ class Count:
 
 
 class FlopsByPart(TorchDispatchMode):
-    """Counts what passes the dispatcher, by part of the model.
+    """Counts the ops that pass the dispatcher, by part of the model.
 
     A product belongs to the class of tokens whose number is one of its sizes, if the other two are those of a layer's
     weight; to the LM head if they are those of the vocabulary's or the marker rows' head; and else to the patch coder.
     """
 
     def __init__(self, model: LMFusion, layout: TokenLayout, num_before: int) -> None:
-        """layout: of the batch, on the CPU. num_before: rows that frozen text leaves constant."""
+        """layout: of the batch, on the CPU. num_before: rows that are constant with frozen text."""
         super().__init__()
         self.parts = {name: Count() for name in PARTS}
         self.is_backward = False
@@ -202,7 +202,7 @@ class FlopsByPart(TorchDispatchMode):
                 count.forward += flops * share[0] // share[1]
 
     def _shares_of(self, name: str, args: Sequence[Any]) -> dict[str, tuple[int, int]]:
-        """Parts that a product is of, and their shares as fractions."""
+        """The parts that a product belongs to, and their shares as fractions."""
         if name in ATTENTION_OPS:
             return {ATTENTION: (1, 1)}
         if name in ("aten::mm", "aten::addmm"):
@@ -324,7 +324,7 @@ def tables() -> str:
 
 
 def with_tables(page: str, made: str) -> str:
-    """The page with `made` between its marks. Raises ValueError for a page without them."""
+    """The page with `made` between its markers. Raises ValueError for a page without them."""
     head, begin, rest = page.partition(BEGIN)
     _, end, tail = rest.partition(END)
     if not begin or not end:

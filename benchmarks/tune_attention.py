@@ -1,9 +1,11 @@
-"""Which tiles make the Triton attention kernels fastest on this GPU? Measures those of the table beside others, and
-prints the table that it would have, as JSON. Nothing is changed: a better row is copied by hand, with the device named.
+"""Finds the fastest tiles of the Triton attention kernels on this GPU.
+
+Measures the tiles of the table and others, and prints the table with the best ones as JSON. It changes no file: copy a
+better row by hand, and name the device.
 
     python -m benchmarks.tune_attention --head-dim 128 --budget 60
 
-Without a CUDA device or triton it says so and exits with 0.
+Without a CUDA device or Triton it prints a message and exits with 0.
 """
 
 import argparse
@@ -35,7 +37,9 @@ def main() -> None:
     parser.add_argument("--launch", choices=LAUNCHES, nargs="+", default=list(LAUNCHES))
     parser.add_argument("--num-heads", type=int, default=32)
     parser.add_argument("--num-kv-heads", type=int, default=8)
-    parser.add_argument("--budget", type=float, default=60.0, help="seconds in all; what is not reached is named")
+    parser.add_argument(
+        "--budget", type=float, default=60.0, help="seconds in all; tiles that are not reached are listed"
+    )
     options = parser.parse_args()
     if importlib.util.find_spec("triton") is None:
         print("nothing to tune: triton is not installed (pip install triton)")
@@ -91,7 +95,7 @@ class AttentionProblem:
         return cls(layout, q, k, v, dout, rows(8, num_heads), (few.key_start, few.key_end), caches)
 
     def call(self, launch: str, tiles: Configurations) -> tuple[Callable[[], Any], float]:
-        """What to time, and how many FLOPs (bytes for "split") it stands for: of the visible pairs."""
+        """The call to time, and its FLOPs of the visible pairs (bytes for "split")."""
         from lmfusion_kernels.triton import hybrid_attention
 
         layout, head_dim = self.layout, self.q.shape[2]
@@ -115,7 +119,7 @@ class AttentionProblem:
 
 
 def tune(case: AttentionProblem, table: Configurations, launch: str, end: float) -> Tile:
-    """The fastest tile of one launch; the table's own is measured first."""
+    """The fastest tile of one launch. The tile of the table is measured first."""
     best, best_seconds = getattr(table, launch), float("inf")
     tiles = list(candidates(best, launch))
     for number, tile in enumerate(tiles):
@@ -125,7 +129,7 @@ def tune(case: AttentionProblem, table: Configurations, launch: str, end: float)
         call, work = case.call(launch, dataclasses.replace(table, **{launch: tile}))
         try:
             seconds = measure(call)
-        except Exception as error:  # a tile that does not fit is no reason to stop: say so and go on
+        except Exception as error:  # a tile that does not fit must not stop the others
             print(f"  {launch} {describe(tile)}: {type(error).__name__}: {str(error).splitlines()[0][:90]}")
             continue
         unit = "GB/s" if launch == "split" else "TFLOP/s"
@@ -138,13 +142,13 @@ def tune(case: AttentionProblem, table: Configurations, launch: str, end: float)
 
 
 def candidates(own: Tile, launch: str) -> Iterator[Tile]:
-    """The tile of the table, then others: those first that differ from it in the fewest numbers."""
+    """The tile of the table, then others, ordered by how many numbers differ from it."""
     blocks = [own.block] if launch == "split" else [64, 128]
     loads = sorted({own.descriptors, False})
     tiles = [
         Tile(block, step, min(step, own.border), warps, stages, descriptors)
         for block, step, warps, stages, descriptors in product(blocks, (32, 64, 128), (4, 8), (1, 2, 3, 4), loads)
-        # A group of four warps takes 64 rows of a product; more warps than that would share rows.
+        # A group of four warps takes 64 rows of a product; with more warps, they would share rows.
         if launch == "split" or warps <= block // 16
     ]
 

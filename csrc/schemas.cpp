@@ -1,5 +1,5 @@
-// Which native ops exist? The schemas of torch.ops.lmfusion. csrc/<op>.cpp registers the implementations,
-// lmfusion_kernels/<op>.py the shapes under tracing and the autograd formulas.
+// The schemas of the native ops, torch.ops.lmfusion. csrc/cpu/<op>_op.cpp and csrc/cuda/<op>.cu register the
+// implementations, lmfusion_kernels/ops/<op>.py the shapes under tracing and the autograd formulas.
 //
 // Tensor[] of rows: one tensor [N, d] in tower order, or the two towers' own tensors [num_text, d_text] and
 // [num_image, d_image]. Results come in the same form. Counts that differ from batch to batch are SymInt, so that
@@ -9,8 +9,8 @@
 
 STABLE_TORCH_LIBRARY(lmfusion, m) {
   // residual: [] or like x. Returns [*y, *(x + residual) if residual, *kept, rstd]; rstd is float32 [N]. kept: copies
-  // of rows of what was normalised (x, or the sum), in tensors of their own that outlive it: of the text rows from
-  // num_constant on if keep_text, of the image rows if keep_image.
+  // of rows of what was normalised (x, or the sum), in tensors of their own, so that it can be freed: the text rows
+  // from num_constant on if keep_text, the image rows if keep_image.
   m.def(
       "rms_norm(Tensor[] x, Tensor[] residual, Tensor text_weight, Tensor image_weight, SymInt num_text, float eps, "
       "SymInt num_constant=0, bool keep_text=False, bool keep_image=False) -> Tensor[]");
@@ -33,14 +33,14 @@ STABLE_TORCH_LIBRARY(lmfusion, m) {
       "SymInt num_constant, int num_heads, Tensor? text_q_norm, Tensor? text_k_norm, Tensor? image_q_norm, "
       "Tensor? image_k_norm, float eps) -> (Tensor q_constant, Tensor q, Tensor k, Tensor v)");
   // The same for few rows with a cache: returns q in sequence order and writes key and value of the token with sequence
-  // index s to row key_slot[s] of the caches [slots, H_kv, D].
+  // index s to slot key_slot[s] of the caches [slots, H_kv, D].
   m.def(
       "rope_reorder_cached(Tensor[] qkv, Tensor cos, Tensor sin, Tensor tower_to_sequence, Tensor key_slot, "
       "SymInt num_text, int num_heads, Tensor? text_q_norm, Tensor? text_k_norm, Tensor? image_q_norm, "
       "Tensor? image_k_norm, float eps, Tensor(a!) k_cache, Tensor(b!) v_cache) -> Tensor q");
   // Gradients of rank r go to row active_row[r] of [live | image]; its angles are row active_key[r] of cos, sin (None:
   // row r). qkv (the op's input in that order) may be [] without norms. Returns [dqkv of live, dqkv of image], or one
-  // tensor if joined, and the gradients of those norms that are there and wanted, in the order of the arguments.
+  // tensor if joined, followed by the wanted gradients of the norms that are given, in the order of the arguments.
   m.def(
       "rope_reorder_backward(Tensor dq, Tensor dk, Tensor dv, Tensor[] qkv, Tensor cos, Tensor sin, Tensor active_row, "
       "Tensor? active_key, SymInt num_live, int num_heads, Tensor? text_q_norm, Tensor? text_k_norm, "
@@ -52,13 +52,13 @@ STABLE_TORCH_LIBRARY(lmfusion, m) {
 
   // Query i sees the keys [key_start[i], key_end[i]) (int32, non-decreasing); its result is row out_row[i] of out
   // (None: row i). lse: float32 [H, Nq], the log of the sum of exp(score), by query. visible_end (None, or int32 [Nk]):
-  // key j is seen by the queries before visible_end[j] alone. run_end, given with it: keys from j to run_end[j]
-  // have one visible_end, and no range begins behind the first of them.
+  // key j is seen only by the queries before visible_end[j]. run_end, given with it: the keys from j up to run_end[j]
+  // have one visible_end, and no range begins after the first of them.
   m.def(
       "hybrid_attention(Tensor q, Tensor k, Tensor v, Tensor key_start, Tensor key_end, Tensor? out_row, float scale, "
       "Tensor? visible_end=None, Tensor? run_end=None) -> (Tensor out, Tensor lse)");
   // dk, dv: one row for each key listed in grad_key (int32, ascending); key r of the list is seen by the queries
-  // [query_start[r], query_end[r]), whose ends need not ascend where visible_end is given. dout and out are read at
+  // [query_start[r], query_end[r]), whose ends need not ascend if visible_end is given. dout and out are read at
   // out_row[i].
   m.def(
       "hybrid_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor key_start, "

@@ -1,4 +1,4 @@
-"""Both towers on all tokens, then torch.where: what a model does that knows no routing. Twice the FLOPs, no gather.
+"""Both towers on all tokens, then torch.where, as in a model without routing: twice the FLOPs, no gather.
 
 Rows are in sequence order; attention is the same op as in the block.
 """

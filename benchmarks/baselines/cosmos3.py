@@ -1,6 +1,6 @@
 """diffusers' two-tower layer `Cosmos3VLTextMoTDecoderLayer`, filled with the weights of a case.
 
-It knows one document, text first and then one image, and always has QK norms. No packing, no interleaving.
+It supports one document, text first and then one image, always with QK norms, without packing or interleaving.
 """
 
 import torch
@@ -11,7 +11,7 @@ from benchmarks.harness.layer import Layer, LayerCase
 
 
 def cosmos3(case: LayerCase) -> Layer:
-    """The layer with parameters of its own, the text half frozen where the case's is."""
+    """The layer with its own parameters; its text half is frozen if the case's is."""
     try:
         from diffusers.models.transformers.transformer_cosmos3 import Cosmos3VLTextMoTDecoderLayer
     except ImportError as error:

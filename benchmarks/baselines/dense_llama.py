@@ -1,7 +1,7 @@
 """transformers' LlamaDecoderLayer with the text tower's weights on all tokens: the floor of "no routing, no images".
 
-One tower, causal attention in one document, no QK norm: it computes less. On one text document both must agree, which
-`check_equal` asserts before the floor is timed.
+One tower, causal attention in one document, no QK norm: it computes less. On one text document the results must be
+equal, which `check_equal` asserts before the floor is timed.
 """
 
 import torch

@@ -1,8 +1,9 @@
-"""What does it cost to stop gradients instead of freezing? A layer in which text rows are detached after every step.
+"""A layer that stops gradients instead of freezing weights: text rows are detached after every step.
 
-This is what the switch `freeze_und` of BAGEL's layer does (modeling/bagel/qwen2_navit.py, PackedAttentionMoT and
-Qwen2MoTDecoderLayer): text weights want gradients; queries, keys, values and both residual branches of text rows are
-written back detached. Autograd then sends zeros through all their products. Written anew, with our attention.
+The switch `freeze_und` of BAGEL's layer does this (modeling/bagel/qwen2_navit.py, PackedAttentionMoT and
+Qwen2MoTDecoderLayer): text weights require gradients, and queries, keys, values and both residual branches of text rows
+are written back detached. Autograd then sends zeros through all their products. This is our own code, with our
+attention.
 """
 
 from typing import Any

@@ -1,8 +1,7 @@
 """A two-tower layer in sequence order that gathers and scatters around every op, as BAGEL's MoT layer does.
 
-Norms, the projections of q, k and v, QK norms, output projection and MLP each take the rows of a tower out of the
-packed sequence by index, and put what its module makes of them into a buffer of zeros. Attention is the same op as in
-the block.
+Norms, the projections of q, k and v, QK norms, output projection and MLP each gather the rows of a tower from the
+packed sequence, and scatter the results of its module into a buffer of zeros. Attention is the same op as in the block.
 """
 
 import torch

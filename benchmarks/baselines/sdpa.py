@@ -1,9 +1,9 @@
-"""torch's scaled_dot_product_attention by named backend, as people use it for this mask: three exact ways.
+"""torch's scaled_dot_product_attention by backend, in the three exact ways in which it can compute this mask.
 
-"causal": one call, for a batch of one text document. "mask": one call with a dense boolean mask. "spans": one call a
+"causal": one call, for a batch of one text document. "mask": one call with a dense boolean mask. "spans": one call per
 span, with the keys of its document up to the end of the span, full for an image and causal (lower right) for text; no
-mask, but as many calls as spans. Keys and values come expanded to all heads; they, the layout [1, H, N, D] and the
-masks are made before the clock starts.
+mask, but as many calls as spans. Keys and values are expanded to all heads. This, the layout [1, H, N, D] and the masks
+are made before the clock starts.
 """
 
 from collections.abc import Callable
@@ -33,20 +33,20 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def causal(documents: Documents, layout: lk.TokenLayout) -> Attend:
     if len(documents) != 1 or any(modality != "text" for modality, _ in documents[0]):
-        raise UnavailableError("is_causal fits a batch of one text document only")
+        raise UnavailableError("is_causal fits only a batch of one text document")
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def dense_mask(documents: Documents, layout: lk.TokenLayout) -> Attend:
     if layout.num_tokens > MOST_MASK_TOKENS:
-        raise UnavailableError(f"a dense mask of {layout.num_tokens} x {layout.num_tokens} is left out")
+        raise UnavailableError(f"a dense mask of {layout.num_tokens} x {layout.num_tokens} is too large to measure")
     mask = lk.reference.hybrid_mask(layout)
     return lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def by_span(documents: Documents, layout: lk.TokenLayout) -> Attend:
     if sum(len(document) for document in documents) > MOST_SPANS:
-        raise UnavailableError(f"more than {MOST_SPANS} spans: one call a span is left out")
+        raise UnavailableError(f"more than {MOST_SPANS} spans: one call per span is not measured")
     calls: list[tuple[slice, slice, Any]] = []
     end = 0
     for document in documents:
@@ -88,7 +88,7 @@ def sdpa(backend: str, way: str, documents: Documents, layout: lk.TokenLayout) -
                 return attend(q, k, v)
             except RuntimeError as error:
                 if "No available kernel" in str(error) or "No viable backend" in str(error):
-                    raise UnavailableError(f"torch's {backend} attention does not take this") from None
+                    raise UnavailableError(f"torch's {backend} attention does not support this case") from None
                 raise
 
     return call
@@ -100,5 +100,5 @@ def expanded(x: Tensor, num_heads: int) -> Tensor:
 
 
 def folded(grad: Tensor, num_heads: int) -> Tensor:
-    """[1, H, N, D] -> [N, num_heads, D]: the gradients of the copies of a head add up."""
+    """[1, H, N, D] -> [N, num_heads, D]: the gradients of the copies of a head are added."""
     return grad[0].transpose(0, 1).unflatten(1, (num_heads, -1)).sum(2)

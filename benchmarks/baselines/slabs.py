@@ -1,6 +1,6 @@
-"""The honest baseline: rows permuted into slabs once, two cuBLAS calls a projection, torch.compile for the rest.
+"""The main baseline: rows permuted into slabs once, two cuBLAS calls per projection, torch.compile for the rest.
 
-It is what a careful user of PyTorch writes: tower order from layer to layer, one GEMM a tower with the residual added
+A careful user of PyTorch would write this: tower order from layer to layer, one GEMM per tower with the residual added
 in its epilogue, gathers fused by the compiler into RoPE and QK norm, and permutations whose gradients are gathers.
 Attention is the same op as in the block, so a ratio shows everything but attention.
 """
@@ -21,7 +21,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Permute(torch.autograd.Function):
-    """Rows in another order; the gradient is a gather by the inverse, not a scatter."""
+    """Reorder rows; the gradient is a gather by the inverse, not a scatter."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def heads_in_sequence_order(
     norms: tuple[Tensor | None, ...],
     eps: float,
 ) -> tuple[Tensor, ...]:
-    """q, k, v in sequence order from both towers' qkv; RoPE on q and k, after their norms where there are any."""
+    """q, k, v in sequence order from both towers' qkv; RoPE on q and k, after their norms if there are any."""
     parts = []
     for tower, (q_norm, k_norm) in zip((text, image), (norms[:2], norms[2:]), strict=True):
         heads = tower.unflatten(1, (num_heads + 2 * num_kv_heads, -1))
@@ -85,11 +85,11 @@ class Pointwise:
 
 @functools.cache
 def pointwise(is_compiled: bool) -> Pointwise:
-    """Compiled for any number of rows, or as written."""
+    """The function compiled for any number of rows, or as it is."""
     parts = (rms_norm, swiglu, heads_in_sequence_order)
     if not is_compiled:
         return Pointwise(*parts)
-    torch._dynamo.config.recompile_limit = 64  # one a shape, dtype and set of gradients
+    torch._dynamo.config.recompile_limit = 64  # one per shape, dtype and set of gradients
     return Pointwise(*(compiled_by_rows(part) for part in parts))
 
 

@@ -1,6 +1,6 @@
-"""What does one layer of a decoding step cost: one text token a document over its cached keys and values?
+"""One layer of a decoding step: one text token per document, over its cached keys and values.
 
-The floor is reading the text tower's weights and the cache once: GB/s count these. Times are latencies.
+The floor is to read the text tower's weights and the cache once; GB/s count these bytes. Times are latencies.
 """
 
 import pytest
@@ -29,7 +29,7 @@ def test_decode(record, device, shape, documents, context, dtype):
     kv_cache = tuple(cache.clone() for cache in caches)
 
     def padded_sdpa(q, k, v):
-        """One query a document over equally long caches, as models with a static cache call SDPA."""
+        """One query per document over equally long caches, as models with a static cache call SDPA."""
         keys, values = (x.unflatten(0, (documents, -1))[:, : context + 1].transpose(1, 2) for x in (k, v))
         return F.scaled_dot_product_attention(q[:, :, None], keys, values, enable_gqa=True)[:, :, 0]
 

@@ -1,7 +1,7 @@
-"""What does one layer of a denoising step cost: the rows of images alone, over cached context?
+"""One layer of a denoising step: only the rows of images, over cached context.
 
 The branches of classifier-free guidance are documents of one batch: 1 (none), 2 (prompt) or 3 (prompt and image). Times
-are latencies: the device is idle before each call, as it is for a sampler that waits for nothing but its own launches.
+are latencies: the device is idle before each call, as it is for a sampler that only waits for its own launches.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ def cached_block(case, kv_cache):
 
 
 def inference(case, forward, **options):
-    """forward(text rows, image rows) without gradients; the caches are written again by every call, alike."""
+    """forward(text rows, image rows) without gradients. Every call writes the same values into the caches."""
 
     def prepare(seed):
         rows = [x.detach() for x in case.rows(seed)]
@@ -57,7 +57,7 @@ def inference(case, forward, **options):
 
 
 def one_by_one(case, caches, image, context):
-    """A forward a document, each with its own cache, as most samplers compute guidance, and some batches."""
+    """One forward per document, each with its own cache, as most samplers compute guidance and some compute batches."""
     num_documents = case.layout.num_documents
     single, _ = make_denoise_case(case.shape, 1, image, context, case.dtype, case.device)
     single = dataclasses.replace(single, text=case.text, image=case.image)

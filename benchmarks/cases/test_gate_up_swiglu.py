@@ -1,4 +1,4 @@
-"""What does the routed feed-forward network cost: two calls and a pass, SwiGLU in an epilogue, or compiled?"""
+"""The routed feed-forward network: two calls and a pass, SwiGLU in an epilogue, and compiled PyTorch."""
 
 import contextlib
 import os
@@ -10,14 +10,14 @@ import torch.nn.functional as F
 import lmfusion_kernels as lk
 from benchmarks.baselines.slabs import pointwise
 from benchmarks.harness import shapes
-from benchmarks.harness.compare import Contestant, Row, absent_if_refused
+from benchmarks.harness.compare import Contestant, Row, unavailable_if_refused
 
 SHAPE, TOKENS = shapes.MAIN, shapes.NUM_TOKENS
 
 
 @contextlib.contextmanager
 def ffn(kind):
-    """LMFUSION_KERNELS_FFN for a while."""
+    """Set LMFUSION_KERNELS_FFN temporarily."""
     before = os.environ.get("LMFUSION_KERNELS_FFN")
     os.environ["LMFUSION_KERNELS_FFN"] = kind
     try:
@@ -30,7 +30,7 @@ def ffn(kind):
 
 @pytest.mark.parametrize("dtype", shapes.DTYPES[-1:], ids=shapes.dtype_id)
 def test_routed_swiglu(record, device, dtype):
-    """Forward: where an epilogue could save most."""
+    """Only the forward, where an epilogue could save most."""
     layout = lk.TokenLayout.from_spans(shapes.share_of_text(TOKENS, 50), device=device)
     torch.manual_seed(0)
     d, intermediate = SHAPE.hidden_size, SHAPE.intermediate_size
@@ -41,7 +41,7 @@ def test_routed_swiglu(record, device, dtype):
         def prepare(seed):
             torch.manual_seed(seed)
             x = torch.randn(TOKENS, d, device=device).to(dtype)
-            with absent_if_refused():
+            with unavailable_if_refused():
                 network(x)
             return lambda: network(x)
 

@@ -1,4 +1,4 @@
-"""What does an image, or a token, of a whole model cost: the engine beside reading everything anew at every step?
+"""An image, or a token, from a whole model: the engine, beside recomputing the whole prompt at every step.
 
 A SmolLM2-135M beside the narrow image tower of recipes/digits.yaml, with random weights: 20 steps of DPM-Solver++ with
 guidance make a digit of 8 x 8. Rates of decoding count the bytes that a token has to read: the text tower's weights
@@ -28,7 +28,7 @@ DRAWING = {"num_steps": NUM_STEPS, "guidance_scale": SCALE, "sampler": "dpm-solv
 PROMPTS = [f"a handwritten {name}" for name in ("zero", "one", "two", "three", "four", "five", "six", "seven")]
 VOCABULARY, NUM_LAYERS = 49_152, 30
 NUM_TOKENS = 16
-"""Of a row of decoding."""
+"""Tokens of a decoding row."""
 
 
 def byte_tokenizer():
@@ -65,7 +65,7 @@ def pixels(images):
 
 @torch.no_grad()
 def recompute(model, prompts):
-    """No cache: both documents of every image, packed into one forward, are read again at every step."""
+    """Without a cache: both documents of every image, packed into one forward, are recomputed at every step."""
     tokens = SpecialTokens.of(model.tokenizer, model.boi_token_id)
     latent_shape = (model.codec.latent_channels, model.codec.latent_size, model.codec.latent_size)
     table = step_table(model.diffusion, "dpm-solver", NUM_STEPS, model.codec.latent_range)
@@ -96,7 +96,7 @@ def drawing(model, prompts, batch_size):
 
 @pytest.mark.parametrize("dtype", shapes.DTYPES, ids=shapes.dtype_id)
 def test_digit(record, device, dtype):
-    """One digit, and the promise beside reading the prompt at every step."""
+    """One digit, with a bar relative to recomputing the prompt at every step."""
     model = digit_model(dtype, device)
     row = Row("generation", f"1 digit, {NUM_STEPS} guided steps", dtype, "forward", "SmolLM2-135M", 1,
               bars={"prefix read at every step": 0.5}, is_latency=True)  # fmt: skip
@@ -139,7 +139,7 @@ def test_digits_in_a_batch(record, device, dtype):
 @pytest.mark.parametrize("dtype", shapes.DTYPES, ids=shapes.dtype_id)
 @pytest.mark.parametrize("batch", [1, 8, 64] if shapes.HAS_GPU else [1, 8])
 def test_text(record, device, batch, dtype):
-    """Tokens of running answers; the bytes are those of the weights and of what is cached."""
+    """Tokens of running requests; the bytes are those of the weights and of the cache."""
     model = digit_model(dtype, device)
     prompt = encode_prompt(model, "x" * 128)
 
@@ -147,7 +147,7 @@ def test_text(record, device, batch, dtype):
         engine = Engine(model, num_slots=batch * 4096, max_batch=batch)
         for _ in range(batch):
             engine.submit(prompt, GenerationOptions(max_new_tokens=3900))
-        engine.step()  # reads the prompts
+        engine.step()  # prefill
 
         def decode():
             events = [engine.step() for _ in range(NUM_TOKENS)]

@@ -1,4 +1,4 @@
-"""What does one step of a whole model cost, replayed as a CUDA graph and launched op by op?
+"""One generation step of a whole model, replayed as a CUDA graph and launched op by op.
 
 A denoising step is patch coder, image tower, guidance and sampler for images of several requests; a decoding step is
 the text tower, its head and the choice of a token for each document. Models have random weights: all 30 layers of
@@ -42,7 +42,7 @@ def make_model(shape, dtype, device):
         image={"patch_coder": {"kind": "linear", "patch_size": 2}},
         codec={"kind": "pixels", "channels": 3, "image_size": LATENT_SIZE},
     )
-    with torch.device("meta"):  # no weights on the host, where drawing them would take minutes
+    with torch.device("meta"):  # no weights on the host, where sampling them would take minutes
         model = LMFusion(config)
     model = model.to(dtype).to_empty(device=device).eval()
     generator = torch.Generator(device).manual_seed(0)
@@ -66,7 +66,7 @@ def make_cache(model, documents, length, room):
 
 
 def contestants(model, step, make_arguments, make_cache_of):
-    """The step, replayed where there are graphs, and launched."""
+    """The step launched op by op, and on a GPU also replayed as a graph."""
 
     def prepare(recorder, seed):
         cache = make_cache_of()
@@ -86,7 +86,7 @@ def contestants(model, step, make_arguments, make_cache_of):
 
 
 def layout_of(cache, documents, length, room, span):
-    """What continues each of the documents of `make_cache`."""
+    """The layout that continues each document of `make_cache`."""
     cached = [CachedDocument((length + room) * i, length + room, length) for i in range(documents)]
     return cache.layout(cached, [[span]] * documents)
 
@@ -130,7 +130,7 @@ def test_denoising(record, device, shape, batch, is_guided, dtype):
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_decoding(record, device, shape, batch, dtype):
-    """Tokens a second are documents over ms; the share of the ceiling is the share of the bandwidth floor's speed."""
+    """Tokens per second are documents over ms; the share of the ceiling is relative to the bandwidth floor."""
     model = make_model(shape, dtype, device)
 
     def arguments(cache, seed):

@@ -1,7 +1,7 @@
-"""What does attention cost where spans are hidden (BAGEL's noised copies of images), by each kernel that takes them,
-beside torch's with a dense mask?
+"""Attention with hidden spans (BAGEL's noised copies of images): each kernel that supports them, and torch's attention.
 
-Rates are those of the visible pairs. The layout, and the dense mask, are made before the clock starts.
+torch's attention gets a dense mask. Rates count the visible pairs. The layout and the dense mask are built before the
+clock starts.
 """
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 import lmfusion_kernels as lk
 from benchmarks.baselines.sdpa import expanded, folded, sdpa
 from benchmarks.harness import shapes
-from benchmarks.harness.compare import Contestant, Row, absent_if_refused
+from benchmarks.harness.compare import Contestant, Row, unavailable_if_refused
 
 SHAPE = shapes.MAIN
 TOKENS = 8192 if shapes.HAS_GPU else 1024
@@ -30,7 +30,7 @@ def test_hidden_spans(record, device, direction, dtype):
     layout = build_layout()
 
     def contestant(attend, counts, results=None, **options):
-        """attend(q, k, v); counts: heads of q, k, v and the gradient of the output that it takes."""
+        """attend(q, k, v); counts: the heads that it takes of q, k, v and the gradient of the output."""
 
         def prepare(seed):
             torch.manual_seed(seed)
@@ -40,7 +40,7 @@ def test_hidden_spans(record, device, direction, dtype):
             ]
             *leaves, dout = [x if n is None else expanded(x, n) for x, n in zip(drawn, counts, strict=True)]
             leaves = [x.requires_grad_(backward) for x in leaves]
-            with absent_if_refused(), torch.no_grad():
+            with unavailable_if_refused(), torch.no_grad():
                 attend(*leaves)
 
             def call():

@@ -1,7 +1,7 @@
-"""What does attention under the hybrid mask cost, by each kernel that is here, beside torch's own attention?
+"""Attention under the hybrid mask: each available kernel, and torch's own attention.
 
-Rates are those of the visible area: a kernel that computes hidden pairs, too, gets nothing for them. torch's attention
-is given by its backend's name, with keys expanded to all heads, masks and layout for nothing.
+Rates count the visible area of the mask: computing other pairs as well earns nothing. torch's attention appears by the
+name of its backend. Its keys are expanded to all heads, and its masks and layout are built, outside of the timing.
 """
 
 import pytest
@@ -10,14 +10,14 @@ import torch
 import lmfusion_kernels as lk
 from benchmarks.baselines.sdpa import expanded, folded, sdpa
 from benchmarks.harness import shapes
-from benchmarks.harness.compare import Contestant, Row, absent_if_refused
+from benchmarks.harness.compare import Contestant, Row, unavailable_if_refused
 
 SHAPE = shapes.MAIN
-# A CPU has one kernel, and Flex no backward.
+# On a CPU there is only one kernel of ours, and Flex has no backward.
 KERNELS = ("triton", "flash", "flash-attn-2", "flash-attn-3", "flash-attn-4", "flex") if shapes.HAS_GPU else ()
 IN_FLOAT32 = ("causal", "interleaved", "one long image")
 FLEX_PATTERNS = ("causal", "interleaved")
-"""It compiles again for each length and mask, which takes longer than all the other rows of a pattern."""
+"""Flex compiles again for each length and mask, which takes longer than all other rows of a pattern."""
 # On a CPU torch has flash, with and without a mask, and the plain formula.
 SDPA = (
     [(b, "causal") for b in ("flash", "cudnn", "efficient")]
@@ -27,13 +27,13 @@ SDPA = (
 )
 BARS = {"flex": 0.67} if shapes.HAS_GPU else {"sdpa flash, causal": 1.0, "sdpa flash, mask": 1.0}
 OTHERS = 1.05 if shapes.HAS_GPU else None
-"""The choice of a kernel on a GPU promises never to fall behind any other by more."""
+"""On a GPU, the chosen kernel promises to be at most this factor slower than any other kernel."""
 LEAST_TFLOPS = {"forward": 530.0, "forward+backward": 350.0}
-"""Of the interleaved documents on an H200: 350 is 530 forward and 310 backward."""
+"""TFLOP/s of the interleaved documents on an H200: 350 is 530 forward and 310 backward."""
 
 
 def is_possible(backend, way, pattern, tokens, direction):
-    """One text document alone is causal; the plain formula takes seconds on a CPU, so short rows alone have it."""
+    """is_causal fits only one text document. The plain formula takes seconds on a CPU, so only short rows have it."""
     if way == "causal":
         return pattern == "causal"
     return backend != "math" or (tokens <= 1024 and direction == "forward")
@@ -79,7 +79,7 @@ def test_hybrid_attention(record, device, pattern, tokens, direction, dtype):
                 return lk.hybrid_attention(q, k, v, layout, backend=backend)
 
             if backend is not None:
-                with absent_if_refused(), torch.no_grad():
+                with unavailable_if_refused(), torch.no_grad():
                     attend(*qkv)
             return step(attend, leaves, dout)
 

@@ -1,6 +1,6 @@
-"""What do the routed projections cost, beside grouped_mm on stacked weights, and beside one product of all rows?
+"""The routed projections, beside grouped_mm on stacked weights and one product of all rows.
 
-Two cuBLAS calls on the slices are what we run; one product of all rows with one weight is the floor of "no routing".
+We run two cuBLAS calls on the slices. One product of all rows with one weight is the floor of "no routing".
 """
 
 import pytest
@@ -22,9 +22,9 @@ CASES += [("forward", "gate and up", percent) for percent in shapes.TEXT_SHARES 
 
 
 def grouped_mm(weights, ends):
-    """torch's grouped GEMM with two groups. It wants stacked weights: the copy is made once and not timed."""
+    """torch's grouped GEMM with two groups. It needs stacked weights; the copy is made once and not timed."""
     if not hasattr(F, "grouped_mm"):
-        raise UnavailableError("torch.nn.functional.grouped_mm is not in this torch; 2.10 and later have it")
+        raise UnavailableError("torch.nn.functional.grouped_mm needs torch 2.10 or later")
     stacked = torch.stack([weight.detach().t().contiguous() for weight in weights]).requires_grad_()
     return stacked, lambda x: F.grouped_mm(x, stacked, offs=ends)
 

@@ -1,9 +1,9 @@
-"""What does a layer cost beside BAGEL's and NeMo Automodel's own, imported from the user's checkouts?
+"""A layer beside BAGEL's and NeMo Automodel's own layers, imported from checkouts of the user.
 
-LMFUSION_PEER_BAGEL and LMFUSION_PEER_AUTOMODEL name them; without, the rows say how to get them. Outputs and gradients
-are compared before anything is timed. Both peers appear as shipped, with their freeze_und that detaches activations,
-and with requires_grad_(False) on the text half: most of our gain over the first is skipped work, which the second has,
-too.
+LMFUSION_PEER_BAGEL and LMFUSION_PEER_AUTOMODEL name the checkouts; without them the rows say how to get them. Outputs
+and gradients are compared before anything is timed. Both peers appear as shipped, with their freeze_und that detaches
+activations, and with requires_grad_(False) on the text half: most of our gain over the first is skipped work, which the
+second skips too.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""What does one pass of rows from tower order to sequence order cost, beside index_select and indexing?"""
+"""Reordering of rows from tower order to sequence order, beside index_select and indexing."""
 
 import pytest
 import torch

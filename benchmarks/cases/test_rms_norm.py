@@ -1,4 +1,4 @@
-"""What does the routed RMSNorm cost, with and without a residual, beside F.rms_norm and compiled norms?"""
+"""The routed RMSNorm with and without a residual, beside F.rms_norm and compiled norms."""
 
 import itertools
 

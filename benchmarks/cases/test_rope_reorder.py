@@ -1,4 +1,4 @@
-"""What do RoPE and the way to sequence order cost, with and without QK norm, beside PyTorch, plain and compiled?"""
+"""RoPE and the reordering to sequence order, with and without QK norm, beside eager and compiled PyTorch."""
 
 import itertools
 

@@ -1,6 +1,6 @@
-"""What does a whole two-tower layer cost, and how does it compare with other ways to route, for every share of text?
+"""A whole two-tower layer beside other ways to route, for every share of text.
 
-Frozen text is LMFusion's training: text rows before an image have no backward. "all trained" is BAGEL's.
+Frozen text is LMFusion's training: text rows before an image have no backward. "all trained" is BAGEL's training.
 """
 
 import functools
@@ -23,7 +23,7 @@ MODES = {
     "frozen text, interleaved": (shapes.interleaved, True),
 }
 BRIEF_MODES = ("all trained", "frozen text, caption first")
-"""What shapes other than the main one are measured in."""
+"""The cases in which shapes other than the main one are measured."""
 
 
 def contestants_of(case: LayerCase, backward: bool) -> dict[str, Contestant]:
@@ -75,7 +75,7 @@ def test_forward_backward(record, device, shape, mode, dtype):
 @pytest.mark.parametrize("dtype", shapes.DTYPES, ids=shapes.dtype_id)
 @pytest.mark.parametrize("is_frozen", [True, False], ids=["frozen text", "all trained"])
 def test_beside_cosmos3(record, device, is_frozen, dtype):
-    """One document of text and one image, the only batch that diffusers' layer takes. It always has QK norms."""
+    """One document of text and one image, the only batch that diffusers' layer supports. It always has QK norms."""
     shape, half = shapes.with_qk_norm(shapes.MAIN), shapes.NUM_TOKENS // 2
     case = make_case(shape, [[("text", half), ("image", half)]], dtype, device, is_frozen)
     contestants = {

@@ -1,4 +1,4 @@
-"""What does SwiGLU cost, beside PyTorch on the halves of one tensor, plain and compiled?"""
+"""SwiGLU beside eager and compiled PyTorch on the halves of one tensor."""
 
 import pytest
 import torch

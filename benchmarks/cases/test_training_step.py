@@ -1,7 +1,7 @@
-"""What does a whole training step cost: forward, backward, clipping and optimizer, of layers of a real size?
+"""A whole training step with layers of a real size: forward, backward, clipping and optimizer.
 
-The rate counts what the model needs (lmfusion/model/flops.py), not what is computed again; its share of the measured
-ceiling is the MFU. On a GPU there are as many layers as its memory is calculated to hold (lmfusion/planning/memory.py).
+The rate counts the FLOPs that the model needs (lmfusion/model/flops.py), without recomputation; its share of the
+measured ceiling is the MFU. On a GPU there are as many layers as fit by calculation (lmfusion/planning/memory.py).
 """
 
 import functools
@@ -30,22 +30,22 @@ MOST_LAYERS = 32 if shapes.HAS_GPU else 2
 CAPTION = 32
 """Tokens; one image in five comes before its caption."""
 LATENTS = (8, 32, 32) if shapes.HAS_GPU else (3, 16, 16)
-"""(channels, height, width): 256 and 64 rows an image."""
+"""(channels, height, width): 256 and 64 tokens per image."""
 MEMORY_SHARE = 0.85
-"""Of a GPU, that the step is calculated to take."""
+"""Share of a GPU's memory that the step may take by calculation."""
 UNMOVED = {"learning_rate": 1e-30, "min_learning_rate": 0.0}
-"""Weights get an update that leaves them what they are: all contestants share them, and compute the same each time."""
+"""An update so small that it leaves weights as they are: all contestants share them and must compute the same."""
 
 
 class PassLatents(torch.nn.Module):
-    """In the place of the codec, which takes no part in a step."""
+    """A stand-in for the codec, which takes no part in a step."""
 
     latent_channels, latent_size = LATENTS[0], LATENTS[1]
 
 
 @dataclass(frozen=True)
 class StepCase:
-    """One model, its optimizer and one row."""
+    """One model, its optimizer and one packed sequence."""
 
     model: LMFusion
     optimizer: Optimizer
@@ -64,7 +64,7 @@ def model_config(shape, num_layers):
 
 
 def make_row():
-    """Pairs that fill a row, on the CPU."""
+    """Pairs that fill a packed sequence, on the CPU."""
     tokens = SpecialTokens(VOCABULARY, VOCABULARY + 1, eos_token_id=2)
     num_image = LATENTS[1] * LATENTS[2] // 4
     num_pairs = ROW_TOKENS // (CAPTION + num_image + 2)
@@ -92,14 +92,14 @@ def layers_that_fit(shape, dtype, device, counts):
     return next((n for n in range(MOST_LAYERS, 1, -1) if fits(n)), 1)
 
 
-@functools.lru_cache(maxsize=1)  # of the largest, a GPU holds one
+@functools.lru_cache(maxsize=1)  # a GPU can hold only one of the largest
 def make_case(shape, dtype, device):
     batch = make_row()
     config = model_config(shape, layers_that_fit(shape, dtype, device, SequenceCounts.of(batch)))
     torch.manual_seed(0)
     with device:
         model = LMFusion(config, PassLatents()).train()
-    torch.nn.init.normal_(model.image.patch_coder.conv_out.weight, std=0.02)  # from zeros no gradient would come back
+    torch.nn.init.normal_(model.image.patch_coder.conv_out.weight, std=0.02)  # with zeros no gradient would flow back
     parallelize(model, World(0, 1, device), dtype)
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     flops = batch_flops(config, batch, frozen_text=True)

@@ -1,4 +1,4 @@
-"""How are the bars of a results page drawn? One SVG of horizontal bars, by hand: no package, the same bytes always."""
+"""Draws the bar charts of results pages as SVG, without a plotting package, so that the bytes never vary."""
 
 import html
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ LONGEST = 4.0
 
 @dataclass(frozen=True)
 class Bar:
-    """One contestant of a row: its time over ours."""
+    """One contestant of a row, with its time relative to ours."""
 
     label: str
     value: float
@@ -21,14 +21,14 @@ class Bar:
 
 @dataclass(frozen=True)
 class Group:
-    """One row."""
+    """The bars of one row."""
 
     title: str
     bars: Sequence[Bar]
 
 
 def svg(title: str, groups: Sequence[Group]) -> str:
-    """Bars as long as the times relative to ours; the dashed line is ours. Bars beyond LONGEST are cut there."""
+    """Bars with the lengths of times relative to ours; the dashed line is ours. Bars are cut at LONGEST."""
     longest = min(LONGEST, max(bar.value for group in groups for bar in group.bars))
 
     parts: list[str] = []

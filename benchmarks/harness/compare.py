@@ -1,7 +1,7 @@
-"""How are several ways of doing the same thing timed against each other? In turns, on rotating buffers, by medians.
+"""Times several contestants that do the same work: in turns, on rotating buffers, by medians.
 
 Outputs are compared before anything is timed. On a GPU times are CUDA events, on a CPU perf_counter. A contestant that
-cannot run is a line with the reason; a bar that is missed is shown, it fails nothing: a loaded machine is no bug.
+cannot run is a line with the reason. A missed bar is shown but fails nothing, because a loaded machine is not a bug.
 """
 
 import contextlib
@@ -24,16 +24,16 @@ MOST_SETS = 12
 FEWEST_ROUNDS, MOST_ROUNDS = 7, 40
 SECONDS_PER_ROW = {"cpu": 1.0, "cuda": 0.4}
 TOLERANCES = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-"""Largest norm of a difference, relative to the norm of what it is compared with. float32 has room for TF32."""
+"""Largest norm of a difference, relative to the norm of our result. The float32 limit has room for TF32."""
 
 
 class UnavailableError(Exception):
-    """A contestant that is not there: a package, a backend, a GPU. The message says how to get it."""
+    """A contestant is not available: a package, a backend, a GPU. The message says how to get it."""
 
 
 @contextlib.contextmanager
-def absent_if_refused() -> Iterator[None]:
-    """What the package refuses with a ValueError is not there, or not for this case: its reason is the line."""
+def unavailable_if_refused() -> Iterator[None]:
+    """Turn a ValueError of the package into an UnavailableError: the row then shows its reason."""
     try:
         yield
     except ValueError as error:
@@ -49,23 +49,23 @@ def tensors_of(result: Any) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Contestant:
-    """One way of doing what a row times."""
+    """One way of doing the work that a row times."""
 
     prepare: Callable[[int], Callable[[], Any]]
-    """prepare(seed) draws its own inputs and returns the call to time. Equal seeds mean equal inputs for everyone."""
+    """prepare(seed) samples its own inputs and returns the call to time. Equal seeds give equal inputs to everyone."""
     results: Callable[[Any], Any] = tensors_of
-    """From what the call returns to the tensors that must be equal for all contestants."""
+    """Takes the result of the call, and returns the tensors that must be equal for all contestants."""
     mask: Callable[[], object] | None = None
-    """Builds whatever the attention mask needs, as is done once a batch. Timed by itself."""
+    """Builds what the attention mask needs, once per batch. Timed separately."""
     is_floor: bool = False
-    """It does less on purpose (one tower, no mask): a floor, whose outputs cannot be compared."""
+    """It does less work on purpose (one tower, no mask): a floor, whose outputs cannot be compared."""
     is_compiled: bool = False
-    """torch.compile made some of its code, which the op counter of a CPU does not see."""
+    """Some of its code is compiled, so that the op counter of a CPU does not see it."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a row is about, and what it is measured by."""
+    """The description of a row, and its bars."""
 
     op: str
     case: str
@@ -75,17 +75,17 @@ class Row:
     shape: str
     tokens: int
     flops: float | None = None
-    """Useful ones: of the visible mask area, and of the GEMMs that gradients asked for need."""
+    """Useful FLOPs: of the visible mask area, and of the GEMMs that the requested gradients need."""
     num_bytes: float | None = None
-    """That have to be read and written."""
+    """Bytes that have to be read and written."""
     set_bytes: int | None = None
-    """Of one set of inputs. Default: num_bytes, or so many that one set is enough."""
+    """Bytes of one set of inputs. Default: num_bytes, or if there are none, one set is used."""
     bars: Mapping[str, float] = field(default_factory=dict)
-    """For a contestant's name, the ratio of our median to its median that we promise to stay below."""
+    """By name of contestant: the ratio of our median to its median that we promise to stay below."""
     least: Mapping[str, float] = field(default_factory=dict)
-    """For "tflop_s" or "share_of_ceiling", the value that we promise to reach."""
+    """By "tflop_s" or "share_of_ceiling": the value that we promise to reach."""
     is_latency: bool = False
-    """Wait before every call, so that the time of launching counts: what a user of small batches sees."""
+    """Wait before every call, so that launch time counts, as it does for small batches."""
 
 
 def compare(row: Row, contestants: Mapping[str, Contestant], ours: str, device: torch.device) -> dict[str, Any]:
@@ -115,7 +115,7 @@ def compare(row: Row, contestants: Mapping[str, Contestant], ours: str, device: 
             if contestant.mask is not None:
                 line["mask_ms"] = 1e3 * _mask_seconds(contestant.mask, device)
             calls[name] = [first, *(contestant.prepare(seed) for seed in range(1, num_sets))]
-        except Exception as error:  # whatever it is, it is this contestant's line and nothing more
+        except Exception as error:  # any error is this contestant's line and must not stop the others
             lines[name] = unsupported_reason(error)
             calls.pop(name, None)
     seconds = _timed(calls, device, row.is_latency)
@@ -140,7 +140,7 @@ def compare(row: Row, contestants: Mapping[str, Contestant], ours: str, device: 
 
 
 def unsupported_reason(error: BaseException) -> dict[str, Any]:
-    """The line of a contestant that raised: skipped if it is not there, else failed."""
+    """The line of a contestant that raised: skipped if it is not available, else failed."""
     text = " ".join(str(error).split())[:300]
     if isinstance(error, torch.OutOfMemoryError):
         return {"status": "failed", "reason": "out of memory"}
@@ -150,7 +150,7 @@ def unsupported_reason(error: BaseException) -> dict[str, Any]:
 
 
 def difference(results: Sequence[Tensor], expected: Sequence[Tensor], dtype: torch.dtype) -> str:
-    """In words, where results differ from ours by more than rounding; empty where they do not."""
+    """Describes the first result that differs from ours by more than rounding; "" if there is none."""
     if len(results) != len(expected):
         return f"returns {len(results)} tensors, ours {len(expected)}"
     for index, (result, target) in enumerate(zip(results, expected, strict=True)):
@@ -165,7 +165,7 @@ def difference(results: Sequence[Tensor], expected: Sequence[Tensor], dtype: tor
 
 
 def graphed(contestant: Contestant) -> Contestant:
-    """The same, captured once as a CUDA graph and replayed: without the cost of launching."""
+    """The contestant captured once as a CUDA graph and replayed, without the cost of launching."""
 
     def prepare(seed: int) -> Callable[[], Any]:
         call = contestant.prepare(seed)
@@ -209,7 +209,7 @@ def _mask_seconds(build: Callable[[], object], device: torch.device) -> float:
 def _timed(
     calls: Mapping[str, Sequence[Callable[[], Any]]], device: torch.device, is_latency: bool
 ) -> dict[str, list[float]]:
-    """Seconds of each call, taken in turns (A B C A B C ...) so that drift of the machine hits all alike."""
+    """Seconds of each call, measured in turns (A B C A B C ...), so that drift of the machine affects all alike."""
     start = time.perf_counter()
     for sets in calls.values():
         for call in sets:
@@ -242,8 +242,8 @@ def _turns_on_cpu(
 def _turns_on_gpu(
     calls: Mapping[str, Sequence[Callable[[], Any]]], rounds: int, is_latency: bool
 ) -> dict[str, list[float]]:
-    # A fill of some 0.1 ms before each call: the host queues the call meanwhile, so that a kernel's time is its own and
-    # not that of its launch. It also drives out of the L2 what the call before left there, weights included.
+    # A fill of about 0.1 ms before each call: the host queues the call meanwhile, so that the time is the kernel's own
+    # and not that of its launch. The fill also evicts from the L2 what the previous call left there, weights included.
     cushion = torch.empty(2**29, dtype=torch.uint8, device="cuda")
     events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in calls}
     for turn in range(rounds):

@@ -1,7 +1,7 @@
-"""What does one call launch, wait for and allocate? Kernels and host syncs on a GPU; on a CPU the ops it dispatches.
+"""Counts what one call launches, waits for and allocates: kernels and host syncs on a GPU, dispatched ops on a CPU.
 
-On a GPU torch.profiler (CUPTI) counts what ran. A CPU has no launches, so ops seen by a TorchDispatchMode stand in for
-them: eager CUDA runs close to one kernel an op. Such counts carry the label "ops", never "kernels".
+On a GPU torch.profiler (CUPTI) counts. A CPU has no launches, so ops seen by a TorchDispatchMode stand in for them:
+eager CUDA runs about one kernel per op. Such counts carry the label "ops", never "kernels".
 """
 
 import functools
@@ -20,32 +20,32 @@ SYNC_CALLS = (
     "cuStreamSynchronize",
     "cuCtxSynchronize",
 )
-# They make no kernel on a GPU; the rest of what does not is recognised as a view by its schema.
+# These launch no kernel on a GPU. Other ops without a kernel are recognised as views by their schema.
 ALLOCATIONS = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided", "aten::detach")
 
 PRODUCTS_INSIDE = {"lmfusion::routed_linear": 2}
-"""Ops written in Python whose own ops no dispatch mode sees."""
+"""Ops written in Python, whose inner ops no dispatch mode sees, and how many launches they stand for."""
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What one call did; None where it cannot be told."""
+    """The counts of one call; None if a count is unknown."""
 
     kernels: int | None = None
     copies: int | None = None
     ops: int | None = None
     syncs: int | None = None
     peak_mib: float | None = None
-    """Most memory allocated during the call beyond what was there before it."""
+    """Peak memory allocated during the call, beyond what was allocated before."""
     busy_ms: float | None = None
-    """How long the GPU was at work during the call, gaps between kernels left out."""
+    """How long the GPU was busy during the call, without gaps between kernels."""
 
     def as_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def count(call: Callable[[], object], device: torch.device, is_compiled: bool) -> Counts:
-    """The counts of one call. is_compiled: whether some of it is code of torch.compile, which no dispatch mode sees."""
+    """The counts of one call. is_compiled: some of it is compiled code, which no dispatch mode sees."""
     if device.type == "cuda":
         return _count_on_gpu(call)
     if is_compiled:
@@ -56,7 +56,7 @@ def count(call: Callable[[], object], device: torch.device, is_compiled: bool) -
 
 
 class _OpCounter(TorchDispatchMode):
-    """Counts ops that would launch something, and those that would wait for the device."""
+    """Counts ops that would launch something, and ops that would wait for the device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,12 +99,12 @@ def _count_on_gpu(call: Callable[[], object]) -> Counts:
 
 @functools.cache
 def _own_syncs() -> int:
-    """What the profiler and the end of its region wait for themselves."""
+    """The number of syncs of the profiler itself and of the end of its region."""
     return _profile(lambda: None)[0][2]
 
 
 def _profile(call: Callable[[], object]) -> tuple[tuple[int, int, int], float]:
-    """What `tally` makes of a call's events, and for how many milliseconds the device was at work."""
+    """`tally` of a call's events, and for how many milliseconds the device was busy."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         call()
@@ -115,7 +115,7 @@ def _profile(call: Callable[[], object]) -> tuple[tuple[int, int, int], float]:
 
 
 def covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """The length of the union of intervals (start, end): kernels may run side by side."""
+    """The length of the union of intervals (start, end), because kernels may overlap."""
     length, reached = 0.0, float("-inf")
     for start, end in sorted(intervals):
         length += max(0.0, end - max(start, reached))
@@ -124,7 +124,7 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def tally(events: Iterable[tuple[str, bool]]) -> tuple[int, int, int]:
-    """Kernels, copies (memset included) and syncs among the events (name, whether it ran on the device)."""
+    """The number of kernels, copies (memset included) and syncs among events (name, whether it ran on the device)."""
     kernels = copies = syncs = 0
     for name, on_device in events:
         if not on_device:

@@ -1,10 +1,10 @@
-"""What does a run of benchmarks/gpu.py say, for a reader? Files beside its results.json.
+"""Writes the report of a run of benchmarks/gpu.py, beside its results.json.
 
     python -m benchmarks.harness.gpu_report runs/gpu/results.json
 
-results.md: the tests' results and the benchmarks' page. plots.svg: all plots of that page in one picture. After a run
-on a GPU also attention_table.json, a proposal for lmfusion_kernels/attention/table.json: look at it, then put it there.
-lmfusion_kernels/attention/propose.py decides; this file only translates what the benchmarks wrote.
+results.md: the tests' results and the tables of the benchmarks. plots.svg: all plots of these in one picture. After a
+run on a GPU also attention_table.json, a proposal for lmfusion_kernels/attention/table.json: review it, then copy it
+there. lmfusion_kernels/attention/propose.py decides; this file only translates the benchmarks' results.
 """
 
 import re
@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.harness import shapes
 from benchmarks.harness.output import read_results
-from benchmarks.harness.report import page
+from benchmarks.harness.tables import tables_page
 from lmfusion_kernels.attention import propose, table
 from lmfusion_kernels.attention.dispatch import KERNELS
 
@@ -23,7 +23,7 @@ HEAD_DIMS = {shape.name: shape.head_dim for shape in vars(shapes).values() if is
 
 
 def attention_times(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What `propose` takes: a kernel's median for each pattern, forward and backward apart.
+    """The input of `propose`: a kernel's median for each pattern, separately for forward and backward.
 
     The benchmarks time the forward alone and both together, so the backward is the difference.
     """
@@ -48,7 +48,7 @@ def attention_times(results: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def stacked(plots: Mapping[str, str]) -> str:
-    """Plots one below the other, as one SVG."""
+    """All plots in one SVG, one below the other."""
     width = height = 0
     parts = []
     for plot in plots.values():
@@ -60,7 +60,7 @@ def stacked(plots: Mapping[str, str]) -> str:
 
 
 def tests_section(commands: list[dict[str, Any]]) -> str:
-    """The tests' counts, what failed, and why something was skipped."""
+    """The tests' counts, failures, and reasons of skips."""
     lines = [
         "# Tests",
         "",
@@ -84,7 +84,7 @@ def tests_section(commands: list[dict[str, Any]]) -> str:
 def main(path: str) -> None:
     results = read_results(Path(path))
     folder = Path(path).parent
-    text, plots = page([results], "")
+    text, plots = tables_page([results], "")
     if plots:
         text = re.sub(r"!\[[^\]]*\]\([^)]*\.svg\)\n\n?", "", text) + "\n## Plots\n\n![Bars of all rows](plots.svg)\n"
         (folder / "plots.svg").write_text(stacked(plots))

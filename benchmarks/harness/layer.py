@@ -1,6 +1,6 @@
-"""What do all rows of whole layers share? Weights of two towers, rows, and one step of any layer function.
+"""Cases of whole layers: weights of two towers, rows, and one step of any layer function.
 
-Every contestant gets the same weights and, for a seed, the same rows, in the order that its layer keeps them in.
+Every contestant gets the same weights and, for a seed, the same rows, in the order that its layer uses.
 """
 
 import functools
@@ -28,7 +28,7 @@ class LayerCase:
     text: lk.BlockWeights
     image: lk.BlockWeights
     build_layout: Callable[[], lk.TokenLayout]
-    """The layout again: what a new batch costs."""
+    """Builds the layout again, as every new batch does."""
 
     @property
     def device(self) -> torch.device:
@@ -39,7 +39,7 @@ class LayerCase:
         return [*weights_of(self.text), *weights_of(self.image)]
 
     def rows(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Random rows of both towers; text rows want a gradient unless all of them are constant."""
+        """Random rows of both towers; text rows require a gradient unless all of them are constant."""
         layout, width = self.layout, self.shape.hidden_size
         torch.manual_seed(seed)
         text, image = torch.randn(layout.num_tokens, width, device=self.device).to(self.dtype).split(
@@ -98,7 +98,7 @@ def make_case(
 
 
 def cache_of(num_documents: int, cached_length: int, capacity: int) -> dict[str, Any]:
-    """Arguments of `TokenLayout.from_spans` for equally long documents, each in `capacity` rows of a cache."""
+    """Arguments of `TokenLayout.from_spans` for equally long documents, each in `capacity` slots of a cache."""
     return {
         "cached_lengths": [cached_length] * num_documents,
         "cache_starts": [capacity * document for document in range(num_documents)],
@@ -107,7 +107,7 @@ def cache_of(num_documents: int, cached_length: int, capacity: int) -> dict[str,
 
 
 def frozen(case: LayerCase) -> LayerCase:
-    """The same batch and weights, shared in memory, without any gradient."""
+    """The same batch and weights, shared in memory, without gradients."""
     text, image = (
         replace(tower, **{f.name: v.detach() for f in fields(tower) if isinstance(v := getattr(tower, f.name), Tensor)})
         for tower in (case.text, case.image)
@@ -121,15 +121,16 @@ class Layer:
 
     forward: Callable[..., Any]
     weights: Sequence[Tensor]
-    """Those it takes gradients of, if they want one: the case's, or copies of its own."""
+    """The weights whose gradients are computed if they require one: the case's, or copies."""
     order: str = "tower"
-    """What it takes and returns. "tower": text rows and image rows; "joined": one tensor in tower order; "sequence":
-    one tensor in sequence order. Rows are in this order before the clock starts, as in a model of such layers."""
+    """The order of its inputs and outputs. "tower": text rows and image rows; "joined": one tensor in tower order;
+    "sequence": one tensor in sequence order. Rows have this order before the clock starts, as in a model of such
+    layers. """
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a step returned, still in the order of its layer."""
+    """The results of a step, in the order of its layer."""
 
     order: str
     outputs: Sequence[Tensor]
@@ -139,8 +140,8 @@ class Step:
 def contestant(case: LayerCase, make: Callable[[LayerCase], Layer], backward: bool, **options: Any) -> Contestant:
     """One step of a layer on rows of `case`: outputs, and with `backward` the gradients of rows and weights.
 
-    The layer is made when the contestant is prepared, so that one that cannot be made is a line of its own. Compared
-    are the outputs and the gradients of all rows but the constant ones, which have none in ours.
+    The layer is made when the contestant is prepared, so that a failure is a line of its own. The outputs and the
+    gradients of all rows are compared, except constant rows, for which ours computes no gradient.
     """
 
     def prepare(seed: int) -> Callable[[], Step]:
@@ -181,7 +182,7 @@ def _in_order(case: LayerCase, order: str, rows: tuple[Tensor, Tensor]) -> tuple
 
 
 def _results(case: LayerCase, step: Step) -> list[Tensor]:
-    """What is compared of a step, in tower order."""
+    """The tensors of a step that are compared, in tower order."""
     layout = case.layout
 
     def towers(parts: Sequence[Tensor]) -> list[Tensor]:
@@ -206,8 +207,11 @@ def routed_block(case: LayerCase, **options: Any) -> Layer:
 
 
 def layer_flops(case: LayerCase, backward: bool) -> float:
-    """Useful FLOPs of a step: forward of every row; one product more for the input gradient of a row that has one, one
-    for the weight gradient where the tower is trained; attention over the visible pairs."""
+    """Useful FLOPs of a step.
+
+    The forward of every row, a product for each input gradient, a product for each weight gradient if the tower is
+    trained, and attention over the visible pairs.
+    """
     layout, shape = case.layout, case.shape
     products = float(layout.num_tokens)
     if backward:

@@ -1,4 +1,4 @@
-"""Where does a benchmark run, and what is the most that machine gives? Device, versions, commit, measured ceilings."""
+"""The machine that a benchmark runs on: device, versions, commit, and measured ceilings."""
 
 import datetime
 import functools
@@ -34,7 +34,7 @@ def synchronize(device: torch.device) -> None:
 
 @functools.cache
 def cache_bytes(device: torch.device) -> int:
-    """Bytes of the L2: of the device, or of one CPU core. The L3 of a CPU is not counted, see benchmarks/README.md."""
+    """Bytes of the L2 of the device, or of one CPU core. The L3 of a CPU is ignored; see benchmarks/README.md."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = Path("/sys/devices/system/cpu/cpu0/cache/index2/size")
@@ -42,7 +42,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def _median_seconds(call: Callable[[], object], device: torch.device, rounds: int = 7, warmup: int = 2) -> float:
-    """By CUDA events on a GPU, which is given enough to do that launching hides behind it."""
+    """Seconds of a call. On a GPU measured by CUDA events, with enough queued work to hide launching."""
     if device.type != "cuda":
         seconds = []
         for _ in range(warmup + rounds):
@@ -70,7 +70,7 @@ def copy_gigabytes_per_second(device: torch.device) -> float:
 
 @functools.cache
 def matmul_teraflops(device: torch.device, dtype: torch.dtype) -> float:
-    """TFLOP/s of torch.mm on square matrices of normal random numbers; zeros would run faster on a GPU."""
+    """TFLOP/s of torch.mm on square matrices of normal random numbers; zeros would be faster on a GPU."""
     size = GPU_MATMUL_SIZE if device.type == "cuda" else CPU_MATMUL_SIZE
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / _median_seconds(lambda: torch.mm(a, b), device) / 1e12
@@ -78,7 +78,7 @@ def matmul_teraflops(device: torch.device, dtype: torch.dtype) -> float:
 
 @functools.cache
 def describe(device: torch.device) -> dict[str, Any]:
-    """The head of a results file: what ran where, from which commit, when."""
+    """The head of a results file: machine, versions, commit and date."""
     versions: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
     for package in ("triton", "diffusers", "transformers", "flash-attn", "flash-attn-4", "quack-kernels"):
         versions[package] = _version(package)
@@ -122,7 +122,7 @@ def name(dtype: torch.dtype) -> str:
 def _backends() -> list[str]:
     try:
         return repr(lk.backends()).splitlines()[1:]
-    except Exception as error:  # the measurements must not be lost for it
+    except Exception as error:  # it must not cost the measurements
         return [f"lmfusion_kernels.backends() failed: {error!r}"]
 
 

@@ -1,10 +1,10 @@
-"""How are results written: the file results.json, and the table that a terminal shows?
+"""Writes results: the file results.json, and the table for the terminal.
 
 results.json: {"schema": 1, "device", "versions", "backends", "commit", "date", "ceilings", "wall_s", "rows": [...]}.
 A row holds op, case, shape, dtype, direction, tokens, flops or bytes, status, and per contestant: status with reason,
 or median_ms, iqr_ms, tflop_s or gb_s, share_of_ceiling, ratio (our median over its median), bar, kernels or ops, syncs,
-busy_ms and busy_share (the device at work, of the median), peak_mib, mask_ms (built once a batch), first_call_s
-(compiling included).
+busy_ms and busy_share (of the median, in which the device is busy), peak_mib, mask_ms (built once per batch),
+first_call_s (including compilation).
 """
 
 import json
@@ -24,13 +24,15 @@ def write_results(results: dict[str, Any], folder: Path) -> Path:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """A results file. Raises ValueError if it is not one of this schema."""
+    """Read a results file. Raises ValueError if it does not have this schema."""
     try:
         results = json.loads(path.read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is no JSON ({error}); it is written by LMFUSION_BENCHMARK_OUTPUT=folder") from None
+        raise ValueError(
+            f"{path} must be a JSON file as LMFUSION_BENCHMARK_OUTPUT=folder writes it, got {error}"
+        ) from None
     if not isinstance(results, dict) or results.get("schema") != SCHEMA:
-        raise ValueError(f"{path} is not a results file of schema {SCHEMA}; measure again")
+        raise ValueError(f"{path} must be a results file of schema {SCHEMA}; measure again")
     return results
 
 
@@ -43,7 +45,7 @@ def _rounded(value: Any) -> Any:
 
 
 def file_name(results: dict[str, Any]) -> str:
-    """What results are called under benchmarks/results: device and date."""
+    """The file name of results under benchmarks/results: device and date."""
     device = results["device"]
     words = [device["type"], device["name"]] + ([device["capability"]] if device["type"] == "cpu" else [])
     slug = re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower().replace("(r)", "")).strip("-")
@@ -57,7 +59,7 @@ def speed_of(line: dict[str, Any]) -> str:
 
 
 def launches_of(line: dict[str, Any]) -> str:
-    """Kernels (GPU) or ops (CPU) per call, syncs where there are any, and the share of the time a GPU is at work."""
+    """Kernels (GPU) or ops (CPU) per call, syncs if there are any, and the share of the time in which a GPU is busy."""
     kind = "kernels" if "kernels" in line else "ops"
     if line.get(kind) is None:
         return ""
@@ -66,7 +68,7 @@ def launches_of(line: dict[str, Any]) -> str:
 
 
 def verdict(line: dict[str, Any]) -> str:
-    """Whether what is promised is met: a ratio to stay below, or values to reach."""
+    """Whether a bar is met: a ratio to stay below, or values to reach."""
     if promised := line.get("least"):
         met = all(line.get(name, 0.0) >= value for name, value in promised.items())
         return f">= {', '.join(f'{value:g}' for value in promised.values())} {'met' if met else 'MISSED'}"
@@ -83,7 +85,7 @@ def table(results: dict[str, Any]) -> str:
     matmul = ", ".join(f"{dtype} {rate:.3g}" for dtype, rate in ceilings["matmul_tflop_s"].items())
     lines = [
         f"{device['name']}, {', '.join(f'{name} {version}' for name, version in results['versions'].items())}",
-        f"commit {results['commit']}, {results['date']}, {results['wall_s']:.0f} s in all",
+        f"commit {results['commit']}, {results['date']}, {results['wall_s']:.0f} s in total",
         f"ceilings: copy {ceilings['copy_gb_s']:.4g} GB/s; matmul TFLOP/s {matmul}",
         "ratio: our median over its median. launches: " + ("kernels" if device["type"] == "cuda" else "ops dispatched"),
         f"{'':50s} {'ms':>10s} {'IQR':>8s} {'rate':>14s} {'ceiling':>7s} {'ratio':>6s} {'bar':>11s} "

@@ -1,6 +1,6 @@
-"""Which layers and batches are measured? Shapes of models, mask patterns, and which of them a device gets.
+"""The measured layers and batches: shapes of models, mask patterns, and which of them a device gets.
 
-A CPU gets the small ones: the whole run stays below five minutes on two cores, as on a GPU.
+A CPU gets the small ones, so that a run takes less than five minutes on two cores, as on a GPU.
 """
 
 import itertools
@@ -17,7 +17,7 @@ Documents = list[list[tuple[Any, ...]]]
 
 @dataclass(frozen=True)
 class LayerShape:
-    """One layer of one tower; both towers have it."""
+    """The sizes of a layer, the same in both towers."""
 
     name: str
     hidden_size: int
@@ -56,23 +56,23 @@ HAS_GPU = torch.cuda.is_available()
 DTYPES = [torch.bfloat16] if HAS_GPU else [torch.float32, torch.bfloat16]
 DIRECTIONS = ["forward", "forward+backward"]
 MAIN = LMFUSION_8B if HAS_GPU else SMOLLM2
-"""The shape that gets every row."""
+"""The shape that is measured in every row."""
 SHAPES = [LMFUSION_8B, BAGEL_7B, SMOLLM2] if HAS_GPU else [SMOLLM2]
 PEER_SHAPE = BAGEL_7B if HAS_GPU else replace(TINY, qk_norm=True, qkv_bias=True)
 NUM_TOKENS = 8192 if HAS_GPU else 1024
-"""Tokens of a packed batch, where a row does not say otherwise."""
+"""Tokens of a packed batch, unless a row says otherwise."""
 ROW_OP_TOKENS = 65_536 if HAS_GPU else 4096
-"""Rows of the memory-bound ops: on a GPU their tensors are half a gigabyte and more."""
+"""Rows of the memory-bound ops. On a GPU their tensors take half a gigabyte or more."""
 MEMORY_BOUND = {"share_of_ceiling": 0.9} if HAS_GPU else {}
-"""What the row ops promise to reach of a copy's bandwidth; a CPU of two cores has no such promise."""
+"""The share of a copy's bandwidth that the row ops promise to reach; on a CPU there is no such promise."""
 TEXT_SHARES = [50, 0, 25, 75, 100]
-"""Per cent; a run without time for all has the first ones."""
+"""Per cent. A run without time for all of them measures the first ones."""
 FORWARD_CASES = [(shape, percent) for shape in SHAPES for percent in TEXT_SHARES if shape != SMOLLM2 or not HAS_GPU]
 """(shape, per cent of text) of the layer's forward rows."""
 
 
 def by_dtype(cases: Iterable[tuple[Any, ...]], in_float32: Callable[..., bool]) -> list[Any]:
-    """Parameters of a test: every case in bfloat16, and on a CPU those that `in_float32` says in float32, too."""
+    """Parameters of a test: every case in bfloat16, and on a CPU those chosen by `in_float32` also in float32."""
     cases = list(cases)
     params = [(*case, torch.bfloat16) for case in cases]
     if not HAS_GPU:
@@ -85,7 +85,7 @@ def dtype_id(dtype: torch.dtype) -> str:
 
 
 def share_of_text(num_tokens: int, percent: int, num_documents: int = 4) -> Documents:
-    """Documents of text and one image each, with so many percent of text."""
+    """Documents of text and one image each, with this percentage of text."""
     per_document = num_tokens // num_documents
     num_text = per_document * percent // 100
     spans = [("text", num_text), ("image", per_document - num_text)]
@@ -97,14 +97,14 @@ def causal(num_tokens: int) -> Documents:
 
 
 def packed_causal(num_tokens: int) -> Documents:
-    """Some eight text documents of different lengths, drawn once."""
+    """Eight text documents of different random lengths, the same in every run."""
     cuts = np.sort(np.random.default_rng(0).choice(np.arange(1, num_tokens), 7, replace=False))
     edges = [0, *cuts.tolist(), num_tokens]
     return [[("text", b - a)] for a, b in itertools.pairwise(edges)]
 
 
 def caption_first(num_tokens: int) -> Documents:
-    """Pairs of a caption and an image: an eighth text on a large batch, half of it on a small one."""
+    """Pairs of a caption and an image: one eighth text in a large batch, one quarter in a small one."""
     text, image = (64, 448) if num_tokens >= 2048 else (32, 96)
     return [[("text", text), ("image", image)]] * (num_tokens // (text + image))
 
@@ -133,7 +133,7 @@ def one_image(num_tokens: int) -> Documents:
 
 
 def noised_copies(num_tokens: int) -> Documents:
-    """Documents of a prompt, an image noised and hidden, the same image clean, and a reply: BAGEL's training layout."""
+    """BAGEL's training layout: documents of a prompt, a noised hidden image, the same image clean, and a reply."""
     image = 384 if num_tokens >= 2048 else 96
     text = image // 3
     document = [("text", text), ("image", image, "hidden"), ("image", image), ("text", text)]

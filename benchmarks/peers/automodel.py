@@ -1,4 +1,5 @@
-"""NeMo Automodel's grouped MoT layer: LMFUSION_PEER_AUTOMODEL=/path/to/a/clone of https://github.com/NVIDIA-NeMo/Automodel"""
+"""NeMo Automodel's grouped MoT layer: LMFUSION_PEER_AUTOMODEL=/path/to/a/clone of
+https://github.com/NVIDIA-NeMo/Automodel"""
 
 from types import ModuleType
 

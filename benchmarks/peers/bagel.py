@@ -73,7 +73,7 @@ def _rope_and_rows(case: LayerCase) -> tuple[Any, Tensor, Tensor]:
 
 
 def bagel(case: LayerCase, freeze_und: bool = False, freezes_text: bool = False) -> Layer:
-    """The layer with parameters of its own; it keeps rows in sequence order.
+    """The layer with its own parameters; it keeps rows in sequence order.
 
     freeze_und is BAGEL's own switch: it detaches activations, computes and keeps gradients of the text weights (zeros),
     and cuts the text loss off the image tower. freezes_text is requires_grad_(False), what its users would have to add.

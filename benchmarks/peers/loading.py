@@ -1,7 +1,7 @@
-"""How is a layer of somebody's own checkout loaded, without installing or copying it?
+"""Loads a layer from a checkout of another project, without installing or copying it.
 
-BAGEL's layer and NeMo Automodel's port of it have the same parameters, so one adapter fills both. A checkout is named
-by an environment variable; nothing of it is part of this project.
+BAGEL's layer and NeMo Automodel's port of it have the same parameters, so one adapter fills both. An environment
+variable names the checkout; none of its code is part of this project.
 """
 
 import importlib
@@ -37,16 +37,16 @@ def import_from(variable: str, url: str, packages: Sequence[str], module: str) -
         raise UnavailableError(
             f"{variable}={checkout} holds no folder {packages[0]!r}; it should name a clone of {url}"
         )
-    import transformers.modeling_utils  # noqa: F401 - asks for flash_attn by itself, so before the stub is there
+    import transformers.modeling_utils  # noqa: F401 - it probes for flash_attn, so import it before the stub exists
 
     if importlib.util.find_spec("flash_attn") is None:
-        _package("flash_attn").flash_attn_varlen_func = None  # imported by name, used in inference alone
+        _package("flash_attn").flash_attn_varlen_func = None  # imported by name, used only in inference
     for name in packages:
         _package(name, root.joinpath(*name.split(".")))
     try:
         return importlib.import_module(module)
     except Exception as error:
-        raise UnavailableError(f"{module} of {root} does not import here: {type(error).__name__}: {error}") from error
+        raise UnavailableError(f"{module} of {root} cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def _package(name: str, folder: Path | None = None) -> Any:
@@ -59,7 +59,7 @@ def _package(name: str, folder: Path | None = None) -> Any:
 
 @torch.no_grad()
 def fill(layer: nn.Module, case: LayerCase) -> None:
-    """The case's weights into a layer with BAGEL's parameter names."""
+    """Copy the case's weights into a layer with BAGEL's parameter names."""
     shape = case.shape
     sizes = [shape.num_heads * shape.head_dim] + 2 * [shape.num_kv_heads * shape.head_dim]
     parameters = dict(layer.named_parameters())
@@ -81,11 +81,11 @@ def fill(layer: nn.Module, case: LayerCase) -> None:
         }.items():
             parameters.pop(f"{name}.weight").copy_(value)
     if parameters:
-        raise UnavailableError(f"the layer has parameters that this adapter does not know: {', '.join(parameters)}")
+        raise UnavailableError(f"the layer has unknown parameters: {', '.join(parameters)}")
 
 
 def set_trained(layer: nn.Module, freezes_text: bool) -> None:
-    """requires_grad_(False) on the text half, where asked for."""
+    """Call requires_grad_(False) on the text half if asked to."""
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(not freezes_text or "_moe_gen" in name)
 
@@ -102,7 +102,7 @@ def block_mask(layout: lk.TokenLayout) -> BlockMask:
 
 
 def attention_for(case: LayerCase) -> tuple[Callable[..., Tensor] | None, Any]:
-    """What stands in for the peer's compiled FlexAttention, and the mask to pass: nothing and a BlockMask on a GPU.
+    """The replacement of the peer's compiled FlexAttention, and the mask to pass: None and a BlockMask on a GPU.
 
     A CPU gets our attention, so that the rest of the layer is compared: compiled Flex has no backward there.
     """

@@ -1,21 +1,21 @@
-"""Does `lmfusion serve` stand a crowd? Many clients at once, for minutes, some of them rude; everything is checked.
+"""Load test of `lmfusion serve`: many clients at once, for minutes, some of them rude; every answer is checked.
 
     python -m benchmarks.serving.load                                  50 clients for 120 s on a tiny random model
     python -m benchmarks.serving.load --clients 8 --seconds 10
     python -m benchmarks.serving.load --model runs/demo/run/model --output runs/serve_load.json
 
-Starts the server as a process of its own on the loopback device, and ends it. Clients draw from a pool of requests:
-text, text with forced images, questions about and edits of an uploaded image, whole or streamed with previews. Some
-hang up in the middle of an answer or image, some send what must be refused. The queue is made short on purpose. Then:
+Starts the server as its own process on the loopback device, and ends it. Clients choose from a pool of requests: text,
+text with forced images, questions about and edits of an uploaded image, whole or streamed with previews. Some hang up
+in the middle of an answer or image, some send requests that must be refused. The queue is short on purpose. Checks:
 
-    errors    none but 429, and for bad requests the status they must get
-    memory    resident memory of the server in the last quarter of the time within 3 % of the second quarter
-    results   every finished answer is that of the same request sent alone afterwards: texts to the letter, images
-              to the pixel or at most 1/255 apart (both are counted)
-    leaks     no request runs or waits at the end, and no row of the cache is held
+    errors    none except 429, and bad requests get their status
+    memory    resident memory of the server in the last quarter of the time is within 3 % of the second quarter
+    results   every finished answer equals the answer to the same request sent alone afterwards: texts exactly, images
+              exactly or at most 1/255 apart (both are counted)
+    leaks     at the end no request runs or waits, and no cache slot is in use
     end       SIGTERM ends the server with exit code 0
 
-Prints a table, writes it as JSON (--output), and exits with 1 where a check failed.
+Prints a table, writes it as JSON (--output), and exits with 1 if a check failed.
 """
 
 import argparse
@@ -39,22 +39,22 @@ from typing import Any
 import httpx
 import numpy as np
 
-from benchmarks.serving.clients import EngineRequest, Log, Part, build_pool, read_whole, run_client
+from benchmarks.serving.clients import Log, Part, PoolRequest, build_pool, read_whole, run_client
 
 ROOT = Path(__file__).resolve().parents[2]
 MAX_CLIENTS, MAX_SECONDS = 200, 1800
 MAX_BATCH, MAX_WAITING = 24, 16
-"""Of the server: together fewer than 50, so that a crowd meets a full queue now and then."""
+"""Of the server. Together fewer than 50, so that the queue is full now and then."""
 MAX_GROWTH = 0.03
 START_SECONDS, REQUEST_SECONDS = 180, 120
 
 
 @contextmanager
 def served(model: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A server's process and its URL. It is ended, by force if need be."""
+    """A server's process and its URL. The server is killed at the end."""
     command = [sys.executable, "-m", "lmfusion", "serve", str(model), "--port", "0", "--name", "loaded"]
     command += ["--max-batch", str(MAX_BATCH), "--max-waiting", str(MAX_WAITING), "--max-body-mb", "1"]
-    command += ["--dtype", "float32"]  # in which a batch gives the same tokens as a single request
+    command += ["--dtype", "float32"]  # so that a batch gives the same tokens as a single request
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -70,7 +70,7 @@ def served(model: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 def _wait_for_url(process: subprocess.Popen[str]) -> str:
-    """Where the server says it is. Raises RuntimeError where it ends instead."""
+    """The URL that the server prints. Raises RuntimeError if it ends instead."""
     assert process.stdout is not None
     watch = time.monotonic()
     for line in process.stdout:
@@ -88,7 +88,7 @@ def resident_mib(pid: int) -> float:
 
 
 async def sample_memory(pid: int, seconds: float, samples: list[float]) -> None:
-    """Every 5 seconds, or twenty times where there is less time than that takes."""
+    """Sample every 5 seconds, or twenty times if the test is shorter than that."""
     while True:
         samples.append(resident_mib(pid))
         await asyncio.sleep(min(5.0, seconds / 20))
@@ -101,18 +101,18 @@ def read_metrics(text: str) -> dict[str, float]:
 
 @dataclass
 class Equality:
-    """How many finished answers are what the same request gives alone."""
+    """How many finished answers equal the answer to the same request alone."""
 
     num_answers: int = 0
     num_texts: int = 0
     num_images: int = 0
     num_close_images: int = 0
-    """At most 1/255 apart in every pixel, and not the same."""
+    """Images that differ, by at most 1/255 in every pixel."""
     num_different: int = 0
 
 
 def compare(answers: Sequence[tuple[list[Part], str]], alone: tuple[list[Part], str], counts: Equality) -> None:
-    """Count each of `answers` to one request beside the one that it got alone."""
+    """Compare each of `answers` to one request with the answer that it got alone."""
     for parts, reason in answers:
         counts.num_answers += 1
         same = reason == alone[1] and len(parts) == len(alone[0])
@@ -129,15 +129,15 @@ def compare(answers: Sequence[tuple[list[Part], str]], alone: tuple[list[Part], 
 
 
 def growth_of(samples: Sequence[float]) -> float:
-    """By how much the last quarter is above the second, as a share."""
+    """The relative growth from the second to the last quarter."""
     quarter = len(samples) // 4
     return statistics.mean(samples[-quarter:]) / statistics.mean(samples[quarter : 2 * quarter]) - 1
 
 
 async def load(
-    url: str, pid: int, pool: Sequence[EngineRequest], num_clients: int, seconds: float
+    url: str, pid: int, pool: Sequence[PoolRequest], num_clients: int, seconds: float
 ) -> tuple[Log, list[float], Equality, dict[str, float], dict[str, float]]:
-    """The crowd, and then every request that was answered alone."""
+    """Run all clients, then send every answered request again alone."""
     log, samples, equality = Log(), [], Equality()
     limits = httpx.Limits(max_connections=num_clients + 2, max_keepalive_connections=num_clients)
     async with httpx.AsyncClient(base_url=url, timeout=REQUEST_SECONDS, limits=limits, trust_env=False) as http:
@@ -146,8 +146,8 @@ async def load(
         await asyncio.gather(*(run_client(http, i, pool, end, log, min(1.0, seconds / 10)) for i in range(num_clients)))
         memory.cancel()
         after = read_metrics((await http.get("/metrics")).text)
-        for place, answers in sorted(log.answers.items()):
-            response = await http.post("/v1/chat/completions", json=pool[place].body | {"stream": False})
+        for index, answers in sorted(log.answers.items()):
+            response = await http.post("/v1/chat/completions", json=pool[index].body | {"stream": False})
             response.raise_for_status()
             compare(answers, read_whole(response.json()), equality)
         await asyncio.sleep(0.2)
@@ -214,7 +214,7 @@ def table(found: dict[str, Any]) -> str:
     low, high = min(found["memory_mib"]), max(found["memory_mib"])
     lines.append(f"  memory {low:.0f} to {high:.0f} MiB, last quarter {found['memory_growth']:+.2%} of the second")
     lines.append(
-        f"  {equality['num_answers']} answers beside the same request alone: {equality['num_texts']} texts and "
+        f"  {equality['num_answers']} answers compared with the same request alone: {equality['num_texts']} texts and "
         f"{equality['num_images']} images, {equality['num_close_images']} of them 1/255 apart; "
         f"{equality['num_different']} answers differ"
     )
@@ -224,37 +224,22 @@ def table(found: dict[str, Any]) -> str:
 
 
 def build_model(folder: Path) -> Path:
-    """A random model that a step takes a millisecond, saved in `folder`: 2 layers, width 32, images of 8 x 8 pixels."""
+    """Save a tiny random model in `folder`: 2 layers, width 32, images of 8 x 8 pixels. A step takes about 1 ms."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
+    from benchmarks.harness.tiny_model import build_tokenizer, save_llama
     from lmfusion.model.modeling import LMFusion
-    from tests.lmfusion.conftest import build_tokenizer
 
     tokenizer = build_tokenizer()
     tokenizer.chat_template = (
         "{{ bos_token }}{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}"
         "{% if add_generation_prompt %}a:{% endif %}"
     )
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        tie_word_embeddings=False,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder / "llm")
-    tokenizer.save_pretrained(folder / "llm")
+    save_llama(folder / "llm", tokenizer)
     image = {"hidden_size": 16, "patch_coder": {"kind": "linear"}}
     model = LMFusion.from_llm(folder / "llm", image, codec={"kind": "pixels", "channels": 1, "image_size": 8})
     generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():  # what training starts at zero shall matter
+    with torch.no_grad():  # parameters that start at zero must have an effect
         for parameter in model.image.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(folder / "model", parts="all")
@@ -266,11 +251,14 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="folder of a chat model (default: a tiny random one)")
     parser.add_argument("--clients", type=int, default=50)
     parser.add_argument("--seconds", type=float, default=120)
-    parser.add_argument("--image-size", type=int, default=8, help="pixels a side of the images sent (default: 8)")
+    parser.add_argument("--image-size", type=int, default=8, help="pixels per side of the images sent (default: 8)")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     args = parser.parse_args()
     if not 1 <= args.clients <= MAX_CLIENTS or not 2 <= args.seconds <= MAX_SECONDS:
-        parser.error(f"--clients is 1 to {MAX_CLIENTS}, --seconds 2 to {MAX_SECONDS}")
+        parser.error(
+            f"--clients must be 1 to {MAX_CLIENTS} and --seconds 2 to {MAX_SECONDS}, "
+            f"got {args.clients} and {args.seconds:g}"
+        )
     with tempfile.TemporaryDirectory() as folder:
         model = build_model(Path(folder)) if args.model is None else args.model
         found = run(model, args.clients, args.seconds, args.image_size)

@@ -1,7 +1,7 @@
-// What do the ops demand of their arguments, and how do they see rows of two towers? For csrc/<op>.cpp and
-// csrc/cuda/<op>.cu; the Python wrappers have said the same in their own words before, so these are for direct callers
-// of torch.ops.lmfusion. The dispatcher calls a CUDA op as soon as one argument is on a GPU, so where all arguments are
-// beside each other, they are on the device that the op was written for.
+// Checks of single arguments (device, dtype, shape, indices), and access to the rows of two towers.
+//
+// The Python wrappers check more, with longer messages; these checks protect direct callers of torch.ops.lmfusion. The
+// dispatcher calls a CUDA op as soon as one argument is on a GPU, so arguments on one device are on the op's device.
 
 #pragma once
 
@@ -43,13 +43,13 @@ inline bool is_on_gpu(const Tensor& t) {
 inline void check_device(const Tensor& t, const Tensor& beside, const char* name) {
   STD_TORCH_CHECK(
       t.device() == beside.device(), name,
-      " is on another device than the rest; all arguments must be on the CPU, or all on one GPU");
+      " must be on the device of the other arguments; move all of them to the CPU, or all to one GPU");
 }
 
 inline void check_dtype(const Tensor& t, ScalarType dtype, const char* name) {
   STD_TORCH_CHECK(
-      t.scalar_type() == dtype, name, " has dtype ", torch::headeronly::toString(t.scalar_type()), ", expected ",
-      torch::headeronly::toString(dtype));
+      t.scalar_type() == dtype, name, " must have dtype ", torch::headeronly::toString(dtype), ", got ",
+      torch::headeronly::toString(t.scalar_type()));
 }
 
 inline void check_dtype(const Tensor& t, ScalarType dtype, const Tensor& beside, const char* name) {
@@ -57,13 +57,13 @@ inline void check_dtype(const Tensor& t, ScalarType dtype, const Tensor& beside,
   check_dtype(t, dtype, name);
 }
 
-// dtype of rows that the kernels can work on.
+// Returns the dtype of rows, which must be one that the kernels can work on.
 inline ScalarType check_row_dtype(const Tensor& t, const char* name) {
   const ScalarType dtype = t.scalar_type();
   const bool is_known = dtype == ScalarType::Float || dtype == ScalarType::BFloat16;
   STD_TORCH_CHECK(
-      is_known || (dtype == ScalarType::Half && is_on_gpu(t)), name, " has dtype ", torch::headeronly::toString(dtype),
-      "; native ops take float32 and bfloat16, on a GPU float16 too");
+      is_known || (dtype == ScalarType::Half && is_on_gpu(t)), name,
+      " must be float32 or bfloat16 (on a GPU also float16), got ", torch::headeronly::toString(dtype));
   return dtype;
 }
 
@@ -72,11 +72,11 @@ inline void check_shape(const Tensor& t, const std::vector<int64_t>& shape, cons
   for (size_t i = 0; same && i < shape.size(); ++i) same = t.size(i) == shape[i];
   std::string expected;
   for (size_t i = 0; i < shape.size(); ++i) expected += (i ? ", " : "") + std::to_string(shape[i]);
-  STD_TORCH_CHECK(same, name, " has shape ", shape_of(t), ", expected [", expected, "]");
+  STD_TORCH_CHECK(same, name, " must have shape [", expected, "], got ", shape_of(t));
 }
 
-// An int32 vector of `size` indices below `limit`, contiguous. What it holds is looked at on the CPU alone: a GPU's
-// indices would make the host wait.
+// Returns an int32 vector of `size` indices below `limit`, contiguous. Only on the CPU are the indices checked: to read
+// them from a GPU would make the host wait.
 inline Tensor check_index(const Tensor& t, int64_t size, int64_t limit, const Tensor& beside, const char* name) {
   check_dtype(t, ScalarType::Int, beside, name);
   check_shape(t, {size}, name);
@@ -88,7 +88,7 @@ inline Tensor check_index(const Tensor& t, int64_t size, int64_t limit, const Te
     low = std::min(low, data[i]);
     high = std::max(high, data[i]);
   }
-  STD_TORCH_CHECK(low >= 0 && high < limit, name, " holds an index outside of [0, ", limit, ")");
+  STD_TORCH_CHECK(low >= 0 && high < limit, name, " must hold indices in [0, ", limit, "), got ", low < 0 ? low : high);
   return index;
 }
 
@@ -100,25 +100,24 @@ inline Tensors as_contiguous(const Tensors& tensors) {
   return result;
 }
 
-// Checks that `x` holds rows of both towers: one tensor [N, d], or one a tower, alike in dtype. Returns N.
+// Checks that `x` holds rows of both towers: one tensor [N, d], or one tensor per tower, of one dtype. Returns N.
 inline int64_t check_rows(const Tensors& x, int64_t num_text, const char* name) {
-  STD_TORCH_CHECK(x.size() == 1 || x.size() == 2, name, " holds ", x.size(), " tensors, expected 1 or 2");
+  STD_TORCH_CHECK(x.size() == 1 || x.size() == 2, name, " must hold 1 or 2 tensors, got ", x.size());
   const ScalarType dtype = check_row_dtype(x[0], name);
   int64_t num_rows = 0;
   for (const Tensor& t : x) {
     check_dtype(t, dtype, x[0], name);
-    STD_TORCH_CHECK(t.dim() == 2, name, " has shape ", shape_of(t), ", expected [rows, width]");
+    STD_TORCH_CHECK(t.dim() == 2, name, " must have shape [rows, width], got ", shape_of(t));
     num_rows += t.size(0);
   }
   STD_TORCH_CHECK(
-      num_text >= 0 && (x.size() == 1 ? num_text <= num_rows : num_text == x[0].size(0)), name, " has ",
-      x[0].size(0), " rows in its first tensor, which does not fit num_text ", num_text);
+      num_text >= 0 && (x.size() == 1 ? num_text <= num_rows : num_text == x[0].size(0)), "num_text must be ",
+      x.size() == 1 ? "in 0 to " : "", x[0].size(0), ", the rows of the first tensor of ", name, ", got ", num_text);
   return num_rows;
 }
 
 inline void check_like(const Tensors& tensors, const Tensors& like, const char* name) {
-  STD_TORCH_CHECK(
-      tensors.size() == like.size(), name, " holds ", tensors.size(), " tensors, expected ", like.size());
+  STD_TORCH_CHECK(tensors.size() == like.size(), name, " must hold ", like.size(), " tensors, got ", tensors.size());
   for (size_t i = 0; i < like.size(); ++i) {
     check_dtype(tensors[i], like[i].scalar_type(), like[0], name);
     check_shape(tensors[i], {like[i].size(0), like[i].size(1)}, name);
@@ -141,7 +140,7 @@ void with_element_type(ScalarType dtype, const F& f) {
   }
 }
 
-// The two towers' rows, whichever way they are held. Index 0 is the text tower, 1 the image tower.
+// The two towers' rows, whether one tensor holds them or two. Index 0 is the text tower, 1 the image tower.
 template <typename T>
 struct Towers {
   T* rows[2] = {nullptr, nullptr};

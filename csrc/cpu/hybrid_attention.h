@@ -1,8 +1,8 @@
-// What do the op (csrc/cpu/hybrid_attention_op.cpp) and its CPU kernels tell each other? The problem, the buffers, the tasks.
+// The interface between the op (hybrid_attention_op.cpp) and its CPU kernels: the problem, the buffers, the tasks.
 //
-// Work is cut into tasks of one key-value head and one tile of consecutive queries. A tile's rows are the queries times
-// the H / H_kv heads that share the key-value head, in memory order: row r is query r / group, so rows that sit
-// together see nearly the same keys. Keys come in tiles of kKeyTile; tiles that no query sees are never touched.
+// A task is one key-value head and one tile of consecutive queries. A tile's rows are the queries times the H / H_kv
+// heads that share the key-value head, in memory order: row r is query r / group, so neighbouring rows see nearly the
+// same keys. Keys come in tiles of kKeyTile; tiles that no query sees are never touched.
 
 #pragma once
 
@@ -13,23 +13,23 @@
 namespace lmf {
 
 constexpr int64_t kKeyTile = 64;
-constexpr int64_t kHeadPadding = 16;  // packed rows are this much longer at most: a whole number of vectors everywhere
+constexpr int64_t kHeadPadding = 16;  // packed rows are padded to a multiple of this, which every vector width divides
 
 struct Attention {
   const void* q;  // [num_queries, num_heads, head_dim]
   const void* k;  // [num_keys, num_kv_heads, head_dim]
   const void* v;
   bool is_bfloat16;
-  const int32_t* key_start;  // [num_queries], non-decreasing, within [0, num_keys], as are those of key_end
+  const int32_t* key_start;  // [num_queries], non-decreasing, within [0, num_keys]; key_end too
   const int32_t* key_end;
   const int32_t* out_row;  // [num_queries], or null for the identity
-  // A key is seen by the queries before this alone: a whole number of tiles, those behind the last key 0; or null. Of
-  // the keys of each tile the least and the most.
+  // A key is seen only by the queries before its visible_end. Null if no key is hidden; else padded with 0 to a whole
+  // number of tiles. least_ and most_visible_end: the minimum and maximum over the keys of each tile.
   const int32_t* visible_end;
   const int32_t* least_visible_end;
   const int32_t* most_visible_end;
-  // A score is (row_factor q) . k times score_factor. Rows get the scale up to 1 and scores what is above it, so that
-  // neither overflows where q . k times the scale does not.
+  // A score is (row_factor q) . k times score_factor. A scale of at most 1 goes into row_factor, a larger one into
+  // score_factor, so that neither product overflows unless q . k times the scale does.
   float row_factor, score_factor;
 
   int64_t num_queries, num_keys, num_heads, num_kv_heads, head_dim;
@@ -38,15 +38,15 @@ struct Attention {
   int64_t num_query_tiles;
 
   // Keys and values as float32, packed tile by tile: [num_kv_heads, num_packed, ...].
-  const int32_t* packed_tile;  // [num_packed]: the key tiles that some query sees
-  const int32_t* tile_slot;    // [key tiles]: where in packed_tile; meaningless for the others
+  const int32_t* packed_tile;  // [num_packed]: the key tiles that at least one query sees
+  const int32_t* tile_slot;    // [key tiles]: index in packed_tile; undefined for tiles that are not packed
   int64_t num_packed;
   float* k_rows;     // [kKeyTile, padded_dim], times row_factor; backward only
   float* k_columns;  // [head_dim, kKeyTile]
   float* v_rows;     // [kKeyTile, padded_dim]; forward only
   float* v_columns;  // [head_dim, kKeyTile]; backward only
 
-  float* scratch;  // one stretch of scratch_size floats for each worker
+  float* scratch;  // scratch_size floats for each worker
   int64_t scratch_size;
 
   int64_t group() const { return num_heads / num_kv_heads; }
@@ -62,7 +62,7 @@ struct AttentionBackward : Attention {
   const void* dout;
   const void* out;
   const float* lse;
-  const int32_t* grad_key;  // [num_grad_keys], ascending
+  const int32_t* grad_key;    // [num_grad_keys], ascending
   const int32_t* first_grad;  // [key tiles + 1]: rank of the first listed key at or after the start of each key tile
   int64_t num_grad_keys;
   void* dq;
@@ -71,21 +71,21 @@ struct AttentionBackward : Attention {
   float* dk_sum;  // [num_kv_heads, num_grad_keys, padded_dim], zero at first
   float* dv_sum;
   // Query tiles add to dk_sum and dv_sum in a fixed order, from the last to the first, so that results do not depend on
-  // the threads: turn[h, t] is the query tile that may add to key tile t next.
+  // the threads. turn[h, t] is the query tile that may add to key tile t next.
   int32_t* turn;  // [num_kv_heads, key tiles]
   int64_t num_key_tiles;
 };
 
 }  // namespace lmf
 
-// Floats of scratch that a worker needs.
+// Returns the number of floats of scratch that a worker needs.
 LMF_DECLARE_KERNEL(int64_t, forward_scratch, (const Attention& attention))
 LMF_DECLARE_KERNEL(int64_t, backward_scratch, (const Attention& attention))
 
 // Tasks of one step are independent; `task` counts from 0.
-// num_kv_heads * num_packed tasks: fill those of the packed buffers that are not null.
+// num_kv_heads * num_packed tasks: fill the packed buffers that are not null.
 LMF_DECLARE_KERNEL(void, pack_keys, (const Attention& attention, int64_t task))
-// num_kv_heads * num_query_tiles tasks. Backward: to be begun in ascending order (see `turn`).
+// num_kv_heads * num_query_tiles tasks. In the backward they must begin in ascending order (see `turn`).
 LMF_DECLARE_KERNEL(void, attention_forward, (const AttentionForward& problem, int64_t task, int64_t worker))
 LMF_DECLARE_KERNEL(void, attention_backward, (const AttentionBackward& problem, int64_t task, int64_t worker))
 // Rows [begin, end) of the num_grad_keys * num_kv_heads rows of dk and dv, from their sums.

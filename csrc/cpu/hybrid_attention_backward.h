@@ -1,5 +1,5 @@
-// Gradients of one query tile, in one pass over the key tiles it sees: its own dq, and its share of dk and dv. Where
-// scores are large, a pass before it finds the sums of their softmax.
+// Gradients of one query tile, in one pass over the key tiles it sees: its own dq, and its share of dk and dv. If
+// scores are large, an earlier pass recomputes the sums of their softmax.
 
 #pragma once
 
@@ -27,33 +27,28 @@ struct BackwardScratch {
 
   BackwardScratch(const Attention& a, float* memory) {
     const int64_t rows = a.rows_per_tile();
-    float* next = memory;
-    const auto take = [&](int64_t n) {
-      float* taken = next;
-      next += (n + 15) / 16 * 16;  // whole cache lines
-      return taken;
-    };
-    q = take(rows * a.padded_dim);
-    dout = take(rows * a.padded_dim);
-    dq = take(rows * a.padded_dim);
-    weights = take(rows * kKeyTile);
-    dscores = take(rows * kKeyTile);
-    shift = take(rows);
-    log2_total = take(rows);
-    total = take(rows * kLanes);
-    delta = take(rows);
-    row_start = reinterpret_cast<int32_t*>(take(rows));
-    row_end = reinterpret_cast<int32_t*>(take(rows));
-    size = next - memory;
+    ScratchMemory take(memory);
+    q = take.floats(rows * a.padded_dim);
+    dout = take.floats(rows * a.padded_dim);
+    dq = take.floats(rows * a.padded_dim);
+    weights = take.floats(rows * kKeyTile);
+    dscores = take.floats(rows * kKeyTile);
+    shift = take.floats(rows);
+    log2_total = take.floats(rows);
+    total = take.floats(rows * kLanes);
+    delta = take.floats(rows);
+    row_start = take.integers(rows);
+    row_end = take.integers(rows);
+    size = take.next - memory;
   }
 };
 
-// A float32 has 24 bits: of a larger lse, more than 2^-18 of log(total), which is part of it, would be rounded off, and
-// beyond 2^24 all of it.
+// lse = highest score + log(total) is one float32 of 24 bits. Above this limit rounding it would change log(total) by
+// more than 2^-18, and beyond 2^24 nothing of log(total) would be left.
 constexpr float kLargestLse = 128.0f;
 
-// How scores become weights: by lse, or where that is too large for one of the rows, by the highest score and the sum of
-// exp(score - highest), which are computed again from the scores.
+// Finds shift and log2_total, which turn scores into weights: from lse, or, if lse is too large for one of the rows,
+// from the highest score and the sum of exp(score - highest), which are computed again from the scores.
 inline void find_totals(const AttentionBackward& a, const BackwardScratch& s, const QueryTile& tile) {
   bool is_large = false;
   for (int64_t row = 0; row < tile.num_rows; ++row) {
@@ -76,14 +71,16 @@ inline void find_totals(const AttentionBackward& a, const BackwardScratch& s, co
       const ColumnRange columns(tile, row, row + count - 1, tile_start);
       const int32_t* ends = ends_for(a, tile, row + count - 1, key_tile);
       const int64_t c = columns.vector_begin;
-      multiply<false, Update::kStore>(count, a.head_dim, columns.num_vectors(), s.q + row * a.padded_dim, a.padded_dim,
-                                      k_columns + c, kKeyTile, s.weights + c, kKeyTile);
+      multiply<false, Update::kStore>(
+          count, a.head_dim, columns.num_vectors(), s.q + row * a.padded_dim, a.padded_dim, k_columns + c, kKeyTile,
+          s.weights + c, kKeyTile);
       scale_rows(a.score_factor, count, columns, s.weights);
       for (int64_t r = 0; r < count; ++r) {
         float rescale;
-        softmax_row(s.weights + r * kKeyTile, columns, tile.row_start[row + r] - tile_start,
-                    tile.row_end[row + r] - tile_start, ends, static_cast<int32_t>(tile.query(a, row + r)),
-                    s.total + (row + r) * kLanes, s.shift + row + r, &rescale);
+        softmax_row(
+            s.weights + r * kKeyTile, columns, tile.row_start[row + r] - tile_start, tile.row_end[row + r] - tile_start,
+            ends, static_cast<int32_t>(tile.query(a, row + r)), s.total + (row + r) * kLanes, s.shift + row + r,
+            &rescale);
       }
     }
   }
@@ -94,10 +91,11 @@ inline void find_totals(const AttentionBackward& a, const BackwardScratch& s, co
   }
 }
 
-// dv += weights^T dout and dk += dscores^T q for the listed keys of a key tile, kBlockRows keys that follow each other
+// Adds weights^T dout to dv and dscores^T q to dk for the listed keys of a key tile: up to kBlockRows consecutive keys
 // at a time, over the rows that see any of them.
-inline void add_key_grads(const AttentionBackward& a, const BackwardScratch& s, const QueryTile& tile, int64_t key_tile,
-                          const VisibleRows& rows) {
+inline void add_key_grads(
+    const AttentionBackward& a, const BackwardScratch& s, const QueryTile& tile, int64_t key_tile,
+    const VisibleRows& rows) {
   const int64_t dim = a.padded_dim, tile_start = key_tile * kKeyTile;
   const int64_t end = a.first_grad[key_tile + 1];
   VisibleRows seeing = rows;
@@ -111,10 +109,12 @@ inline void add_key_grads(const AttentionBackward& a, const BackwardScratch& s, 
     const int64_t depth = seeing.end - seeing.first, column = first_key - tile_start;
     if (depth > 0) {
       const int64_t target = (tile.head * a.num_grad_keys + rank) * dim;
-      multiply<true, Update::kAdd>(count, depth, dim / kLanes, s.weights + seeing.first * kKeyTile + column, kKeyTile,
-                                   s.dout + seeing.first * dim, dim, a.dv_sum + target, dim);
-      multiply<true, Update::kAdd>(count, depth, dim / kLanes, s.dscores + seeing.first * kKeyTile + column, kKeyTile,
-                                   s.q + seeing.first * dim, dim, a.dk_sum + target, dim);
+      multiply<true, Update::kAdd>(
+          count, depth, dim / kLanes, s.weights + seeing.first * kKeyTile + column, kKeyTile,
+          s.dout + seeing.first * dim, dim, a.dv_sum + target, dim);
+      multiply<true, Update::kAdd>(
+          count, depth, dim / kLanes, s.dscores + seeing.first * kKeyTile + column, kKeyTile, s.q + seeing.first * dim,
+          dim, a.dk_sum + target, dim);
     }
     rank += count;
   }
@@ -126,8 +126,7 @@ void backward_task(const AttentionBackward& a, int64_t task, int64_t worker) {
   const QueryTile tile(a, task, s.row_start, s.row_end);
   const int64_t dim = a.padded_dim;
   for (int64_t row = 0; row < tile.num_rows; ++row) {
-    load_row(static_cast<const T*>(a.q) + tile.offset(a, row, nullptr), a.head_dim, dim, a.row_factor,
-             s.q + row * dim);
+    load_row(static_cast<const T*>(a.q) + tile.offset(a, row, nullptr), a.head_dim, dim, a.row_factor, s.q + row * dim);
     const int64_t result = tile.offset(a, row, a.out_row);
     load_row(static_cast<const T*>(a.dout) + result, a.head_dim, dim, 1.0f, s.dout + row * dim);
     load_row(static_cast<const T*>(a.out) + result, a.head_dim, dim, 1.0f, s.dq + row * dim);
@@ -154,23 +153,26 @@ void backward_task(const AttentionBackward& a, int64_t task, int64_t worker) {
       float* weights = s.weights + row * kKeyTile;
       float* dscores = s.dscores + row * kKeyTile;
       const int64_t c = columns.vector_begin;
-      multiply<false, Update::kStore>(count, a.head_dim, columns.num_vectors(), s.q + row * dim, dim, k_columns + c,
-                                      kKeyTile, weights + c, kKeyTile);
+      multiply<false, Update::kStore>(
+          count, a.head_dim, columns.num_vectors(), s.q + row * dim, dim, k_columns + c, kKeyTile, weights + c,
+          kKeyTile);
       scale_rows(a.score_factor, count, columns, weights);
-      multiply<false, Update::kStore>(count, a.head_dim, columns.num_vectors(), s.dout + row * dim, dim, v_columns + c,
-                                      kKeyTile, dscores + c, kKeyTile);
+      multiply<false, Update::kStore>(
+          count, a.head_dim, columns.num_vectors(), s.dout + row * dim, dim, v_columns + c, kKeyTile, dscores + c,
+          kKeyTile);
       for (int64_t r = 0; r < count; ++r)
-        softmax_backward_row(weights + r * kKeyTile, dscores + r * kKeyTile, columns,
-                             tile.row_start[row + r] - tile_start, tile.row_end[row + r] - tile_start, ends,
-                             static_cast<int32_t>(tile.query(a, row + r)), s.shift[row + r],
-                             s.log2_total[row + r], s.delta[row + r]);
+        softmax_backward_row(
+            weights + r * kKeyTile, dscores + r * kKeyTile, columns, tile.row_start[row + r] - tile_start,
+            tile.row_end[row + r] - tile_start, ends, static_cast<int32_t>(tile.query(a, row + r)), s.shift[row + r],
+            s.log2_total[row + r], s.delta[row + r]);
       scale_rows(a.score_factor, count, columns, dscores);
-      multiply<false, Update::kAdd>(count, columns.end - columns.begin, dim / kLanes, dscores + columns.begin, kKeyTile,
-                                    k_rows + columns.begin * dim, dim, s.dq + row * dim, dim);
+      multiply<false, Update::kAdd>(
+          count, columns.end - columns.begin, dim / kLanes, dscores + columns.begin, kKeyTile,
+          k_rows + columns.begin * dim, dim, s.dq + row * dim, dim);
     }
     if (a.first_grad[key_tile] == a.first_grad[key_tile + 1]) continue;
     int32_t* turn = a.turn + tile.head * a.num_key_tiles + key_tile;
-    // Whoever has the turn began before this task and waits for still earlier ones only, so this ends.
+    // The task whose turn it is began before this one and waits only for tasks that began earlier still, so this ends.
     while (__atomic_load_n(turn, __ATOMIC_ACQUIRE) != tile.index) sched_yield();
     add_key_grads(a, s, tile, key_tile, seeing);
     __atomic_store_n(turn, static_cast<int32_t>(tile.index - 1), __ATOMIC_RELEASE);

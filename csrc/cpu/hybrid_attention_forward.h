@@ -1,4 +1,4 @@
-// out and lse of one query tile: an online softmax over the key tiles it sees.
+// Attention of one query tile, out and lse: an online softmax over the key tiles it sees.
 
 #pragma once
 
@@ -21,26 +21,22 @@ struct ForwardScratch {
 
   ForwardScratch(const Attention& a, float* memory) {
     const int64_t rows = a.rows_per_tile();
-    float* next = memory;
-    const auto take = [&](int64_t n) {
-      float* taken = next;
-      next += (n + 15) / 16 * 16;  // whole cache lines
-      return taken;
-    };
-    q = take(rows * a.padded_dim);
-    out = take(rows * a.padded_dim);
-    weights = take(kBlockRows * kKeyTile);
-    total = take(rows * kLanes);
-    highest = take(rows);
-    rescale = take(kBlockRows);
-    row_start = reinterpret_cast<int32_t*>(take(rows));
-    row_end = reinterpret_cast<int32_t*>(take(rows));
-    size = next - memory;
+    ScratchMemory take(memory);
+    q = take.floats(rows * a.padded_dim);
+    out = take.floats(rows * a.padded_dim);
+    weights = take.floats(kBlockRows * kKeyTile);
+    total = take.floats(rows * kLanes);
+    highest = take.floats(rows);
+    rescale = take.floats(kBlockRows);
+    row_start = take.integers(rows);
+    row_end = take.integers(rows);
+    size = take.next - memory;
   }
 };
 
-// How many of the `count` rows from `row` on begin to see keys where it does. Rows of several documents in one block
-// would multiply what lies between those, in other documents or unused rows of a cache, with weights of 0: NaN stays NaN.
+// Returns how many of the `count` rows from `row` on have the same first key as `row`. A block with rows of several
+// documents would multiply the values between their keys (of other documents, or unused slots of a cache) by weights of
+// 0, and 0 times NaN is NaN.
 inline int64_t rows_of_one_document(const QueryTile& tile, int64_t row, int64_t count) {
   while (tile.row_start[row + count - 1] != tile.row_start[row]) --count;
   return count;
@@ -52,8 +48,7 @@ void forward_task(const AttentionForward& a, int64_t task, int64_t worker) {
   const QueryTile tile(a, task, s.row_start, s.row_end);
   const int64_t dim = a.padded_dim;
   for (int64_t row = 0; row < tile.num_rows; ++row) {
-    load_row(static_cast<const T*>(a.q) + tile.offset(a, row, nullptr), a.head_dim, dim, a.row_factor,
-             s.q + row * dim);
+    load_row(static_cast<const T*>(a.q) + tile.offset(a, row, nullptr), a.head_dim, dim, a.row_factor, s.q + row * dim);
     s.highest[row] = -kInfinity;
   }
   for (int64_t i = 0; i < tile.num_rows * dim; ++i) s.out[i] = 0.0f;
@@ -72,16 +67,18 @@ void forward_task(const AttentionForward& a, int64_t task, int64_t worker) {
       const ColumnRange columns(tile, row, row + count - 1, tile_start);
       const int32_t* ends = ends_for(a, tile, row + count - 1, key_tile);
       const int64_t c = columns.vector_begin;
-      multiply<false, Update::kStore>(count, a.head_dim, columns.num_vectors(), s.q + row * dim, dim, k_columns + c,
-                                      kKeyTile, s.weights + c, kKeyTile);
+      multiply<false, Update::kStore>(
+          count, a.head_dim, columns.num_vectors(), s.q + row * dim, dim, k_columns + c, kKeyTile, s.weights + c,
+          kKeyTile);
       scale_rows(a.score_factor, count, columns, s.weights);
       for (int64_t r = 0; r < count; ++r)
-        softmax_row(s.weights + r * kKeyTile, columns, tile.row_start[row + r] - tile_start,
-                    tile.row_end[row + r] - tile_start, ends, static_cast<int32_t>(tile.query(a, row + r)),
-                    s.total + (row + r) * kLanes, s.highest + row + r, s.rescale + r);
-      multiply<false, Update::kScaleAdd>(count, columns.end - columns.begin, dim / kLanes, s.weights + columns.begin,
-                                         kKeyTile, v_rows + columns.begin * dim, dim, s.out + row * dim, dim,
-                                         s.rescale);
+        softmax_row(
+            s.weights + r * kKeyTile, columns, tile.row_start[row + r] - tile_start, tile.row_end[row + r] - tile_start,
+            ends, static_cast<int32_t>(tile.query(a, row + r)), s.total + (row + r) * kLanes, s.highest + row + r,
+            s.rescale + r);
+      multiply<false, Update::kScaleAdd>(
+          count, columns.end - columns.begin, dim / kLanes, s.weights + columns.begin, kKeyTile,
+          v_rows + columns.begin * dim, dim, s.out + row * dim, dim, s.rescale);
     }
   }
 
@@ -89,7 +86,7 @@ void forward_task(const AttentionForward& a, int64_t task, int64_t worker) {
     const float total = sum_of_lanes(load(s.total + row * kLanes));
     const float factor = total == 0.0f ? 0.0f : 1.0f / total;  // a query without keys gives 0
     store_row(s.out + row * dim, a.head_dim, factor, static_cast<T*>(a.out) + tile.offset(a, row, a.out_row));
-    const double lse = s.highest[row] + __builtin_log2(total) * kLn2;  // double: rounded once, for the backward
+    const double lse = s.highest[row] + __builtin_log2(total) * kLn2;  // in double, so that it is rounded only once
     a.lse[tile.lse_offset(a, row)] = static_cast<float>(lse);
   }
 }

@@ -1,6 +1,6 @@
-// How are small matrices multiplied? C = A B on tiles that lie in the cache, with a block of C held in registers.
+// Products of small matrices, C = A B, on tiles that lie in the cache, with a block of C in registers.
 //
-// B and C are row-major, their width a whole number of vectors. A is read one element at a time, so it may be given
+// B and C are row-major, and their width is a whole number of vectors. A is read one element at a time, so it may be
 // transposed at no cost.
 
 #pragma once
@@ -9,7 +9,7 @@
 
 namespace lmf::LMF_ISA {
 
-// Rows and vectors of the register block: all but a few registers hold sums.
+// Rows and vectors of the register block: all registers except a few hold sums.
 constexpr int kBlockRows = kRegisters == 32 ? 8 : 4;
 constexpr int kBlockVectors = 3;
 
@@ -26,8 +26,9 @@ enum class Update {
 
 // a[r, k] is at a[r * lda + k], or at a[k * lda + r] if transposed.
 template <int kRows, int kVectors, bool kTransposed, Update kUpdate>
-LMF_INLINE void multiply_block(int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-                               int64_t ldc, const float* scale) {
+LMF_INLINE void multiply_block(
+    int64_t depth, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+    const float* scale) {
   Vec sum[kRows][kVectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
     Vec b_row[kVectors];
@@ -53,8 +54,9 @@ LMF_INLINE void multiply_block(int64_t depth, const float* a, int64_t lda, const
 }
 
 template <int kRows, bool kTransposed, Update kUpdate>
-void multiply_rows(int64_t depth, int64_t num_vectors, const float* a, int64_t lda, const float* b, int64_t ldb,
-                   float* c, int64_t ldc, const float* scale) {
+void multiply_rows(
+    int64_t depth, int64_t num_vectors, const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+    const float* scale) {
   int64_t num_blocks = (num_vectors + kBlockVectors - 1) / kBlockVectors;
   while (num_vectors > 0) {
     const int64_t width = (num_vectors + num_blocks - 1) / num_blocks;  // equal shares: 4 is 2 + 2, not 3 + 1
@@ -73,8 +75,9 @@ void multiply_rows(int64_t depth, int64_t num_vectors, const float* a, int64_t l
 
 // C [rows, num_vectors * kLanes] from A [rows, depth] and B [depth, num_vectors * kLanes], for at most kBlockRows rows.
 template <bool kTransposed, Update kUpdate>
-LMF_INLINE void multiply(int64_t rows, int64_t depth, int64_t num_vectors, const float* a, int64_t lda, const float* b,
-                         int64_t ldb, float* c, int64_t ldc, const float* scale = nullptr) {
+LMF_INLINE void multiply(
+    int64_t rows, int64_t depth, int64_t num_vectors, const float* a, int64_t lda, const float* b, int64_t ldb,
+    float* c, int64_t ldc, const float* scale = nullptr) {
   const auto part = [&](auto count) __attribute__((always_inline)) {
     constexpr int kRows = decltype(count)::value;
     multiply_rows<kRows, kTransposed, kUpdate>(depth, num_vectors, a, lda, b, ldb, c, ldc, scale);

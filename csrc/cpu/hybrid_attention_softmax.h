@@ -1,7 +1,7 @@
-// What becomes of the scores of one row: weights of a softmax, in the forward and again in the backward.
+// Turns the scores of one row into weights of a softmax, in the forward and again in the backward.
 //
-// The highest score is subtracted before anything is multiplied: with scores beyond 2^24 a product with log2(e) is off
-// by more than 1, and a difference of two such products would be no exponent any more.
+// The highest score is subtracted before anything is multiplied: a product of a score beyond 2^24 with log2(e) has an
+// error of more than 1, so the difference of two such products would be useless as an exponent.
 
 #pragma once
 
@@ -11,11 +11,11 @@ namespace lmf::LMF_ISA {
 
 constexpr float kInfinity = __builtin_inff();
 
-// What is subtracted from the scores of a row before the exponential: its highest, or 0 where all are -infinity, which
-// leaves weights of 0.
+// Returns what to subtract from the scores of a row before the exponential: the highest of them, or 0 if all are
+// -infinity, which leaves weights of 0.
 LMF_INLINE float shift_of(float highest) { return highest == -kInfinity ? 0.0f : highest; }
 
-// Rows of scores, or of their gradients, over the vectors of `columns`, times `factor`: mostly 1.
+// Multiplies rows of scores, or of their gradients, by `factor`, over the vectors of `columns`. Mostly it is 1.
 LMF_INLINE void scale_rows(float factor, int64_t count, const ColumnRange& columns, float* scores) {
   if (factor == 1.0f) return;
   for (int64_t r = 0; r < count; ++r)
@@ -23,10 +23,11 @@ LMF_INLINE void scale_rows(float factor, int64_t count, const ColumnRange& colum
       store(scores + r * kKeyTile + c, load(scores + r * kKeyTile + c) * factor);
 }
 
-// Scores of one row over the vectors of `columns` become weights exp(score - highest). [begin, end): what the row sees
-// of them, if `ends` is null; else of these the columns with query < ends[column].
-LMF_INLINE void softmax_row(float* scores, const ColumnRange& columns, int64_t begin, int64_t end, const int32_t* ends,
-                            int32_t query, float* total, float* highest, float* rescale) {
+// Turns the scores of one row, over the vectors of `columns`, into weights exp(score - highest). The row sees the
+// columns [begin, end); if `ends` is not null, only those of them with query < ends[column].
+LMF_INLINE void softmax_row(
+    float* scores, const ColumnRange& columns, int64_t begin, int64_t end, const int32_t* ends, int32_t query,
+    float* total, float* highest, float* rescale) {
   if (begin > columns.vector_begin || end < columns.vector_end) {
     for (int64_t c = columns.vector_begin; c < columns.vector_end; c += kLanes)
       store(scores + c, select(visible(c, begin, end), load(scores + c), broadcast(-kInfinity)));
@@ -53,12 +54,12 @@ LMF_INLINE void softmax_row(float* scores, const ColumnRange& columns, int64_t b
   store(total, sum);
 }
 
-// Scores become weights exp(score - shift) / 2^log2_total, and gradients of weights become gradients of scores, over all
-// columns of the key tile: 0 where the row does not see, so that products over rows need no mask. `ends` and `query`: see
-// softmax_row.
-LMF_INLINE void softmax_backward_row(float* weights, float* dscores, const ColumnRange& columns, int64_t begin,
-                                     int64_t end, const int32_t* ends, int32_t query, float shift, float log2_total,
-                                     float delta) {
+// Turns scores into weights exp(score - shift) / 2^log2_total, and gradients of weights into gradients of scores, over
+// all columns of the key tile. Columns that the row does not see become 0, so that products over rows need no mask.
+// `ends` and `query`: see softmax_row.
+LMF_INLINE void softmax_backward_row(
+    float* weights, float* dscores, const ColumnRange& columns, int64_t begin, int64_t end, const int32_t* ends,
+    int32_t query, float shift, float log2_total, float delta) {
   const auto weight_of = [&](Vec score) __attribute__((always_inline)) {
     return exp2((score - shift) * kLog2e - log2_total);
   };

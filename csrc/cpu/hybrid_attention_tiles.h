@@ -1,14 +1,14 @@
-// How do rows and keys get into tiles? Conversion to float32, packing and transposing, and which rows see which keys.
+// Tiles of rows and keys: conversion to float32, packing and transposing, and which rows see which keys.
 
 #pragma once
 
+#include "../elementwise/scalar.h"
 #include "hybrid_attention.h"
 #include "hybrid_attention_vector.h"
-#include "../elementwise/scalar.h"
 
 namespace lmf::LMF_ISA {
 
-// n elements of T to float32 times `factor`, padded with zeros.
+// Converts n elements of T to float32, times `factor`, padded with zeros.
 template <typename T>
 LMF_INLINE void load_row(const T* source, int64_t n, int64_t padded, float factor, float* target) {
   for (int64_t i = 0; i < n; ++i) target[i] = factor * widen(source[i]);
@@ -20,11 +20,12 @@ LMF_INLINE void store_row(const float* source, int64_t n, float factor, T* targe
   for (int64_t i = 0; i < n; ++i) target[i] = narrow<T>(factor * source[i]);
 }
 
-// `count` keys of one head into rows [kKeyTile, padded], times `factor`, and/or columns [head_dim, kKeyTile]; zeros
-// after them.
+// Packs `count` keys of one head into rows [kKeyTile, padded], times `factor`, and into columns [head_dim, kKeyTile],
+// each unless null. Zeros follow the keys.
 template <typename T>
-void pack_tile(const T* source, int64_t stride, int64_t count, int64_t head_dim, int64_t padded, float factor,
-               float* rows, float* columns) {
+void pack_tile(
+    const T* source, int64_t stride, int64_t count, int64_t head_dim, int64_t padded, float factor, float* rows,
+    float* columns) {
   if (rows != nullptr) {
     for (int64_t j = 0; j < count; ++j) load_row(source + j * stride, head_dim, padded, factor, rows + j * padded);
     for (int64_t i = count * padded; i < kKeyTile * padded; ++i) rows[i] = 0.0f;
@@ -50,23 +51,39 @@ void pack_keys_of(const Attention& a, int64_t task) {
   const auto at = [&](float* buffer, int64_t width) {
     return buffer == nullptr ? nullptr : buffer + task * kKeyTile * width;
   };
-  pack_tile(static_cast<const T*>(a.k) + source, stride, count, a.head_dim, a.padded_dim, a.row_factor,
-            at(a.k_rows, a.padded_dim), at(a.k_columns, a.head_dim));
-  pack_tile(static_cast<const T*>(a.v) + source, stride, count, a.head_dim, a.padded_dim, 1.0f,
-            at(a.v_rows, a.padded_dim), at(a.v_columns, a.head_dim));
+  pack_tile(
+      static_cast<const T*>(a.k) + source, stride, count, a.head_dim, a.padded_dim, a.row_factor,
+      at(a.k_rows, a.padded_dim), at(a.k_columns, a.head_dim));
+  pack_tile(
+      static_cast<const T*>(a.v) + source, stride, count, a.head_dim, a.padded_dim, 1.0f, at(a.v_rows, a.padded_dim),
+      at(a.v_columns, a.head_dim));
 }
+
+// Hands out a worker's scratch memory in whole cache lines.
+struct ScratchMemory {
+  float* next;
+
+  explicit ScratchMemory(float* memory) : next(memory) {}
+
+  float* floats(int64_t n) {
+    float* taken = next;
+    next += (n + 15) / 16 * 16;
+    return taken;
+  }
+  int32_t* integers(int64_t n) { return reinterpret_cast<int32_t*>(floats(n)); }
+};
 
 // One task: the rows of a query tile under one key-value head.
 struct QueryTile {
-  int64_t head;         // key-value head
-  int64_t index;        // of the query tile
+  int64_t head;   // key-value head
+  int64_t index;  // of the query tile
   int64_t first_query;
   int64_t num_rows;
-  const int32_t* row_start;  // [num_rows] the keys a row sees; non-decreasing
+  const int32_t* row_start;  // [num_rows] the range of keys that a row sees; non-decreasing
   const int32_t* row_end;
   int64_t first_key_tile, end_key_tile;
 
-  // Writes the rows' key ranges into row_start and row_end. The tiles come last to first: they see most keys.
+  // Writes the rows' key ranges into row_start and row_end. Task 0 is the last tile, because late tiles see most keys.
   QueryTile(const Attention& a, int64_t task, int32_t* row_start, int32_t* row_end)
       : head(task % a.num_kv_heads),
         index(a.num_query_tiles - 1 - task / a.num_kv_heads),
@@ -88,7 +105,7 @@ struct QueryTile {
 
   int64_t query(const Attention& a, int64_t row) const { return first_query + row / a.group(); }
 
-  // Where row `row` is in a [num_queries, num_heads, head_dim] tensor. query_row: another order of queries, or null.
+  // Offset of a row in a [num_queries, num_heads, head_dim] tensor. query_row: the order of its queries; null: as here.
   int64_t offset(const Attention& a, int64_t row, const int32_t* query_row) const {
     const int64_t at = query_row == nullptr ? query(a, row) : query_row[query(a, row)];
     return (at * a.num_heads + head * a.group() + row % a.group()) * a.head_dim;
@@ -108,7 +125,7 @@ struct VisibleRows {
     while (end < tile.num_rows && tile.row_start[end] < tile_start + kKeyTile) ++end;
   }
 
-  // Without the rows behind the last query that sees any key of the tile, where keys are hidden.
+  // With hidden keys: without the rows after the last query that sees any key of the tile.
   VisibleRows without_those_behind(const Attention& a, const QueryTile& tile, int64_t key_tile) const {
     VisibleRows seeing = *this;
     if (a.most_visible_end == nullptr) return seeing;
@@ -118,20 +135,21 @@ struct VisibleRows {
   }
 };
 
-// Where a key tile of the query tile's head is among the packed ones.
+// Index of a key tile of the query tile's head among the packed tiles.
 inline int64_t packed_slot(const Attention& a, const QueryTile& tile, int64_t key_tile) {
   return tile.head * a.num_packed + a.tile_slot[key_tile];
 }
 
-// Where the keys of a tile end for queries: null if none ends before `row`, so that ranges of keys say it all.
+// Returns visible_end of the keys of a tile, or null if no key of it ends before `row`: then the ranges of keys
+// suffice.
 inline const int32_t* ends_for(const Attention& a, const QueryTile& tile, int64_t row, int64_t key_tile) {
   if (a.visible_end == nullptr || a.least_visible_end[key_tile] > tile.query(a, row)) return nullptr;
   return a.visible_end + key_tile * kKeyTile;
 }
 
-// What a few consecutive rows see of a key tile, as columns of the tile.
+// The columns of a key tile that a few consecutive rows see.
 struct ColumnRange {
-  int64_t begin, end;                // exactly, together
+  int64_t begin, end;                // of all these rows together, exactly
   int64_t vector_begin, vector_end;  // the same in whole vectors
 
   ColumnRange(const QueryTile& tile, int64_t first_row, int64_t last_row, int64_t tile_start)
@@ -145,7 +163,7 @@ struct ColumnRange {
   int64_t num_vectors() const { return (vector_end - vector_begin) / kLanes; }
 };
 
-// Which columns from `column` on does a row with the columns [begin, end) see?
+// Mask of the columns from `column` on that a row with the columns [begin, end) sees.
 LMF_INLINE IntVec visible(int64_t column, int64_t begin, int64_t end) {
   const IntVec index = iota() + static_cast<int32_t>(column);
   return (index >= static_cast<int32_t>(begin)) & (index < static_cast<int32_t>(end));

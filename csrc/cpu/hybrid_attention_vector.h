@@ -1,5 +1,6 @@
-// What is a vector here? One register of floats of the instruction set this file is compiled for, with the few
-// operations attention needs. Vector extensions of GCC and Clang, no intrinsics, so that every architecture is served.
+// Vectors for attention on the CPU: one register of floats of the instruction set that this file is compiled for, and
+// the few operations that attention needs. Vector extensions of GCC and Clang instead of intrinsics work on any
+// architecture.
 
 #pragma once
 
@@ -41,7 +42,7 @@ LMF_INLINE IntVec iota() {
   return index;
 }
 
-// Lane i of the result is lane i + kShift of x, round the end: with max or + one step of a reduction over all lanes.
+// Rotates lanes: lane i of the result is lane (i + kShift) % kLanes of x. With max or + it is one step of a reduction.
 template <int kShift>
 LMF_INLINE Vec rotate(Vec x) {
 #if defined(__clang__)
@@ -74,7 +75,8 @@ constexpr double kLn2 = 0.69314718055994530942;
 
 // 2 ** x for x <= 127, within 1 ulp; exactly 0 below the normal floats; NaN stays NaN.
 LMF_INLINE Vec exp2(Vec x) {
-  // 1.5 * 2 ** 23: adding it leaves round(x) in the low bits. With 127 more, those are the exponent's bits of 2 ** round(x).
+  // 1.5 * 2 ** 23: adding it leaves round(x) in the low bits. With 127 more, these are the exponent bits of
+  // 2 ** round(x).
   const Vec shifter = broadcast(12582912.0f + 127.0f);
   const Vec shifted = x + shifter;
   const Vec fraction = x - (shifted - shifter);  // in [-0.5, 0.5]

@@ -1,14 +1,14 @@
-// Which instruction set does a CPU kernel run with? The kernels of csrc/cpu/ are compiled once per instruction set, into
-// one namespace each, and the best one that the processor has is called at run time.
+// Chooses the instruction set of CPU kernels at run time. The kernels of csrc/cpu are compiled once per instruction
+// set, each time into a namespace of its own, and calls go to the best one that the processor has.
 //
-//   csrc/cpu/swiglu.h      LMF_DECLARE_KERNEL(void, swiglu_rows, (const float* gate_up, float* y, int64_t num_rows))
-//   csrc/cpu/swiglu_kernel.cpp    namespace lmf::LMF_ISA { void swiglu_rows(...) { ... } }        compiled with -DLMF_ISA=<name>
-//   csrc/cpu/swiglu_op.cpp        LMF_CALL_KERNEL(swiglu_rows, gate_up, y, num_rows);             overloads are fine
+//   swiglu.h           LMF_DECLARE_KERNEL(void, swiglu_rows, (const float* gate_up, float* y, int64_t num_rows))
+//   swiglu_kernel.cpp  namespace lmf::LMF_ISA { void swiglu_rows(...) { ... } }    compiled with -DLMF_ISA=<name>
+//   swiglu_op.cpp      LMF_CALL_KERNEL(swiglu_rows, gate_up, y, num_rows);         overloads are fine
 //
-// Everything in a header that a kernel includes (csrc/rows/) belongs into namespace lmf::LMF_ISA too: an inline function
-// or template outside of it would exist once per instruction set under one name, and the linker keeps only one of them,
-// perhaps one the processor cannot run. The build lists baseline objects first, so that what is left (the standard
-// library's templates) resolves to baseline code.
+// Code in headers that kernels include (csrc/elementwise) must be in namespace lmf::LMF_ISA too. An inline function or
+// template outside of it would exist once per instruction set under one name, and the linker would keep only one of
+// them, perhaps one that the processor cannot run. The build lists baseline objects first, so that what remains (the
+// standard library's templates) resolves to baseline code.
 
 #pragma once
 
@@ -19,13 +19,14 @@
 #define LMF_ISA baseline
 #endif
 
+// clang-format off: one line per instruction set
 #if defined(__x86_64__)
 #define LMF_DECLARE_KERNEL(result, name, parameters) \
   namespace lmf::baseline { result name parameters; }  \
   namespace lmf::avx2 { result name parameters; }      \
   namespace lmf::avx512 { result name parameters; }
 
-// The value of the kernel `name` for these arguments, by the best instruction set.
+// Calls the kernel `name` for the best instruction set.
 #define LMF_CALL_KERNEL(name, ...)                                              \
   (::lmf::best_isa() == ::lmf::Isa::kAvx512 ? ::lmf::avx512::name(__VA_ARGS__)  \
    : ::lmf::best_isa() == ::lmf::Isa::kAvx2 ? ::lmf::avx2::name(__VA_ARGS__)    \
@@ -35,12 +36,13 @@
   namespace lmf::baseline { result name parameters; }
 #define LMF_CALL_KERNEL(name, ...) ::lmf::baseline::name(__VA_ARGS__)
 #endif
+// clang-format on
 
 namespace lmf {
 
 enum class Isa { kBaseline, kAvx2, kAvx512 };
 
-// LMFUSION_CPU_ISA=baseline or avx2 holds the choice down, for tests and for telling apart a kernel's versions.
+// LMFUSION_CPU_ISA=baseline or avx2 limits the choice, for tests and to compare the versions of a kernel.
 inline Isa detect_isa() {
 #if defined(__x86_64__)
   const char* wanted = std::getenv("LMFUSION_CPU_ISA");

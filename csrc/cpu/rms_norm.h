@@ -1,4 +1,4 @@
-// Which kernels does the CPU have for RMSNorm? Rows are contiguous, each call works on one thread.
+// The CPU kernels of RMSNorm. Rows are contiguous, and each call works on one thread.
 
 #pragma once
 
@@ -29,8 +29,8 @@ struct RmsNormBackwardRows {
   const T* weight;
   const T* dresidual;  // added to dx; null: none
   T* dx;
-  float* dweight;  // [width], the sum over these rows is added; null: not wanted
-  T* y;  // the forward's result; null: not wanted
+  float* dweight;  // [width], increased by the sum over these rows; null: not wanted
+  T* y;            // the forward's result; null: not wanted
   int64_t num_rows, width;
 };
 
@@ -40,7 +40,7 @@ LMF_DECLARE_KERNEL(void, rms_norm_rows, (const RmsNormRows<float>& rows))
 LMF_DECLARE_KERNEL(void, rms_norm_rows, (const RmsNormRows<bfloat16>& rows))
 LMF_DECLARE_KERNEL(void, rms_norm_backward_rows, (const RmsNormBackwardRows<float>& rows))
 LMF_DECLARE_KERNEL(void, rms_norm_backward_rows, (const RmsNormBackwardRows<bfloat16>& rows))
-// out[j] = sum over the num_partials rows (stride apart) of partials[j], for j < width; spoils partials.
+// out[j] = sum over the num_partials rows (stride apart) of partials[j], for j < width. Overwrites partials.
 LMF_DECLARE_KERNEL(
     void, sum_partials, (float* partials, int64_t num_partials, int64_t stride, int64_t width, float* out))
 LMF_DECLARE_KERNEL(

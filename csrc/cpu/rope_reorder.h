@@ -1,4 +1,4 @@
-// Which kernels does the CPU have for RoPE, QK norm and the way between the two orders? Each call works on one thread.
+// The CPU kernels of RoPE, QK norm and the reordering between tower and sequence order. Each call works on one thread.
 
 #pragma once
 
@@ -20,8 +20,8 @@ struct RopeReorderRows {
   const float* cos;  // [N, head_dim / 2] by sequence index, as sin
   const float* sin;
   const int32_t* sequence_row;  // by row: its sequence index, row of cos and sin
-  const int32_t* query_row;     // by row: below num_constant a row of q_constant, else that row of q plus num_constant
-  const int32_t* key_slot;      // by sequence index: row of k and v; null: that index
+  const int32_t* query_row;     // by row: below num_constant a row of q_constant, else num_constant plus a row of q
+  const int32_t* key_slot;      // by sequence index: row of k and v; null: the index
   const T* q_norm;              // [head_dim]; null: none, as k_norm
   const T* k_norm;
   T* q_constant;
@@ -47,7 +47,7 @@ struct RopeReorderBackwardRows {
   const T* q_norm[2];
   const T* k_norm[2];
   T* dqkv[2];
-  float* dq_norm[2];  // [head_dim], the sum over these ranks is added; null: not wanted
+  float* dq_norm[2];  // [head_dim], increased by the sum over these ranks; null: not wanted
   float* dk_norm[2];
   int64_t begin, end;  // ranks
   int64_t num_text;

@@ -10,7 +10,7 @@ namespace lmf {
 namespace LMF_ISA {
 namespace {
 
-// kHalf: head_dim / 2 where it is a common one (the loops over it unroll), or 0.
+// kHalf: head_dim / 2 if it is a common one, so that loops over it unroll; else 0.
 template <int kHalf>
 LMF_HD int64_t half_of(const HeadCounts& heads) {
   return kHalf != 0 ? kHalf : heads.head_dim / 2;
@@ -69,7 +69,8 @@ void forward(const RopeReorderRows<T>& rows) {
     T* q_out = query_to < rows.num_constant ? rows.q_constant + query_to * q_width
                                             : rows.q + (query_to - rows.num_constant) * q_width;
     rotate_heads<T, kHalf>(q, rows.heads.num_heads, half, cos, sin, rows.q_norm, rows.eps, q_out);
-    rotate_heads<T, kHalf>(k, rows.heads.num_kv_heads, half, cos, sin, rows.k_norm, rows.eps, rows.k + key_to * kv_width);
+    rotate_heads<T, kHalf>(
+        k, rows.heads.num_kv_heads, half, cos, sin, rows.k_norm, rows.eps, rows.k + key_to * kv_width);
     memcpy(rows.v + key_to * kv_width, k + kv_width, kv_width * sizeof(T));
   }
 }

@@ -1,173 +1,133 @@
-// RoPE with reorder on the CPU: checks, results, threads. The arithmetic is in cpu/rope_reorder_kernel.cpp.
+// RoPE with reordering on the CPU: the ops and their threads. The arithmetic is in rope_reorder_kernel.cpp.
 
 #include "rope_reorder.h"
 
-#include "../common/allocate.h"
-#include "../common/arguments.h"
+#include "../common/op_arguments.h"
 #include "rms_norm.h"
+#include "threads.h"
 
 namespace lmf {
 namespace {
 
+// Runs the kernel over the rows of both towers. set_targets(rows, first_row) fills in where these rows go; first_row
+// counts the text tower's rows first.
+template <typename T, typename F>
+void run_rope_reorder(const RopeReorderTensors& t, int64_t num_text, double eps, const F& set_targets) {
+  const auto qkv_rows = towers_of<T>(t.qkv, num_text);
+  parallel_towers(qkv_rows.num_rows, grain_of(qkv_rows.width[0]), [&](int tower, int64_t begin, int64_t end) {
+    const int64_t first_row = tower * num_text + begin;
+    RopeReorderRows<T> rows = {};
+    rows.qkv = qkv_rows.row(tower, begin);
+    rows.cos = data<float>(t.cos);
+    rows.sin = data<float>(t.sin);
+    rows.sequence_row = data<int32_t>(t.sequence_row) + first_row;
+    rows.q_norm = t.norms.weight<T>(2 * tower);
+    rows.k_norm = t.norms.weight<T>(2 * tower + 1);
+    rows.num_rows = end - begin;
+    rows.heads = {t.num_heads, t.num_kv_heads, t.head_dim};
+    rows.eps = static_cast<float>(eps);
+    set_targets(rows, first_row);
+    LMF_CALL_KERNEL(rope_reorder_rows, rows);
+  });
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> rope_reorder(
-    const Tensors& qkv_in, const Tensor& cos_in, const Tensor& sin_in, const Tensor& tower_to_sequence,
-    const Tensor& query_row, int64_t num_text, int64_t num_constant, int64_t num_heads,
+    const Tensors& qkv, const Tensor& cos, const Tensor& sin, const Tensor& tower_to_sequence,
+    const Tensor& query_row_in, int64_t num_text, int64_t num_constant, int64_t num_heads,
     const OptionalTensor& text_q_norm, const OptionalTensor& text_k_norm, const OptionalTensor& image_q_norm,
     const OptionalTensor& image_k_norm, double eps) {
-  const int64_t num_rows = check_rows(qkv_in, num_text, "qkv");
-  const int64_t head_dim = check_angles(cos_in, sin_in, num_rows, qkv_in[0]), width = qkv_in[0].size(1);
-  const int64_t num_kv_heads = check_heads(qkv_in, num_heads, head_dim);
+  const RopeReorderTensors t(
+      qkv, cos, sin, tower_to_sequence, num_text, num_heads,
+      {&text_q_norm, &text_k_norm, &image_q_norm, &image_k_norm});
   check_num_constant(num_constant, num_text);
-  const ScalarType dtype = qkv_in[0].scalar_type();
-  const Norms norms({&text_q_norm, &text_k_norm, &image_q_norm, &image_k_norm}, head_dim, qkv_in[0]);
-  const Tensor sequence_row = check_index(tower_to_sequence, num_rows, num_rows, qkv_in[0], "tower_to_sequence");
-  const Tensor query_rows = check_index(query_row, num_rows, num_rows, qkv_in[0], "query_row");
-  const Tensors qkv = as_contiguous(qkv_in);
-  const Tensor cos = as_contiguous(cos_in), sin = as_contiguous(sin_in);
-  const Tensor q_constant = allocate({num_constant, num_heads, head_dim}, dtype);
-  const Tensor q = allocate({num_rows - num_constant, num_heads, head_dim}, dtype);
-  const Tensor k = allocate({num_rows, num_kv_heads, head_dim}, dtype);
-  const Tensor v = allocate({num_rows, num_kv_heads, head_dim}, dtype);
-  with_element_type(dtype, [&](auto zero) {
+  const Tensor query_row = check_index(query_row_in, t.num_rows, t.num_rows, t.qkv[0], "query_row");
+  const RopeReorderResults results(t, num_constant);
+  with_element_type(t.dtype(), [&](auto zero) {
     using T = decltype(zero);
-    const auto qkv_rows = towers_of<T>(qkv, num_text);
-    parallel_towers(qkv_rows.num_rows, grain_of(width), [&](int tower, int64_t begin, int64_t end) {
-      const int64_t row = tower * num_text + begin;
-      const RopeReorderRows<T> rows = {
-          qkv_rows.row(tower, begin),
-          data<float>(cos),
-          data<float>(sin),
-          data<int32_t>(sequence_row) + row,
-          data<int32_t>(query_rows) + row,
-          nullptr,
-          norms.weight<T>(2 * tower),
-          norms.weight<T>(2 * tower + 1),
-          data<T>(q_constant),
-          data<T>(q),
-          data<T>(k),
-          data<T>(v),
-          end - begin,
-          num_constant,
-          {num_heads, num_kv_heads, head_dim},
-          static_cast<float>(eps)};
-      LMF_CALL_KERNEL(rope_reorder_rows, rows);
+    run_rope_reorder<T>(t, num_text, eps, [&](RopeReorderRows<T>& rows, int64_t first_row) {
+      rows.query_row = data<int32_t>(query_row) + first_row;
+      rows.num_constant = num_constant;
+      rows.q_constant = data<T>(results.q_constant);
+      rows.q = data<T>(results.q);
+      rows.k = data<T>(results.k);
+      rows.v = data<T>(results.v);
     });
   });
-  return {q_constant, q, k, v};
+  return {results.q_constant, results.q, results.k, results.v};
 }
 
 Tensor rope_reorder_cached(
-    const Tensors& qkv_in, const Tensor& cos_in, const Tensor& sin_in, const Tensor& tower_to_sequence,
+    const Tensors& qkv, const Tensor& cos, const Tensor& sin, const Tensor& tower_to_sequence,
     const Tensor& key_slot_in, int64_t num_text, int64_t num_heads, const OptionalTensor& text_q_norm,
     const OptionalTensor& text_k_norm, const OptionalTensor& image_q_norm, const OptionalTensor& image_k_norm,
     double eps, const Tensor& k_cache, const Tensor& v_cache) {
-  const int64_t num_rows = check_rows(qkv_in, num_text, "qkv");
-  const int64_t head_dim = check_angles(cos_in, sin_in, num_rows, qkv_in[0]), width = qkv_in[0].size(1);
-  const int64_t num_kv_heads = check_heads(qkv_in, num_heads, head_dim);
-  const int64_t num_slots = check_caches(k_cache, v_cache, num_kv_heads, head_dim, qkv_in[0]);
-  const Norms norms({&text_q_norm, &text_k_norm, &image_q_norm, &image_k_norm}, head_dim, qkv_in[0]);
-  const Tensor sequence_row = check_index(tower_to_sequence, num_rows, num_rows, qkv_in[0], "tower_to_sequence");
-  const Tensor key_slot = check_index(key_slot_in, num_rows, num_slots, qkv_in[0], "key_slot");
-  const Tensors qkv = as_contiguous(qkv_in);
-  const Tensor cos = as_contiguous(cos_in), sin = as_contiguous(sin_in);
-  const Tensor q = allocate({num_rows, num_heads, head_dim}, qkv[0].scalar_type());
-  with_element_type(qkv[0].scalar_type(), [&](auto zero) {
+  const RopeReorderTensors t(
+      qkv, cos, sin, tower_to_sequence, num_text, num_heads,
+      {&text_q_norm, &text_k_norm, &image_q_norm, &image_k_norm});
+  const int64_t num_slots = check_caches(k_cache, v_cache, t.num_kv_heads, t.head_dim, t.qkv[0]);
+  const Tensor key_slot = check_index(key_slot_in, t.num_rows, num_slots, t.qkv[0], "key_slot");
+  const Tensor q = t.allocate_heads(t.num_rows, num_heads);
+  with_element_type(t.dtype(), [&](auto zero) {
     using T = decltype(zero);
-    const auto qkv_rows = towers_of<T>(qkv, num_text);
-    parallel_towers(qkv_rows.num_rows, grain_of(width), [&](int tower, int64_t begin, int64_t end) {
-      const int32_t* to = data<int32_t>(sequence_row) + tower * num_text + begin;
-      const RopeReorderRows<T> rows = {
-          qkv_rows.row(tower, begin),
-          data<float>(cos),
-          data<float>(sin),
-          to,
-          to,
-          data<int32_t>(key_slot),
-          norms.weight<T>(2 * tower),
-          norms.weight<T>(2 * tower + 1),
-          nullptr,
-          data<T>(q),
-          data<T>(k_cache),
-          data<T>(v_cache),
-          end - begin,
-          0,
-          {num_heads, num_kv_heads, head_dim},
-          static_cast<float>(eps)};
-      LMF_CALL_KERNEL(rope_reorder_rows, rows);
+    run_rope_reorder<T>(t, num_text, eps, [&](RopeReorderRows<T>& rows, int64_t) {
+      rows.query_row = rows.sequence_row;
+      rows.key_slot = data<int32_t>(key_slot);
+      rows.q = data<T>(q);
+      rows.k = data<T>(k_cache);
+      rows.v = data<T>(v_cache);
     });
   });
   return q;
 }
 
 Tensors rope_reorder_backward(
-    const Tensor& dq_in, const Tensor& dk_in, const Tensor& dv_in, const Tensors& qkv_in, const Tensor& cos_in,
-    const Tensor& sin_in, const Tensor& active_row_in, const OptionalTensor& active_key_in, int64_t num_live,
-    int64_t num_heads, const OptionalTensor& text_q_norm, const OptionalTensor& text_k_norm,
-    const OptionalTensor& image_q_norm, const OptionalTensor& image_k_norm, double eps, bool text_norm_grad,
-    bool image_norm_grad, bool joined) {
-  const int64_t head_dim =
-      check_rope_backward(dq_in, dk_in, dv_in, qkv_in, cos_in, sin_in, active_key_in.has_value(), num_live, num_heads);
-  const ScalarType dtype = dq_in.scalar_type();
-  const int64_t num_rows = dq_in.size(0), num_kv_heads = dk_in.size(1);
-  const int64_t width = (num_heads + 2 * num_kv_heads) * head_dim;
-  const Norms norms({&text_q_norm, &text_k_norm, &image_q_norm, &image_k_norm}, head_dim, dq_in);
-  STD_TORCH_CHECK(norms.held.empty() || !qkv_in.empty(), "qkv is empty, but the backward of QK norm needs it");
-  const Tensor active_row = check_index(active_row_in, num_rows, num_rows, dq_in, "active_row");
-  OptionalTensor active_key;
-  if (active_key_in) active_key = check_index(*active_key_in, num_rows, cos_in.size(0), dq_in, "active_key");
-  const Tensor dq = as_contiguous(dq_in), dk = as_contiguous(dk_in), dv = as_contiguous(dv_in);
-  const Tensor cos = as_contiguous(cos_in), sin = as_contiguous(sin_in);
-  const Tensors qkv = as_contiguous(qkv_in);
-  Tensors result;
-  if (joined) {
-    result.push_back(allocate({num_rows, width}, dtype));
-  } else {
-    result.push_back(allocate({num_live, width}, dtype));
-    result.push_back(allocate({num_rows - num_live, width}, dtype));
-  }
-  with_element_type(dtype, [&](auto zero) {
+    const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensors& qkv, const Tensor& cos, const Tensor& sin,
+    const Tensor& active_row, const OptionalTensor& active_key, int64_t num_live, int64_t num_heads,
+    const OptionalTensor& text_q_norm, const OptionalTensor& text_k_norm, const OptionalTensor& image_q_norm,
+    const OptionalTensor& image_k_norm, double eps, bool text_norm_grad, bool image_norm_grad, bool joined) {
+  const RopeReorderBackwardTensors t(
+      dq, dk, dv, qkv, cos, sin, active_row, active_key, num_live, num_heads,
+      {&text_q_norm, &text_k_norm, &image_q_norm, &image_k_norm}, text_norm_grad, image_norm_grad, joined);
+  with_element_type(t.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const auto qkv_rows = towers_of<T>(qkv, num_live);
-    const auto dqkv_rows = towers_of<T>(result, num_live);
-    const Chunks chunks(num_rows);
-    bool wanted[4];
-    for (int i = 0; i < 4; ++i) wanted[i] = norms.has(i) && (i < 2 ? text_norm_grad : image_norm_grad);
-    const bool any_wanted = wanted[0] || wanted[1] || wanted[2] || wanted[3];
-    std::vector<float> partials(any_wanted ? chunks.count * 4 * head_dim : 0);
+    const auto qkv_rows = towers_of<T>(t.qkv, num_live), dqkv_rows = towers_of<T>(t.dqkv, num_live);
+    const Chunks chunks(t.num_rows);
+    const int64_t head_dim = t.head_dim;
+    std::vector<float> partials(t.dnorms.empty() ? 0 : chunks.count * 4 * head_dim);
     torch::stable::parallel_for(0, chunks.count, 1, [&](int64_t first_chunk, int64_t last_chunk) {
       for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
         float* sums[4];
-        for (int i = 0; i < 4; ++i) sums[i] = wanted[i] ? partials.data() + (chunk * 4 + i) * head_dim : nullptr;
+        for (int i = 0; i < 4; ++i) sums[i] = t.norm_grad[i] ? partials.data() + (chunk * 4 + i) * head_dim : nullptr;
         const RopeReorderBackwardRows<T> rows = {
-            data<T>(dq),
-            data<T>(dk),
-            data<T>(dv),
+            data<T>(t.dq),
+            data<T>(t.dk),
+            data<T>(t.dv),
             {qkv_rows.rows[0], qkv_rows.rows[1]},
-            data<float>(cos),
-            data<float>(sin),
-            data<int32_t>(active_row),
-            active_key ? data<int32_t>(*active_key) : nullptr,
-            {norms.weight<T>(0), norms.weight<T>(2)},
-            {norms.weight<T>(1), norms.weight<T>(3)},
+            data<float>(t.cos),
+            data<float>(t.sin),
+            data<int32_t>(t.active_row),
+            t.active_key ? data<int32_t>(*t.active_key) : nullptr,
+            {t.norms.weight<T>(0), t.norms.weight<T>(2)},
+            {t.norms.weight<T>(1), t.norms.weight<T>(3)},
             {dqkv_rows.rows[0], dqkv_rows.rows[1]},
             {sums[0], sums[2]},
             {sums[1], sums[3]},
             chunks.begin(chunk),
             chunks.end(chunk),
             num_live,
-            {num_heads, num_kv_heads, head_dim},
+            {num_heads, t.num_kv_heads, head_dim},
             static_cast<float>(eps)};
         LMF_CALL_KERNEL(rope_reorder_backward_rows, rows);
       }
     });
+    auto dnorm = t.dnorms.begin();
     for (int i = 0; i < 4; ++i) {
-      if (!wanted[i]) continue;
-      result.push_back(allocate({head_dim}, dtype));
-      LMF_CALL_KERNEL(
-          sum_partials, partials.data() + i * head_dim, chunks.count, 4 * head_dim, head_dim, data<T>(result.back()));
+      if (!t.norm_grad[i]) continue;
+      T* out = data<T>(*dnorm++);
+      LMF_CALL_KERNEL(sum_partials, partials.data() + i * head_dim, chunks.count, 4 * head_dim, head_dim, out);
     }
   });
-  return result;
+  return t.results();
 }
 
 }  // namespace

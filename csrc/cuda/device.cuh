@@ -1,6 +1,6 @@
-// What do the kernels of csrc/cuda share on the device? 16-byte accesses, sums over the threads of a row, fast exp.
+// Device code that the kernels of csrc/cuda share: 16-byte accesses and sums over the threads of a row.
 //
-// Kernels keep to threadIdx, blockIdx, blockDim, gridDim, static __shared__ arrays, __syncthreads() and shuffles of
+// Kernels use only threadIdx, blockIdx, blockDim, gridDim, static __shared__ arrays, __syncthreads() and shuffles of
 // full warps, so that tests/kernels/cuda_emulation can run the same source on the CPU.
 
 #pragma once
@@ -20,7 +20,7 @@ constexpr int kMaxWarps = 32;  // of a block
 template <typename T>
 constexpr int kVector = 16 / static_cast<int>(sizeof(T));
 
-// kCount neighbouring elements as they lie in memory: 16 bytes, or one element where width or address is not aligned.
+// kCount neighbouring elements as they lie in memory: 16 bytes, or one element if width or address is not aligned.
 template <typename T, int kCount>
 struct Pack {
   static_assert(kCount == kVector<T>, "a pack is 16 bytes or one element");
@@ -32,7 +32,7 @@ struct Pack<T, 1> {
   T element;
 };
 
-// Writes 16 bytes of global memory in one instruction, which the compiler makes of a plain store in small kernels only.
+// Writes 16 bytes of global memory in one instruction. For a plain store the compiler does so only in small kernels.
 __device__ __forceinline__ void store_words(void* to, uint4 words) {
 #if defined(__CUDA_ARCH__)
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(words.x), "r"(words.y), "r"(words.z),
@@ -122,7 +122,7 @@ __device__ __forceinline__ Pack<T, kCount> pack_of(const float (&x)[kCount]) {
   return pack;
 }
 
-// Makes the compiler read the pack again instead of keeping what was computed from it before.
+// Makes the compiler read the pack again, so that it does not keep values computed from it in registers.
 template <typename T, int kCount>
 __device__ __forceinline__ void forget(Pack<T, kCount>& pack) {
 #if defined(__CUDA_ARCH__)
@@ -132,14 +132,15 @@ __device__ __forceinline__ void forget(Pack<T, kCount>& pack) {
 #endif
 }
 
-// The sum over groups of `size` neighbouring lanes (a power of two), in each of them. All lanes of the warp take part.
+// Sums over groups of `size` neighbouring lanes (a power of two); each lane gets its sum. All lanes of the warp call
+// it.
 __device__ __forceinline__ float lane_sum(float value, int size) {
   for (int distance = size / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(kAllLanes, value, distance);
   return value;
 }
 
-// The sum over the threads of this threadIdx.y, blockDim.x a multiple of a warp, in each of them. All threads of the
-// block take part. `partial` must not be written again before the next __syncthreads().
+// Sums over the threads with this threadIdx.y; each gets the sum. blockDim.x must be a multiple of a warp, and all
+// threads of the block must call it. `partial` must not be written again before the next __syncthreads().
 __device__ __forceinline__ float row_sum(float value, float (&partial)[kMaxWarps]) {
   value = lane_sum(value, kWarp);
   const int num_warps = static_cast<int>(blockDim.x) / kWarp;

@@ -1,13 +1,13 @@
-// How do the ops of csrc/cuda reach the GPU? Device, stream, memory, launches, registration. Nothing here waits for the
-// device, and all memory comes from torch's allocator, so every op can be captured into a CUDA graph.
+// Device, stream, launches and registration of the ops in csrc/cuda. Nothing here waits for the device, and all memory
+// comes from torch's allocator, so every op can be captured into a CUDA graph.
 //
-// tests/kernels/cuda_emulation compiles the same sources for the CPU: its cuda_emulation.h then has LMF_LAUNCH and class Gpu.
+// tests/kernels/cuda_emulation compiles the same sources for the CPU; its cuda_emulation.h replaces LMF_LAUNCH and Gpu.
 
 #pragma once
 
 #include <initializer_list>
 
-#include "../common/arguments.h"
+#include "../common/op_arguments.h"
 #include "device.cuh"
 
 // Registers CUDA implementations: LMF_CUDA_LIBRARY_IMPL(m) { m.impl("swiglu", TORCH_BOX(&swiglu)); }
@@ -18,13 +18,13 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
-// Part of libtorch_cuda, which a torch for CPUs lacks; weak, so that the library loads there too.
+// Part of libtorch_cuda, which a torch for CPUs lacks. Weak, so that this library loads with such a torch too.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 
 // Launches kernel<<<grid, block, 0, stream>>>(arguments...); parenthesise a kernel that is an instance of a template.
-#define LMF_LAUNCH(kernel, grid, block, stream, ...)                \
-  do {                                                              \
-    (kernel)<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__);        \
+#define LMF_LAUNCH(kernel, grid, block, stream, ...)                 \
+  do {                                                               \
+    (kernel)<<<(grid), (block), 0, (stream)>>>(__VA_ARGS__);         \
     ::lmf::check_cuda(cudaGetLastError(), "the launch of " #kernel); \
   } while (false)
 
@@ -40,7 +40,7 @@ class Gpu {
   explicit Gpu(const Tensor& beside) : device_(beside.get_device_index()), guard_(device_) {
     STD_TORCH_CHECK(
         aoti_torch_get_current_cuda_stream != nullptr,
-        "a tensor is on a GPU, but this torch has no CUDA; install a torch that was built with it");
+        "torch must be built with CUDA for tensors on a GPU; install a torch that is");
     void* handle = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_, &handle));
     stream = static_cast<cudaStream_t>(handle);
@@ -48,7 +48,9 @@ class Gpu {
 
   int64_t num_multiprocessors() const {
     int count = 0;
-    check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_), "asking for the device's size");
+    check_cuda(
+        cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_),
+        "the query of the number of multiprocessors");
     return count;
   }
 
@@ -65,18 +67,6 @@ class Gpu {
 
 namespace lmf {
 
-inline Tensor allocate_beside(const std::vector<int64_t>& shape, ScalarType dtype, const Tensor& beside) {
-  return torch::stable::empty(shape, dtype, std::nullopt, beside.device());
-}
-
-inline Tensors allocate_like(const Tensors& like) {
-  Tensors result;
-  for (const Tensor& t : like) result.push_back(allocate_beside({t.size(0), t.size(1)}, t.scalar_type(), t));
-  return result;
-}
-
-inline void append(Tensors& to, const Tensors& from) { to.insert(to.end(), from.begin(), from.end()); }
-
 // Calls f(T{}) with the element type T of `dtype`.
 template <typename F>
 void with_gpu_element_type(ScalarType dtype, const F& f) {
@@ -90,8 +80,9 @@ void with_gpu_element_type(ScalarType dtype, const F& f) {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Blocks for rows of `width` accesses, `in_flight` of them a thread: threadIdx.x and blockIdx.x run along a row,
-// threadIdx.y and blockIdx.y (which may have to go round) over the rows. No division is left to the threads.
+// Blocks for rows of `width` accesses, `in_flight` of them per thread: threadIdx.x and blockIdx.x run along a row,
+// threadIdx.y and blockIdx.y over the rows. Kernels loop over the rows, because gridDim.y is limited. Threads need no
+// division to find their row.
 struct RowsGrid {
   static constexpr int64_t kMaxGridY = 65535;
   dim3 grid, block;

@@ -1,6 +1,6 @@
-// How are weight gradients summed over rows so that every run gives the same bits? Blocks write float32 partial sums of
-// their own, a second kernel adds them in a fixed order. Nothing is atomic, and how the rows are dealt out depends on
-// their number and the device's size alone.
+// Sums of weight gradients over rows, with the same bits in every run. Each block writes float32 partial sums of its
+// own, and a second kernel adds them in a fixed order. Nothing is atomic, and the distribution of the rows depends only
+// on their number and the device's size.
 
 #pragma once
 

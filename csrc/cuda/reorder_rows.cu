@@ -1,5 +1,5 @@
-// Rows of any dtype in another order, on the GPU: moved as they are, in accesses of 16, 4 or 1 bytes, kAccesses of them
-// in flight a thread.
+// Moves rows of any dtype into another order on the GPU, in accesses of 16, 4 or 1 bytes, kAccesses of them in flight
+// per thread.
 //
 // Bytes per row of b bytes: 2 b and 4 of the index; the floor is those bytes over the copy bandwidth.
 
@@ -40,35 +40,30 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename Access>
-void launch(const Tensor& x, const Tensor& index, const Tensor& y, int64_t row_bytes, const Gpu& gpu) {
-  const int64_t num_rows = x.size(0), width = row_bytes / static_cast<int64_t>(sizeof(Access));
-  const RowsGrid shape(width, num_rows, kAccesses, kThreads);
+void launch(const ReorderRowsTensors& t, const Gpu& gpu) {
+  const int64_t width = t.row_bytes / static_cast<int64_t>(sizeof(Access));
+  const RowsGrid shape(width, t.num_rows, kAccesses, kThreads);
   LMF_LAUNCH(
-      (reorder_rows_kernel<Access>), shape.grid, shape.block, gpu.stream, data<Access>(x), data<int32_t>(index),
-      data<Access>(y), num_rows, width);
+      (reorder_rows_kernel<Access>), shape.grid, shape.block, gpu.stream, data<Access>(t.x), data<int32_t>(t.index),
+      data<Access>(t.y), t.num_rows, width);
 }
 
-Tensor reorder_rows(const Tensor& x_in, const Tensor& index_in, const Tensor& inverse) {
-  check_reorder(x_in, inverse);
-  const int64_t num_rows = x_in.size(0);
-  const Tensor index = check_index(index_in, num_rows, num_rows, x_in, "index");
-  const Gpu gpu(x_in);
-  const Tensor x = as_contiguous(x_in);
-  const Tensor y = allocate_beside(std::vector<int64_t>(x.sizes().begin(), x.sizes().end()), x.scalar_type(), x);
-  if (x.numel() == 0) return y;
-  const int64_t row_bytes = x.numel() / num_rows * static_cast<int64_t>(x.element_size());
+Tensor reorder_rows(const Tensor& x, const Tensor& index, const Tensor& inverse) {
+  const ReorderRowsTensors t(x, index, inverse);
+  if (t.x.numel() == 0) return t.y;
+  const Gpu gpu(t.x);
   const auto fits = [&](size_t size) {
-    const auto start = reinterpret_cast<uintptr_t>(data<void>(x)) | reinterpret_cast<uintptr_t>(data<void>(y));
-    return row_bytes % size == 0 && start % size == 0;
+    const auto start = reinterpret_cast<uintptr_t>(data<void>(t.x)) | reinterpret_cast<uintptr_t>(data<void>(t.y));
+    return t.row_bytes % size == 0 && start % size == 0;
   };
   if (fits(sizeof(uint4))) {
-    launch<uint4>(x, index, y, row_bytes, gpu);
+    launch<uint4>(t, gpu);
   } else if (fits(sizeof(uint32_t))) {
-    launch<uint32_t>(x, index, y, row_bytes, gpu);
+    launch<uint32_t>(t, gpu);
   } else {
-    launch<uint8_t>(x, index, y, row_bytes, gpu);
+    launch<uint8_t>(t, gpu);
   }
-  return y;
+  return t.y;
 }
 
 }  // namespace

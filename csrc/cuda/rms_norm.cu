@@ -1,11 +1,12 @@
 // RMSNorm of rows of two towers on the GPU, forward and backward, one launch for both towers.
 //
-// A row is read once and stays in registers between the sum over it and the scaling: kPacks accesses of 16 bytes a
-// thread, as many threads as that takes. Rows that are not aligned, or too wide, are read twice, element by element.
+// A row is read once and stays in registers between the sum over it and the scaling: kPacks accesses of 16 bytes per
+// thread, with as many threads as that takes. Rows that are not aligned, or too wide, are read twice, element by
+// element.
 //
 // Bytes per row, e = bytes of an element, d = width: forward 2 e d (reads x, writes y), with a residual 4 e d, and e d
 // for a kept row; backward 3 e d (reads dy, x, writes dx), e d more each for dresidual and for a recomputed y. Weights
-// and the partial sums of their gradients (4 bytes a column and resident row of threads) stay in the L2. The floor is
+// and the partial sums of their gradients (4 bytes per column and resident row of threads) stay in the L2. The floor is
 // those bytes over the copy bandwidth.
 
 #include "../elementwise/rms_norm.h"
@@ -18,7 +19,7 @@ namespace {
 
 constexpr int kForwardPacks = 4, kBackwardPacks = 2;
 constexpr int kMaxThreads = 1024, kMinThreads = 128, kThreadsOfAnyRow = 256;
-// Of the backward's block and of a multiprocessor: what 80 registers a thread leave room for, 64 with float32.
+// Threads of the backward's block and of a multiprocessor: what 80 registers per thread leave room for, 64 in float32.
 template <typename T>
 constexpr int kMaxBackwardThreads = sizeof(T) == 4 ? 1024 : 768;
 
@@ -67,7 +68,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const NormArgumen
   __shared__ float partial[kMaxWarps];
   const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   const bool is_image = i >= arguments.num_text;
-  // Copies chosen member by member: an index that is not a constant would put the arguments into local memory.
+  // Members are selected one by one: indexing with a variable would put the arguments into local memory.
   NormTower<T> tower = arguments.tower[0];
   if (is_image) tower = arguments.tower[1];
   const int64_t row = is_image ? i - arguments.num_text : i;
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_kernel(const NormArgumen
   if (threadIdx.x == 0 && i < arguments.num_rows) arguments.rstd[i] = rstd;
 }
 
-// One row a block, any width.
+// One row per block, any width.
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads) rms_norm_any_kernel(const NormArguments<T> arguments) {
   __shared__ float partial[kMaxWarps];
@@ -172,7 +173,7 @@ struct BackwardBlock {
   }
 };
 
-// Every threadIdx.y of every block strides over the rows of one tower, its sums of the weight gradient in registers.
+// Every threadIdx.y of every block strides over the rows of one tower, with sums of the weight gradient in registers.
 template <typename T>
 __global__ void __launch_bounds__(kMaxBackwardThreads<T>)
     rms_norm_backward_kernel(const NormBackwardArguments<T> arguments) {
@@ -214,7 +215,8 @@ __global__ void __launch_bounds__(kMaxBackwardThreads<T>)
 #pragma unroll
       for (int k = 0; k < kCount; ++k) dot += w[k] * g[k] * a[k];
     }
-    // Two buffers in turn: the next row's sync lies between the reads for this row and the writes of the next but one.
+    // Two buffers alternate, so one sync per row suffices: the next row's sync separates the reads for this row from
+    // the writes for the row after the next.
     const float correction = norm_correction(row_sum(dot, partial[parity]), tower.width, rstd);
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
@@ -250,7 +252,8 @@ __global__ void __launch_bounds__(kMaxBackwardThreads<T>)
   }
 }
 
-// Any width, one row at a time a block; sums of the weight gradient in memory, every element in one thread's hands.
+// Any width, one row at a time per block. Sums of the weight gradient are in memory; each element belongs to one
+// thread.
 template <typename T>
 __global__ void __launch_bounds__(kMaxThreads) rms_norm_backward_any_kernel(const NormBackwardArguments<T> arguments) {
   __shared__ float partial[2][kMaxWarps];
@@ -280,7 +283,7 @@ __global__ void __launch_bounds__(kMaxThreads) rms_norm_backward_any_kernel(cons
   }
 }
 
-// Threads along a row and rows in a block, for rows of `width` elements, `elements` of them in a thread's registers.
+// Threads along a row and rows in a block, for rows of `width` elements with `elements` of them per thread.
 struct BlockShape {
   int64_t threads, rows;
 
@@ -292,33 +295,22 @@ struct BlockShape {
 Tensors rms_norm(
     const Tensors& x_in, const Tensors& residual_in, const Tensor& text_weight, const Tensor& image_weight,
     int64_t num_text, double eps, int64_t num_constant, bool keep_text, bool keep_image) {
-  const int64_t num_rows = check_rows(x_in, num_text, "x");
-  check_num_constant(num_constant, num_text);
-  check_norm_weights(x_in, text_weight, image_weight);
-  if (!residual_in.empty()) check_like(residual_in, x_in, "residual");
-  const Gpu gpu(x_in[0]);
-  const Tensors x = as_contiguous(x_in), residual = as_contiguous(residual_in);
-  const Tensor weights[2] = {as_contiguous(text_weight), as_contiguous(image_weight)};
-  const Tensors y = allocate_like(x), sum = allocate_like(residual);
-  const Tensor rstd = allocate_beside({num_rows}, ScalarType::Float, x[0]);
-  const ScalarType dtype = x[0].scalar_type();
-  Tensors kept;
-  if (keep_text) kept.push_back(allocate_beside({num_text - num_constant, x[0].size(1)}, dtype, x[0]));
-  if (keep_image) kept.push_back(allocate_beside({num_rows - num_text, x.back().size(1)}, dtype, x[0]));
-  with_gpu_element_type(dtype, [&](auto zero) {
+  const RmsNormTensors t(x_in, residual_in, text_weight, image_weight, num_text, num_constant, keep_text, keep_image);
+  const int64_t num_rows = t.num_rows;
+  const Gpu gpu(t.x[0]);
+  with_gpu_element_type(t.x[0].scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const auto x_rows = towers_of<T>(x, num_text), residual_rows = towers_of<T>(residual, num_text);
-    const auto y_rows = towers_of<T>(y, num_text), sum_rows = towers_of<T>(sum, num_text);
-    T* const copies[2] = {keep_text ? data<T>(kept[0]) : nullptr, keep_image ? data<T>(kept.back()) : nullptr};
-    NormArguments<T> arguments = {{}, data<float>(rstd), num_rows, num_text, static_cast<float>(eps)};
+    const auto x_rows = towers_of<T>(t.x, num_text), residual_rows = towers_of<T>(t.residual, num_text);
+    const auto y_rows = towers_of<T>(t.y, num_text), sum_rows = towers_of<T>(t.sum, num_text);
+    NormArguments<T> arguments = {{}, data<float>(t.rstd), num_rows, num_text, static_cast<float>(eps)};
     bool aligned = true;
     for (int i : {0, 1}) {
       NormTower<T>& tower = arguments.tower[i];
-      tower = {x_rows.rows[i], residual_rows.rows[i], data<T>(weights[i]), y_rows.rows[i], sum_rows.rows[i],
-               copies[i],      x_rows.width[i],       i == 0 ? num_constant : 0};
-      aligned = aligned && is_aligned(
-                               tower.width * sizeof(T),
-                               {tower.x, tower.residual, tower.weight, tower.y, tower.sum, tower.kept});
+      tower = {x_rows.rows[i],   residual_rows.rows[i], data<T>(t.weights[i]), y_rows.rows[i],
+               sum_rows.rows[i], t.kept_rows<T>(i),     x_rows.width[i],       t.first_kept[i]};
+      aligned =
+          aligned &&
+          is_aligned(tower.width * sizeof(T), {tower.x, tower.residual, tower.weight, tower.y, tower.sum, tower.kept});
     }
     if (num_rows == 0) return;
     const BlockShape shape(std::max(x_rows.width[0], x_rows.width[1]), kVector<T> * kForwardPacks);
@@ -329,15 +321,11 @@ Tensors rms_norm(
       LMF_LAUNCH((rms_norm_any_kernel<T>), dim3(num_rows), dim3(kThreadsOfAnyRow), gpu.stream, arguments);
     }
   });
-  Tensors result = y;
-  append(result, sum);
-  append(result, kept);
-  result.push_back(rstd);
-  return result;
+  return t.results();
 }
 
-// Deals `num_blocks` blocks out to the towers by their rows, at least one to each that has any, and not more than rows.
-void deal_blocks(int64_t num_blocks, const int64_t (&num_rows)[2], int64_t rows_per_block, int64_t (&blocks)[2]) {
+// Splits `num_blocks` blocks between the towers by their rows: at least one if it has any rows, at most one per row.
+void split_blocks(int64_t num_blocks, const int64_t (&num_rows)[2], int64_t rows_per_block, int64_t (&blocks)[2]) {
   const int64_t all = num_rows[0] + num_rows[1];
   for (int i : {0, 1}) {
     const int64_t share = all > 0 ? ceil_div(num_blocks * num_rows[i], all) : 0;
@@ -349,63 +337,57 @@ Tensors rms_norm_backward(
     const Tensors& dy_in, const Tensors& x_in, const Tensor& rstd_in, const Tensor& text_weight,
     const Tensor& image_weight, int64_t num_text, const Tensors& dresidual_in, bool text_grad, bool image_grad,
     bool recompute) {
-  const int64_t num_rows = check_rows(x_in, num_text, "x");
-  check_norm_weights(x_in, text_weight, image_weight);
-  check_like(dy_in, x_in, "dy");
-  if (!dresidual_in.empty()) check_like(dresidual_in, x_in, "dresidual");
-  check_dtype(rstd_in, ScalarType::Float, x_in[0], "rstd");
-  check_shape(rstd_in, {num_rows}, "rstd");
-  const Gpu gpu(x_in[0]);
-  const Tensors dy = as_contiguous(dy_in), x = as_contiguous(x_in), dresidual = as_contiguous(dresidual_in);
-  const Tensor weights[2] = {as_contiguous(text_weight), as_contiguous(image_weight)}, rstd = as_contiguous(rstd_in);
-  const bool weight_grad[2] = {text_grad, image_grad};
-  const Tensors dx = allocate_like(x), y = recompute ? allocate_like(x) : Tensors{};
-  Tensors dweights;
-  with_gpu_element_type(x[0].scalar_type(), [&](auto zero) {
+  const RmsNormBackwardTensors t(
+      dy_in, x_in, rstd_in, text_weight, image_weight, num_text, dresidual_in, text_grad, image_grad, recompute);
+  const Gpu gpu(t.x[0]);
+  with_gpu_element_type(t.x[0].scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    const auto dy_rows = towers_of<T>(dy, num_text), x_rows = towers_of<T>(x, num_text);
-    const auto dresidual_rows = towers_of<T>(dresidual, num_text);
-    const auto dx_rows = towers_of<T>(dx, num_text), y_rows = towers_of<T>(y, num_text);
+    const auto dy_rows = towers_of<T>(t.dy, num_text), x_rows = towers_of<T>(t.x, num_text);
+    const auto dresidual_rows = towers_of<T>(t.dresidual, num_text);
+    const auto dx_rows = towers_of<T>(t.dx, num_text), y_rows = towers_of<T>(t.y, num_text);
     BlockShape shape(std::max(x_rows.width[0], x_rows.width[1]), kVector<T> * kBackwardPacks);
     bool in_registers = shape.threads <= kMaxBackwardThreads<T>;
     for (int i : {0, 1}) {
-      in_registers = in_registers && is_aligned(
-                                         x_rows.width[i] * sizeof(T),
-                                         {dy_rows.rows[i], x_rows.rows[i], data<T>(weights[i]),
-                                          dresidual_rows.rows[i], dx_rows.rows[i], y_rows.rows[i]});
+      in_registers =
+          in_registers && is_aligned(
+                              x_rows.width[i] * sizeof(T), {dy_rows.rows[i], x_rows.rows[i], data<T>(t.weights[i]),
+                                                            dresidual_rows.rows[i], dx_rows.rows[i], y_rows.rows[i]});
     }
     if (!in_registers) {
       shape.threads = kThreadsOfAnyRow;
       shape.rows = 1;
     }
-    NormBackwardArguments<T> arguments = {{}, data<float>(rstd), {0, 0}};
+    NormBackwardArguments<T> arguments = {{}, data<float>(t.rstd), {0, 0}};
     const int64_t blocks_each = kMaxBackwardThreads<T> / (shape.threads * shape.rows);
-    deal_blocks(gpu.num_multiprocessors() * blocks_each, x_rows.num_rows, shape.rows, arguments.num_blocks);
+    split_blocks(gpu.num_multiprocessors() * blocks_each, x_rows.num_rows, shape.rows, arguments.num_blocks);
     Tensors partials;
     std::vector<PartialSum<T>> sums;
     for (int i : {0, 1}) {
       const int64_t width = x_rows.width[i], num_partials = arguments.num_blocks[i] * shape.rows;
-      arguments.tower[i] = {dy_rows.rows[i], x_rows.rows[i], data<T>(weights[i]), dresidual_rows.rows[i],
-                            dx_rows.rows[i], y_rows.rows[i], nullptr,             x_rows.num_rows[i],
-                            width};
-      if (!weight_grad[i]) continue;
-      dweights.push_back(allocate_beside({width}, x[0].scalar_type(), x[0]));
-      partials.push_back(allocate_beside({num_partials, width}, ScalarType::Float, x[0]));
+      arguments.tower[i] = {
+          dy_rows.rows[i],
+          x_rows.rows[i],
+          data<T>(t.weights[i]),
+          dresidual_rows.rows[i],
+          dx_rows.rows[i],
+          y_rows.rows[i],
+          nullptr,
+          x_rows.num_rows[i],
+          width};
+      if (!t.weight_grad[i]) continue;
+      partials.push_back(allocate({num_partials, width}, ScalarType::Float, t.x[0]));
       arguments.tower[i].partials = data<float>(partials.back());
-      sums.push_back({data<float>(partials.back()), data<T>(dweights.back()), num_partials, width, width});
+      sums.push_back({data<float>(partials.back()), t.dweight<T>(i), num_partials, width, width});
     }
     const dim3 grid(arguments.num_blocks[0] + arguments.num_blocks[1]), block(shape.threads, shape.rows);
-    if (num_rows > 0 && in_registers) {
+    if (t.num_rows > 0 && in_registers) {
       LMF_LAUNCH((rms_norm_backward_kernel<T>), grid, block, gpu.stream, arguments);
-    } else if (num_rows > 0) {
+    } else if (t.num_rows > 0) {
       LMF_LAUNCH((rms_norm_backward_any_kernel<T>), grid, block, gpu.stream, arguments);
     }
     launch_sums(sums, gpu);
   });
-  Tensors result = dx;
-  append(result, dweights);
-  append(result, y);
-  return result;
+  return t.results();
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// RoPE, QK norm and the way from tower order to sequence order on the GPU; one launch for both towers. The backward is
+// RoPE, QK norm and the reordering from tower to sequence order on the GPU, one launch for both towers. The backward is
 // in rope_reorder_backward.cu.
 //
 // Bytes per row, e = bytes of an element, W = (H + 2 H_kv) D: 2 e W (reads qkv, writes q, k, v), 4 D of angles and 8 of
@@ -11,8 +11,8 @@ namespace lmf {
 namespace LMF_ISA {
 namespace {
 
-constexpr int kHeadsEach = 4;        // of a thread, where there are many rows
-constexpr int kHeadsEachCached = 1;  // where there are few
+constexpr int kHeadsEach = 4;        // per thread, for many rows
+constexpr int kHeadsEachCached = 1;  // for few rows
 
 template <typename T>
 struct RopeTower {
@@ -38,7 +38,7 @@ struct RopeArguments {
   float eps;
 };
 
-// Where a row comes from and goes to.
+// Source and target of a row.
 template <typename T>
 struct RopeRow {
   RopeTower<T> tower;
@@ -47,7 +47,7 @@ struct RopeRow {
 
   __device__ __forceinline__ RopeRow(const RopeArguments<T>& arguments, int64_t i) {
     const bool is_image = i >= arguments.num_text;
-    // Chosen member by member: an index that is not a constant would put the arguments into local memory.
+    // Members are selected one by one: indexing with a variable would put the arguments into local memory.
     tower = arguments.tower[0];
     if (is_image) tower = arguments.tower[1];
     qkv = tower.qkv + (is_image ? i - arguments.num_text : i) * arguments.heads.width();
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kRopeThreads) rope_reorder_kernel(const RopeAr
   }
 }
 
-// A warp for each row and head, any size of head, element by element.
+// A warp for each row and head, element by element, for any size of head.
 template <typename T>
 __global__ void __launch_bounds__(kRopeThreads) rope_reorder_any_kernel(const RopeArguments<T> arguments) {
   const int half = arguments.heads.half;
@@ -205,86 +205,70 @@ void launch(const RopeArguments<T>& arguments, bool has_norms, const Gpu& gpu) {
   }
 }
 
-// What is read, in a pack with nowhere to write to yet.
+// The arguments of the kernel without its targets.
 template <typename T>
-RopeArguments<T> inputs(
-    const Tensors& qkv, const Norms& norms, const Tensor& cos, const Tensor& sin, const Tensor& sequence_row,
-    int64_t num_text, const Heads& heads, double eps) {
-  const auto rows = towers_of<T>(qkv, num_text);
+RopeArguments<T> inputs(const RopeReorderTensors& t, int64_t num_text, double eps) {
+  const auto rows = towers_of<T>(t.qkv, num_text);
   RopeArguments<T> arguments = {};
-  arguments.tower[0] = {rows.rows[0], norms.weight<T>(0), norms.weight<T>(1)};
-  arguments.tower[1] = {rows.rows[1], norms.weight<T>(2), norms.weight<T>(3)};
-  arguments.cos = data<float>(cos);
-  arguments.sin = data<float>(sin);
-  arguments.sequence_row = data<int32_t>(sequence_row);
-  arguments.num_rows = sequence_row.size(0);
+  arguments.tower[0] = {rows.rows[0], t.norms.weight<T>(0), t.norms.weight<T>(1)};
+  arguments.tower[1] = {rows.rows[1], t.norms.weight<T>(2), t.norms.weight<T>(3)};
+  arguments.cos = data<float>(t.cos);
+  arguments.sin = data<float>(t.sin);
+  arguments.sequence_row = data<int32_t>(t.sequence_row);
+  arguments.num_rows = t.num_rows;
   arguments.num_text = num_text;
-  arguments.heads = heads;
+  arguments.heads = heads_of(t.num_heads, t.num_kv_heads, t.head_dim);
   arguments.eps = static_cast<float>(eps);
   return arguments;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> rope_reorder(
-    const Tensors& qkv_in, const Tensor& cos_in, const Tensor& sin_in, const Tensor& tower_to_sequence,
-    const Tensor& query_row, int64_t num_text, int64_t num_constant, int64_t num_heads,
+    const Tensors& qkv, const Tensor& cos, const Tensor& sin, const Tensor& tower_to_sequence,
+    const Tensor& query_row_in, int64_t num_text, int64_t num_constant, int64_t num_heads,
     const OptionalTensor& text_q_norm, const OptionalTensor& text_k_norm, const OptionalTensor& image_q_norm,
     const OptionalTensor& image_k_norm, double eps) {
-  const int64_t num_rows = check_rows(qkv_in, num_text, "qkv");
-  const int64_t head_dim = check_angles(cos_in, sin_in, num_rows, qkv_in[0]);
-  const int64_t num_kv_heads = check_heads(qkv_in, num_heads, head_dim);
-  const Heads heads = heads_of(num_heads, num_kv_heads, head_dim);
+  const RopeReorderTensors t(
+      qkv, cos, sin, tower_to_sequence, num_text, num_heads,
+      {&text_q_norm, &text_k_norm, &image_q_norm, &image_k_norm});
   check_num_constant(num_constant, num_text);
-  const Norms norms({&text_q_norm, &text_k_norm, &image_q_norm, &image_k_norm}, head_dim, qkv_in[0]);
-  const Tensor sequence_row = check_index(tower_to_sequence, num_rows, num_rows, qkv_in[0], "tower_to_sequence");
-  const Tensor query_rows = check_index(query_row, num_rows, num_rows, qkv_in[0], "query_row");
-  const Gpu gpu(qkv_in[0]);
-  const Tensors qkv = as_contiguous(qkv_in);
-  const Tensor cos = as_contiguous(cos_in), sin = as_contiguous(sin_in);
-  const ScalarType dtype = qkv[0].scalar_type();
-  const Tensor q_constant = allocate_beside({num_constant, num_heads, head_dim}, dtype, cos);
-  const Tensor q = allocate_beside({num_rows - num_constant, num_heads, head_dim}, dtype, cos);
-  const Tensor k = allocate_beside({num_rows, num_kv_heads, head_dim}, dtype, cos);
-  const Tensor v = allocate_beside({num_rows, num_kv_heads, head_dim}, dtype, cos);
-  with_gpu_element_type(dtype, [&](auto zero) {
+  const Tensor query_row = check_index(query_row_in, t.num_rows, t.num_rows, t.qkv[0], "query_row");
+  const RopeReorderResults results(t, num_constant);
+  const Gpu gpu(t.qkv[0]);
+  with_gpu_element_type(t.dtype(), [&](auto zero) {
     using T = decltype(zero);
-    RopeArguments<T> arguments = inputs<T>(qkv, norms, cos, sin, sequence_row, num_text, heads, eps);
-    arguments.query_row = data<int32_t>(query_rows);
+    RopeArguments<T> arguments = inputs<T>(t, num_text, eps);
+    arguments.query_row = data<int32_t>(query_row);
     arguments.num_constant = num_constant;
-    arguments.q_constant = data<T>(q_constant);
-    arguments.q = data<T>(q);
-    arguments.k = data<T>(k);
-    arguments.v = data<T>(v);
-    launch(arguments, !norms.held.empty(), gpu);
+    arguments.q_constant = data<T>(results.q_constant);
+    arguments.q = data<T>(results.q);
+    arguments.k = data<T>(results.k);
+    arguments.v = data<T>(results.v);
+    launch(arguments, t.norms.has_any(), gpu);
   });
-  return {q_constant, q, k, v};
+  return {results.q_constant, results.q, results.k, results.v};
 }
 
 Tensor rope_reorder_cached(
-    const Tensors& qkv_in, const Tensor& cos_in, const Tensor& sin_in, const Tensor& tower_to_sequence,
+    const Tensors& qkv, const Tensor& cos, const Tensor& sin, const Tensor& tower_to_sequence,
     const Tensor& key_slot_in, int64_t num_text, int64_t num_heads, const OptionalTensor& text_q_norm,
     const OptionalTensor& text_k_norm, const OptionalTensor& image_q_norm, const OptionalTensor& image_k_norm,
     double eps, const Tensor& k_cache, const Tensor& v_cache) {
-  const int64_t num_rows = check_rows(qkv_in, num_text, "qkv");
-  const int64_t head_dim = check_angles(cos_in, sin_in, num_rows, qkv_in[0]);
-  const int64_t num_kv_heads = check_heads(qkv_in, num_heads, head_dim);
-  const Heads heads = heads_of(num_heads, num_kv_heads, head_dim);
-  const int64_t num_slots = check_caches(k_cache, v_cache, num_kv_heads, head_dim, qkv_in[0]);
-  const Norms norms({&text_q_norm, &text_k_norm, &image_q_norm, &image_k_norm}, head_dim, qkv_in[0]);
-  const Tensor sequence_row = check_index(tower_to_sequence, num_rows, num_rows, qkv_in[0], "tower_to_sequence");
-  const Tensor key_slot = check_index(key_slot_in, num_rows, num_slots, qkv_in[0], "key_slot");
-  const Gpu gpu(qkv_in[0]);
-  const Tensors qkv = as_contiguous(qkv_in);
-  const Tensor cos = as_contiguous(cos_in), sin = as_contiguous(sin_in);
-  const Tensor q = allocate_beside({num_rows, num_heads, head_dim}, qkv[0].scalar_type(), cos);
-  with_gpu_element_type(qkv[0].scalar_type(), [&](auto zero) {
+  const RopeReorderTensors t(
+      qkv, cos, sin, tower_to_sequence, num_text, num_heads,
+      {&text_q_norm, &text_k_norm, &image_q_norm, &image_k_norm});
+  const int64_t num_slots = check_caches(k_cache, v_cache, t.num_kv_heads, t.head_dim, t.qkv[0]);
+  const Tensor key_slot = check_index(key_slot_in, t.num_rows, num_slots, t.qkv[0], "key_slot");
+  const Tensor q = t.allocate_heads(t.num_rows, num_heads);
+  const Gpu gpu(t.qkv[0]);
+  with_gpu_element_type(t.dtype(), [&](auto zero) {
     using T = decltype(zero);
-    RopeArguments<T> arguments = inputs<T>(qkv, norms, cos, sin, sequence_row, num_text, heads, eps);
+    RopeArguments<T> arguments = inputs<T>(t, num_text, eps);
     arguments.query_row = arguments.sequence_row;
     arguments.key_slot = data<int32_t>(key_slot);
     arguments.q = data<T>(q);
     arguments.k = data<T>(k_cache);
     arguments.v = data<T>(v_cache);
-    launch(arguments, !norms.held.empty(), gpu);
+    launch(arguments, t.norms.has_any(), gpu);
   });
   return q;
 }

@@ -1,8 +1,8 @@
-// How do threads share the heads of a row, for RoPE on the GPU, forward and backward?
+// The distribution of the heads of a row over threads, for RoPE on the GPU, forward and backward.
 //
-// A head of D elements is held by `lanes` threads (a power of two), each with a pack of its first half and the pack of
-// the second half that it turns with. A thread has kHeads neighbouring heads of one kind (query, key or value), so the
-// angles are read once for them and 2 kHeads accesses are in flight.
+// `lanes` threads (a power of two) hold a head of D elements, each a pack of its first half and the pack of the second
+// half that is rotated with it. A thread has kHeads neighbouring heads of one kind (query, key or value), so it reads
+// the angles once for them and has 2 kHeads accesses in flight.
 
 #pragma once
 
@@ -61,8 +61,8 @@ __device__ __forceinline__ void load_floats(const float* from, float (&to)[kCoun
   }
 }
 
-// How rows of heads are dealt out: threadIdx.x lanes of a head, threadIdx.y and blockIdx.y groups of heads,
-// threadIdx.z and blockIdx.x rows. Blocks are whole warps.
+// The grid: threadIdx.x are the lanes of a head, threadIdx.y and blockIdx.y groups of heads, threadIdx.z and blockIdx.x
+// rows. Blocks are whole warps.
 struct HeadsGrid {
   int64_t lanes = 1, block_groups, block_rows, grid_groups;
 

@@ -1,5 +1,5 @@
-// Gradients of RoPE, QK norm and the way to sequence order on the GPU; one launch for both towers, and one more for the
-// sums of the norms' gradients.
+// Gradients of RoPE, QK norm and the reordering on the GPU: one launch for both towers, and one more for the sums of
+// the norms' gradients.
 //
 // Bytes per active row, e = bytes of an element, W = (H + 2 H_kv) D: 2 e W (reads dq, dk, dv, writes dqkv), with norms
 // e (H + H_kv) D more for qkv; 4 D of angles and 8 of indices. The floor is those bytes over the copy bandwidth.
@@ -11,7 +11,7 @@ namespace lmf {
 namespace LMF_ISA {
 namespace {
 
-constexpr int kHeadsEach = 4, kHeadsEachNormed = 1;  // of a thread
+constexpr int kHeadsEach = 4, kHeadsEachNormed = 1;  // per thread
 constexpr int64_t kNormedThreads = 768;              // of a multiprocessor, by the registers of the kernel with norms
 constexpr int64_t kAnyBlocks = 64;                   // of a multiprocessor, without sums over rows
 
@@ -45,7 +45,7 @@ struct RopeBackwardArguments {
   }
 };
 
-// Where the gradients of a rank go.
+// Target of the gradients of a rank.
 template <typename T>
 struct ActiveRow {
   RopeBackwardTower<T> tower;
@@ -55,7 +55,7 @@ struct ActiveRow {
   __device__ __forceinline__ ActiveRow(const RopeBackwardArguments<T>& arguments, int64_t rank) {
     const int64_t row = arguments.active_row[rank];
     is_image = row >= arguments.num_live;
-    // Chosen member by member: an index that is not a constant would put the arguments into local memory.
+    // Members are selected one by one: indexing with a variable would put the arguments into local memory.
     tower = arguments.tower[0];
     if (is_image) tower = arguments.tower[1];
     offset = (is_image ? row - arguments.num_live : row) * arguments.heads.width();
@@ -154,8 +154,8 @@ __global__ void __launch_bounds__(kRopeThreads, kNormedThreads / kRopeThreads)
       load_floats(arguments.cos + row.angle * half + j, cos);
       load_floats(arguments.sin + row.angle * half + j, sin);
     }
-    // Unpacked and turned twice, before and after the sums: keeping the values instead would take twice the registers.
-    const auto unpack_turned = [&](int h, float(&a)[kCount], float(&b)[kCount]) {
+    // Values are unpacked and rotated twice, before and after the sums: keeping them would take twice the registers.
+    const auto unpack_turned = [&](int h, float (&a)[kCount], float (&b)[kCount]) {
       unpack(first[h], a);
       unpack(second[h], b);
       if (group.kind == kValue) return;
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(kRopeThreads, kNormedThreads / kRopeThreads)
   }
   if (arguments.partials == nullptr) return;
 
-  // The block's sum of all threads that hold the same elements of the same kind, in the order of the threads.
+  // Sums over the block's threads that hold the same elements of the same kind, in the order of the threads.
   const int64_t block = static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x;
   __syncthreads();
   for (int column = thread; column < 4 * 2 * half; column += num_threads) {
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kRopeThreads, kNormedThreads / kRopeThreads)
   }
 }
 
-// Any size of head: a warp for each head, element by element, each warp with partial sums of its own in memory.
+// A warp for each head, element by element, for any size of head. Each warp has partial sums of its own in memory.
 template <typename T>
 __global__ void __launch_bounds__(kRopeThreads) rope_backward_any_kernel(const RopeBackwardArguments<T> arguments) {
   const int half = arguments.heads.half, head_dim = 2 * half;
@@ -284,8 +284,9 @@ __global__ void __launch_bounds__(kRopeThreads) rope_backward_any_kernel(const R
           sums[j] += norm_weight_grad(grad.first, first, rstd);
           sums[half + j] += norm_weight_grad(grad.second, second, rstd);
         }
-        grad = {norm_backward_element(grad.first, first, widen(norm[j]), rstd, correction),
-                norm_backward_element(grad.second, second, widen(norm[half + j]), rstd, correction)};
+        grad = {
+            norm_backward_element(grad.first, first, widen(norm[j]), rstd, correction),
+            norm_backward_element(grad.second, second, widen(norm[half + j]), rstd, correction)};
       }
       dx[j] = narrow<T>(grad.first);
       dx[half + j] = narrow<T>(grad.second);
@@ -294,75 +295,61 @@ __global__ void __launch_bounds__(kRopeThreads) rope_backward_any_kernel(const R
 }
 
 Tensors rope_reorder_backward(
-    const Tensor& dq_in, const Tensor& dk_in, const Tensor& dv_in, const Tensors& qkv_in, const Tensor& cos_in,
-    const Tensor& sin_in, const Tensor& active_row_in, const OptionalTensor& active_key_in, int64_t num_live,
-    int64_t num_heads, const OptionalTensor& text_q_norm, const OptionalTensor& text_k_norm,
-    const OptionalTensor& image_q_norm, const OptionalTensor& image_k_norm, double eps, bool text_norm_grad,
-    bool image_norm_grad, bool joined) {
-  const int64_t head_dim =
-      check_rope_backward(dq_in, dk_in, dv_in, qkv_in, cos_in, sin_in, active_key_in.has_value(), num_live, num_heads);
-  const ScalarType dtype = dq_in.scalar_type();
-  const int64_t num_rows = dq_in.size(0), num_kv_heads = dk_in.size(1);
-  const int64_t width = (num_heads + 2 * num_kv_heads) * head_dim;
-  const Norms norms({&text_q_norm, &text_k_norm, &image_q_norm, &image_k_norm}, head_dim, dq_in);
-  STD_TORCH_CHECK(norms.held.empty() || !qkv_in.empty(), "qkv is empty, but the backward of QK norm needs it");
-  const Tensor active_row = check_index(active_row_in, num_rows, num_rows, dq_in, "active_row");
-  OptionalTensor active_key;
-  if (active_key_in) active_key = check_index(*active_key_in, num_rows, cos_in.size(0), dq_in, "active_key");
-  const Gpu gpu(dq_in);
-  const Tensor dq = as_contiguous(dq_in), dk = as_contiguous(dk_in), dv = as_contiguous(dv_in);
-  const Tensor cos = as_contiguous(cos_in), sin = as_contiguous(sin_in);
-  const Tensors qkv = as_contiguous(qkv_in);
-  Tensors result;
-  if (joined) {
-    result.push_back(allocate_beside({num_rows, width}, dtype, dq));
-  } else {
-    result.push_back(allocate_beside({num_live, width}, dtype, dq));
-    result.push_back(allocate_beside({num_rows - num_live, width}, dtype, dq));
-  }
-  with_gpu_element_type(dtype, [&](auto zero) {
+    const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensors& qkv, const Tensor& cos, const Tensor& sin,
+    const Tensor& active_row, const OptionalTensor& active_key, int64_t num_live, int64_t num_heads,
+    const OptionalTensor& text_q_norm, const OptionalTensor& text_k_norm, const OptionalTensor& image_q_norm,
+    const OptionalTensor& image_k_norm, double eps, bool text_norm_grad, bool image_norm_grad, bool joined) {
+  const RopeReorderBackwardTensors t(
+      dq, dk, dv, qkv, cos, sin, active_row, active_key, num_live, num_heads,
+      {&text_q_norm, &text_k_norm, &image_q_norm, &image_k_norm}, text_norm_grad, image_norm_grad, joined);
+  const int64_t num_rows = t.num_rows, head_dim = t.head_dim;
+  const Gpu gpu(t.dq);
+  with_gpu_element_type(t.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const auto x_rows = towers_of<T>(qkv, num_live), dx_rows = towers_of<T>(result, num_live);
+    const auto x_rows = towers_of<T>(t.qkv, num_live), dx_rows = towers_of<T>(t.dqkv, num_live);
     RopeBackwardArguments<T> arguments = {
-        {{x_rows.rows[0], norms.weight<T>(0), norms.weight<T>(1), dx_rows.rows[0]},
-         {x_rows.rows[1], norms.weight<T>(2), norms.weight<T>(3), dx_rows.rows[1]}},
-        data<T>(dq),
-        data<T>(dk),
-        data<T>(dv),
-        data<float>(cos),
-        data<float>(sin),
-        data<int32_t>(active_row),
-        active_key ? data<int32_t>(*active_key) : nullptr,
+        {{x_rows.rows[0], t.norms.weight<T>(0), t.norms.weight<T>(1), dx_rows.rows[0]},
+         {x_rows.rows[1], t.norms.weight<T>(2), t.norms.weight<T>(3), dx_rows.rows[1]}},
+        data<T>(t.dq),
+        data<T>(t.dk),
+        data<T>(t.dv),
+        data<float>(t.cos),
+        data<float>(t.sin),
+        data<int32_t>(t.active_row),
+        t.active_key ? data<int32_t>(*t.active_key) : nullptr,
         nullptr,
         num_rows,
         num_live,
-        heads_of(num_heads, num_kv_heads, head_dim),
+        heads_of(num_heads, t.num_kv_heads, head_dim),
         static_cast<float>(eps)};
     bool aligned = fits_packs(arguments.heads, kVector<T>) &&
                    is_aligned(0, {arguments.dq, arguments.dk, arguments.dv, arguments.cos, arguments.sin});
     for (const RopeBackwardTower<T>& tower : arguments.tower) {
       aligned = aligned && is_aligned(0, {tower.qkv, tower.q_norm, tower.k_norm, tower.dqkv});
     }
-    const bool has_norms = !norms.held.empty();
+    const bool has_norms = t.norms.has_any();
     const HeadsGrid shape(arguments.heads, kVector<T>, has_norms ? kHeadsEachNormed : kHeadsEach);
     const int64_t blocks = ceil_div(num_rows, shape.block_rows);
-    // With norms there are sums over rows, so only as many blocks as are resident at once.
+    // With norms there are sums over rows: launch only as many blocks as are resident at once, to have few partial
+    // sums.
     const int64_t size = gpu.num_multiprocessors();
     const int64_t resident =
         std::min(blocks, ceil_div(size * (kNormedThreads / shape.num_threads()), shape.grid_groups));
-    const int64_t warps = kRopeThreads / kWarp, all_heads = num_heads + 2 * num_kv_heads;
+    const int64_t warps = kRopeThreads / kWarp, all_heads = num_heads + 2 * t.num_kv_heads;
     const int64_t any_blocks = std::min(
         size * (has_norms ? kNormedThreads / kRopeThreads : kAnyBlocks), ceil_div(num_rows * all_heads, warps));
 
     OptionalTensor partials;
     std::vector<PartialSum<T>> sums;
     const int64_t num_partials = aligned ? resident * shape.grid_groups : any_blocks * warps;
-    for (int i = 0; i < 4; ++i) {
-      if (!norms.has(i) || !(i < 2 ? text_norm_grad : image_norm_grad)) continue;
-      if (!partials) partials = allocate_beside({num_partials, 4, head_dim}, ScalarType::Float, dq);
+    if (!t.dnorms.empty()) {
+      partials = allocate({num_partials, 4, head_dim}, ScalarType::Float, t.dq);
       arguments.partials = data<float>(*partials);
-      result.push_back(allocate_beside({head_dim}, dtype, dq));
-      sums.push_back({arguments.partials + i * head_dim, data<T>(result.back()), num_partials, 4 * head_dim, head_dim});
+    }
+    auto dnorm = t.dnorms.begin();
+    for (int i = 0; i < 4; ++i) {
+      if (!t.norm_grad[i]) continue;
+      sums.push_back({arguments.partials + i * head_dim, data<T>(*dnorm++), num_partials, 4 * head_dim, head_dim});
     }
     if (num_rows > 0 && !aligned) {
       LMF_LAUNCH((rope_backward_any_kernel<T>), dim3(any_blocks), dim3(kWarp, warps), gpu.stream, arguments);
@@ -373,7 +360,7 @@ Tensors rope_reorder_backward(
     }
     launch_sums(sums, gpu);
   });
-  return result;
+  return t.results();
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// SwiGLU on the GPU. One launch for two towers; every thread keeps kPacks accesses of 16 bytes per operand in flight.
+// SwiGLU on the GPU, one launch for two towers. Every thread keeps kPacks accesses of 16 bytes per operand in flight.
 //
 // Bytes per row, e = bytes of an element, I = width: forward 3 e I (reads gate and up, writes y) and 2 e I for a kept
 // row; backward 5 e I (reads dy, gate, up, writes dgate, dup) and e I where y is recomputed. The floor is those bytes
@@ -36,7 +36,7 @@ __device__ __forceinline__ void for_each_pack(const SwigluTowers<T>& towers, con
   const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.y;
   const int first = (blockIdx.x * kPacks * blockDim.x + threadIdx.x) * kCount, pack_step = blockDim.x * kCount;
   for (int64_t i = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y; i < all_rows; i += step) {
-    // A copy chosen member by member: an index that is not a constant would put the arguments into local memory.
+    // Members are selected one by one: indexing with a variable would put the arguments into local memory.
     SwigluTower<T> tower = towers.tower[0];
     if (i >= num_rows) tower = towers.tower[1];
     f(tower, i < num_rows ? i : i - num_rows, first, pack_step);
@@ -133,57 +133,47 @@ void choose_access(const SwigluTowers<T>& towers, bool backward, const Gpu& gpu)
 }
 
 Tensors swiglu(const Tensors& gate_ups, int64_t num_constant, bool keep) {
-  const ScalarType dtype = gate_ups[0].scalar_type();
-  for (const Tensor& tower : gate_ups) check_gate_up(tower, gate_ups[0]);
-  const Gpu gpu(gate_ups[0]);
-  const Tensors gate_up = as_contiguous(gate_ups);
-  Tensors result;
-  for (const Tensor& t : gate_up) result.push_back(allocate_beside({t.size(0), t.size(1) / 2}, dtype, t));
-  if (keep) {
-    check_num_constant(num_constant, gate_up[0].size(0));
-    result.push_back(allocate_beside({gate_up[0].size(0) - num_constant, gate_up[0].size(1)}, dtype, gate_up[0]));
-  }
-  with_gpu_element_type(dtype, [&](auto zero) {
+  const SwigluTensors t(gate_ups, num_constant, keep);
+  const Gpu gpu(t.gate_up[0]);
+  with_gpu_element_type(t.gate_up[0].scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    for (size_t first = 0; first < gate_up.size(); first += 2) {
+    for (size_t first = 0; first < t.gate_up.size(); first += 2) {
       SwigluTowers<T> towers = {};
-      for (size_t i = first; i < std::min(first + 2, gate_up.size()); ++i) {
-        T* kept = keep && i == 0 ? data<T>(result.back()) : nullptr;
-        towers.tower[i - first] = {nullptr, data<T>(gate_up[i]), data<T>(result[i]), nullptr, kept,
-                                   gate_up[i].size(0), gate_up[i].size(1) / 2, num_constant};
+      for (size_t i = first; i < std::min(first + 2, t.gate_up.size()); ++i) {
+        SwigluTower<T>& tower = towers.tower[i - first];
+        tower.gate_up = data<T>(t.gate_up[i]);
+        tower.y = data<T>(t.y[i]);
+        tower.kept = keep && i == 0 ? data<T>(t.kept[0]) : nullptr;
+        tower.num_rows = t.y[i].size(0);
+        tower.width = t.y[i].size(1);
+        tower.first_kept = num_constant;
       }
       choose_access(towers, false, gpu);
     }
   });
-  return result;
+  return t.results();
 }
 
 Tensors swiglu_backward(const Tensors& dys, const Tensors& gate_ups, bool recompute) {
-  STD_TORCH_CHECK(
-      dys.size() == gate_ups.size(), "dy holds ", dys.size(), " tensors, expected ", gate_ups.size());
-  const ScalarType dtype = gate_ups[0].scalar_type();
-  for (size_t i = 0; i < gate_ups.size(); ++i) {
-    const int64_t width = check_gate_up(gate_ups[i], gate_ups[0]);
-    check_dtype(dys[i], dtype, gate_ups[0], "dy");
-    check_shape(dys[i], {gate_ups[i].size(0), width}, "dy");
-  }
-  const Gpu gpu(gate_ups[0]);
-  const Tensors gate_up = as_contiguous(gate_ups), dy = as_contiguous(dys);
-  const Tensors dgate_up = allocate_like(gate_up), y = recompute ? allocate_like(dy) : Tensors{};
-  with_gpu_element_type(dtype, [&](auto zero) {
+  const SwigluBackwardTensors t(dys, gate_ups, recompute);
+  const Gpu gpu(t.gate_up[0]);
+  with_gpu_element_type(t.gate_up[0].scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    for (size_t first = 0; first < gate_up.size(); first += 2) {
+    for (size_t first = 0; first < t.gate_up.size(); first += 2) {
       SwigluTowers<T> towers = {};
-      for (size_t i = first; i < std::min(first + 2, gate_up.size()); ++i) {
-        towers.tower[i - first] = {data<T>(dy[i]), data<T>(gate_up[i]), recompute ? data<T>(y[i]) : nullptr,
-                                   data<T>(dgate_up[i]), nullptr, gate_up[i].size(0), gate_up[i].size(1) / 2, 0};
+      for (size_t i = first; i < std::min(first + 2, t.gate_up.size()); ++i) {
+        SwigluTower<T>& tower = towers.tower[i - first];
+        tower.dy = data<T>(t.dy[i]);
+        tower.gate_up = data<T>(t.gate_up[i]);
+        tower.y = recompute ? data<T>(t.y[i]) : nullptr;
+        tower.dgate_up = data<T>(t.dgate_up[i]);
+        tower.num_rows = t.dy[i].size(0);
+        tower.width = t.dy[i].size(1);
       }
       choose_access(towers, true, gpu);
     }
   });
-  Tensors result = dgate_up;
-  append(result, y);
-  return result;
+  return t.results();
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What does RMSNorm compute for one element of a row? Shared by host and device, by the towers' norms and by QK norm.
+// RMSNorm of one element of a row. Shared by host and device, by the towers' norms and by QK norm.
 //
 //   y = x * rstd * weight,   rstd = 1 / sqrt(sum(x^2) / width + eps)
 //   dx = rstd * (weight * dy - x * correction),   correction = rstd^2 * sum(weight * dy * x) / width
@@ -13,7 +13,7 @@
 namespace lmf {
 namespace LMF_ISA {
 
-// On the GPU exact quotients and roots are subroutines; these come within 2 ulp each.
+// On the GPU exact quotients and roots are subroutines; these approximations are within 2 ulp each.
 LMF_HD float mean(float sum, int64_t width) {
 #if defined(__CUDA_ARCH__)
   return __fdividef(sum, static_cast<float>(width));

@@ -1,4 +1,4 @@
-// How does RoPE turn one pair of elements (x[k], x[k + D/2]) of a head? Shared by host and device.
+// RoPE of one pair of elements (x[k], x[k + D/2]) of a head. Shared by host and device.
 
 #pragma once
 

@@ -1,5 +1,5 @@
-// How are float32, bfloat16 and float16 elements read and written? Shared by host and device (float16: device alone);
-// arithmetic is always float32.
+// Conversion between float32 and elements of float32, bfloat16 and float16. Shared by host and device (float16: only on
+// the device). Arithmetic is always float32.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// What does SwiGLU compute for one element? Shared by host and device.
+// SwiGLU of one element. Shared by host and device.
 //
 //   y = gate * sigmoid(gate) * up
 
@@ -11,10 +11,10 @@
 namespace lmf {
 namespace LMF_ISA {
 
-// exp(x) to about 1 ulp for x >= -87, 0 below; infinity where exp(x) is no finite float32. Of NaN it makes any number:
-// what is computed from that is multiplied by x. Free of branches and calls, so that loops over it vectorise:
-// x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial in r (Cephes' expf), and n added to the exponent. For n = 128 r is
-// not above 0, so that the polynomial is at most 1, and the sum of the exponents at most infinity's.
+// exp(x) to about 1 ulp for x >= -87, 0 below, and infinity if exp(x) exceeds float32. NaN may give any number: the
+// callers multiply what they compute from it by x. Without branches and calls, so that loops over it vectorise:
+// x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial in r (Cephes' expf), and n added to the exponent. For n = 128, r is
+// at most 0, so the polynomial is at most 1, and the sum of the exponents at most that of infinity.
 LMF_HD float fast_exp(float x) {
   const float round_magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low mantissa bits
   const float shifted = x * 1.44269504088896341f + round_magic;
@@ -39,7 +39,7 @@ LMF_HD float fast_exp(float x) {
 
 #if defined(__CUDA_ARCH__) || defined(LMF_CUDA_EMULATION)
 #if !defined(__CUDA_ARCH__)
-// What the special function unit makes of a number below 2^-126.
+// The special function unit turns numbers below 2^-126 into 0.
 LMF_HD float flush(float x) { return fabsf(x) < 1.17549435e-38f ? copysignf(0.0f, x) : x; }
 #endif
 
@@ -64,9 +64,9 @@ LMF_HD float reciprocal_approx(float x) {
 #endif
 }
 
-// exp(-x) = 2^t with t = -x / ln 2 in two floats: one alone would cost as many bits as t has before the point. Beyond
-// +-128 the result is 1 or 0 already. Divisor and quotient are 2^-4 and 2^4 times what they should be, as the unit gives
-// 0 for the reciprocal of a number above 2^126.
+// exp(-x) = 2^t with t = -x / ln 2 in two floats: a single one would lose as many bits as t has before the point.
+// Beyond +-128 the result is already 1 or 0. The divisor is scaled by 2^-4 and the quotient by 2^4, because the unit
+// returns 0 for the reciprocal of a number above 2^126.
 LMF_HD float sigmoid(float x) {
   const float y = fminf(fmaxf(-x, -128.0f), 128.0f);
   const float t = y * 1.44269504088896341f;

@@ -1,3 +1,5 @@
+// Builds the index vectors of a layout; see layout.h.
+
 #include "layout.h"
 
 #include <algorithm>
@@ -5,8 +7,8 @@
 namespace lmf {
 namespace {
 
-// Calls f(first_span, end_span, start, num_constant, num_tokens) for each document. Its constant rows are a prefix: the
-// text before its first image, marker or full segment. A layout with a cache has no backward, so nothing to leave out.
+// Calls f(first_span, end_span, start, num_constant, num_tokens) for each document. Its constant tokens are a prefix:
+// the text before its first image, marker or full segment. A layout with a cache has no backward, so none are constant.
 template <class F>
 void for_each_document(const Spans& spans, bool has_constant, F f) {
   int64_t start = 0;
@@ -36,9 +38,11 @@ void for_each_segment(const Spans& spans, int64_t first, int64_t end, int64_t st
   }
 }
 
-// The parts of one document: its visible rows, then its hidden segments with the visible rows before them as keys.
-void fill_parts(const Spans& spans, int64_t first, int64_t end, int32_t start, int32_t first_active, int32_t rank,
-                int32_t num_constant_before, const LayoutVectors& out, int32_t& part, int32_t& row, int32_t& key) {
+// Fills the parts of one document: its visible tokens, then its hidden segments with the visible tokens before them as
+// keys.
+void fill_parts(
+    const Spans& spans, int64_t first, int64_t end, int32_t start, int32_t first_active, int32_t rank,
+    int32_t num_constant_before, const LayoutVectors& out, int32_t& part, int32_t& row, int32_t& key) {
   int32_t active = rank, constant = num_constant_before;  // next entries of active_part_row and constant_part_row
   const auto begin_part = [&](int32_t num_constant_keys) {
     out.part_start[part] = row;
@@ -95,12 +99,13 @@ LayoutCounts count_tokens(const Spans& spans, bool frozen_text, const Cache& cac
     counts.num_triangle_rows += num_tokens - 1;
     counts.longest_triangle = std::max(counts.longest_triangle, num_tokens - 1);
   });
-  for_each_document(spans, frozen_text && cache.length == nullptr,
-                    [&](int64_t first, int64_t end, int64_t start, int64_t num_constant, int64_t num_tokens) {
+  for_each_document(
+      spans, frozen_text && cache.length == nullptr,
+      [&](int64_t first, int64_t end, int64_t start, int64_t num_constant, int64_t num_tokens) {
     if (counts.num_hidden_segments > 0) {
       int64_t num_visible = 0;
       for_each_segment(spans, first, end, start, [&](int64_t s, int64_t, int64_t, int64_t size) {
-        counts.num_part_keys += size;  // as keys of the visible rows, or of its own hidden ones
+        counts.num_part_keys += size;  // as keys of the visible tokens, or of its own hidden ones
         if (spans.is_hidden(s)) counts.num_part_keys += num_visible;
         if (!spans.is_hidden(s)) num_visible += size;
       });
@@ -112,18 +117,19 @@ LayoutCounts count_tokens(const Spans& spans, bool frozen_text, const Cache& cac
   return counts;
 }
 
-void fill_layout(const Spans& spans, bool frozen_text, const Cache& cache, const LayoutCounts& counts,
-                 const LayoutVectors& out) {
+void fill_layout(
+    const Spans& spans, bool frozen_text, const Cache& cache, const LayoutCounts& counts, const LayoutVectors& out) {
   const bool has_cache = cache.length != nullptr;
   const auto num_constant = static_cast<int32_t>(counts.num_constant);
-  // Running tower index of each row class, and rank of the next active row.
+  // Running tower index of each class of tokens, and rank of the next active token.
   int32_t next_constant = 0, next_live = num_constant, next_image = static_cast<int32_t>(counts.num_text), rank = 0;
   int32_t triangle = 0, triangle_row = 0;
   const bool has_hidden = counts.num_hidden_segments > 0;
   int32_t part = 0, part_row = 0, part_key = 0;
 
-  for_each_document(spans, frozen_text && !has_cache,
-                    [&](int64_t first, int64_t end, int64_t start64, int64_t constant_here, int64_t num_tokens) {
+  for_each_document(
+      spans, frozen_text && !has_cache,
+      [&](int64_t first, int64_t end, int64_t start64, int64_t constant_here, int64_t num_tokens) {
     const auto start = static_cast<int32_t>(start64);
     const auto document_end = static_cast<int32_t>(start64 + num_tokens);
     const int32_t first_active = start + static_cast<int32_t>(constant_here);
@@ -131,7 +137,7 @@ void fill_layout(const Spans& spans, bool frozen_text, const Cache& cache, const
     const int32_t document = spans.document[first];
     const int32_t cached = has_cache ? cache.length[document] : 0;
     const int32_t first_key = has_cache ? cache.start[document] : start;
-    const int32_t key_shift = first_key + cached - start;  // from sequence index to row of the key buffer
+    const int32_t key_shift = first_key + cached - start;  // from sequence index to key slot
 
     out.document_start[document] = start;
     out.document_key_start[document] = first_key;
@@ -140,9 +146,9 @@ void fill_layout(const Spans& spans, bool frozen_text, const Cache& cache, const
 
     if (has_hidden)
       fill_parts(spans, first, end, start, first_active, rank, next_constant, out, part, part_row, part_key);
-    int32_t stretch = start;  // the first row after the last hidden segment
-    for_each_segment(spans, first, end, start, [&](int64_t first_span, int64_t end_span, int64_t start_of_segment,
-                                                   int64_t size) {
+    int32_t run_start = start;  // the first token after the last hidden segment
+    for_each_segment(
+        spans, first, end, start, [&](int64_t first_span, int64_t, int64_t start_of_segment, int64_t size) {
       const auto segment_start = static_cast<int32_t>(start_of_segment);
       const auto segment_end = static_cast<int32_t>(start_of_segment + size);
       const bool is_full = spans.is_full(first_span), is_hidden = spans.is_hidden(first_span);
@@ -196,16 +202,15 @@ void fill_layout(const Spans& spans, bool frozen_text, const Cache& cache, const
         }
       }
       if (is_hidden) {
-        std::fill(out.run_end + stretch, out.run_end + segment_start, segment_start);
+        std::fill(out.run_end + run_start, out.run_end + segment_start, segment_start);
         std::fill(out.run_end + segment_start, out.run_end + segment_end, segment_end);
-        stretch = segment_end;
+        run_start = segment_end;
       }
     });
-    if (has_hidden) std::fill(out.run_end + stretch, out.run_end + document_end, document_end);
+    if (has_hidden) std::fill(out.run_end + run_start, out.run_end + document_end, document_end);
   });
   out.document_start[counts.num_documents] = static_cast<int32_t>(counts.num_tokens);
-  out.document_key_start[counts.num_documents] =
-      has_cache ? cache.num_rows : static_cast<int32_t>(counts.num_tokens);
+  out.document_key_start[counts.num_documents] = has_cache ? cache.num_slots : static_cast<int32_t>(counts.num_tokens);
   out.active_document_start[counts.num_documents] = rank;
   out.triangle_start[triangle] = triangle_row;
   if (has_hidden) {

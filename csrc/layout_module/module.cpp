@@ -1,5 +1,5 @@
-// The python module lmfusion_kernels._layout_native: numpy in, numpy out. No torch, so that data workers load it fast.
-// lmfusion_kernels/layout/build.py holds the same functions in numpy, and their documentation.
+// The Python module lmfusion_kernels._layout_native: numpy in, numpy out, without torch, so that data workers load it
+// fast. lmfusion_kernels/layout/build.py and packing.py have the same functions in numpy, and their documentation.
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -20,28 +20,30 @@ namespace {
 template <class T>
 using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
-std::pair<py::dict, py::dict> build_layout(const Array<uint8_t>& kinds, const Array<int32_t>& lengths,
-                                           const Array<int32_t>& documents, bool frozen_text,
-                                           const std::optional<Array<int32_t>>& cached_lengths,
-                                           const std::optional<Array<int32_t>>& cache_starts, int32_t cache_slots,
-                                           const std::optional<Array<int32_t>>& segments,
-                                           const std::optional<Array<uint8_t>>& modes) {
+std::pair<py::dict, py::dict> build_layout(
+    const Array<uint8_t>& kinds, const Array<int32_t>& lengths, const Array<int32_t>& documents, bool frozen_text,
+    const std::optional<Array<int32_t>>& cached_lengths, const std::optional<Array<int32_t>>& cache_starts,
+    int32_t cache_slots, const std::optional<Array<int32_t>>& segments, const std::optional<Array<uint8_t>>& modes) {
   if (kinds.size() != lengths.size() || kinds.size() != documents.size()) {
-    throw py::value_error("kinds, lengths and documents must have one entry a span");
+    throw py::value_error("kinds, lengths and documents must have one entry per span");
   }
   if (segments.has_value() != modes.has_value() ||
       (segments && (segments->size() != kinds.size() || modes->size() != kinds.size()))) {
-    throw py::value_error("segments and modes must have one entry a span, or both be None");
+    throw py::value_error("segments and modes must have one entry per span, or both be None");
   }
-  const lmf::Spans spans{kinds.data(),   lengths.data(), documents.data(),
-                         kinds.size(),   segments ? segments->data() : nullptr,
-                         modes ? modes->data() : nullptr};
+  const lmf::Spans spans{
+      kinds.data(),
+      lengths.data(),
+      documents.data(),
+      kinds.size(),
+      segments ? segments->data() : nullptr,
+      modes ? modes->data() : nullptr};
   if (cached_lengths.has_value() != cache_starts.has_value() ||
       (cached_lengths && cached_lengths->size() != cache_starts->size())) {
-    throw py::value_error("cached_lengths and cache_starts must have one entry a document, or both be None");
+    throw py::value_error("cached_lengths and cache_starts must have one entry per document, or both be None");
   }
-  const lmf::Cache cache{cached_lengths ? cached_lengths->data() : nullptr,
-                         cache_starts ? cache_starts->data() : nullptr, cache_slots};
+  const lmf::Cache cache{
+      cached_lengths ? cached_lengths->data() : nullptr, cache_starts ? cache_starts->data() : nullptr, cache_slots};
   const lmf::LayoutCounts counts = lmf::count_tokens(spans, frozen_text, cache);
 
   py::dict vectors;
@@ -107,13 +109,15 @@ std::pair<py::dict, py::dict> build_layout(const Array<uint8_t>& kinds, const Ar
 }
 
 py::list pack(const Array<int64_t>& lengths, int64_t capacity, int64_t window) {
-  std::vector<std::vector<int64_t>> rows;
+  std::vector<std::vector<int64_t>> sequences;
   {
     py::gil_scoped_release release;
-    rows = lmf::pack(lengths.data(), lengths.size(), capacity, window);
+    sequences = lmf::pack(lengths.data(), lengths.size(), capacity, window);
   }
   py::list result;
-  for (const auto& row : rows) result.append(py::array_t<int64_t>(row.size(), row.data()));
+  for (const auto& documents : sequences) {
+    result.append(py::array_t<int64_t>(documents.size(), documents.data()));
+  }
   return result;
 }
 
@@ -129,9 +133,10 @@ const char* instruction_set() {
 }  // namespace
 
 PYBIND11_MODULE(_layout_native, m) {
-  m.def("build_layout", &build_layout, py::arg("kinds"), py::arg("lengths"), py::arg("documents"),
-        py::arg("frozen_text"), py::arg("cached_lengths"), py::arg("cache_starts"), py::arg("cache_slots"),
-        py::arg("segments") = py::none(), py::arg("modes") = py::none());
+  m.def(
+      "build_layout", &build_layout, py::arg("kinds"), py::arg("lengths"), py::arg("documents"), py::arg("frozen_text"),
+      py::arg("cached_lengths"), py::arg("cache_starts"), py::arg("cache_slots"), py::arg("segments") = py::none(),
+      py::arg("modes") = py::none());
   m.def("pack", &pack);
   m.def("instruction_set", &instruction_set);
 }

@@ -1,1 +1,1 @@
-"""Triton kernels. Nothing here imports triton before one of the modules is asked for."""
+"""Triton kernels. The package itself does not import triton; its modules do."""

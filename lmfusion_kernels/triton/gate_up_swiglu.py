@@ -2,16 +2,16 @@
 
 silu(x @ gate^T) * (x @ up^T) of a tile of hidden columns needs one tile of gate rows and one of up rows, so a program
 keeps two accumulators and never writes gate and up unless the backward wants them. Tiles of both towers form one grid:
-the row split is known on the host, so the image tiles simply follow the text tiles.
+the row split is known on the host, so the image tiles follow the text tiles.
 
-When does it pay? With n = 8192 rows, d = 4096, I = 14336 in bfloat16, two cuBLAS calls would take 2436 us at an
-assumed 790 TFLOP/s, and a SwiGLU pass behind them reads gate and up (470 MB) and writes the product (235 MB). The
-epilogue saves the reading, 470 MB or 109 us at an assumed 4.3 TB/s; in inference also the writing of gate and up,
-another 470 MB, which the GEMM hides for the most part. So this kernel has to reach 2436 / (2436 + 109) = 96 % of the
-rate of cuBLAS to break even in training, and not much less in inference. That is unmeasured (untested on GPU), so two
-calls stay the default; see `lmfusion_kernels.ops.gate_up_swiglu`.
+The gain: with n = 8192 rows, d = 4096, I = 14336 in bfloat16, two cuBLAS calls would take 2436 us at an assumed
+790 TFLOP/s, and a SwiGLU pass after them reads gate and up (470 MB) and writes the product (235 MB). The epilogue
+saves the reading, 470 MB or 109 us at an assumed 4.3 TB/s. In inference it also saves the writing of gate and up,
+another 470 MB, which the GEMM mostly hides. So this kernel breaks even in training at 2436 / (2436 + 109) = 96 % of
+the rate of cuBLAS, and not far below that in inference. This is unmeasured (untested on a GPU), so two calls stay the
+default; see `lmfusion_kernels.ops.gate_up_swiglu`.
 
-Tiles are read and written through tensor descriptors, by the bulk copy engine, which wants widths in multiples of 16
+Tiles are read and written through tensor descriptors, by the bulk copy engine, which needs widths in multiples of 16
 bytes and does not exist before sm_90. float32 is multiplied as IEEE float32, for the interpreter.
 """
 
@@ -28,12 +28,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 GROUP_ROWS = 8
-"""Row tiles that run through the columns together, so that a tile of weights is read once from memory, then from L2."""
+"""Row tiles that pass over the columns together, so that a tile of weights is read once from memory, then from L2."""
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """A tile: rows x columns of the hidden activations, `depth` of the inner dimension at a time."""
+    """A tile: rows × columns of the hidden activations, with `depth` of the inner dimension at a time."""
 
     rows: int
     columns: int
@@ -43,22 +43,25 @@ class Configuration:
 
 
 def configurations(element_size: int) -> list[Configuration]:
-    """What fits a device with elements of so many bytes, the one in use first."""
+    """The tiles for elements of this size in bytes; the first one is used."""
     depth = 128 // element_size  # one swizzled row of shared memory
-    # Smaller tiles read more than the L2 cache gives: 128 rows with 2 x 128 columns make 85 FLOPs of a byte.
+    # Smaller tiles need more bandwidth than the L2 cache has: 128 rows with 2 x 128 columns do 85 FLOPs per byte.
     return [Configuration(128, 128, depth, 8, 4), Configuration(128, 128, depth, 8, 3)]
 
 
 @triton.jit
-def _tower(
+def _tower_tiles(
     x, gate_weight, up_weight, hidden, gate, up, num_rows, num_columns, width, num_constant, first_tile,
     KEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Every num_programs-th tile of one tower from first_tile on; returns how far past the last the next would be."""
+    """Compute every num_programs-th tile of one tower from first_tile on.
+
+    Returns the program's first tile in the next tower: its next tile here, counted from the end of this tower.
+    """
     num_row_tiles, num_column_tiles = tl.cdiv(num_rows, ROWS), tl.cdiv(num_columns, COLUMNS)
     num_tiles = num_row_tiles * num_column_tiles
-    # Both loops in one (flatten=True) would load the next tile during the epilogue, but then ptxas lets each wgmma wait
-    # for the one before it.
+    # Flattening the loops (flatten=True) would load the next tile during the epilogue, but then ptxas makes each wgmma
+    # wait for the previous one.
     for tile in tl.range(first_tile, num_tiles, tl.num_programs(0)):
         group = tile // (GROUP * num_column_tiles)
         group_rows = min(num_row_tiles - group * GROUP, GROUP)
@@ -71,12 +74,12 @@ def _tower(
             x_tile = x.load([row, depth])
             gate_sum = tl.dot(x_tile, gate_weight.load([column, depth]).T, gate_sum, input_precision="ieee")
             up_sum = tl.dot(x_tile, up_weight.load([column, depth]).T, up_sum, input_precision="ieee")
-        # Rounded first: the backward computes the product again from the rounded gate and up.
+        # Round first, because the backward recomputes the product from the rounded gate and up.
         gate_tile, up_tile = gate_sum.to(hidden.dtype), up_sum.to(hidden.dtype)
         wide = gate_tile.to(tl.float32)
         hidden.store([row, column], (wide / (1 + tl.exp(-wide)) * up_tile.to(tl.float32)).to(hidden.dtype))
-        if KEEP:  # noqa: SIM102 - decided by the compiler, unlike the next
-            if min(row + ROWS, num_rows) > num_constant:  # across the border: negative rows are not stored
+        if KEEP:  # noqa: SIM102 - decided at compile time, unlike the next condition
+            if min(row + ROWS, num_rows) > num_constant:  # of a tile across the border, negative rows are not stored
                 gate.store([row - num_constant, column], gate_tile)
                 up.store([row - num_constant, column], up_tile)
     num_programs = tl.num_programs(0)
@@ -85,17 +88,17 @@ def _tower(
 
 
 @triton.jit(do_not_specialize=["text_rows", "image_rows", "num_constant"])
-def _kernel(
+def gate_up_swiglu_kernel(
     text_x, text_gate_weight, text_up_weight, text_hidden, text_gate, text_up, text_rows, text_columns, text_width,
     image_x, image_gate_weight, image_up_weight, image_hidden, image_gate, image_up, image_rows, image_columns,
     image_width, num_constant,
     KEEP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    first = _tower(
+    first = _tower_tiles(
         text_x, text_gate_weight, text_up_weight, text_hidden, text_gate, text_up, text_rows, text_columns, text_width,
         num_constant, tl.program_id(0), KEEP, ROWS, COLUMNS, DEPTH, GROUP,
     )  # fmt: skip
-    _tower(
+    _tower_tiles(
         image_x, image_gate_weight, image_up_weight, image_hidden, image_gate, image_up, image_rows, image_columns,
         image_width, 0, first, KEEP, ROWS, COLUMNS, DEPTH, GROUP,
     )  # fmt: skip
@@ -108,12 +111,12 @@ def forward(
     keep: bool,
     configuration: Configuration | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The hidden activations of both towers, and with `keep` their gate and up of all rows from num_constant on.
+    """Return the hidden activations of both towers, and with `keep` gate and up of the rows from num_constant on.
 
     x: rows [n, d] of the text and of the image tower, the last dimension contiguous; weights: their [2 I, d], gate then
     up; bfloat16 or float16 on CUDA, float32 or float16 in the interpreter. d and I are multiples of 16 bytes. Returns
-    ([n, I] a tower, [n, 2 I] a tower or []). Runs on the current stream, without waiting for the device; n may be 0.
-    """
+    ([n, I] per tower, [n, 2 I] per tower or []). Runs on the current stream, without waiting for the device; n may be
+    0."""
     x, weights = [rows.contiguous() for rows in x], [weight.contiguous() for weight in weights]
     hidden = [rows.new_empty(rows.shape[0], w.shape[0] // 2) for rows, w in zip(x, weights, strict=True)]
     gate_up = [
@@ -128,7 +131,7 @@ def forward(
     c = configuration or configurations(x[0].element_size())[0]
     arguments: list[object] = []
     for tower in (0, 1):
-        # A descriptor of no rows does not exist; an empty tower has no tile, so any descriptor stands in.
+        # A descriptor cannot have zero rows. An empty tower has no tiles, so it may use any descriptor.
         used = tower if num_rows[tower] else 1 - tower
         width, columns = x[used].shape[1], hidden[used].shape[1]
         tiles = [_tiles(x[used], c.rows, c.depth)]
@@ -141,7 +144,7 @@ def forward(
         arguments += [*tiles, num_rows[tower], columns, width]
     programs = min(_num_multiprocessors(x[0].device), sum(_num_tiles(h, c) for h in hidden))
     with torch.cuda.device(x[0].device) if x[0].is_cuda else nullcontext():
-        _kernel[(programs,)](
+        gate_up_swiglu_kernel[(programs,)](
             *arguments, num_constant, KEEP=keep, ROWS=c.rows, COLUMNS=c.columns, DEPTH=c.depth, GROUP=GROUP_ROWS,
             num_warps=c.num_warps, num_stages=c.num_stages,
         )  # fmt: skip

@@ -1,8 +1,8 @@
-"""What are the gradients of q, k and v? Three kernels: values by row, dq by query tile, dk and dv by listed keys.
+"""The backward attention kernels in Triton: statistics by row, dq by query tile, dk and dv by listed keys.
 
-Each gradient is summed by the one program that owns it, in a fixed order, and no atomics are used: the same inputs give
-the same bits. The price is that scores and weight gradients are computed twice (7 products of tiles rather than 5).
-Weights come again from q, k and the log-sum-exp of the forward, which is one float32 a row.
+Each gradient is summed by the program that owns it, in a fixed order and without atomics: the same inputs give the same
+bits. The price is that scores and weight gradients are computed twice (7 products of tiles instead of 5). Weights are
+recomputed from q, k and the log-sum-exp of the forward, which is one float32 per row.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -15,7 +15,7 @@ from lmfusion_kernels.triton.hybrid_attention_tiles import (
     interior,
     load_rows,
     next_run,
-    next_stretch,
+    next_section,
     store_rows,
     tile_and_head,
 )
@@ -25,14 +25,14 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def softmax_weights(scores, scale, log_sum, IS_FLOAT32: tl.constexpr):
-    """exp(scale * score - log_sum), of which the rounding of log_sum remains: a relative error of 6e-8 |log_sum|.
+    """exp(scale * score - log_sum), with a relative error of 6e-8 |log_sum| from the rounding of log_sum.
 
-    float32 rounds the scaled score as the forward has rounded the largest one, so that a weight of 1 is 1 however
-    large the scores are. 16-bit operands, whose scores are not that precise, save two operations an element: there
-    log_sum is in base 2, and the scaled score is exact.
+    In float32 the scaled score is rounded as the forward rounded the largest one, so that a weight of 1 is exactly 1
+    however large the scores are. 16-bit operands, whose scores are less precise anyway, save two operations per
+    element: there log_sum is in base 2, and the scaled score is exact.
     """
     if IS_FLOAT32:
-        # Not a plain product, which would be fused with the subtraction.
+        # fma and not a plain product, which would be fused with the subtraction.
         return tl.math.exp2((tl.fma(scores, scale, 0.0) - log_sum) * _LOG2_E)
     return tl.math.exp2(tl.fma(scores, scale * _LOG2_E, -log_sum))
 
@@ -44,7 +44,7 @@ def attention_backward_rows(
     lse,
     out_row,
     sorted_dout,  # [Nq, H, D] or None
-    statistics,  # float32 [2, H, pitch]: log_sum of softmax_weights (inf for a query that saw nothing); -dout . out
+    statistics,  # float32 [2, H, pitch]: log_sum of softmax_weights (inf for a query that sees no key); -dout . out
     statistics_pitch,
     num_queries,
     dout_row_stride,
@@ -55,11 +55,11 @@ def attention_backward_rows(
     PADDED_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """Brings rows of dout from the order of out_row into that of the queries, so that the other kernels read tiles."""
+    """Compute the statistics, and reorder dout from out_row to the queries, so that other kernels can read tiles."""
     head = tl.program_id(1)
     query = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_query = query < num_queries
-    statistic = query  # up to the pitch: tiles are read whole, so what lies behind the last query has to be finite
+    statistic = query  # up to the pitch: tiles are read whole, so values after the last query must be finite
     query = tl.minimum(query, num_queries - 1)
     row = query
     if out_row is not None:
@@ -93,7 +93,7 @@ def add_interior(
     v_tiles,
     k_row_stride,
     v_row_stride,
-    k_column,  # of the descriptors, where the head begins
+    k_column,  # the first column of the head in the descriptors
     v_column,
     interior_start,
     interior_end,
@@ -103,7 +103,7 @@ def add_interior(
     PADDED_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dq from keys that every row sees."""
+    """Add to dq the part of the keys that every row sees."""
     for i in tl.range(0, (interior_end - interior_start) // BLOCK_N):
         start = interior_start + i * BLOCK_N
         if k_tiles is not None:
@@ -138,19 +138,19 @@ def add_border(
     run_start,
     run_end,
     interior_start,
-    skipped,  # keys of the interior, which are left out
-    row_start,  # None: not behind run_start
+    skipped,  # number of keys of the interior, which are skipped
+    row_start,  # None: at most run_start
     row_end,
     scale,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     BORDER_N: tl.constexpr,
 ):
-    """dq from the other keys of [run_start, run_end), of which a row sees [row_start, row_end)."""
+    """Add to dq the part of the other keys of [run_start, run_end), of which a row sees [row_start, row_end)."""
     for i in tl.range(0, tl.cdiv(run_end - run_start - skipped, BORDER_N)):
         start = run_start + i * BORDER_N
         start += tl.where(start >= interior_start, skipped, 0)
-        if k_border is not None:  # rows behind the run are other documents'
+        if k_border is not None:  # rows after the run belong to other documents
             k_tile = k_border.load([start, k_column])
             v_tile = v_border.load([start, v_column])
         else:
@@ -169,7 +169,7 @@ def add_border(
     return acc
 
 
-@triton.jit(do_not_specialize=["statistics_pitch", "num_queries", "num_tiles", "heads_together", "group"])
+@triton.jit(do_not_specialize=["statistics_pitch", "num_queries", "num_tiles", "concurrent_heads", "group"])
 def attention_backward_queries(
     dout,  # in the order of the queries
     q,
@@ -183,13 +183,13 @@ def attention_backward_queries(
     statistics_pitch,
     key_start,
     key_end,
-    visible_end,  # [Nk], or None if no key is hidden, and then so is the next
-    visible_run_end,
+    visible_end,  # [Nk]; None, as run_end, if no key is hidden
+    run_end,
     dq,
     scale,  # as given to the op: natural exponent
     num_queries,
     num_tiles,
-    heads_together,
+    concurrent_heads,
     group,
     dout_row_stride,
     dout_head_stride,
@@ -206,8 +206,8 @@ def attention_backward_queries(
     BLOCK_N: tl.constexpr,
     BORDER_N: tl.constexpr,  # divides BLOCK_N
 ):
-    """dq of a tile of queries of one head: keys are read tile by tile, as in the forward."""
-    tile, head = tile_and_head(num_tiles, heads_together)
+    """Compute dq of a tile of queries of one head: keys are read tile by tile, as in the forward."""
+    tile, head = tile_and_head(num_tiles, concurrent_heads)
     q += head.to(tl.int64) * q_head_stride
     dout += head.to(tl.int64) * dout_head_stride
     k += (head // group).to(tl.int64) * k_head_stride
@@ -237,29 +237,29 @@ def attention_backward_queries(
             v_column, interior_start, interior_end, high, scale, HEAD_DIM, PADDED_DIM, BLOCK_N,
         )  # fmt: skip
         while done < high:
-            run_start, run_end = next_run(key_start, key_end, row, last_row, done)
+            keys_start, keys_end = next_run(key_start, key_end, row, last_row, done)
             skipped = interior_end - interior_start
             row_start = tl.load(key_start + row)
-            row_end = tl.minimum(tl.load(key_end + row), run_end)  # a tile may reach into the next run
+            row_end = tl.minimum(tl.load(key_end + row), keys_end)  # a tile may reach into the next run
             acc = add_border(
                 acc, q_tile, dout_tile, log_sum, minus_delta, k, v, k_border, v_border, k_row_stride, v_row_stride,
-                k_column, v_column, run_start, run_end, interior_start, skipped, row_start, row_end, scale,
+                k_column, v_column, keys_start, keys_end, interior_start, skipped, row_start, row_end, scale,
                 HEAD_DIM, PADDED_DIM, BORDER_N,
             )  # fmt: skip
-            done = run_end
+            done = keys_end
     else:
         while done < high:
-            end, run_end, seen_before = next_stretch(visible_end, visible_run_end, done, high, first_row)
-            shared_high = tl.where(seen_before > last_row, tl.minimum(tl.load(key_end + first_row), run_end), done)
+            end, keys_end, hidden_from = next_section(visible_end, run_end, done, high, first_row)
+            shared_high = tl.where(hidden_from > last_row, tl.minimum(tl.load(key_end + first_row), keys_end), done)
             interior_start, interior_end = interior(done, done, shared_high, BLOCK_N)
             acc = add_interior(
                 acc, q_tile, dout_tile, log_sum, minus_delta, k, v, k_tiles, v_tiles, k_row_stride, v_row_stride,
                 k_column, v_column, interior_start, interior_end, high, scale, HEAD_DIM, PADDED_DIM, BLOCK_N,
             )  # fmt: skip
-            row_end = tl.where(row < seen_before, tl.minimum(tl.load(key_end + row), run_end), done)
+            row_end = tl.where(row < hidden_from, tl.minimum(tl.load(key_end + row), keys_end), done)
             acc = add_border(
                 acc, q_tile, dout_tile, log_sum, minus_delta, k, v, k_border, v_border, k_row_stride, v_row_stride,
-                k_column, v_column, interior_end, run_end, done, 0, None, row_end, scale, HEAD_DIM, PADDED_DIM,
+                k_column, v_column, interior_end, keys_end, done, 0, None, row_end, scale, HEAD_DIM, PADDED_DIM,
                 BORDER_N,
             )  # fmt: skip
             done = end
@@ -273,9 +273,9 @@ def attention_backward_keys(
     q,
     k,
     v,
-    q_tiles,  # tensor descriptors of the same memory as [Nq, all heads], or None: interior tiles come by TMA
+    q_tiles,  # tensor descriptors of the same memory as [Nq, all heads], for loads by TMA; None: loads by pointers
     dout_tiles,
-    statistics_tiles,  # and of statistics as one long vector
+    statistics_tiles,  # and of statistics as one flat vector
     statistics,
     statistics_pitch,
     grad_key,
@@ -303,8 +303,9 @@ def attention_backward_keys(
     BLOCK_M: tl.constexpr,
     HIDDEN: tl.constexpr,  # whether some keys are hidden, so that query_end does not ascend
 ):
-    """dk and dv of a tile of listed keys: all heads of the group, or those of a part of it, and their query tiles."""
-    # The first keys of a document are seen by most queries: tiles in ascending order.
+    """Compute dk and dv of a tile of listed keys, from the heads of the group (or of a part of it) and their query
+    tiles."""
+    # Tiles run in ascending order, because the first keys of a document are seen by most queries.
     program = tl.program_id(0)
     tile = program // (NUM_KV_HEADS * num_head_parts)
     part = program % num_head_parts
@@ -315,7 +316,7 @@ def attention_backward_keys(
     first_rank = tile * BLOCK_N
     last_rank = tl.minimum(first_rank + BLOCK_N, num_grad_keys) - 1
     rank = tl.minimum(first_rank + tl.arange(0, BLOCK_N), last_rank)
-    low = tl.load(query_start + first_rank) // 4 * 4  # 16-byte steps of statistics
+    low = tl.load(query_start + first_rank) // 4 * 4  # statistics are read in steps of 16 bytes
     shared_low = tl.load(query_start + last_rank)
     if HIDDEN:
         high = tl.max(tl.load(query_end + rank), axis=0)
@@ -332,7 +333,7 @@ def attention_backward_keys(
     dk_acc = tl.zeros([BLOCK_N, PADDED_DIM], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, PADDED_DIM], tl.float32)
 
-    # One loop over the tiles of all heads, so that loads run ahead across the heads too.
+    # One loop over the tiles of all heads, so that loads are prefetched across heads too.
     tiles_per_head = tl.cdiv(high - low, BLOCK_M)
     for i in tl.range(0, heads_per_part * tiles_per_head):
         head = (kv_head * num_head_parts + part) * heads_per_part + i // tiles_per_head
@@ -342,7 +343,7 @@ def attention_backward_keys(
         log_sums = statistics + tl.cast(head, tl.int64) * statistics_pitch
         deltas = statistics + tl.cast(NUM_HEADS + head, tl.int64) * statistics_pitch
         query = start + tl.arange(0, BLOCK_M)
-        if q_tiles is not None:  # rows from `high` on are another document's, or zero
+        if q_tiles is not None:  # rows from `high` on belong to another document, or are zero
             q_tile = q_tiles.load([start, head * q_head_stride])
             dout_tile = dout_tiles.load([start, head * dout_head_stride])
             log_sum = statistics_tiles.load([head * statistics_pitch + start])
@@ -357,14 +358,15 @@ def attention_backward_keys(
         if (start < shared_low) | (start + BLOCK_M > shared_high):
             visible = (query[None, :] >= first_query[:, None]) & (query[None, :] < end_query[:, None])
             weights = tl.where(visible, weights, 0.0)
-        # delta is subtracted by the product, where it needs no registers of its own
+        # delta is the initial value of the product, so that it needs no registers of its own.
         dweights = tl.broadcast_to(minus_delta[None, :], scores.shape)
         dweights = tl.dot(v_tile, tl.trans(dout_tile), dweights, input_precision="ieee")
         dv_acc = tl.dot(weights.to(dout_tile.dtype), dout_tile, dv_acc, input_precision="ieee")
         dscores = weights * dweights
         dk_acc = tl.dot(dscores.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
 
-    # Adds zero. Were the rows those of the top, their addresses would take registers all the way down here.
+    # Recompute the ranks in a way that the compiler cannot merge with the first ones (it adds zero): otherwise their
+    # addresses would occupy registers through the whole loop.
     rank = first_rank + tl.minimum(tl.load(query_start + first_rank), 0) + tl.arange(0, BLOCK_N)
     is_rank = rank < num_grad_keys
     to_store = (part.to(tl.int64) * num_grad_keys * NUM_KV_HEADS + kv_head) * HEAD_DIM

@@ -1,9 +1,8 @@
-"""Which tiles, warps and pipeline stages do the attention kernels use on which device? A table; nothing is tuned at run
-time.
+"""A table of tiles, warps and pipeline stages of the attention kernels by device. Nothing is tuned at run time.
 
-Chosen from what the compiler reports: the largest tiles that spill no register (with Triton 3.6 the forward for heads
-of 256 spills a few) and fit into shared memory. Untested on a GPU: `python -m benchmarks.tune_attention` measures these
-and others there.
+The entries follow the compiler's reports: the largest tiles that spill no register (with Triton 3.6 the forward for
+heads of 256 spills a few) and fit into shared memory. They are untested on a GPU; `python -m benchmarks.tune_attention`
+measures these and others on one.
 """
 
 from dataclasses import dataclass
@@ -11,22 +10,24 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tile:
-    """How one kernel is launched."""
+    """The launch of one kernel."""
 
     block: int
     """Rows that a program owns: queries, or listed keys in the kernel of dk and dv."""
     step: int
     """Rows of the other side that it reads at a time."""
     border: int
-    """As `step`, where the mask has to be looked at; divides it. Only the kernels with query tiles have it."""
+    """Like `step`, for tiles that need a mask; divides `step`. Only used by the kernels with query tiles."""
     num_warps: int
     num_stages: int
     descriptors: bool = False
-    """Whether tiles come by TMA (compute capability 9.0 and later)."""
+    """Whether tiles are loaded by TMA (compute capability 9.0 and later)."""
 
 
 @dataclass(frozen=True)
 class Configurations:
+    """The launches of all kernels for one head size, dtype and device."""
+
     forward: Tile
     split: Tile
     """The forward for few queries, whose rows are at most `block` queries times heads of a group."""
@@ -36,7 +37,7 @@ class Configurations:
     """dk and dv."""
 
 
-# Products of float32 are no tensor core's work; small tiles, as every thread holds its own operands.
+# float32 products do not use tensor cores, and every thread holds its own operands: the tiles are small.
 _FLOAT32 = {
     64: Configurations(
         forward=Tile(32, 32, 32, 4, 2),
@@ -58,7 +59,7 @@ _FLOAT32 = {
     ),
 }
 
-# Two bytes an element. On Hopper (wgmma) a group of four warps owns 64 rows, and tiles come by TMA.
+# Two bytes per element. On Hopper (wgmma) a group of four warps owns 64 rows, and tiles are loaded by TMA.
 _HOPPER = {
     64: Configurations(
         forward=Tile(128, 128, 64, 8, 3, descriptors=True),
@@ -70,7 +71,7 @@ _HOPPER = {
         forward=Tile(128, 128, 64, 8, 2, descriptors=True),
         split=Tile(64, 64, 64, 4, 3, descriptors=True),
         queries=Tile(128, 64, 64, 8, 2, descriptors=True),
-        keys=Tile(128, 32, 32, 8, 3, descriptors=True),  # 64 queries at a time make it spill some registers
+        keys=Tile(128, 32, 32, 8, 3, descriptors=True),  # with 64 queries at a time it spills some registers
     ),
     256: Configurations(
         forward=Tile(128, 64, 16, 8, 2, descriptors=True),
@@ -80,7 +81,8 @@ _HOPPER = {
     ),
 }
 
-# Others: tiles by cp.async. 99 KiB of shared memory are enough, as small devices of compute capability 8 have no more.
+# Other devices load tiles by cp.async. These need at most 99 KiB of shared memory, all that small devices of compute
+# capability 8 have.
 _OTHER = {
     64: Configurations(
         forward=Tile(128, 64, 32, 8, 3),

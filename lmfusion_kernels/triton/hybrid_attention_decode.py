@@ -1,8 +1,8 @@
-"""How do few queries attend to long key ranges? Kernels for generation: many programs although there are few queries.
+"""Triton kernels for decoding: few queries with long key ranges, split into many programs.
 
 Rows of a tile are queries times the heads that share a key-value head, so each key is read once for all of them. Every
-run of keys (of a document in the cache, say) is cut into `num_splits` parts, one program each, whatever its length: no
-program needs to know the lengths of the others. A second kernel joins the parts in a fixed order.
+run of keys (for example, of a document in the cache) is split into `num_splits` parts, one program each, whatever its
+length, so that no program depends on the lengths of other runs. A second kernel joins the parts in a fixed order.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -84,7 +84,7 @@ def attention_forward_split(
                 k_tile = load_rows(k, k_row_stride, start, part_end, BLOCK_N, HEAD_DIM, PADDED_DIM, True)
             scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
             if v_tiles is not None:
-                # Rows behind the part hold anything: their keys are masked, but zero times NaN would be NaN.
+                # Rows after the part have arbitrary values. Their weights are 0, but 0 times NaN would be NaN.
                 is_part = tl.arange(0, BLOCK_N) < part_end - start
                 v_tile = tl.where(is_part[:, None], v_tiles.load([start, kv_head * v_head_stride]), 0.0)
             else:
@@ -117,7 +117,7 @@ def join_splits(
     PADDED_DIM: tl.constexpr,
     PADDED_SPLITS: tl.constexpr,
 ):
-    """One program for each query and head: the sums of all parts, each with the weight of its largest score."""
+    """Add the sums of all parts, each with the weight of its largest score: one program per query and head."""
     query = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     split = tl.arange(0, PADDED_SPLITS)

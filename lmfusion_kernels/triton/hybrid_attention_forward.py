@@ -1,8 +1,8 @@
-"""How does a tile of queries attend to its keys? The forward kernel, one program for each query tile and head.
+"""The forward attention kernel in Triton: one program per query tile and head.
 
-Keys come in tiles. Those that every row of the query tile sees come first, without masks; the others with one. The
-softmax is kept as a running maximum and sum per row, so order is free. Weights are powers of two: exp2 is one
-instruction.
+Keys come in tiles. The tiles that every row of the query tile sees come first, without a mask, then the others with
+one. The softmax is kept as a running maximum and sum per row, so the order of tiles does not matter. Weights are
+computed with exp2, which is one instruction.
 """
 
 # mypy: disallow-untyped-defs=False
@@ -15,7 +15,7 @@ from lmfusion_kernels.triton.hybrid_attention_tiles import (
     interior,
     load_rows,
     next_run,
-    next_stretch,
+    next_section,
     store_rows,
     tile_and_head,
 )
@@ -27,26 +27,25 @@ _LARGE = tl.constexpr(2.0**28)
 
 @triton.jit
 def exponents(row_max, exp2_scale):
-    """(multiplier, reference) of rows whose largest scores are row_max: weights are exp2(score * multiplier -
-    reference), a fused multiply-add.
+    """(multiplier, reference) of rows whose largest scores are row_max.
 
-    The multiplier is exp2_scale, the reference the largest scaled score. It is rounded, and all weights of a row have
-    two to the power of its error as a factor. The factor cancels when the row is divided by its sum, but it leaves the
-    range of float32 when scaled scores are beyond 2^31. From 2^28 on, float32 scores that differ at all differ by 16 or
-    more in the exponent: the largest has all the weight, with any multiplier that is not smaller. So it becomes a power
-    of two there, and the reference is exact.
-    """
-    # The next power of two: a float32 with another mantissa than zero carries into its exponent.
+    Weights are exp2(score * multiplier - reference), a fused multiply-add. The multiplier is exp2_scale, the reference
+    the largest scaled score. The reference is rounded, so all weights of a row have two to the power of its error as a
+    factor. The factor cancels when the row is divided by its sum, but it leaves the range of float32 if scaled scores
+    are beyond 2^31. From 2^28 on, float32 scores that differ at all differ by 16 or more in the exponent, so the
+    largest has all the weight, with any multiplier that is not smaller. There the multiplier becomes a power of two,
+    which makes the reference exact."""
+    # The next power of two: a mantissa other than zero carries into the exponent.
     bits = tl.cast(exp2_scale, tl.int32, bitcast=True)
     power = tl.cast((bits + 0x7FFFFF) & 0x7F800000, tl.float32, bitcast=True)
     multiplier = tl.where(tl.abs(row_max * exp2_scale) < _LARGE, exp2_scale, power)
-    # A plain product could be fused with the subtraction of another reference, and would not be rounded then.
+    # fma and not a plain product: that could be fused with the subtraction of another reference, without rounding.
     return multiplier, tl.fma(row_max, multiplier, 0.0)
 
 
 @triton.jit
 def add_unmasked(acc, row_sum, row_max, scores, exp2_scale, v):
-    """One key tile into the running softmax. row_max is the largest score so far; exp2_scale > 0."""
+    """Add a key tile to the running softmax. row_max is the largest score so far; exp2_scale > 0."""
     _, old_reference = exponents(row_max, exp2_scale)
     new_max = tl.maximum(row_max, tl.max(scores, axis=1))
     multiplier, reference = exponents(new_max, exp2_scale)
@@ -59,7 +58,7 @@ def add_unmasked(acc, row_sum, row_max, scores, exp2_scale, v):
 
 @triton.jit
 def add_masked(acc, row_sum, row_max, scores, exp2_scale, v, visible):
-    """The same for a tile of which some rows may see nothing, in it or so far."""
+    """Like add_unmasked, if some rows may see no key of the tile, or none so far."""
     _, old_reference = exponents(row_max, exp2_scale)
     scores = tl.where(visible, scores, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(scores, axis=1))
@@ -73,12 +72,14 @@ def add_masked(acc, row_sum, row_max, scores, exp2_scale, v, visible):
 
 @triton.jit
 def normalisers(row_sum, row_max, scale):
-    """What sums of weighted values are multiplied by, and the log of the sum of exp(scale * score), which is -inf for a
-    row that saw nothing."""
-    seen = row_sum != 0.0  # a sum that is NaN stays so
+    """The factors of the sums of weighted values, and the log of the sum of exp(scale * score).
+
+    The log is -inf for a row that sees no key.
+    """
+    seen = row_sum != 0.0  # NaN stays NaN
     safe_sum = tl.where(seen, row_sum, 1.0)
     multiplier, reference = exponents(row_max, scale * _LOG2_E)
-    rounding = tl.fma(row_max, multiplier, -reference)  # row_sum has two to the power of it as a factor
+    rounding = tl.fma(row_max, multiplier, -reference)  # 2^rounding is a factor of row_sum
     log_sum = row_max * scale + (tl.math.log2(safe_sum) - rounding) * _LN_2
     return 1.0 / safe_sum, tl.where(seen, log_sum, float("-inf"))
 
@@ -95,7 +96,7 @@ def add_interior(
     v_tiles,
     k_row_stride,
     v_row_stride,
-    k_column,  # of the descriptors, where the head begins
+    k_column,  # the first column of the head in the descriptors
     v_column,
     interior_start,
     interior_end,
@@ -105,7 +106,7 @@ def add_interior(
     PADDED_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Keys that every row sees."""
+    """Add the keys that every row sees."""
     for i in tl.range(0, (interior_end - interior_start) // BLOCK_N):
         start = interior_start + i * BLOCK_N
         if k_tiles is not None:
@@ -138,15 +139,15 @@ def add_border(
     run_start,
     run_end,
     interior_start,
-    skipped,  # keys of the interior, which are left out
-    row_start,  # None: not behind run_start
+    skipped,  # number of keys of the interior, which are skipped
+    row_start,  # None: at most run_start
     row_end,
     exp2_scale,
     HEAD_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     BORDER_N: tl.constexpr,
 ):
-    """The other keys of [run_start, run_end), of which a row sees [row_start, row_end)."""
+    """Add the other keys of [run_start, run_end), of which a row sees [row_start, row_end)."""
     for i in tl.range(0, tl.cdiv(run_end - run_start - skipped, BORDER_N)):
         start = run_start + i * BORDER_N
         start += tl.where(start >= interior_start, skipped, 0)
@@ -157,7 +158,7 @@ def add_border(
             k_tile = load_rows(k, k_row_stride, start, run_end, BORDER_N, HEAD_DIM, PADDED_DIM, True)
         scores = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         if v_border is not None:
-            # Rows behind the run hold anything: their keys are masked, but zero times NaN would be NaN.
+            # Rows after the run have arbitrary values. Their weights are 0, but 0 times NaN would be NaN.
             is_run = tl.arange(0, BORDER_N) < run_end - start
             v_tile = tl.where(is_run[:, None], v_border.load([start, v_column]), 0.0)
         else:
@@ -170,7 +171,7 @@ def add_border(
     return acc, row_sum, row_max
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_tiles", "heads_together", "group"])
+@triton.jit(do_not_specialize=["num_queries", "num_tiles", "concurrent_heads", "group"])
 def attention_forward(
     q,
     k,
@@ -181,15 +182,15 @@ def attention_forward(
     v_border,
     key_start,
     key_end,
-    visible_end,  # [Nk], or None if no key is hidden, and then so is the next
-    visible_run_end,
+    visible_end,  # [Nk]; None, as run_end, if no key is hidden
+    run_end,
     out_row,
     out,
     lse,
     scale,  # above 0
     num_queries,
     num_tiles,
-    heads_together,
+    concurrent_heads,
     group,  # query heads of one key-value head
     q_row_stride,
     q_head_stride,
@@ -204,7 +205,7 @@ def attention_forward(
     BLOCK_N: tl.constexpr,
     BORDER_N: tl.constexpr,  # divides BLOCK_N
 ):
-    tile, head = tile_and_head(num_tiles, heads_together)
+    tile, head = tile_and_head(num_tiles, concurrent_heads)
     q += head.to(tl.int64) * q_head_stride
     k += (head // group).to(tl.int64) * k_head_stride
     v += (head // group).to(tl.int64) * v_head_stride
@@ -213,7 +214,7 @@ def attention_forward(
     last_row = tl.minimum(first_row + BLOCK_M, num_queries) - 1
     row = first_row + tl.arange(0, BLOCK_M)
     is_row = row <= last_row
-    row = tl.minimum(row, last_row)  # rows behind the last repeat it and are not stored
+    row = tl.minimum(row, last_row)  # rows after the last one repeat it and are not stored
     low = tl.load(key_start + first_row)
     high = tl.load(key_end + last_row)
 
@@ -233,30 +234,30 @@ def attention_forward(
             interior_start, interior_end, high, exp2_scale, HEAD_DIM, PADDED_DIM, BLOCK_N,
         )  # fmt: skip
         while done < high:
-            run_start, run_end = next_run(key_start, key_end, row, last_row, done)
-            # Where there is an interior, all ranges overlap and there is one run.
+            keys_start, keys_end = next_run(key_start, key_end, row, last_row, done)
+            # If there is an interior, all ranges overlap and there is only one run.
             skipped = interior_end - interior_start
             row_start = tl.load(key_start + row)
-            row_end = tl.minimum(tl.load(key_end + row), run_end)  # a tile may reach into the next run
+            row_end = tl.minimum(tl.load(key_end + row), keys_end)  # a tile may reach into the next run
             acc, row_sum, row_max = add_border(
                 acc, row_sum, row_max, q_tile, k, v, k_border, v_border, k_row_stride, v_row_stride, k_column, v_column,
-                run_start, run_end, interior_start, skipped, row_start, row_end, exp2_scale, HEAD_DIM, PADDED_DIM,
+                keys_start, keys_end, interior_start, skipped, row_start, row_end, exp2_scale, HEAD_DIM, PADDED_DIM,
                 BORDER_N,
             )  # fmt: skip
-            done = run_end
+            done = keys_end
     else:
         while done < high:
-            end, run_end, seen_before = next_stretch(visible_end, visible_run_end, done, high, first_row)
-            shared_high = tl.where(seen_before > last_row, tl.minimum(tl.load(key_end + first_row), run_end), done)
+            end, keys_end, hidden_from = next_section(visible_end, run_end, done, high, first_row)
+            shared_high = tl.where(hidden_from > last_row, tl.minimum(tl.load(key_end + first_row), keys_end), done)
             interior_start, interior_end = interior(done, done, shared_high, BLOCK_N)
             acc, row_sum, row_max = add_interior(
                 acc, row_sum, row_max, q_tile, k, v, k_tiles, v_tiles, k_row_stride, v_row_stride, k_column, v_column,
                 interior_start, interior_end, high, exp2_scale, HEAD_DIM, PADDED_DIM, BLOCK_N,
             )  # fmt: skip
-            row_end = tl.where(row < seen_before, tl.minimum(tl.load(key_end + row), run_end), done)
+            row_end = tl.where(row < hidden_from, tl.minimum(tl.load(key_end + row), keys_end), done)
             acc, row_sum, row_max = add_border(
                 acc, row_sum, row_max, q_tile, k, v, k_border, v_border, k_row_stride, v_row_stride, k_column, v_column,
-                interior_end, run_end, done, 0, None, row_end, exp2_scale, HEAD_DIM, PADDED_DIM, BORDER_N,
+                interior_end, keys_end, done, 0, None, row_end, exp2_scale, HEAD_DIM, PADDED_DIM, BORDER_N,
             )  # fmt: skip
             done = end
 

@@ -1,4 +1,4 @@
-"""Does `make gpu` go on after a failure, keep its time, say what it left out, and give the right exit status?"""
+"""`make gpu` goes on after a failure, keeps its time limit, names what it left out, and exits with the right status."""
 
 import dataclasses
 import importlib.util
@@ -135,7 +135,7 @@ def test_commands_run_side_by_side(tmp_path):
 
 
 def test_a_command_is_told_its_time(tmp_path):
-    """Benchmarks that know it leave rows out, with the reason, where an interruption would be a failure."""
+    """Benchmarks that know their time limit leave rows out with the reason; an interruption would be a failure."""
     command = python("benchmarks", "import os; print('has', os.environ['SECONDS'])", seconds_in="SECONDS")
     runner = Runner(tmp_path)
     runner.run([Step("long", 100, [command]), Step("short", 20, [command])])
@@ -203,7 +203,7 @@ def test_plan_where_something_is_missing(tmp_path, monkeypatch, change, left_out
 
 
 def test_whole_run_without_a_gpu(tmp_path, monkeypatch):
-    """The real program, with commands that do nothing in place of build, collection and benchmark."""
+    """The real program, with commands that do nothing instead of build, collection and benchmark."""
     monkeypatch.setattr(gpu, "probe", lambda python: FOUND | {"gpu": None, "capability": None})
     plan = gpu.make_plan
 
@@ -248,7 +248,7 @@ def attention_rows(medians):
 
 
 def test_report_of_a_run(tmp_path):
-    """Triton wins the forward, flash the sum; other contestants and kernels that did not run are no candidates."""
+    """Triton wins the forward, flash the sum; other contestants, and kernels that did not run, are not candidates."""
     medians = {"ours": (1.0, 5.0), "triton": (1.0, 5.0), "flash": (1.5, 4.0), "sdpa flash, causal": (0.1, 0.2)}
     device = {"name": "NVIDIA H200", "type": "cuda", "capability": "9.0"}
     rows = list(attention_rows(medians))
@@ -288,7 +288,7 @@ def test_probe_says_what_is_there():
 
 
 def test_needs_the_standard_library_alone(tmp_path):
-    """It starts on a python without torch, and says so."""
+    """The program starts with a python without torch, and says so."""
     environment = {**os.environ, "PYTHONPATH": ""}
     code = "import sys; sys.path.insert(0, 'benchmarks'); import gpu; print([m for m in sys.modules if m == 'torch'])"
     process = subprocess.run(

@@ -1,4 +1,4 @@
-"""Do the benchmarks check before they time, count what a call does, and write down what cannot run?"""
+"""The benchmarks compare results before timing, count what a call does, and record what cannot run."""
 
 import json
 import subprocess
@@ -150,7 +150,7 @@ def test_baselines_compute_the_same_layer(make, frozen_text, shape):
     theirs = contestant(case, make, backward=True)
     assert not difference(
         theirs.results(theirs.prepare(1)()), ours.results(ours.prepare(1)()), torch.float32
-    )  # the same rows from the same seed
+    )  # the same seed gives the same rows
     assert difference(theirs.results(theirs.prepare(2)()), ours.results(ours.prepare(1)()), torch.float32)
 
 
@@ -201,7 +201,7 @@ def test_every_pattern_has_the_tokens_it_says():
 
 @pytest.mark.slow
 def test_a_run_writes_results_and_table(tmp_path):
-    """The peers' rows: without checkouts they say how to get them, which is quick."""
+    """The rows of peers: without checkouts they only say how to get them, which is quick."""
     command = [sys.executable, "-m", "pytest", "benchmarks/cases/test_peers.py", "--benchmark-only", "-q", "-k",
                "forward and fp32", "-p", "no:cacheprovider"]  # fmt: skip
     environment = {"PATH": "/usr/bin:/bin", "LMFUSION_BENCHMARK_OUTPUT": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}

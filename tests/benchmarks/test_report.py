@@ -1,4 +1,4 @@
-"""Does the performance page hold what the committed results hold, losses and failures included?"""
+"""The performance page and the tables agree with the committed results, losses and failures included."""
 
 import copy
 
@@ -7,6 +7,8 @@ import pytest
 from benchmarks.harness import report
 from benchmarks.harness.chart import Bar, Group, svg
 from benchmarks.harness.output import file_name, write_results
+from benchmarks.harness.summary import summary_page
+from benchmarks.harness.tables import tables_page
 
 
 def line(ms, **values):
@@ -46,23 +48,26 @@ def results():
     }
 
 
-def test_committed_page_is_up_to_date():
-    text, plots = report.page(report.committed(), "images/")
-    assert report.PAGE.read_text() == text, "run python -m benchmarks.harness.report"
-    drawn = {path.name: path.read_text() for path in report.IMAGES.glob(f"{report.PREFIX}*.svg")}
-    assert drawn == plots, "run python -m benchmarks.harness.report"
+def test_committed_pages_are_up_to_date():
+    pages = report.pages()
+    assert {path: path.read_text() for path in report.written()} == pages, "run python -m benchmarks.harness.report"
+    assert len(report.PAGE.read_text().splitlines()) <= 120
 
 
-def test_page_without_a_gpu_says_so(results):
-    text, _ = report.page([results], "images/")
-    assert "untested on a GPU" in text and "## A CPU" in text
+def summary(results):
+    return summary_page([results], "images/", "tables/")
+
+
+def test_pages_without_a_gpu_say_so(results):
     gpu = copy.deepcopy(results)
     gpu["device"] |= {"type": "cuda", "name": "A GPU", "capability": "9.0"}
-    assert "untested" not in report.page([gpu], "images/")[0]
+    for page in (summary, lambda results: tables_page([results], "images/")[0]):
+        assert "untested on a GPU" in page(results) and "## A CPU" in page(results)
+        assert "untested" not in page(gpu) and "## A GPU" in page(gpu)
 
 
-def test_losses_bars_and_failures_are_told(results):
-    text, plots = report.page([results], "images/")
+def test_tables_show_losses_bars_and_failures(results):
+    text, plots = tables_page([results], "images/")
     losses = text.split("### Where we lose")[1].split("###")[0]
     assert "| quicker | 2 | 1 | 2.00 |" in losses
     assert "floor" not in losses and "slower" not in losses and "otherwise" not in losses
@@ -77,9 +82,23 @@ def test_losses_bars_and_failures_are_told(results):
     assert f"](images/{name})" in text and "quicker" in plots[name]
 
 
-def test_a_page_without_losses_says_so(results):
+def test_summary_compares_with_the_strongest_rival(results):
+    second = row("routed_block", {"ours": line(2.0), "slower": line(4.0, ratio=0.5)}, case="another case")
+    results["rows"].append(second)
+    text = summary(results)
+    assert "faster than the strongest rival in 1 of 2 rows" in text
+    assert "| Two-tower layer, bf16 forward | 1 of 2 | 0.50 | 1.25 | 2.00 | quicker / slower |" in text
+    losses = text.split("### Where we lose")[1].split("###")[0]
+    assert "| quicker | 2 | 1 | 2.00 |" in losses and "floor" not in losses and "another case" not in losses
+    assert "1 of 3 bars" in text and "| ours / quicker | 2.00 | 0.90 MISSED |" in text
+    (plot,) = tables_page([results], "")[1]
+    assert f"(images/{plot})" in text and f"(tables/{file_name(results)[:-5]}.md)" in text
+
+
+def test_pages_without_losses_say_so(results):
     del results["rows"][0]["contestants"]["quicker"]
-    assert "No baseline of the same work was faster" in report.page([results], "")[0]
+    for text in (summary(results), tables_page([results], "")[0]):
+        assert "No baseline of the same work was faster" in text
 
 
 def test_bars_are_drawn_to_scale():
@@ -91,7 +110,7 @@ def test_bars_are_drawn_to_scale():
     assert "&lt;twice&gt;" in drawing and "2.00" in drawing
 
 
-def test_run_is_taken_in_and_written_beside(results, tmp_path, monkeypatch):
+def test_a_kept_run_replaces_the_earlier_one_and_renews_the_pages(results, tmp_path, monkeypatch):
     for name in ("RESULTS", "PAGE", "IMAGES"):
         monkeypatch.setattr(report, name, tmp_path / name.lower())
     (tmp_path / "images").mkdir()
@@ -99,7 +118,10 @@ def test_run_is_taken_in_and_written_beside(results, tmp_path, monkeypatch):
     for run in (old, results):
         path = write_results(run, tmp_path / "run")
         assert report.main(["--keep", str(path)]) == 0
-    assert [p.name for p in report.RESULTS.iterdir()] == [file_name(results)] == ["cpu-a-cpu-avx512-2026-01-02.json"]
+    assert file_name(results) == "cpu-a-cpu-avx512-2026-01-02.json"
+    assert {p.name for p in report.RESULTS.iterdir()} == {
+        f"cpu-a-cpu-avx512-2026-01-02.{kind}" for kind in ("json", "md")
+    }
     assert "## A CPU" in report.PAGE.read_text() and len(list(report.IMAGES.iterdir())) == 1
     assert report.main([str(path)]) == 0
     assert "2026-01-02" in (tmp_path / "run" / "results.md").read_text()

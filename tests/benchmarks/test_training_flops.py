@@ -28,7 +28,7 @@ SMOLLM2 = replace(
     latent_channels=4,
     latent_size=8,
 )
-"""Two layers of it, with a smaller vocabulary."""
+"""Two of its layers, with a smaller vocabulary."""
 PAIRS = flops.Mix("a few", (5, 7, 9, 11, 13, 15, 17))
 BEFORE, AFTER, IMAGE = flops.TEXT_BEFORE, flops.TEXT_AFTER, flops.IMAGE
 
@@ -43,7 +43,7 @@ def test_the_page_says_what_is_counted():
 @pytest.mark.parametrize("way", flops.WAYS, ids=lambda way: way.name)
 def test_meta_tensors_are_counted_as_real_ones(model, way):
     real, meta = (flops.count(flops.make_model(model, way, device), PAIRS) for device in ("cpu", "meta"))
-    # A CPU's head sees the labelled rows alone: here all but one of each pair's rows after the image, or of all rows
+    # On a CPU the head gets only labelled tokens: here all but one of each pair's tokens after the image, or of all
     assert 0.5 < real.pop(flops.HEAD).total / meta.pop(flops.HEAD).total <= 1
     assert real == meta
     assert all(part.total for part in real.values())

@@ -1,4 +1,4 @@
-"""Does the benchmark of a training step time a step that is real, and the same one each time?"""
+"""The benchmark of a training step times a real step, and the same one each time."""
 
 import pytest
 import torch

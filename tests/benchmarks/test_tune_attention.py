@@ -1,4 +1,4 @@
-"""Does the tuning script try sensible tiles, and end in peace where there is no GPU?"""
+"""The tuning script tries sensible tiles, and ends without an error if there is no GPU."""
 
 import subprocess
 import sys

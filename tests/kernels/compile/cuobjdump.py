@@ -1,5 +1,7 @@
-"""What did the compiler make of a kernel? Registers, memory and instructions of the kernels in a library or cubin, read
-with NVIDIA's cuobjdump, from PATH or from triton's package. Needs no GPU."""
+"""Reads registers, memory and instructions of the compiled kernels in a library or cubin.
+
+Uses NVIDIA's cuobjdump, from PATH or from triton's package. Needs no GPU.
+"""
 
 import importlib.util
 import re
@@ -34,7 +36,7 @@ class Kernel:
         return source_name(self.symbol)
 
     def count(self, *words: str) -> int:
-        """Instructions whose mnemonic's dot-separated parts begin with words[0] and hold the others."""
+        """Instructions whose mnemonic, split at dots, begins with words[0] and contains the other words."""
         return sum(
             number
             for mnemonic, number in self.instructions.items()
@@ -43,7 +45,7 @@ class Kernel:
 
     @property
     def local_accesses(self) -> int:
-        """Loads and stores of local memory, the trace of a spill."""
+        """Loads and stores of local memory, which show spills."""
         return self.count("LDL") + self.count("STL")
 
 
@@ -58,7 +60,7 @@ def find() -> str | None:
 
 
 def kernels(path: Path) -> list[Kernel]:
-    """The kernels in a .so or .cubin: one for each architecture there is machine code for."""
+    """The kernels in a .so or .cubin, one for each architecture with machine code."""
     found: dict[tuple[str, str], Kernel] = {}
     for kernel in read_resources(dump(path, "-res-usage").splitlines(), default_architecture(path)):
         found[kernel.architecture, kernel.symbol] = kernel
@@ -77,7 +79,7 @@ def dump(path: Path, what: str) -> str:
 
 
 def default_architecture(path: Path) -> str:
-    """Of a cubin, whose list of resources does not tell."""
+    """The architecture of a cubin, which its list of resources lacks."""
     match = re.search(r"code for (sm_\w+)", dump(path, "-sass")) if path.suffix == ".cubin" else None
     return match.group(1) if match else ""
 
@@ -105,7 +107,7 @@ def read_sass(lines: Iterable[str]) -> dict[tuple[str, str], Counter[str]]:
     for line in lines:
         if match := re.match(
             r"arch = (sm_\w+)", line
-        ):  # in a library: "code for" below it leaves out the "a" of sm_90a
+        ):  # in a library; the "code for" line below lacks the "a" of sm_90a
             architecture, is_fatbin = match.group(1), True
         elif not is_fatbin and (match := re.match(r"\s*code for (sm_\w+)", line)):
             architecture = match.group(1)

@@ -1,9 +1,8 @@
-"""Does a kernel read shared memory asynchronously that ordinary instructions wrote, without a fence between? Read from
-its PTX.
+"""Finds missing fences between ordinary writes to shared memory and asynchronous reads, in a kernel's PTX.
 
-wgmma and bulk copies reach shared memory through the async proxy; st.shared and cp.async write it through the generic
-one. A fence.proxy.async has to stand between a write and such a read, and for cp.async behind the wait for it. Bulk
-copies (TMA) into shared memory need none. Addresses are not compared: any unfenced write counts for any read.
+wgmma and bulk copies access shared memory through the async proxy; st.shared and cp.async write it through the generic
+proxy. There must be a fence.proxy.async between such a write and such a read, and for cp.async after the wait for it.
+Bulk copies (TMA) into shared memory need none. Addresses are not compared: any unfenced write counts for any read.
 """
 
 import re
@@ -23,10 +22,10 @@ END = re.compile(r"(ret|exit|trap)$")
 @dataclass(frozen=True)
 class Instruction:
     text: str
-    """Without its predicate."""
+    """The instruction without its predicate."""
     is_predicated: bool
     targets: tuple[str, ...] = ()
-    """Where a branch may go, as labels with their scope."""
+    """The targets of a branch, as labels with their scope."""
 
 
 @dataclass(frozen=True)
@@ -41,11 +40,11 @@ class Unfenced:
 
 
 Written = frozenset[tuple[str, bool]]
-"""The writes that may have no fence yet, each with whether it has arrived: a cp.async has when it was waited for."""
+"""The writes that may have no fence yet, and whether each has arrived: a cp.async has arrived after a wait for it."""
 
 
 def unfenced_reads(ptx: str) -> list[Unfenced]:
-    """Every pair of read and write that some path through a kernel brings together without a fence."""
+    """Every pair of write and read that a path through a kernel connects without a fence."""
     found: set[Unfenced] = set()
     for body in _bodies(ptx):
         instructions, labels = _parse(body)
@@ -97,7 +96,7 @@ def _short(text: str) -> str:
 
 
 def _bodies(ptx: str) -> Iterator[str]:
-    """What stands between the braces of each kernel and function."""
+    """The text between the braces of each kernel and function."""
     ptx = re.sub(r"//[^\n]*|/\*.*?\*/|^\s*\.(loc|file)\b[^\n]*", "", ptx, flags=re.M | re.S)
     for match in re.finditer(r"\.(?:entry|func)\b[^{;]*\{", ptx):
         depth, end = 1, match.end()
@@ -111,7 +110,7 @@ def _bodies(ptx: str) -> Iterator[str]:
 
 
 def _parse(body: str) -> tuple[list[Instruction], dict[str, int]]:
-    """The instructions in order, and the place of each label. A label is known within its braces alone."""
+    """The instructions in order, and the index of each label. A label is only known within its braces."""
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     jumps: list[tuple[int, str, list[str]]] = []

@@ -1,4 +1,4 @@
-"""Did nvcc make of csrc/cuda what a memory-bound kernel needs: no spills, few registers, accesses of 16 bytes?"""
+"""nvcc compiles csrc/cuda as memory-bound kernels need it: no spills, few registers, accesses of 16 bytes."""
 
 import re
 import sys
@@ -11,10 +11,10 @@ from lmfusion_kernels.runtime import library
 from tests.kernels.compile import cuobjdump
 
 ROOT = Path(__file__).resolve().parents[3]
-LARGEST_SHARED = 48 * 1024  # what a block gets without asking
+LARGEST_SHARED = 48 * 1024  # the default limit of a block
 
 # 64 registers: half of the threads that a multiprocessor can hold; 80: three blocks of 256. Memory-bound kernels need
-# bytes in flight, which is threads times what each has loaded before it uses it.
+# many bytes in flight: the number of threads times the bytes that each loads before it uses them.
 REGISTERS = {
     "reorder_rows_kernel": 40,
     "rms_norm_kernel": 64,
@@ -32,9 +32,9 @@ REGISTERS = {
 }
 """The most registers a thread may have, by kernel."""
 NARROW_LOADS = 3
-"""Loads of one number a row or a group of heads: its index, its rstd."""
+"""Loads of one number per row or group of heads: its index, its rstd."""
 NARROW_STORES = {"rms_norm_kernel": 1, "rope_norm_backward_kernel": 6}
-"""Stores of less than 16 bytes: rstd; one block's sums of the gradients of a norm."""
+"""Stores of less than 16 bytes: rstd, and a block's sums of the gradients of a norm."""
 
 
 def library_path() -> Path:
@@ -60,7 +60,7 @@ def defined_in_source() -> set[str]:
 
 
 def is_vector(kernel: cuobjdump.Kernel) -> bool:
-    """Whether it is for rows that can be read 16 bytes at a time. The others are for rows that are not aligned."""
+    """Whether the kernel is for rows that can be read 16 bytes at a time. The others are for rows without alignment."""
     if kernel.name.startswith("swiglu"):
         return "Li1E" not in kernel.symbol
     if kernel.name == "reorder_rows_kernel":
@@ -105,11 +105,11 @@ def test_rows_come_and_go_in_accesses_of_16_bytes(kernels):
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_loads_on_a_torch_without_cuda():
-    """In this very process: with its CUDA kernels, and with no library of CUDA."""
-    library_path()
+    """Loaded in this process: it has CUDA kernels, but needs no library of CUDA."""
+    path = library_path()
     assert library.native, library.unavailable_reason
     maps = Path("/proc/self/maps").read_text()
-    assert str(library_path()) in maps
+    assert str(path) in maps
     assert not re.findall(r"lib(?:cuda|cudart|torch_cuda|c10_cuda)\.so\S*", maps)
 
 

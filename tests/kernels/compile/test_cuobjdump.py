@@ -1,4 +1,4 @@
-"""Would the checks of compiled kernels see local memory, narrow loads and missing kernels?"""
+"""The checks of compiled kernels detect local memory, narrow loads and missing kernels."""
 
 import subprocess
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Do the native sources compile against the headers of the oldest torch that the metadata promises?
+"""The native sources compile against the headers of the oldest torch that the metadata promises.
 
-The build alone cannot tell: it uses the pinned torch, and later headers declare what the oldest ones lack. `make test`
+The build cannot show this: it uses the pinned torch, whose headers may declare more than the oldest ones. `make test`
 unpacks the oldest headers into the environment. CMake says how the build compiles each source.
 """
 
@@ -52,7 +52,7 @@ def configure(folder: Path, nvcc: str | None) -> dict[Path, list[str]]:
         "pybind11_DIR": Path(pybind11.origin).parent / "share" / "cmake" / "pybind11",
         "TORCH_DIR": OLDEST,
         "LMFUSION_CUDA": "ON" if nvcc else "OFF",
-        "LMFUSION_CUDA_ARCHITECTURES": "90a-virtual",  # PTX alone: other tests look at the machine code
+        "LMFUSION_CUDA_ARCHITECTURES": "90a-virtual",  # only PTX: other tests check the machine code
     }
     if nvcc:
         definitions["CMAKE_CUDA_COMPILER"] = nvcc
@@ -62,13 +62,13 @@ def configure(folder: Path, nvcc: str | None) -> dict[Path, list[str]]:
     assert result.returncode == 0, result.stdout + result.stderr
     commands: dict[Path, list[str]] = {}
     for entry in json.loads((folder / "compile_commands.json").read_text()):
-        # Kernels of csrc/cpu are listed once for each instruction set, which makes no difference to the headers.
+        # Kernels of csrc/cpu are listed once per instruction set, which does not matter for the headers.
         commands.setdefault(Path(entry["file"]), shlex.split(entry["command"]))
     return commands
 
 
 def compile_only(source: Path, command: list[str], folder: Path) -> str:
-    """What the compiler says against the source; "" if it compiles. Machine code is left out, and so are warnings."""
+    """The compiler's errors; "" if the source compiles. No machine code is generated, and warnings are off."""
     at = command.index("-o")
     command = command[:at] + command[at + 2 :] + ["-w"]
     if source.suffix == ".cu":
@@ -89,7 +89,9 @@ def test_every_source_compiles(language, tmp_path):
     commands = {path: words for path, words in configure(tmp_path, nvcc).items() if path.suffix == suffix}
     assert set(commands) == set((ROOT / "csrc").rglob(f"*{suffix}"))
     assert all(
-        str(OLDEST / "include") in " ".join(words) for path, words in commands.items() if "layout_module" not in path.parts
+        str(OLDEST / "include") in " ".join(words)
+        for path, words in commands.items()
+        if "layout_module" not in path.parts
     )
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         answers = pool.map(lambda item: compile_only(*item, tmp_path), commands.items())

@@ -1,4 +1,4 @@
-"""Would the scan see a missing fence, and does it let good code pass?"""
+"""The scan for fences finds a missing one, and accepts good code."""
 
 import pytest
 

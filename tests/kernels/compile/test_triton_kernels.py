@@ -1,6 +1,6 @@
-"""Did Triton make of its kernels what they are written for: tensor cores, no spills, fences, shared memory that fits?
+"""Triton compiles its kernels as intended: tensor cores, no spills, fences, and shared memory that fits.
 
-By the Triton that is installed, and by the oldest that the metadata admits, which `make test` puts beside it.
+Checked with the installed Triton, and with the oldest one that the metadata admits, which `make test` unpacks.
 """
 
 import fcntl
@@ -21,22 +21,22 @@ from tests.kernels.compile import cuobjdump
 ROOT = Path(__file__).resolve().parents[3]
 COMPILER = Path(__file__).resolve().parent / "triton_compiler.py"
 CACHE = ROOT / "build" / "triton_compile"
-LARGEST_SHARED = {80: 163 * 1024, 90: 227 * 1024}  # of a block, in bytes
+LARGEST_SHARED = {80: 163 * 1024, 90: 227 * 1024}  # per block, in bytes
 LARGEST_REGISTERS = 255
 LARGEST_SPILL_FLOAT32 = 32
-"""Bytes a thread. ptxas aims at 128 registers for one of the float32 kernels, and six values do not fit."""
+"""Spilled bytes per thread. ptxas aims at 128 registers for one of the float32 kernels, and six values do not fit."""
 LARGEST_SPILL_HIDDEN = {("sm_80", 128): 64, ("sm_90a", 256): 32}
-"""The same where spans are hidden, by architecture and head size: a few values do not fit into 255 registers."""
+"""The same with hidden spans, by architecture and head size: a few values do not fit into 255 registers."""
 LARGEST_SPILL = {
     ("oldest", "attention_forward", 256): 16,
     ("installed", "attention_forward_split", 256): 8,  # ptxas aims at 168 registers on sm_80
 }
-"""The same of other kernels by Triton, name and head size; 0 for those that are not here."""
+"""The same for other kernels by Triton, name and head size; 0 for kernels that are not listed."""
 OLDEST = Path(sys.prefix) / "oldest" / "triton"
-"""Where `make test` puts the oldest Triton."""
+"""The folder into which `make test` unpacks the oldest Triton."""
 SCRATCH = {("attention_backward_keys", 256)}
-"""Kernels whose st.shared, by name and head size, only turns tiles around for other threads of the block, which read
-them by ld.shared. proxy_fences cannot tell it from an operand of wgmma."""
+"""Kernels, by name and head size, whose st.shared only redistributes tiles among the threads of the block, which read
+them by ld.shared. proxy_fences cannot distinguish that from an operand of wgmma."""
 
 
 def case(launch, capability, dtype, **arguments):
@@ -51,7 +51,7 @@ def name_of(value):
 
 
 def attention_cases(capability, dtype, head_dim):
-    """Forward, backward, and the forward of generation with a cache: tiles of 16 rows, and the largest ones."""
+    """Forward, backward, and the forward of generation with a cache: with tiles of 16 rows, and with the largest."""
     for backward in (False, True):
         yield case("attention", capability, dtype, head_dim=head_dim, backward=backward)
     for num_queries in (4, 128):
@@ -59,13 +59,13 @@ def attention_cases(capability, dtype, head_dim):
 
 
 def hidden_cases(capability, dtype, head_dim):
-    """Forward and backward where spans are hidden."""
+    """Forward and backward with hidden spans."""
     for backward in (False, True):
         yield case("attention", capability, dtype, head_dim=head_dim, backward=backward, hidden=True)
 
 
-# Its accumulators leave too few registers. With one pipeline stage the products would not wait for each other, but for
-# memory.
+# Its accumulators leave too few registers. With one pipeline stage the products would wait for memory instead of each
+# other.
 SERIALIZED = {("attention_backward_keys", 256)}
 
 QUICK = [
@@ -85,11 +85,11 @@ THOROUGH += [case for head_dim in (64, 256) for case in hidden_cases(90, "bfloat
 THOROUGH += [case for capability in (80, 90) for case in attention_cases(capability, "float32", 64)]
 THOROUGH = [case for case in THOROUGH if case not in QUICK]
 OF_OLDEST = [case for case in THOROUGH if case["capability"] == 90 and case["arguments"]["dtype"] != "float32"]
-"""What the oldest Triton compiles besides QUICK: all that has wgmma."""
+"""The cases for the oldest Triton besides QUICK: all kernels with wgmma."""
 
 
 def version_of(triton):
-    """The version of the "installed" or of the "oldest" Triton; None: it is not there."""
+    """The version of the "installed" or the "oldest" Triton; None if it is not available."""
     path = {"installed": None, "oldest": [str(OLDEST)]}[triton]
     found = importlib.metadata.distributions(name="triton", **({} if path is None else {"path": path}))
     return next((distribution.version for distribution in found), None)
@@ -114,8 +114,11 @@ def digest(triton, case):
 
 
 def reports(triton, case):
-    """The kernels of a case, compiled together with all others for its architecture that are not in the cache: triton
-    starts slowly. One process compiles, others wait."""
+    """The kernels of a case.
+
+    Compiles all cases for its architecture that are not in the cache at once, because Triton starts slowly. One process
+    compiles, others wait.
+    """
     capability = case["capability"]
     thorough = THOROUGH if triton == "installed" else OF_OLDEST
     cases = [other for other in (QUICK if case in QUICK else thorough) if other["capability"] == capability]
@@ -139,7 +142,7 @@ def reports(triton, case):
 
 
 def kernels(triton, case):
-    """The kernels of a case with what the compiler reports of each."""
+    """The kernels of a case with the compiler's report of each."""
     pytest.importorskip("triton", reason="triton is not installed")
     if cuobjdump.find() is None:
         pytest.skip("there is no cuobjdump beside triton")
@@ -164,7 +167,7 @@ CASES = [
 ]
 
 
-@pytest.mark.timeout(900)  # the first case of many waits for all of them
+@pytest.mark.timeout(900)  # the first case waits until all are compiled
 @pytest.mark.parametrize(("triton", "case"), CASES, ids=name_of)
 def test_kernels(triton, case):
     head_dim = case["arguments"].get("head_dim")
@@ -176,7 +179,7 @@ def test_kernels(triton, case):
             assert not report["is_serialized"], f"{kernel.name}: each product waits for the one before it"
         assert kernel.registers <= LARGEST_REGISTERS
         assert kernel.shared <= LARGEST_SHARED[case["capability"]], kernel.name
-        # Tiles of few queries have too few rows for a warp group, and float32 is multiplied exactly.
+        # Tiles of few queries have too few rows for a warp group, and float32 products are exact.
         if report["num_dots"] and case["arguments"]["dtype"] != "float32":
             is_large = case["capability"] == 90 and case["arguments"].get("num_queries") != 4
             assert kernel.count("HGMMA" if is_large else "HMMA") > 0, f"{kernel.name} multiplies without tensor cores"
@@ -190,7 +193,7 @@ def test_kernels(triton, case):
 
 
 def test_every_kernel_is_launched():
-    """The cases that are not slow leave no kernel out."""
+    """The cases that are not slow cover every kernel."""
     found = {kernel.name for case in QUICK for kernel, _ in kernels("installed", case)}
     source = "".join(path.read_text() for path in ROOT.glob("lmfusion_kernels/triton/*.py"))
     defined = set(re.findall(r"@triton\.jit.*\ndef (\w+)\(", source))

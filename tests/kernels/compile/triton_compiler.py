@@ -1,8 +1,10 @@
-"""How are Triton kernels compiled without a GPU exactly as they would be launched on one? The project's own launching
-code runs on tensors that have shapes and a device but no memory; what it launches is compiled for one architecture and
-not run. As a program: an architecture (80, 90) and a JSON list of cases in; triton's version and a list of reports out.
+"""Compiles Triton kernels without a GPU, exactly as they would be launched on one.
 
-A process of its own: triton may have been imported for its interpreter in the one that runs the tests.
+The project's own launching code runs on tensors that have shapes and a device but no memory; the kernels that it
+launches are compiled for one architecture and not run. As a program: an architecture (80, 90) and a JSON list of cases
+in; triton's version and a list of reports out.
+
+It runs in its own process, because the tests' process may have imported triton for its interpreter.
 """
 
 import json
@@ -38,7 +40,7 @@ PROPERTIES = {
 
 @dataclass
 class Report:
-    """What one launch of a case became."""
+    """The result of compiling one launch of a case."""
 
     kernel: str
     num_warps: int
@@ -48,16 +50,16 @@ class Report:
     shared: int
     """Bytes per block, static and dynamic."""
     num_dots: int
-    """Matrix products in the kernel before it is lowered."""
+    """Matrix products in the kernel before lowering."""
     is_serialized: bool
-    """Whether ptxas lets every wgmma wait for the one before it, which costs half the rate."""
+    """Whether ptxas makes every wgmma wait for the previous one, which halves the rate."""
     unfenced: list[dict[str, str]] = field(default_factory=list)
-    """Reads and writes of shared memory between which a fence is missing, see proxy_fences."""
+    """Reads and writes of shared memory with a missing fence between them; see proxy_fences."""
     instructions: dict[str, int] = field(default_factory=dict)
 
 
 class CompileOnlyDriver:
-    """A GPU of this architecture, as far as triton asks before it launches."""
+    """A GPU of this architecture, as far as triton queries it before a launch."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -74,7 +76,7 @@ class CompileOnlyDriver:
 
 @contextmanager
 def compile_only(capability: int) -> Iterator[list[Any]]:
-    """Tensors on "cuda" can be made, have no memory, and kernels launched on them go compiled into the list."""
+    """Tensors on "cuda" can be created without memory; kernels launched on them are compiled and added to the list."""
     compiled: list[Any] = []
     run = JITFunction.run
 
@@ -113,7 +115,7 @@ def report(kernel: Any) -> Report:
 
 
 def advice(kernel: Any) -> str:
-    """What ptxas says while it assembles a kernel for sm_90a."""
+    """The messages of ptxas when it assembles a kernel for sm_90a."""
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernel.ptx"
         ptx.write_text(kernel.asm["ptx"])

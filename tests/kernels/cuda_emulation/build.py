@@ -1,5 +1,8 @@
-"""How is csrc/cuda compiled for the emulation? Each .cu file by g++ as C++ with every memory access instrumented, once
-for each content, into build/cuda_emulation of the checkout. `library()` returns the path of the shared library."""
+"""Compiles csrc/cuda for the emulation: each .cu file by g++ as C++, with every memory access instrumented.
+
+Objects are cached by content in build/cuda_emulation of the checkout. `library()` returns the path of the shared
+library.
+"""
 
 import fcntl
 import hashlib
@@ -18,7 +21,7 @@ CACHE = ROOT / "build" / "cuda_emulation"
 TORCH = Path(torch.__file__).resolve().parent
 
 MINIMUM_GCC = 12  # the first with _Float16 in C++
-# -fsanitize only makes g++ insert the calls; memory.cpp is what they call, and no sanitizer library is linked.
+# -fsanitize only makes g++ insert the calls. They call functions of memory.cpp; no sanitizer library is linked.
 INSTRUMENTED = ["-fsanitize=thread,alignment", "--param=tsan-instrument-func-entry-exit=0"]
 STABLE = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
 COMMON = ["-std=gnu++17", "-g1", "-fPIC", "-fvisibility=hidden", "-U_FORTIFY_SOURCE", f"-I{SOURCES}"]
@@ -35,7 +38,7 @@ def unavailable_reason() -> str:
         return "the CUDA emulation needs g++; install it or set CXX"
     version = subprocess.run([program, "-dumpversion"], capture_output=True, text=True, check=False).stdout
     if int(version.split(".")[0] or 0) < MINIMUM_GCC:
-        return f"the CUDA emulation needs g++ {MINIMUM_GCC} or later, not {version.strip()}; install one or set CXX"
+        return f"the CUDA emulation needs g++ {MINIMUM_GCC} or later, got {version.strip()}; install one or set CXX"
     if not (ROOT / "csrc").is_dir():
         return "not a checkout: csrc is not here"
     return ""
@@ -54,9 +57,9 @@ def commands() -> dict[Path, list[str]]:
 
 
 def library() -> Path:
-    """The compiled library; builds what is not in the cache. Raises RuntimeError with the compiler's words."""
+    """The compiled library; builds what is not in the cache. Raises RuntimeError with the compiler's errors."""
     CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / "lock").open("w") as lock:  # of several test processes, one compiles and the rest wait
+    with (CACHE / "lock").open("w") as lock:  # of several test processes, one compiles and the others wait
         fcntl.flock(lock, fcntl.LOCK_EX)
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             objects = list(pool.map(compile_one, *zip(*commands().items(), strict=True)))

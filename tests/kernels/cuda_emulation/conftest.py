@@ -13,14 +13,14 @@ from lmfusion_kernels.runtime import library
 from tests.kernels.cuda_emulation import build
 
 OPS = ("rms_norm", "rope_reorder", "swiglu", "reorder_rows")
-# By import_module: the package has functions of the same names.
+# import_module, because the package has functions of the same names.
 MODULES = {name: importlib.import_module(f"lmfusion_kernels.ops.{name}") for name in OPS}
 """The ops with a gradient, and the modules that have their wrappers and autograd formulas."""
 backends = importlib.import_module("lmfusion_kernels.runtime.backends")
 
 
 class Emulation:
-    """What the emulation tells and lets be set while it is switched on."""
+    """The controls and reports of the emulation while it is switched on."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
@@ -31,7 +31,7 @@ class Emulation:
         self.library.lmf_emulation_switch(int(on))
 
     def seed(self, seed: int) -> None:
-        """Blocks and threads run in another order from here on."""
+        """Set the order in which blocks and threads run from now on."""
         self.library.lmf_emulation_seed(seed)
 
     def launched(self) -> list[str]:
@@ -42,7 +42,7 @@ class Emulation:
         self.library.lmf_emulation_set_num_multiprocessors(ctypes.c_int64(count))
 
     def host_error(self) -> str:
-        """What host code did wrong since the last call, "" for nothing."""
+        """The error of host code since the last call; "" if there is none."""
         return self.library.lmf_emulation_host_error().decode()
 
 
@@ -61,7 +61,7 @@ def emulated_library() -> Emulation:
 
 @pytest.fixture
 def emulation(emulated_library: Emulation) -> Iterator[Emulation]:
-    """Tensors made in the test count as device memory; at its end host code must have left them alone."""
+    """Tensors made in the test count as device memory, which host code must not access."""
     emulated_library.switch(True)
     emulated_library.seed(0)
     emulated_library.launched()
@@ -75,11 +75,11 @@ def emulation(emulated_library: Emulation) -> Iterator[Emulation]:
 
 
 class OpsOnDevice:
-    """torch.ops.lmfusion with the ops of csrc/cuda emulated, and the rest (attention, linear) as on the CPU."""
+    """torch.ops.lmfusion with the ops of csrc/cuda emulated, and the others (attention, linear) as on the CPU."""
 
     def __getattr__(self, name: str) -> Any:
         emulated = f"lmfusion_emulated::{name}"
-        is_there = hasattr(torch.ops.lmfusion_emulated, name)  # declared in ops.cpp; the question is by whom it is run
+        is_there = hasattr(torch.ops.lmfusion_emulated, name)  # schemas.cpp declares all ops; csrc/cuda has only some
         if is_there and torch._C._dispatch_has_kernel_for_dispatch_key(emulated, "CPU"):
             return getattr(torch.ops.lmfusion_emulated, name)
         return getattr(torch.ops.lmfusion, name)

@@ -1,4 +1,4 @@
-"""Tensors where a test wants them: layouts' vectors in the emulated device's memory, and rows that start anywhere."""
+"""Tensors for the emulation: layouts in the emulated device's memory, and rows without alignment."""
 
 import torch
 from torch import Tensor
@@ -21,5 +21,5 @@ def from_spans(documents: list[list[tuple[str, int]]]) -> lk.TokenLayout:
 
 
 def shifted(x: Tensor) -> Tensor:
-    """A contiguous copy that starts one element behind an address of 16 bytes' alignment."""
+    """A contiguous copy that starts one element after an address aligned to 16 bytes."""
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)

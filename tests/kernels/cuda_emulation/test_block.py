@@ -1,4 +1,4 @@
-"""Is the block of the paper what comes out when its row ops are the CUDA ones, in all forms of training?"""
+"""The block equals the reference with the CUDA row ops, in all forms of training."""
 
 import pytest
 import torch

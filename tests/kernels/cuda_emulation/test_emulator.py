@@ -1,4 +1,4 @@
-"""Does the emulation see what a GPU would not forgive? Right kernels, and one with each mistake (cuda/faulty.cu)."""
+"""The emulation accepts correct kernels, and detects the mistakes in cuda/faulty.cu."""
 
 import pytest
 import torch

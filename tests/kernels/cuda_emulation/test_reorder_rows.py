@@ -1,4 +1,4 @@
-"""Does the CUDA reorder of rows move every row of any dtype and size to its place, there and back?"""
+"""The CUDA reorder moves every row of any dtype and size to its place, there and back."""
 
 import pytest
 import torch

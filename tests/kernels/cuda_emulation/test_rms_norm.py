@@ -1,4 +1,4 @@
-"""Is the CUDA RMSNorm right, forward and backward, for any width, number of rows, address and both towers?"""
+"""The CUDA RMSNorm is right, forward and backward, for any width, number of rows, alignment and both towers."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ ops = torch.ops.lmfusion_emulated
 
 
 def assert_close(result, expected):
-    """To rounding, as far as two orders of a sum may differ."""
+    """Equal up to the rounding of sums in another order."""
     eps = torch.finfo(result.dtype).eps
     torch.testing.assert_close(result, expected.to(result.dtype), rtol=4 * eps, atol=4 * eps)
 
@@ -40,7 +40,7 @@ def test_equals_reference(cuda_ops, width, image_width, name, paired, residual, 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 7, 8, 32, 2050, 4096, 8192, 14336, 20000])
 def test_widths(cuda_ops, width, dtype):
-    """From one element to rows that no block keeps in registers."""
+    """Widths from one element to rows that no block can keep in registers."""
     layout = make_layout("one row") if width > 9000 else make_layout("all text")
     tensors = on_cpu.make_tensors(layout, dtype, False, True, width)
     # The sums of the weights' gradients do the same for every 32 columns.
@@ -52,7 +52,7 @@ def test_widths(cuda_ops, width, dtype):
 @pytest.mark.parametrize("num_multiprocessors", [1, 3, 132])
 @pytest.mark.parametrize("rows", [1, 5, 300])
 def test_any_number_of_multiprocessors(cuda_ops, rows, num_multiprocessors, width):
-    """Rows are dealt out by it: more rows than threads, and more threads than rows."""
+    """The number of multiprocessors determines the grid: more rows than threads, and more threads than rows."""
     cuda_ops.set_num_multiprocessors(num_multiprocessors)
     num_text = rows // 3
     x, dy = random(rows, width, dtype=torch.bfloat16), random(rows, width, dtype=torch.bfloat16, seed=1)
@@ -86,7 +86,7 @@ def test_weight_gradients_do_not_depend_on_the_order_of_blocks(cuda_ops, width, 
 @pytest.mark.parametrize("paired", [False, True], ids=["one tensor", "pair"])
 @pytest.mark.parametrize("width", [37, 64])
 def test_what_is_wanted_is_what_comes(cuda_ops, width, paired, wants):
-    """The same gradients whatever else is asked for; and y again."""
+    """The gradients do not depend on which other results are requested; y is recomputed."""
     text, image = random(9, width), random(6, 24 if paired else width, seed=1)
     x = [text, image] if paired else [torch.cat([text, image])]
     dy, added = [t.flip(0).clone() for t in x], [2 * t for t in x]
@@ -150,7 +150,7 @@ NORM_TENSORS = [f"{tower}_{name}" for tower in ("text", "image") for name in ("x
 
 
 def forward_and_backward(**t):
-    """Of a pair of towers, everything asked for: results of the forward, then of the backward."""
+    """All results of a pair of towers: of the forward, then of the backward."""
     x, residual, weights, dy, dsum = (
         [t[f"text_{name}"], t[f"image_{name}"]] for name in ("x", "residual", "weight", "dy", "dsum")
     )
@@ -160,7 +160,7 @@ def forward_and_backward(**t):
 
 @pytest.mark.parametrize("name", NORM_TENSORS)
 def test_every_tensor_may_start_anywhere(cuda_ops, name):
-    """One of them alone off 16 bytes is enough to make packs of 16 bytes impossible."""
+    """A single tensor that is not aligned to 16 bytes makes packs of 16 bytes impossible."""
     tensors = {}
     for i, other in enumerate(NORM_TENSORS):
         width = 64 if other.startswith("text") else 24

@@ -1,4 +1,4 @@
-"""Is the CUDA RoPE with reorder and QK norm right, forward, backward and into a cache, for any size of head?"""
+"""The CUDA RoPE with reordering and QK norm is right, forward, backward and into a cache, for any size of head."""
 
 import pytest
 import torch
@@ -25,7 +25,9 @@ def test_equals_reference(cuda_ops, head_dim, name, paired, norms, dtype):
     layout = make_layout(name)
     tensors = on_cpu.make_tensors(layout, dtype, paired, norms, head_dim)
     assert_as_good_as_reference(on_cpu.make_op(layout, head_dim), tensors)
-    launched = [name for name in cuda_ops.launched() if name != "reorder_rows_kernel"]  # that is the reference's
+    launched = [
+        name for name in cuda_ops.launched() if name != "reorder_rows_kernel"
+    ]  # the reference launches this one
     assert len(launched) <= 3  # forward, backward, sums of the norms' gradients
 
 
@@ -48,7 +50,7 @@ def test_frozen_tensors_get_no_gradient(cuda_ops, frozen):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 1), (9, 3), (28, 4), (32, 8)])
 def test_numbers_of_heads(cuda_ops, heads, kv_heads, dtype):
-    """Of SmolLM2, BAGEL and LMFusion-8B, and those that no group of heads divides."""
+    """Numbers of heads of SmolLM2, BAGEL and LMFusion-8B, and numbers that no group of heads divides."""
     layout = from_spans([[("text", 2), ("image", 3)]])
     rope = on_cpu.make_rope(layout, 64)
     tensors = {"qkv": random(5, (heads + 2 * kv_heads) * 64, dtype=dtype)}
@@ -65,7 +67,7 @@ def test_numbers_of_heads(cuda_ops, heads, kv_heads, dtype):
 @pytest.mark.parametrize("head_dim", [10, 16])
 @pytest.mark.parametrize("norms", ["no norms", "all norms", "image norms"])
 def test_queries_of_constant_rows_apart(cuda_ops, norms, head_dim, paired):
-    """What the block does with it, as on the CPU: constant rows' queries apart, a backward over the active rows."""
+    """As the block calls it: queries of constant rows separate, and a backward over the active rows."""
     layout = make_layout("mixed")
     num_constant, num_live, num_text = layout.num_constant, layout.num_live, layout.num_text
     cos, sin = on_cpu.make_rope(layout, head_dim)
@@ -156,7 +158,7 @@ def test_rows_that_start_anywhere(cuda_ops, offset):
 
 
 def run_everything(layout, qkv_text, qkv_image, cos, sin, k_cache, v_cache, dq, dk, dv, **norms):
-    """Results of all three ops by op, the caches among them."""
+    """The results of all three ops by op, including the caches."""
     order, num_text = layout.tower_to_sequence, layout.num_text
     qkv, norms = [qkv_text, qkv_image], [norms[name] for name in ALL_NORMS]
     yield ops.rope_reorder(qkv, cos, sin, order, order, num_text, 0, HEADS, *norms, 1e-5)
@@ -175,14 +177,14 @@ ROPE_TENSORS = ["qkv_text", "qkv_image", "cos", "sin", *ALL_NORMS, "k_cache", "v
 
 @pytest.mark.parametrize("name", ROPE_TENSORS)
 def test_every_tensor_may_start_anywhere(cuda_ops, name):
-    """One of them alone off 16 bytes is enough to make packs of 16 bytes impossible."""
+    """A single tensor that is not aligned to 16 bytes makes packs of 16 bytes impossible."""
     layout, head_dim = from_spans([[("text", 3), ("image", 4)]]), 16
     tensors = on_cpu.make_tensors(layout, torch.bfloat16, True, ALL_NORMS, head_dim)
     tensors |= dict(zip(("cos", "sin"), on_cpu.make_rope(layout, head_dim), strict=True))
     for i, other in enumerate(("k_cache", "v_cache", "dq", "dk", "dv")):
         heads = HEADS if other == "dq" else KV_HEADS
         tensors[other] = random(layout.num_tokens, heads, head_dim, dtype=torch.bfloat16, seed=20 + i)
-    moved = {other: shifted(t) if other == name else t.clone() for other, t in tensors.items()}  # caches of its own
+    moved = {other: shifted(t) if other == name else t.clone() for other, t in tensors.items()}  # with its own caches
     for results, expected in zip(run_everything(layout, **moved), run_everything(layout, **tensors), strict=True):
         for a, b in zip(results, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=2**-6, atol=2**-6)

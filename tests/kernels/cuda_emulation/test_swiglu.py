@@ -1,4 +1,4 @@
-"""Is the CUDA SwiGLU right, forward and backward, for any width, number of rows, address and both towers?"""
+"""The CUDA SwiGLU is right, forward and backward, for any width, number of rows, alignment and both towers."""
 
 import math
 
@@ -111,5 +111,5 @@ def test_results_do_not_depend_on_the_order_of_blocks(cuda_ops):
 
 def test_wrong_arguments_are_errors_here_too(cuda_ops):
     for bad in (random(3, 7), random(3, 8).double(), random(8)):
-        with pytest.raises(RuntimeError, match="gate_up has"):
+        with pytest.raises(RuntimeError, match="gate_up must"):
             ops.swiglu([bad])

@@ -1,4 +1,4 @@
-"""Every test in this folder needs a GPU: they are marked here, and skipped at run time where there is none."""
+"""Marks every test of this folder as one that needs a GPU; they are skipped at run time if there is none."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import torch
 
 from tests.kernels.gpu.support import ON_GPU, synchronize
 
-# A GPU machine may have no more than torch and what the kernels need
+# A GPU machine may have only torch and the needs of the kernels.
 NEEDED = ("transformers", "tokenizers", "diffusers", "gguf", "safetensors", "PIL", "yaml")
 OF_THE_MODEL = ["test_batches.py", "test_generation.py", "test_graphs.py"]
 collect_ignore = [] if all(importlib.util.find_spec(name) for name in NEEDED) else OF_THE_MODEL
@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def own_errors_only() -> Iterator[None]:
-    """Kernels report errors late, and a bad access ends the process's use of the device: blame the right test."""
+    """Synchronise after each test, because kernels report errors late: the failure must be that of the right test."""
     try:
         synchronize()
     except (RuntimeError, torch.AcceleratorError):

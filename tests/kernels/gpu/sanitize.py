@@ -1,8 +1,8 @@
-"""Every CUDA and Triton kernel once at small odd sizes: the program that compute-sanitizer watches.
+"""Runs every CUDA and Triton kernel once at small odd sizes, under compute-sanitizer.
 
     compute-sanitizer --tool memcheck --error-exitcode 9 python tests/kernels/gpu/sanitize.py [--no-triton]
 
-Inputs are made on the CPU and GEMMs are few, because every kernel of torch is watched too. Values are for the tests.
+Inputs are made on the CPU and GEMMs are few, because torch's kernels are checked as well. The tests check values.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def rope(dtype: torch.dtype, head_dim: int) -> None:
 
 
 def attend(dtype: torch.dtype, head_dim: int) -> None:
-    """By the kernel that is chosen here; Triton's is another one for few queries, as with a cache."""
+    """Runs the chosen attention kernel; Triton uses another one for few queries, as with a cache."""
     layout = lk.TokenLayout.from_spans(DOCUMENTS, device=DEVICE)
     k, v = (random(layout.num_tokens, 2, head_dim, dtype=dtype, seed=i) for i in (1, 2))
     q = random(layout.num_tokens, 4, head_dim, dtype=dtype)

@@ -1,6 +1,6 @@
-"""What do the GPU tests share? The device, cases, and one measure: at most twice the error of the plain path.
+"""Shared parts of the GPU tests: the device, cases, and one criterion: at most twice the error of plain PyTorch.
 
-LMFUSION_TEST_DEVICE=cpu runs their bodies on the CPU, to try a test before a GPU is at hand.
+LMFUSION_TEST_DEVICE=cpu runs the tests on the CPU, to try them before a GPU is available.
 """
 
 import gc
@@ -58,7 +58,7 @@ def flatten(value: object) -> list[Tensor]:
 def run(
     op: Callable, tensors: dict[str, Tensor], frozen: Sequence[str] = (), dtype: torch.dtype | None = None
 ) -> dict[str, Tensor | None]:
-    """Results of `op(**tensors)` and the gradients of all tensors but `frozen`, for a fixed random loss.
+    """Results of `op(**tensors)` and the gradients of all tensors except `frozen`, for a fixed random loss.
 
     dtype: what the loss's coefficients are rounded to, so that it is the same loss for tensors of a wider one.
     """
@@ -75,7 +75,7 @@ def run(
 def assert_as_good_as_plain(
     op: Callable, tensors: dict[str, Tensor], backend: str | None = None, frozen: Sequence[str] = ()
 ) -> None:
-    """`op(backend, **tensors)` is at most twice as far from the float64 reference as the plain path in its dtype."""
+    """`op(backend, **tensors)` is at most twice as far from the float64 reference as plain PyTorch in its dtype."""
     dtype = next(iter(tensors.values())).dtype
     exact = run(lambda **t: op("reference", **t), {name: t.double() for name, t in tensors.items()}, frozen, dtype)
     plain = run(lambda **t: op("reference", **t), tensors, frozen)
@@ -111,7 +111,7 @@ def skip_unless_it_runs(
     kernel: str, layout: lk.TokenLayout, dtype: torch.dtype, num_heads: int, num_kv_heads: int, head_dim: int,
     needs_grad: bool = True,
 ) -> None:  # fmt: skip
-    """Skip, with its reason, where the attention kernel cannot run this case here."""
+    """Skip, with the reason, if the attention kernel cannot run this case here."""
     try:
         dispatch.choose_kernel(
             kernel, layout, device=torch.device(DEVICE), dtype=dtype, num_heads=num_heads, num_kv_heads=num_kv_heads,
@@ -127,7 +127,7 @@ def rope_of(layout: lk.TokenLayout, head_dim: int) -> tuple[Tensor, Tensor]:
 
 
 def make_block(dtype: torch.dtype = torch.float32, **options: object) -> lk.RoutedBlock:
-    """A block with 4 query and 2 key-value heads of 64 in which every weight matters."""
+    """A block with 4 query and 2 key-value heads of 64 in which every weight has an effect."""
     sizes = {"hidden_size": 128, "intermediate_size": 192, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
     torch.manual_seed(0)
     block = lk.RoutedBlock(**{**sizes, "frozen_text": True, **options})
@@ -184,7 +184,7 @@ def synchronize() -> None:
 
 @contextmanager
 def no_host_sync() -> Iterator[None]:
-    """Whatever waits for the device in here is an error."""
+    """Any wait for the device inside is an error."""
     if not ON_GPU:
         yield
         return
@@ -198,7 +198,7 @@ def no_host_sync() -> Iterator[None]:
 
 @contextmanager
 def peak_memory() -> Iterator[Callable[[], int]]:
-    """A function that says by how many bytes the allocated memory rose at most; 0 on a CPU."""
+    """Returns a function that gives the peak growth of allocated memory in bytes; 0 on a CPU."""
     if not ON_GPU:
         yield lambda: 0
         return

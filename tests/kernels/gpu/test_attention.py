@@ -1,6 +1,6 @@
-"""Does every attention kernel that runs here give what the float64 reference gives, forward and backward?
+"""Every attention kernel that runs here agrees with the float64 reference, forward and backward.
 
-Up to 131,072 tokens: there the reference is computed for some queries at a time, and memory is bounded.
+Up to 131,072 tokens: there the reference is computed for a few queries at a time, to bound memory.
 """
 
 from collections.abc import Iterator
@@ -68,7 +68,7 @@ def test_layouts_and_groups_of_heads(kernel, num_heads, num_kv_heads, name):
 
 
 HIDDEN = [("text", 300), ("image", 400, "hidden"), ("image", 400), ("text", 150), ("image", 150, "hidden")]
-"""Long enough for tiles of every kind: skipped, whole and masked ones."""
+"""Long enough for tiles of every kind: skipped, whole and masked."""
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -113,7 +113,7 @@ CACHED = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_fewer_queries_than_keys(kernel, dtype, num_heads, num_kv_heads, head_dim, name):
-    """Rows of the cache that hold no token yet may hold anything finite."""
+    """Unused slots of the cache may hold any finite values."""
     documents, lengths, starts, num_rows = CACHED[name]
     layout = lk.TokenLayout.from_spans(
         documents, cached_lengths=lengths, cache_starts=starts, cache_slots=num_rows, device=DEVICE
@@ -133,7 +133,7 @@ def test_fewer_queries_than_keys(kernel, dtype, num_heads, num_kv_heads, head_di
 
 @pytest.fixture
 def strictly_deterministic() -> Iterator[None]:
-    """tests/conftest.py asks for a warning alone, which kernels with atomics take for no request."""
+    """tests/conftest.py only asks for a warning, which kernels with atomics ignore."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -169,7 +169,7 @@ def long_documents(kind: str) -> list:
 
 
 def attend_to_chunk(q: Tensor, k: Tensor, v: Tensor, layout: lk.TokenLayout, first: int, last: int) -> Tensor:
-    """Rows [first, last) of the result, from the keys they see alone."""
+    """Rows [first, last) of the result, computed from only the keys that they see."""
     start, end = int(layout.key_start[first]), int(layout.key_end[last - 1])
     key = torch.arange(start, end, device=DEVICE)
     visible = (key >= layout.key_start[first:last, None]) & (key < layout.key_end[first:last, None])

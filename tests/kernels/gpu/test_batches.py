@@ -1,10 +1,10 @@
-"""Does a loader give the same rows where the codec is on the GPU, and do they get there without the host waiting?"""
+"""A loader gives the same batches if the codec is on the GPU, and copies them there without a wait of the host."""
 
 import torch
 
+from benchmarks.harness.tiny_model import build_tokenizer
 from lmfusion.data.pipeline.loader import LoaderState
 from tests.kernels.gpu.support import DEVICE, needs_gpu
-from tests.lmfusion.conftest import build_tokenizer
 from tests.lmfusion.data.pipeline.rows import contents, read, row_loader
 
 

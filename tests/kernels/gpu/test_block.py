@@ -1,4 +1,4 @@
-"""Is the block on the GPU that of the reference, for every kind of row, cache and recomputation, without a wait?"""
+"""The block on the GPU equals the reference, for every kind of row, cache and recomputation, without a wait."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_variants_of_the_block(dtype, options):
 
 @pytest.mark.parametrize("kernel", [name for name in dispatch.KERNELS if name != "reference"])
 def test_attention_kernels_in_the_block(kernel):
-    """Their active and constant rows: queries of the backward alone, keys without gradients."""
+    """Active and constant rows: queries that only the backward uses, and keys without gradients."""
     layout = make_layout("mixed")
     skip_unless_it_runs(kernel, layout, torch.bfloat16, 4, 2, 64)
     assert_as_good_as_plain(make_block(torch.bfloat16), *_inputs(layout, torch.bfloat16), backend=kernel)
@@ -154,7 +154,7 @@ def test_nothing_waits_for_the_device(frozen_text, recompute):
     rows, layout, rope = _inputs(make_layout("mixed", frozen_text), torch.bfloat16)
     weights = [torch.ones_like(rows[0][layout.num_constant :]), torch.ones_like(rows[1])]
     trained = [p for p in block.parameters() if p.requires_grad]
-    for wait in (False, True):  # the first time compiles and loads kernels, which may wait
+    for wait in (False, True):  # the first call compiles and loads kernels, which may wait
         with no_host_sync() if wait else torch.enable_grad():
             x = [t.detach().requires_grad_() for t in rows]
             y_text, y_image = block((x[0], x[1]), layout, rope, recompute=recompute)
@@ -189,7 +189,7 @@ def test_a_long_batch_needs_memory_in_proportion_to_its_tokens():
 
 
 def test_constant_rows_cost_nothing_in_the_backward():
-    """Rows that take no part save nothing but keys and values: less memory than with a trained text tower."""
+    """Constant rows save only keys and values: less memory than with a trained text tower."""
     if not ON_GPU:
         pytest.skip("memory is counted on a GPU only")
     documents = [[("text", 8192), ("image", 256)]]

@@ -1,4 +1,4 @@
-"""Does the block run as a program on a GPU has to: captured in graphs, compiled, on any stream and device?"""
+"""The block runs as GPU programs must: captured in graphs, compiled, on any stream and device."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ DTYPE = torch.bfloat16
 
 
 def test_graph_of_a_forward_replays_on_other_rows_and_layouts():
-    """A graph's shapes are fixed, its rows and its mask are not: both are read anew."""
+    """A graph has fixed shapes, but reads its rows and its mask again at every replay."""
     block, layout = make_block(DTYPE), clone_layout(make_layout("mixed"))
     rows, rope = block_inputs(layout, DTYPE)
     rope = tuple(table.clone() for table in rope)
@@ -35,7 +35,7 @@ def test_graph_of_a_forward_replays_on_other_rows_and_layouts():
             result["text"], result["image"] = block(rows, layout, rope)
 
     replay = capture(forward)
-    # The same counts of every kind of row, arranged otherwise.
+    # The same counts of every kind of row, in another arrangement.
     other = lk.TokenLayout.from_spans(
         [[("text", 1)], [("marker", 1), ("image", 4), ("marker", 1), ("text", 200), ("image", 33), ("image", 1)],
          [("text", 5), ("marker", 1), ("image", 70), ("marker", 1), ("text", 13)]], device=DEVICE,
@@ -84,7 +84,7 @@ def run_block_on_device(block, rows, layout, rope, recompute):
 
 
 def test_graph_of_a_denoising_step():
-    """Image rows alone against a cache that holds the prompt: what drawing does fifty times."""
+    """Only image rows, with the prompt in a cache: a denoising step."""
     block = make_block(DTYPE)
     weights = block.text.weights(DTYPE), block.image.weights(DTYPE)
     cache = tuple(random(2 * 128, 2, 64, dtype=DTYPE, seed=i) for i in range(2))
@@ -120,7 +120,7 @@ def test_compiled_by_inductor_without_graph_break(frozen_text):
 
 @needs_gpu
 def test_kernels_outside_attention(monkeypatch):
-    """At most 12 forward and 25 backward, where nothing is frozen and norms and biases are plain."""
+    """At most 12 kernels forward and 25 backward, with nothing frozen, and without QK norms and biases."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # its fills would be counted
     torch.manual_seed(0)
     block = lk.RoutedBlock(512, 1024, 8, 4, 64).to(DEVICE, DTYPE)
@@ -143,7 +143,7 @@ def test_kernels_outside_attention(monkeypatch):
 
 
 def kernels_of(function) -> list[str]:
-    """Names of the kernels, copies and fills that `function` launches, without attention's and cuBLAS's own sums."""
+    """Names of the kernels, copies and fills that `function` launches, except those of attention and cuBLAS's sums."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         function()
@@ -159,7 +159,7 @@ def kernels_of(function) -> list[str]:
 @needs_gpu
 @pytest.mark.parametrize("train", [False, True], ids=["forward", "forward and backward"])
 def test_work_goes_to_the_current_stream(train):
-    """Rows become valid late on a side stream; a kernel launched elsewhere would read NaN."""
+    """Rows become valid late on a side stream; a kernel on another stream would read NaN."""
     block, layout = make_block(DTYPE), make_layout("mixed")
     rows, rope = block_inputs(layout, DTYPE)
 

@@ -1,4 +1,4 @@
-"""Generation on a GPU: answers as on the CPU, with and without graphs, and denoising steps that wait for nothing."""
+"""Generation on a GPU: the answers of the CPU, with and without graphs, and denoising steps without a wait."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Is a step that is replayed as a CUDA graph the step itself, and does the host wait for none of it?"""
+"""A step that is replayed as a CUDA graph equals the launched step, and the host does not wait for it."""
 
 from pathlib import Path
 

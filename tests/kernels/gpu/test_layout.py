@@ -1,4 +1,4 @@
-"""Is a layout on the GPU the one that was built on the host?"""
+"""A layout on the GPU equals the one that was built on the host."""
 
 from dataclasses import fields
 

@@ -1,6 +1,6 @@
-"""Do the row ops give on the GPU what the float64 reference gives, in every dtype, at odd widths, with empty towers?
+"""The row ops on the GPU agree with the float64 reference in every dtype, at odd widths, and with empty towers.
 
-Memory is poisoned with NaN (tests/conftest.py), so a row that a kernel leaves out is seen.
+Memory is poisoned with NaN (tests/conftest.py), so a row that a kernel leaves out is detected.
 """
 
 import pytest
@@ -73,7 +73,7 @@ def test_swiglu(dtype, width):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_swiglu_at_gates_of_every_kind(dtype):
-    """The special function unit gives 0 where the results of exp2 and reciprocal are small, which must not show."""
+    """The special function unit returns 0 for small results of exp2 and reciprocal, which must have no effect."""
     if dtype == torch.float16 and not ON_GPU:
         pytest.skip("on a CPU float16 is left to plain PyTorch")
     every = extremes.float32_gates(1 << 16) if dtype == torch.float32 else extremes.every_16_bit_gate(dtype)
@@ -157,7 +157,7 @@ def test_orders_of_every_layout(name):
 @pytest.mark.parametrize("offset", [1, 3, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_that_do_not_start_at_16_bytes(dtype, offset):
-    """A view into a larger buffer may begin anywhere."""
+    """A view into a larger buffer may have any alignment."""
     layout = make_layout("mixed")
     weight = random(64, dtype=dtype, seed=2)
     aligned = random(layout.num_tokens, 64, dtype=dtype)
@@ -170,7 +170,7 @@ def test_rows_that_do_not_start_at_16_bytes(dtype, offset):
 @pytest.mark.parametrize("width", [32_768, 32_767], ids=["packs", "elements"])
 @pytest.mark.parametrize("op", ["rms_norm", "swiglu", "reorder_rows"])
 def test_rows_beyond_two_to_the_31_elements(op, width):
-    """Addresses need 64 bits: 70,000 rows of 32,767 are 2.3e9 elements. The last rows alone are unlike the others."""
+    """Addresses need 64 bits: 70,000 rows of 32,767 are 2.3e9 elements. Only the last rows differ from the others."""
     num_rows = 70_000 if ON_GPU else 70
     if ON_GPU and torch.cuda.mem_get_info()[0] < 40e9:
         pytest.skip("needs 40 GB of GPU memory")

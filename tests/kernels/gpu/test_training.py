@@ -1,4 +1,4 @@
-"""Does training on the GPU go as it does on the CPU, go on where it stopped, and does a whole model run there?"""
+"""Training on the GPU equals training on the CPU and resumes exactly; a whole model runs there."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ NUM_STEPS = 6
 
 
 def train(block: lk.RoutedBlock, device: str, start: int = 0, stop: int = NUM_STEPS, state: dict | None = None):
-    """A few steps of AdamW on noise; the losses and all that is needed to go on."""
+    """A few steps of AdamW on noise. Returns the losses and the state to resume from."""
     block = block.to(device)
     optimizer = torch.optim.AdamW([p for p in block.parameters() if p.requires_grad], lr=1e-3)
     if state is not None:
@@ -53,7 +53,7 @@ def test_resumed_training_gives_the_same_bits():
         assert torch.equal(tensor, again["block"][name]), name
 
 
-# The whole model, where its dependencies are installed
+# The whole model, if its dependencies are installed
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.importorskip(module)
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tests.lmfusion.conftest import build_tokenizer
+    from benchmarks.harness.tiny_model import build_tokenizer
 
     path = tmp_path_factory.mktemp("llama")
     tokenizer = build_tokenizer()

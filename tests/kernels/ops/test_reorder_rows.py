@@ -74,11 +74,11 @@ def test_compiles_to_one_graph():
 @pytest.mark.parametrize(
     ("x", "index", "inverse", "message"),
     [
-        (random(3, 2), [0, 1, 3], [0, 1, 2], r"index holds an index outside of \[0, 3\)"),
-        (random(3, 2), [0, 1, -1], [0, 1, 2], r"index holds an index outside of \[0, 3\)"),
-        (random(3, 2), [0, 1], [0, 1, 2], r"index has shape \[2\], expected \[3\]"),
-        (random(3, 2), [0, 1, 2], [0, 1], r"inverse has shape \[2\], expected \[3\]"),
-        (torch.tensor(1.0), [0], [0], r"x is a scalar, expected rows \[N, ...\]"),
+        (random(3, 2), [0, 1, 3], [0, 1, 2], r"index must hold indices in \[0, 3\), got"),
+        (random(3, 2), [0, 1, -1], [0, 1, 2], r"index must hold indices in \[0, 3\), got"),
+        (random(3, 2), [0, 1], [0, 1, 2], r"index must have shape \[3\], got \[2\]"),
+        (random(3, 2), [0, 1, 2], [0, 1], r"inverse must have shape \[3\], got \[2\]"),
+        (torch.tensor(1.0), [0], [0], r"x must have shape \[N, ...\], got a scalar"),
     ],
 )
 def test_native_op_checks_its_arguments(x, index, inverse, message):
@@ -89,5 +89,5 @@ def test_native_op_checks_its_arguments(x, index, inverse, message):
 
 @needs_native
 def test_native_op_takes_int32_indices():
-    with pytest.raises(RuntimeError, match="index has dtype Long, expected Int"):
+    with pytest.raises(RuntimeError, match="index must have dtype Int, got Long"):
         torch.ops.lmfusion.reorder_rows(random(3, 2), torch.arange(3), torch.arange(3).int())

@@ -1,7 +1,7 @@
-"""Runs Triton kernels on the CPU, in Triton's interpreter, in a process of its own.
+"""Runs Triton kernels on the CPU, in Triton's interpreter, in a separate process.
 
-Whether kernels are interpreted is settled when triton is first imported: its own functions (tl.max, ...) are then
-decorated one way or the other. A test process cannot have both, and compile-only tests need the other, so calls go to
+Whether kernels are interpreted is fixed when triton is first imported, because its own functions (tl.max, ...) are
+decorated then. A test process cannot have both, and the compile tests need the compiler, so calls go to
 one worker process with TRITON_INTERPRET=1. It is started at the first call and ends with the test process.
 
 The interpreter is silently wrong about bfloat16: float16 and float32 only.
@@ -22,7 +22,7 @@ import torch
 
 
 def call(module: str, name: str, *args: Any, **kwargs: Any) -> Any:
-    """`module.name(*args, **kwargs)` in the interpreter. Tensors go there and come back by value; errors come back."""
+    """`module.name(*args, **kwargs)` in the interpreter. Tensors are passed by value; errors are raised here."""
     assert not any(isinstance(x, torch.Tensor) and x.dtype == torch.bfloat16 for x in args), "bfloat16 is not right"
     return _unpack(_worker().submit(_call_in_worker, module, name, _pack(args), _pack(kwargs)).result())
 
@@ -31,20 +31,20 @@ def call(module: str, name: str, *args: Any, **kwargs: Any) -> Any:
 def _worker() -> ProcessPoolExecutor:
     worker = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _set_up)
     atexit.register(worker.shutdown)
-    # Inherited by the process, which the first task starts. The interpreter's products are small: threads only wait.
+    # The worker process, started by the first task, inherits these. More threads do not help its small products.
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"):
         worker.submit(os.getpid).result()
     return worker
 
 
 def _set_up() -> None:
-    """Once in the worker: memory of torch.empty holds NaN, and loop bounds that are tensors work with numpy >= 2.4."""
+    """Set up the worker: torch.empty is filled with NaN, and tensors as loop bounds work with numpy >= 2.4."""
     from triton.runtime import interpreter
 
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
-    np.seterr(invalid="ignore", over="ignore")  # -inf - x and the like, where a GPU says nothing
+    np.seterr(invalid="ignore", over="ignore")  # -inf - x and the like, which a GPU does not report
     patch_tensor = interpreter._patch_lang_tensor
 
     def patch_tensor_and_index(tensor: Any, scope: Any) -> None:
@@ -58,7 +58,7 @@ def _set_up() -> None:
         product, addend = next(wide) * next(wide), next(wide)
         return interpreter.TensorHandle((product + addend).astype(z.data.dtype), z.dtype.scalar)
 
-    interpreter.InterpreterBuilder.create_fma = fused_multiply_add  # its own rounds the product first
+    interpreter.InterpreterBuilder.create_fma = fused_multiply_add  # its own version rounds the product first
 
 
 def _call_in_worker(module: str, name: str, args: Any, kwargs: Any) -> Any:
@@ -66,7 +66,7 @@ def _call_in_worker(module: str, name: str, args: Any, kwargs: Any) -> Any:
 
 
 def _pack(value: Any) -> Any:
-    """Tensors as numpy arrays of their memory: torch would send them through shared memory and file handles."""
+    """Tensors as numpy arrays of their memory: torch would use shared memory and file handles."""
     if isinstance(value, torch.Tensor):
         size = value.untyped_storage().nbytes() // value.element_size()
         memory = value.detach().as_strided((size,), (1,), 0).numpy()

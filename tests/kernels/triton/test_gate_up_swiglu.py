@@ -1,4 +1,4 @@
-"""Does the Triton GEMM with SwiGLU in its epilogue compute both towers' hidden activations, alone and in the block?"""
+"""The Triton GEMM with SwiGLU in its epilogue computes both towers' hidden activations, alone and in the block."""
 
 import os
 from unittest import mock
@@ -16,12 +16,12 @@ from tests.kernels.triton import interpreter
 pytest.importorskip("triton", reason="triton is not installed")
 
 MODULE = "lmfusion_kernels.triton.gate_up_swiglu"
-# (text rows, image rows, constant rows): within a tile, over its border, one or no row, nothing kept of a tower
+# (text rows, image rows, constant rows): within a tile, across its border, one or no row, nothing kept of a tower
 ROWS = [(40, 33, 7), (130, 20, 129), (130, 65, 64), (64, 64, 0), (0, 5, 0), (5, 0, 5), (1, 1, 1), (0, 0, 0)]
 
 
 def forward(*arguments, tile=(64, 32, 32)):
-    """`forward` with small tiles, so that a program has several; it runs in the interpreter's process."""
+    """`forward` with small tiles, so that a program has several; runs in the interpreter's process."""
     from lmfusion_kernels.triton import gate_up_swiglu as kernel
 
     return kernel.forward(*arguments, kernel.Configuration(*tile, 4, 2))
@@ -131,7 +131,7 @@ def test_in_the_block(paired, frozen_text, recompute):
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_extreme_gates_are_those_of_silu(sign):
-    """Gates from the smallest number to infinity beside ups of every kind. Infinities and NaNs are PyTorch's too."""
+    """Gates from the smallest number to infinity with ups of every kind. Infinities and NaNs agree with PyTorch."""
     powers = torch.arange(-126, 128, 3).double().exp2().float()
     others = [0.0, 1.0, 16.0, 87.0, 88.0, 88.8, 89.0, 103.0, 104.0, 127.0, 1e30, 3.4e38, float("inf"), float("nan")]
     gates = sign * torch.cat([powers, torch.tensor(others)])

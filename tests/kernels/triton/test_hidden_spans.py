@@ -1,4 +1,4 @@
-"""Are the Triton attention kernels right where spans are hidden, forward and backward? In Triton's interpreter."""
+"""The Triton attention kernels are right with hidden spans, forward and backward, in Triton's interpreter."""
 
 import pytest
 import torch
@@ -74,7 +74,7 @@ def test_equals_reference(name, dtype):
     st.integers(0, 99),
 )
 def test_random_documents(documents, heads, dtype, tiles, seed):
-    """All rows; and the active ones alone, stored in tower order, as a block with frozen text has them."""
+    """All rows, or only the active ones, stored in tower order as in a block with frozen text."""
     layout = lk.TokenLayout.from_spans(documents)
     assert_as_good_as_reference(layout, "all", heads, 16, dtype, tiles, seed)
     if layout.num_active:
@@ -82,7 +82,7 @@ def test_random_documents(documents, heads, dtype, tiles, seed):
 
 
 def test_what_is_hidden_is_not_read_from_outside():
-    """Queries behind a hidden image have the bits that they have if it holds NaN: its tiles are skipped."""
+    """Queries after a hidden image have the same bits if it holds NaN, because its tiles are skipped."""
     layout = lk.TokenLayout.from_spans([[("text", 64), ("image", 64, "hidden"), ("text", 128)]])
     q, k, v, _ = make_inputs(256, 256, 1, 1, 16)
     arguments = layout.key_start, layout.key_end, None, 0.3, layout.mask.visible_end, layout.hidden.run_end
@@ -95,7 +95,7 @@ def test_what_is_hidden_is_not_read_from_outside():
 def test_bad_vectors():
     q, k, v, _ = make_inputs(9, 9, 1, 1, 16)
     start, end = int32([0] * 9), int32([9] * 9)
-    with pytest.raises(ValueError, match="give visible_end and run_end together"):
+    with pytest.raises(ValueError, match="visible_end and run_end must be given together"):
         interpreter.call(MODULE, "forward", q, k, v, start, end, None, 1.0, end)
     with pytest.raises(ValueError, match="run_end must be a contiguous int32 vector with 9 entries"):
         interpreter.call(MODULE, "forward", q, k, v, start, end, None, 1.0, end, end[1:])

@@ -1,4 +1,4 @@
-"""Are the Triton attention kernels right, forward and backward, for every mask? In Triton's interpreter, on the CPU."""
+"""The Triton attention kernels are right, forward and backward, for every mask, in Triton's interpreter on the CPU."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ MIXED = [[("text", 70), ("image", 90), ("text", 30)], [("image", 5), ("text", 1)
 
 
 def tiles(block: int, step: int, border: int, descriptors: bool) -> Configurations:
-    """Warps and stages mean nothing to the interpreter; few large tiles are quick."""
+    """The interpreter ignores warps and stages; it is fast with few large tiles."""
     tile = Tile(block, step, border, 4, 2, descriptors)
     split = Tile(64, step, step, 4, 2, descriptors)
     return Configurations(tile, split, tile, tile)
@@ -27,7 +27,7 @@ def tiles(block: int, step: int, border: int, descriptors: bool) -> Configuratio
 
 LARGE, SMALL, BY_POINTER = tiles(128, 64, 32, True), tiles(32, 32, 16, True), tiles(32, 64, 32, False)
 
-UNSHRUNK = [Phase.explicit, Phase.reuse, Phase.generate]  # an example takes a second: smaller ones, too many of them
+UNSHRUNK = [Phase.explicit, Phase.reuse, Phase.generate]  # an example takes a second, and shrinking needs too many
 
 spans = st.tuples(st.sampled_from(["text", "image", "marker"]), st.one_of(st.integers(1, 9), st.integers(10, 60)))
 documents = st.lists(st.lists(spans, min_size=1, max_size=3), min_size=1, max_size=3)
@@ -74,7 +74,7 @@ def forward_and_backward(dout, q, k, v, key_start, key_end, grad_key, query_star
 
 
 def dense_attention(q, k, v, dout, key_start, key_end, scale, dtype=torch.float64):
-    """The same by the full score matrix and PyTorch's autograd, computed in `dtype`. A query without keys gives 0."""
+    """The same results from the full score matrix and PyTorch's autograd, in `dtype`. A query without keys gives 0."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
     group = q.shape[1] // k.shape[1]
     wide_q, wide_k, wide_v = (x.to(torch.promote_types(dtype, torch.float32)) for x in leaves)
@@ -157,7 +157,7 @@ def test_tiles_of_the_table(head_dim, dtype, capability):
     st.integers(0, 99),
 )
 def test_random_documents(documents, only_active, heads, head_dim, dtype, tiles, seed):
-    """All rows; or the active ones alone, stored in tower order, as a block with frozen text has them."""
+    """All rows, or only the active ones, stored in tower order as in a block with frozen text."""
     layout = lk.TokenLayout.from_spans(documents)
     num_queries = layout.num_active if only_active else layout.num_tokens
     q, k, v, dout = make_inputs(num_queries, layout.num_tokens, *heads, head_dim, dtype, seed)
@@ -179,8 +179,8 @@ def test_random_documents(documents, only_active, heads, head_dim, dtype, tiles,
     st.integers(0, 999),
 )
 def test_random_ranges(num_queries, num_keys, heads, dtype, tiles, seed):
-    """Any monotone ranges: gaps, empty ones, overlaps; any of the keys listed. Up to 128 queries take the kernels for
-    few queries, more the others."""
+    """Any monotone ranges: gaps, empty ones, overlaps; any of the keys listed. Up to 128 queries use the kernels for
+    few queries, more use the others."""
     random = np.random.default_rng(seed)
     key_start, key_end = (np.sort(random.integers(0, num_keys + 1, num_queries)) for _ in range(2))
     ranges = int32(key_start), int32(np.maximum(key_start, key_end))
@@ -208,8 +208,9 @@ def test_random_ranges(num_queries, num_keys, heads, dtype, tiles, seed):
     ],
 )
 def test_generation_with_a_cache(num_new, heads, dtype, tiles, starts, num_rows):
-    """Documents of different lengths continued by a few tokens each. What no query sees in the cache is NaN, and the
-    results are those of each document alone. 40 new tokens a document are too many for the kernels for few queries."""
+    """Documents of different lengths, each continued by a few tokens. Cache slots that no query sees hold NaN, and the
+    results are those of each document alone. 40 new tokens per document are too many for the kernels for few queries.
+    """
     cached, head_dim = [300, 7, 90, 0], 16
     document = [("text", 1)] if num_new == 1 else [("text", 1), ("image", num_new - 1)]
     cache = {"cached_lengths": cached, "cache_starts": starts, "cache_slots": num_rows}
@@ -276,7 +277,8 @@ def test_queries_that_see_nothing_have_no_gradient(num_queries, tiles):
 
 
 def test_query_whose_scores_are_all_minus_infinity_has_no_gradient():
-    """As one that sees nothing: its log-sum-exp is -inf, though the keys are there and their scores out of range."""
+    """Like a query without keys: its log-sum-exp is -inf, although it has keys, because their scores are out of
+    range."""
     q, k, v, dout = make_inputs(3, 6, 1, 1, 16)
     q[1], k[2:4] = 1e20, -1e20
     ranges = int32([0, 2, 4]), int32([2, 4, 6])
@@ -310,8 +312,8 @@ def test_empty_and_one(num_queries, num_keys):
 
 @pytest.mark.parametrize("tiles", [LARGE, BY_POINTER], ids=["descriptors", "pointers"])
 def test_strided_inputs(tiles):
-    """Views of one qkv buffer, as a fused projection gives them; rows that no descriptor can have; one gradient for
-    all, as `out.sum()` gives it."""
+    """Views of one qkv buffer, as a fused projection gives them; rows that no descriptor can describe; one gradient
+    for all, as `out.sum()` gives it."""
     layout = lk.TokenLayout.from_spans([[("text", 5), ("image", 20)], [("text", 7)]])
     n, ranges = layout.num_tokens, (layout.key_start, layout.key_end)
     views = [
@@ -337,7 +339,7 @@ def far_rows(stride: int) -> list[torch.Tensor]:
     """In the interpreter: attention of rows that lie `stride` elements apart, and the same rows side by side."""
     from lmfusion_kernels.triton import hybrid_attention
 
-    torch.utils.deterministic.fill_uninitialized_memory = False  # gigabytes that are never touched take no memory
+    torch.utils.deterministic.fill_uninitialized_memory = False  # untouched gigabytes take no memory
     near = make_inputs(160, 160, 1, 1, 16, torch.float16)
     far = [torch.empty(160 * stride, dtype=torch.float16).as_strided(x.shape, (stride, 16, 1)) for x in near]
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -366,13 +368,13 @@ def test_same_bits_again():
 
 
 def test_number_of_parts():
-    """Enough programs for the device, and no more; the same for the same shapes."""
+    """Enough programs for the device but not more, and the same for the same shapes."""
 
     def splits(*shape):
         return interpreter.call(MODULE, "num_splits_of", *shape)
 
     assert splits(8, 131072, 64, 132) == 33  # one query, 8 key-value heads: 264 programs
-    assert splits(8, 300, 64, 132) == 2  # not less than four tiles a part
+    assert splits(8, 300, 64, 132) == 2  # at least four tiles per part
     assert splits(512, 131072, 64, 132) == 1
     assert splits(1, 131072, 64, 132) == 64
 
@@ -399,12 +401,12 @@ def test_bfloat16_and_consumer_devices_have_tiles():
 BAD_INPUTS = {
     "flat q": (lambda q, k, v: (q.flatten(1), k, v), r"q must be \[Nq, H, D\]"),
     "k unlike v": (lambda q, k, v: (q, k, v[:, :1]), "k and v both"),
-    "heads": (lambda q, k, v: (q[:, :3], k, v), "3 heads, which is no multiple of the 2"),
+    "heads": (lambda q, k, v: (q[:, :3], k, v), "q must have a multiple of the 2 heads of k and v, got 3"),
     "dtype": (lambda q, k, v: (q, k.half(), v), "one dtype"),
     "double": (lambda *x: [y.double() for y in x], "float16, bfloat16 or float32"),
-    "head size": (lambda *x: [y[..., :12] for y in x], "head size is 12; .* multiples of 8 up to 256"),
-    "large head": (lambda *x: [y.repeat(1, 1, 17) for y in x], "head size is 272"),
-    "no head size": (lambda *x: [y[..., :0] for y in x], "head size is 0"),
+    "head size": (lambda *x: [y[..., :12] for y in x], "head size must be a multiple of 8 up to 256 .*, got 12"),
+    "large head": (lambda *x: [y.repeat(1, 1, 17) for y in x], "head size .* got 272"),
+    "no head size": (lambda *x: [y[..., :0] for y in x], "head size .* got 0"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Are the Triton attention kernels right where scores are so large that their differences decide everything?
+"""The Triton attention kernels are right if scores are so large that the largest takes all the weight.
 
 In float32, against PyTorch's attention in float64. The interpreter's fused multiply-add rounds once, as a GPU's does.
 """
@@ -74,7 +74,7 @@ def test_out_and_lse_are_those_of_pytorch(name, scale, num_queries):
 def test_gradients_of_one_key_that_has_all_the_weight(name, scale):
     inputs = one_head(SCORES[name], 130)
     results = triton_attention(*inputs, *dense(130, len(SCORES[name])), scale, tiles=LARGE)
-    # dq is a sum of keys whose weights cancel but for the rounding of `out`
+    # dq is a sum of keys whose weights cancel up to the rounding of `out`
     terms = {"dq": 16 * HEAD_DIM * scale * inputs[1].abs().max().item()}
     for what, value, exact in zip(("out", "lse", "dq", "dk", "dv"), results, pytorch(*inputs, scale), strict=True):
         atol = 1e-5 + 1e-7 * terms.get(what, 0.0)
@@ -82,7 +82,7 @@ def test_gradients_of_one_key_that_has_all_the_weight(name, scale):
 
 
 def test_gradients_are_as_precise_as_a_log_sum_exp_in_float32():
-    """Weights of the backward come from it: at 1e4 its last place is 1e-3, and so is their relative error."""
+    """Weights of the backward come from lse: at 1e4 its last place is 1e-3, and so is their relative error."""
     inputs = one_head([1e4, 1e4, 1e4 - 1, 0.0], 130)
     *_, dq, dk, dv = triton_attention(*inputs, *dense(130, 4), 0.25, tiles=LARGE)
     _, _, exact_dq, exact_dk, exact_dv = pytorch(*inputs, 0.25)
@@ -93,7 +93,7 @@ def test_gradients_are_as_precise_as_a_log_sum_exp_in_float32():
 
 @pytest.mark.parametrize("largest", [16384.0, 20480.0, 60000.0])
 def test_sums_of_float16(largest):
-    """Weights are float16 there, which ends at 65504: no error of a reference may bring them that far."""
+    """Weights are float16 there, at most 65504: no rounding error may take them beyond that."""
     for num_queries in (3, 130):
         q, k, v, dout = (x.half() for x in one_head([largest, largest, largest / 2, -largest], num_queries))
         q = q * 60000.0
@@ -104,7 +104,7 @@ def test_sums_of_float16(largest):
 
 
 def test_scores_that_are_no_numbers_are_seen():
-    """An infinite score makes a row NaN, as in PyTorch, and its log-sum-exp too."""
+    """An infinite score makes a row and its log-sum-exp NaN, as in PyTorch."""
     for num_queries in (3, 130):
         q, k, v, _ = one_head([1.0, float("inf"), 2.0], num_queries)
         q[1:] = 0.0  # 0 * inf

@@ -41,7 +41,7 @@ def test_streams_are_read_to_their_end(server):
     chunks = [str(i) for i in range(3)]
     with pytest.raises(ValueError, match="broke off after 3 chunks"):
         read_stream(chunks)
-    with pytest.raises(ValueError, match="the stream says: no"):
+    with pytest.raises(ValueError, match="the stream has an error: no"):
         read_stream(['{"error": {"message": "no"}}', "[DONE]"])
     url = data_url(picture())
     parts, reason = read_stream(

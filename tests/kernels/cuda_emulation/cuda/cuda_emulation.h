@@ -1,9 +1,9 @@
-// What does a .cu file see when g++ compiles it? Included before everything else: CUDA's words, types and functions as
-// far as csrc/cuda uses them, what launch.cuh has for a GPU, and the ops registered as torch.ops.lmfusion_emulated for
-// tensors on the CPU.
+// The CUDA that a .cu file sees when g++ compiles it, included before everything else: CUDA's keywords, types and
+// functions as far as csrc/cuda uses them, and the replacements for launch.cuh. Ops are registered as
+// torch.ops.lmfusion_emulated, for tensors on the CPU.
 //
-// There are no functions that synchronise and no atomics: a kernel that needs one does not compile. What stays unseen:
-// speed, what nvcc makes of the code, and the GPU's own rounding of exp2, reciprocal and root.
+// There are no functions that synchronise with the host and no atomics: a kernel that needs one does not compile. The
+// emulation does not show speed, the code that nvcc generates, or the GPU's own rounding of exp2, reciprocal and root.
 
 #pragma once
 

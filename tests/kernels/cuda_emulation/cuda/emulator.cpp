@@ -1,5 +1,5 @@
-// In which order do the threads of a grid run, and what are errors of control flow? Threads of a block are fibers that
-// run until a barrier or a warp operation; a barrier or warp operation that not all threads reach is an error.
+// Schedules the threads of a grid and finds errors of control flow. Threads of a block are fibers that run until a
+// barrier or a warp operation. A barrier or warp operation that not all threads reach is an error.
 
 #include "emulator.h"
 
@@ -32,11 +32,9 @@ std::string error;
 jmp_buf scheduler;
 ucontext_t creator;
 
-std::string text(Dim3 d) {
-  return std::to_string(d.x) + "," + std::to_string(d.y) + "," + std::to_string(d.z);
-}
+std::string text(Dim3 d) { return std::to_string(d.x) + "," + std::to_string(d.y) + "," + std::to_string(d.z); }
 
-// A fiber lives for ever: it runs its thread of one block, then that of the next.
+// A fiber is never destroyed: it runs its thread of one block, then of the next.
 void fiber() {
   Thread* self = position.thread;
   for (;;) {
@@ -50,8 +48,7 @@ void allocate_threads() {
   threads.resize(kMaxThreads);
   for (uint32_t i = 0; i < kMaxThreads; ++i) {
     threads[i].index = i;
-    void* stack =
-        mmap(nullptr, kStackSize, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void* stack = mmap(nullptr, kStackSize, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stack == MAP_FAILED) throw std::runtime_error("no memory for the stacks of emulated threads");
     threads[i].stack = static_cast<char*>(stack);
     memcpy(threads[i].stack, &kCanary, sizeof(kCanary));
@@ -67,7 +64,7 @@ void resume(Thread& thread) {
       ucontext_t start;
       getcontext(&start);
       start.uc_stack.ss_sp = thread.stack;
-      // Stacks that all begin at the same place of a page would evict each other from the cache.
+      // Stacks that all begin at the same offset of a page would evict each other from the cache.
       start.uc_stack.ss_size = kStackSize - thread.index % 32 * 256;
       start.uc_link = nullptr;
       makecontext(&start, fiber, 0);
@@ -133,7 +130,7 @@ void finish_warp_call(Thread* lanes, const WarpCall& common) {
   }
 }
 
-// Ends the warp operations that all their lanes have reached. Every thread is blocked when this is called.
+// Completes the warp operations that all their lanes have reached. Every thread is blocked when this is called.
 void resolve_warp(uint32_t warp, uint32_t num_threads) {
   Thread* lanes = threads.data() + warp * kWarpSize;
   const uint32_t num_lanes = std::min(kWarpSize, num_threads - warp * kWarpSize);
@@ -181,8 +178,8 @@ void run_block(uint32_t num_threads) {
     }
     if (any_ready) continue;
     if (num_finished == num_threads) return;
-    const Thread& first = *std::find_if(
-        threads.begin(), threads.end(), [](const Thread& t) { return t.state == Thread::kAtBarrier; });
+    const Thread& first =
+        *std::find_if(threads.begin(), threads.end(), [](const Thread& t) { return t.state == Thread::kAtBarrier; });
     for (uint32_t i = 0; i < num_threads; ++i) {
       if (threads[i].state != Thread::kAtBarrier || threads[i].line != first.line || threads[i].file != first.file) {
         fail_at(
@@ -255,13 +252,13 @@ void run(const Launch& launch) {
   try {
     for (uint64_t i : blocks) {
       const uint64_t row = i / launch.grid.x;
-      builtins.block_index =
-          Dim3(static_cast<uint32_t>(i % launch.grid.x), static_cast<uint32_t>(row % launch.grid.y),
-               static_cast<uint32_t>(row / launch.grid.y));
+      builtins.block_index = Dim3(
+          static_cast<uint32_t>(i % launch.grid.x), static_cast<uint32_t>(row % launch.grid.y),
+          static_cast<uint32_t>(row / launch.grid.y));
       run_block(static_cast<uint32_t>(launch.block.count()));
     }
   } catch (...) {
-    for (Thread& thread : threads) thread.state = Thread::kFresh;  // what their stacks hold is of no use any more
+    for (Thread& thread : threads) thread.state = Thread::kFresh;  // the content of their stacks is no longer needed
     position.thread = nullptr;
     position.launch = nullptr;
     throw;
@@ -273,12 +270,12 @@ void run(const Launch& launch) {
 
 #define LMF_EXPORT extern "C" __attribute__((visibility("default")))
 
-// The order of blocks and threads from here on.
+// Sets the order of blocks and threads from here on.
 LMF_EXPORT void lmf_emulation_seed(uint32_t seed) { lmf_emulation::random_order.seed(seed); }
 
 LMF_EXPORT void lmf_emulation_set_num_multiprocessors(int64_t count) { lmf_emulation::num_multiprocessors = count; }
 
-// Names of the kernels launched since the last call, one a line; valid until the next call.
+// Names of the kernels launched since the last call, one per line; valid until the next call.
 LMF_EXPORT const char* lmf_emulation_launched() {
   static std::string names;
   names.clear();

@@ -1,5 +1,6 @@
-// How does a CUDA kernel run on the CPU? Each thread of a block is a fiber; blocks run one after the other, in shuffled
-// order. emulator.cpp schedules, memory.cpp judges every load and store; cuda_emulation.h is what a .cu file sees.
+// Runs CUDA kernels on the CPU. Each thread of a block is a fiber; blocks run one after the other, in shuffled order.
+// emulator.cpp schedules them, memory.cpp checks every load and store, and cuda_emulation.h is what a .cu file
+// includes.
 
 #pragma once
 
@@ -34,13 +35,13 @@ struct Launch {
   void (*invoke)(const void* call);
 };
 
-// Runs the whole grid. Throws std::runtime_error, which names the kernel, at the first thing a GPU would not forgive.
+// Runs the whole grid. Throws std::runtime_error, which names the kernel, at the first error that a GPU may not report.
 void run(const Launch& launch);
 
 // The stream that the emulated torch calls current: a launch on any other is an error.
 void* current_stream();
 
-// Of the emulated GPU: kernels may cut their work by it.
+// Of the emulated GPU: ops may size their grids by it.
 extern int64_t num_multiprocessors;
 
 void sync_threads(const char* file, int line);
@@ -79,7 +80,7 @@ struct Thread {
 
 constexpr size_t kStackSize = 128 * 1024;
 
-// Where the current launch stands. Epochs only grow: one more at every block and at every __syncthreads.
+// Progress of the current launch. Epochs only grow, by one at every block and at every __syncthreads.
 struct Position {
   Thread* thread = nullptr;  // null: host code runs
   const Launch* launch = nullptr;
@@ -90,7 +91,7 @@ extern Position position;
 // " (kernel rms_norm, block 3,0,0, thread 17,0,0)"
 std::string where();
 
-// What the host did wrong since the last call, and forgets it.
+// Returns the error of host code since the last call, and clears it.
 std::string take_host_error();
 
 }  // namespace lmf_emulation

@@ -1,5 +1,5 @@
-// Does the emulation see what a GPU would not forgive? Two right kernels, and one with each mistake; called by
-// test_emulator.py as torch.ops.lmfusion_toys_emulated.<name>(x, out).
+// Kernels that test the emulation itself: two correct ones, and one with each mistake. test_emulator.py calls them as
+// torch.ops.lmfusion_toys_emulated.<name>(x, out).
 
 #include <torch/csrc/stable/tensor.h>
 
@@ -19,7 +19,7 @@ __global__ void block_sum(const float* x, float* out) {
   if (threadIdx.x == 0) out[blockIdx.x] = partial[0] + partial[1];
 }
 
-// Each kind of shuffle; and what one lane of a warp writes, read by the others behind a __syncwarp.
+// Each kind of shuffle, and a value that one lane of a warp writes and the others read after a __syncwarp.
 __global__ void shuffles(const float* x, float* out) {
   __shared__ float first[2];
   const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32, all = 0xffffffffu;
@@ -149,13 +149,14 @@ void run_host_load(Tensor x, Tensor out) {
 
 }  // namespace
 
-#define LMF_TOYS(f)                                                                                              \
-  f(block_sum) f(shuffles) f(missing_barrier) f(unordered_shared) f(overwritten_shared) f(divergent_barrier)     \
-  f(two_barriers) f(divergent_shuffle) f(shuffle_from_outside) f(store_out_of_bounds) f(load_out_of_bounds)      \
-  f(misaligned_store) f(misaligned_load) f(unwritten_shared) f(blocks_in_order) f(blocks_at_one_place)           \
-  f(default_stream) f(empty_grid) f(host_load)
+#define LMF_TOYS(f)                                                                                             \
+  f(block_sum) f(shuffles) f(missing_barrier) f(unordered_shared) f(overwritten_shared) f(divergent_barrier)    \
+      f(two_barriers) f(divergent_shuffle) f(shuffle_from_outside) f(store_out_of_bounds) f(load_out_of_bounds) \
+          f(misaligned_store) f(misaligned_load) f(unwritten_shared) f(blocks_in_order) f(blocks_at_one_place)  \
+              f(default_stream) f(empty_grid) f(host_load)
 
 #define LMF_DEFINE(name) m.def(#name "(Tensor x, Tensor(a!) out) -> ()");
 #define LMF_IMPLEMENT(name) m.impl(#name, TORCH_BOX(&run_##name));
-STABLE_TORCH_LIBRARY(lmfusion_toys, m) { LMF_TOYS(LMF_DEFINE) }
-STABLE_TORCH_LIBRARY_IMPL(lmfusion_toys, CUDA, m) { LMF_TOYS(LMF_IMPLEMENT) }
+STABLE_TORCH_LIBRARY(lmfusion_toys, m){LMF_TOYS(LMF_DEFINE)} STABLE_TORCH_LIBRARY_IMPL(lmfusion_toys, CUDA, m) {
+  LMF_TOYS(LMF_IMPLEMENT)
+}

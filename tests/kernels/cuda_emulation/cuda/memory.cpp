@@ -1,13 +1,13 @@
-// Which loads and stores of a kernel are errors? g++ -fsanitize=thread,alignment calls the functions at the end of this
-// file before every access of device code; there is no run-time library of g++ behind them, only this file.
+// Checks every load and store of a kernel. g++ -fsanitize=thread,alignment calls the functions at the end of this file
+// before every access of device code; they replace the run-time library of g++. Errors are accesses
 //
 // - outside of a tensor, the kernel's arguments, shared memory and the thread's own stack;
 // - at an address that the type's alignment does not allow (16 bytes for vectors);
-// - of shared memory that this block has not written;
-// - two threads at one byte, one of them writing, with no barrier between them; or two blocks of one launch;
-// - by host code on a tensor's data, which on a GPU it cannot reach without a synchronisation.
+// - to shared memory that this block has not written;
+// - of two threads to one byte, one of them writing, with no barrier between them; or of two blocks of one launch;
+// - by host code to a tensor's data, which on a GPU it cannot reach without a synchronisation.
 //
-// Tensors are known because their memory comes from the allocator here while the emulation is on.
+// The tensors are known because their memory comes from the allocator in this file while the emulation is on.
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
@@ -25,7 +25,7 @@
 namespace lmf_emulation {
 namespace {
 
-// Who touched a byte last. Threads are indices in the block, epochs as in Position.
+// The last accesses to a byte. Threads are indices in the block, epochs as in Position.
 struct Byte {
   uint32_t write_epoch = 0, read_epoch = 0;
   uint16_t writer = 0, reader = 0;
@@ -50,23 +50,21 @@ struct Memory {
   uint32_t next_recent = 0;
 
   Memory() {
-    dl_iterate_phdr(
-        [](dl_phdr_info* info, size_t, void* self) {
-          const auto here = reinterpret_cast<uintptr_t>(&builtins);
-          std::vector<Region> found;
-          bool is_this = false;
-          for (int i = 0; i < info->dlpi_phnum; ++i) {
-            const auto& segment = info->dlpi_phdr[i];
-            if (segment.p_type != PT_LOAD) continue;
-            const uintptr_t begin = info->dlpi_addr + segment.p_vaddr;
-            const bool is_writable = segment.p_flags & PF_W;
-            found.push_back({begin, begin + segment.p_memsz, is_writable, is_writable, nullptr});
-            is_this |= found.back().holds(here, 1);
-          }
-          if (is_this) static_cast<Memory*>(self)->statics = std::move(found);
-          return static_cast<int>(is_this);
-        },
-        this);
+    dl_iterate_phdr([](dl_phdr_info* info, size_t, void* self) {
+      const auto here = reinterpret_cast<uintptr_t>(&builtins);
+      std::vector<Region> found;
+      bool is_this = false;
+      for (int i = 0; i < info->dlpi_phnum; ++i) {
+        const auto& segment = info->dlpi_phdr[i];
+        if (segment.p_type != PT_LOAD) continue;
+        const uintptr_t begin = info->dlpi_addr + segment.p_vaddr;
+        const bool is_writable = segment.p_flags & PF_W;
+        found.push_back({begin, begin + segment.p_memsz, is_writable, is_writable, nullptr});
+        is_this |= found.back().holds(here, 1);
+      }
+      if (is_this) static_cast<Memory*>(self)->statics = std::move(found);
+      return static_cast<int>(is_this);
+    }, this);
   }
 
   Region* find_tensor(uintptr_t address) {
@@ -144,7 +142,7 @@ std::string describe(const char* verb, uintptr_t address, size_t size) {
          std::to_string(tensor->end - tensor->begin) + " bytes";
 }
 
-// Why two threads that touch this byte get in each other's way, or null.
+// Describes the conflict with another thread that accesses this byte; null if there is none.
 const char* conflict(Byte& byte, bool is_shared, bool is_write) {
   const Thread& thread = *position.thread;
   const uint32_t warp = thread.index / kWarpSize;
@@ -161,8 +159,7 @@ const char* conflict(Byte& byte, bool is_shared, bool is_write) {
       !(byte.writer / kWarpSize == warp && byte.write_warp_epoch < thread.warp_epoch)) {
     return "what another thread writes, with no barrier between";
   }
-  const bool read_by_others =
-      byte.read_epoch == position.epoch && (byte.many_readers || byte.reader != thread.index);
+  const bool read_by_others = byte.read_epoch == position.epoch && (byte.many_readers || byte.reader != thread.index);
   if (is_write && read_by_others &&
       !(!byte.many_warps && byte.reader / kWarpSize == warp && byte.read_warp_epoch < thread.warp_epoch)) {
     return "what another thread reads, with no barrier between";
@@ -241,21 +238,21 @@ LMF_EXPORT void lmf_emulation_switch(int on) {
   c10::SetCPUAllocator(on ? &ours : original, 1);
 }
 
-// What the host did wrong since the last call; "" for nothing. Valid until the next call.
+// The error of host code since the last call; "" if there is none. Valid until the next call.
 LMF_EXPORT const char* lmf_emulation_host_error() {
   static std::string text;
   text = lmf_emulation::take_host_error();
   return text.c_str();
 }
 
-// ---- What g++ calls -------------------------------------------------------------------------------------------------
+// ---- Functions that g++ calls ---------------------------------------------------------------------------------------
 
 using lmf_emulation::access;
 
-#define LMF_ACCESS(size)                                                                                  \
-  extern "C" void __tsan_read##size(void* p) { access(p, size, false, true); }                            \
-  extern "C" void __tsan_write##size(void* p) { access(p, size, true, true); }                            \
-  extern "C" void __tsan_unaligned_read##size(void* p) { access(p, size, false, false); }                 \
+#define LMF_ACCESS(size)                                                                  \
+  extern "C" void __tsan_read##size(void* p) { access(p, size, false, true); }            \
+  extern "C" void __tsan_write##size(void* p) { access(p, size, true, true); }            \
+  extern "C" void __tsan_unaligned_read##size(void* p) { access(p, size, false, false); } \
   extern "C" void __tsan_unaligned_write##size(void* p) { access(p, size, true, false); }
 LMF_ACCESS(1)
 LMF_ACCESS(2)
@@ -270,27 +267,27 @@ extern "C" void __tsan_func_exit() {}
 extern "C" void __tsan_vptr_read(void*) {}
 extern "C" void __tsan_vptr_update(void*, void*) {}
 
-// Atomics are of host code alone (reference counts); kernels have none, because results must not depend on an order.
-#define LMF_ATOMIC(bits)                                                                                               \
-  using atomic##bits = uint##bits##_t;                                                                                 \
-  extern "C" atomic##bits __tsan_atomic##bits##_load(const volatile atomic##bits* p, int) {                            \
-    return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                                                       \
-  }                                                                                                                    \
-  extern "C" void __tsan_atomic##bits##_store(volatile atomic##bits* p, atomic##bits v, int) {                         \
-    __atomic_store_n(p, v, __ATOMIC_SEQ_CST);                                                                          \
-  }                                                                                                                    \
-  extern "C" atomic##bits __tsan_atomic##bits##_exchange(volatile atomic##bits* p, atomic##bits v, int) {              \
-    return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);                                                                \
-  }                                                                                                                    \
-  extern "C" atomic##bits __tsan_atomic##bits##_fetch_add(volatile atomic##bits* p, atomic##bits v, int) {             \
-    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);                                                                 \
-  }                                                                                                                    \
-  extern "C" atomic##bits __tsan_atomic##bits##_fetch_sub(volatile atomic##bits* p, atomic##bits v, int) {             \
-    return __atomic_fetch_sub(p, v, __ATOMIC_SEQ_CST);                                                                 \
-  }                                                                                                                    \
-  extern "C" bool __tsan_atomic##bits##_compare_exchange_strong(                                                       \
-      volatile atomic##bits* p, atomic##bits* expected, atomic##bits v, int, int) {                                    \
-    return __atomic_compare_exchange_n(p, expected, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);                     \
+// Only host code uses atomics (reference counts). Kernels have none, because results must not depend on an order.
+#define LMF_ATOMIC(bits)                                                                                   \
+  using atomic##bits = uint##bits##_t;                                                                     \
+  extern "C" atomic##bits __tsan_atomic##bits##_load(const volatile atomic##bits* p, int) {                \
+    return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                                           \
+  }                                                                                                        \
+  extern "C" void __tsan_atomic##bits##_store(volatile atomic##bits* p, atomic##bits v, int) {             \
+    __atomic_store_n(p, v, __ATOMIC_SEQ_CST);                                                              \
+  }                                                                                                        \
+  extern "C" atomic##bits __tsan_atomic##bits##_exchange(volatile atomic##bits* p, atomic##bits v, int) {  \
+    return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST);                                                    \
+  }                                                                                                        \
+  extern "C" atomic##bits __tsan_atomic##bits##_fetch_add(volatile atomic##bits* p, atomic##bits v, int) { \
+    return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);                                                     \
+  }                                                                                                        \
+  extern "C" atomic##bits __tsan_atomic##bits##_fetch_sub(volatile atomic##bits* p, atomic##bits v, int) { \
+    return __atomic_fetch_sub(p, v, __ATOMIC_SEQ_CST);                                                     \
+  }                                                                                                        \
+  extern "C" bool __tsan_atomic##bits##_compare_exchange_strong(                                           \
+      volatile atomic##bits* p, atomic##bits* expected, atomic##bits v, int, int) {                        \
+    return __atomic_compare_exchange_n(p, expected, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);         \
   }
 LMF_ATOMIC(8)
 LMF_ATOMIC(32)
