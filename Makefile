@@ -16,8 +16,8 @@ OLDEST := $(VENV)/.oldest-$(OLDEST_TORCH)-$(OLDEST_TRITON)
 
 help:
 	@echo "make demo      the whole chain on real data: adapt, train, draw, caption; report in runs/demo"
-	@echo "make test      lint, types, compile checks, tests    (PYTEST_ARGS='tests/kernels/layout/test_token_layout.py -k spans' for some)"
-	@echo "make lint      ruff and mypy"
+	@echo "make test      lint, types, compile checks, tests    (PYTEST_ARGS='tests/lmfusion/text -k chat' for some)"
+	@echo "make lint      ruff, clang-format, mypy, and the words of docs/glossary.md"
 	@echo "make bench     benchmarks on this machine's CPU"
 	@echo "make gpu       all that needs a GPU, with the python and torch that are there (PYTHON=..., OUTPUT=folder)"
 	@echo "make build     compile the native code again after a change in csrc/; stops at an error"
@@ -37,6 +37,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	find csrc tests/kernels/cuda_emulation/cuda -type f -exec $(BIN)/clang-format --dry-run --Werror {} +
 	$(BIN)/mypy
+	$(BIN)/python tools/check_words.py
 
 bench: $(VENV)/.built
 	$(BIN)/python -m pytest benchmarks --benchmark-only -q $(PYTEST_ARGS)

@@ -44,7 +44,9 @@ class Prompt:
 
     def num_image_tokens(self, tokens_per_image: int) -> int:
         """Tokens of its images, with BOI and EOI. tokens_per_image: those of an image in the image tower."""
-        return sum(image.num_tokens if isinstance(image, VisionInput) else tokens_per_image + 2 for image in self.images)
+        return sum(
+            image.num_tokens if isinstance(image, VisionInput) else tokens_per_image + 2 for image in self.images
+        )
 
     def document(self, tokens_per_image: int, tokens: SpecialTokens) -> Document:
         """Its tokens: text as it is, images between BOI and EOI, images of a vision encoder without these."""

@@ -51,7 +51,7 @@ def document_of(sample):
 
 
 def positions_of(samples):
-    """Positions as in dataset_base.py: text counts up, an image's tokens share one, noised copies have the clean one's."""
+    """Positions as in dataset_base.py: text counts up, an image's tokens share one, as do its noised copies."""
     positions = []
     for sample in samples:
         next_position = 0

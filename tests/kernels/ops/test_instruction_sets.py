@@ -18,7 +18,7 @@ FILES = [
     "test_row_extremes.py",
 ]
 SELECTED = "equals_reference and mixed or head_sizes or extreme or rounds_to_nearest or not_contiguous"
-ATTENTION = ["test_attention_extremes.py", "test_hybrid_attention.py"]
+ATTENTION = ["../attention/test_attention_extremes.py", "../attention/test_hybrid_attention.py"]
 SELECTED_ATTENTION = "extremes or equals_reference and not random or test_scale or log_sum_exp or see_nothing"
 
 

@@ -61,7 +61,7 @@ REMOVED = {
     "wait for a product": (r"wgmma\.wait_group[^;]*;", {0, 2, 3}),
     "fence": (r"fence\.proxy\.async[^;]*;", {0, 3}),
 }
-"""Instructions of the forward kernel that are taken out one by one, and the numbers of those whose absence is noticed.
+"""Instructions of the forward kernel that are taken out one by one, and the numbers that are missed.
 
 The wait 1 follows another one without a product between them, and the fences 1 and 2 stand behind the initialisation
 of mbarriers, which the emulator does not order. Barriers of the whole block are not tried: of 21, three are noticed

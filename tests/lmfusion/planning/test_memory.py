@@ -1,6 +1,5 @@
 """The calculated memory of a step equals what is measured: what autograd keeps, the peak, weights and states."""
 
-
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
