@@ -143,8 +143,10 @@ class ParquetFiles:
         num_bytes = 0
         try:
             with group.file.stored.open() as opened:
+                # With pre_buffer, its default, Arrow reads in a global pool of threads. Such a thread may still be
+                # running when the process ends, and then std::terminate aborts it, whatever has been closed before.
                 parquet = self._parquet.ParquetFile(
-                    opened, metadata=group.file.metadata, page_checksum_verification=True
+                    opened, metadata=group.file.metadata, pre_buffer=False, page_checksum_verification=True
                 )
                 for batch in parquet.iter_batches(num_rows, [group.number], [column], use_threads=False):
                     values = batch.column(batch.schema.get_field_index(column))

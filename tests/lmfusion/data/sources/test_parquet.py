@@ -321,6 +321,23 @@ def test_references_to_no_value_are_damage(tmp_path):
         assert all(reason.startswith(("a.parquet", "row group", "column")) for reason in problems(source).values())
 
 
+def test_reading_starts_no_threads_of_arrow(tmp_path):
+    """Arrow's own threads may abort the process at its end: "terminate called without an active exception"."""
+    path = write(tmp_path / "a.parquet", {"image": images(0, 5), "caption": ["x"] * 5}, row_group_size=2)
+    program = """
+import os, sys
+from lmfusion.data.sources.parquet import ParquetFiles
+def num_threads():
+    return len(os.listdir("/proc/self/task"))
+source = ParquetFiles(sys.argv[1])
+before = num_threads()
+for i in range(len(source)):
+    source[i].load_image()
+sys.exit(num_threads() > before)
+"""
+    subprocess.run([sys.executable, "-c", program, path], check=True)
+
+
 def test_a_list_of_nulls_is_no_caption(tmp_path):
     captions = pa.array([[None, None], ["a"]], pa.list_(pa.string()))
     found = problems(ParquetFiles(write(tmp_path / "a.parquet", {"image": images(0, 2), "caption": captions})))
