@@ -12,7 +12,7 @@ from lmfusion.data.pipeline.documents import SkippedSample
 from lmfusion.data.pipeline.order import Permutation
 from lmfusion.data.pipeline.packing import WindowReader
 from lmfusion.data.samples import CaptionedImage, Latents, LoadImage, Sample, Source, Text, parts_of
-from lmfusion.data.storage.files import map_threads
+from lmfusion.utils.prefetch import map_threads
 
 TAKEN_TOGETHER = 32
 """Samples one thread goes through before the next takes over."""
@@ -59,7 +59,7 @@ class Epoch:
     num_text_tokens: float
     """Captions, texts, markers and bos."""
     num_image_tokens: float
-    num_rows: float
+    num_sequences: float
     seq_len: int
     num_cut: float
     """Documents cut to fit into a row."""
@@ -73,7 +73,7 @@ class Epoch:
     @property
     def packing(self) -> float:
         """Share of the slots of rows that hold a token."""
-        return self.num_tokens / max(1.0, self.num_rows * self.seq_len)
+        return self.num_tokens / max(1.0, self.num_sequences * self.seq_len)
 
 
 def read_all(
@@ -105,16 +105,16 @@ def measure_epoch(
     num_samples: of all sources. max_samples: as many are read at least, and the rest is taken to be like them.
     """
     num_windows = -(-min(num_samples, max_samples or num_samples) // pack_window)
-    num_text = num_image = num_rows = num_cut = num_damaged = 0
+    num_text = num_image = num_sequences = num_cut = num_damaged = 0
     for number in range(num_windows):
         window = reader.read(number)
-        num_rows += len(window.rows)
+        num_sequences += len(window.sequences)
         num_damaged += len(window.damaged)
-        for row in window.rows:
-            num_in_text = sum(len(plan.document.token_ids) for plan in row.plans)
+        for sequence in window.sequences:
+            num_in_text = sum(len(plan.document.token_ids) for plan in sequence.plans)
             num_text += num_in_text
-            num_image += row.num_tokens_used - num_in_text
-            num_cut += row.num_cut
+            num_image += sequence.num_tokens_used - num_in_text
+            num_cut += sequence.num_cut
         report(pack_window)
     num_read = num_windows * pack_window
     scale = num_samples / num_read
@@ -123,7 +123,7 @@ def measure_epoch(
         num_read=num_read,
         num_text_tokens=scale * num_text,
         num_image_tokens=scale * num_image,
-        num_rows=scale * num_rows,
+        num_sequences=scale * num_sequences,
         seq_len=seq_len,
         num_cut=scale * num_cut,
         num_damaged=scale * num_damaged,

@@ -5,7 +5,9 @@ from functools import cache, partial
 import numpy as np
 from PIL import Image
 
-from lmfusion.data.samples import CaptionedImage, Conversation, LoadImage, Message, split_indices
+from lmfusion.data.pipeline.order import split_indices
+from lmfusion.data.samples import CaptionedImage, Conversation, LoadImage, Message
+from lmfusion.data.sources.base import SingleBlock
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -95,7 +97,7 @@ def closing_of(digit: int) -> str:
     return f"I drew {caption_of(digit)}."
 
 
-class Digits:
+class Digits(SingleBlock):
     """The source `digits`. One image in five is held out, always the same ones: split "test"."""
 
     def __init__(self, split: str = "train") -> None:
@@ -107,10 +109,6 @@ class Digits:
         """The digit of every sample."""
         return [int(self._labels[i]) for i in self._indices]
 
-    @property
-    def blocks(self) -> list[int]:
-        return [len(self)]
-
     def __len__(self) -> int:
         return len(self._indices)
 
@@ -120,7 +118,7 @@ class Digits:
         return CaptionedImage(f"digits/{i}", image, (caption_of(int(self._labels[i])),))
 
 
-class DigitConversations:
+class DigitConversations(SingleBlock):
     """The source `digit_conversations`: each of the digits of `Digits`, asked for in each of REQUESTS, and for each
     digit one of PLAIN.
 
@@ -130,10 +128,6 @@ class DigitConversations:
     def __init__(self, split: str = "train") -> None:
         self._digits = Digits(split)
         self._labels = self._digits.labels
-
-    @property
-    def blocks(self) -> list[int]:
-        return [len(self)]
 
     def __len__(self) -> int:
         return len(self._digits) * (len(REQUESTS) + 1)

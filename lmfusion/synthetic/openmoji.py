@@ -9,10 +9,12 @@ from typing import Any
 
 from PIL import Image
 
-from lmfusion.data.samples import CaptionedImage, split_indices
+from lmfusion.data.pipeline.order import split_indices
+from lmfusion.data.samples import CaptionedImage
+from lmfusion.data.sources.base import SingleBlock
 
 
-class OpenMoji:
+class OpenMoji(SingleBlock):
     """The source `openmoji`. One emoji in twenty is held out, always the same ones: split "test".
 
     Emoji are drawn when asked for (2.5 ms each at 128 pixels), `image_size` pixels square, on white.
@@ -41,10 +43,6 @@ class OpenMoji:
                 named.append((stem, entry["en"].strip(":").replace("_", " "), file))
         named.sort(key=lambda item: item[0])
         self._emoji = [named[i] for i in split_indices(len(named), split, held_out=0.05)]
-
-    @property
-    def blocks(self) -> list[int]:
-        return [len(self)]
 
     def __len__(self) -> int:
         return len(self._emoji)

@@ -24,7 +24,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from lmfusion.data.samples import SPLITS, CaptionedImage, Edit
+from lmfusion.data.config import SPLITS
+from lmfusion.data.samples import CaptionedImage, Edit
+from lmfusion.data.sources.base import SingleBlock
 from lmfusion.utils.randomness import generator
 
 KINDS = ("circle", "square", "triangle")
@@ -216,7 +218,7 @@ def coverage(kind: str, size: str, row: int, column: int, image_size: int) -> np
     return fine.mean(axis=(1, 3))
 
 
-class _World:
+class _World(SingleBlock):
     """What both sources are: samples of a split, drawn when asked for, `image_size` pixels square."""
 
     def __init__(self, image_size: int, split: str = "train") -> None:
@@ -224,10 +226,6 @@ class _World:
             raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
         self._image_size = image_size
         self._split = split
-
-    @property
-    def blocks(self) -> list[int]:
-        return [len(self)]
 
     def __len__(self) -> int:
         return NUM_SAMPLES[self._split]

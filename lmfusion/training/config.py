@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lmfusion.data.samples import DataConfig, SourceConfig
+from lmfusion.data.config import DataConfig, SourceConfig
 from lmfusion.generation.samplers import SAMPLERS
 from lmfusion.model.codec import CodecConfig
 from lmfusion.model.configuration import ImageTowerConfig

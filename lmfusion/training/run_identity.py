@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from lmfusion.data.latent_cache.reader import tokenizer_sha256
+from lmfusion.data.latent_cache.format import tokenizer_sha256
 from lmfusion.model.modeling import LMFusion
 from lmfusion.model.saving import base_tensors, digests
 from lmfusion.text.chat_template import uses_date

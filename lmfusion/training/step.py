@@ -87,10 +87,10 @@ def agreed_steps(
         counts = Totals(0, 0, 0, 0, 0)
         if step is not None:
             counts = Totals(
-                num_labels=sum(row.num_labels for row in step.rows),
-                num_boi_targets=sum(row.num_boi_targets for row in step.rows),
-                num_images=sum(row.num_target_images for row in step.rows),
-                num_flops=sum(num_flops(row) for row in step.rows),
+                num_labels=sum(row.num_labels for row in step.batches),
+                num_boi_targets=sum(row.num_boi_targets for row in step.batches),
+                num_images=sum(row.num_target_images for row in step.batches),
+                num_flops=sum(num_flops(row) for row in step.batches),
                 num_damaged=len(step.damaged),
             )
         # What all ranks must agree on: a text that one of them alone could not read would shift its rows
@@ -127,7 +127,7 @@ class Updater:
 
     def update(self, before: Progress, step: Step, totals: Totals, num_slots: int) -> Update:
         """Queue one step on the device: forward and backward of each row, then the update."""
-        row_sums = torch.stack([self._backward(row, totals) for row in step.rows])
+        row_sums = torch.stack([self._backward(row, totals) for row in step.batches])
         norm = clip_gradients(self._weights.values(), self._optimizer.config.max_grad_norm, self._world)
         sums = torch.cat([self._world.sum_tensor(row_sums.sum(0)), norm.double()[None]])
         self._skip = torch.maximum(self._skip, 1.0 - sums.isfinite().all().float())
@@ -137,7 +137,7 @@ class Updater:
             self._optimizer.step(before.step)
         self._ema.update(before.step, self._skip)
         rate = learning_rate(before.step, self._optimizer.config)
-        sample_ids = tuple(row.sample_ids for row in step.rows)
+        sample_ids = tuple(row.sample_ids for row in step.batches)
         return Update(before, totals, step.num_tokens_used, num_slots, rate, sums, row_sums, sample_ids)
 
     def _backward(self, row: Batch, totals: Totals) -> Tensor:

@@ -145,7 +145,7 @@ class Trainer:
             step=before.step + 1,
             loader=step.state,
             epoch=step.epoch,
-            num_samples=self.damage.num_vision_tokens,
+            num_samples=self.damage.num_samples,
             num_damaged=self.damage.num_damaged,
             num_cut=before.num_cut + step.num_cut,
         )
@@ -170,7 +170,7 @@ class Trainer:
         """Forget what was counted and written of steps after `progress`; tensors are as they were then."""
         self.progress = progress
         self.damage.resume(
-            progress.step, {"num_vision_tokens": progress.num_samples, "num_damaged": progress.num_damaged}
+            progress.step, {"num_samples": progress.num_samples, "num_damaged": progress.num_damaged}
         )
 
     @contextmanager

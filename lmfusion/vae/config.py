@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lmfusion.data.samples import SourceConfig
+from lmfusion.data.config import SourceConfig
 from lmfusion.training.config import DEVICES, DTYPES, CheckpointConfig, ValidationConfig, read_recipe
 from lmfusion.utils.config_values import check_least, short_repr
 from lmfusion.vae import discriminator, lpips

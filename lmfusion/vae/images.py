@@ -17,7 +17,9 @@ from torch import Tensor
 from lmfusion.data.pipeline.documents import SkippedSample
 from lmfusion.data.pipeline.mixture import Mixture, SampleRef
 from lmfusion.data.pipeline.order import SourceOrder
-from lmfusion.data.samples import CaptionedImage, LoadImage, Sample, Source, SourceConfig, load_source, parts_of
+from lmfusion.data.config import SourceConfig
+from lmfusion.data.registry import load_source
+from lmfusion.data.samples import CaptionedImage, LoadImage, Sample, Source, parts_of
 from lmfusion.data.sources.unused_files import (
     READ_SUFFIXES,
     UNREAD_SUFFIXES,

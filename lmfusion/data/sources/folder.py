@@ -9,6 +9,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from lmfusion.data.samples import CaptionedImage
+from lmfusion.data.sources.base import SingleBlock
 from lmfusion.data.sources.captions import MAX_TEXT_BYTES, captions_of_text, captions_of_value, parse_json, read_lines
 from lmfusion.data.sources.unused_files import (
     NO_IMAGE,
@@ -29,7 +30,7 @@ METADATA = "metadata.jsonl"
 NOT_LISTED = f"images that {METADATA} does not name"
 
 
-class ImageFolder:
+class ImageFolder(SingleBlock):
     """The source `folder`, read through its subfolders, in order of path.
 
     Captions come from `metadata.jsonl` at its top, if there is one: a line {"file_name": path in the folder, "text":
@@ -56,10 +57,6 @@ class ImageFolder:
         self._entries = sorted(entries, key=lambda entry: (entry.name, entry.line))
         if all(entry.reason is not None for entry in entries):
             raise ValueError(f"none of the {len(entries)} images in {path} has a caption: {self._reason(entries[0])}")
-
-    @property
-    def blocks(self) -> list[int]:
-        return [len(self)]
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -1,7 +1,7 @@
 """Documents of texts and images in their order, conversations, and edits: lines of JSON that name image files.
 
 {"id": "page 7", "content": ["A cat:", {"image": "cats/1.jpg"}, "And a dog:", {"image": "dogs/4.png"}]}
-{"messages": [{"role": "user", "content": "SampleRef a cat."}, {"role": "assistant", "content": [{"image": "cats/1.jpg"}]}]}
+{"messages": [{"role": "user", "content": "Draw a cat."}, {"role": "assistant", "content": [{"image": "cats/1.jpg"}]}]}
 {"source": "cats/1.jpg", "instruction": "make the cat black", "target": "cats/1-black.jpg"}
 
 Conversations may also be written as OpenAI, transformers, LLaVA and ShareGPT do: see conversation_formats.
@@ -9,8 +9,6 @@ Conversations may also be written as OpenAI, transformers, LLaVA and ShareGPT do
 
 import base64
 import binascii
-import bisect
-import itertools
 import re
 from functools import partial
 from typing import Any
@@ -20,6 +18,7 @@ from PIL import Image
 
 from lmfusion.data.samples import Conversation, Edit, Interleaved, LoadImage, Message
 from lmfusion.data.sources import conversation_formats
+from lmfusion.data.sources.base import Blocks
 from lmfusion.data.sources.captions import MAX_LINE_BYTES, checked_text, parse_json
 from lmfusion.data.sources.conversation_formats import Part, read_content, read_conversation
 from lmfusion.data.storage.files import (
@@ -29,12 +28,12 @@ from lmfusion.data.storage.files import (
     is_inside,
     join,
     load_image_file,
-    map_threads,
     names_of,
     parent,
     stored_file,
 )
 from lmfusion.images.preprocessing import check_file_size, decode_image
+from lmfusion.utils.prefetch import map_threads
 from lmfusion.utils.printing import printable
 
 EDIT_KEYS = ("source", "instruction", "target")
@@ -46,7 +45,7 @@ _ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[\s*\{")
 """How a file begins that is one JSON array of objects, as LLaVA's are."""
 
 
-class InterleavedFiles:
+class InterleavedFiles(Blocks):
     """The source `interleaved`: a jsonl file, a glob or brace pattern of them, or an fsspec address of such.
 
     A line is an object with `content`, a list of texts and of objects {"image": path}, and maybe an `id`, which names
@@ -63,21 +62,14 @@ class InterleavedFiles:
         files = find_files(path, ".jsonl")
         found = zip(files, names_of(files), map_threads(_find_lines, files, NUM_INDEXERS), strict=True)
         self._files = [(file, printable(name), lines) for file, name, lines in found if len(lines)]
-        self.blocks = [len(lines) for _, _, lines in self._files]
-        """Lines of each file that has any."""
-        self._starts = [0, *itertools.accumulate(self.blocks)]
+        self.set_blocks([len(lines) for _, _, lines in self._files])
         if not self._files:
             raise ValueError(f"there is no line in {path}; every line is a document")
 
-    def __len__(self) -> int:
-        return self._starts[-1]
-
     def __getitem__(self, index: int) -> Interleaved | Conversation | Edit:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        block = bisect.bisect_right(self._starts, index) - 1
+        block, place = self.locate(index)
         file, name, lines = self._files[block]
-        number, start, length = (int(x) for x in lines[index - self._starts[block]])
+        number, start, length = (int(x) for x in lines[place])
         where = f"{name}/line {number}"
         try:
             if length > MAX_LINE_BYTES:

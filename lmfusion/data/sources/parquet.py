@@ -5,21 +5,18 @@ Arrow type that holds such values (large, fixed-size, view and dictionary types 
 captions and its images apart, so that planning reads no image.
 """
 
-import bisect
-import itertools
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from concurrent.futures import Future
 from functools import partial
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 from lmfusion.data.samples import CaptionedImage
+from lmfusion.data.sources.base import Blocks
 from lmfusion.data.sources.captions import captions_of_value
-from lmfusion.data.storage.files import StorageError, StoredFile, find_files, map_threads, names_of
+from lmfusion.data.storage.files import StorageError, StoredFile, find_files, names_of
 from lmfusion.images.preprocessing import check_file_size, decode_image
+from lmfusion.utils.byte_cache import ByteCache
+from lmfusion.utils.prefetch import map_threads
 from lmfusion.utils.printing import printable
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "img")
@@ -37,7 +34,7 @@ NUM_OPENERS = 8
 """Files whose footers are read at the same time."""
 
 
-class ParquetFiles:
+class ParquetFiles(Blocks):
     """The source `parquet`: a parquet file, a glob or brace pattern of them, or an fsspec address of such.
 
     image, caption: names of columns; None: the first there is of IMAGE_COLUMNS and of CAPTION_COLUMNS. Blocks are row
@@ -76,22 +73,14 @@ class ParquetFiles:
                     if num_rows > 0:
                         self._groups.append(_Group(name, file, number, first, num_rows, *columns))
                     first += num_rows
-        self.blocks = [1 if isinstance(group, str) else group.num_rows for group in self._groups]
-        """Rows of each row group."""
-        self._starts = [0, *itertools.accumulate(self.blocks)]
-        self._cache = _Cache(CACHE_BYTES)
-
-    def __len__(self) -> int:
-        return self._starts[-1]
+        self.set_blocks([1 if isinstance(group, str) else group.num_rows for group in self._groups])
+        self._cache: ByteCache[Any] = ByteCache(CACHE_BYTES)
 
     def __getitem__(self, index: int) -> CaptionedImage:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        block = bisect.bisect_right(self._starts, index) - 1
+        block, row = self.locate(index)
         group = self._groups[block]
         if isinstance(group, str):
             raise ValueError(group)
-        row = index - self._starts[block]
         sample_id = f"{group.name}/{group.first_row + row}"
         try:
             value = self._column(group, group.caption)[row].as_py()
@@ -192,44 +181,6 @@ class _Group(NamedTuple):
 
     def is_dictionary(self, column: str) -> bool:
         return column in self.dictionaries
-
-
-class _Cache:
-    """Values by key, the most recently used ones up to a number of bytes; each is made by one thread."""
-
-    def __init__(self, num_bytes: int) -> None:
-        self._room = num_bytes
-        self._values: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
-        self._made: dict[Hashable, Future[Any]] = {}
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable, make: Callable[[], tuple[Any, int]]) -> Any:
-        """The value at `key`; where there is none, `make` gives it and its size in bytes. Its errors are not kept."""
-        with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-                return self._values[key][0]
-            future = self._made.get(key)
-            if is_maker := future is None:
-                future = self._made[key] = Future()
-        assert future is not None
-        if not is_maker:
-            return future.result()
-        try:
-            value, size = make()
-        except BaseException as error:
-            with self._lock:
-                del self._made[key]
-            future.set_exception(error)
-            raise
-        with self._lock:
-            self._values[key] = value, size
-            self._room -= size
-            while self._room < 0 and len(self._values) > 1:
-                self._room += self._values.popitem(last=False)[1][1]
-            del self._made[key]
-        future.set_result(value)
-        return value
 
 
 def _columns(name: str, schema: Any, image: str | None, caption: str | None) -> tuple[str, str, bool, frozenset[str]]:

@@ -5,9 +5,7 @@ The index is kept beside a local tar (`photos.tar.<digits>.index`), or else in ~
 the tar by their offset. An index is made anew when its tar has changed, or when it is damaged.
 """
 
-import bisect
 import functools
-import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,13 @@ from typing import Any
 from PIL import Image
 
 from lmfusion.data.samples import CaptionedImage
+from lmfusion.data.sources.base import Blocks
 from lmfusion.data.sources.tar_index import Records, Summary, open_records, read_summary, save_index, to_arrays
 from lmfusion.data.sources.tar_samples import Choice, index_tar
 from lmfusion.data.sources.unused_files import Unused, UnusedFiles
-from lmfusion.data.storage.files import StorageError, StoredFile, cached_name, find_files, map_threads, names_of
+from lmfusion.data.storage.files import StorageError, StoredFile, cached_name, find_files, names_of
 from lmfusion.images.preprocessing import check_file_size, decode_image
+from lmfusion.utils.prefetch import map_threads
 from lmfusion.utils.printing import printable
 
 NUM_INDEXERS = 8
@@ -28,7 +28,7 @@ NUM_OPEN = 4096
 """Indexes mapped into memory at a time; a process may have some 65,000 such maps."""
 
 
-class WebDataset:
+class WebDataset(Blocks):
     """The source `webdataset`: a tar, a glob or brace pattern of tars, or an fsspec address of such.
 
     image: suffix of the members that are images; None: jpg, jpeg, png or webp. caption: suffix of the members that
@@ -47,9 +47,7 @@ class WebDataset:
         self._unsaved: dict[int, Records] = {}
         self._records = functools.lru_cache(maxsize=NUM_OPEN)(self._open_records)
         summaries = list(map_threads(self._prepare, range(len(self._files)), NUM_INDEXERS))
-        self.blocks = [summary.num_samples for summary in summaries]
-        """Samples of each tar, the damaged ones included."""
-        self._starts = [0, *itertools.accumulate(self.blocks)]
+        self.set_blocks([summary.num_samples for summary in summaries])
         unused = UnusedFiles()
         for name, summary in zip(self._names, summaries, strict=True):
             unused.merge(Unused(u.kind, u.count, [f"{name}/{member}" for member in u.names]) for u in summary.unused)
@@ -58,14 +56,9 @@ class WebDataset:
         if not any(summary.num_good for summary in summaries):
             raise ValueError(f"there is no captioned image in {path}: {self._reason(0)}")
 
-    def __len__(self) -> int:
-        return self._starts[-1]
-
     def __getitem__(self, index: int) -> CaptionedImage:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        tar = bisect.bisect_right(self._starts, index) - 1
-        record = self._records(tar)[index - self._starts[tar]]
+        tar, place = self.locate(index)
+        record = self._records(tar)[place]
         sample_id = f"{self._names[tar]}/{record.key}" if record.key else self._names[tar]
         if record.reason is not None:
             raise ValueError(f"{sample_id}: {record.reason}")

@@ -16,7 +16,6 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,10 +25,10 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from lmfusion.images.preprocessing import check_file_size, decode_image
+from lmfusion.utils.prefetch import map_threads
 from lmfusion.utils.printing import printable
 
 T = TypeVar("T")
-U = TypeVar("U")
 
 NUM_TRIES = 3
 """Of one read, local or remote: storage that fails for a moment is not damage."""
@@ -249,23 +248,6 @@ def expand_braces(pattern: str) -> Iterator[str]:
     if count > MAX_FILES:
         raise ValueError(f"{pattern} stands for {count} files; the limit is {MAX_FILES}")
     return ("".join(chosen) for chosen in itertools.product(*choices))
-
-
-def map_threads(function: Callable[[T], U], items: Iterable[T], num_threads: int) -> Iterator[U]:
-    """`function` of every item, in order, at most a few items ahead of what is taken; the first error is raised."""
-    pending = []
-    iterator = iter(items)
-    with ThreadPoolExecutor(num_threads) as pool:
-        try:
-            for item in iterator:
-                pending.append(pool.submit(function, item))
-                if len(pending) > 2 * num_threads:
-                    yield pending.pop(0).result()
-            while pending:
-                yield pending.pop(0).result()
-        finally:
-            for future in pending:
-                future.cancel()
 
 
 def _choices(text: str, pattern: str) -> list[str]:

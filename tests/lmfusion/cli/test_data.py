@@ -12,7 +12,7 @@ from lmfusion.cli import main
 from lmfusion.data import CaptionedImage, Interleaved, Latents
 from lmfusion.data.inspect import by_reason, contact_sheet, read_all
 from lmfusion.data.pipeline.documents import SkippedSample
-from tests.lmfusion.data.pipeline.rows import Listed, captioned
+from tests.lmfusion.data.pipeline.loaders import Listed, captioned
 from tests.lmfusion.data.storage.stored import encoded, pairs, tar_bytes
 
 
@@ -159,13 +159,13 @@ def test_count_without_a_recipe(folder, capsys):
 def test_count_with_a_recipe_agrees_with_hand_counting(recipe, capsys):
     assert main(["data", "count", str(recipe), "data.caption_drop=0", "data.image_first=0"]) == 0
     out = capsys.readouterr().out
-    # Seven samples with a text: bos, 9 bytes of caption, BOI, 16 rows of image, EOI; four of them in 128 slots
+    # Seven samples with a text: bos, 9 bytes of caption, BOI, 16 rows of image, EOI; four of them in 128 tokens
     assert "one epoch, of 8 samples, from 8 that were read" in out
     for line in (
         "tokens      196",
         "  of text   84, with bos, BOI and EOI",
         "  of images 112",
-        "rows        2 of 128 slots",
+        "sequences   2 of 128 tokens",
         f"packing     {100 * 196 / 256:.2f} %",
         "cut         0 documents",
         "damaged     1 samples",
@@ -212,8 +212,8 @@ def test_a_latent_cache_is_shown_checked_and_counted_like_its_images(recipe, fol
     ("arguments", "message"),
     [
         (["check", "webdataset=gone.tar"], "there is no file gone.tar"),
-        (["check", "webdataset"], "need one"),
-        (["check", "digits=x"], "digits, digit_conversations, openmoji, shapes, shape_edits take no path"),
+        (["check", "webdataset"], "a path is required"),
+        (["check", "digits=x"], "digits, digit_conversations, openmoji, shapes, shape_edits, which take none"),
         (["check", "digits", "x.yaml"], "'x.yaml' is no source; write kind=path"),
         (["check", "gone.yaml"], "no recipe at gone.yaml"),
         (["check", "nokind=a.tar"], "no recipe at nokind=a.tar"),
@@ -222,7 +222,7 @@ def test_a_latent_cache_is_shown_checked_and_counted_like_its_images(recipe, fol
         (["count", "digits", "--samples", "9"], "need a recipe"),
         (["count", "{recipe}", "--image", "jpg"], "--image and --caption go with kind=path"),
         (["count", "{recipe}", "data.row_token=3"], "unknown key data.row_token"),
-        (["check", "folder={folder}", "--image", "jpg"], "image names a member or column"),
+        (["check", "folder={folder}", "--image", "jpg"], "image must only be set for webdataset and parquet"),
     ],
 )
 def test_bad_arguments(recipe, folder, capsys, arguments, message):

@@ -10,11 +10,11 @@ def poison(trainer, number):
     def steps(state, num_steps):
         for i, step in enumerate(real(state, num_steps), trainer.step + 1):
             if i == number:
-                row = step.rows[-1]
+                row = step.batches[-1]
                 latents = row.latents.clone()
                 latents[1] = float("nan")
                 poisoned.append(row.sample_ids[1])
-                step = replace(step, rows=[*step.rows[:-1], replace(row, latents=latents)])
+                step = replace(step, batches=[*step.batches[:-1], replace(row, latents=latents)])
             yield step
 
     trainer.loader.steps = steps

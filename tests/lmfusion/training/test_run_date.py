@@ -67,7 +67,7 @@ def talking(config, tiny_llama, tmp_path):
 def words(run):
     trainer = Trainer(run)
     [step] = trainer.loader.steps(trainer.progress.loader, 1)
-    return trainer.model.tokenizer.decode(step.rows[0].token_ids.clamp(max=258))
+    return trainer.model.tokenizer.decode(step.batches[0].token_ids.clamp(max=258))
 
 
 def test_a_run_resumed_on_another_day_has_the_numbers_of_one_that_was_not(talking, set_day):

@@ -53,11 +53,11 @@ def test_rows_add_up_to_the_means_over_the_whole_step(config):
     trainer = Trainer(config(train__max_grad_norm=1e9))
     steps = trainer.loader.steps(LoaderState(), 1)
     step, totals = next(agreed_steps(steps, trainer.world, lambda row: 1))
-    assert len(step.rows) == totals.num_flops == 2
-    outputs = [trainer.model(batch=row) for row in step.rows]
-    lm_loss = sum(output.lm_loss_sum for output in outputs) / sum(row.num_labels for row in step.rows)
-    boi_loss = sum(output.begin_loss_sum for output in outputs) / sum(row.num_boi_targets for row in step.rows)
-    diffusion_loss = sum(output.diffusion_loss_sum for output in outputs) / sum(row.num_images for row in step.rows)
+    assert len(step.batches) == totals.num_flops == 2
+    outputs = [trainer.model(batch=row) for row in step.batches]
+    lm_loss = sum(output.lm_loss_sum for output in outputs) / sum(row.num_labels for row in step.batches)
+    boi_loss = sum(output.begin_loss_sum for output in outputs) / sum(row.num_boi_targets for row in step.batches)
+    diffusion_loss = sum(output.diffusion_loss_sum for output in outputs) / sum(row.num_images for row in step.batches)
     names = list(trainer.weights)
     expected = torch.autograd.grad(lm_loss + boi_loss + 5 * diffusion_loss, [trainer.weights[name] for name in names])
     found = {}

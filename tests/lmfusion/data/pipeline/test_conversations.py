@@ -43,10 +43,8 @@ def talk(*turns):
     return tuple({"role": role, "content": content} for role, *content in turns)
 
 
-DRAWING = talk(("user", "SampleRef it."), ("assistant", "Here:", no_image, "Done."))
-DESCRIBING = talk(
-    ("user", no_image, "What?"), ("assistant", "A cat."), ("user", "SampleRef it."), ("assistant", no_image)
-)
+DRAWING = talk(("user", "Draw it."), ("assistant", "Here:", no_image, "Done."))
+DESCRIBING = talk(("user", no_image, "What?"), ("assistant", "A cat."), ("user", "Draw it."), ("assistant", no_image))
 
 
 def plan(sample, tokenizer=TOKENIZER, **fields):
@@ -84,7 +82,7 @@ def test_every_turn_of_the_assistant_is_learned_and_nothing_else():
 
 
 def test_training_reads_what_generation_does():
-    prompt = talk(("user", "SampleRef it."))
+    prompt = talk(("user", "Draw it."))
     read = encode_chat(TOKENIZER, prompt)[0]
     whole = plan(Conversation("a", DRAWING)).document
     assert list(whole.token_ids[: len(read)]) == read
@@ -211,7 +209,7 @@ def test_a_latent_cache_gives_the_same_rows(folder):
     reasons = {damage.reason.split(": ")[-1] for step in cached for damage in step.damaged}
     assert "the assistant says nothing in this conversation; there is nothing to learn from it" in reasons
     assert any("bad.jpg" in damage.reason for step in cached for damage in step.damaged)
-    assert sum(row.num_images for step in cached for row in step.rows) > 20
+    assert sum(row.num_images for step in cached for row in step.batches) > 20
 
 
 # The digits
@@ -224,7 +222,7 @@ def test_every_digit_is_asked_for_in_every_way():
     place = digits.labels.index(8)
     system, asked, answer = source[place * of_each].messages
     assert system == {"role": "system", "content": (SYSTEM_PROMPT,)}
-    assert asked["content"] == ("SampleRef an eight, then say what you drew.",)
+    assert asked["content"] == ("Draw an eight, then say what you drew.",)
     opening, load_image, closing = answer["content"]
     assert (opening, closing) == ("Here is an eight:", "I drew a handwritten eight.")
     assert np.array_equal(np.asarray(load_image()), np.asarray(digits[place].load_image()))

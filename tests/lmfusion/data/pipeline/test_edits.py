@@ -72,7 +72,7 @@ def test_instructions_are_cut_to_their_limit_and_to_the_row():
     cut = plan(edit("abcdef"), caption_drop=0.0, seq_len=41)
     assert cut.document.token_ids[1:-4] == tuple(ids("abcd")) and cut.is_cut and cut.document.num_tokens == 41
     small = plan(edit("abcdef"), caption_drop=0.0, seq_len=37)
-    assert isinstance(small, SkippedSample) and "take 38; raise it" in small.reason
+    assert isinstance(small, SkippedSample) and "at least 38 to hold source" in small.reason
     empty = plan(edit(" "))
     assert isinstance(empty, SkippedSample) and "the instruction is empty" in empty.reason
 
@@ -140,7 +140,7 @@ def test_rows_hold_the_right_images_whatever_was_dropped_before(triples, tokeniz
     pixels = {level: to_tensor(Image.new("RGB", (SIZE, SIZE), (level,) * 3), SIZE, 3) for level in range(106)}
     num_images = Counter()
     for step in read(loader([triples], PIXELS, tokenizer, caption_drop=0.4), 40):
-        for row in step.rows:
+        for row in step.batches:
             place = 0
             given = torch.ones(row.num_images, dtype=torch.bool).index_fill(0, row.drawn, False).tolist()
             for sample_id in row.sample_ids:
@@ -151,7 +151,7 @@ def test_rows_hold_the_right_images_whatever_was_dropped_before(triples, tokeniz
                 assert not given[place] and torch.equal(row.latents[place], pixels[100 + number])
                 place += 1
             assert place == row.num_images
-            num_images[row.num_images > row.num_samples_read] += 1
+            num_images[row.num_images > row.num_target_images] += 1
     assert num_images[True] > 10
 
 
@@ -164,7 +164,7 @@ def test_rows_from_a_latent_cache_are_those_of_the_images(triples, tmp_path, tok
     cached = read(loader([encoded(tmp_path / "cache")], PIXELS, tokenizer), 20)
     assert_same_steps(direct, cached)
     for one, other in zip(direct, cached, strict=True):
-        assert all(torch.equal(a.drawn, b.drawn) for a, b in zip(one.rows, other.rows, strict=True))
+        assert all(torch.equal(a.drawn, b.drawn) for a, b in zip(one.batches, other.batches, strict=True))
 
 
 def test_a_mixture_with_captions_and_a_damaged_target(triples, tmp_path, tokenizer):

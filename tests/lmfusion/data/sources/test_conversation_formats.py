@@ -104,7 +104,7 @@ def test_openai_conversations(folder):
     line = {
         "messages": [
             {"role": "developer", "content": "Be kind."},
-            {"role": "user", "content": "SampleRef <image>", "name": "ann"},
+            {"role": "user", "content": "Draw <image>", "name": "ann"},
             {
                 "role": "assistant",
                 "content": [{"type": "output_text", "text": "Here:"}, {"image": "1.jpg"}],
@@ -115,7 +115,7 @@ def test_openai_conversations(folder):
     }
     assert read(folder, line) == [
         ("system", ["Be kind."]),
-        ("user", ["SampleRef <image>"]),
+        ("user", ["Draw <image>"]),
         ("assistant", ["Here:", 1]),
     ]
 

@@ -2,8 +2,6 @@
 
 import subprocess
 import sys
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -11,7 +9,7 @@ import pytest
 
 from lmfusion.data import SourceConfig, load_source
 from lmfusion.data.sources import parquet as parquet_module
-from lmfusion.data.sources.parquet import ParquetFiles, _Cache
+from lmfusion.data.sources.parquet import ParquetFiles
 from tests.lmfusion.data.storage.stored import encoded, equal, picture, problems
 
 pa = pytest.importorskip("pyarrow")
@@ -88,35 +86,6 @@ def test_planning_reads_no_image_and_row_groups_are_kept(tmp_path, monkeypatch):
     for i in range(6):
         source[i].load_image()
     assert read == ["caption", "caption", "image", "image"]
-
-
-def test_cache_forgets_the_least_recently_used_and_makes_each_once():
-    cache, made = _Cache(10), []
-
-    def make(name, size):
-        return lambda: (made.append(name) or name, size)
-
-    assert [cache.get(name, make(name, 4)) for name in "abacab"] == list("abacab")
-    assert made == ["a", "b", "c", "b"]  # b was forgotten for c
-    assert cache.get("huge", make("huge", 99)) == "huge" and cache.get("huge", make("huge", 99)) == "huge"
-    assert made.count("huge") == 1
-    with pytest.raises(ZeroDivisionError):
-        cache.get("x", lambda: (1 / 0, 1))
-    assert cache.get("x", make("x", 1)) == "x"
-    slow, started = [], threading.Barrier(4)
-
-    def once():
-        slow.append(1)
-        time.sleep(0.05)
-        return "slow", 1
-
-    def ask(_):
-        started.wait()
-        return cache.get("slow", once)
-
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(ask, range(4))) == ["slow"] * 4
-    assert slow == [1]
 
 
 def test_threads_read_what_one_reads(tmp_path, monkeypatch):

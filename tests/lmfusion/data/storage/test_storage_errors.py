@@ -20,7 +20,7 @@ from lmfusion.data.storage.files import StorageError, load_image_file
 from lmfusion.model.codec import CodecConfig, load_codec
 from lmfusion.vae.config import AutoencoderConfig, ImageDataConfig
 from lmfusion.vae.images import ImageLoader
-from tests.lmfusion.data.pipeline.rows import contents, read, row_loader
+from tests.lmfusion.data.pipeline.loaders import contents, packed_loader, read
 from tests.lmfusion.data.storage.stored import encoded, tar_bytes
 
 NUM_SAMPLES = 40
@@ -104,7 +104,7 @@ def storage(monkeypatch):
 def make(tokenizer, monkeypatch, stored):
     def make(kind, **options):
         source = load_source(SourceConfig(*stored[kind]), 8)
-        return row_loader(
+        return packed_loader(
             tokenizer, [source], monkeypatch, num_workers=0, cache_megabytes=0, sequences_per_step=2, **options
         )
 
