@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lmfusion.data.inspect import Contents, Epoch
     from lmfusion.data.config import SourceConfig
+    from lmfusion.data.inspect import Contents, Epoch
     from lmfusion.data.samples import Source
     from lmfusion.model.codec import Codec
     from lmfusion.model.configuration import LMFusionConfig
@@ -119,7 +119,7 @@ def _show(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["S
 
 
 def _check(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["SourceConfig"]) -> int:
-    from lmfusion.data.inspect import by_reason, name_damage, read_all
+    from lmfusion.data.inspect import by_reason, describe_damaged, read_all
     from lmfusion.utils.files import replace_text
     from lmfusion.utils.printing import on_one_line
 
@@ -138,7 +138,7 @@ def _check(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["
     for kind, of_kind in by_reason(damaged):
         print(f"{len(of_kind):8d}  {on_one_line(kind)}")
         for damage in of_kind[:NUM_NAMED]:
-            print(f"          - {on_one_line(name_damage(damage))}")
+            print(f"          - {on_one_line(describe_damaged(damage))}")
         if len(of_kind) > NUM_NAMED:
             print(f"          - and {len(of_kind) - NUM_NAMED} more")
     return 1 if damaged else 0

@@ -11,6 +11,8 @@ from typing import Literal, NamedTuple
 
 from PIL import Image
 
+from lmfusion.images.formats import JPEG_SIGNATURE, PNG_SIGNATURE
+
 MAX_SCANS = 100
 """Of a JPEG. Encoders write about ten. Each scan costs a pass over all pixels, however few bytes it has."""
 MAX_SCANNED_PIXELS = MAX_SCANS * 16 * 1024 * 1024
@@ -29,7 +31,6 @@ _TIFF_HEADS = (b"MM\0*", b"II*\0", b"MM*\0", b"II\0*", b"MM\0+", b"II+\0")
 _INTEGER_BYTES = {1: 1, 6: 1, 3: 2, 8: 2, 4: 4, 9: 4, 13: 4}
 """Of the types of EXIF that are whole numbers."""
 _XMP_HEAD = b"http://ns.adobe.com/xap/1.0/\0"
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_NEEDED = (b"IHDR", b"PLTE", b"tRNS", b"IDAT")
 _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _PNG_HARMLESS = (
@@ -72,9 +73,9 @@ def strip_metadata(data: bytes) -> ImageFile:
 
     Raises ValueError where a needed part is damaged or missing, and CostlyImageError for too many scans or parts.
     """
-    if data.startswith(b"\xff\xd8\xff"):
+    if data.startswith(JPEG_SIGNATURE):
         return _reduce_jpeg(data)
-    if data.startswith(_PNG_SIGNATURE):
+    if data.startswith(PNG_SIGNATURE):
         return _reduce_png(data)
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return _reduce_webp(data)
@@ -212,7 +213,7 @@ def _reduce_png(data: bytes) -> ImageFile:
     is_palette = colour == _PALETTE
     whole = b"".join(
         [
-            _PNG_SIGNATURE,
+            PNG_SIGNATURE,
             *_png_chunk(b"IHDR", headers),
             *(_png_chunk(b"PLTE", palettes) if palettes and is_palette else ()),
             *(_png_chunk(b"tRNS", alphas) if alphas and is_palette else ()),
@@ -239,7 +240,7 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview, bool]]:
 
     Raises ValueError for a wrong checksum where the chunk may matter.
     """
-    view, start = memoryview(data), len(_PNG_SIGNATURE)
+    view, start = memoryview(data), len(PNG_SIGNATURE)
     for _ in range(MAX_PARTS):
         end = start + 12 + int.from_bytes(data[start : start + 4], "big")
         if end > len(data):

@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from lmfusion.images.formats import PNG_SIGNATURE
 from lmfusion.utils.files import replacing
 
 SETTINGS_KEY = "lmfusion"
@@ -23,7 +24,6 @@ MAX_SETTINGS_BYTES = 1024 * 1024
 MAX_CHUNKS = 65_536
 """Chunks of a file that are looked at; Pillow writes one for each 64 KiB of pixels."""
 
-_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _VIEWER_NAMES = {"num_steps": "Steps", "sampler": "Sampler", "guidance_scale": "CFG scale", "seed": "Seed"}
 
 
@@ -61,7 +61,7 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for ever
         raise ValueError(f"{path} is no regular file; give a PNG file")
     with open(path, "rb") as file:
-        if file.read(len(_SIGNATURE)) != _SIGNATURE:
+        if file.read(len(PNG_SIGNATURE)) != PNG_SIGNATURE:
             raise ValueError(f"{path} is no PNG file")
         text = _find_text(file, str(path))
     if text is None:

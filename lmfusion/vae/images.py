@@ -14,15 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lmfusion.data.config import SourceConfig
 from lmfusion.data.pipeline.documents import SkippedSample
 from lmfusion.data.pipeline.mixture import Mixture, SampleRef
 from lmfusion.data.pipeline.order import SourceOrder
-from lmfusion.data.config import SourceConfig
 from lmfusion.data.registry import load_source
 from lmfusion.data.samples import CaptionedImage, LoadImage, Sample, Source, parts_of
 from lmfusion.data.sources.unused_files import (
-    READ_SUFFIXES,
-    UNREAD_SUFFIXES,
     UnusedFiles,
     report_unused,
     suffix_of,
@@ -30,6 +28,7 @@ from lmfusion.data.sources.unused_files import (
 )
 from lmfusion.data.storage.files import StorageError, load_image_file
 from lmfusion.data.storage.folder_walk import find_all
+from lmfusion.images.formats import READ_SUFFIXES, UNREAD_SUFFIXES
 from lmfusion.images.preprocessing import to_tensor
 from lmfusion.utils.printing import printable
 from lmfusion.utils.randomness import generator

@@ -77,9 +77,7 @@ def encode_source(
     """
     options = options or EncodeOptions()
     if config.kind == "latents":
-        raise ValueError(
-            f"the source must hold images, but {config.path} is a latent cache; encode its own source"
-        )
+        raise ValueError(f"the source must hold images, but {config.path} is a latent cache; encode its own source")
     if options.keep_std and not codec.has_posterior:
         raise ValueError(f"keep_std needs a codec with a posterior, got {codec.config.kind!r}; leave keep_std out")
     source = load_source(config, codec.config.image_size)
@@ -209,9 +207,7 @@ def _agree(folder: Path, plan: dict[str, Any], prints_date: bool) -> dict[str, A
     else:
         others = [entry.name for entry in folder.iterdir() if entry.name != ".lock" and not entry.name.startswith(PLAN)]
         if others:
-            raise ValueError(
-                f"the cache folder must be empty, but {folder} holds {min(others)}; give a new one"
-            )
+            raise ValueError(f"the cache folder must be empty, but {folder} holds {min(others)}; give a new one")
         if prints_date:
             plan[TEMPLATE_VARIABLES] = {TODAY: datetime.date.today().isoformat(), **plan.get(TEMPLATE_VARIABLES, {})}
         _write_json(file, plan)

@@ -60,9 +60,7 @@ class BlockPermutation:
         ends = np.cumsum(blocks[order])
         self._block_ends = ends  # in the order in which blocks are read
         # From places in that order to indices of the source
-        self._shift = (np.cumsum(blocks) - blocks)[order] - (
-            ends - blocks[order]
-        )
+        self._shift = (np.cumsum(blocks) - blocks)[order] - (ends - blocks[order])
         self._group_ends = np.append(ends[group_size - 1 : -1 : group_size], ends[-1])
 
     def take(self, positions: np.ndarray) -> np.ndarray:

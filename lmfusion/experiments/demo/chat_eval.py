@@ -8,8 +8,8 @@ from typing import Any
 from PIL import Image
 
 from lmfusion.model.modeling import LMFusion
-from lmfusion.synthetic.digit_classifier import Judge
-from lmfusion.synthetic.digits import NAMES, REQUESTS, opening_of, with_article
+from lmfusion.synthetic.digit_classifier import DigitClassifier
+from lmfusion.synthetic.digits import NAMES, REQUESTS, answer_opening, name_with_article
 
 UNSEEN_REQUESTS = (
     "Please draw {}.",
@@ -53,9 +53,9 @@ class Reply:
         return bool(self.before.strip()) and self.read_as == self.digit and named == [NAMES[self.digit]]
 
 
-def ask_for_digits(model: LMFusion, judge: Judge, requests: Sequence[str], **sampling: Any) -> list[Reply]:
+def ask_for_digits(model: LMFusion, judge: DigitClassifier, requests: Sequence[str], **sampling: Any) -> list[Reply]:
     """The answers to every one of `requests` ({} is the digit) for all ten digits; an image is never forced."""
-    asked = [(request.format(with_article(digit)), digit) for request in requests for digit in range(10)]
+    asked = [(request.format(name_with_article(digit)), digit) for request in requests for digit in range(10)]
     prompts = [prompt for prompt, _ in asked]
     answers = model.generate(prompts, chat=True, max_images=1, max_new_tokens=MAX_NEW_TOKENS, **sampling)
     replies = []
@@ -63,15 +63,15 @@ def ask_for_digits(model: LMFusion, judge: Judge, requests: Sequence[str], **sam
         place = next((i for i, part in enumerate(answer.parts) if not isinstance(part, str)), len(answer.parts))
         before, after = ("".join(map(str, parts)) for parts in (answer.parts[:place], answer.parts[place + 1 :]))
         image = answer.images[0] if answer.images else None
-        replies.append(Reply(prompt, digit, before, image, after, judge.read([image])[0] if image else None))
+        replies.append(Reply(prompt, digit, before, image, after, judge.classify([image])[0] if image else None))
     return replies
 
 
 def openings_as_taught(model: LMFusion) -> float:
     """For how many of the requests of training the base LLM itself, without images, opens its answer as taught."""
-    asked = [(request.format(with_article(digit)), digit) for request in REQUESTS for digit in range(10)]
+    asked = [(request.format(name_with_article(digit)), digit) for request in REQUESTS for digit in range(10)]
     answers = model.generate([prompt for prompt, _ in asked], chat=True, max_new_tokens=8, batch_size=len(asked))
-    taught = [str(answer).startswith(opening_of(digit)) for answer, (_, digit) in zip(answers, asked, strict=True)]
+    taught = [str(answer).startswith(answer_opening(digit)) for answer, (_, digit) in zip(answers, asked, strict=True)]
     return sum(taught) / len(taught)
 
 

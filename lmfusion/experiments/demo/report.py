@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from lmfusion.experiments.demo.chat_eval import Reply
-from lmfusion.synthetic.digits import with_article
+from lmfusion.synthetic.digits import name_with_article
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a; }
@@ -122,7 +122,7 @@ def conversations(replies: Sequence[Reply], title: str) -> str:
 
 
 def _request_of(reply: Reply) -> str:
-    return reply.request.replace(with_article(reply.digit), "...")
+    return reply.request.replace(name_with_article(reply.digit), "...")
 
 
 def _talk(reply: Reply) -> str:

@@ -19,7 +19,7 @@ from lmfusion.experiments.demo.chat_eval import (
 from lmfusion.experiments.demo.report import render_picture, render_report
 from lmfusion.model.modeling import LMFusion
 from lmfusion.model.verification import verify
-from lmfusion.synthetic.digit_classifier import Judge, pictures
+from lmfusion.synthetic.digit_classifier import DigitClassifier, images_of
 from lmfusion.synthetic.digits import NAMES, REQUESTS, Digits, caption_of
 from lmfusion.training.config import load_config
 from lmfusion.training.trainer import Trainer
@@ -59,14 +59,14 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
 
     # What is shown is the saved model, read back as a user would.
     model = LMFusion.from_pretrained(trainer.folder / "model").to(model.device)  # type: ignore[arg-type]
-    judge = Judge()
+    judge = DigitClassifier()
     with _stage("draw", times):
         wanted = [digit for digit in range(10) for _ in range(DRAWINGS_PER_DIGIT)]
         drawings = model.draw([caption_of(digit) for digit in wanted], **SAMPLING)
-    num_read = sum(read == digit for read, digit in zip(judge.read(drawings), wanted, strict=True))
+    num_read = sum(read == digit for read, digit in zip(judge.classify(drawings), wanted, strict=True))
     with _stage("caption", times):
         held_out = Digits("test")
-        images = pictures(held_out)
+        images = images_of(held_out)
         written = model.caption(images, max_new_tokens=8, batch_size=64)
     expected = [caption_of(digit) for digit in held_out.labels]
     examples = list(zip(images, expected, written, strict=True))
@@ -101,7 +101,7 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
         "versions": versions(PACKAGES),
     }
     training = Digits("train")
-    real = _by_digit(pictures(training), training.labels)
+    real = _by_digit(images_of(training), training.labels)
     drawn = _by_digit(drawings, wanted)
     page = render_report(
         summary,

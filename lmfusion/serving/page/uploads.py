@@ -11,6 +11,8 @@ from pathlib import Path
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lmfusion.images.formats import JPEG_SIGNATURE, PNG_SIGNATURE
+
 UPLOAD_PATH = "/gradio_api/upload"
 MAX_UPLOAD_BYTES = 32 * 1024 * 1024
 """Of one picture."""
@@ -71,7 +73,7 @@ def is_picture(file: Path) -> bool:
             begin = opened.read(12)
     except OSError:
         return False
-    return begin.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n")) or (begin[:4] == b"RIFF" and begin[8:] == b"WEBP")
+    return begin.startswith((JPEG_SIGNATURE, PNG_SIGNATURE)) or (begin[:4] == b"RIFF" and begin[8:] == b"WEBP")
 
 
 def make_room(folder: Path, num_bytes: int) -> None:

@@ -88,7 +88,7 @@ def test_a_sheet_of_documents_and_of_latents():
     assert (sheet == (200, 0, 0)).all(-1).sum() == 2 * 40 * 40 and sheet.shape[1] == 3 * 46 + 6
     latents = Latents(torch.zeros(1, 4, 4), None)
     source = Listed([CaptionedImage("e", lambda: latents, (np.array([1, 2], np.int32),))])
-    with pytest.raises(ValueError, match="show them by a recipe"):
+    with pytest.raises(ValueError, match="give a recipe"):
         contact_sheet(source, 1)
     read = []
     decoders = dict(decode_latents=lambda x: load(), decode_tokens=lambda ids: read.append(ids.tolist()) or "words")
@@ -205,7 +205,7 @@ def test_a_latent_cache_is_shown_checked_and_counted_like_its_images(recipe, fol
         assert sheet.width == 2 * 198 + 6
     assert main(["data", "show", f"latents={folder}/cache", "--output", output]) == 2
     assert main(["data", "show", str(recipe), latents, "model.codec.channels=3", "--output", output]) == 2
-    assert "show them by a recipe" in capsys.readouterr().err
+    assert "give a recipe" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

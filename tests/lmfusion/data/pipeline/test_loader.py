@@ -108,9 +108,7 @@ def test_resuming_equals_continuing_with_damage_and_mixed_sources(make, data):
 
 
 def test_state_that_the_data_does_not_have_is_refused(make):
-    with pytest.raises(
-        ValueError, match=r"the next sequence must be one of the \d+ of window 2, got 99; the data"
-    ):
+    with pytest.raises(ValueError, match=r"the next sequence must be one of the \d+ of window 2, got 99; the data"):
         read(make(), 1, LoaderState(2, 99))
 
 
@@ -277,7 +275,7 @@ def test_latents_are_drawn_from_their_distribution_by_counter(make):
         for name, drawn in zip(step.batches[0].sample_ids, step.batches[0].latents, strict=True):
             by_name.setdefault(name, []).append(drawn)
     repeated = [drawn for drawn in by_name.values() if len(drawn) > 1]
-    assert repeated and all(not torch.equal(drawn[0], drawn[1]) for drawn in repeated)  # anew each epoch
+    assert repeated and all(not torch.equal(drawn[0], drawn[1]) for drawn in repeated)  # new in each epoch
 
 
 @pytest.mark.parametrize(

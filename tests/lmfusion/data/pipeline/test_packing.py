@@ -1,4 +1,4 @@
-"""Windows of samples become sequences: full ones, of whole documents, the same whoever reads them."""
+"""Windows of samples become sequences: full ones, of whole documents, the same in any order of reading."""
 
 from concurrent.futures import ThreadPoolExecutor
 

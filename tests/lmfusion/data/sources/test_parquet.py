@@ -114,11 +114,11 @@ def test_rows_that_are_damaged(tmp_path):
     found = problems(source)
     for index, message in enumerate(
         [
-            "a.parquet/1 has no bytes in column image; it may name a file elsewhere, but holds no image",
-            "a.parquet/2 has no bytes in column image",
+            "a.parquet/1 must have bytes in column image, got null; a path to a file elsewhere is not read",
+            "a.parquet/2 must have bytes in column image",
             "a.parquet/3 is not an image of a known format",
             "a.parquet/4 is damaged or truncated",
-            "a.parquet/5: no caption in column caption",
+            "a.parquet/5: column caption must have a caption",
             "a.parquet/6: the caption is empty",
             "a.parquet/7: the caption is empty",
         ],
@@ -137,10 +137,10 @@ def test_damaged_files_among_good_ones(tmp_path):
     source = ParquetFiles(str(tmp_path / "*.parquet"))
     assert source.blocks == [2, 1, 1, 2] and source[5].captions == ("d",)
     found = problems(source)
-    assert list(found) == [2, 3] and found[2].startswith("1.parquet: the file is no parquet file, or is damaged")
+    assert list(found) == [2, 3] and found[2].startswith("1.parquet: the file must be a whole parquet file")
     for number in (0, 3):
         (tmp_path / f"{number}.parquet").unlink()
-    with pytest.raises(ValueError, match=r"there is no sample in .*: the file is no parquet file"):
+    with pytest.raises(ValueError, match=r"must have samples, but has none: the file must be a whole parquet file"):
         ParquetFiles(str(tmp_path / "*.parquet"))
 
 
@@ -174,7 +174,7 @@ def test_row_groups_have_a_largest_size(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(parquet_module, "MAX_GROUP_BYTES", 1_000_000)
     decoded = count_decoded_images(monkeypatch)
     for row in (0, 1, 99):
-        with pytest.raises(ValueError, match=r"image of row group 0 of a.parquet takes up more than 1000000 bytes"):
+        with pytest.raises(ValueError, match=r"image of row group 0 of a.parquet must have at most 1000000 bytes"):
             source[row].load_image()
     assert sum(decoded) <= 100  # it is found out once; of what is not a dictionary a part suffices
     assert kind == "dictionary" or sum(decoded) < 60
@@ -219,7 +219,7 @@ def test_images_of_every_type(tmp_path, kind):
     source = ParquetFiles(path)
     for i, value in enumerate(values):
         if value is None:
-            with pytest.raises(ValueError, match=r"a.parquet/3 has no bytes in column image"):
+            with pytest.raises(ValueError, match=r"a.parquet/3 must have bytes in column image"):
                 source[i].load_image()
         else:
             assert equal(source[i].load_image(), value)
@@ -248,7 +248,7 @@ def test_captions_of_every_type(tmp_path, kind):
     several = "list" in kind
     for i, text in enumerate(texts):
         if text is None:
-            with pytest.raises(ValueError, match=r"a.parquet/2: no caption in column caption"):
+            with pytest.raises(ValueError, match=r"a.parquet/2: column caption must have a caption"):
                 source[i]
         else:
             expected = tuple(filter(None, text)) if several else (text[0],)
@@ -260,7 +260,7 @@ def test_columns_of_one_name(tmp_path):
         [pa.array(images(0, 1)), pa.array(["a"]), pa.array(["b"])], ["image", "caption", "caption"]
     )
     pq.write_table(table, tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"a\.parquet has 2 columns named caption"):
+    with pytest.raises(ValueError, match=r"a\.parquet must have one column caption, got 2"):
         ParquetFiles(str(tmp_path / "a.parquet"))
 
 
@@ -350,13 +350,13 @@ print(num_damaged)
 @pytest.mark.parametrize(
     ("columns", "options", "message"),
     [
-        ({"x": [1], "caption": ["a"]}, {}, "has no column image or jpg or .* it has x, caption: name one as image"),
-        ({"image": [b"x"], "y": ["a"]}, {}, "has no column caption or .*: name one as caption"),
-        ({"image": [b"x"], "caption": ["a"]}, {"image": "photo"}, "has no column photo"),
-        ({"image": ["path.jpg"], "caption": ["a"]}, {}, "column image of a.parquet is string; images must be binary"),
-        ({"image": [{"path": "x"}], "caption": ["a"]}, {}, "images must be binary, or structs with binary bytes"),
-        ({"image": [b"x"], "caption": [3]}, {}, "column caption of a.parquet is int64; captions must be texts"),
-        ({"image": [b"x"][:0], "caption": ["a"][:0]}, {}, "there is no sample in .*: its files have no rows"),
+        ({"x": [1], "caption": ["a"]}, {}, "must have a column image or jpg or .* got x, caption; name one as image"),
+        ({"image": [b"x"], "y": ["a"]}, {}, "must have a column caption or .*; name one as caption"),
+        ({"image": [b"x"], "caption": ["a"]}, {"image": "photo"}, "must have a column photo"),
+        ({"image": ["path.jpg"], "caption": ["a"]}, {}, "column image of a.parquet must be binary, or structs with binary bytes, got string"),
+        ({"image": [{"path": "x"}], "caption": ["a"]}, {}, "must be binary, or structs with binary bytes, got struct"),
+        ({"image": [b"x"], "caption": [3]}, {}, "column caption of a.parquet must be texts or lists of texts, got int64"),
+        ({"image": [b"x"][:0], "caption": ["a"][:0]}, {}, "must have samples, but has none: its files have no rows"),
     ],
 )
 def test_files_that_cannot_be_used(tmp_path, columns, options, message):

@@ -1,4 +1,4 @@
-"""Storage that fails for a moment changes no number; storage that goes on failing stops whoever reads."""
+"""Storage that fails for a moment changes no number; storage that goes on failing stops the run."""
 
 import errno
 import json
