@@ -4,7 +4,7 @@
     lmfusion encode recipes/mine.yaml caches/mine --dtype float16 --workers 16 --batch-size 32
 
 Then name the cache in the recipe: data: {sources: [{kind: latents, path: caches/mine}]}. A recipe with several sources
-gets a cache for each: caches/mine/0, caches/mine/1, ... docs/latents.md tells what a cache holds, and when training
+gets a cache for each: caches/mine/0, caches/mine/1, ... docs/data.md tells what a cache holds, and when training
 refuses it.
 
 Started several times, or by torchrun on several GPUs, it shares the work. Killed and started again, it continues.

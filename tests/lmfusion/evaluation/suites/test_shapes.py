@@ -40,7 +40,7 @@ def drawn_as_asked(num_per_skill):
 def test_images_too_small_to_be_read_are_refused_before_any_is_drawn(run, config, tmp_path):
     painter = Painter(None)
     painter.codec.config.image_size = 8
-    with pytest.raises(ValueError, match="image_size is 8; shapes cannot be told apart below 16 pixels"):
+    with pytest.raises(ValueError, match="image_size must be at least 16 pixels to distinguish shapes, got 8"):
         run(painter, config(1), tmp_path)
 
 

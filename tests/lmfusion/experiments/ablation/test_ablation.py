@@ -206,7 +206,7 @@ def test_accuracy_is_that_of_one_task_and_nothing_else():
         ("measure.task=nowhere.yaml", "names nowhere.yaml, and there is no such file"),
         ("measure.drawings.sampler=best", "measure.drawings.sampler is 'best'"),
         ("measure.drawings.num_images=100000", "there are 1000 held-out captions"),
-        ("base.model.codec.image_size=8", "image_size is 8; shapes cannot be told apart below 16 pixels"),
+        ("base.model.codec.image_size=8", "image_size must be at least 16 pixels to distinguish shapes, got 8"),
         ("orderings=[{claim: c, metric: text_loss, keeps: [other]}]", "names other, which is no variant"),
         ("orderings=[{claim: c, metric: drawings_right, order: [none-0, deep-0]}]", "num_images above 0"),
         ("colour=red", "unknown key colour"),
