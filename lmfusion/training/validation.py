@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from lmfusion.data.config import DataConfig
 from lmfusion.data.pipeline.loader import LoaderState, PackedLoader
 from lmfusion.data.pipeline.skip_log import MIN_COUNTED
-from lmfusion.data.config import DataConfig
 from lmfusion.model.batch import Batch
 from lmfusion.model.modeling import LMFusion
 from lmfusion.training.config import RunConfig

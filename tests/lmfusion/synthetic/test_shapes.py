@@ -113,7 +113,7 @@ def test_captions(shapes, words):
 
 def test_a_scene_that_no_caption_tells_of():
     diagonal = Scene((shape("large red circle"), shape("small black square", 1, 1)))
-    with pytest.raises(ValueError, match="a scene with a caption must have .*, got 2 others"):
+    with pytest.raises(ValueError, match=r"a scene with a caption must have .*, got 2 others"):
         caption(diagonal)
 
 
@@ -145,7 +145,7 @@ def test_pictures():
     assert pixels.shape == (40, 40, 3)
     assert tuple(pixels[10, 10]) == COLOURS["red"] and tuple(pixels[30, 30]) == COLOURS["black"]
     assert (pixels[0] == 255).all() and (pixels[:20, 20:] == 255).all()
-    with pytest.raises(ValueError, match="image_size must be at least 16 pixels .*, got 15"):
+    with pytest.raises(ValueError, match=r"image_size must be at least 16 pixels .*, got 15"):
         render(scene, 15)
 
 

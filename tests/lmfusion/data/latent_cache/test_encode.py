@@ -183,9 +183,9 @@ def test_another_codec_is_refused(tmp_path, tokenizer, autoencoder):
     encode(source, tmp_path / "cache", autoencoder, tokenizer)
     rescaled = save_autoencoder(tmp_path / "rescaled", scaling_factor=0.3, shift_factor=0.5)
     for codec, message in (
-        (replace(autoencoder, image_size=16), "codec.image_size was 8, is 16"),
-        (PIXELS, "codec.kind was 'autoencoder_kl', is 'pixels'"),
-        (rescaled, "codec.settings_sha256 was "),  # the same weights
+        (replace(autoencoder, image_size=16), "codec.image_size must be 16, got 8"),
+        (PIXELS, "codec.kind must be 'pixels', got 'autoencoder_kl'"),
+        (rescaled, "codec.settings_sha256 must be "),  # the same weights
     ):
         with pytest.raises(ValueError, match=message):
             loader(cache, codec, tokenizer)
@@ -231,14 +231,16 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path, tokenizer):
     encode(source, tmp_path / "cache", PIXELS, tokenizer)
     before = {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
     for options, message in (
-        ({"dtype": "float16"}, "dtype was 'float32', is 'float16'"),
-        ({"shard_samples": 3}, "shard_samples was 7, is 3"),
+        ({"dtype": "float16"}, "dtype must be 'float16', got 'float32'"),
+        ({"shard_samples": 3}, "shard_samples must be 3, got 7"),
     ):
         with pytest.raises(ValueError, match=message):
             encode(source, tmp_path / "cache", PIXELS, tokenizer, **options)
-    with pytest.raises(ValueError, match=r"source\.kind was 'folder', is 'digits'.*num_samples was 6, is 14"):
+    with pytest.raises(
+        ValueError, match=r"source\.kind must be 'digits', got 'folder'.*num_samples must be 14\d*, got 6"
+    ):
         encode(SourceConfig("digits"), tmp_path / "cache", PIXELS, tokenizer)
-    with pytest.raises(ValueError, match="is a latent cache already"):
+    with pytest.raises(ValueError, match="must hold images, but .* is a latent cache"):
         encode(encoded(tmp_path / "cache"), tmp_path / "again", PIXELS, tokenizer)
     (tmp_path / "images").rename(tmp_path / "moved")
     encode(replace(source, path=str(tmp_path / "moved")), tmp_path / "cache", PIXELS, tokenizer)

@@ -112,7 +112,10 @@ def test_lines_with_edits(triples, tmp_path):
         ({"source": "0.png", "target": "1.png"}, "instruction must be a text .*, got None"),
         ({"source": "0.png", "instruction": " ", "target": "1.png"}, "instruction must be a text .*, got ' '"),
         ({"source": 3, "instruction": "x", "target": "1.png"}, "source must be a text .*, got 3"),
-        ({"source": "0.png", "instruction": "x"}, 'target must be a text .*, got None; an edit is like {"source": "a.png"'),
+        (
+            {"source": "0.png", "instruction": "x"},
+            'target must be a text .*, got None; an edit is like {"source": "a.png"',
+        ),
         ({"source": "../0.png", "instruction": "x", "target": "1.png"}, "must stay in the folder"),
         ({"source": "0.png", "messages": None}, "instruction must be a text .*, got None"),
     ],

@@ -98,7 +98,10 @@ def test_text_that_is_not_utf8_and_lines_too_long(folder, monkeypatch):
         b'{"content": ["\xff"]}\n' + json.dumps({"content": ["x" * 100]}).encode() + b'\n{"content": ["y"]}\n'
     )
     found = problems_of_lines(InterleavedFiles(str(path)))
-    assert "line 1: the text must be UTF-8" in found[0] and "line 2: the line must have at most 100 bytes, got 117" in found[1]
+    assert (
+        "line 1: the text must be UTF-8" in found[0]
+        and "line 2: the line must have at most 100 bytes, got 117" in found[1]
+    )
     assert len(found) == 2
 
 

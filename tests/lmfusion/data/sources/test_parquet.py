@@ -353,9 +353,17 @@ print(num_damaged)
         ({"x": [1], "caption": ["a"]}, {}, "must have a column image or jpg or .* got x, caption; name one as image"),
         ({"image": [b"x"], "y": ["a"]}, {}, "must have a column caption or .*; name one as caption"),
         ({"image": [b"x"], "caption": ["a"]}, {"image": "photo"}, "must have a column photo"),
-        ({"image": ["path.jpg"], "caption": ["a"]}, {}, "column image of a.parquet must be binary, or structs with binary bytes, got string"),
+        (
+            {"image": ["path.jpg"], "caption": ["a"]},
+            {},
+            "column image of a.parquet must be binary, or structs with binary bytes, got string",
+        ),
         ({"image": [{"path": "x"}], "caption": ["a"]}, {}, "must be binary, or structs with binary bytes, got struct"),
-        ({"image": [b"x"], "caption": [3]}, {}, "column caption of a.parquet must be texts or lists of texts, got int64"),
+        (
+            {"image": [b"x"], "caption": [3]},
+            {},
+            "column caption of a.parquet must be texts or lists of texts, got int64",
+        ),
         ({"image": [b"x"][:0], "caption": ["a"][:0]}, {}, "must have samples, but has none: its files have no rows"),
     ],
 )

@@ -242,7 +242,9 @@ def test_links_to_folders_are_followed_once_and_never_in_circles(tmp_path):
 
 def test_a_folder_without_any_caption_is_an_error(tmp_path):
     fill(tmp_path, ["a.png", "b.png", "c.txt"])
-    with pytest.raises(ValueError, match=r"images in .* must have captions, but none of 2 has: a.png: no caption; write it to a .txt"):
+    with pytest.raises(
+        ValueError, match=r"images in .* must have captions, but none of 2 has: a.png: no caption; write it to a .txt"
+    ):
         open_folder(tmp_path)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n[]\n')
     with pytest.raises(ValueError, match=r"none of 2 has: metadata.jsonl, line 1: the line must be an object"):

@@ -194,7 +194,7 @@ def test_a_read_that_gives_less_goes_on(stored, monkeypatch):
 def test_files_that_go_or_shrink_while_they_are_used(make, stored, tmp_path):
     loaders = {kind: make(kind) for kind in ("folder", "webdataset")}
     os.truncate(tmp_path / "a.tar", 20_000)
-    with pytest.raises(StorageError, match=r"a\.tar is shorter than it was when it was opened"):
+    with pytest.raises(StorageError, match=r"a\.tar must not become shorter while it is read"):
         read(loaders["webdataset"], NUM_STEPS)
     os.unlink(tmp_path / "set" / "005.txt")
     with pytest.raises(StorageError, match=r"005\.txt is gone"):
