@@ -240,7 +240,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path, tokenizer):
         ValueError, match=r"source\.kind must be 'digits', got 'folder'.*num_samples must be 14\d*, got 6"
     ):
         encode(SourceConfig("digits"), tmp_path / "cache", PIXELS, tokenizer)
-    with pytest.raises(ValueError, match="must hold images, but .* is a latent cache"):
+    with pytest.raises(ValueError, match=r"must hold images, but .* is a latent cache"):
         encode(encoded(tmp_path / "cache"), tmp_path / "again", PIXELS, tokenizer)
     (tmp_path / "images").rename(tmp_path / "moved")
     encode(replace(source, path=str(tmp_path / "moved")), tmp_path / "cache", PIXELS, tokenizer)
