@@ -284,7 +284,7 @@ def test_damage_found_by_ranks_that_are_no_more_is_forgotten_too(config):
 def test_too_many_damaged_samples_stop_the_run_at_once(config, broken_folder):
     sources = [{"kind": "folder", "path": str(broken_folder)}]
     run = config(data__sources=sources, data__pack_window=40, data__max_damaged=0.002)
-    with pytest.raises(CollectiveError, match=r"more than data\.max_damaged, 0\.002, allows"):
+    with pytest.raises(CollectiveError, match=r"at most data\.max_damaged, 0\.002, got 3 of "):
         Trainer(run).run()
     step = Trainer(run).step
     assert 0 < step < 12 and read_metrics(run)[-1]["step"] == step
