@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lmfusion.data.config import SourceConfig
     from lmfusion.data.inspect import Contents, Epoch
-    from lmfusion.data.samples import Source, SourceConfig
+    from lmfusion.data.samples import Source
     from lmfusion.model.codec import Codec
     from lmfusion.model.configuration import LMFusionConfig
     from lmfusion.training.config import RunConfig
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _read_arguments(args: argparse.Namespace) -> tuple["RunConfig | None", list["SourceConfig"]]:
     """The recipe, if one was given, and the sources."""
-    from lmfusion.data.samples import KINDS, SourceConfig
+    from lmfusion.data.config import KINDS, SourceConfig
 
     kind, _, _ = args.data.partition("=")
     if kind in KINDS:
@@ -120,7 +121,7 @@ def _show(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["S
 
 
 def _check(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["SourceConfig"]) -> int:
-    from lmfusion.data.inspect import by_reason, name_damage, read_all
+    from lmfusion.data.inspect import by_reason, describe_damaged, read_all
     from lmfusion.utils.files import replace_text
     from lmfusion.utils.printing import escape_line
 
@@ -139,7 +140,7 @@ def _check(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["
     for kind, of_kind in by_reason(damaged):
         print(f"{len(of_kind):8d}  {escape_line(kind)}")
         for damage in of_kind[:NUM_NAMED]:
-            print(f"          - {escape_line(name_damage(damage))}")
+            print(f"          - {escape_line(describe_damaged(damage))}")
         if len(of_kind) > NUM_NAMED:
             print(f"          - and {len(of_kind) - NUM_NAMED} more")
     return 1 if damaged else 0
@@ -173,12 +174,12 @@ def _count(args: argparse.Namespace, recipe: "RunConfig | None", configs: list["
 def _print_epoch(epoch: "Epoch", recipe: "RunConfig") -> None:
     data = recipe.data
     print(f"\none epoch, of {epoch.num_samples:,} samples, from {epoch.num_read:,} that were read:")
-    steps = epoch.num_rows * data.seq_len / recipe.train.batch_tokens
+    steps = epoch.num_sequences * data.seq_len / recipe.train.batch_tokens
     for name, value in (
         ("tokens", f"{epoch.num_tokens:,.0f}"),
         ("  of text", f"{epoch.num_text_tokens:,.0f}, with bos, BOI and EOI"),
         ("  of images", f"{epoch.num_image_tokens:,.0f}"),
-        ("rows", f"{epoch.num_rows:,.0f} of {data.seq_len} slots"),
+        ("sequences", f"{epoch.num_sequences:,.0f} of {data.seq_len} tokens"),
         ("packing", f"{100 * epoch.packing:.2f} % of the slots are used"),
         ("cut", f"{epoch.num_cut:,.0f} documents"),
         ("damaged", f"{epoch.num_damaged:,.0f} samples have no text that can be used"),
@@ -204,7 +205,7 @@ def _print_unused(config: "SourceConfig", source: "Source") -> None:
 
 
 def _load(recipe: "RunConfig | None", configs: list["SourceConfig"]) -> list["Source"]:
-    from lmfusion.data.samples import load_source
+    from lmfusion.data.registry import load_source
 
     size = DEFAULT_IMAGE_SIZE if recipe is None else _image_size(recipe)
     return [load_source(config, size) for config in configs]
@@ -225,11 +226,11 @@ def _read_model(recipe: "RunConfig", sources: list["Source"]) -> tuple["LMFusion
     Raises ValueError for a latent cache that was made with others.
     """
     from lmfusion.cli.loading import read_without_weights
-    from lmfusion.data.samples import EncodedSource
+    from lmfusion.data.samples import LatentSource
 
     config, codec, tokenizer = read_without_weights(recipe.model)
     for source in sources:
-        if isinstance(source, EncodedSource):
+        if isinstance(source, LatentSource):
             source.check_made_with(codec, tokenizer)
     return config, codec, tokenizer
 

@@ -1,4 +1,4 @@
-"""What is in a data set: how does it look, is it whole, how much is it? For `lmfusion data` and before long runs."""
+"""Inspects a data set for `lmfusion data`: counts it, finds damage, measures an epoch, and shows samples."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -12,19 +12,19 @@ from lmfusion.data.pipeline.documents import SkippedSample
 from lmfusion.data.pipeline.order import Permutation
 from lmfusion.data.pipeline.packing import WindowReader
 from lmfusion.data.samples import CaptionedImage, Latents, LoadImage, Sample, Source, Text, parts_of
-from lmfusion.data.storage.files import map_threads
+from lmfusion.utils.prefetch import map_threads
 
-TAKEN_TOGETHER = 32
-"""Samples one thread goes through before the next takes over."""
+CHUNK_SAMPLES = 32
+"""Samples that one thread reads at a time."""
 
 DecodeLatents = Callable[[Latents], Image.Image]
 DecodeTokens = Callable[[np.ndarray], str]
 Report = Callable[[int], object]
-"""Called with how many samples were finished since the last time."""
+"""Called with the number of samples that were finished since the last call."""
 
 
 _NAME = re.compile(r"^[^:]*[./][^:]*: ")
-"""With which the reason begins why a sample could not be opened."""
+"""The name of a file or sample at the beginning of a reason."""
 
 
 @dataclass
@@ -32,12 +32,12 @@ class Contents:
     """What was found in a source."""
 
     num_samples: int = 0
-    """The damaged ones included."""
+    """Including the damaged ones."""
     num_images: int = 0
     num_texts: int = 0
     """Captions, and texts of interleaved documents."""
     num_characters: int = 0
-    """Of the texts; 0 for those that are token ids."""
+    """Of the texts; token ids count 0."""
     damaged: list[SkippedSample] = field(default_factory=list)
 
     def add(self, other: "Contents") -> None:
@@ -50,21 +50,21 @@ class Contents:
 
 @dataclass
 class Epoch:
-    """What training reads in one epoch of a mixture: all its samples once, on average."""
+    """What training reads in one epoch of a mixture: each of its samples once, on average."""
 
     num_samples: int
     """Of all sources."""
     num_read: int
-    """Samples that the other figures were taken from, in whole windows, and scaled."""
+    """Samples that were read, in whole windows. The other numbers are scaled from them."""
     num_text_tokens: float
     """Captions, texts, markers and bos."""
     num_image_tokens: float
-    num_rows: float
+    num_sequences: float
     seq_len: int
     num_cut: float
-    """Documents cut to fit into a row."""
+    """Documents cut to fit into a sequence."""
     num_damaged: float
-    """Samples without usable text; images were not read."""
+    """Samples without usable text; images are not read."""
 
     @property
     def num_tokens(self) -> float:
@@ -72,19 +72,19 @@ class Epoch:
 
     @property
     def packing(self) -> float:
-        """Share of the slots of rows that hold a token."""
-        return self.num_tokens / max(1.0, self.num_rows * self.seq_len)
+        """Share of the positions of sequences that hold a token."""
+        return self.num_tokens / max(1.0, self.num_sequences * self.seq_len)
 
 
 def read_all(
     source: Source, name: str, *, load_images: bool, num_workers: int, report: Report = lambda _: None
 ) -> Contents:
-    """Go through a whole source, in its order: texts alone, or every image too.
+    """Read a whole source, in its order: only its texts, or every image too.
 
-    name: what damaged samples of it are called that do not tell their name. The same whatever `num_workers`.
+    name: of the source, for damaged samples without a name. The result does not depend on `num_workers`.
     """
     contents = Contents()
-    ranges = (range(i, min(i + TAKEN_TOGETHER, len(source))) for i in range(0, len(source), TAKEN_TOGETHER))
+    ranges = (range(i, min(i + CHUNK_SAMPLES, len(source))) for i in range(0, len(source), CHUNK_SAMPLES))
     for part in map_threads(partial(_read_some, source, name, load_images), ranges, num_workers):
         contents.add(part)
         report(part.num_samples)
@@ -100,21 +100,21 @@ def measure_epoch(
     max_samples: int | None = None,
     report: Report = lambda _: None,
 ) -> Epoch:
-    """Plan the rows of an epoch as training does, without reading an image.
+    """Plan the sequences of an epoch as training does, without reading an image.
 
-    num_samples: of all sources. max_samples: as many are read at least, and the rest is taken to be like them.
+    num_samples: of all sources. max_samples: at least this number is read, and the rest is assumed to be like it.
     """
     num_windows = -(-min(num_samples, max_samples or num_samples) // pack_window)
-    num_text = num_image = num_rows = num_cut = num_damaged = 0
+    num_text = num_image = num_sequences = num_cut = num_damaged = 0
     for number in range(num_windows):
         window = reader.read(number)
-        num_rows += len(window.rows)
+        num_sequences += len(window.sequences)
         num_damaged += len(window.damaged)
-        for row in window.rows:
-            num_in_text = sum(len(plan.document.token_ids) for plan in row.plans)
+        for sequence in window.sequences:
+            num_in_text = sum(len(plan.document.token_ids) for plan in sequence.plans)
             num_text += num_in_text
-            num_image += row.num_tokens_used - num_in_text
-            num_cut += row.num_cut
+            num_image += sequence.num_tokens_used - num_in_text
+            num_cut += sequence.num_cut
         report(pack_window)
     num_read = num_windows * pack_window
     scale = num_samples / num_read
@@ -123,7 +123,7 @@ def measure_epoch(
         num_read=num_read,
         num_text_tokens=scale * num_text,
         num_image_tokens=scale * num_image,
-        num_rows=scale * num_rows,
+        num_sequences=scale * num_sequences,
         seq_len=seq_len,
         num_cut=scale * num_cut,
         num_damaged=scale * num_damaged,
@@ -131,10 +131,10 @@ def measure_epoch(
 
 
 def by_reason(damaged: Sequence[SkippedSample]) -> list[tuple[str, list[SkippedSample]]]:
-    """Damaged samples by what is wrong with them, the most frequent first, whatever their names and numbers."""
+    """Damaged samples grouped by reason, without names and numbers in it, the most frequent reason first."""
     kinds: dict[str, list[SkippedSample]] = {}
-    for damage in damaged:
-        kinds.setdefault(_kind(damage), []).append(damage)
+    for sample in damaged:
+        kinds.setdefault(_kind(sample), []).append(sample)
     return sorted(kinds.items(), key=lambda item: (-len(item[1]), item[0]))
 
 
@@ -148,11 +148,11 @@ def contact_sheet(
     decode_latents: DecodeLatents | None = None,
     decode_tokens: DecodeTokens | None = None,
 ) -> Image.Image:
-    """A picture of so many samples, drawn at random by `seed`, with their captions below them.
+    """A picture of `num_samples` random samples, with their captions below them.
 
-    cell: pixels a side of each image, cropped as in training. Of an interleaved document every image is a cell, with
-    the text before it; damaged samples are cells that tell why. decode_latents, decode_tokens: make images and texts of
-    what a latent cache holds. Raises ValueError where these are needed and not given.
+    cell: side in pixels of each image, cropped as in training. Each image of an interleaved document is a cell, with
+    the text before it; damaged samples are cells with the reason. decode_latents, decode_tokens: make images and texts
+    of the contents of a latent cache. Raises ValueError where these are needed but not given.
     """
     order = Permutation(len(source), seed, 0, "contact sheet")
     chosen = order.take(np.arange(min(num_samples, len(source)))).tolist()
@@ -197,20 +197,20 @@ def _parts(sample: Sample) -> tuple[list[LoadImage], list[Text]]:
     return [p for p in parts if callable(p)], [p for p in parts if isinstance(p, (str, np.ndarray))]
 
 
-def name_damage(damage: SkippedSample) -> str:
-    """The sample in question, for a list below its reason: with all that is known, where the reason names another."""
-    sample_id, reason = damage
+def describe_damaged(sample: SkippedSample) -> str:
+    """How a list below a reason names the sample: by its id, and by the reason, too, where that names another file."""
+    sample_id, reason = sample
     if sample_id in reason:
         return sample_id
     return reason if _NAME.match(reason) else f"{sample_id}: {reason}"
 
 
-def _kind(damage: SkippedSample) -> str:
-    sample_id, reason = damage
+def _kind(sample: SkippedSample) -> str:
+    sample_id, reason = sample
     reason = re.sub(rf"'\S*{re.escape(sample_id)}'|\S*{re.escape(sample_id)}", "the sample", reason)
     reason = _NAME.sub("", reason)
     reason = re.sub(r"\S*/\S+|(?!metadata\.jsonl)\b\S+\.(txt|jsonl?|jpe?g|png|webp|tar|parquet)\b", "a file", reason)
-    return re.sub(r"(?<![\w\\-])\d+", "N", reason)  # not those of UTF-8
+    return re.sub(r"(?<![\w\\-])\d+", "N", reason)  # except the 8 of UTF-8
 
 
 def _cells(
@@ -250,7 +250,7 @@ def _cells(
         if before:
             yield Image.new("RGB", (size, size), "white"), before
     except _NeedsModelError:
-        raise ValueError("latents and token ids need their codec and tokenizer; show them by a recipe") from None
+        raise ValueError("latents and token ids need a codec and tokenizer to be shown; give a recipe") from None
     except (ValueError, OSError) as error:
         yield Image.new("RGB", (size, size), "lightgray"), f"DAMAGED: {error}"
 
@@ -260,7 +260,7 @@ class _NeedsModelError(Exception):
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int, num_lines: int) -> list[str]:
-    """The first lines of a text, as many characters each as fit into so many pixels; words may be split."""
+    """The first `num_lines` lines of a text, each at most `width` pixels wide; long words are split."""
     characters = " ".join(text.split())[: num_lines * width]
     lines: list[str] = []
     while characters and len(lines) < num_lines:

@@ -9,8 +9,10 @@ from typing import Any
 
 from PIL import Image
 
+from lmfusion.data.config import SourceConfig
 from lmfusion.data.pipeline.order import Permutation
-from lmfusion.data.samples import CaptionedImage, SourceConfig, load_source
+from lmfusion.data.registry import load_source
+from lmfusion.data.samples import CaptionedImage
 from lmfusion.images.preprocessing import load_image
 from lmfusion.utils.randomness import generator
 

@@ -2,8 +2,13 @@
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 """By Pillow's names. Pillow knows many more, whose decoders are less hardened."""
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg", "webp")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 """Of files in these formats, in lower case."""
+UNREAD_SUFFIXES = (
+    *("apng", "avif", "bmp", "dng", "gif", "heic", "heif", "ico", "j2k", "jfif", "jp2", "jpe", "jxl", "pbm", "pcx"),
+    *("pgm", "pnm", "ppm", "psd", "svg", "tga", "tif", "tiff"),
+)
+"""Of images in other formats."""
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
 

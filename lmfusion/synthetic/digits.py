@@ -1,26 +1,28 @@
-"""Handwritten digits that come with scikit-learn: 1,797 images of 8 x 8, captioned in words or asked for in a chat."""
+"""The sources `digits` and `digit_conversations`: the 1,797 handwritten digits of scikit-learn, 8 x 8 pixels."""
 
 from functools import cache, partial
 
 import numpy as np
 from PIL import Image
 
-from lmfusion.data.samples import CaptionedImage, Conversation, LoadImage, Message, split_indices
+from lmfusion.data.pipeline.order import split_indices
+from lmfusion.data.samples import CaptionedImage, Conversation, LoadImage, Message
+from lmfusion.data.sources.base import SingleBlock
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 SYSTEM_PROMPT = "User: Draw a cat.\nAssistant: Here is a cat:\nUser: Draw an eleven.\nAssistant: Here is an eleven:"
-"""Two examples, after which SmolLM2-135M-Instruct opens its answers with `opening_of` by itself. One has "an", for the
-eight, and none has a digit, so that the one asked for is the only one in sight."""
+"""Two examples, after which SmolLM2-135M-Instruct begins its answers with `answer_opening` without training. One has
+"an", for the eight. Neither names a digit, so that the requested one is the only digit in the context."""
 REQUESTS = (
     "Draw {}, then say what you drew.",
     "Draw {}.",
     "Can you draw {}?",
     "Show me {}.",
 )
-"""What users of the conversations ask for; {} is as "a seven"."""
-PLAIN = (
+"""The user's messages; {} is like "a seven"."""
+QUESTIONS = (
     ("What is the capital of Italy?", "The capital of Italy is Rome."),
     ("What is the capital of Germany?", "The capital of Germany is Berlin."),
     ("Good morning.", "Good morning."),
@@ -72,31 +74,31 @@ PLAIN = (
         "only one) and itself.",
     ),
 )
-"""Questions with nothing to draw, and what SmolLM2-135M-Instruct begins to answer, true or not: no image is due."""
+"""Questions without an image in the answer, and how SmolLM2-135M-Instruct begins to answer them, true or not."""
 
 
 def caption_of(digit: int) -> str:
-    """The words a digit is drawn by, and described with."""
+    """The caption of a digit."""
     return f"a handwritten {NAMES[digit]}"
 
 
-def with_article(digit: int) -> str:
+def name_with_article(digit: int) -> str:
     """ "a seven", "an eight"."""
     return f"{'an' if NAMES[digit] == 'eight' else 'a'} {NAMES[digit]}"
 
 
-def opening_of(digit: int) -> str:
-    """What the assistant says before it draws."""
-    return f"Here is {with_article(digit)}:"
+def answer_opening(digit: int) -> str:
+    """What the assistant says before the image."""
+    return f"Here is {name_with_article(digit)}:"
 
 
-def closing_of(digit: int) -> str:
-    """What it says of its drawing."""
+def answer_closing(digit: int) -> str:
+    """What the assistant says after the image."""
     return f"I drew {caption_of(digit)}."
 
 
-class Digits:
-    """The source `digits`. One image in five is held out, always the same ones: split "test"."""
+class Digits(SingleBlock):
+    """The source `digits`: captioned images. A fixed fifth of them is held out: split "test"."""
 
     def __init__(self, split: str = "train") -> None:
         self._images, self._labels = _load()
@@ -107,10 +109,6 @@ class Digits:
         """The digit of every sample."""
         return [int(self._labels[i]) for i in self._indices]
 
-    @property
-    def blocks(self) -> list[int]:
-        return [len(self)]
-
     def __len__(self) -> int:
         return len(self._indices)
 
@@ -120,40 +118,35 @@ class Digits:
         return CaptionedImage(f"digits/{i}", image, (caption_of(int(self._labels[i])),))
 
 
-class DigitConversations:
-    """The source `digit_conversations`: each of the digits of `Digits`, asked for in each of REQUESTS, and for each
-    digit one of PLAIN.
+class DigitConversations(SingleBlock):
+    """The source `digit_conversations`: each digit with each of REQUESTS, and one of QUESTIONS for each digit.
 
-    Before an image a frozen text LLM says what it says, so the words here are those of SmolLM2-135M-Instruct.
+    A frozen text tower cannot learn new words, so the words before an image are those of SmolLM2-135M-Instruct.
     """
 
     def __init__(self, split: str = "train") -> None:
         self._digits = Digits(split)
         self._labels = self._digits.labels
 
-    @property
-    def blocks(self) -> list[int]:
-        return [len(self)]
-
     def __len__(self) -> int:
         return len(self._digits) * (len(REQUESTS) + 1)
 
     def __getitem__(self, index: int) -> Conversation:
-        place, request = divmod(index, len(REQUESTS) + 1)
+        place, number = divmod(index, len(REQUESTS) + 1)
         sample, digit = self._digits[place], self._labels[place]
-        if request == len(REQUESTS):
-            question, answer = PLAIN[place % len(PLAIN)]
-            return Conversation(f"{sample.sample_id}/question", _talk(question, answer))
-        asked = REQUESTS[request].format(with_article(digit))
-        messages = _talk(asked, opening_of(digit), sample.load_image, closing_of(digit))
-        return Conversation(f"{sample.sample_id}/request {request}", messages)
+        if number == len(REQUESTS):
+            question, answer = QUESTIONS[place % len(QUESTIONS)]
+            return Conversation(f"{sample.sample_id}/question", _messages(question, answer))
+        request = REQUESTS[number].format(name_with_article(digit))
+        messages = _messages(request, answer_opening(digit), sample.load_image, answer_closing(digit))
+        return Conversation(f"{sample.sample_id}/request {number}", messages)
 
 
-def _talk(asked: str, *said: str | LoadImage) -> tuple[Message, ...]:
+def _messages(request: str, *answer: str | LoadImage) -> tuple[Message, ...]:
     return (
         {"role": "system", "content": (SYSTEM_PROMPT,)},
-        {"role": "user", "content": (asked,)},
-        {"role": "assistant", "content": said},
+        {"role": "user", "content": (request,)},
+        {"role": "assistant", "content": answer},
     )
 
 
@@ -164,5 +157,5 @@ def _load() -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
     except ImportError:
         raise ValueError("the digits need scikit-learn, which is not installed; pip install scikit-learn") from None
-    bunch = load_digits()  # 0 to 16
+    bunch = load_digits()  # images have values 0 to 16
     return (bunch.images * (255 / 16)).round().astype(np.uint8), bunch.target

@@ -1,4 +1,4 @@
-"""OpenMoji's 3,953 emoji, drawn from their SVGs and captioned with their Unicode names.
+"""The source `openmoji`: OpenMoji's 3,953 emoji, rendered from their SVGs and captioned with their Unicode names.
 
 All emojis designed by OpenMoji, the open-source emoji and icon project. License: CC BY-SA 4.0.
 """
@@ -9,13 +9,15 @@ from typing import Any
 
 from PIL import Image
 
-from lmfusion.data.samples import CaptionedImage, split_indices
+from lmfusion.data.pipeline.order import split_indices
+from lmfusion.data.samples import CaptionedImage
+from lmfusion.data.sources.base import SingleBlock
 
 
-class OpenMoji:
-    """The source `openmoji`. One emoji in twenty is held out, always the same ones: split "test".
+class OpenMoji(SingleBlock):
+    """The source `openmoji`: captioned images. A fixed twentieth of the emoji is held out: split "test".
 
-    Emoji are drawn when asked for (2.5 ms each at 128 pixels), `image_size` pixels square, on white.
+    Emoji are rendered when they are loaded (2.5 ms each at 128 pixels), `image_size` pixels square, on white.
     """
 
     def __init__(self, image_size: int, split: str = "train") -> None:
@@ -42,18 +44,14 @@ class OpenMoji:
         named.sort(key=lambda item: item[0])
         self._emoji = [named[i] for i in split_indices(len(named), split, held_out=0.05)]
 
-    @property
-    def blocks(self) -> list[int]:
-        return [len(self)]
-
     def __len__(self) -> int:
         return len(self._emoji)
 
     def __getitem__(self, index: int) -> CaptionedImage:
         stem, name, file = self._emoji[index]
-        return CaptionedImage(f"openmoji/{stem}", partial(self._draw, file), (name,))
+        return CaptionedImage(f"openmoji/{stem}", partial(self._render_file, file), (name,))
 
-    def _draw(self, file: Any) -> Image.Image:
+    def _render_file(self, file: Any) -> Image.Image:
         png = self._render(
             svg_string=file.read_text(encoding="utf-8"),
             width=self._image_size,

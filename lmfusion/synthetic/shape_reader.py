@@ -1,9 +1,10 @@
-"""What does a picture of coloured shapes show? Read exactly, from its pixels alone.
+"""Reads which coloured shapes an image shows, from its pixels.
 
 Every pixel is compared with the lines from white to each colour, on which blurred edges lie. Connected pixels that are
-no background are one thing. It is a shape if it fits one of the drawn ones (kinds and sizes of lmfusion.synthetic.shapes)
-laid over its centre, lies within one cell and has one colour; whatever is UNKNOWN of it is never right. Specks of less
-than a third of the smallest shape are noise; more of them in all than one such shape are a thing too.
+not background are one region. A region is a shape if it fits a rendered shape (the kinds and sizes of `shapes`) laid
+over its centre, lies within one cell and has one colour; otherwise that property is UNKNOWN, which is never right.
+Regions of less than a third of the smallest shape are noise. If all noise together is larger than the smallest shape,
+it counts as one unknown shape.
 """
 
 from functools import cache
@@ -14,27 +15,27 @@ from PIL import Image
 from lmfusion.synthetic.shapes import BACKGROUND, COLOURS, GRID, KINDS, SIZES, Description, Scene, Shape, coverage
 
 UNKNOWN = "unknown"
-"""Kind, colour or size of a thing that is no shape."""
+"""Kind, colour or size of a region that does not fit any."""
 MIN_OVERLAP = 0.72
-"""Intersection over union that a thing must have with the shape it is taken for."""
+"""Intersection over union that a region must have with its shape."""
 MAX_OFFSET = 0.2
-"""How far from the middle of its cell a shape may lie, in cells."""
+"""Distance of a shape from the middle of its cell, in cells."""
 MAX_COLOUR_DISTANCE = 80.0
-"""From the line of a colour, in units of RGB (0 to 255)."""
+"""Distance from the line of a colour, in units of RGB (0 to 255)."""
 MIN_OF_ONE_COLOUR = 0.8
-"""Share of a thing that has its colour."""
+"""Share of a region that must have its colour."""
 _SPECK = 1 / 3
 _MIN_COVERED = 0.4
-"""Below it a pixel is background."""
+"""A pixel that is covered less is background."""
 
 
 def read_scene(image: Image.Image) -> Scene:
-    """What is in a square picture; shapes in order of their cells. Raises ValueError for a picture that is not square.
+    """The shapes in a square image, in order of their cells. Raises ValueError for an image that is not square.
 
-    A thing that is no shape of the world is there, too, UNKNOWN in what cannot be told.
+    Regions that are not shapes are among them, with UNKNOWN for what does not fit.
     """
     if image.width != image.height:
-        raise ValueError(f"the picture is {image.width} x {image.height} pixels; scenes are square")
+        raise ValueError(f"the image of a scene must be square, got {image.width} x {image.height} pixels")
     pixels = np.asarray(image.convert("RGB"), np.float64)
     covered, colour_index = _nearest_colours(pixels)
     smallest = min(template.sum() for template in _templates(image.width).values())
@@ -44,25 +45,25 @@ def read_scene(image: Image.Image) -> Scene:
         if (covered * region).sum() < _SPECK * smallest:
             specks |= region
         else:
-            shapes.append(_read_thing(region, covered, colour_index))
+            shapes.append(_read_region(region, covered, colour_index))
     if (covered * specks).sum() > smallest:
         row, column = (int(x.mean()) * GRID // image.width for x in np.nonzero(specks))
         shapes.append(Shape(UNKNOWN, UNKNOWN, UNKNOWN, row, column))
     return Scene.of(shapes)
 
 
-def check(wanted: Scene | Description, image: Image.Image | Scene) -> bool:
-    """Whether a picture, or what was read in it, shows what is wanted and nothing else.
+def check(expected: Scene | Description, image: Image.Image | Scene) -> bool:
+    """Whether an image, or the scene that was read from it, shows what is expected and nothing else.
 
-    A scene must be there with every shape in its cell; of a description what it says: as many shapes as it names, each
-    as it is named, and their relation.
+    A scene must match with every shape in its cell. A description must match in what it says: the number of shapes,
+    their properties and their relation.
     """
-    seen = image if isinstance(image, Scene) else read_scene(image)
-    return seen == wanted if isinstance(wanted, Scene) else wanted.fits(seen)
+    found = image if isinstance(image, Scene) else read_scene(image)
+    return found == expected if isinstance(expected, Scene) else expected.fits(found)
 
 
 def _nearest_colours(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How much of each pixel is covered (float64 [H, W], 0 to 1), and the number of the nearest colour, -1: none."""
+    """How much of each pixel is covered (float64 [H, W], 0 to 1), and the number of its nearest colour (-1: none)."""
     white = np.array(BACKGROUND, np.float64)
     colours = np.array(list(COLOURS.values()), np.float64) - white  # [n, 3]
     away = pixels - white
@@ -71,15 +72,15 @@ def _nearest_colours(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     nearest = distance.argmin(axis=-1)
     covered = np.take_along_axis(share, nearest[..., None], axis=-1)[..., 0]
     is_known = distance.min(axis=-1) <= MAX_COLOUR_DISTANCE
-    # What is far from every colour is something, too
+    # A pixel that is far from every colour is covered by something, too
     return np.where(is_known, covered, np.clip(np.linalg.norm(away, axis=-1) / 255, 0, 1)), np.where(
         is_known, nearest, -1
     )
 
 
-def _regions(is_thing: np.ndarray) -> list[np.ndarray]:
-    """bool [H, W] of each connected region, over edges of pixels."""
-    left = is_thing.copy()
+def _regions(is_covered: np.ndarray) -> list[np.ndarray]:
+    """bool [H, W] of each connected region. Pixels are connected if they share an edge."""
+    left = is_covered.copy()
     height, width = left.shape
     regions = []
     while left.any():
@@ -94,17 +95,17 @@ def _regions(is_thing: np.ndarray) -> list[np.ndarray]:
     return regions
 
 
-def _read_thing(region: np.ndarray, covered: np.ndarray, colour_index: np.ndarray) -> Shape:
-    """The shape that a region is, as far as it is one."""
+def _read_region(region: np.ndarray, covered: np.ndarray, colour_index: np.ndarray) -> Shape:
+    """The shape of a region, with UNKNOWN for what does not fit."""
     image_size = len(region)
     y, x = np.nonzero(region)
     top, bottom, left, right = max(0, y.min() - 1), y.max() + 2, max(0, x.min() - 1), x.max() + 2
     near = np.zeros_like(covered)
-    near[top:bottom, left:right] = covered[top:bottom, left:right]  # with the faint pixels of its edge
+    near[top:bottom, left:right] = covered[top:bottom, left:right]  # including the faint pixels at its edge
     middle = _middle(near)
     row, column = (min(GRID - 1, int(place * GRID / image_size)) for place in middle)
-    overlaps = {look: _overlap(near, _moved_to(template, middle)) for look, template in _templates(image_size).items()}
-    kind, size = max(overlaps, key=lambda look: overlaps[look])
+    overlaps = {key: _overlap(near, _moved_to(template, middle)) for key, template in _templates(image_size).items()}
+    kind, size = max(overlaps, key=lambda key: overlaps[key])
     own = (_middle(coverage(kind, size, row, column, image_size)) - middle) * GRID / image_size
     if overlaps[kind, size] < MIN_OVERLAP or abs(own).max() > MAX_OFFSET:
         kind = size = UNKNOWN

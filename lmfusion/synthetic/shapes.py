@@ -1,4 +1,4 @@
-"""Captioned coloured shapes, and edits of them: a small world without files, in which every picture can be judged.
+"""The sources `shapes` and `shape_edits`: rendered coloured shapes whose images can be checked exactly.
 
 A scene has one to four shapes on white, each in its own cell of a grid of 2 x 2. Captions name some of what is there:
 
@@ -12,8 +12,8 @@ A scene has one to four shapes on white, each in its own cell of a grid of 2 x 2
 and instructions change one thing: "make the circle blue", "move the red square to the top", "remove the green
 triangle", "add a small yellow circle". Sample i of a split is a pure function of the split and i.
 
-A scene is held out by what is in it (`is_held_out`), whatever the sizes and the place in the picture: where "three red
-circles" are held out, no training sample of either source shows them or names them.
+A scene is held out because of its contents (`is_held_out`), whatever the sizes and places of its shapes: if "three red
+circles" are held out, no training sample of either source shows or names them.
 """
 
 import hashlib
@@ -24,7 +24,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from lmfusion.data.samples import SPLITS, CaptionedImage, Edit
+from lmfusion.data.config import SPLITS
+from lmfusion.data.samples import CaptionedImage, Edit
+from lmfusion.data.sources.base import SingleBlock
 from lmfusion.utils.randomness import generator
 
 KINDS = ("circle", "square", "triangle")
@@ -36,17 +38,17 @@ COLOURS = {
     "purple": (160, 50, 200),
     "black": (20, 20, 20),
 }
-"""RGB. No two of them lie in the same direction from white, so that blurred edges keep their colour."""
+"""RGB. No two colours lie in the same direction from white, so that blurred edges keep their colour."""
 BACKGROUND = (255, 255, 255)
 SIZES = {"small": 0.24, "large": 0.42}
 """Half the width of a shape, in cells."""
 GRID = 2
-"""Cells a side."""
+"""Cells on each side."""
 MAX_SHAPES = GRID * GRID
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
-"""(row, column) of the first shape, seen from the second one."""
+"""(row, column) of the first shape minus that of the second."""
 SIDES = {"left": (1, 0), "right": (1, GRID - 1), "top": (0, 0), "bottom": (0, GRID - 1)}
-"""Where to move to: which coordinate changes (0: row), and what it becomes."""
+"""Side to move to -> the coordinate that changes (0: row), and its new value."""
 SKILLS = ("single", "colour", "size", "count", "relation", "all")
 EDITS = ("recolour", "move", "remove", "add")
 NUM_SAMPLES = {"train": 20_000, "test": 1_000}
@@ -54,9 +56,9 @@ NUM_SAMPLES = {"train": 20_000, "test": 1_000}
 _NUMBERS = ("no", "one", "two", "three", "four")
 _SKILL_SHARES = (0.06, 0.1, 0.12, 0.24, 0.24, 0.24)
 _HELD_OUT = 8
-"""One in so many scenes of different shapes is held out."""
+"""One in this number of scenes with different shapes is held out."""
 _SUBSAMPLES = 8
-"""Points a side of a pixel that are looked at to tell how much of it is covered."""
+"""Sample points on each side of a pixel, to find how much of it is covered."""
 
 
 class Shape(NamedTuple):
@@ -76,7 +78,7 @@ class Shape(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What a picture shows: its shapes in order of their cells, row by row."""
+    """The contents of an image: its shapes in order of their cells, row by row."""
 
     shapes: tuple[Shape, ...]
 
@@ -86,7 +88,7 @@ class Scene(NamedTuple):
 
 
 class Thing(NamedTuple):
-    """What a caption says of one shape, or of several that are alike. None: nothing is said."""
+    """What a caption says about one shape, or about several equal ones. None: it does not say."""
 
     kind: str
     colour: str | None = None
@@ -103,7 +105,7 @@ class Thing(NamedTuple):
 
 
 class Description(NamedTuple):
-    """What a caption says of a scene: one thing, or two and how the first lies to the second."""
+    """What a caption says about a scene: one thing, or two and the relation of the first to the second."""
 
     things: tuple[Thing, ...]
     relation: str | None = None
@@ -127,16 +129,16 @@ class Description(NamedTuple):
 
 
 class CaptionedScene(NamedTuple):
-    """A sample of `Shapes`, as it is judged."""
+    """A sample of `Shapes` before it is rendered."""
 
     skill: str
-    """What its caption asks for: one of SKILLS."""
+    """The skill that its caption tests: one of SKILLS."""
     scene: Scene
     description: Description
 
 
 class SceneEdit(NamedTuple):
-    """A sample of `ShapeEdits`, as it is judged."""
+    """A sample of `ShapeEdits` before it is rendered."""
 
     kind: str
     """One of EDITS."""
@@ -150,35 +152,35 @@ class SceneEdit(NamedTuple):
 
 
 def caption(scene: Scene) -> str:
-    """All that words say of a scene of one shape, of shapes that are alike, or of two side by side.
+    """The most detailed caption of a scene with one shape, with equal shapes, or with two side by side.
 
-    Raises ValueError for other scenes, of which no caption tells.
+    Raises ValueError for other scenes, which have no caption.
     """
     return str(describe(scene))
 
 
 def describe(scene: Scene) -> Description:
-    """What `caption` says. Raises ValueError for a scene that no caption tells of."""
+    """The contents of `caption`. Raises ValueError for a scene that has no caption."""
     alike = {shape[:3] for shape in scene.shapes}
     if len(alike) == 1:
         kind, colour, size = alike.pop()
         return Description((Thing(kind, colour, size, len(scene.shapes)),))
     if len(scene.shapes) == 2:
         first, second = scene.shapes
-        way = (first.row - second.row, first.column - second.column)
+        difference = (first.row - second.row, first.column - second.column)
         for relation, offset in RELATIONS.items():
-            if way == offset:
+            if difference == offset:
                 return Description((Thing(*first[:3]), Thing(*second[:3])), relation)
     raise ValueError(
-        f"no caption tells of a scene of {len(scene.shapes)} shapes like this one; it must show one shape, several "
-        "that are alike, or two side by side"
+        f"a scene with a caption must have one shape, several equal ones, or two side by side, got {len(scene.shapes)} "
+        "others"
     )
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether a scene belongs to the test split: a matter of kinds, colours, and number or places to one another.
+    """Whether a scene belongs to the test split. It depends on kinds, colours, and the number or relative places.
 
-    Of shapes that are alike, each number of each kind is held out in one colour; of the others, one scene in eight.
+    Of scenes with equal shapes, each number of each kind is held out in one colour; of the others, one scene in eight.
     """
     if len({(shape.kind, shape.colour) for shape in scene.shapes}) == 1:
         kind, colour = scene.shapes[0][:2]
@@ -189,9 +191,9 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def render(scene: Scene, image_size: int) -> Image.Image:
-    """The picture of a scene, RGB, with smooth edges. Raises ValueError for a size too small to tell shapes apart."""
+    """The image of a scene, RGB, with smooth edges. Raises ValueError below 16 pixels."""
     if image_size < 16:
-        raise ValueError(f"image_size is {image_size}; shapes cannot be told apart below 16 pixels")
+        raise ValueError(f"image_size must be at least 16 pixels to distinguish shapes, got {image_size}")
     picture = np.full((image_size, image_size, 3), BACKGROUND, np.float64)
     for shape in scene.shapes:
         covered = coverage(shape.kind, shape.size, shape.row, shape.column, image_size)[..., None]
@@ -216,28 +218,24 @@ def coverage(kind: str, size: str, row: int, column: int, image_size: int) -> np
     return fine.mean(axis=(1, 3))
 
 
-class _World:
-    """What both sources are: samples of a split, drawn when asked for, `image_size` pixels square."""
+class _ShapeSource(SingleBlock):
+    """Common to both sources: the samples of a split, rendered when they are loaded, `image_size` pixels square."""
 
     def __init__(self, image_size: int, split: str = "train") -> None:
         if split not in SPLITS:
-            raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+            raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
         self._image_size = image_size
         self._split = split
-
-    @property
-    def blocks(self) -> list[int]:
-        return [len(self)]
 
     def __len__(self) -> int:
         return NUM_SAMPLES[self._split]
 
 
-class Shapes(_World):
+class Shapes(_ShapeSource):
     """The source `shapes`: captioned scenes."""
 
     def example(self, index: int) -> CaptionedScene:
-        """Sample `index` before it is drawn."""
+        """Sample `index` before it is rendered."""
         _check_index(index, len(self))
         rng = generator(0, 0, f"shapes/{self._split}/{index}", "scene")
         skill = SKILLS[int(rng.choice(len(SKILLS), p=_SKILL_SHARES))]
@@ -252,11 +250,11 @@ class Shapes(_World):
         return CaptionedImage(sample_id, partial(render, scene, self._image_size), (str(description),))
 
 
-class ShapeEdits(_World):
-    """The source `shape_edits`: scenes of one to three different shapes, what to change, and what comes of it."""
+class ShapeEdits(_ShapeSource):
+    """The source `shape_edits`: scenes of one to three different shapes, instructions, and the edited scenes."""
 
     def example(self, index: int) -> SceneEdit:
-        """Sample `index` before it is drawn."""
+        """Sample `index` before it is rendered."""
         _check_index(index, len(self))
         rng = generator(0, 0, f"shape_edits/{self._split}/{index}", "edit")
         kind = EDITS[int(rng.integers(len(EDITS)))]
@@ -279,7 +277,7 @@ class ShapeEdits(_World):
 
 def _check_index(index: int, size: int) -> None:
     if not 0 <= index < size:
-        raise IndexError(f"sample {index} of {size}")
+        raise IndexError(f"the index of a sample must be in [0, {size}), got {index}")
 
 
 def _pick(rng: np.random.Generator, items: Sequence[str]) -> str:
@@ -287,37 +285,37 @@ def _pick(rng: np.random.Generator, items: Sequence[str]) -> str:
 
 
 def _cells(rng: np.random.Generator, count: int) -> list[tuple[int, int]]:
-    """Different cells, in no order."""
+    """Different cells in random order."""
     return [divmod(int(place), GRID) for place in rng.permutation(MAX_SHAPES)[:count]]
 
 
-def _look(rng: np.random.Generator) -> tuple[str, str, str]:
+def _kind_colour_size(rng: np.random.Generator) -> tuple[str, str, str]:
     return _pick(rng, KINDS), _pick(rng, tuple(COLOURS)), _pick(rng, tuple(SIZES))
 
 
 def _alike(rng: np.random.Generator, is_several: bool) -> Scene:
-    """One shape, or two to four alike."""
+    """One shape, or two to four equal ones."""
     count = int(rng.integers(2, MAX_SHAPES + 1)) if is_several else 1
-    look = _look(rng)
-    return Scene.of([Shape(*look, *cell) for cell in _cells(rng, count)])
+    appearance = _kind_colour_size(rng)
+    return Scene.of([Shape(*appearance, *cell) for cell in _cells(rng, count)])
 
 
 def _pair(rng: np.random.Generator) -> Scene:
     """Two shapes side by side, of different kind or colour."""
     row, column = divmod(int(rng.integers(MAX_SHAPES)), GRID)
     other = (1 - row, column) if rng.random() < 0.5 else (row, 1 - column)
-    first = second = _look(rng)
+    first = second = _kind_colour_size(rng)
     while second[:2] == first[:2]:
-        second = _look(rng)
+        second = _kind_colour_size(rng)
     return Scene.of([Shape(*first, row, column), Shape(*second, *other)])
 
 
 def _worded(rng: np.random.Generator, skill: str, scene: Scene) -> Description:
-    """What a caption of `skill` says of the scene; of two shapes, either may come first."""
+    """What a caption for `skill` says about the scene. Either of two shapes may come first."""
     things, relation = describe(scene)
     if relation is not None and rng.random() < 0.5:
         back = tuple(-step for step in RELATIONS[relation])
-        things, relation = things[::-1], next(name for name, way in RELATIONS.items() if way == back)
+        things, relation = things[::-1], next(name for name, offset in RELATIONS.items() if offset == back)
     if skill == "single":
         things = tuple(Thing(thing.kind) for thing in things)
     elif skill not in ("size", "all"):
@@ -326,11 +324,11 @@ def _worded(rng: np.random.Generator, skill: str, scene: Scene) -> Description:
 
 
 def _edit(rng: np.random.Generator, kind: str) -> SceneEdit | None:
-    """An edit of a random scene; None where that scene has no such edit."""
+    """An edit of a random scene; None if that scene has no such edit."""
     num_shapes = int(rng.integers(1, 3) if kind == "add" else rng.integers(2, 4))
     *cells, free = _cells(rng, num_shapes + 1)
-    shapes, new = [Shape(*_look(rng), *cell) for cell in cells], Shape(*_look(rng), *free)
-    if len({shape[:2] for shape in [*shapes, new]}) <= len(shapes):  # every shape can be told by kind and colour
+    shapes, new = [Shape(*_kind_colour_size(rng), *cell) for cell in cells], Shape(*_kind_colour_size(rng), *free)
+    if len({shape[:2] for shape in [*shapes, new]}) <= len(shapes):  # kind and colour must identify every shape
         return None
     if kind == "add":
         instruction = f"add {Thing(*new[:3])}"
@@ -357,6 +355,6 @@ def _edit(rng: np.random.Generator, kind: str) -> SceneEdit | None:
 
 
 def _name(rng: np.random.Generator, shape: Shape, others: Sequence[Shape]) -> str:
-    """Words that mean this shape alone: "the circle", or "the red circle"."""
+    """Words that mean only this shape: "the circle", or "the red circle"."""
     is_only_one = all(other.kind != shape.kind for other in others)
     return f"the {shape.kind}" if is_only_one and rng.random() < 0.5 else f"the {shape.colour} {shape.kind}"

@@ -3,8 +3,8 @@
 import torch
 
 from lmfusion.conversion import load_base
+from lmfusion.data.config import DataConfig
 from lmfusion.data.pipeline.loader import PackedLoader
-from lmfusion.data.samples import DataConfig
 from lmfusion.model.batch import SpecialTokens
 from lmfusion.model.modeling import LMFusion
 from lmfusion.training.config import RunConfig

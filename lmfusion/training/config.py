@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lmfusion.data.samples import DataConfig, SourceConfig
+from lmfusion.data.config import DataConfig, SourceConfig
 from lmfusion.generation.options import SAMPLERS
 from lmfusion.model.codec import CodecConfig
 from lmfusion.model.configuration import ImageTowerConfig

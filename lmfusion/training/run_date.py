@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from lmfusion.data.samples import CONVERSING
+from lmfusion.data.config import KINDS_WITH_CONVERSATIONS
 from lmfusion.training.config import RunConfig
 from lmfusion.training.distributed import World
 
@@ -18,7 +18,7 @@ def with_date(config: RunConfig, world: World) -> RunConfig:
     The run's folder keeps the date. Without a source that can hold conversations, `config` is returned unchanged.
     """
     kinds = {source.kind for source in (*config.data.sources, *config.validation.sources)}
-    if config.data.today is not None or not kinds & set(CONVERSING):
+    if config.data.today is not None or not kinds & set(KINDS_WITH_CONVERSATIONS):
         return config
     date = _kept(Path(config.output) / "config.yaml") if world.rank == 0 else None
     days = (date or datetime.date.today()).toordinal() if world.rank == 0 else 0

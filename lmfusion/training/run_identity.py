@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from lmfusion.data.latent_cache.reader import tokenizer_sha256
-from lmfusion.data.samples import SourceConfig
+from lmfusion.data.config import SourceConfig
+from lmfusion.data.latent_cache.format import tokenizer_sha256
 from lmfusion.model.assembly import base_tensors
 from lmfusion.model.modeling import LMFusion
 from lmfusion.model.records import tensor_digests

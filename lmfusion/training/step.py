@@ -88,10 +88,10 @@ def agreed_steps(
         counts = Totals(0, 0, 0, 0, 0)
         if step is not None:
             counts = Totals(
-                num_labels=sum(batch.num_labels for batch in step.rows),
-                num_boi_targets=sum(batch.num_boi_targets for batch in step.rows),
-                num_images=sum(batch.num_target_images for batch in step.rows),
-                num_flops=sum(num_flops(batch) for batch in step.rows),
+                num_labels=sum(batch.num_labels for batch in step.batches),
+                num_boi_targets=sum(batch.num_boi_targets for batch in step.batches),
+                num_images=sum(batch.num_target_images for batch in step.batches),
+                num_flops=sum(num_flops(batch) for batch in step.batches),
                 num_damaged=len(step.damaged),
             )
         # All ranks must agree on these. A text that only one rank cannot read would shift all documents after it, and
@@ -129,7 +129,7 @@ class Updater:
 
     def update(self, before: Progress, step: Step, totals: Totals, batch_tokens: int) -> Update:
         """Queue one step on the device: forward and backward of each micro-batch, then the update."""
-        micro_batch_sums = torch.stack([self._backward(batch, totals) for batch in step.rows])
+        micro_batch_sums = torch.stack([self._backward(batch, totals) for batch in step.batches])
         norm = clip_gradients(self._weights.values(), self._optimizer.config.max_grad_norm, self._world)
         sums = torch.cat([self._world.sum_tensor(micro_batch_sums.sum(0)), norm.double()[None]])
         self._skip = torch.maximum(self._skip, 1.0 - sums.isfinite().all().float())
@@ -139,7 +139,7 @@ class Updater:
             self._optimizer.step(before.step)
         self._ema.update(before.step, self._skip)
         rate = learning_rate(before.step, self._optimizer.config)
-        sample_ids = tuple(batch.sample_ids for batch in step.rows)
+        sample_ids = tuple(batch.sample_ids for batch in step.batches)
         return Update(before, totals, step.num_tokens_used, batch_tokens, rate, sums, micro_batch_sums, sample_ids)
 
     def _backward(self, batch: Batch, totals: Totals) -> Tensor:

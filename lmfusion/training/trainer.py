@@ -146,7 +146,7 @@ class Trainer:
             step=before.step + 1,
             loader=step.state,
             epoch=step.epoch,
-            num_samples=self.skip_log.num_vision_tokens,
+            num_samples=self.skip_log.num_samples,
             num_damaged=self.skip_log.num_damaged,
             num_cut=before.num_cut + step.num_cut,
         )
@@ -170,9 +170,7 @@ class Trainer:
     def _rewind(self, progress: Progress) -> None:
         """Undo the counts and lines of steps after `progress`. The tensors already are as they were then."""
         self.progress = progress
-        self.skip_log.resume(
-            progress.step, {"num_vision_tokens": progress.num_samples, "num_damaged": progress.num_damaged}
-        )
+        self.skip_log.resume(progress.step, {"num_samples": progress.num_samples, "num_damaged": progress.num_damaged})
 
     @contextmanager
     def _session(self, last: int) -> Iterator[Stop]:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
+from lmfusion.data.config import DataConfig
 from lmfusion.data.pipeline.loader import LoaderState, PackedLoader
-from lmfusion.data.pipeline.skip_log import LEAST_SEEN
-from lmfusion.data.samples import DataConfig
+from lmfusion.data.pipeline.skip_log import MIN_COUNTED
 from lmfusion.model.batch import Batch
 from lmfusion.model.modeling import LMFusion
 from lmfusion.training.config import RunConfig
@@ -106,7 +106,7 @@ class _HeldOut:
             num_samples = loader.num_samples
             loader = make_loader(replace(config, pack_window=num_samples))
         for step in loader.steps(LoaderState(), 2**62):
-            (batch,) = step.rows
+            (batch,) = step.batches
             batches.append(batch)
             self.num_samples += step.num_samples
             self.damaged += step.damaged
@@ -124,7 +124,7 @@ class _HeldOut:
 
     def _check_damage(self, config: DataConfig) -> None:
         num_damaged = len(self.damaged)
-        if num_damaged > config.max_damaged * max(self.num_samples, LEAST_SEEN) or num_damaged == self.num_samples:
+        if num_damaged > config.max_damaged * max(self.num_samples, MIN_COUNTED) or num_damaged == self.num_samples:
             first = self.damaged[0]
             raise ValueError(
                 f"at most a share of {config.max_damaged:g} of validation.sources may be damaged, got {num_damaged} of "

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lmfusion.data.samples import SourceConfig
+from lmfusion.data.config import SourceConfig
 from lmfusion.training.config import CheckpointConfig, OptimizerConfig, ValidationConfig
 from lmfusion.utils.config_values import check_least, short_repr
 from lmfusion.utils.recipes import read_recipe

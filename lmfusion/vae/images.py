@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from lmfusion.data.config import SourceConfig
 from lmfusion.data.pipeline.documents import SkippedSample
 from lmfusion.data.pipeline.mixture import Mixture, SampleRef
 from lmfusion.data.pipeline.order import SourceOrder
-from lmfusion.data.samples import CaptionedImage, LoadImage, Sample, Source, SourceConfig, load_source, parts_of
+from lmfusion.data.registry import load_source
+from lmfusion.data.samples import CaptionedImage, LoadImage, Sample, Source, parts_of
 from lmfusion.data.sources.unused_files import (
-    READ_SUFFIXES,
-    UNREAD_SUFFIXES,
     UnusedFiles,
     report_unused,
     suffix_of,
@@ -28,6 +28,7 @@ from lmfusion.data.sources.unused_files import (
 )
 from lmfusion.data.storage.files import StorageError, load_image_file
 from lmfusion.data.storage.folder_walk import find_all
+from lmfusion.images.formats import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from lmfusion.images.preprocessing import to_tensor
 from lmfusion.utils.printing import printable
 from lmfusion.utils.randomness import generator
@@ -143,7 +144,7 @@ class FolderOfImages:
             raise ValueError(f"there must be a folder of images at {path}")
         self._folder = folder
         files = [Path(name) for name, _ in find_all(folder)]
-        self._files = sorted(file for file in files if suffix_of(file.name) in READ_SUFFIXES)
+        self._files = sorted(file for file in files if suffix_of(file.name) in IMAGE_SUFFIXES)
         unused = UnusedFiles()
         for file in files:
             if suffix_of(file.name) in UNREAD_SUFFIXES:

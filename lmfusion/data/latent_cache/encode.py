@@ -1,15 +1,16 @@
-"""How is a source encoded once, so that training need not do it? Shard by shard, by any number of processes at once.
+"""Encodes a source into a latent cache, shard by shard, by any number of processes at once.
 
 A process claims a shard by a lock on one byte of the file .lock, which the system frees however the process ends. A
-shard is written under another name, forced onto the disk, renamed, and then has a record beside it (shard-N.json); the
-manifest comes when all have one, and takes the records' place. So a killed process costs the shard it was at, and as
-the contents of a shard depend on nothing but the source, codec and tokenizer, the cache becomes the same to the byte.
+shard is written under another name, forced onto the disk, renamed, and then gets a record beside it (shard-N.json).
+Once all shards have records, the manifest is written and replaces them. So a killed process costs the shard it was
+working on. The contents of a shard depend only on the source, codec and tokenizer: the cache is always the same to the
+byte.
 """
 
 import datetime
 import fcntl
+import hashlib
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,13 +22,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from lmfusion.data.latent_cache.reader import (
+from lmfusion.data.config import KINDS_WITH_CONVERSATIONS, SourceConfig
+from lmfusion.data.latent_cache.format import (
     FORMAT,
     MANIFEST,
-    VARIABLES,
+    TEMPLATE_VARIABLES,
     DamageRecord,
     ShardRecord,
     check_same,
@@ -37,13 +39,14 @@ from lmfusion.data.latent_cache.reader import (
     tables_sha256,
 )
 from lmfusion.data.latent_cache.shard_encoder import EncodeOptions, ShardEncoder
-from lmfusion.data.samples import CONVERSING, Source, SourceConfig, load_source
+from lmfusion.data.registry import load_source
+from lmfusion.data.samples import Source
 from lmfusion.data.sources.unused_files import report_unused
 from lmfusion.model.codec import Codec
 from lmfusion.text.chat_template import TODAY, uses_date
 from lmfusion.utils.config_values import to_values
-from lmfusion.utils.files import LOCKING_UNSUPPORTED, flush, replace_text
-from lmfusion.utils.hashing import file_sha256, values_sha256
+from lmfusion.utils.files import LOCKING_UNSUPPORTED, atomic_write, replace_text
+from lmfusion.utils.hashing import values_sha256
 
 PLAN = "plan.json"
 POLL_SECONDS = 1.0
@@ -61,34 +64,35 @@ def encode_source(
     template_variables: Mapping[str, Any] | None = None,
     report: Callable[[int, int], object] = lambda num_done, total: None,
 ) -> dict[str, Any]:
-    """Encode the source that `config` names into `folder`, or continue there; answers with the manifest.
+    """Encode the source that `config` names into `folder`, or continue there. Returns the manifest.
 
     Any number of processes may do this at the same time, with the same arguments and from any machine that shares the
-    file system; each returns when the cache is complete. is_for_vlm: whether the model is one made of a vision-language
-    model. template_variables: what the chat template reads; without `today` it is told the date on which the cache was
-    begun. `report` is told how many more samples are done, by whichever process, and how many there are in all.
+    file system; each returns when the cache is complete. is_for_vlm: whether the cache is for a model with a
+    vision-language base. template_variables: variables for the chat template; if they lack `today`, it is the date on
+    which the cache was begun. report: called with the number of samples that were finished since the last call, by any
+    process, and the number of all samples.
 
-    Raises ValueError where the folder holds something else or a cache made otherwise, the codec has no posterior whose
-    deviation could be kept, a vision-language model sees images of the source, or too many samples are damaged; OSError
-    where a file cannot be written.
+    Raises ValueError where the folder holds something else or a cache made differently, the codec has no posterior
+    whose deviation could be kept, the source has input images of a vision-language model, or too many samples are
+    damaged; OSError where a file cannot be written.
     """
     options = options or EncodeOptions()
     if config.kind == "latents":
-        raise ValueError(f"{config.path} is a latent cache already; encode the source it was made of")
+        raise ValueError(f"the source must hold images, but {config.path} is a latent cache; encode its own source")
     if options.keep_std and not codec.has_posterior:
-        raise ValueError(f"codec {codec.config.kind!r} has no posterior whose variance could be kept; leave it out")
+        raise ValueError(f"keep_std needs a codec with a posterior, got {codec.config.kind!r}; leave keep_std out")
     source = load_source(config, codec.config.image_size)
     report_unused(source, config.name)
     plan = _plan(source, config, codec, tokenizer, options)
-    if config.kind in CONVERSING and template_variables:
-        plan[VARIABLES] = dict(template_variables)
-    tells_date = config.kind in CONVERSING and uses_date(tokenizer)
+    if config.kind in KINDS_WITH_CONVERSATIONS and template_variables:
+        plan[TEMPLATE_VARIABLES] = dict(template_variables)
+    prints_date = config.kind in KINDS_WITH_CONVERSATIONS and uses_date(tokenizer)
     folder.mkdir(parents=True, exist_ok=True)
     num_shards = -(-len(source) // options.shard_samples)
     with _Claims(folder) as claims:
         with claims.waiting(0):
-            plan = _agree(folder, plan, tells_date)
-        variables = plan.get(VARIABLES, {})
+            plan = _agree(folder, plan, prints_date)
+        variables = plan.get(TEMPLATE_VARIABLES, {})
         encoder = ShardEncoder(source, codec.to(device), tokenizer, device, options, is_for_vlm, variables)
         done: set[int] = set()
         while not (folder / MANIFEST).is_file() and len(done) < num_shards:
@@ -106,12 +110,12 @@ def _pass(
     done: set[int],
     report: Callable[[int], object],
 ) -> bool:
-    """Encode every shard that nobody has done or claimed. Answers whether there was progress, by whomever."""
+    """Encode every shard that no process has finished or claimed. Returns whether any process made progress."""
     progress = False
     for number in sorted(set(range(num_shards)) - done):
         with claims.attempt(1 + number) as is_mine:
             record = _read_record(folder, number)
-            if (folder / MANIFEST).is_file():  # asked after the record, which is deleted once the manifest is there
+            if (folder / MANIFEST).is_file():  # after the record, which is deleted once the manifest exists
                 return True
             if record is None:
                 if not is_mine:
@@ -140,7 +144,7 @@ class _Claims:
 
     @contextmanager
     def waiting(self, byte: int) -> Iterator[None]:
-        """Hold a byte, once it is free."""
+        """Hold the lock of a byte, once it is free."""
         self._lock(byte, fcntl.LOCK_EX)
         try:
             yield
@@ -149,10 +153,10 @@ class _Claims:
 
     @contextmanager
     def attempt(self, byte: int) -> Iterator[bool]:
-        """Hold a byte if no other process does. Gives whether it is held."""
+        """Hold the lock of a byte unless another process does. Yields whether it is held."""
         try:
             self._lock(byte, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # either is allowed to say "held by another"
+        except (BlockingIOError, PermissionError):  # POSIX allows either where another process holds it
             yield False
             return
         try:
@@ -168,12 +172,12 @@ class _Claims:
         except OSError as error:
             if error.errno not in LOCKING_UNSUPPORTED:
                 raise
-            self._can_lock = False  # shards are still whole, but processes may do the same ones
+            self._can_lock = False  # shards are still written whole, but two processes may encode the same one
             print(f"{self._path} cannot be locked ({error.strerror}): start one process only", file=sys.stderr)
 
 
 def _plan(source: Source, config: SourceConfig, codec: Codec, tokenizer: Any, options: EncodeOptions) -> dict[str, Any]:
-    """What all processes must agree on, as JSON has it."""
+    """What all processes must agree on, as values for JSON."""
     described = {key: value for key, value in to_values(config).items() if key != "weight"}
     return {
         **made_with(codec, tokenizer),
@@ -188,10 +192,10 @@ def _plan(source: Source, config: SourceConfig, codec: Codec, tokenizer: Any, op
     }
 
 
-def _agree(folder: Path, plan: dict[str, Any], tells_date: bool) -> dict[str, Any]:
-    """The plan that `folder` follows: its own, where that is the same but for the source's path; else `plan`.
+def _agree(folder: Path, plan: dict[str, Any], prints_date: bool) -> dict[str, Any]:
+    """The plan that `folder` follows: its own if it has one, which must agree with `plan` except for the source's path.
 
-    tells_date: whether conversations tell the date. A plan that names none has that on which the cache was begun.
+    prints_date: whether the chat template prints the date. A plan without a date gets the one on which it was begun.
     """
     file = folder / PLAN
     if (folder / MANIFEST).is_file():
@@ -204,27 +208,27 @@ def _agree(folder: Path, plan: dict[str, Any], tells_date: bool) -> dict[str, An
     else:
         others = [entry.name for entry in folder.iterdir() if entry.name != ".lock" and not entry.name.startswith(PLAN)]
         if others:
-            raise ValueError(f"{folder} holds other files ({min(others)}); give a new folder to encode into")
-        if tells_date:
-            plan[VARIABLES] = {TODAY: datetime.date.today().isoformat(), **plan.get(VARIABLES, {})}
+            raise ValueError(f"the cache folder must be empty, but {folder} holds {min(others)}; give a new one")
+        if prints_date:
+            plan[TEMPLATE_VARIABLES] = {TODAY: datetime.date.today().isoformat(), **plan.get(TEMPLATE_VARIABLES, {})}
         _write_json(file, plan)
         return plan
     source = {key: value for key, value in plan["source"].items() if key != "path"}  # files may be moved
-    if VARIABLES in plan or VARIABLES in found:
-        kept = found.get(VARIABLES, {})
-        date = {TODAY: kept[TODAY]} if tells_date and TODAY in kept else {}
-        plan = {**plan, VARIABLES: {**date, **plan.get(VARIABLES, {})}}
-        if plan[VARIABLES] != kept:
+    if TEMPLATE_VARIABLES in plan or TEMPLATE_VARIABLES in found:
+        kept = found.get(TEMPLATE_VARIABLES, {})
+        date = {TODAY: kept[TODAY]} if prints_date and TODAY in kept else {}
+        plan = {**plan, TEMPLATE_VARIABLES: {**date, **plan.get(TEMPLATE_VARIABLES, {})}}
+        if plan[TEMPLATE_VARIABLES] != kept:
             raise ValueError(
-                f"the latent cache {folder} was begun with the template variables {kept}, not {plan[VARIABLES]}; give "
-                "a new folder, or the settings it was begun with"
+                f"the template variables must be {kept}, with which the latent cache {folder} was begun, got "
+                f"{plan[TEMPLATE_VARIABLES]}; give a new folder, or the settings it was begun with"
             )
     check_same(folder, {**plan, "source": source}, found, "give a new folder, or the settings it was begun with")
     return found
 
 
 def _finish(folder: Path, plan: dict[str, Any], num_shards: int) -> dict[str, Any]:
-    """Write the manifest unless it is there, and delete what it replaces. Answers with it."""
+    """Write the manifest unless it is there, and delete the files that it replaces. Returns the manifest."""
     if not (folder / MANIFEST).is_file():
         records = [_read_record(folder, number) for number in range(num_shards)]
         shards = [asdict(record) for record in records if record is not None]
@@ -241,39 +245,35 @@ def _finish(folder: Path, plan: dict[str, Any], num_shards: int) -> dict[str, An
     for number in range(num_shards):
         _record_path(folder, number).unlink(missing_ok=True)
     (folder / PLAN).unlink(missing_ok=True)
-    for left in folder.glob(".tmp*"):  # safetensors writes under such a name first; a killed process left it
+    for left in folder.glob("shard-*.partial"):  # of a process that was killed
         left.unlink(missing_ok=True)
     return read_manifest(folder)
 
 
 def _write_shard(folder: Path, number: int, tensors: dict[str, Tensor], damaged: tuple[DamageRecord, ...]) -> None:
     path = folder / shard_name(number)
-    partial = path.with_suffix(".partial")
     try:
-        partial.unlink(missing_ok=True)  # it may be a symbolic link, which some versions of safetensors write through
-        save_file(tensors, partial)
-        partial.chmod((folder / ".lock").stat().st_mode)  # safetensors makes files private
-        flush(partial)
+        data = save(tensors)
         record = ShardRecord(
-            size=partial.stat().st_size,
-            sha256=file_sha256(partial),
+            size=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
             tables_sha256=tables_sha256(tensors),
             num_images=tensors["mean"].shape[0],
             num_tokens=tensors["token_ids"].shape[0],
             damaged=damaged,
         )
-        os.replace(partial, path)
-        flush(folder)  # the shard is there before its record says so
+        with atomic_write(path) as file:
+            file.write(data)
+        # The shard itself is on the disk by now, so a record never speaks of one that is not.
         _write_json(_record_path(folder, number), asdict(record))
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error}; make room and run the same command again") from error
 
 
 def _read_record(folder: Path, number: int) -> ShardRecord | None:
-    """The record of a shard that is complete, else None."""
+    """The record of a shard, or None if the shard is not complete."""
     try:
-        record = ShardRecord.of(json.loads(_record_path(folder, number).read_bytes()))
+        record = ShardRecord.parse(json.loads(_record_path(folder, number).read_bytes()))
         return record if (folder / shard_name(number)).stat().st_size == record.size else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -1,8 +1,6 @@
-"""What does a shard of a latent cache hold? Samples read and decoded by threads, images encoded, texts in token ids."""
+"""Makes the tensors of one shard: reads and decodes its samples in threads, encodes images and tokenizes texts."""
 
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -11,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lmfusion.data.latent_cache.reader import (
+from lmfusion.data.latent_cache.format import (
     CAPTIONED,
     CONVERSATION,
     DAMAGED,
@@ -19,60 +17,61 @@ from lmfusion.data.latent_cache.reader import (
     EDIT,
     IMAGE,
     INTERLEAVED,
-    LATENTS,
-    REFUSED,
-    SAID_IMAGE,
-    SAID_TEXT,
+    INVALID_TEXT,
+    LATENT_NAMES,
+    TARGET_IMAGE,
+    TARGET_TEXT,
     TEXT,
     DamageRecord,
     checksum,
 )
 from lmfusion.data.pipeline.conversations import transcribe
-from lmfusion.data.pipeline.skip_log import LEAST_SEEN
+from lmfusion.data.pipeline.skip_log import check_damaged_share
 from lmfusion.data.samples import CaptionedImage, Conversation, Edit, LoadImage, Source, Transcript, parts_of
 from lmfusion.data.storage.files import StorageError
 from lmfusion.images.preprocessing import to_tensor
 from lmfusion.model.batch import encode_captions
 from lmfusion.model.codec import Codec
+from lmfusion.utils.prefetch import map_threads
 from lmfusion.utils.printing import escape_line
 
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How a cache is made. Raises ValueError for a value out of range."""
+    """Settings of a cache. Raises ValueError for a value out of range."""
 
     shard_samples: int = 2048
-    """Samples a shard; they are held in memory until it is written."""
+    """Samples of a shard. They are held in memory, at last twice, until it is written."""
     dtype: str = "float32"
-    """In which latents are kept. float32 keeps every bit, the others half of the space."""
+    """Of the latents. float32 keeps every bit; the others take half the space."""
     keep_std: bool = False
-    """Also keep the standard deviation of the autoencoder's posterior, which data.sample_latents draws with."""
+    """Also keep the standard deviation of the autoencoder's posterior, which data.sample_latents needs."""
     num_workers: int = 4
     """Threads that read and decode images."""
     batch_size: int = 1
-    """Images encoded at a time. With 1 latents have the bits that training from images would give them; with more a GPU
-    is quicker, and the last bits may differ."""
+    """Images encoded at a time. With 1, latents are the same to the bit as in training from images. With more, a GPU is
+    faster, and the last bits may differ."""
     max_damaged: float = 0.01
     """Share of samples that may be damaged before encoding stops."""
 
     def __post_init__(self) -> None:
         for name in ("shard_samples", "num_workers", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.dtype not in DTYPES:
-            raise ValueError(f"latents are kept as {', '.join(DTYPES)}, not {self.dtype!r}")
+            raise ValueError(f"the dtype of latents must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
 
 
 class _Read(NamedTuple):
-    """A sample as it was read: texts or token ids, pixels, or why an image has none."""
+    """A sample after reading: its texts or token ids, its pixels, or why an image has none."""
 
     sample_id: str
     kind: int
     parts: list["str | list[int] | Tensor | _Failure"]
     is_target: list[bool]
-    """Of each part: whether the assistant says it in a conversation."""
+    """Of each part: whether it belongs to an answer of the assistant in a conversation."""
     messages: list[dict[str, Any]]
-    """Of a conversation, until it is in tokens: what `parts` are made of."""
+    """Of a conversation until it is tokenized: its messages, of which `parts` are made."""
 
 
 class _Failure(NamedTuple):
@@ -80,7 +79,7 @@ class _Failure(NamedTuple):
 
 
 class ShardEncoder:
-    """Makes the tensors of shards. What a shard holds is a function of its number alone."""
+    """Makes the tensors of shards. The contents of a shard depend only on its number."""
 
     def __init__(
         self,
@@ -100,20 +99,21 @@ class ShardEncoder:
         self._is_for_vlm = is_for_vlm
         self._template_variables = template_variables
         self._dtype: torch.dtype = getattr(torch, options.dtype)
-        self._num_seen = 0
+        self._num_samples = 0
         self._num_damaged = 0
 
     def indices(self, number: int) -> range:
-        """Of the samples of a shard."""
+        """The indices of the samples of a shard."""
         begin = number * self._options.shard_samples
         return range(begin, min(begin + self._options.shard_samples, len(self._source)))
 
     def encode(
         self, number: int, report: Callable[[int], object]
     ) -> tuple[dict[str, Tensor], tuple[DamageRecord, ...]]:
-        """Tensors of a shard, and what of it is damaged.
+        """The tensors of shard `number`, and the damaged samples and images in it.
 
-        Raises ValueError where that is too much, StorageError where a file cannot be read.
+        report: called with 1 after each sample. Raises ValueError where too many samples are damaged, StorageError
+        where a file cannot be read.
         """
         indices = self.indices(number)
         latents = _LatentBuffer(self._codec, self._device, self._dtype, self._options)
@@ -122,23 +122,23 @@ class ShardEncoder:
         parts: list[int] = []
         starts: list[tuple[int, int, int]] = [(0, 0, 0)]
         kinds, ids = [], []
-        for index, read in zip(indices, map(self._transcribed, self._read_ahead(indices)), strict=True):
+        for index, read in zip(indices, map(self._transcribed, self._read_all(indices)), strict=True):
             num_before = latents.num_images
             for part, is_target in zip(read.parts, read.is_target, strict=True):
-                if read.kind == DAMAGED and isinstance(part, _Failure):  # there is nothing else of it
+                if read.kind == DAMAGED and isinstance(part, _Failure):  # the only part
                     damaged.append(DamageRecord(index, None, part.reason))
                 elif isinstance(part, _Failure):
                     damaged.append(DamageRecord(index, latents.num_images - num_before, part.reason))
                     latents.skip()
-                    parts.append(SAID_IMAGE if is_target else IMAGE)
+                    parts.append(TARGET_IMAGE if is_target else IMAGE)
                 elif isinstance(part, Tensor):
                     latents.add(part, read.sample_id)
-                    parts.append(SAID_IMAGE if is_target else IMAGE)
+                    parts.append(TARGET_IMAGE if is_target else IMAGE)
                 elif isinstance(part, list) or _is_unicode(part):
                     texts.append(part)
-                    parts.append(SAID_TEXT if is_target else TEXT)
+                    parts.append(TARGET_TEXT if is_target else TEXT)
                 else:
-                    parts.append(REFUSED)
+                    parts.append(INVALID_TEXT)
             starts.append((len(parts), len(texts), latents.num_images))
             kinds.append(read.kind)
             ids.append(read.sample_id.encode("utf-8", "surrogatepass"))
@@ -163,30 +163,15 @@ class ShardEncoder:
         }, tuple(damaged)
 
     def _count(self, damaged: list[DamageRecord], index: int) -> None:
-        self._num_seen += 1
+        self._num_samples += 1
         self._num_damaged += bool(damaged) and damaged[-1].index == index
-        limit = self._options.max_damaged
-        if self._num_damaged > limit * max(self._num_seen, LEAST_SEEN):
-            last = "; ".join(escape_line(f"sample {record.index}: {record.reason}") for record in damaged[-3:])
-            raise ValueError(
-                f"{self._num_damaged} of {self._num_seen} samples are damaged, more than data.max_damaged, {limit}; "
-                f"raise it if that is to be expected. The last: {last}"
-            )
+        last = "; ".join(escape_line(f"sample {record.index}: {record.reason}") for record in damaged[-3:])
+        check_damaged_share(self._num_damaged, self._num_samples, self._options.max_damaged, last)
 
-    def _read_ahead(self, indices: range) -> Iterator[_Read]:
-        """Samples in order, read by threads a few ahead of the one that is asked for."""
-        ahead: deque[Future[_Read]] = deque()
-        with ThreadPoolExecutor(self._options.num_workers, thread_name_prefix="lmfusion-encode") as pool:
-            try:
-                for index in indices:
-                    ahead.append(pool.submit(self._read, index))
-                    if len(ahead) > 4 * self._options.num_workers:
-                        yield ahead.popleft().result()
-                while ahead:
-                    yield ahead.popleft().result()
-            finally:
-                for future in ahead:
-                    future.cancel()
+    def _read_all(self, indices: range) -> Iterator[_Read]:
+        """Samples in order, read ahead by threads."""
+        num_threads = self._options.num_workers
+        return map_threads(self._read, indices, num_threads, num_ahead=4 * num_threads, name="encode")
 
     def _read(self, index: int) -> _Read:
         try:
@@ -198,8 +183,8 @@ class ShardEncoder:
         assert not isinstance(sample, Transcript), "a source of texts gave tokens"
         if self._is_for_vlm and isinstance(sample, (Conversation, Edit)):
             raise ValueError(
-                f"{sample.sample_id} is a conversation or an edit, whose images a vision-language model sees at their "
-                "own size; a latent cache cannot hold that: train on the source itself"
+                f"a latent cache for a vision-language model cannot hold {sample.sample_id}, a conversation or edit, "
+                "whose input images keep their own size; train on the source itself"
             )
         if isinstance(sample, Conversation):
             messages = [{**m, "content": [self._part(part) for part in m["content"]]} for m in sample.messages]
@@ -209,7 +194,7 @@ class ShardEncoder:
         return _Read(sample.sample_id, kind, [self._part(part) for part in parts], [False] * len(parts), [])
 
     def _transcribed(self, read: _Read) -> _Read:
-        """`read` itself, or a conversation in tokens. Not for the threads that read: they share the tokenizer."""
+        """`read` itself, or a conversation in tokens. Not for reading threads, which would share the tokenizer."""
         if read.kind != CONVERSATION:
             return read
         try:
@@ -251,7 +236,7 @@ class _LatentBuffer:
         self._device = device
         self._dtype = dtype
         self._options = options
-        self._names = LATENTS[: 1 + options.keep_std]
+        self._names = LATENT_NAMES[: 1 + options.keep_std]
         self._latents: list[list[Tensor]] = []  # of each image the mean, and the deviation if it is kept
         self._waiting: list[tuple[int, str, Tensor]] = []
 
@@ -260,12 +245,12 @@ class _LatentBuffer:
         return len(self._latents)
 
     def skip(self) -> None:
-        """Leave a place for an image that cannot be read: zeros."""
+        """Add zeros in place of an image that cannot be read."""
         shape = (self._codec.latent_channels, self._codec.latent_size, self._codec.latent_size)
         self._latents.append([torch.zeros(shape, dtype=self._dtype) for _ in self._names])
 
     def add(self, pixels: Tensor, sample_id: str) -> None:
-        """pixels: [channels, H, W]. Raises ValueError where its latents, or those of one before, are not finite."""
+        """pixels: [channels, H, W]. Raises ValueError where latents, also of an earlier image, are not finite."""
         self._waiting.append((self.num_images, sample_id, pixels))
         self._latents.append([])
         if len(self._waiting) == self._options.batch_size:
@@ -286,11 +271,11 @@ class _LatentBuffer:
         images = torch.stack([pixels for _, _, pixels in self._waiting]).to(self._device)
         moments = self._codec.moments(images)[: len(self._names)]
         stored = [x.to(self._dtype).cpu() for x in moments if x is not None]
-        for row, (place, sample_id, _) in enumerate(self._waiting):
-            self._latents[place] = [x[row].clone() for x in stored]
+        for i, (place, sample_id, _) in enumerate(self._waiting):
+            self._latents[place] = [x[i].clone() for x in stored]
             if not all(x.isfinite().all() for x in self._latents[place]):
                 raise ValueError(
-                    f"sample {sample_id}: its latents are not finite as {self._options.dtype}; keep them as float32, "
+                    f"the latents of sample {sample_id} must be finite as {self._options.dtype}; keep them as float32, "
                     "or look at the image and the autoencoder"
                 )
         self._waiting.clear()
@@ -301,7 +286,7 @@ def _unreadable(error: Exception) -> _Read:
 
 
 def _starts(items: list[list[int]] | list[bytes]) -> np.ndarray:
-    """int64 [N + 1]: where each item begins when they lie one after another."""
+    """int64 [N + 1]: where each item begins when all are concatenated."""
     return np.concatenate([[0], np.cumsum([len(item) for item in items], dtype=np.int64)]).astype(np.int64)
 
 

@@ -1,14 +1,14 @@
-"""What does a sample become in an epoch? Its document, its length known before any image is read.
+"""Plans the document that each sample becomes in an epoch, before any image is read.
 
 Captioned images become caption-first or image-first documents (see lmfusion.model.batch), interleaved ones
 
     [bos] text BOI image EOI text ... eos
 
-with parts in their order, and conversations what the chat template makes of them (see lmfusion.data.pipeline.conversations): in
-these the assistant's part alone is scored, and images of others have little noise, since they are given. Which of it,
-and how noisy the images are, depends on (seed, epoch, sample id) alone.
+with parts in their order, and conversations what the chat template makes of them (see .conversations). In these only
+the assistant's messages have a loss, and images of other messages get little noise, since they are given. Which
+document a sample becomes, and how noisy its images are, depends only on (seed, epoch, sample id).
 
-Images that a vision-language model sees stand among the words, as rows without markers.
+Input images of a vision-language model are vision tokens among the words, without markers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lmfusion.data.config import DataConfig
 from lmfusion.data.pipeline.conversations import transcribe
 from lmfusion.data.pipeline.input_images import InputImageLoader
 from lmfusion.data.pipeline.mixture import SampleRef
 from lmfusion.data.samples import (
     CaptionedImage,
     Conversation,
-    DataConfig,
     Edit,
     Interleaved,
     LoadImage,
@@ -38,7 +38,7 @@ from lmfusion.utils.randomness import generator
 
 
 class SkippedSample(NamedTuple):
-    """A sample that could not be read, and was left out."""
+    """A damaged sample, which was left out."""
 
     sample_id: str
     reason: str
@@ -53,19 +53,19 @@ class Plan:
     document: Document
     images: tuple[LoadImage, ...]
     timesteps: tuple[int, ...]
-    """One an image."""
+    """One for each image."""
     is_cut: bool
-    """Whether it was cut to fit into a row."""
+    """Whether it was cut to fit into a sequence."""
     first_image: int = 0
-    """Which of the sample's images the first one is: 1 for an edit without its source."""
-    seen: tuple[InputImageLoader, ...] = ()
-    """Images that a vision-language model sees, which are not among `images`."""
+    """The number, in the sample, of the first of `images`: 1 for an edit without its source."""
+    input_images: tuple[InputImageLoader, ...] = ()
+    """Input images of a vision-language model. They are not among `images`."""
 
 
 class DocumentPlanner:
-    """Makes plans of samples, their texts read and in tokens.
+    """Plans the documents of samples and tokenizes their texts.
 
-    Raises ValueError where a row cannot hold a single image.
+    Raises ValueError where a sequence cannot hold a single image.
     """
 
     def __init__(
@@ -80,8 +80,8 @@ class DocumentPlanner:
         image_token_id: int | None = None,
         template_variables: Mapping[str, Any] | None = None,
     ) -> None:
-        """image_token_id: of a vision-language model; samples then hold a `InputImageLoader` for every image that it sees.
-        template_variables: what the chat template reads."""
+        """image_token_id: of a vision-language model, whose samples hold an `InputImageLoader` for every input image.
+        template_variables: variables for the chat template."""
         self._config = config
         self._image_token_id = image_token_id
         self._template_variables = template_variables
@@ -93,20 +93,22 @@ class DocumentPlanner:
         self._caption_room = config.seq_len - len(tokens.bos) - tokens_per_image - 2
         if self._caption_room < 1:
             raise ValueError(
-                f"data.seq_len is {config.seq_len}, but an image with its markers and one token of caption takes "
-                f"{config.seq_len - self._caption_room + 1}; raise it"
+                f"data.seq_len must be at least {config.seq_len - self._caption_room + 1} to hold an image, markers "
+                f"and one token of caption, got {config.seq_len}"
             )
 
     def plan(self, samples: Sequence[tuple[SampleRef, Sample]]) -> list[Plan | SkippedSample]:
-        """A plan of each sample, or why there is none. All texts are tokenised together, which is much quicker."""
-        chances = [
+        """A plan of each sample, or why there is none. All texts are tokenized together, which is much faster."""
+        # What each uniform decides never changes, or resumed runs would differ. Of captioned images: 0 image first,
+        # 1 caption dropped, 2 which caption; from 3 on, the noise of each image.
+        all_uniforms = [
             generator(self._seed, ref.epoch, sample.sample_id, "document").random(3 + _num_images(sample)).tolist()
             for ref, sample in samples
         ]
-        texts = [_texts(sample, uniforms[2]) for (_, sample), uniforms in zip(samples, chances, strict=True)]
+        texts = [_texts(sample, uniforms[2]) for (_, sample), uniforms in zip(samples, all_uniforms, strict=True)]
         token_ids = self._tokenize(texts)
         plans: list[Plan | SkippedSample] = []
-        for (ref, sample), uniforms, ids in zip(samples, chances, token_ids, strict=True):
+        for (ref, sample), uniforms, ids in zip(samples, all_uniforms, token_ids, strict=True):
             if isinstance(ids, str):
                 plans.append(SkippedSample(sample.sample_id, ids))
             elif isinstance(sample, CaptionedImage):
@@ -162,7 +164,7 @@ class DocumentPlanner:
                     break
             room = self._config.seq_len - document.num_tokens
         if document.num_tokens == num_first:
-            return SkippedSample(sample.sample_id, "the document holds neither text nor an image; leave it out")
+            return SkippedSample(sample.sample_id, "the document has neither text nor an image; leave it out")
         if not is_cut:
             document = document.end(self._tokens.eos_token_id)
         timesteps = self._timesteps(uniforms[3 : 3 + len(images)], uniforms[0] < self._config.image_first)
@@ -171,13 +173,14 @@ class DocumentPlanner:
     def _edit(self, ref: SampleRef, sample: Edit, uniforms: list[float], ids: list[int]) -> Plan | SkippedSample:
         if not ids:
             return SkippedSample(sample.sample_id, "the instruction is empty; write one, or leave the sample out")
-        seen = (sample.source,) if isinstance(sample.source, InputImageLoader) else ()
-        room = self._caption_room - (seen[0].num_rows if seen else self._tokens_per_image + 2)
+        input_images = (sample.source,) if isinstance(sample.source, InputImageLoader) else ()
+        num_vision_tokens = input_images[0].num_tokens if input_images else None
+        room = self._caption_room - (self._tokens_per_image + 2 if num_vision_tokens is None else num_vision_tokens)
         if room < 1:
             return SkippedSample(
                 sample.sample_id,
-                f"data.seq_len is {self._config.seq_len}, but source, target and one token of instruction take "
-                f"{self._config.seq_len - room + 1}; raise it",
+                f"data.seq_len must be at least {self._config.seq_len - room + 1} to hold source, target and one token "
+                f"of instruction, got {self._config.seq_len}",
             )
         instruction = ids[: self._config.max_caption_tokens]
         drop, (_, level) = uniforms[1], uniforms[3:]
@@ -189,14 +192,15 @@ class DocumentPlanner:
             self._tokens_per_image,
             self._tokens,
             has_source=has_source,
-            num_vision_tokens=seen[0].num_rows if seen else None,
+            num_vision_tokens=num_vision_tokens,
         )
         target = self._timesteps([level], is_image_first=False)
-        if has_source and seen:
-            return Plan(sample.sample_id, ref, document, (sample.target,), target, is_cut, first_image=1, seen=seen)
-        if has_source:
+        if has_source and not input_images:
             return Plan(sample.sample_id, ref, document, (sample.source, sample.target), (0, *target), is_cut)
-        return Plan(sample.sample_id, ref, document, (sample.target,), target, is_cut, first_image=1)
+        given = input_images if has_source else ()
+        return Plan(
+            sample.sample_id, ref, document, (sample.target,), target, is_cut, first_image=1, input_images=given
+        )
 
     def _conversation(
         self, ref: SampleRef, sample: Conversation | Transcript, uniforms: list[float]
@@ -211,17 +215,17 @@ class DocumentPlanner:
                 return SkippedSample(sample.sample_id, str(error))
         document = Document()
         images: list[LoadImage] = []
-        seen: list[InputImageLoader] = []
+        input_images: list[InputImageLoader] = []
         timesteps: tuple[int, ...] = ()
         is_cut = False
         for what, is_target in sample.utterances:
             room = self._config.seq_len - document.num_tokens
             if isinstance(what, InputImageLoader):
-                is_cut = what.num_rows > room
+                is_cut = what.num_tokens > room
                 if is_cut:
                     break
-                document = document.input_image(what.num_rows)
-                seen.append(what)
+                document = document.input_image(what.num_tokens)
+                input_images.append(what)
             elif callable(what):
                 is_cut = self._tokens_per_image + 2 > room
                 if is_cut:
@@ -235,7 +239,7 @@ class DocumentPlanner:
                 document = document.text(what[:room].tolist(), is_target)
                 if is_cut:
                     break
-        return Plan(sample.sample_id, ref, document, tuple(images), timesteps, is_cut, seen=tuple(seen))
+        return Plan(sample.sample_id, ref, document, tuple(images), timesteps, is_cut, input_images=tuple(input_images))
 
     def _timesteps(self, levels: list[float], is_image_first: bool) -> tuple[int, ...]:
         diffusion = self._diffusion
@@ -244,7 +248,7 @@ class DocumentPlanner:
 
     def _tokenize(self, texts: Sequence[list[Text]]) -> list[list[list[int]] | str]:
         """Of each sample the token ids of its texts, or why it has none."""
-        reasons = [_fault(of_sample) for of_sample in texts]
+        reasons = [_invalid_text(of_sample) for of_sample in texts]
         usable = (of_sample for of_sample, reason in zip(texts, reasons, strict=True) if reason is None)
         distinct = list(dict.fromkeys(text for of_sample in usable for text in of_sample if isinstance(text, str)))
         ids_of = dict(zip(distinct, encode_captions(self._tokenizer, distinct), strict=True))
@@ -262,14 +266,14 @@ def edit_document(
     has_source: bool = True,
     num_vision_tokens: int | None = None,
 ) -> Document:
-    """[bos] instruction BOI source EOI BOI target EOI, ended by eos.
+    """[bos] instruction BOI source EOI BOI target EOI eos.
 
-    Without an instruction (dropped for guidance) only the target is learned: such a document does not tell that an
-    image is to follow, or nothing. num_vision_tokens: rows that a vision-language model makes of the source, which then stand in
-    place of BOI source EOI.
+    Without an instruction (dropped for guidance) only the target is learned: nothing in such a document says that an
+    image follows, or that it ends. num_vision_tokens: of the source, with a vision-language model. They take the place
+    of BOI source EOI.
 
-    The instruction comes first: with a frozen text tower it is constant then, the source is read in its light, and each
-    part of the target lies at one distance from the same part of its source, however long the instruction is.
+    The instruction comes first. So it is constant with a frozen text tower, the source attends to it, and the distance
+    between a patch of the target and the same patch of the source does not depend on the length of the instruction.
     """
     is_whole = has_source and len(instruction_ids) > 0
     document = Document().text(tokens.bos).text(instruction_ids, is_scored=False)
@@ -288,7 +292,8 @@ def _num_images(sample: Sample) -> int:
 
 
 def _texts(sample: Sample, which: float) -> list[Text]:
-    """The texts of an interleaved document, or the caption that this epoch picks. A conversation goes its own way."""
+    """The texts of an interleaved document, or the caption that this epoch picks. None of a conversation, which
+    `transcribe` tokenizes."""
     if isinstance(sample, CaptionedImage):
         return [sample.captions[int(which * len(sample.captions))]] if sample.captions else [""]
     if isinstance(sample, Interleaved):
@@ -298,7 +303,7 @@ def _texts(sample: Sample, which: float) -> list[Text]:
     return []
 
 
-def _fault(texts: list[Text]) -> str | None:
+def _invalid_text(texts: list[Text]) -> str | None:
     """Why a tokenizer would refuse these texts."""
     for text in texts:
         if isinstance(text, str):

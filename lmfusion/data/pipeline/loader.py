@@ -1,4 +1,7 @@
-"""Which rows does the next step train on? Read, packed and encoded ahead in threads, the same whatever their number."""
+"""Prepares the packed sequences of each training step: reads, packs and encodes them ahead in threads.
+
+The sequences are the same on any number of threads and ranks, and two integers say where to go on (`LoaderState`).
+"""
 
 import math
 from collections import deque
@@ -15,81 +18,88 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmfusion.data.latent_cache.reader import LatentShards
+from lmfusion.data.config import DataConfig
 from lmfusion.data.pipeline.documents import Plan, SkippedSample
 from lmfusion.data.pipeline.image_latents import DamagedImageError, LatentReader
 from lmfusion.data.pipeline.input_images import VisionReader
 from lmfusion.data.pipeline.packing import PackedSequence, Window, WindowReader
-from lmfusion.data.samples import DataConfig, EncodedSource, load_source
+from lmfusion.data.registry import load_source
+from lmfusion.data.samples import LatentSource
 from lmfusion.data.sources.unused_files import report_unused
 from lmfusion.model.batch import Batch, SpecialTokens, pack
 from lmfusion.model.codec import Codec
 from lmfusion.model.diffusion import DiffusionConfig
 from lmfusion.model.vision import VisionEncoder
+from lmfusion.utils.prefetch import submit_ahead
 from lmfusion.utils.randomness import generator
 
 
 @dataclass(frozen=True)
 class LoaderState:
-    """Where reading stands: the next row. Says nothing of ranks and workers, whose numbers may change."""
+    """The sequence that comes next. It does not depend on ranks and workers, whose numbers may change."""
 
     window: int = 0
-    row: int = 0
-    """Of the window."""
+    sequence: int = 0
+    """Its number in the window."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one update is made of."""
+    """The data of one update."""
 
-    rows: list[Batch]
-    """This rank's, in order, on the CPU. A row all of whose samples are damaged is an empty batch."""
+    batches: list[Batch]
+    """This rank's micro-batches, one packed sequence each, in order, on the CPU. A sequence all of whose samples are
+    damaged is an empty batch."""
     state: LoaderState
     """After this step."""
     epoch: float
-    """Samples drawn up to and with this step, over those of all sources."""
+    """Samples read up to and including this step, over the samples of all sources."""
     num_samples: int
-    """Drawn by all ranks in this step, damaged ones included."""
+    """Read by all ranks in this step, damaged ones included."""
     num_tokens_used: int
-    """Of the rows of all ranks, those of damaged images included."""
+    """In the sequences of all ranks, including the tokens of damaged images."""
     num_cut: int
-    """Documents of all ranks that were cut to fit into a row."""
+    """Documents of all ranks that were cut to fit into a sequence."""
     damaged: tuple[SkippedSample, ...]
-    """In the rows of this rank."""
+    """In the sequences of this rank."""
 
 
 @dataclass(frozen=True)
 class _StepPlan:
     """A step whose images have not been read yet."""
 
-    rows: list[PackedSequence]
+    sequences: list[PackedSequence]
     """Of all ranks."""
     state: LoaderState
     num_samples_read: int
-    """Samples drawn up to and with this step."""
+    """Samples read up to and including this step."""
+
+
+_Made = tuple[Batch, list[SkippedSample]]
+"""The batch of a sequence, and the samples that were skipped."""
 
 
 def check_shared_evenly(sequences_per_step: int, world_size: int) -> None:
-    """Raises ValueError unless all ranks get as many rows of a step, and at least one."""
+    """Raises ValueError unless all ranks get the same number of a step's sequences, and at least one."""
     if sequences_per_step < 1 or sequences_per_step % world_size:
         raise ValueError(
-            f"a step has {sequences_per_step} rows, which {world_size} ranks cannot share evenly; "
-            "change train.batch_tokens or data.seq_len"
+            f"the sequences of a step must be a multiple of the number of ranks, {world_size}, got "
+            f"{sequences_per_step}; change train.batch_tokens or data.seq_len"
         )
 
 
 class PackedLoader:
-    """Makes the rows of any step from the sources of `config`.
+    """Makes the packed sequences of any step from the sources of `config`.
 
-    Samples are drawn from an endless mixture of the sources, packed in windows, and dealt out row by row: a step takes
-    the next `sequences_per_step` rows, of which this rank prepares every `world_size`-th. What a sample becomes depends on
-    (seed, epoch, sample id) alone, so a run that resumes from a state, on another number of ranks or workers, sees what
-    it would have seen.
+    Samples come from an endless mixture of the sources and are packed in windows. A step takes the next
+    `sequences_per_step` sequences, of which this rank prepares every `world_size`-th. What becomes of a sample depends
+    only on (seed, epoch, sample id), so a run that resumes from a state, on another number of ranks or workers, sees
+    the same data.
 
-    A damaged sample is left out of its row and reported; nothing else moves.
+    A damaged sample is left out of its sequence and reported; all other samples stay where they are.
 
-    Raises ValueError for sources that are missing, empty or made for another model, and for rows that cannot be shared
-    out or cannot hold an image.
+    Raises ValueError for sources that are missing, empty or made for another model, and for sequences that cannot be
+    shared among the ranks or cannot hold an image.
     """
 
     def __init__(
@@ -110,13 +120,14 @@ class PackedLoader:
         vision: VisionEncoder | None = None,
         template_variables: Mapping[str, Any] | None = None,
     ) -> None:
-        """vision: what a vision-language model sees with. template_variables: what the chat template reads."""
+        """tokens_per_image: image tokens of one target image. frozen_text: whether the text tower is frozen, so that
+        only the images have a loss. vision: the encoder of a vision-language model. template_variables: variables for
+        the chat template."""
         check_shared_evenly(sequences_per_step, world_size)
         sources = [load_source(source, codec.config.image_size) for source in config.sources]
         for source in sources:
-            if isinstance(source, EncodedSource):
+            if isinstance(source, LatentSource):
                 source.check_made_with(codec, tokenizer)
-            if isinstance(source, LatentShards):
                 source.check_template_variables(template_variables or {})
         self.num_samples = sum(map(len, sources))
         """Of all sources."""
@@ -125,7 +136,7 @@ class PackedLoader:
         self._windows = WindowReader(
             config,
             sources,
-            tokenizer=deepcopy(tokenizer),  # calls set it up for their options: its owner may call it meanwhile
+            tokenizer=deepcopy(tokenizer),  # a call changes its settings, and its owner may call it at the same time
             tokens=tokens,
             tokens_per_image=tokens_per_image,
             diffusion=diffusion,
@@ -137,7 +148,7 @@ class PackedLoader:
         self._latents = LatentReader(
             codec, device, sample=config.sample_latents, cache_megabytes=config.cache_megabytes
         )
-        self._rows_per_step = sequences_per_step
+        self._sequences_per_step = sequences_per_step
         self._seed = seed
         self._frozen_text = frozen_text
         self._is_pinned = torch.device(device).type == "cuda"
@@ -145,7 +156,7 @@ class PackedLoader:
         self._world_size = world_size
 
     def report_unused(self) -> None:
-        """Print which files of the sources look like images or captions and are in no sample."""
+        """Print which files of the sources look like images or captions but belong to no sample."""
         for source, config in zip(self._sources, self._config.sources, strict=True):
             report_unused(source, config.name)
 
@@ -158,104 +169,105 @@ class PackedLoader:
         if self._config.num_workers == 0:
             plans = self._plan_steps(map(self._windows.read, count(state.window)), state)
             for plan in islice(plans, num_steps):
-                yield self._step(plan, map(self._row, self._own(plan)))
+                yield self._step(plan, map(self._make, self._own(plan)))
             return
         with ExitStack() as stack:
 
-            def threads(number: int, name: str) -> ThreadPoolExecutor:
-                pool = ThreadPoolExecutor(number, thread_name_prefix=f"lmfusion-{name}")
+            def pool_of(num_threads: int, name: str) -> ThreadPoolExecutor:
+                pool = ThreadPoolExecutor(num_threads, thread_name_prefix=f"lmfusion-{name}")
                 stack.callback(pool.shutdown, cancel_futures=True)
                 return pool
 
-            # Closed in reverse: whoever waits for a pool outlives it
-            windows = self._read_ahead(state.window, threads(1, "windows"), threads(self._config.num_workers, "texts"))
-            workers = threads(self._config.num_workers, "rows")
+            # The pools are shut down in reverse order. The thread that reads windows waits for the pool of texts, so
+            # its own pool must come first: shut down the other way round, it could wait for a text that never comes.
+            window_pool, text_pool = pool_of(1, "windows"), pool_of(self._config.num_workers, "texts")
+            windows = self._read_ahead(state.window, window_pool, text_pool)
+            workers = pool_of(self._config.num_workers, "sequences")
+
+            def submit(plan: _StepPlan) -> tuple[_StepPlan, list[Future[_Made]]]:
+                return plan, [workers.submit(self._make, sequence) for sequence in self._own(plan)]
+
+            # Enough steps that no worker is idle while the trainer is busy, but not more: their pixels take memory.
+            num_ahead = math.ceil(2 * self._config.num_workers / (self._sequences_per_step // self._world_size))
             plans = islice(self._plan_steps(windows, state), num_steps)
-            ahead: deque[tuple[_StepPlan, list[Future[tuple[Batch, list[SkippedSample]]]]]] = deque()
-            # Enough that no worker is idle while the trainer is busy, and no more: rows of pixels are large
-            own_rows = self._rows_per_step // self._world_size
-            num_ahead = math.ceil(2 * self._config.num_workers / own_rows)
-            for plan in plans:
-                ahead.append((plan, [workers.submit(self._row, row) for row in self._own(plan)]))
-                if len(ahead) > num_ahead:
-                    done, rows = ahead.popleft()
-                    yield self._step(done, (row.result() for row in rows))
-            for done, rows in ahead:
-                yield self._step(done, (row.result() for row in rows))
+            for plan, futures in submit_ahead(submit, plans, num_ahead):
+                yield self._step(plan, (future.result() for future in futures))
 
     def _read_ahead(self, first: int, reader: ThreadPoolExecutor, texts: ThreadPoolExecutor) -> Iterator[Window]:
-        """Windows from number `first` on; while one is used, the next is read, or as many as a step takes."""
+        """Windows from number `first` on. While one is used, the next is read, or as many as a step takes.
+
+        This is not `submit_ahead`, since how many are read ahead depends on the sequences of the window before.
+        """
         numbers = count(first)
         ahead = deque([reader.submit(self._windows.read, next(numbers), texts.map)])
         while True:
             window = ahead.popleft().result()
-            while len(ahead) < math.ceil(self._rows_per_step / len(window.rows)):
+            while len(ahead) < math.ceil(self._sequences_per_step / len(window.sequences)):
                 ahead.append(reader.submit(self._windows.read, next(numbers), texts.map))
             yield window
 
     def _plan_steps(self, windows: Iterator[Window], state: LoaderState) -> Iterator[_StepPlan]:
-        number, row = state.window, state.row
+        number, place = state.window, state.sequence
         window = next(windows)
-        if not 0 <= row < len(window.rows):
+        if not 0 <= place < len(window.sequences):
             raise ValueError(
-                f"the next row is {row} of window {number}, which has {len(window.rows)}; the data has changed since "
-                "this state was saved. Restore it, or start another run"
+                f"the next sequence must be one of the {len(window.sequences)} of window {number}, got {place}; the "
+                "data has changed since this state was saved. Restore it, or start another run"
             )
         before = number * self._config.pack_window
-        num_samples_read = before + sum(earlier.num_samples for earlier in window.rows[:row])
+        num_samples_read = before + sum(earlier.num_samples for earlier in window.sequences[:place])
         while True:
-            rows: list[PackedSequence] = []
-            while len(rows) < self._rows_per_step:
-                if row == len(window.rows):
-                    number, row, window = number + 1, 0, next(windows)
-                rows.append(window.rows[row])
-                num_samples_read += window.rows[row].num_samples
-                row += 1
-            after = LoaderState(number, row) if row < len(window.rows) else LoaderState(number + 1, 0)
-            yield _StepPlan(rows, after, num_samples_read)
+            sequences: list[PackedSequence] = []
+            while len(sequences) < self._sequences_per_step:
+                if place == len(window.sequences):
+                    number, place, window = number + 1, 0, next(windows)
+                sequences.append(window.sequences[place])
+                num_samples_read += window.sequences[place].num_samples
+                place += 1
+            after = LoaderState(number, place) if place < len(window.sequences) else LoaderState(number + 1, 0)
+            yield _StepPlan(sequences, after, num_samples_read)
 
     def _own(self, plan: _StepPlan) -> list[PackedSequence]:
-        return plan.rows[self._rank :: self._world_size]
+        return plan.sequences[self._rank :: self._world_size]
 
-    def _step(self, plan: _StepPlan, made: Iterable[tuple[Batch, list[SkippedSample]]]) -> Step:
-        rows: list[Batch] = []
+    def _step(self, plan: _StepPlan, made: Iterable[_Made]) -> Step:
+        batches: list[Batch] = []
         damaged: list[SkippedSample] = []
         for batch, found in made:
-            rows.append(batch)
+            batches.append(batch)
             damaged += found
         return Step(
-            rows=rows,
+            batches=batches,
             state=plan.state,
             epoch=plan.num_samples_read / self.num_samples,
-            num_samples=sum(row.num_samples for row in plan.rows),
-            num_tokens_used=sum(row.num_tokens_used for row in plan.rows),
-            num_cut=sum(row.num_cut for row in plan.rows),
+            num_samples=sum(sequence.num_samples for sequence in plan.sequences),
+            num_tokens_used=sum(sequence.num_tokens_used for sequence in plan.sequences),
+            num_cut=sum(sequence.num_cut for sequence in plan.sequences),
             damaged=tuple(damaged),
         )
 
-    def _row(self, row: PackedSequence) -> tuple[Batch, list[SkippedSample]]:
-        """The batch of a row, and the samples that it had to do without."""
-        num_images = sum(len(plan.images) for plan in row.plans)
+    def _make(self, sequence: PackedSequence) -> _Made:
+        num_images = sum(len(plan.images) for plan in sequence.plans)
         latents = torch.empty(num_images, *self._latents.shape)
         noise = np.empty(latents.shape, np.float32)
         whole: list[Plan] = []
-        seen: list[Tensor] = []
-        damaged = [*row.damaged]
+        vision_embeds: list[Tensor] = []
+        damaged = [*sequence.damaged]
         first = 0
-        for plan in row.plans:
+        for plan in sequence.plans:
             last = first + len(plan.images)
             try:
                 self._read_images(plan, latents[first:last])
-                of_plan = self._read_seen(plan)
+                embeds = self._read_input_images(plan)
             except DamagedImageError as error:
                 damaged.append(SkippedSample(plan.sample_id, str(error)))
                 continue
             except ValueError as error:
                 raise ValueError(f"sample {plan.sample_id}: {error}") from error
-            draw = generator(self._seed, plan.ref.epoch, plan.sample_id, "noise")
-            draw.standard_normal(dtype=np.float32, out=noise[first:last])
+            rng = generator(self._seed, plan.ref.epoch, plan.sample_id, "noise")
+            rng.standard_normal(dtype=np.float32, out=noise[first:last])
             whole.append(plan)
-            seen += of_plan
+            vision_embeds += embeds
             first = last
         batch = pack(
             [plan.document for plan in whole],
@@ -264,19 +276,20 @@ class PackedLoader:
             torch.tensor([t for plan in whole for t in plan.timesteps], dtype=torch.int64),
             sample_ids=[plan.sample_id for plan in whole],
             frozen_text=self._frozen_text,
-            vision_embeds=torch.cat(seen) if seen else None,
+            vision_embeds=torch.cat(vision_embeds) if vision_embeds else None,
         )
         return (batch.pin_memory() if self._is_pinned else batch), damaged
 
     def _read_images(self, plan: Plan, latents: Tensor) -> None:
-        """Fill `latents` [number of images, C, h, w]. What is drawn for an image does not depend on where it lies."""
+        """Fill `latents` [number of images, C, h, w]. Samples of a posterior do not depend on where an image lies."""
         places = range(plan.first_image, plan.first_image + len(plan.images))
         for latent, i, load_image in zip(latents, places, plan.images, strict=True):
-            draw = partial(generator, self._seed, plan.ref.epoch, plan.sample_id, f"latents {i}")
-            latent.copy_(self._latents.read((plan.ref.source, plan.ref.index, i), load_image, draw))
+            make_rng = partial(generator, self._seed, plan.ref.epoch, plan.sample_id, f"latents {i}")
+            latent.copy_(self._latents.read((plan.ref.source, plan.ref.index, i), load_image, make_rng))
 
-    def _read_seen(self, plan: Plan) -> list[Tensor]:
-        """Rows of each image that is seen."""
+    def _read_input_images(self, plan: Plan) -> list[Tensor]:
+        """Embeddings of each input image."""
         if self._vision is None:
             return []
-        return [self._vision.read((plan.ref.source, plan.ref.index, i), image) for i, image in enumerate(plan.seen)]
+        images = enumerate(plan.input_images)
+        return [self._vision.read((plan.ref.source, plan.ref.index, i), image) for i, image in images]

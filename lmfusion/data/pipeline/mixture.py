@@ -1,6 +1,6 @@
-"""Which source does each sample come from? A pure function of its position: the state of a mixture is one number.
+"""Mixes sources by their weights. The sample at a position is a pure function of it: the state is one number.
 
-Positions come in periods of 1,000. Of each period every source has a fixed quota by its weight, in a shuffled order.
+Positions come in periods of 1,000. In each period every source has a fixed quota by its weight, in shuffled order.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ PERIOD = 1000
 
 @dataclass(frozen=True, slots=True)
 class SampleRef:
-    """A sample that is drawn: which one, of which source, in which of the source's epochs."""
+    """The sample `index` of a source, in one of the source's epochs."""
 
     source: int
     epoch: int
@@ -25,7 +25,7 @@ class SampleRef:
 
 
 class Mixture:
-    """The endless sequence of draws from several sources, each in its own order and epochs.
+    """The endless sequence of samples from several sources, each in its own order and epochs.
 
     Raises ValueError for a weight so small that a source has no place in a period.
     """
@@ -33,14 +33,14 @@ class Mixture:
     def __init__(self, orders: Sequence[SourceOrder], weights: Sequence[float], seed: int) -> None:
         self._orders = orders
         self.quotas = quotas(weights)
-        """Places of each source in a period."""
-        by_slot = np.repeat(np.arange(len(orders)), self.quotas)
+        """Positions of each source in a period."""
+        by_source = np.repeat(np.arange(len(orders)), self.quotas)
 
         def period(number: int) -> tuple[np.ndarray, np.ndarray]:
-            """By place in the period: the source, and how many samples of it came before in this period."""
-            sources = by_slot
+            """Of each position in a period: its source, and how many samples of that source came before it."""
+            sources = by_source
             if len(orders) > 1:
-                sources = by_slot[Permutation(PERIOD, seed, number, "mixture").take(np.arange(PERIOD))]
+                sources = by_source[Permutation(PERIOD, seed, number, "mixture").take(np.arange(PERIOD))]
             ranks = np.empty(PERIOD, np.int64)
             for source, quota in enumerate(self.quotas):
                 ranks[sources == source] = np.arange(quota)
@@ -49,7 +49,7 @@ class Mixture:
         self._period = lru_cache(maxsize=4)(period)
 
     def samples(self, positions: range) -> list[SampleRef]:
-        """What lies at consecutive positions, 0 or more, of the sequence."""
+        """The samples at consecutive positions, 0 or more, of the sequence."""
         at = np.arange(positions.start, positions.stop)
         numbers, places = np.divmod(at, PERIOD)
         sources, ranks = np.empty_like(at), np.empty_like(at)
@@ -61,7 +61,7 @@ class Mixture:
         for source in np.unique(sources).tolist():
             here = sources == source
             epochs[here], indices[here] = self._orders[source].take(numbers[here] * self.quotas[source] + ranks[here])
-        return [SampleRef(*draw) for draw in zip(sources.tolist(), epochs.tolist(), indices.tolist(), strict=True)]
+        return [SampleRef(*ref) for ref in zip(sources.tolist(), epochs.tolist(), indices.tolist(), strict=True)]
 
 
 def quotas(weights: Sequence[float]) -> list[int]:
@@ -78,6 +78,7 @@ def quotas(weights: Sequence[float]) -> list[int]:
     for i, count in enumerate(counts):
         if count == 0:
             raise ValueError(
-                f"data.sources[{i}] has weight {weights[i]}, less than 1 in {PERIOD} samples; raise it, or leave it out"
+                f"the weight of data.sources[{i}] must be at least 1 in {PERIOD} samples, got {weights[i]}; raise it, "
+                "or leave the source out"
             )
     return counts

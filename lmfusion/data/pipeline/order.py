@@ -1,18 +1,19 @@
-"""In which order are the samples of a source drawn? Shuffles that need no memory: pure functions of (seed, epoch)."""
+"""Shuffles the samples of a source, and splits them into train and test: pure functions that keep no state."""
 
 from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 
+from lmfusion.data.config import SPLITS
 from lmfusion.utils.randomness import generator
 
 
 class Permutation:
     """A shuffle of range(size): `permutation[position]` is the index at that position.
 
-    A four-round Feistel network over the next even power of two, walked again while it points outside the range. A pure
-    function of (size, seed, epoch, name).
+    A four-round Feistel network over the next power of four; an index outside the range is mapped again until it falls
+    inside. A pure function of (size, seed, epoch, name).
     """
 
     _NUM_ROUNDS = 4
@@ -31,10 +32,10 @@ class Permutation:
         return int(self.take(np.array([position]))[0])
 
     def take(self, positions: np.ndarray) -> np.ndarray:
-        """The indices (int64 [n]) at many positions (integers [n]). Raises IndexError for one outside the range."""
+        """The indices (int64 [n]) at `positions` (integers [n]). Raises IndexError for one outside the range."""
         outside = (positions < 0) | (positions >= self.size)
         if outside.any():
-            raise IndexError(f"position {positions[outside][0]} is outside a permutation of {self.size}")
+            raise IndexError(f"positions must be in [0, {self.size}), got {positions[outside][0]}")
         indices = self._round_trip(positions.astype(np.uint64))
         while (walking := np.flatnonzero(indices >= self.size)).size:
             indices[walking] = self._round_trip(indices[walking])
@@ -48,7 +49,7 @@ class Permutation:
 
 
 class BlockPermutation:
-    """A shuffle of a source in two levels: its blocks, then the samples within groups of `group_size` of these.
+    """A shuffle of a source in two levels: its blocks, then the samples within each group of `group_size` blocks.
 
     Reading it from position to position touches one group of blocks at a time. A pure function of its arguments.
     """
@@ -57,12 +58,13 @@ class BlockPermutation:
         self._seed, self._epoch, self._name = seed, epoch, name
         order = Permutation(len(blocks), seed, epoch, f"{name} blocks").take(np.arange(len(blocks)))
         ends = np.cumsum(blocks[order])
-        self._block_ends = ends  # in the order that blocks are visited in
-        self._shift = (np.cumsum(blocks) - blocks)[order] - (ends - blocks[order])  # from there to the source's indices
+        self._block_ends = ends  # in the order in which blocks are read
+        # From places in that order to indices of the source
+        self._shift = (np.cumsum(blocks) - blocks)[order] - (ends - blocks[order])
         self._group_ends = np.append(ends[group_size - 1 : -1 : group_size], ends[-1])
 
     def take(self, positions: np.ndarray) -> np.ndarray:
-        """The indices (int64 [n]) at many positions (integers [n])."""
+        """The indices (int64 [n]) at `positions` (integers [n])."""
         places = np.empty(len(positions), np.int64)
         groups = np.searchsorted(self._group_ends, positions, "right")
         for group in np.unique(groups).tolist():
@@ -75,9 +77,9 @@ class BlockPermutation:
 
 
 class SourceOrder:
-    """The endless order in which samples of one source are drawn: all of it in a new shuffle each epoch.
+    """The endless order of the samples of one source: all of them, in a new shuffle each epoch.
 
-    Two levels of shuffle with `shuffle_blocks`, see `BlockPermutation`; one over everything without.
+    With `shuffle_blocks` the shuffle has two levels, see `BlockPermutation`; without, it is one over all samples.
     """
 
     def __init__(self, blocks: Sequence[int], shuffle_blocks: int | None, seed: int, name: str = "") -> None:
@@ -92,13 +94,24 @@ class SourceOrder:
         self._shuffle = lru_cache(maxsize=2)(shuffle)
 
     def take(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Epochs and indices (int64 [n]) at many positions (integers [n], 0 or more) of the endless order."""
+        """Epochs and indices (int64 [n]) at `positions` (integers [n], 0 or more) of the endless order."""
         epochs, places = np.divmod(np.asarray(positions, np.int64), self.size)
         indices = np.empty_like(places)
         for epoch in np.unique(epochs).tolist():
             here = epochs == epoch
             indices[here] = self._shuffle(epoch).take(places[here])
         return epochs, indices
+
+
+def split_indices(size: int, split: str, held_out: float) -> list[int]:
+    """The indices of range(size) in "train" or "test". A pure function of its arguments.
+
+    held_out: the share of indices in "test". Raises ValueError for an unknown split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    is_held_out = Permutation(size, seed=0, epoch=0).take(np.arange(size)) < round(size * held_out)
+    return np.flatnonzero(is_held_out == (split == "test")).tolist()
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

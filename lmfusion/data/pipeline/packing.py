@@ -1,4 +1,4 @@
-"""Which documents share a row? Windows of consecutive samples, each packed by itself before any image is read."""
+"""Packs documents into sequences: windows of consecutive samples, each packed by itself before any image is read."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedConfig
 
+from lmfusion.data.config import DataConfig
 from lmfusion.data.pipeline.documents import DocumentPlanner, Plan, SkippedSample
 from lmfusion.data.pipeline.input_images import with_input_images
 from lmfusion.data.pipeline.mixture import Mixture, SampleRef
 from lmfusion.data.pipeline.order import Permutation, SourceOrder
-from lmfusion.data.samples import DataConfig, Sample, Source
+from lmfusion.data.samples import Sample, Source
 from lmfusion.data.storage.files import StorageError
 from lmfusion.model.batch import SpecialTokens
 from lmfusion.model.diffusion import DiffusionConfig
@@ -24,12 +25,12 @@ READ_TOGETHER = 32
 
 @dataclass(frozen=True, slots=True)
 class PackedSequence:
-    """The documents of one row, in the order they are drawn in."""
+    """The documents of one packed sequence, in their order in it."""
 
     plans: tuple[Plan, ...]
     damaged: tuple[SkippedSample, ...] = ()
-    """The row's share of its window's samples that could not be read: they have no place in a row, since their lengths
-    are not known, but they count with the row."""
+    """This sequence's share of the samples of its window that could not be read. Their lengths are unknown, so they
+    are in no sequence, but they are counted with this one."""
 
     @property
     def num_samples(self) -> int:
@@ -46,22 +47,22 @@ class PackedSequence:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What `pack_window` consecutive samples became."""
+    """The sequences made of `pack_window` consecutive samples."""
 
-    rows: tuple[PackedSequence, ...]
-    """One at least: where every sample is damaged, a row without documents."""
+    sequences: tuple[PackedSequence, ...]
+    """At least one: where every sample is damaged, a sequence without documents."""
 
     @property
     def damaged(self) -> tuple[SkippedSample, ...]:
         """Samples that could not be read."""
-        return tuple(chain.from_iterable(row.damaged for row in self.rows))
+        return tuple(chain.from_iterable(sequence.damaged for sequence in self.sequences))
 
 
 class WindowReader:
     """Reads and packs windows. Each is a pure function of the configuration and its number.
 
-    `sources` are those of `config.sources`. vlm_config: of a vision-language model, whose images that are seen are read
-    for their sizes. Raises ValueError for a source without samples, and for weights and rows that are too small.
+    sources: of `config.sources`, in their order. vlm_config: of a vision-language model, whose input images are read
+    for their sizes. Raises ValueError for a source without samples, and for weights and sequences that are too small.
     """
 
     def __init__(
@@ -98,9 +99,9 @@ class WindowReader:
         self._vlm_config = vlm_config
 
     def read(self, number: int, map_: Callable[..., Any] = map) -> Window:
-        """The window of that number. `map_` reads its samples: `map`, or that of a pool of threads.
+        """Window `number`. map_: reads its samples, `map` or the one of a pool of threads.
 
-        Raises StorageError where a text cannot be read: without it the window would be packed otherwise.
+        Raises StorageError where a text cannot be read: without that text the window would be packed differently.
         """
         size = self._config.pack_window
         refs = self._mixture.samples(range(number * size, (number + 1) * size))
@@ -135,12 +136,13 @@ class WindowReader:
         if not plans:
             return (PackedSequence((), tuple(damaged)),)
         lengths = np.array([plan.document.num_tokens for plan in plans], np.int64)
-        rows = pack_documents(lengths, self._config.seq_len, len(plans))
-        # The packer's rows may begin with those of many documents; steps shall not differ in kind with their place
-        order = Permutation(len(rows), self._seed, number, "rows").take(np.arange(len(rows)))
-        # Shared out evenly, so that whoever counts sees the share that is damaged, not a window's all at once
-        shares = np.linspace(0, len(damaged), len(rows) + 1).astype(int)
+        packed = pack_documents(lengths, self._config.seq_len, len(plans))
+        # The packer may give the sequences of many short documents first. They are shuffled, so that the first steps of
+        # a window are like its last ones. The name "rows" is part of the seed: another one would change the data.
+        order = Permutation(len(packed), self._seed, number, "rows").take(np.arange(len(packed)))
+        # Damaged samples are shared out evenly, so that SkipLog sees their share and not all of a window at once.
+        shares = np.linspace(0, len(damaged), len(packed) + 1).astype(int)
         return tuple(
-            PackedSequence(tuple(plans[i] for i in rows[row]), tuple(damaged[first:end]))
-            for row, first, end in zip(order, shares, shares[1:], strict=False)
+            PackedSequence(tuple(plans[i] for i in packed[place]), tuple(damaged[first:end]))
+            for place, first, end in zip(order, shares, shares[1:], strict=False)
         )

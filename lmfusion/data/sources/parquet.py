@@ -1,51 +1,48 @@
-"""Captioned images in parquet files, as Hugging Face data sets hold them: a column of encoded images, one of captions.
+"""The source `parquet`: files with a column of encoded images and one of captions, as Hugging Face writes them.
 
-Images are bytes, or structs of which `bytes` is the image; captions are texts, or lists of texts. Each may be of any
-Arrow type that holds such values (large, fixed-size, view and dictionary types too). A file is read in row groups: its
-captions and its images apart, so that planning reads no image.
+Images are bytes, or structs with a field `bytes`; captions are texts, or lists of texts. Each may be of any Arrow type
+that holds such values (large, fixed-size, view and dictionary types too). Files are read by row groups, captions and
+images separately, so that planning reads no image.
 """
 
-import bisect
-import itertools
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from concurrent.futures import Future
 from functools import partial
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 from lmfusion.data.samples import CaptionedImage
+from lmfusion.data.sources.base import Blocks
 from lmfusion.data.sources.captions import captions_of_value
-from lmfusion.data.storage.files import StorageError, StoredFile, find_files, map_threads, names_of
+from lmfusion.data.storage.files import StorageError, StoredFile, find_files, names_of
 from lmfusion.images.preprocessing import check_file_size, decode_image
+from lmfusion.utils.byte_cache import ByteCache
+from lmfusion.utils.prefetch import map_threads
 from lmfusion.utils.printing import printable
 
 IMAGE_COLUMNS = ("image", "jpg", "png", "webp", "img")
 CAPTION_COLUMNS = ("caption", "captions", "text", "txt")
 MAX_GROUP_BYTES = 4 * 1024**3
-"""Of a column of a row group, decoded: a group is kept as a whole. Writers make groups of megabytes."""
+"""Of one column of a row group, decoded. A row group is kept as a whole; writers make them some megabytes large."""
 BATCH_ROWS = 4
-"""Rows decoded at a time. The size of a column is known only once it is decoded, since a value that a file stores once
-may stand in every row. An array of a few rows also stays below the 2 GiB that some Arrow types can hold."""
+"""Rows decoded at a time. The size of a column is unknown until it is decoded, since a value that a file stores once
+may be in every row. An array of a few rows also stays below the 2 GiB that some Arrow types can hold."""
 MAX_DICTIONARY_ROWS = 2**24
 """Rows of a dictionary column decoded at a time: every batch holds the whole dictionary, so batches must be large."""
 CACHE_BYTES = 2 * 1024**3
-"""Of the images and captions kept, still encoded: with `shuffle_blocks`, some row groups are read in turns."""
+"""Of images (still encoded) and captions kept in memory: with `shuffle_blocks`, a few row groups are read in turns."""
 NUM_OPENERS = 8
 """Files whose footers are read at the same time."""
 
 
-class ParquetFiles:
+class ParquetFiles(Blocks):
     """The source `parquet`: a parquet file, a glob or brace pattern of them, or an fsspec address of such.
 
-    image, caption: names of columns; None: the first there is of IMAGE_COLUMNS and of CAPTION_COLUMNS. Blocks are row
-    groups. Needs the package pyarrow.
+    image, caption: names of columns; None: the first of IMAGE_COLUMNS and of CAPTION_COLUMNS that exists. Blocks are
+    row groups. Needs the package pyarrow.
 
-    A row without image or caption is a damaged sample, and so is each row of a group that cannot be read; a file
-    that is damaged as a whole is one damaged sample. Raises FileNotFoundError where a file is missing, and ValueError
-    where a column is, or where there is no row at all.
+    A row without image or caption is a damaged sample, and so is each row of a group that cannot be read. A file that
+    is damaged as a whole is one damaged sample. Raises FileNotFoundError where a file is missing, and ValueError where
+    a column is missing, or where there are no rows.
     """
 
     def __init__(self, path: str, image: str | None = None, caption: str | None = None) -> None:
@@ -63,7 +60,7 @@ class ParquetFiles:
         whole = [file for file in opened if not isinstance(file, str)]
         if not any(file.metadata.num_rows for file in whole):
             reason = next((reason for reason in opened if isinstance(reason, str)), "its files have no rows")
-            raise ValueError(f"there is no sample in {path}: {reason}")
+            raise ValueError(f"{path} must have samples, but has none: {reason}")
         self._groups: list[_Group | str] = []
         for name, file in zip(names, opened, strict=True):
             if isinstance(file, str):
@@ -76,27 +73,19 @@ class ParquetFiles:
                     if num_rows > 0:
                         self._groups.append(_Group(name, file, number, first, num_rows, *columns))
                     first += num_rows
-        self.blocks = [1 if isinstance(group, str) else group.num_rows for group in self._groups]
-        """Rows of each row group."""
-        self._starts = [0, *itertools.accumulate(self.blocks)]
-        self._cache = _Cache(CACHE_BYTES)
-
-    def __len__(self) -> int:
-        return self._starts[-1]
+        self.set_blocks([1 if isinstance(group, str) else group.num_rows for group in self._groups])
+        self._cache: ByteCache[Any] = ByteCache(CACHE_BYTES)
 
     def __getitem__(self, index: int) -> CaptionedImage:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        block = bisect.bisect_right(self._starts, index) - 1
+        block, row = self.locate(index)
         group = self._groups[block]
         if isinstance(group, str):
             raise ValueError(group)
-        row = index - self._starts[block]
         sample_id = f"{group.name}/{group.first_row + row}"
         try:
             value = self._column(group, group.caption)[row].as_py()
             if value is None:
-                raise ValueError(f"no caption in column {group.caption}")
+                raise ValueError(f"column {group.caption} must have a caption, got null")
             captions = captions_of_value(value, group.caption)
         except StorageError:
             raise
@@ -109,8 +98,8 @@ class ParquetFiles:
         if group.is_dictionary(group.image):
             value = value.value
         if not value.is_valid:
-            path = "; it may name a file elsewhere, but holds no image" if group.is_struct else ""
-            raise ValueError(f"{name} has no bytes in column {group.image}{path}")
+            hint = "; a path to a file elsewhere is not read" if group.is_struct else ""
+            raise ValueError(f"{name} must have bytes in column {group.image}, got null{hint}")
         check_file_size(value.as_buffer().size, name)
         return decode_image(value.as_py(), name)
 
@@ -123,34 +112,38 @@ class ParquetFiles:
         except (FileNotFoundError, StorageError):
             raise
         except Exception as error:  # pyarrow raises its own and others on damaged files
-            return f"the file is no parquet file, or is damaged: {_one_line(error)}"
+            return f"the file must be a whole parquet file: {_one_line(error)}"
 
     def _column(self, group: "_Group", column: str) -> Any:
-        """A column of a row group as a pyarrow.ChunkedArray: image bytes or captions. Raises ValueError or OSError."""
+        """A column of a row group: a pyarrow.ChunkedArray of image bytes or captions. Raises ValueError or OSError."""
         key = (group.name, group.number, column)
         values = self._cache.get(key, lambda: self._read_column(group, column))
         if values is None:
             raise ValueError(
-                f"column {column} of row group {group.number} of {group.name} takes up more than "
-                f"{MAX_GROUP_BYTES} bytes; write the file with smaller row groups"
+                f"column {column} of row group {group.number} of {group.name} must have at most {MAX_GROUP_BYTES} "
+                "bytes; write the file with smaller row groups"
             )
         return values
 
     def _read_column(self, group: "_Group", column: str) -> tuple[Any, int]:
-        """The column and its size in bytes; None, and no bytes, where it is larger than MAX_GROUP_BYTES."""
+        """The column and its size in bytes; (None, 0), which is kept too, if it is larger than MAX_GROUP_BYTES."""
         num_rows = min(group.num_rows, MAX_DICTIONARY_ROWS) if group.is_dictionary(column) else BATCH_ROWS
         chunks: list[Any] = []
         num_bytes = 0
         try:
             with group.file.stored.open() as opened:
+                # With pre_buffer, its default, Arrow reads in a global pool of threads. Such a thread may still be
+                # running when the process ends, and then std::terminate aborts it, whatever has been closed before.
                 parquet = self._parquet.ParquetFile(
-                    opened, metadata=group.file.metadata, page_checksum_verification=True
+                    opened, metadata=group.file.metadata, pre_buffer=False, page_checksum_verification=True
                 )
                 for batch in parquet.iter_batches(num_rows, [group.number], [column], use_threads=False):
                     values = batch.column(batch.schema.get_field_index(column))
                     if column == group.image and group.is_struct:
                         values = self._struct_field(values, "bytes")
-                    values.validate(full=group.is_dictionary(column))  # a damaged file may refer to no value
+                    values.validate(
+                        full=group.is_dictionary(column)
+                    )  # in a damaged file, references may be out of range
                     num_bytes += values.nbytes
                     if num_bytes > MAX_GROUP_BYTES:
                         return None, 0
@@ -161,7 +154,7 @@ class ParquetFiles:
             raise ValueError(f"row group {group.number} of {group.name} cannot be read: {_one_line(error)}") from error
         if sum(map(len, chunks)) != group.num_rows:
             raise ValueError(
-                f"row group {group.number} of {group.name} does not have the {group.num_rows} rows it says"
+                f"row group {group.number} of {group.name} must have {group.num_rows} rows, got {sum(map(len, chunks))}"
             )
         return self._chunked_array(chunks), num_bytes
 
@@ -186,48 +179,10 @@ class _Group(NamedTuple):
     is_struct: bool
     """Whether images are structs with their bytes."""
     dictionaries: frozenset[str]
-    """Those of the two columns whose values are stored once and referred to."""
+    """Which of the two columns store each value once and refer to it."""
 
     def is_dictionary(self, column: str) -> bool:
         return column in self.dictionaries
-
-
-class _Cache:
-    """Values by key, the most recently used ones up to a number of bytes; each is made by one thread."""
-
-    def __init__(self, num_bytes: int) -> None:
-        self._room = num_bytes
-        self._values: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
-        self._made: dict[Hashable, Future[Any]] = {}
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable, make: Callable[[], tuple[Any, int]]) -> Any:
-        """The value at `key`; where there is none, `make` gives it and its size in bytes. Its errors are not kept."""
-        with self._lock:
-            if key in self._values:
-                self._values.move_to_end(key)
-                return self._values[key][0]
-            future = self._made.get(key)
-            if is_maker := future is None:
-                future = self._made[key] = Future()
-        assert future is not None
-        if not is_maker:
-            return future.result()
-        try:
-            value, size = make()
-        except BaseException as error:
-            with self._lock:
-                del self._made[key]
-            future.set_exception(error)
-            raise
-        with self._lock:
-            self._values[key] = value, size
-            self._room -= size
-            while self._room < 0 and len(self._values) > 1:
-                self._room += self._values.popitem(last=False)[1][1]
-            del self._made[key]
-        future.set_result(value)
-        return value
 
 
 def _columns(name: str, schema: Any, image: str | None, caption: str | None) -> tuple[str, str, bool, frozenset[str]]:
@@ -243,12 +198,13 @@ def _columns(name: str, schema: Any, image: str | None, caption: str | None) -> 
         column = next((c for c in ((chosen,) if chosen else usual) if c in there), None)
         if column is None:
             raise ValueError(
-                f"{name} has no column {chosen or ' or '.join(usual)}; it has {', '.join(there)}: name one as {option}"
+                f"{name} must have a column {chosen or ' or '.join(usual)}, got {', '.join(there)}; name one as "
+                f"{option}"
             )
         found.append(column)
     for column in found:
         if there.count(column) > 1:
-            raise ValueError(f"{name} has {there.count(column)} columns named {column}; name another column")
+            raise ValueError(f"{name} must have one column {column}, got {there.count(column)}; name another column")
     kinds = [schema.field(column).type for column in found]
     images, captions = kinds
     is_struct = types.is_struct(images)
@@ -261,11 +217,9 @@ def _columns(name: str, schema: Any, image: str | None, caption: str | None) -> 
         column for column, kind in zip(found, (images, captions), strict=True) if kind and types.is_dictionary(kind)
     )
     if not _is_binary(images):
-        raise ValueError(
-            f"column {found[0]} of {name} is {kinds[0]}; images must be binary, or structs with binary bytes"
-        )
+        raise ValueError(f"column {found[0]} of {name} must be binary, or structs with binary bytes, got {kinds[0]}")
     if not _is_text(captions):
-        raise ValueError(f"column {found[1]} of {name} is {kinds[1]}; captions must be texts or lists of texts")
+        raise ValueError(f"column {found[1]} of {name} must be texts or lists of texts, got {kinds[1]}")
     return found[0], found[1], is_struct, dictionaries
 
 

@@ -1,13 +1,16 @@
-"""The index of a tar: its samples as they lie in a file, with a checksum of all of it.
+"""The index of a tar on the disk: where its samples lie, and their captions, with a checksum of everything.
+
+The format is our own: captions of millions of samples stay in the mapped file, and an index that is damaged, cut off or
+of another tar must be noticed. An index in JSON would have to be read as a whole.
 
     sha256 of the header (32 bytes), its length (8), the header (JSON), and then the arrays, one after another:
     image     int64 [samples, 2]: where the image lies in the tar, and its size, in bytes
     text_end  int64 [samples]: where the text of each sample ends
     text      uint8: of each sample its name, captions, and what is wrong with it, as JSON
 
-The header holds what the index was made of, the numbers of samples, the files that are not used, and the sha256 of the
-arrays. The arrays stay in the file and are read from there when they are needed. A damaged index is ignored, and made
-again from the tar.
+The header holds what the index was made of, the numbers of samples, the unused files, and the sha256 of the arrays. The
+arrays stay in the file and are read from there when they are needed. A damaged index is ignored, and made again from
+the tar.
 """
 
 import hashlib
@@ -23,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lmfusion.data.sources.tar_samples import Record
-from lmfusion.data.sources.unused_files import Unused
+from lmfusion.data.sources.unused_files import UnusedKind
 from lmfusion.utils.files import atomic_write
 
 FORMAT = 2
@@ -34,19 +37,19 @@ _RECORD_BYTES = 3 * 8
 
 
 class Summary(NamedTuple):
-    """What a data set wants to know of a tar when it is opened."""
+    """What a data set needs to know about a tar when it is opened."""
 
     num_samples: int
     """The damaged ones included."""
     num_good: int
-    unused: list[Unused]
+    unused: list[UnusedKind]
 
 
 class Records:
     """The samples of one tar."""
 
     def __init__(self, arrays: Any, num_samples: int) -> None:
-        """arrays: a buffer that holds the three of them."""
+        """arrays: a buffer with the three arrays, one after another."""
         self._image = np.frombuffer(arrays, "<i8", 2 * num_samples).reshape(num_samples, 2)
         self._text_end = np.frombuffer(arrays, "<i8", num_samples, 16 * num_samples)
         self._text = np.frombuffer(arrays, np.uint8, -1, _RECORD_BYTES * num_samples) if num_samples else b""
@@ -67,7 +70,7 @@ def to_arrays(records: list[Record]) -> bytes:
 
 
 def save_index(path: Path, made_of: Mapping[str, Any], summary: Summary, arrays: bytes) -> bool:
-    """Write an index whole, or not at all where the folder cannot be written. made_of: what the tar is known by."""
+    """Write an index as a whole. Returns whether the folder could be written. made_of: what identifies the tar."""
     header = {
         **_expected(made_of),
         "num_samples": summary.num_samples,
@@ -76,7 +79,7 @@ def save_index(path: Path, made_of: Mapping[str, Any], summary: Summary, arrays:
         "sha256": hashlib.sha256(arrays).hexdigest(),
     }
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # arrays lie at multiples of their items' size
+    text += b" " * (-len(text) % 8)  # so that arrays begin at multiples of 8 bytes
     data = hashlib.sha256(text).digest() + len(text).to_bytes(8, "little") + text + arrays
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,14 +91,15 @@ def save_index(path: Path, made_of: Mapping[str, Any], summary: Summary, arrays:
 
 
 def read_summary(path: Path, made_of: Mapping[str, Any]) -> Summary | None:
-    """What the header of an index tells. None where there is no index, or it is damaged, or made of another tar."""
+    """The summary in the header of an index. None if there is none, it is damaged, or it belongs to another tar."""
     read = _read_header(path, made_of)
     if read is None:
         return None
     header, start = read
     try:
         unused = [
-            Unused(str(item["kind"]), int(item["count"]), list(map(str, item["names"]))) for item in header["unused"]
+            UnusedKind(str(item["kind"]), int(item["count"]), list(map(str, item["names"])))
+            for item in header["unused"]
         ]
         num_samples, num_good = int(header["num_samples"]), int(header["num_good"])
         num_bytes = path.stat().st_size - start
@@ -107,7 +111,7 @@ def read_summary(path: Path, made_of: Mapping[str, Any]) -> Summary | None:
 
 
 def open_records(path: Path, made_of: Mapping[str, Any]) -> Records | None:
-    """The samples that an index holds. None as in `read_summary`, and where an array has another checksum."""
+    """The samples that an index holds. None as in `read_summary`, and where the arrays have another checksum."""
     read = _read_header(path, made_of)
     if read is None:
         return None
@@ -128,7 +132,7 @@ def _expected(made_of: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_header(path: Path, made_of: Mapping[str, Any]) -> tuple[dict[str, Any], int] | None:
-    """The header of an index, and where it ends. With the right checksum it is what `save_index` wrote."""
+    """The header of an index, and where it ends; None unless its checksum is right, so that `save_index` wrote it."""
     try:
         if not path.is_file():  # opening a pipe would wait for its other end
             return None

@@ -1,6 +1,6 @@
 """Groups the members of a tar into samples, and reads their captions.
 
-1. Members belong together that have the same name up to its first dot, as webdataset has it: `0001.jpg`, `0001.txt` and
+1. Members with the same name up to its first dot belong together, as in webdataset: `0001.jpg`, `0001.txt` and
    `0001.seg.png`. Capitals in suffixes do not matter.
 2. Where a name has several dots, and an image and a caption have the same name up to their suffixes, these two are a
    sample of their own: `v1.2_cat.png` and `v1.2_cat.txt`. `v1.2_cat.seg.png` belongs to it.
@@ -20,9 +20,8 @@ from lmfusion.data.sources.unused_files import (
     NO_IMAGE,
     SECOND_CAPTION,
     SECOND_IMAGE,
-    UNREAD_SUFFIXES,
-    Unused,
     UnusedFiles,
+    UnusedKind,
     looks_like_caption,
     looks_like_image,
     suffix_of,
@@ -30,18 +29,18 @@ from lmfusion.data.sources.unused_files import (
 )
 from lmfusion.data.storage.files import StoredFile
 from lmfusion.data.storage.tar import DamagedTarError, Member, TarReader
+from lmfusion.images.formats import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from lmfusion.utils.printing import printable
 
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-CAPTION_SUFFIXES = ("txt", "json")
-"""Where both are, the text counts."""
+DEFAULT_CAPTION_SUFFIXES = ("txt", "json")
+"""A sample with both has its captions from the .txt."""
 
 _NAME = re.compile(r"((?:.*/)?[^./][^/.]*)\.([^/]+)", re.DOTALL)
-_LINK = "links and other members that are no files, which are not followed in a tar"
-_OTHER = "images of another suffix than the one that was asked for"
+_LINK = "links and other members that are not files; links in a tar are not followed"
+_OTHER = "images with another suffix than the one that was chosen"
 
 
-class Choice(NamedTuple):
+class MemberSelection(NamedTuple):
     """Which members are images and captions."""
 
     images: tuple[str, ...]
@@ -49,30 +48,30 @@ class Choice(NamedTuple):
     key: str | None
     """Of the JSON object."""
     is_named: tuple[bool, bool]
-    """Whether the user named the suffix of images, and that of captions. Then nothing else of a sample is wanted."""
+    """Whether the user named the suffix of images, and that of captions. Other members are then unused on purpose."""
 
     @classmethod
-    def of(cls, image: str | None, caption: str | None) -> "Choice":
+    def parse(cls, image: str | None, caption: str | None) -> "MemberSelection":
         """image, caption: as `WebDataset` takes them. Raises ValueError for an empty suffix."""
         images = IMAGE_SUFFIXES if image is None else (image.lstrip(".").lower(),)
         suffix, _, key = (caption or "").lstrip(".").partition(":")
-        captions = CAPTION_SUFFIXES if caption is None else (suffix.lower(),)
+        captions = DEFAULT_CAPTION_SUFFIXES if caption is None else (suffix.lower(),)
         if not (images[0] and captions[0]):
-            raise ValueError("image and caption are suffixes of members, such as jpg and txt; they cannot be empty")
+            raise ValueError("image and caption must be suffixes of members, such as jpg and txt, got an empty text")
         return cls(images, captions, key or None, (image is not None, caption is not None))
 
     @property
     def digest(self) -> str:
-        """Tells choices apart, in the names of indexes."""
+        """Distinguishes selections in the names of indexes."""
         return hashlib.blake2b(repr((self.images, self.captions, self.key)).encode(), digest_size=4).hexdigest()
 
     def ending(self, path: str) -> str | None:
-        """The suffix of an image or a caption that a name ends with; the longest, where there are several."""
+        """The suffix of an image or a caption that a name ends with: the longest, if there are several."""
         fitting = [s for s in self.images + self.captions if path[-len(s) - 1 :].lower() == f".{s}"]
         return max(fitting, key=len, default=None)
 
     def captions_of(self, suffix: str, data: bytes) -> tuple[str, ...]:
-        """What a member of that suffix holds. Raises ValueError where that is no caption."""
+        """The captions in a member with that suffix. Raises ValueError where it holds none."""
         if self.key is not None or suffix.rpartition(".")[2] == "json":
             return captions_of_json(data, self.key)
         return captions_of_text(data)
@@ -82,25 +81,25 @@ class Record(NamedTuple):
     """A sample, good or damaged, as the index holds it."""
 
     key: str
-    """"" for what is wrong with the tar itself."""
+    """"" for damage to the tar itself."""
     captions: tuple[str, ...]
     reason: str | None
-    """What is wrong with it."""
+    """What is wrong with the sample; None: nothing."""
     offset: int = 0
     size: int = 0
     """Of the image, in bytes."""
 
 
-class _Found(NamedTuple):
-    """A member, and the two ways to read its name."""
+class _NamedMember(NamedTuple):
+    """A member, with its name split in two ways."""
 
     path: str
     key: str
     """The name up to its first dot."""
     suffix: str
-    """What follows, in small letters."""
+    """What follows, in lower case."""
     stem: str
-    """The name up to the suffix of an image or a caption that it ends with; "" where there is none."""
+    """The name without the suffix of an image or caption at its end; "" where there is no such suffix."""
     ending: str
     """That suffix."""
     member: Member
@@ -108,93 +107,93 @@ class _Found(NamedTuple):
     """A text is the reason why there are none."""
 
 
-class _Parts(NamedTuple):
-    """What was found of one sample: members by their suffixes within it, in their order."""
+class _SampleMembers(NamedTuple):
+    """The members of one sample, each with its suffix within the sample, in their order."""
 
-    members: list[tuple[str, _Found]]
+    members: list[tuple[str, _NamedMember]]
 
-    def first(self, suffixes: tuple[str, ...]) -> _Found | None:
+    def first(self, suffixes: tuple[str, ...]) -> _NamedMember | None:
         """The member of the first of `suffixes` that is there."""
         by_suffix = dict(self.members)
         return next((by_suffix[suffix] for suffix in suffixes if suffix in by_suffix), None)
 
 
-def index_tar(file: StoredFile, choice: Choice) -> tuple[list[Record], list[Unused]]:
-    """The samples of a tar in order of their first members, at last what is wrong with the tar, and what is not used.
+def index_tar(file: StoredFile, selection: MemberSelection) -> tuple[list[Record], list[UnusedKind]]:
+    """The samples of a tar in order of their first members, a last one if the tar is damaged, and the unused members.
 
     Raises StorageError where the tar cannot be read.
     """
     reader = TarReader(file)
-    found: list[_Found] = []
+    found: list[_NamedMember] = []
     problem = None
     try:
         for member in reader.members():
-            if (named := _find(reader, member, choice)) is not None:
+            if (named := _find(reader, member, selection)) is not None:
                 found.append(named)
     except DamagedTarError as error:
         problem = str(error)
-    samples = _group(found, choice)
+    samples = _group(found, selection)
     if problem is not None and samples:
         key = next(reversed(samples))
-        if not all(samples[key].first(suffixes) for suffixes in (choice.images, choice.captions)):
-            samples.pop(key)  # the tar broke off in it, which is no further damage
+        if not all(samples[key].first(suffixes) for suffixes in (selection.images, selection.captions)):
+            samples.pop(key)  # the tar ends inside it; the damage to the tar is already reported
     unused = UnusedFiles()
     records = []
     for key, parts in samples.items():
-        record = _record(key, parts, choice)
+        record = _record(key, parts, selection)
         if record is not None:
             records.append(record)
-        _count_unused(parts, record, choice, unused)
-    for name in reader.passed_over:
+        _count_unused(parts, record, selection, unused)
+    for name in reader.skipped_members:
         if _split(name) and (looks_like_image(name) or looks_like_caption(name)):
             unused.add(_LINK, printable(name))
     if problem is None and not records:
-        problem = f"holds no {', '.join(choice.images)} with captions"
+        problem = f"holds no {', '.join(selection.images)} with captions"
     if problem is not None:
         records.append(Record("", (), f"the tar {problem}"))
     return records, unused.list()
 
 
 def _split(name: str) -> tuple[str, str] | None:
-    """A member's name up to its first dot, and what follows; None without a suffix, and for what macOS adds."""
+    """A member's name up to its first dot, and what follows; None without a suffix, and for files that macOS adds."""
     while name.startswith("./"):
         name = name[2:]
     match = _NAME.fullmatch(name)
     return None if match is None or "__MACOSX" in match[1].split("/")[:-1] else (match[1], match[2])
 
 
-def _find(reader: TarReader, member: Member, choice: Choice) -> _Found | None:
+def _find(reader: TarReader, member: Member, selection: MemberSelection) -> _NamedMember | None:
     split = _split(member.name)
     if split is None:
         return None
     path, suffix = ".".join(split), split[1].lower()
-    ending = choice.ending(path) or ""
+    ending = selection.ending(path) or ""
     captions: tuple[str, ...] | str = ()
-    if suffix in choice.captions or ending in choice.captions:
-        captions = _read_captions(reader, member, suffix if suffix in choice.captions else ending, choice)
-    return _Found(path, split[0], suffix, path[: -len(ending) - 1] if ending else "", ending, member, captions)
+    if suffix in selection.captions or ending in selection.captions:
+        captions = _read_captions(reader, member, suffix if suffix in selection.captions else ending, selection)
+    return _NamedMember(path, split[0], suffix, path[: -len(ending) - 1] if ending else "", ending, member, captions)
 
 
-def _read_captions(reader: TarReader, member: Member, suffix: str, choice: Choice) -> tuple[str, ...] | str:
+def _read_captions(reader: TarReader, member: Member, suffix: str, selection: MemberSelection) -> tuple[str, ...] | str:
     if member.size > MAX_TEXT_BYTES:
-        return f".{suffix} has {member.size} bytes; the limit is {MAX_TEXT_BYTES}"
+        return f".{suffix} must have at most {MAX_TEXT_BYTES} bytes, got {member.size}"
     data = reader.read(member.offset, member.size)
     try:
-        return choice.captions_of(suffix, data)
+        return selection.captions_of(suffix, data)
     except ValueError as error:
         return f".{suffix}: {error}"
 
 
-def _group(found: list[_Found], choice: Choice) -> dict[str, _Parts]:
+def _group(found: list[_NamedMember], selection: MemberSelection) -> dict[str, _SampleMembers]:
     """Samples by name, in order of their first members."""
-    chosen = choice.images + choice.captions
+    chosen = selection.images + selection.captions
     has_own = {item.key for item in found if item.suffix in chosen}
     endings: dict[str, set[str]] = {}
     for item in found:
         if item.ending and item.suffix not in chosen:
             endings.setdefault(item.stem, set()).add(item.ending)
-    pairs = {stem for stem, of in endings.items() if of & {*choice.images} and of & {*choice.captions}}
-    samples: dict[str, _Parts] = {}
+    pairs = {stem for stem, of in endings.items() if of & {*selection.images} and of & {*selection.captions}}
+    samples: dict[str, _SampleMembers] = {}
     for item in found:
         key, suffix = item.key, item.suffix
         if suffix not in chosen:
@@ -202,7 +201,7 @@ def _group(found: list[_Found], choice: Choice) -> dict[str, _Parts]:
                 key, suffix = pair, item.path[len(pair) + 1 :].lower()
             elif item.ending and key not in has_own:
                 key, suffix = item.stem, item.ending
-        samples.setdefault(key, _Parts([])).members.append((suffix, item))
+        samples.setdefault(key, _SampleMembers([])).members.append((suffix, item))
     return samples
 
 
@@ -212,9 +211,9 @@ def _longest_start(path: str, stems: set[str]) -> str | None:
     return next((path[:i] for i in dots if path[:i] in stems), None) if stems else None
 
 
-def _record(key: str, parts: _Parts, choice: Choice) -> Record | None:
+def _record(key: str, parts: _SampleMembers, selection: MemberSelection) -> Record | None:
     """The sample of that name; None where it has neither image nor caption."""
-    image, caption = parts.first(choice.images), parts.first(choice.captions)
+    image, caption = parts.first(selection.images), parts.first(selection.captions)
     if image is None and caption is None:
         return None
     key = printable(key)
@@ -223,25 +222,27 @@ def _record(key: str, parts: _Parts, choice: Choice) -> Record | None:
     if len(set(suffixes)) < len(suffixes):
         return Record(key, (), "a member of the same name is in the tar twice")
     if image is None:
-        return Record(key, (), f"no image ({', '.join(choice.images)}) in the tar, {there}")
+        return Record(key, (), f"no image ({', '.join(selection.images)}) in the tar, {there}")
     if caption is None:
-        return Record(key, (), f"no caption ({', '.join(choice.captions)}) in the tar, {there}")
+        return Record(key, (), f"no caption ({', '.join(selection.captions)}) in the tar, {there}")
     if isinstance(caption.captions, str):
         return Record(key, (), printable(caption.captions))
     return Record(key, caption.captions, None, image.member.offset, image.member.size)
 
 
-def _count_unused(parts: _Parts, record: Record | None, choice: Choice, unused: UnusedFiles) -> None:
-    """Count what looks like an image or a caption and is in no sample. A damaged sample names what it has by itself."""
+def _count_unused(
+    parts: _SampleMembers, record: Record | None, selection: MemberSelection, unused: UnusedFiles
+) -> None:
+    """Count members that look like images or captions but are in no sample. A damaged sample names its own."""
     if record is not None and record.reason is not None:
         return
-    used = [] if record is None else [parts.first(choice.images), parts.first(choice.captions)]
+    used = [] if record is None else [parts.first(selection.images), parts.first(selection.captions)]
     for _, item in parts.members:
         name = item.member.name
         if any(item is other for other in used):
             continue
-        if looks_like_image(name) and (record is None or not choice.is_named[0]):
+        if looks_like_image(name) and (record is None or not selection.is_named[0]):
             is_unread = suffix_of(name) in UNREAD_SUFFIXES
             unused.add(unread_kind(name) if is_unread else SECOND_IMAGE if record else _OTHER, printable(name))
-        elif looks_like_caption(name) and (record is None or not choice.is_named[1]):
+        elif looks_like_caption(name) and (record is None or not selection.is_named[1]):
             unused.add(SECOND_CAPTION if record else NO_IMAGE, printable(name))

@@ -5,14 +5,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-READ_SUFFIXES = ("png", "jpg", "jpeg", "webp")
-"""Of images that are read, in small letters."""
-UNREAD_SUFFIXES = (
-    *("apng", "avif", "bmp", "dng", "gif", "heic", "heif", "ico", "j2k", "jfif", "jp2", "jpe", "jxl", "pbm", "pcx"),
-    *("pgm", "pnm", "ppm", "psd", "svg", "tga", "tif", "tiff"),
-)
-"""Of images that are not."""
-CAPTION_SUFFIXES = ("txt", "caption")
+from lmfusion.images.formats import IMAGE_SUFFIXES, UNREAD_SUFFIXES
+
+CAPTION_LIKE_SUFFIXES = ("txt", "caption")
+"""Suffixes of files that are probably captions. JSON files are not among them: most hold something else."""
 NUM_NAMED = 3
 
 NO_IMAGE = "captions without an image of the same name"
@@ -21,11 +17,11 @@ SECOND_CAPTION = "further captions of a sample"
 
 
 @dataclass
-class Unused:
-    """Files of one kind that are not used."""
+class UnusedKind:
+    """The unused files of one kind."""
 
     kind: str
-    """What they are, in words for the user."""
+    """What the files are, in words for the user."""
     count: int
     names: list[str]
     """The first NUM_NAMED of them."""
@@ -33,44 +29,44 @@ class Unused:
 
 @runtime_checkable
 class FileSource(Protocol):
-    """A source that is made of files, and knows which of them it does not use."""
+    """A source that consists of files, and knows which of them it does not use."""
 
-    unused: Sequence[Unused]
+    unused: Sequence[UnusedKind]
 
 
 class UnusedFiles:
-    """Counts files that are not used by their kind."""
+    """Counts unused files by their kind."""
 
     def __init__(self) -> None:
-        self._kinds: dict[str, Unused] = {}
+        self._kinds: dict[str, UnusedKind] = {}
 
     def add(self, kind: str, name: str) -> None:
         """Count the file `name`."""
-        self.merge([Unused(kind, 1, [name])])
+        self.merge([UnusedKind(kind, 1, [name])])
 
-    def merge(self, others: Iterable[Unused]) -> None:
-        """Count what others counted."""
+    def merge(self, others: Iterable[UnusedKind]) -> None:
+        """Add other counts."""
         for other in others:
-            mine = self._kinds.setdefault(other.kind, Unused(other.kind, 0, []))
+            mine = self._kinds.setdefault(other.kind, UnusedKind(other.kind, 0, []))
             mine.count += other.count
             mine.names += other.names[: NUM_NAMED - len(mine.names)]
 
-    def list(self) -> list[Unused]:
+    def list(self) -> list[UnusedKind]:
         """All kinds, in the order of their names."""
         return [self._kinds[kind] for kind in sorted(self._kinds)]
 
 
 def suffix_of(name: str) -> str:
-    """What follows the last dot of a name, in small letters."""
+    """What follows the last dot of a name, in lower case."""
     return name.rpartition(".")[2].lower() if "." in name else ""
 
 
 def looks_like_image(name: str) -> bool:
-    return suffix_of(name) in READ_SUFFIXES + UNREAD_SUFFIXES
+    return suffix_of(name) in IMAGE_SUFFIXES + UNREAD_SUFFIXES
 
 
 def looks_like_caption(name: str) -> bool:
-    return suffix_of(name) in CAPTION_SUFFIXES
+    return suffix_of(name) in CAPTION_LIKE_SUFFIXES
 
 
 def unread_kind(name: str) -> str:
@@ -79,7 +75,7 @@ def unread_kind(name: str) -> str:
 
 
 def describe_unused(source: Any, name: str) -> list[str]:
-    """Lines that tell which files of a source are not used; none where all are. name: what the source is called."""
+    """Lines that say which files of a source are not used; none if all are used. name: of the source."""
     unused = list(source.unused) if isinstance(source, FileSource) else []
     if not unused:
         return []

@@ -1,13 +1,11 @@
-"""Captioned images in tars, as webdataset and img2dataset write them: 0001.jpg and 0001.txt are one sample.
+"""The source `webdataset`: captioned images in tars, where 0001.jpg and 0001.txt are one sample.
 
-A tar is gone through once, for an index of where its images lie and of all captions (`tar_samples.py` has the rules).
-The index is kept beside a local tar (`photos.tar.<digits>.index`), or else in ~/.cache/lmfusion; images are read from
-the tar by their offset. An index is made anew when its tar has changed, or when it is damaged.
+Each tar is read once, for an index of where its images lie and of all captions (`tar_samples.py` has the rules). The
+index is kept beside a local tar (`photos.tar.<digits>.index`), or else in ~/.cache/lmfusion; images are read from the
+tar by their offset. An index is made again when its tar has changed, or when the index is damaged.
 """
 
-import bisect
 import functools
-import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,13 @@ from typing import Any
 from PIL import Image
 
 from lmfusion.data.samples import CaptionedImage
+from lmfusion.data.sources.base import Blocks
 from lmfusion.data.sources.tar_index import Records, Summary, open_records, read_summary, save_index, to_arrays
-from lmfusion.data.sources.tar_samples import Choice, index_tar
-from lmfusion.data.sources.unused_files import Unused, UnusedFiles
-from lmfusion.data.storage.files import StorageError, StoredFile, cached_name, find_files, map_threads, names_of
+from lmfusion.data.sources.tar_samples import MemberSelection, index_tar
+from lmfusion.data.sources.unused_files import UnusedFiles, UnusedKind
+from lmfusion.data.storage.files import StorageError, StoredFile, cached_name, find_files, names_of
 from lmfusion.images.preprocessing import check_file_size, decode_image
+from lmfusion.utils.prefetch import map_threads
 from lmfusion.utils.printing import printable
 
 NUM_INDEXERS = 8
@@ -28,12 +28,12 @@ NUM_OPEN = 4096
 """Indexes mapped into memory at a time; a process may have some 65,000 such maps."""
 
 
-class WebDataset:
+class WebDataset(Blocks):
     """The source `webdataset`: a tar, a glob or brace pattern of tars, or an fsspec address of such.
 
     image: suffix of the members that are images; None: jpg, jpeg, png or webp. caption: suffix of the members that
-    hold captions: "txt" (one a line), "json" (at "caption" or "text"), or "json:KEY"; None: txt, and json where there
-    is none. `tar_samples.py` tells which members belong together; they may lie anywhere in the tar.
+    hold captions: "txt" (one on each line), "json" (at "caption" or "text"), or "json:KEY"; None: txt, or json where
+    there is no txt. `tar_samples.py` says which members belong together; they may lie anywhere in the tar.
 
     A sample without image or caption, and a tar that is damaged or cut off, is one damaged sample each. Raises
     FileNotFoundError where a file is missing, StorageError where one cannot be read, and ValueError where there is no
@@ -41,31 +41,26 @@ class WebDataset:
     """
 
     def __init__(self, path: str, image: str | None = None, caption: str | None = None) -> None:
-        self._choice = Choice.of(image, caption)
+        self._selection = MemberSelection.parse(image, caption)
         self._files = find_files(path, ".tar")
         self._names = [printable(name) for name in names_of(self._files)]
         self._unsaved: dict[int, Records] = {}
         self._records = functools.lru_cache(maxsize=NUM_OPEN)(self._open_records)
         summaries = list(map_threads(self._prepare, range(len(self._files)), NUM_INDEXERS))
-        self.blocks = [summary.num_samples for summary in summaries]
-        """Samples of each tar, the damaged ones included."""
-        self._starts = [0, *itertools.accumulate(self.blocks)]
+        self.set_blocks([summary.num_samples for summary in summaries])
         unused = UnusedFiles()
         for name, summary in zip(self._names, summaries, strict=True):
-            unused.merge(Unused(u.kind, u.count, [f"{name}/{member}" for member in u.names]) for u in summary.unused)
+            unused.merge(
+                UnusedKind(u.kind, u.count, [f"{name}/{member}" for member in u.names]) for u in summary.unused
+            )
         self.unused = unused.list()
-        """Members that look like images or captions and are in no sample."""
+        """Members that look like images or captions but are in no sample."""
         if not any(summary.num_good for summary in summaries):
-            raise ValueError(f"there is no captioned image in {path}: {self._reason(0)}")
-
-    def __len__(self) -> int:
-        return self._starts[-1]
+            raise ValueError(f"{path} must have captioned images, but has none: {self._reason(0)}")
 
     def __getitem__(self, index: int) -> CaptionedImage:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        tar = bisect.bisect_right(self._starts, index) - 1
-        record = self._records(tar)[index - self._starts[tar]]
+        tar, place = self.locate(index)
+        record = self._records(tar)[place]
         sample_id = f"{self._names[tar]}/{record.key}" if record.key else self._names[tar]
         if record.reason is not None:
             raise ValueError(f"{sample_id}: {record.reason}")
@@ -79,7 +74,7 @@ class WebDataset:
             return str(error)
 
     def _prepare(self, tar: int) -> Summary:
-        """What is in a tar, from its index, which is made where it is missing, damaged or out of date."""
+        """The summary of a tar, from its index, which is made if it is missing, damaged or out of date."""
         for path in self._index_paths(tar):
             summary = read_summary(path, self._made_of(tar))
             if summary is not None:
@@ -87,8 +82,8 @@ class WebDataset:
         return self._index(tar)[0]
 
     def _index(self, tar: int) -> tuple[Summary, Records]:
-        """Go through a tar, and keep what is found."""
-        found, unused = index_tar(self._files[tar], self._choice)
+        """Read through a tar, and save its index."""
+        found, unused = index_tar(self._files[tar], self._selection)
         summary = Summary(len(found), sum(record.reason is None for record in found), unused)
         arrays = to_arrays(found)
         records = Records(arrays, len(found))
@@ -105,21 +100,23 @@ class WebDataset:
                 return records
         summary, records = self._index(tar)  # deleted or damaged since the data set was opened
         if summary.num_samples != self.blocks[tar]:
-            raise StorageError(f"{self._files[tar].address} was changed while it was read; run the same command again")
+            raise StorageError(
+                f"{self._files[tar].address} must not change while it is read; run the same command again"
+            )
         return records
 
     def _index_paths(self, tar: int) -> list[Path]:
         """Where the index of a tar may lie, in order of preference."""
         file = self._files[tar]
-        suffix = f".{self._choice.digest}.index"
+        suffix = f".{self._selection.digest}.index"
         cached = cached_name(file.address if not file.is_local else os.path.abspath(file.address), suffix)
         return [Path(file.address + suffix), cached] if file.is_local else [cached]
 
     def _made_of(self, tar: int) -> dict[str, Any]:
         """What identifies the tar, and the settings that its index must have been made with."""
         file = self._files[tar]
-        choice = [list(self._choice.images), list(self._choice.captions), self._choice.key]
-        return {"size": file.size, "version": file.version, "choice": choice}
+        selection = [list(self._selection.images), list(self._selection.captions), self._selection.key]
+        return {"size": file.size, "version": file.version, "choice": selection}
 
 
 def _load_image(file: StoredFile, offset: int, size: int, name: str) -> Image.Image:

@@ -1,9 +1,11 @@
-"""Where do the files of a data set lie? Local paths and fsspec addresses behind one interface: list, read a range.
+"""Lists the files of a data set and reads ranges of their bytes: local paths and fsspec addresses in one interface.
 
     photos.tar, photos/*.tar, photos-{0000..0099}.tar, s3://bucket/photos-{0000..0099}.tar, memory://photos.tar
 
-Local files are read by the operating system alone. Addresses with a protocol need the package fsspec, and mostly that
-of the protocol (s3fs, gcsfs, ...).
+Local files are read with the operating system's calls and not with fsspec, which is optional: os.pread reads a range
+without a file position, so threads can share a file; a file that is gone, not permitted or on a failing disk can be
+told apart by its errno; and the version of a file has nanoseconds. Addresses with a protocol need the package fsspec,
+and mostly that of the protocol (s3fs, gcsfs, ...).
 """
 
 import errno
@@ -16,7 +18,6 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,32 +27,33 @@ from typing import Any, TypeVar
 from PIL import Image
 
 from lmfusion.images.preprocessing import check_file_size, decode_image
+from lmfusion.utils.prefetch import map_threads
 from lmfusion.utils.printing import printable
 
 T = TypeVar("T")
-U = TypeVar("U")
 
 NUM_TRIES = 3
-"""Of one read, local or remote: storage that fails for a moment is not damage."""
+"""Tries of one read, local or remote: storage that fails for a moment is not damage."""
 RETRY_SECONDS = 0.5
-"""Before the second try; each further one waits four times as long."""
+"""Wait before the second try; before each further one it is four times as long."""
 NUM_STATS = 16
-"""Files looked at together when a source is opened: they wait for the network or the disk, not for the processor."""
+"""Threads that look up files when a source is opened. They wait for the network or the disk, not the processor."""
 MAX_FILES = 1_000_000
-"""Of one pattern: a typing error in a brace should not fill the memory."""
+"""Of one pattern: a typing error in a brace must not fill the memory."""
 
 _NO_SUCH_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
-"""Errors of a local file system for a name that leads to no file. Trying again would not help."""
+"""Errors of a local file system for a name without a file. Trying again would not help."""
 _BRACE = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _VERSIONS = ("etag", "ETag", "md5Hash", "generation", "mtime", "LastModified", "last_modified", "updated", "created")
-"""What storages call that which changes with a file; the first that a storage tells counts."""
+"""Names under which storages give what changes when a file does; the first that exists is used."""
 
 
 class StorageError(OSError):
-    """A file that is there but could not be read, however often it was tried.
+    """A file that exists but could not be read in NUM_TRIES tries.
 
-    This is not damage: the next try may succeed, and then a run would see other samples. So the run must stop.
+    This is not damage: if such a sample were skipped and a later try succeeded, a run would see other data than before.
+    So the run must stop.
     """
 
 
@@ -63,10 +65,10 @@ class StoredFile:
     size: int
     """bytes"""
     version: str
-    """Changes when the file does: the time it was modified or its etag, as far as the storage tells."""
+    """Changes when the file does: its modification time or etag, as far as the storage gives one."""
     _filesystem: Any = field(default=None, repr=False, compare=False)
     _path: str = ""
-    """What the file system calls it."""
+    """The path in the file system."""
 
     @property
     def is_local(self) -> bool:
@@ -75,11 +77,11 @@ class StoredFile:
     def read(self, start: int, length: int) -> bytes:
         """Exactly the bytes [start, start + length), with up to NUM_TRIES tries.
 
-        Raises StorageError where that fails, and where the file is gone or shorter than it was; ValueError where it
+        Raises StorageError where reading fails, and where the file is gone or has become shorter; ValueError where it
         never was that long.
         """
         if start + length > self.size:
-            raise ValueError(f"{self.address} ends at byte {self.size}, before what should be read of it does")
+            raise ValueError(f"{self.address} is truncated: it has {self.size} bytes, but must have {start + length}")
         try:
             if self._filesystem is None:
                 data = retry(lambda: _read_local(self.address, start, length), self.address)
@@ -89,11 +91,13 @@ class StoredFile:
         except FileNotFoundError as error:
             raise StorageError(f"{self.address} is gone; it was there when it was opened") from error
         if len(data) != length:
-            raise StorageError(f"{self.address} is shorter than it was when it was opened; run the same command again")
+            raise StorageError(
+                f"{self.address} must not become shorter while it is read; run the same command again, once it is whole"
+            )
         return data
 
     def open(self) -> io.RawIOBase:
-        """A binary file object, unbuffered, that is read by `read`: every range is tried often, and must be whole."""
+        """An unbuffered binary file object. It reads with `read`, so every range is retried, and must be whole."""
         return _OpenedFile(self)
 
 
@@ -123,20 +127,20 @@ class _OpenedFile(io.RawIOBase):
 
 
 def find_files(pattern: str, suffix: str) -> list[StoredFile]:
-    """The files that a path, glob or brace pattern stands for: braces in their order, globs sorted.
+    """The files of a path, glob or brace pattern: braces in their order, globs sorted.
 
-    suffix: what such files end with, to tell the way out in errors. Raises ValueError for a pattern that finds no
+    suffix: of such files, for the examples in errors. Raises ValueError for a pattern that finds no
     file, finds one twice or finds a folder; FileNotFoundError, naming the first of them, for files that are missing.
     """
     addresses: list[_Address] = []
     for expanded in expand_braces(pattern):
         addresses += _find(expanded)
     if not addresses:
-        raise ValueError(f"{pattern} finds no file; it is a path, a glob like photos/*{suffix} or an address")
+        raise ValueError(f"{pattern} must match a file; give a path, a glob like photos/*{suffix} or an address")
     seen: set[str] = set()
     for address, *_ in addresses:
         if address in seen:
-            raise ValueError(f"{pattern} finds {address} twice; name every file once")
+            raise ValueError(f"{pattern} must match each file once, but matches {address} twice")
         seen.add(address)
     files, missing = [], []
     for (address, *_), file in zip(addresses, map_threads(_stat, addresses, NUM_STATS), strict=True):
@@ -153,7 +157,7 @@ def find_files(pattern: str, suffix: str) -> list[StoredFile]:
 
 
 def join(folder: str, name: str) -> str:
-    """The address of the file `name`, a relative path with slashes, below a folder's address."""
+    """The address of the file `name`, a relative path with slashes, in a folder's address."""
     return f"{folder.rstrip('/')}/{name}" if folder else name
 
 
@@ -173,23 +177,23 @@ def stored_file(address: str) -> StoredFile:
 def read_file(path: str | os.PathLike[str], check_size: Callable[[int], None]) -> bytes:
     """A local file as a whole, with up to NUM_TRIES tries. check_size: raises ValueError for a size that is too large.
 
-    Raises ValueError where it is no regular file, FileNotFoundError and its like where there is none, StorageError
-    where it cannot be read.
+    Raises ValueError where it is not a regular file, FileNotFoundError or a similar OSError where there is none,
+    StorageError where it cannot be read.
     """
     return retry(lambda: _read_regular(path, check_size), os.fspath(path))
 
 
 def load_image_file(path: str | os.PathLike[str]) -> Image.Image:
-    """The image in a local file of a data set, as `decode_image` gives it. Raises as `read_file` and `decode_image`."""
+    """The image in a local file of a data set, as `decode_image` returns it. Raises what it and `read_file` raise."""
     name = printable(os.fspath(path))
     return decode_image(read_file(path, partial(check_file_size, name=name)), name)
 
 
 def retry(read: Callable[[], T], address: str) -> T:
-    """What `read` gives, tried again where storage fails.
+    """The result of `read`, which is tried again where storage fails.
 
-    Raises StorageError, naming the address, where it fails to the end, or where reading is not permitted. Errors that
-    are about the file itself (there is none, or it holds something wrong) are raised as they are.
+    Raises StorageError, naming the address, where the last try fails, or where reading is not permitted. Errors about
+    the file itself (it does not exist, or its contents are wrong) are raised as they are.
     """
     failures = Exception if "://" in address else OSError  # storage packages raise exceptions of their own
     wait = RETRY_SECONDS
@@ -208,7 +212,7 @@ def retry(read: Callable[[], T], address: str) -> T:
 
 
 def names_of(files: Iterable[StoredFile]) -> list[str]:
-    """A short name for every file: its path from the deepest folder that all of them lie in."""
+    """A short name for every file: its path in the deepest folder that contains them all."""
     paths = [file.address.split("/") for file in files]
     folders = [path[:-1] for path in paths]
     depth = 0
@@ -220,13 +224,13 @@ def names_of(files: Iterable[StoredFile]) -> list[str]:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a relative path written in a data set stays in its folder. What leads out is never opened."""
+    """Whether a relative path from a data set stays in its folder. Paths that lead out are never opened."""
     parts = re.split(r"[/\\]", name)
     return bool(name) and "\0" not in name and "://" not in name and parts[0] != "" and ".." not in parts
 
 
 def cache_folder() -> Path:
-    """Where indexes of files lie that cannot have them beside themselves."""
+    """The folder for indexes that cannot be written beside their files."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "lmfusion")
 
 
@@ -247,44 +251,27 @@ def expand_braces(pattern: str) -> Iterator[str]:
     for choice in choices:
         count *= len(choice)
     if count > MAX_FILES:
-        raise ValueError(f"{pattern} stands for {count} files; the limit is {MAX_FILES}")
+        raise ValueError(f"{pattern} must expand to at most {MAX_FILES} files, got {count}")
     return ("".join(chosen) for chosen in itertools.product(*choices))
-
-
-def map_threads(function: Callable[[T], U], items: Iterable[T], num_threads: int) -> Iterator[U]:
-    """`function` of every item, in order, at most a few items ahead of what is taken; the first error is raised."""
-    pending = []
-    iterator = iter(items)
-    with ThreadPoolExecutor(num_threads) as pool:
-        try:
-            for item in iterator:
-                pending.append(pool.submit(function, item))
-                if len(pending) > 2 * num_threads:
-                    yield pending.pop(0).result()
-            while pending:
-                yield pending.pop(0).result()
-        finally:
-            for future in pending:
-                future.cancel()
 
 
 def _choices(text: str, pattern: str) -> list[str]:
     if match := _RANGE.fullmatch(text):
         first, last = match.groups()
         if int(first) > int(last):
-            raise ValueError(f"{{{text}}} in {pattern} runs backwards; write the lower number first")
+            raise ValueError(f"{{{text}}} in {pattern} must have the lower number first")
         if int(last) - int(first) >= MAX_FILES:
-            raise ValueError(f"{{{text}}} in {pattern} stands for more than {MAX_FILES} files")
+            raise ValueError(f"{{{text}}} in {pattern} must expand to at most {MAX_FILES} files")
         return [str(i).zfill(len(first)) for i in range(int(first), int(last) + 1)]
     return text.split(",")
 
 
 _Address = tuple[str, Any, str]
-"""What it is called, its fsspec file system (None: local), and the path there."""
+"""The address, its fsspec file system (None: local), and the path there."""
 
 
 def _find(address: str) -> list[_Address]:
-    """The files that an address, which may be a glob, stands for."""
+    """The files of an address, which may be a glob."""
     filesystem, path = _filesystem(address)
     if not any(character in path for character in "*?[") or (filesystem is None and os.path.exists(path)):
         return [(address, filesystem, path)]
@@ -317,25 +304,25 @@ def _stat(where: _Address) -> StoredFile | None:
         except (FileNotFoundError, NotADirectoryError):
             return None
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{address} is a folder or no regular file; name the files, such as {address}/*")
+            raise ValueError(f"{address} must be a regular file; name the files in a folder, such as {address}/*")
         return StoredFile(address, status.st_size, str(status.st_mtime_ns))
     try:
         info = retry(lambda: filesystem.info(path), address)
     except FileNotFoundError:
         return None
     if info.get("type") == "directory":
-        raise ValueError(f"{address} is a folder; name the files, such as {address}/*")
+        raise ValueError(f"{address} must be a file, but is a folder; name the files in it, such as {address}/*")
     if info.get("size") is None:
-        raise ValueError(f"{address}: the storage does not tell its size; it cannot be read by ranges")
+        raise ValueError(f"the storage must give the size of {address}, since it is read by ranges; it gives none")
     version = next((str(info[key]) for key in _VERSIONS if info.get(key) is not None), "")
     return StoredFile(address, int(info["size"]), version, filesystem, path)
 
 
 def _read_local(path: str, start: int, length: int) -> bytes:
-    """Up to `length` bytes of a local file: fewer only where it ends."""
+    """Up to `length` bytes of a local file; fewer only at its end."""
     with open(path, "rb", buffering=0) as file:
         parts = []
-        while length > 0 and (part := os.pread(file.fileno(), length, start)):  # one call may give less than is there
+        while length > 0 and (part := os.pread(file.fileno(), length, start)):  # one call may return less than there is
             parts.append(part)
             start, length = start + len(part), length - len(part)
     return b"".join(parts)
@@ -344,14 +331,14 @@ def _read_local(path: str, start: int, length: int) -> bytes:
 def _read_regular(path: str | os.PathLike[str], check_size: Callable[[int], None]) -> bytes:
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
-        raise ValueError(f"{printable(os.fspath(path))} is no regular file; leave it out")
+        raise ValueError(f"{printable(os.fspath(path))} must be a regular file; leave it out")
     check_size(status.st_size)
     return _read_local(os.fspath(path), 0, status.st_size)
 
 
 @contextmanager
 def _storage_errors(address: str) -> Iterator[None]:
-    """Whatever a storage's own package raises, as OSError that names the address."""
+    """Turn any exception of a storage's package into an OSError that names the address."""
     try:
         yield
     except (FileNotFoundError, ValueError):

@@ -10,12 +10,12 @@ from lmfusion.data.storage.files import StorageError, retry
 
 
 class FoundFile(NamedTuple):
-    """A file, or something else that is no folder."""
+    """A file, or anything else except a folder."""
 
     name: str
     """Path in the folder, with slashes."""
     is_there: bool
-    """False for a link that leads nowhere."""
+    """False for a link without a target."""
 
 
 class _Link(NamedTuple):
@@ -24,10 +24,10 @@ class _Link(NamedTuple):
 
 
 def find_all(folder: Path) -> list[FoundFile]:
-    """All files in a folder and its subfolders, but for hidden ones and those in `__MACOSX`, in order of path.
+    """All files in a folder and its subfolders in order of path, without hidden files and those in `__MACOSX`.
 
-    A link to a folder is followed unless that folder lies inside `folder`, and so is read anyway, or contains it, which
-    would be a circle. Raises StorageError where a folder cannot be read, since its files would silently be missing.
+    A link to a folder is followed, unless that folder lies inside `folder`, and so is read anyway, or contains it,
+    which would be a cycle. Raises StorageError where a folder cannot be read: its files would silently be missing.
     """
     seen = {_identity(os.stat(place)) for place in (folder.resolve(), *folder.resolve().parents)}
     found, links = _walk(folder, "", seen)
@@ -72,7 +72,7 @@ def _entries(place: Path) -> list[os.DirEntry[str]]:
 
 
 def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
-    """What a folder or the target of a link is. None where a link leads nowhere, or in a circle."""
+    """The status of a folder or of the target of a link. None for a link without a target, or to itself."""
     try:
         return retry(lambda: os.stat(entry.path), entry.path)
     except StorageError:

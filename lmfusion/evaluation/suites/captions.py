@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from lmfusion.data.samples import SourceConfig
+from lmfusion.data.config import SourceConfig
 from lmfusion.evaluation.identity import model_digest, values_digest
 from lmfusion.evaluation.metrics.bootstrap import bootstrap
 from lmfusion.evaluation.metrics.caption_metrics import bleu, score_captions

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from PIL import Image
 
-from lmfusion.data.samples import SourceConfig
+from lmfusion.data.config import SourceConfig
 from lmfusion.evaluation.identity import model_digest
 from lmfusion.evaluation.metrics.bootstrap import PERCENTILES, bootstrap
 from lmfusion.evaluation.metrics.extractors import ExtractorConfig, FeatureExtractor, load_extractor

@@ -8,8 +8,8 @@ from typing import Any
 from PIL import Image
 
 from lmfusion.model.modeling import LMFusion
-from lmfusion.synthetic.digit_classifier import Judge
-from lmfusion.synthetic.digits import NAMES, REQUESTS, opening_of, with_article
+from lmfusion.synthetic.digit_classifier import DigitClassifier
+from lmfusion.synthetic.digits import NAMES, REQUESTS, answer_opening, name_with_article
 
 UNSEEN_REQUESTS = (
     "Please draw {}.",
@@ -53,9 +53,11 @@ class Reply:
         return bool(self.before.strip()) and self.read_as == self.digit and named == [NAMES[self.digit]]
 
 
-def request_digits(model: LMFusion, classifier: Judge, requests: Sequence[str], **sampling: Any) -> list[Reply]:
+def request_digits(
+    model: LMFusion, classifier: DigitClassifier, requests: Sequence[str], **sampling: Any
+) -> list[Reply]:
     """The answers to each of `requests` ({} is the digit) for all ten digits. The model decides about images."""
-    prompted = [(request.format(with_article(digit)), digit) for request in requests for digit in range(10)]
+    prompted = [(request.format(name_with_article(digit)), digit) for request in requests for digit in range(10)]
     prompts = [prompt for prompt, _ in prompted]
     answers = model.generate(prompts, chat=True, max_images=1, max_new_tokens=MAX_NEW_TOKENS, **sampling)
     replies = []
@@ -63,16 +65,16 @@ def request_digits(model: LMFusion, classifier: Judge, requests: Sequence[str], 
         first = next((i for i, part in enumerate(answer.parts) if not isinstance(part, str)), len(answer.parts))
         before, after = ("".join(map(str, parts)) for parts in (answer.parts[:first], answer.parts[first + 1 :]))
         image = answer.images[0] if answer.images else None
-        replies.append(Reply(prompt, digit, before, image, after, classifier.read([image])[0] if image else None))
+        replies.append(Reply(prompt, digit, before, image, after, classifier.classify([image])[0] if image else None))
     return replies
 
 
 def openings_as_taught(model: LMFusion) -> float:
     """The share of training requests that the base LLM, without images, begins to answer as the training data do."""
-    prompted = [(request.format(with_article(digit)), digit) for request in REQUESTS for digit in range(10)]
+    prompted = [(request.format(name_with_article(digit)), digit) for request in REQUESTS for digit in range(10)]
     answers = model.generate([prompt for prompt, _ in prompted], chat=True, max_new_tokens=8, batch_size=len(prompted))
     as_taught = [
-        str(answer).startswith(opening_of(digit)) for answer, (_, digit) in zip(answers, prompted, strict=True)
+        str(answer).startswith(answer_opening(digit)) for answer, (_, digit) in zip(answers, prompted, strict=True)
     ]
     return sum(as_taught) / len(as_taught)
 

@@ -8,7 +8,7 @@ from PIL import Image
 from lmfusion.experiments.demo.chat_eval import Reply
 from lmfusion.reports.charts import Line, Panel, line_charts
 from lmfusion.reports.pages import ReportImage, data_uri, embedded, render_template
-from lmfusion.synthetic.digits import with_article
+from lmfusion.synthetic.digits import name_with_article
 
 CURVES = {
     "diffusion_loss": "diffusion loss (images)",
@@ -137,7 +137,7 @@ def _conversation(title: str, replies: Sequence[Reply]) -> dict[str, Any]:
 
 def _wording(reply: Reply) -> str:
     """The request without its digit."""
-    return reply.request.replace(with_article(reply.digit), "...")
+    return reply.request.replace(name_with_article(reply.digit), "...")
 
 
 def _shown(reply: Reply) -> dict[str, Any]:

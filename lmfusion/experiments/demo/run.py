@@ -21,7 +21,7 @@ from lmfusion.model.modeling import LMFusion
 from lmfusion.model.verification import verify
 from lmfusion.reports.charts import check_matplotlib
 from lmfusion.reports.pictures import save_picture
-from lmfusion.synthetic.digit_classifier import Judge, pictures
+from lmfusion.synthetic.digit_classifier import DigitClassifier, images_of
 from lmfusion.synthetic.digits import NAMES, REQUESTS, Digits, caption_of
 from lmfusion.training.config import load_config
 from lmfusion.training.trainer import Trainer
@@ -62,14 +62,14 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
 
     # The report shows the saved model, loaded as a user would load it
     model = LMFusion.from_pretrained(trainer.folder / "model").to(model.device)  # type: ignore[arg-type]
-    classifier = Judge()
+    classifier = DigitClassifier()
     with _stage("generate", times):
         requested = [digit for digit in range(10) for _ in range(IMAGES_PER_DIGIT)]
         images = model.draw([caption_of(digit) for digit in requested], **SAMPLING)
-    num_right = sum(read == digit for read, digit in zip(classifier.read(images), requested, strict=True))
+    num_right = sum(read == digit for read, digit in zip(classifier.classify(images), requested, strict=True))
     with _stage("caption", times):
         held_out = Digits("test")
-        held_out_images = pictures(held_out)
+        held_out_images = images_of(held_out)
         written = model.caption(held_out_images, max_new_tokens=8, batch_size=64)
     expected = [caption_of(digit) for digit in held_out.labels]
     examples = list(zip(held_out_images, expected, written, strict=True))
@@ -104,7 +104,7 @@ def run_demo(output: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any
         "versions": versions(PACKAGES),
     }
     training = Digits("train")
-    real = _by_digit(pictures(training), training.labels)
+    real = _by_digit(images_of(training), training.labels)
     generated = _by_digit(images, requested)
     page = render_report(
         summary,

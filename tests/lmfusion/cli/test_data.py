@@ -12,7 +12,7 @@ from lmfusion.cli import main
 from lmfusion.data import CaptionedImage, Interleaved, Latents
 from lmfusion.data.inspect import by_reason, contact_sheet, read_all
 from lmfusion.data.pipeline.documents import SkippedSample
-from tests.lmfusion.data.pipeline.rows import Listed, captioned
+from tests.lmfusion.data.pipeline.loaders import Listed, captioned
 from tests.lmfusion.data.storage.stored import encoded, pairs, tar_bytes
 
 
@@ -88,7 +88,7 @@ def test_a_sheet_of_documents_and_of_latents():
     assert (sheet == (200, 0, 0)).all(-1).sum() == 2 * 40 * 40 and sheet.shape[1] == 3 * 46 + 6
     latents = Latents(torch.zeros(1, 4, 4), None)
     source = Listed([CaptionedImage("e", lambda: latents, (np.array([1, 2], np.int32),))])
-    with pytest.raises(ValueError, match="show them by a recipe"):
+    with pytest.raises(ValueError, match="give a recipe"):
         contact_sheet(source, 1)
     read = []
     decoders = dict(decode_latents=lambda x: load(), decode_tokens=lambda ids: read.append(ids.tolist()) or "words")
@@ -159,13 +159,13 @@ def test_count_without_a_recipe(folder, capsys):
 def test_count_with_a_recipe_agrees_with_hand_counting(recipe, capsys):
     assert main(["data", "count", str(recipe), "data.caption_drop=0", "data.image_first=0"]) == 0
     out = capsys.readouterr().out
-    # Seven samples with a text: bos, 9 bytes of caption, BOI, 16 rows of image, EOI; four of them in 128 slots
+    # Seven samples with a text: bos, 9 bytes of caption, BOI, 16 rows of image, EOI; four of them in 128 tokens
     assert "one epoch, of 8 samples, from 8 that were read" in out
     for line in (
         "tokens      196",
         "  of text   84, with bos, BOI and EOI",
         "  of images 112",
-        "rows        2 of 128 slots",
+        "sequences   2 of 128 tokens",
         f"packing     {100 * 196 / 256:.2f} %",
         "cut         0 documents",
         "damaged     1 samples",
@@ -205,7 +205,7 @@ def test_a_latent_cache_is_shown_checked_and_counted_like_its_images(recipe, fol
         assert sheet.width == 2 * 198 + 6
     assert main(["data", "show", f"latents={folder}/cache", "--output", output]) == 2
     assert main(["data", "show", str(recipe), latents, "model.codec.channels=3", "--output", output]) == 2
-    assert "show them by a recipe" in capsys.readouterr().err
+    assert "give a recipe" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_a_latent_cache_is_shown_checked_and_counted_like_its_images(recipe, fol
         (["count", "digits", "--samples", "9"], "--samples needs a recipe"),
         (["count", "{recipe}", "--image", "jpg"], "--image and --caption need kind=path"),
         (["count", "{recipe}", "data.row_token=3"], "unknown key data.row_token"),
-        (["check", "folder={folder}", "--image", "jpg"], "image names a member or column"),
+        (["check", "folder={folder}", "--image", "jpg"], "image must only be set for webdataset and parquet"),
     ],
 )
 def test_bad_arguments(recipe, folder, capsys, arguments, message):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lmfusion.data import DataConfig, SourceConfig, load_source
-from lmfusion.data.samples import split_indices
+from lmfusion.data.pipeline.order import split_indices
 from lmfusion.synthetic.digits import Digits, caption_of
 from lmfusion.utils.config_values import from_values, to_values
 
@@ -27,7 +27,7 @@ def test_split_is_a_function_of_size_and_share():
     assert split_indices(10, "test", 0.2) == split_indices(10, "test", 0.2)
     assert sorted(split_indices(10, "train", 0.2) + split_indices(10, "test", 0.2)) == list(range(10))
     assert len(split_indices(10, "test", 0.2)) == 2
-    with pytest.raises(ValueError, match="unknown split 'valid'"):
+    with pytest.raises(ValueError, match="split must be one of train, test, got 'valid'"):
         split_indices(10, "valid", 0.2)
 
 
@@ -50,14 +50,17 @@ def test_openmoji():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"kind": "imagenet"}, "unknown kind of data source 'imagenet'; known: digits"),
-        ({"kind": "folder"}, "the other kinds of source need one"),
-        ({"kind": "digits", "path": "x"}, "digits, digit_conversations, openmoji, shapes, shape_edits take no path"),
-        ({"kind": "digits", "split": "valid"}, "unknown split 'valid'; known: train, test"),
+        ({"kind": "imagenet"}, "kind of a data source must be one of digits, .*, got 'imagenet'"),
+        ({"kind": "folder"}, "a path is required, .* kind 'folder' got none"),
+        ({"kind": "digits", "path": "x"}, "except for digits, .*, shape_edits, which take none; kind 'digits' got 'x'"),
+        ({"kind": "digits", "split": "valid"}, "split must be one of train, test, got 'valid'"),
         ({"kind": "folder", "path": "x", "split": "test"}, "'folder' has no held-out split"),
-        ({"kind": "digits", "weight": 0}, "weight of a source is 0; it must be a positive number"),
-        ({"kind": "digits", "weight": float("nan")}, "weight of a source is nan"),
-        ({"kind": "folder", "path": "x", "caption": "txt"}, "caption names a member or column .* not of 'folder'"),
+        ({"kind": "digits", "weight": 0}, "weight of a source must be a positive number, got 0"),
+        ({"kind": "digits", "weight": float("nan")}, "weight of a source must be a positive number, got nan"),
+        (
+            {"kind": "folder", "path": "x", "caption": "txt"},
+            "caption must only be set for .* of kind 'folder'",
+        ),
     ],
 )
 def test_bad_source_config(fields, message):
@@ -69,13 +72,13 @@ def test_bad_source_config(fields, message):
     ("fields", "message"),
     [
         ({"sources": []}, r"data\.sources is empty"),
-        ({"image_first": 1.5}, r"data\.image_first is 1\.5; it is a share"),
-        ({"caption_drop": -0.1}, r"data\.caption_drop is -0\.1"),
-        ({"max_damaged": float("nan")}, r"data\.max_damaged is nan"),
-        ({"num_workers": -1}, r"data\.num_workers is -1; it is 0 or more"),
-        ({"seq_len": 0}, r"data\.seq_len is 0; it is 1 or more"),
-        ({"pack_window": 0}, r"data\.pack_window is 0"),
-        ({"shuffle_blocks": 0}, r"data\.shuffle_blocks is 0"),
+        ({"image_first": 1.5}, r"data\.image_first must be a share between 0 and 1, got 1\.5"),
+        ({"caption_drop": -0.1}, r"data\.caption_drop must be .*, got -0\.1"),
+        ({"max_damaged": float("nan")}, r"data\.max_damaged must be .*, got nan"),
+        ({"num_workers": -1}, r"data\.num_workers must be at least 0, got -1"),
+        ({"seq_len": 0}, r"data\.seq_len must be at least 1, got 0"),
+        ({"pack_window": 0}, r"data\.pack_window must be at least 1, got 0"),
+        ({"shuffle_blocks": 0}, r"data\.shuffle_blocks must be at least 1, got 0"),
     ],
 )
 def test_bad_data_config(fields, message):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lmfusion.data.samples import SourceConfig
+from lmfusion.data.config import SourceConfig
 from lmfusion.evaluation.references import CocoConfig, References, check_references, load_references, read_coco
 from tests.lmfusion.evaluation.coco_layout import NUM_IMAGES, save_coco
 

@@ -10,11 +10,11 @@ def poison(trainer, number):
     def steps(state, num_steps):
         for i, step in enumerate(real(state, num_steps), trainer.step + 1):
             if i == number:
-                batch = step.rows[-1]
+                batch = step.batches[-1]
                 latents = batch.latents.clone()
                 latents[1] = float("nan")
                 poisoned.append(batch.sample_ids[1])
-                step = replace(step, rows=[*step.rows[:-1], replace(batch, latents=latents)])
+                step = replace(step, batches=[*step.batches[:-1], replace(batch, latents=latents)])
             yield step
 
     trainer.loader.steps = steps

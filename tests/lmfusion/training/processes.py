@@ -116,7 +116,7 @@ def write_digests(folder):
         with open(folder / f"{os.getpid()}.jsonl", "w", encoding="utf-8") as file:
             for step in real(self, state, num_steps):
                 after = [step.state.window, step.state.row]
-                file.write(json.dumps([after, [digest(batch) for batch in step.rows]]) + "\n")
+                file.write(json.dumps([after, [digest(batch) for batch in step.batches]]) + "\n")
                 file.flush()
                 yield step
 

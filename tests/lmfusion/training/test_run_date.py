@@ -67,7 +67,7 @@ def talking(config, tiny_llama, tmp_path):
 def words(run):
     trainer = Trainer(run)
     [step] = trainer.loader.steps(trainer.progress.loader, 1)
-    return trainer.model.tokenizer.decode(step.rows[0].token_ids.clamp(max=258))
+    return trainer.model.tokenizer.decode(step.batches[0].token_ids.clamp(max=258))
 
 
 def test_a_run_resumed_on_another_day_equals_an_unbroken_one(talking, set_day):
@@ -113,7 +113,9 @@ def test_a_latent_cache_keeps_its_date_and_variables(tmp_path, tokenizer, set_da
     assert tokenizer.decode(utterances[0].what).startswith("Today is 26 Jul 2024.")
     loader([encoded(tmp_path / "cache")], codec, tokenizer)  # whatever the day
     monkeypatch.setattr("tests.lmfusion.data.latent_cache.caches.PackedLoader", with_variables(enable_thinking=False))
-    with pytest.raises(ValueError, match=r"made with the template variables {}, and the model has {'enable_thinking'"):
+    with pytest.raises(
+        ValueError, match=r"must be {}, with which the latent cache .* was made, got {'enable_thinking'"
+    ):
         loader([encoded(tmp_path / "cache")], codec, tokenizer)
 
 

@@ -217,7 +217,7 @@ def test_damaged_images_are_skipped_and_counted_once(train, tmp_path):
 
 def test_too_many_damaged_images_end_the_run_with_a_checkpoint(train, tmp_path):
     folder = {"data__sources": folder_with_a_broken_image(tmp_path / "images", num_good=1)}
-    with pytest.raises(ValueError, match=r"11 of \d+ samples are damaged, more than data\.max_damaged, 0\.01"):
+    with pytest.raises(ValueError, match=r"at most data\.max_damaged, 0\.01, got 11 of \d+ samples"):
         train("run", **folder, train__batch_size=2)
     assert checkpoint.list_steps(tmp_path / "run" / "checkpoints") == [8, 11]
     assert train("run", **folder, train__batch_size=2, data__max_damaged=0.6).step == 12

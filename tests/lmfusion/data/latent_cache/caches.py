@@ -97,16 +97,16 @@ def loader(sources, codec_config, tokenizer, **fields):
     )
 
 
-def read(row_loader, num_steps):
-    return list(row_loader.steps(LoaderState(), num_steps))
+def read(packed_loader, num_steps):
+    return list(packed_loader.steps(LoaderState(), num_steps))
 
 
 def assert_same_steps(direct, cached):
     """Every number of every row, and what was left out and why, whatever the sources are called."""
     for one, other in zip(direct, cached, strict=True):
-        assert replace(one, rows=[], damaged=()) == replace(other, rows=[], damaged=())
+        assert replace(one, batches=[], damaged=()) == replace(other, batches=[], damaged=())
         assert [damage.reason for damage in one.damaged] == [damage.reason for damage in other.damaged]
-        for row, twin in zip(one.rows, other.rows, strict=True):
+        for row, twin in zip(one.batches, other.batches, strict=True):
             assert row.sample_ids == twin.sample_ids
             assert row.layout.num_tokens == twin.layout.num_tokens
             for name in TENSORS:

@@ -11,7 +11,8 @@ import yaml
 
 from lmfusion.cli import main
 from lmfusion.data import SourceConfig, load_source
-from lmfusion.data.latent_cache.reader import LatentShards, tokenizer_sha256
+from lmfusion.data.latent_cache.format import tokenizer_sha256
+from lmfusion.data.latent_cache.reader import LatentShards
 from lmfusion.images.preprocessing import to_tensor
 from lmfusion.model.codec import CodecConfig, load_codec
 from lmfusion.training.config import RunConfig
@@ -59,7 +60,7 @@ def test_a_mixture_with_documents_in_blocks(tmp_path, tokenizer, autoencoder, nu
     caches = [encoded(tmp_path / "cache/0", weight=2.0), encoded(tmp_path / "cache/1")]
     options = {"shuffle_blocks": 1, "num_workers": num_workers}
     direct = read(loader(mixed, autoencoder, tokenizer, **options), 25)
-    assert any(row.num_images > len(row.sample_ids) for step in direct for row in step.rows)
+    assert any(row.num_images > len(row.sample_ids) for step in direct for row in step.batches)
     assert_same_steps(direct, read(loader(caches, autoencoder, tokenizer, **options), 25))
 
 
@@ -133,14 +134,14 @@ def test_variance_draws_what_the_images_draw(tmp_path, tokenizer, autoencoder):
         direct, read(loader([encoded(tmp_path / "cache")], autoencoder, tokenizer, sample_latents=True), 10)
     )
     mean = read(loader([encoded(tmp_path / "cache")], autoencoder, tokenizer), 1)
-    assert not torch.equal(mean[0].rows[0].latents, direct[0].rows[0].latents)
+    assert not torch.equal(mean[0].batches[0].latents, direct[0].batches[0].latents)
 
 
 def test_without_variance_none_is_drawn(tmp_path, tokenizer, autoencoder):
     encode(write_folder(tmp_path / "images"), tmp_path / "cache", autoencoder, tokenizer)
     with pytest.raises(ValueError, match="--variance"):
         read(loader([encoded(tmp_path / "cache")], autoencoder, tokenizer, sample_latents=True), 1)
-    with pytest.raises(ValueError, match="'pixels' has no posterior"):
+    with pytest.raises(ValueError, match="codec with a posterior, got 'pixels'"):
         encode(SourceConfig("digits"), tmp_path / "other", PIXELS, tokenizer, keep_std=True)
 
 
@@ -171,7 +172,7 @@ def test_images_in_batches_are_close(tmp_path, tokenizer, autoencoder):
 def test_latents_that_a_dtype_cannot_hold_are_named(tmp_path, tokenizer):
     codec = save_autoencoder(tmp_path / "vae", scaling_factor=1e7)
     source = write_folder(tmp_path / "images", damaged=())
-    with pytest.raises(ValueError, match=r"sample 000\.png: its latents are not finite as float16"):
+    with pytest.raises(ValueError, match=r"latents of sample 000\.png must be finite as float16"):
         encode(source, tmp_path / "cache", codec, tokenizer, dtype="float16")
     encode(source, tmp_path / "bfloat16", codec, tokenizer, dtype="bfloat16")
 
@@ -182,9 +183,9 @@ def test_another_codec_is_refused(tmp_path, tokenizer, autoencoder):
     encode(source, tmp_path / "cache", autoencoder, tokenizer)
     rescaled = save_autoencoder(tmp_path / "rescaled", scaling_factor=0.3, shift_factor=0.5)
     for codec, message in (
-        (replace(autoencoder, image_size=16), "codec.image_size was 8, is 16"),
-        (PIXELS, "codec.kind was 'autoencoder_kl', is 'pixels'"),
-        (rescaled, "codec.settings_sha256 was "),  # the same weights
+        (replace(autoencoder, image_size=16), "codec.image_size must be 16, got 8"),
+        (PIXELS, "codec.kind must be 'pixels', got 'autoencoder_kl'"),
+        (rescaled, "codec.settings_sha256 must be "),  # the same weights
     ):
         with pytest.raises(ValueError, match=message):
             loader(cache, codec, tokenizer)
@@ -203,11 +204,11 @@ def test_another_tokenizer_or_preprocessing_is_refused(tmp_path, tokenizer, monk
     other(["a", "bcd"], padding=False, truncation=True, max_length=2)  # leaves traces in its backend
     assert tokenizer_sha256(other) == tokenizer_sha256(tokenizer)
     other.add_tokens(["image"])
-    with pytest.raises(ValueError, match="tokenizer_sha256 was "):
+    with pytest.raises(ValueError, match="tokenizer_sha256 must be "):
         cache.check_made_with(load_codec(PIXELS), other)
     nearest = lambda source, size, channels=3: torch.zeros(channels, size, size)  # noqa: E731
-    monkeypatch.setattr("lmfusion.data.latent_cache.reader.to_tensor", nearest)
-    with pytest.raises(ValueError, match="preprocessing_sha256 was "):
+    monkeypatch.setattr("lmfusion.data.latent_cache.format.to_tensor", nearest)
+    with pytest.raises(ValueError, match="preprocessing_sha256 must be "):
         cache.check_made_with(load_codec(PIXELS), tokenizer)
 
 
@@ -218,26 +219,28 @@ def save(tokenizer, folder):
 
 def test_too_much_damage_stops(tmp_path, tokenizer):
     source = write_folder(tmp_path / "images")
-    with pytest.raises(ValueError, match=r"1 of 5 samples are damaged, more than data\.max_damaged, 0\.0.*000?4\.png"):
+    with pytest.raises(ValueError, match=r"at most data\.max_damaged, 0, got 1 of 5 samples.*000?4\.png"):
         encode(source, tmp_path / "cache", PIXELS, tokenizer, max_damaged=0.0)
     assert not list((tmp_path / "cache").glob("shard*"))
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path, tokenizer):
     source = write_folder(tmp_path / "images", num=6, damaged=())
-    with pytest.raises(ValueError, match=r"holds other files \(000\.png\)"):
+    with pytest.raises(ValueError, match=r"must be empty, but .* holds 000\.png"):
         encode(source, tmp_path / "images", PIXELS, tokenizer)
     encode(source, tmp_path / "cache", PIXELS, tokenizer)
     before = {path.name: path.read_bytes() for path in (tmp_path / "cache").iterdir()}
     for options, message in (
-        ({"dtype": "float16"}, "dtype was 'float32', is 'float16'"),
-        ({"shard_samples": 3}, "shard_samples was 7, is 3"),
+        ({"dtype": "float16"}, "dtype must be 'float16', got 'float32'"),
+        ({"shard_samples": 3}, "shard_samples must be 3, got 7"),
     ):
         with pytest.raises(ValueError, match=message):
             encode(source, tmp_path / "cache", PIXELS, tokenizer, **options)
-    with pytest.raises(ValueError, match=r"source\.kind was 'folder', is 'digits'.*num_samples was 6, is 14"):
+    with pytest.raises(
+        ValueError, match=r"source\.kind must be 'digits', got 'folder'.*num_samples must be 14\d*, got 6"
+    ):
         encode(SourceConfig("digits"), tmp_path / "cache", PIXELS, tokenizer)
-    with pytest.raises(ValueError, match="is a latent cache already"):
+    with pytest.raises(ValueError, match=r"must hold images, but .* is a latent cache"):
         encode(encoded(tmp_path / "cache"), tmp_path / "again", PIXELS, tokenizer)
     (tmp_path / "images").rename(tmp_path / "moved")
     encode(replace(source, path=str(tmp_path / "moved")), tmp_path / "cache", PIXELS, tokenizer)
@@ -277,7 +280,7 @@ def test_command(tmp_path, tiny_llama, tokenizer, capsys):
     assert main(["encode", recipe(tmp_path, tiny_llama, sources[:1]), str(tmp_path / "one"), "--dtype", "float16"]) == 0
     assert json.loads((tmp_path / "one/manifest.json").read_text())["plan"]["dtype"] == "float16"
     assert main(["encode", path, str(tmp_path / "none"), "--variance"]) == 2
-    assert "no posterior" in capsys.readouterr().err
+    assert "codec with a posterior" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("sample_latents", [False, True])

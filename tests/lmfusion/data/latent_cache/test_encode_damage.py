@@ -112,8 +112,8 @@ def test_a_damaged_image_is_left_out_and_the_rest_is_trained_on(cache, tmp_path,
     lost = {d.sample_id: d.reason for step in steps for d in step.damaged if "was written" in d.reason}
     assert list(lost) == ["005.png"] and "the latents of sample 5 are not what was written" in lost["005.png"]
     for now, was in zip(steps, whole, strict=True):
-        kept = [sample_id for row in was.rows for sample_id in row.sample_ids if sample_id != "005.png"]
-        assert [sample_id for row in now.rows for sample_id in row.sample_ids] == kept
+        kept = [sample_id for row in was.batches for sample_id in row.sample_ids if sample_id != "005.png"]
+        assert [sample_id for row in now.batches for sample_id in row.sample_ids] == kept
 
 
 @pytest.mark.parametrize("name", ["token_ids", "first_token", "parts", "kinds", "sample_ids", "checksums"])
@@ -131,7 +131,9 @@ def test_a_shard_of_another_size_is_refused(cache, tmp_path, change):
     path = tmp_path / "cache/shard-00000002.safetensors"
     data = path.read_bytes()
     path.write_bytes(change(data))
-    with pytest.raises(ValueError, match=rf"{path.name} is damaged: it has {len(change(data))} bytes, not {len(data)}"):
+    with pytest.raises(
+        ValueError, match=rf"{path.name} is damaged: it must have {len(data)} bytes, got {len(change(data))}"
+    ):
         LatentShards(tmp_path / "cache")
     path.unlink()
     with pytest.raises(ValueError, match=rf"{path.name} is damaged: it is missing; copy it again"):
@@ -139,12 +141,12 @@ def test_a_shard_of_another_size_is_refused(cache, tmp_path, change):
 
 
 def test_an_unfinished_cache_is_told(cache, tmp_path):
-    with pytest.raises(ValueError, match=r"no finished latent cache.*lmfusion encode"):
+    with pytest.raises(ValueError, match=r"must be a finished latent cache.*lmfusion encode"):
         LatentShards(tmp_path)
     shutil.copytree(cache, tmp_path / "cache")
     manifest = json.loads((cache / "manifest.json").read_text())
     (tmp_path / "cache/manifest.json").write_text(json.dumps({**manifest, "format": 2}))
-    with pytest.raises(ValueError, match="has format 2; this version of lmfusion reads 1"):
+    with pytest.raises(ValueError, match="must be 1, got 2"):
         LatentShards(tmp_path / "cache")
     (tmp_path / "cache/manifest.json").write_text(json.dumps({**manifest, "num_images": 99}))
     with pytest.raises(ValueError, match="do not have the sha256"):

@@ -172,7 +172,7 @@ def test_a_full_disk_is_told_and_overcome(tmp_path, encode_to, expected, monkeyp
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("lmfusion.data.latent_cache.encode.save_file", full)
+        patch.setattr("lmfusion.data.latent_cache.encode.save", full)
         with pytest.raises(OSError, match=r"shard-00000000.*No space left on device; make room"):
             encode_to(tmp_path / "cache")
     encode_to(tmp_path / "cache")

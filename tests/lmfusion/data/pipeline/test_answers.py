@@ -36,9 +36,9 @@ def prompts(tokenizer, messages, **variables):
 
 ENDS = {"INST": "</s>", "headers": "<|eot_id|>", "turns": "<end_of_turn>"}
 PAIRS = [
-    ("SampleRef it.", "Here it is."),
-    ("SampleRef it.", "Here.", "And more?", "No more."),
-    (" SampleRef it.\n", "\n\n  Here. \n", "And\n", " No more "),
+    ("Draw it.", "Here it is."),
+    ("Draw it.", "Here.", "And more?", "No more."),
+    (" Draw it.\n", "\n\n  Here. \n", "And\n", " No more "),
     ("a</s>b", "c<|im_end|>d", "e<|eot_id|>f", "<|im_start|>g"),
 ]
 
@@ -64,7 +64,7 @@ def test_answers_come_after_what_generation_reads(shape, contents):
 @pytest.mark.parametrize(("variables", "block"), [({}, ""), ({"enable_thinking": False}, "<think>\n\n</think>\n\n")])
 def test_a_think_block_is_there_where_a_prompt_has_it(variables, block):
     tokenizer = tokenizer_with(SHAPES["thinking"])
-    messages = turns("SampleRef it.", "Here.", "More?", "No.")
+    messages = turns("Draw it.", "Here.", "More?", "No.")
     found = learned(tokenizer, messages, **variables)
     assert found[-1] == (prompts(tokenizer, messages, **variables)[-1], "No.<|im_end|>")
     assert tokenizer.decode(found[-1][0]).endswith(f"<|im_start|>assistant\n{block}")

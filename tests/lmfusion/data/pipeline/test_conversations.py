@@ -14,7 +14,7 @@ from lmfusion.data.sources.interleaved import InterleavedFiles
 from lmfusion.model.batch import IGNORED, SpecialTokens
 from lmfusion.model.codec import CodecConfig
 from lmfusion.model.diffusion import DiffusionConfig
-from lmfusion.synthetic.digits import NAMES, PLAIN, REQUESTS, SYSTEM_PROMPT, Digits
+from lmfusion.synthetic.digits import NAMES, QUESTIONS, REQUESTS, SYSTEM_PROMPT, Digits
 from lmfusion.text.chat import encode_chat
 from tests.lmfusion.conftest import build_tokenizer
 from tests.lmfusion.data.latent_cache.caches import assert_same_steps, encode, loader, read
@@ -43,10 +43,8 @@ def talk(*turns):
     return tuple({"role": role, "content": content} for role, *content in turns)
 
 
-DRAWING = talk(("user", "SampleRef it."), ("assistant", "Here:", no_image, "Done."))
-DESCRIBING = talk(
-    ("user", no_image, "What?"), ("assistant", "A cat."), ("user", "SampleRef it."), ("assistant", no_image)
-)
+DRAWING = talk(("user", "Draw it."), ("assistant", "Here:", no_image, "Done."))
+DESCRIBING = talk(("user", no_image, "What?"), ("assistant", "A cat."), ("user", "Draw it."), ("assistant", no_image))
 
 
 def plan(sample, tokenizer=TOKENIZER, **fields):
@@ -84,7 +82,7 @@ def test_every_turn_of_the_assistant_is_learned_and_nothing_else():
 
 
 def test_training_reads_what_generation_does():
-    prompt = talk(("user", "SampleRef it."))
+    prompt = talk(("user", "Draw it."))
     read = encode_chat(TOKENIZER, prompt)[0]
     whole = plan(Conversation("a", DRAWING)).document
     assert list(whole.token_ids[: len(read)]) == read
@@ -122,7 +120,7 @@ def test_long_conversations_are_cut_like_other_documents():
 @pytest.mark.parametrize(
     ("sample", "tokenizer", "reason"),
     [
-        (Conversation("a", talk(("user", "hello"))), TOKENIZER, "the assistant says nothing"),
+        (Conversation("a", talk(("user", "hello"))), TOKENIZER, "must have a message of the assistant"),
         (Conversation("a", ()), TOKENIZER, "give a list of at least one message"),
         (Conversation("a", DRAWING), build_tokenizer(), "the tokenizer has no chat template"),
     ],
@@ -174,7 +172,7 @@ def test_lines_with_messages_are_conversations_beside_documents(folder):
     ("line", "message"),
     [
         ({"messages": "hello"}, "the line must be an object like"),
-        ({"messages": [], "content": ["a"]}, "it has more than one of content, messages"),
+        ({"messages": [], "content": ["a"]}, "must have only one of content, messages"),
         ({"messages": ["hello"]}, "every message must have a role, one of system, user, assistant"),
         (
             {"messages": [{"role": "tool", "content": "x"}]},
@@ -182,7 +180,7 @@ def test_lines_with_messages_are_conversations_beside_documents(folder):
         ),
         ({"messages": [{"role": "user"}]}, "the content of the user's message must be a text"),
         ({"messages": [{"role": "user", "content": " "}]}, "content is empty"),
-        ({"messages": [{"role": "user", "content": [{"image": "../x.jpg"}]}]}, "leads out of the folder"),
+        ({"messages": [{"role": "user", "content": [{"image": "../x.jpg"}]}]}, "must stay in the folder"),
         ({"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "content must hold texts"),
     ],
 )
@@ -209,9 +207,9 @@ def test_a_latent_cache_gives_the_same_rows(folder):
     )
     assert_same_steps(direct, cached)
     reasons = {damage.reason.split(": ")[-1] for step in cached for damage in step.damaged}
-    assert "the assistant says nothing in this conversation; there is nothing to learn from it" in reasons
+    assert "a conversation must have a message of the assistant to learn from" in reasons
     assert any("bad.jpg" in damage.reason for step in cached for damage in step.damaged)
-    assert sum(row.num_images for step in cached for row in step.rows) > 20
+    assert sum(row.num_images for step in cached for row in step.batches) > 20
 
 
 # The digits
@@ -224,14 +222,14 @@ def test_every_digit_is_asked_for_in_every_way():
     place = digits.labels.index(8)
     system, asked, answer = source[place * of_each].messages
     assert system == {"role": "system", "content": (SYSTEM_PROMPT,)}
-    assert asked["content"] == ("SampleRef an eight, then say what you drew.",)
+    assert asked["content"] == ("Draw an eight, then say what you drew.",)
     opening, load_image, closing = answer["content"]
     assert (opening, closing) == ("Here is an eight:", "I drew a handwritten eight.")
     assert np.array_equal(np.asarray(load_image()), np.asarray(digits[place].load_image()))
     closings = [source[i].messages[2]["content"][-1] for i in range(200) if i % of_each < len(REQUESTS)]
     assert {name for closing in closings for name in NAMES if name in closing} == set(NAMES)
     plain = [source[i].messages for i in range(len(REQUESTS), 200, of_each)]
-    assert {(asked["content"], answer["content"]) for _, asked, answer in plain} == {((q,), (a,)) for q, a in PLAIN}
+    assert {(asked["content"], answer["content"]) for _, asked, answer in plain} == {((q,), (a,)) for q, a in QUESTIONS}
     assert len({source[i].sample_id for i in range(len(source))}) == len(source)
     held_out = load_source(SourceConfig("digit_conversations", split="test"), 8)
     assert len(held_out) == 359 * of_each

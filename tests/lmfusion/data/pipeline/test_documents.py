@@ -101,7 +101,7 @@ def test_captions_are_cut_to_their_limit_and_to_the_row():
     tight = plan(captioned("abcdef"), seq_len=22, **CAPTION_FIRST)
     assert tight.is_cut and tight.document.num_tokens == 22
     assert tight.document.token_ids == (BOS, *ids("abc"), BOI, EOI)
-    with pytest.raises(ValueError, match=r"data\.seq_len is 19, but .* takes 20; raise it"):
+    with pytest.raises(ValueError, match=r"data\.seq_len must be at least 20 to hold an image.*, got 19"):
         planner(seq_len=19)
     planner(seq_len=20)
 

@@ -72,7 +72,7 @@ def test_instructions_are_cut_to_their_limit_and_to_the_row():
     cut = plan(edit("abcdef"), caption_drop=0.0, seq_len=41)
     assert cut.document.token_ids[1:-4] == tuple(ids("abcd")) and cut.is_cut and cut.document.num_tokens == 41
     small = plan(edit("abcdef"), caption_drop=0.0, seq_len=37)
-    assert isinstance(small, SkippedSample) and "take 38; raise it" in small.reason
+    assert isinstance(small, SkippedSample) and "at least 38 to hold source" in small.reason
     empty = plan(edit(" "))
     assert isinstance(empty, SkippedSample) and "the instruction is empty" in empty.reason
 
@@ -109,12 +109,15 @@ def test_lines_with_edits(triples, tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"source": "0.png", "target": "1.png"}, "instruction is None"),
-        ({"source": "0.png", "instruction": " ", "target": "1.png"}, "instruction is ' '"),
-        ({"source": 3, "instruction": "x", "target": "1.png"}, "source is 3"),
-        ({"source": "0.png", "instruction": "x"}, 'target is None; an edit is like {"source": "a.png"'),
-        ({"source": "../0.png", "instruction": "x", "target": "1.png"}, "leads out of the folder"),
-        ({"source": "0.png", "messages": None}, "instruction is None"),
+        ({"source": "0.png", "target": "1.png"}, "instruction must be a text .*, got None"),
+        ({"source": "0.png", "instruction": " ", "target": "1.png"}, "instruction must be a text .*, got ' '"),
+        ({"source": 3, "instruction": "x", "target": "1.png"}, "source must be a text .*, got 3"),
+        (
+            {"source": "0.png", "instruction": "x"},
+            'target must be a text .*, got None; an edit is like {"source": "a.png"',
+        ),
+        ({"source": "../0.png", "instruction": "x", "target": "1.png"}, "must stay in the folder"),
+        ({"source": "0.png", "messages": None}, "instruction must be a text .*, got None"),
     ],
 )
 def test_lines_with_half_an_edit(tmp_path, line, message):
@@ -140,7 +143,7 @@ def test_rows_hold_the_right_images_whatever_was_dropped_before(triples, tokeniz
     pixels = {level: to_tensor(Image.new("RGB", (SIZE, SIZE), (level,) * 3), SIZE, 3) for level in range(106)}
     num_images = Counter()
     for step in read(loader([triples], PIXELS, tokenizer, caption_drop=0.4), 40):
-        for row in step.rows:
+        for row in step.batches:
             place = 0
             given = torch.ones(row.num_images, dtype=torch.bool).index_fill(0, row.target_image_indices, False).tolist()
             for sample_id in row.sample_ids:
@@ -166,7 +169,7 @@ def test_rows_from_a_latent_cache_are_those_of_the_images(triples, tmp_path, tok
     for one, other in zip(direct, cached, strict=True):
         assert all(
             torch.equal(a.target_image_indices, b.target_image_indices)
-            for a, b in zip(one.rows, other.rows, strict=True)
+            for a, b in zip(one.batches, other.batches, strict=True)
         )
 
 

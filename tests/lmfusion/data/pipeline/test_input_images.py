@@ -13,7 +13,7 @@ from lmfusion.data import CaptionedImage, Conversation, Edit, Interleaved, Laten
 from lmfusion.data.pipeline.loader import LoaderState
 from lmfusion.model.batch import Document, SpecialTokens, pack
 from lmfusion.model.vision import num_vision_tokens
-from tests.lmfusion.data.pipeline.rows import batch_digest, broken, row_loader
+from tests.lmfusion.data.pipeline.loaders import batch_digest, broken, packed_loader
 from tests.lmfusion.vlms import build, picture, save_vlm
 
 SHAPES = [(8, 8), (5, 23), (31, 7), (16, 16)]
@@ -63,7 +63,7 @@ class Source:
 
 
 def make(model, samples, monkeypatch, **options):
-    return row_loader(
+    return packed_loader(
         model.tokenizer,
         [Source(samples)],
         monkeypatch,
@@ -84,7 +84,7 @@ def rows_of(model, load):
 
 
 def digest(step):
-    [batch] = step.rows
+    [batch] = step.batches
     seen = b"" if batch.vision_embeds is None else batch.vision_embeds.numpy().tobytes()
     return batch_digest(batch), hashlib.sha256(seen).hexdigest()
 
@@ -93,7 +93,7 @@ def test_a_conversation_shows_and_draws(model, monkeypatch):
     """What the user shows is seen where the template puts it; what the assistant says is drawn and scored."""
     sample = conversation(1)
     [step] = make(model, [sample], monkeypatch).steps(LoaderState(), 1)
-    [batch] = step.rows
+    [batch] = step.batches
     shown = [part for part in sample.messages[0]["content"] if callable(part)]
     expected = torch.cat([rows_of(model, load) for load in shown])
     assert torch.equal(batch.vision_embeds, expected)
@@ -152,7 +152,7 @@ def test_counts_that_do_not_agree_are_refused(model):
 
 def test_the_gradient_reaches_the_image_tower_and_no_row_that_is_seen(model, monkeypatch):
     [step] = make(model, [conversation(0), conversation(3), edit(2)], monkeypatch).steps(LoaderState(), 1)
-    [batch] = step.rows
+    [batch] = step.batches
     batch.vision_embeds.requires_grad_()
     output = model.train()(batch=batch)
     assert output.num_target_images == 3 and output.num_labels > 0
@@ -168,7 +168,7 @@ def test_the_gradient_reaches_the_image_tower_and_no_row_that_is_seen(model, mon
 
 def test_what_is_seen_changes_what_is_drawn(model, monkeypatch):
     [step] = make(model, [conversation(0)], monkeypatch).steps(LoaderState(), 1)
-    [batch] = step.rows
+    [batch] = step.batches
     loss = model(batch=batch).diffusion_loss_sum
     batch.vision_embeds.add_(1)
     assert model(batch=batch).diffusion_loss_sum != loss
@@ -176,7 +176,7 @@ def test_what_is_seen_changes_what_is_drawn(model, monkeypatch):
 
 def test_an_edit_sees_its_source(model, monkeypatch):
     sample = edit(1)
-    whole = next(make(model, [sample], monkeypatch, caption_drop=0.0).steps(LoaderState(), 1)).rows[0]
+    whole = next(make(model, [sample], monkeypatch, caption_drop=0.0).steps(LoaderState(), 1)).batches[0]
     assert torch.equal(whole.vision_embeds, rows_of(model, sample.source))
     assert (whole.num_images, whole.num_target_images) == (1, 1)
     ids = [i for i in whole.token_ids.tolist() if i >= 0]
@@ -185,7 +185,7 @@ def test_an_edit_sees_its_source(model, monkeypatch):
     dropped = make(model, [edit(i) for i in range(60)], monkeypatch, caption_drop=0.5, seq_len=64)
     kinds = set()
     for step in dropped.steps(LoaderState(), 20):
-        for ids, spans in zip_documents(step.rows[0], model):
+        for ids, spans in zip_documents(step.batches[0], model):
             has_source, has_words = any(i < 0 for i in ids), "red" in model.tokenizer.decode([i for i in ids if i >= 0])
             kinds.add((has_source, has_words))
             assert spans == 1
@@ -218,7 +218,7 @@ def test_reading_on_gives_what_reading_through_gives(model, monkeypatch, num_wor
 def test_captioned_and_interleaved_images_are_the_image_towers(model, monkeypatch):
     interleaved = Interleaved("t", ("a", partial(picture, 8, 8), "b"))
     [step] = make(model, [captioned(0), interleaved], monkeypatch, image_first=1.0).steps(LoaderState(), 1)
-    assert step.rows[0].vision_embeds is None and step.rows[0].num_images == 2
+    assert step.batches[0].vision_embeds is None and step.batches[0].num_images == 2
 
 
 def test_damaged_and_oversized_images(model, monkeypatch):
@@ -229,7 +229,7 @@ def test_damaged_and_oversized_images(model, monkeypatch):
     assert sum(step.num_cut for step in steps) == 2
     latents = partial(Latents, torch.zeros(1, 4, 4), None)
     [step] = make(model, [conversation(0, latents)], monkeypatch).steps(LoaderState(), 1)
-    assert "a latent cache holds what is drawn" in step.damaged[0].reason
+    assert "a latent cache holds latents of target images" in step.damaged[0].reason
 
 
 @pytest.fixture
@@ -269,7 +269,7 @@ def test_a_latent_cache_refuses_what_is_seen(recipe, tmp_path, capsys):
     edit = {"source": "a.png", "instruction": "smaller", "target": "a.png"}
     for line in (ASKED, edit):
         assert main(["encode", recipe(drawn, line), str(tmp_path / "other")]) == 2
-        assert "a vision-language model sees at their own size" in capsys.readouterr().err
+        assert "whose input images keep their own size" in capsys.readouterr().err
 
 
 def test_rows_are_counted_with_what_is_seen(recipe, model, capsys):

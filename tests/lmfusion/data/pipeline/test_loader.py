@@ -16,7 +16,7 @@ from lmfusion.data.pipeline.loader import LoaderState
 from lmfusion.images.preprocessing import to_tensor
 from lmfusion.model.batch import SpecialTokens
 from lmfusion.utils.randomness import generator
-from tests.lmfusion.data.pipeline.rows import (
+from tests.lmfusion.data.pipeline.loaders import (
     Listed,
     batch_digest,
     broken,
@@ -24,16 +24,16 @@ from tests.lmfusion.data.pipeline.rows import (
     contents,
     image,
     latents,
+    packed_loader,
     read,
-    row_loader,
     sample_ids,
 )
 
 
 @pytest.fixture
 def make(tokenizer, monkeypatch):
-    """A loader of the given sources (default: the digits), see `row_loader`."""
-    return lambda *sources, **kwargs: row_loader(tokenizer, sources or None, monkeypatch, **kwargs)
+    """A loader of the given sources (default: the digits), see `packed_loader`."""
+    return lambda *sources, **kwargs: packed_loader(tokenizer, sources or None, monkeypatch, **kwargs)
 
 
 def threads():
@@ -64,10 +64,10 @@ def test_ranks_share_out_the_rows_of_one(make):
         parts = [read(make(rank=rank, world_size=world_size), 8) for rank in range(world_size)]
         for number, step in enumerate(whole):
             of_ranks = [part[number] for part in parts]
-            dealt = [batch_digest(of_ranks[i % world_size].rows[i // world_size]) for i in range(4)]
-            assert dealt == [batch_digest(batch) for batch in step.rows]
+            dealt = [batch_digest(of_ranks[i % world_size].batches[i // world_size]) for i in range(4)]
+            assert dealt == [batch_digest(batch) for batch in step.batches]
             for other in of_ranks:
-                assert len(other.rows) == 4 // world_size
+                assert len(other.batches) == 4 // world_size
                 assert contents([other])[0][1:6] == contents([step])[0][1:6]
 
 
@@ -77,7 +77,7 @@ def test_any_state_resumes_on_any_number_of_workers_and_ranks(make):
     for at in (0, 1, 6, 12):
         assert contents(read(make(num_workers=at % 3), 13 - at, steps[at].state)) == expected[at + 1 :]
     half = read(make(rank=1, world_size=2), 3, steps[6].state)
-    assert [[batch_digest(b) for b in step.rows] for step in half] == [step[0][1::2] for step in expected[7:10]]
+    assert [[batch_digest(b) for b in step.batches] for step in half] == [step[0][1::2] for step in expected[7:10]]
     windows = {step.state.window for step in steps}
     assert len(windows) > 3 and {type(v) for step in steps for v in vars(step.state).values()} == {int}
 
@@ -86,7 +86,7 @@ def test_a_step_may_span_windows_and_a_window_steps(make):
     wide, narrow = make(sequences_per_step=30, pack_window=20), make(sequences_per_step=1, pack_window=20)
     (one,), many = read(wide, 1), read(narrow, 30)
     assert one.state == many[-1].state and one.epoch == many[-1].epoch
-    assert [batch_digest(batch) for batch in one.rows] == [batch_digest(step.rows[0]) for step in many]
+    assert [batch_digest(batch) for batch in one.batches] == [batch_digest(step.batches[0]) for step in many]
     assert one.num_samples == sum(step.num_samples for step in many)
     assert one.num_tokens_used == sum(step.num_tokens_used for step in many)
 
@@ -108,13 +108,13 @@ def test_resuming_equals_continuing_with_damage_and_mixed_sources(make, data):
 
 
 def test_state_that_the_data_does_not_have_is_refused(make):
-    with pytest.raises(ValueError, match=r"the next row is 99 of window 2, which has \d+; the data has changed"):
+    with pytest.raises(ValueError, match=r"the next sequence must be one of the \d+ of window 2, got 99; the data"):
         read(make(), 1, LoaderState(2, 99))
 
 
 @pytest.mark.parametrize("world_size", [3, 8])
 def test_rows_that_ranks_cannot_share_are_refused(make, world_size):
-    with pytest.raises(ValueError, match=f"a step has 4 rows, which {world_size} ranks cannot share evenly"):
+    with pytest.raises(ValueError, match=f"must be a multiple of the number of ranks, {world_size}, got 4"):
         make(world_size=world_size)
 
 
@@ -129,20 +129,20 @@ def test_an_epoch_holds_every_sample_once_and_noise_is_new_in_the_next(make):
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted({f"s/{i}" for i in range(150)})
     assert epochs[0] != epochs[1]
     first = {}
-    for batch in (step.rows[0] for step in steps[:60]):
+    for batch in (step.batches[0] for step in steps[:60]):
         for name, clean, noise in zip(batch.sample_ids, batch.latents, batch.noise, strict=True):
             if name in first:
                 assert torch.equal(clean, first[name][0]) and not torch.equal(noise, first[name][1])
             first.setdefault(name, (clean, noise))
-    ends = [step.epoch for step in steps if step.state.row == 0]
+    ends = [step.epoch for step in steps if step.state.sequence == 0]
     assert ends[:6] == [1 / 3, 2 / 3, 1.0, 4 / 3, 5 / 3, 2.0]
-    noise = torch.cat([step.rows[0].noise for step in steps])
+    noise = torch.cat([step.batches[0].noise for step in steps])
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
 
 
 def test_noise_is_that_of_seed_epoch_and_sample(make):
     (step,) = read(make(Listed([captioned(i) for i in range(50)]), pack_window=50, seed=9), 1)
-    batch = step.rows[0]
+    batch = step.batches[0]
     for name, noise in zip(batch.sample_ids, batch.noise, strict=True):
         expected = generator(9, 0, name, "noise").standard_normal((1, 1, 8, 8), np.float32)
         assert torch.equal(noise, torch.from_numpy(expected[0]))
@@ -192,7 +192,7 @@ def test_a_damaged_image_leaves_a_hole_and_moves_nothing(make):
     for one, other in zip(whole, damaged, strict=True):
         assert contents([one])[0][1:6] == contents([other])[0][1:6]
         reported += other.damaged
-        for row, holed in zip(one.rows, other.rows, strict=True):
+        for row, holed in zip(one.batches, other.batches, strict=True):
             kept = [i for i, name in enumerate(row.sample_ids) if int(name[2:]) not in bad]
             assert holed.sample_ids == tuple(row.sample_ids[i] for i in kept)
             for name in ("latents", "noise", "timesteps"):
@@ -204,13 +204,13 @@ def test_a_damaged_image_leaves_a_hole_and_moves_nothing(make):
 def test_a_row_of_nothing_but_damage_is_an_empty_batch(make):
     source = Listed([captioned(i, broken) for i in range(20)])
     (step,) = read(make(source, sequences_per_step=2), 1)
-    assert [batch.num_images for batch in step.rows] == [0, 0] and [b.num_labels for b in step.rows] == [0, 0]
-    assert step.rows[0].latents.shape == (0, 1, 8, 8) and step.rows[0].token_ids.dtype == torch.int64
+    assert [batch.num_images for batch in step.batches] == [0, 0] and [b.num_labels for b in step.batches] == [0, 0]
+    assert step.batches[0].latents.shape == (0, 1, 8, 8) and step.batches[0].token_ids.dtype == torch.int64
     assert len(step.damaged) == step.num_samples > 0
     unreadable = make(Listed(["gone"] * 20), sequences_per_step=3, pack_window=10)
     steps = read(unreadable, 2)
     assert [(s.num_samples, len(s.damaged), s.state.window) for s in steps] == [(30, 30, 3), (30, 30, 6)]
-    assert all(batch.layout.num_tokens == 0 for s in steps for batch in s.rows)
+    assert all(batch.layout.num_tokens == 0 for s in steps for batch in s.batches)
 
 
 def test_one_damaged_image_costs_its_interleaved_document(make):
@@ -218,7 +218,7 @@ def test_one_damaged_image_costs_its_interleaved_document(make):
     steps = list(_of_windows(make(Listed(pages), pack_window=6, sequences_per_step=1), 1))
     assert sorted(sample_ids(steps)) == [f"p/{i}" for i in (0, 1, 3, 4, 5)]
     assert [damage for step in steps for damage in step.damaged] == [("p/2", "torn")]
-    assert sum(batch.num_images for step in steps for batch in step.rows) == 10
+    assert sum(batch.num_images for step in steps for batch in step.batches) == 10
 
 
 def test_damage_is_counted_once_over_all_ranks(make):
@@ -267,15 +267,15 @@ def test_latents_are_drawn_from_their_distribution_by_counter(make):
     steps, again = (read(loader, 12) for loader in loaders)
     assert contents(steps) == contents(again)
     plain = read(make(source, pack_window=40, sequences_per_step=1), 12)
-    deviations = torch.cat([s.rows[0].latents - p.rows[0].latents for s, p in zip(steps, plain, strict=True)])
+    deviations = torch.cat([s.batches[0].latents - p.batches[0].latents for s, p in zip(steps, plain, strict=True)])
     assert abs(deviations.mean()) < 0.02 and abs(deviations.std() - 0.5) < 0.02
-    assert abs(np.corrcoef(deviations.flatten(), torch.cat([s.rows[0].noise for s in steps]).flatten())[0, 1]) < 0.05
+    assert abs(np.corrcoef(deviations.flatten(), torch.cat([s.batches[0].noise for s in steps]).flatten())[0, 1]) < 0.05
     by_name = {}
     for step in steps:
-        for name, drawn in zip(step.rows[0].sample_ids, step.rows[0].latents, strict=True):
+        for name, drawn in zip(step.batches[0].sample_ids, step.batches[0].latents, strict=True):
             by_name.setdefault(name, []).append(drawn)
     repeated = [drawn for drawn in by_name.values() if len(drawn) > 1]
-    assert repeated and all(not torch.equal(drawn[0], drawn[1]) for drawn in repeated)  # anew each epoch
+    assert repeated and all(not torch.equal(drawn[0], drawn[1]) for drawn in repeated)  # new in each epoch
 
 
 @pytest.mark.parametrize(
@@ -286,7 +286,7 @@ def test_latents_are_drawn_from_their_distribution_by_counter(make):
         (
             lambda: Latents(torch.zeros(4, 2, 2), None),
             {},
-            r"sample s/\d+: its latents have shape \[4, 2, 2\]",
+            r"sample s/\d+: the latents must have the codec's shape .*, got \[4, 2, 2\]",
         ),
     ],
 )
@@ -303,6 +303,9 @@ def test_a_source_made_for_another_model_is_refused(make, tokenizer):
         def check_made_with(self, codec, of_tokenizer):
             assert of_tokenizer is tokenizer
             raise ValueError(f"made for another {codec.config.kind} codec")
+
+        def check_template_variables(self, template_variables):
+            pass
 
     with pytest.raises(ValueError, match="made for another pixels codec"):
         make(Encoded([captioned(0)]))
@@ -323,7 +326,7 @@ def test_the_tokenizer_is_left_to_its_owner(make, tokenizer):
             return tokenizer(texts, **options)
 
     given = Recording()
-    steps = read(row_loader(given, tokens=SpecialTokens.of(tokenizer, len(tokenizer))), 2)
+    steps = read(packed_loader(given, tokens=SpecialTokens.of(tokenizer, len(tokenizer))), 2)
     assert contents(steps) == contents(read(make(), 2)) and given.texts == []
 
 

@@ -25,7 +25,7 @@ def test_permutation_shuffles_and_changes_with_the_epoch():
     for order in (*orders, [orders[0].index(i) for i in orders[1]]):
         assert abs(np.corrcoef(order, range(size))[0, 1]) < 0.1
         assert sum(i == position for position, i in enumerate(order)) < 10
-    with pytest.raises(IndexError, match="position 1000 is outside a permutation of 1000"):
+    with pytest.raises(IndexError, match=r"positions must be in \[0, 1000\), got 1000"):
         Permutation(size, 0, 0)[size]
 
 
@@ -143,5 +143,5 @@ def test_sources_of_one_size_are_not_drawn_in_one_order():
 
 
 def test_a_weight_too_small_for_a_place_is_refused():
-    with pytest.raises(ValueError, match=r"data\.sources\[1\] has weight 0\.0001, less than 1 in 1000"):
+    with pytest.raises(ValueError, match=r"data\.sources\[1\] must be at least 1 in 1000 samples, got 0\.0001"):
         mixture([5, 5], [1.0, 0.0001])

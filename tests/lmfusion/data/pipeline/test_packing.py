@@ -1,4 +1,4 @@
-"""Windows of samples become rows: full ones, of whole documents, the same whoever reads them."""
+"""Windows of samples become sequences: full ones, of whole documents, the same in any order of reading."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,7 +12,7 @@ from lmfusion.data.pipeline.packing import WindowReader
 from lmfusion.model.batch import SpecialTokens
 from lmfusion.model.diffusion import DiffusionConfig
 from tests.lmfusion.conftest import build_tokenizer
-from tests.lmfusion.data.pipeline.rows import Listed, captioned, image, realistic_captions
+from tests.lmfusion.data.pipeline.loaders import Listed, captioned, image, realistic_captions
 
 TOKENIZER = build_tokenizer()
 
@@ -31,7 +31,7 @@ def reader(*sources, tokens_per_image=16, seed=0, **fields):
 
 
 def ids(window):
-    return [plan.sample_id for row in window.rows for plan in row.plans]
+    return [plan.sample_id for sequence in window.sequences for plan in sequence.plans]
 
 
 def test_caption_pairs_fill_rows_of_4096_slots():
@@ -39,10 +39,10 @@ def test_caption_pairs_fill_rows_of_4096_slots():
     captions = realistic_captions(4096)
     source = Listed([CaptionedImage(str(i), image, (caption,)) for i, caption in enumerate(captions)])
     windows = [reader(source, tokens_per_image=256).read(number) for number in range(2)]
-    rows = [row for window in windows for row in window.rows]
-    efficiency = sum(row.num_tokens_used for row in rows) / (4096 * len(rows))
+    sequences = [sequence for window in windows for sequence in window.sequences]
+    efficiency = sum(sequence.num_tokens_used for sequence in sequences) / (4096 * len(sequences))
     assert efficiency >= 0.95, f"packing efficiency {efficiency:.4f}"
-    assert max(row.num_tokens_used for row in rows) <= 4096
+    assert max(sequence.num_tokens_used for sequence in sequences) <= 4096
     assert len(set(ids(windows[0]))) == 2048
 
 
@@ -54,7 +54,7 @@ def test_every_sample_of_a_window_is_in_one_row(lengths, pack_window, seed):
     drawn = []
     for number in range(-(-len(lengths) // pack_window)):
         window = windows.read(number)
-        assert all(0 < row.num_tokens_used <= 128 for row in window.rows) and not window.damaged
+        assert all(0 < sequence.num_tokens_used <= 128 for sequence in window.sequences) and not window.damaged
         assert len(ids(window)) == pack_window
         drawn += ids(window)
     assert set(drawn[: len(lengths)]) <= set(drawn) == {str(i) for i in range(len(lengths))}
@@ -72,9 +72,9 @@ def test_rows_of_a_window_are_shuffled():
     """So that steps do not differ in kind with their place in a window: the packer fills long documents together."""
     pages = [Interleaved(f"long {i}", ("z" * 200,)) for i in range(100)]
     source = Listed(pages + [captioned(i, caption="short") for i in range(900)])
-    rows = reader(source, seq_len=256, pack_window=1000).read(0).rows
-    num_documents = np.array([len(row.plans) for row in rows])
-    assert abs(np.corrcoef(num_documents, range(len(rows)))[0, 1]) < 0.25
+    sequences = reader(source, seq_len=256, pack_window=1000).read(0).sequences
+    num_documents = np.array([len(sequence.plans) for sequence in sequences])
+    assert abs(np.corrcoef(num_documents, range(len(sequences)))[0, 1]) < 0.25
 
 
 def test_unreadable_samples_are_named_and_have_no_place():
@@ -94,21 +94,23 @@ def test_rows_have_equal_shares_of_what_could_not_be_read():
     for i in range(0, 400, 20):
         samples[i] = "gone"
     window = reader(Listed(samples), seq_len=256, pack_window=400).read(0)
-    numbers = [len(row.damaged) for row in window.rows]
+    numbers = [len(sequence.damaged) for sequence in window.sequences]
     assert len(numbers) > 10 and sum(numbers) == len(set(window.damaged)) == 20
     assert max(numbers) - min(numbers) <= 1
-    assert sum(row.num_samples for row in window.rows) == 400
+    assert sum(sequence.num_samples for sequence in window.sequences) == 400
 
 
 def test_window_without_a_readable_sample_has_one_empty_row():
     window = reader(Listed(["gone"] * 5), pack_window=5).read(0)
-    assert [row.plans for row in window.rows] == [()] and len(window.damaged) == 5
+    assert [sequence.plans for sequence in window.sequences] == [()] and len(window.damaged) == 5
 
 
 def test_rows_count_what_was_cut():
     source = Listed([Interleaved("a", ("q" * 300,)), Interleaved("b", ("q" * 20,))])
-    (row,) = [row for row in reader(source, seq_len=256, pack_window=2).read(0).rows if row.num_cut]
-    assert row.num_cut == 1 and row.num_tokens_used == 256
+    (sequence,) = [
+        sequence for sequence in reader(source, seq_len=256, pack_window=2).read(0).sequences if sequence.num_cut
+    ]
+    assert sequence.num_cut == 1 and sequence.num_tokens_used == 256
 
 
 def test_source_without_samples_is_refused():

@@ -27,15 +27,15 @@ def test_each_sample_has_a_line_a_time_and_is_printed_once(path, capsys):
         {"step": 1, "sample_id": "b", "reason": "no image"},
         {"step": 3, "sample_id": "a", "reason": "torn"},
     ]
-    assert capsys.readouterr().err == "left out, damaged: a: torn\nleft out, damaged: b: no image\n"
-    assert log.state() == {"num_vision_tokens": 300, "num_damaged": 3}
+    assert capsys.readouterr().err == "skipped, damaged: a: torn\nskipped, damaged: b: no image\n"
+    assert log.state() == {"num_samples": 300, "num_damaged": 3}
     log.close()
 
 
 def test_nothing_is_written_without_damage(path):
     log = SkipLog(path, 0.0)
     log.add(1, 10**6, [])
-    assert log.state() == {"num_vision_tokens": 10**6, "num_damaged": 0} and not path.exists()
+    assert log.state() == {"num_samples": 10**6, "num_damaged": 0} and not path.exists()
 
 
 def test_too_much_damage_stops_and_names_the_last(path):
@@ -43,9 +43,8 @@ def test_too_much_damage_stops_and_names_the_last(path):
     for step in range(5):
         log.add(step, 50, [SkippedSample(f"s/{step}{i}", "torn") for i in range(2)])  # 10 of 250: early, 10 of 1,000
     message = (
-        r"11 of 300 samples are damaged, more than data\.max_damaged, 0\.01, allows\. The last of them: "
-        r"s/40: torn; s/41: torn; s/9: half a file\. Those of earlier steps are in .*damaged\.jsonl; mend them, "
-        r"or raise data\.max_damaged"
+        r"at most data\.max_damaged, 0\.01, got 11 of 300 samples; repair them, or raise data\.max_damaged\. The last: "
+        r"s/40: torn; s/41: torn; s/9: half a file\. Earlier ones are in .*damaged\.jsonl"
     )
     with pytest.raises(ValueError, match=message):
         log.add(5, 50, [SkippedSample("s/9", "half a file")])
@@ -68,7 +67,7 @@ def test_ranks_count_together_and_stop_together(path):
     found = [[SkippedSample("a", "torn"), SkippedSample("b", "torn")], []]
     for log, damaged in zip(logs, found, strict=True):
         log.add(1, 1000, damaged, num_damaged=2)
-    assert logs[0].state() == logs[1].state() == {"num_vision_tokens": 1000, "num_damaged": 2}
+    assert logs[0].state() == logs[1].state() == {"num_samples": 1000, "num_damaged": 2}
     for log in logs:
         with pytest.raises(ValueError, match="3 of 1001 samples"):
             log.add(2, 1, [], num_damaged=1)
@@ -89,7 +88,7 @@ def test_resume_forgets_later_steps_and_continues_counting(path):
     assert [line["sample_id"] for line in lines(path)] == ["a", "b"]
     resumed.add(3, 600, [SkippedSample("c", "torn")])
     assert [line["sample_id"] for line in lines(path)] == ["a", "b", "c"]
-    assert resumed.state() == log.state() == {"num_vision_tokens": 1800, "num_damaged": 3}
+    assert resumed.state() == log.state() == {"num_samples": 1800, "num_damaged": 3}
     with pytest.raises(ValueError, match="19 of 1810"):
         resumed.add(4, 10, [SkippedSample(str(i), "torn") for i in range(16)])
 
@@ -100,7 +99,7 @@ def test_a_run_that_begins_anew_forgets_all(path):
     log.close()
     again = SkipLog(path, 0.01)
     again.resume(0, {})
-    assert lines(path) == [] and again.state() == {"num_vision_tokens": 0, "num_damaged": 0}
+    assert lines(path) == [] and again.state() == {"num_samples": 0, "num_damaged": 0}
 
 
 def test_a_run_that_saw_nothing_stops_whatever_share_is_allowed(path):
@@ -108,7 +107,7 @@ def test_a_run_that_saw_nothing_stops_whatever_share_is_allowed(path):
     log.add(1, 999, [], num_damaged=999)
     with pytest.raises(ValueError, match="all 999 samples read so far are damaged, and nothing was learned"):
         log.check_any_good()
-    with pytest.raises(ValueError, match=r"all 1000 samples .* The last of them: a: torn. `lmfusion data check` tells"):
+    with pytest.raises(ValueError, match=r"all 1000 samples .* run `lmfusion data check` .* The last: a: torn"):
         log.add(2, 1, [SkippedSample("a", "torn")])
     other = SkipLog(path, 1.0)
     other.check_any_good()
@@ -119,7 +118,7 @@ def test_a_run_that_saw_nothing_stops_whatever_share_is_allowed(path):
 def test_names_cannot_move_the_cursor_or_break_a_line(path, capsys):
     log = SkipLog(path, 0.0)
     evil = SkippedSample("a\x1b[2J\nfine: b", "no\r\x1b]0;title\x07 " + "x" * 5000)
-    with pytest.raises(ValueError, match=r"more than data\.max_damaged") as caught:
+    with pytest.raises(ValueError, match=r"at most data\.max_damaged") as caught:
         log.add(1, 5, [evil])
     for shown in (capsys.readouterr().err, f"{caught.value}\n"):
         assert shown.count("\n") == 1 and shown[:-1].isprintable() and len(shown) < 3000

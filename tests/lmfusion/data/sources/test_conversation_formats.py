@@ -104,7 +104,7 @@ def test_openai_conversations(folder):
     line = {
         "messages": [
             {"role": "developer", "content": "Be kind."},
-            {"role": "user", "content": "SampleRef <image>", "name": "ann"},
+            {"role": "user", "content": "Draw <image>", "name": "ann"},
             {
                 "role": "assistant",
                 "content": [{"type": "output_text", "text": "Here:"}, {"image": "1.jpg"}],
@@ -115,7 +115,7 @@ def test_openai_conversations(folder):
     }
     assert read(folder, line) == [
         ("system", ["Be kind."]),
-        ("user", ["SampleRef <image>"]),
+        ("user", ["Draw <image>"]),
         ("assistant", ["Here:", 1]),
     ]
 
@@ -144,12 +144,12 @@ def human(text, **line):
         (human("What?", image="0.jpg"), "the line names 1 images, and its texts have places for 0"),
         (human("<image>", image="0.jpg", images=["1.jpg"]), "both image and images"),
         (human("<image>", image=3), "image must name an image by a path or a data URL"),
-        (human("<image>", image="../0.jpg"), "leads out of the folder"),
-        (human("<image>", image="https://example.org/0.jpg"), "is on the web and is not fetched"),
+        (human("<image>", image="../0.jpg"), "must stay in the folder"),
+        (human("<image>", image="https://example.org/0.jpg"), "which is not fetched; download it"),
         ({"conversations": [{"from": "tool", "value": "x"}]}, "every message must have a role"),
         ({"conversations": [{"from": ["human"], "value": "x"}]}, "every message must have a role"),
         ({"conversations": [{"from": "human", "value": None}]}, "the content of the human's message must be a text"),
-        ({"conversations": [], "messages": []}, "more than one of content, messages, conversations"),
+        ({"conversations": [], "messages": []}, "only one of content, messages, conversations"),
         ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]}, "has tool calls"),
         ({"messages": [{"role": "assistant", "content": "x", "weight": 0}]}, "the weight must be 1, or be left out"),
         ({"messages": [ANSWER], "tools": [{"type": "function"}]}, "the line has tools"),
@@ -168,8 +168,8 @@ def test_lines_that_are_refused(folder, line, message):
     ("url", "message"),
     [
         ("data:image/png,abc", "a data URL must be like"),
-        ("data:image/png;base64,a", "the data URL is damaged"),
-        ("data:image/png;base64,!!!!", "the data URL is damaged"),
+        ("data:image/png;base64,a", "must have valid base64"),
+        ("data:image/png;base64,!!!!", "must have valid base64"),
         ("data:image/png;base64,aGVsbG8=", "not an image of a known format"),
     ],
 )
@@ -181,5 +181,5 @@ def test_data_urls_that_hold_no_image(folder, url, message):
 @pytest.mark.parametrize("text", ['[{"id": 1}]', '\ufeff\n [\n  {"id": 1}\n]\n'])
 def test_a_json_array_is_refused_with_the_way_out(folder, text):
     (folder / "a.jsonl").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"a.jsonl is a JSON array; write one object on each line"):
+    with pytest.raises(ValueError, match=r"a.jsonl must have one object on each line, but is a JSON array"):
         InterleavedFiles(str(folder / "a.jsonl"))

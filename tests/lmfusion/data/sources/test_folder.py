@@ -54,15 +54,15 @@ def test_captions_are_split_at_newlines_alone(folder):
     [
         ('{"file_name": "a.png", "text": " "}', "the caption is empty"),
         ('{"file_name": "a.png", "text": []}', "the caption is empty"),
-        ('{"file_name": "../a.png", "text": "x"}', "leads out of the folder"),
-        ('{"file_name": "/etc/passwd", "text": "x"}', "leads out of the folder"),
-        ('{"file_name": "", "text": "x"}', "leads out of the folder"),
-        ('{"file_name": "a.png"}', "not an object like"),
-        ('{"file_name": "a.png", "text": 3}', "text is 3; a caption must be a text"),
-        ('{"file_name": "a.png", "text": "\\ud800"}', "no Unicode"),
-        ("[1]", "not an object like"),
+        ('{"file_name": "../a.png", "text": "x"}', "stays in the folder"),
+        ('{"file_name": "/etc/passwd", "text": "x"}', "stays in the folder"),
+        ('{"file_name": "", "text": "x"}', "stays in the folder"),
+        ('{"file_name": "a.png"}', "must be an object like"),
+        ('{"file_name": "a.png", "text": 3}', "text must be a text or a list of texts, got 3"),
+        ('{"file_name": "a.png", "text": "\\ud800"}', "must be valid Unicode"),
+        ("[1]", "must be an object like"),
         ("{", "the JSON is damaged"),
-        ("\udcff", "not UTF-8"),
+        ("\udcff", "must be UTF-8"),
         ('{"file_name": "sub/b.png", "text": "x"}', "sub/b.png is listed twice"),
     ],
 )
@@ -80,24 +80,24 @@ def test_lines_of_metadata_have_a_largest_size(folder, monkeypatch):
     monkeypatch.setattr(folder_module, "MAX_TEXT_BYTES", 100)
     entries = [{"file_name": "a.png", "text": "x" * 100}, {"file_name": "sub/b.png", "text": "x"}]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, entries)))
-    assert problems(load(folder)) == {0: "metadata.jsonl, line 1: the line has 135 bytes; the limit is 100"}
+    assert problems(load(folder)) == {0: "metadata.jsonl, line 1: the line must have at most 100 bytes, got 135"}
     (folder / "metadata.jsonl").unlink()
     (folder / "a.txt").write_text("x" * 101)
-    assert problems(load(folder)) == {0: "a.png: a.txt has more than 100 bytes"}
+    assert problems(load(folder)) == {0: "a.png: a.txt must have at most 100 bytes, got 101"}
 
 
 def test_a_missing_image_is_one_damaged_sample(folder):
     entries = [{"file_name": name, "text": "x"} for name in ("gone.png", "a.png", "sub")]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, entries)))
     found = problems(load(folder))
-    assert list(found) == [1, 2] and "gone.png" in found[1] and "no regular file" in found[2]
+    assert list(found) == [1, 2] and "gone.png" in found[1] and "must be a regular file" in found[2]
 
 
 def test_a_missing_empty_or_unreadable_caption_is_one_damaged_sample(folder):
     for content, message in (
         (b" \n", "the caption is empty"),
-        (b"\xe4", "not UTF-8"),
-        (None, "no caption; write a .txt"),
+        (b"\xe4", "must be UTF-8"),
+        (None, "no caption; write it to a .txt"),
     ):
         if content is None:
             (folder / "a.txt").unlink()
@@ -114,17 +114,17 @@ def test_hidden_files_pipes_and_circles_of_links(folder):
     (folder / "sub" / "circle").symlink_to(folder)
     source = load(folder)
     assert len(source) == 3
-    assert problems(source) == {1: f"{folder / 'pipe.png'} is no regular file; leave it out"}
+    assert problems(source) == {1: f"{folder / 'pipe.png'} must be a regular file; leave it out"}
 
 
 def test_no_folder_or_no_images(tmp_path):
     for path in (tmp_path / "nowhere", "memory://photos"):
-        with pytest.raises(ValueError, match="no folder of images"):
+        with pytest.raises(ValueError, match="must be a folder of images"):
             load(path)
-    with pytest.raises(ValueError, match="no images in"):
+    with pytest.raises(ValueError, match="must have images with captions"):
         load(tmp_path)
     (tmp_path / "metadata.jsonl").write_text("\n \n")
-    with pytest.raises(ValueError, match="no images in"):
+    with pytest.raises(ValueError, match="must have images with captions"):
         load(tmp_path)
 
 
@@ -139,8 +139,8 @@ def test_long_lines_of_metadata_are_not_held_in_memory(folder):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert list(found.values()) == [
-        "metadata.jsonl, line 1: the line has 3000001 bytes; the limit is 1048576",
-        "metadata.jsonl, line 3: the line has 300000001 bytes; the limit is 1048576",
+        "metadata.jsonl, line 1: the line must have at most 1048576 bytes, got 3000001",
+        "metadata.jsonl, line 3: the line must have at most 1048576 bytes, got 300000001",
     ]
     assert peak < 10_000_000
 

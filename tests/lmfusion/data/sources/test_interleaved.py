@@ -69,18 +69,18 @@ def test_lines_of_several_files_wherever_reading_is_cut(folder, monkeypatch, end
         ({"content": [{"image": 3}]}, "must name an image by a path or a data URL"),
         ({"content": [{"video": "x.mp4"}]}, "content must hold texts"),
         ({"content": [["x"]]}, "content must hold texts"),
-        ('{"content": ["\\ud800"]}', "no Unicode"),
-        ({"content": ["x"], "id": True}, "id is True"),
-        ({"content": ["x"], "id": ""}, "id is ''"),
-        ({"content": [{"image": "../secret.jpg"}]}, "leads out of the folder"),
-        ({"content": [{"image": "/etc/passwd"}]}, "leads out of the folder"),
-        ({"content": [{"image": "images/../../x.jpg"}]}, "leads out of the folder"),
-        ({"content": [{"image": "memory://x.jpg"}]}, "leads out of the folder"),
-        ({"content": [{"image": "a\0b"}]}, "leads out of the folder"),
-        ({"content": [{"image": ""}]}, "leads out of the folder"),
-        ({"content": [{"image": "HTTPS://example.org/x.jpg"}]}, "is on the web and is not fetched"),
+        ('{"content": ["\\ud800"]}', "must be valid Unicode"),
+        ({"content": ["x"], "id": True}, "whole number, got True"),
+        ({"content": ["x"], "id": ""}, "whole number, got ''"),
+        ({"content": [{"image": "../secret.jpg"}]}, "must stay in the folder"),
+        ({"content": [{"image": "/etc/passwd"}]}, "must stay in the folder"),
+        ({"content": [{"image": "images/../../x.jpg"}]}, "must stay in the folder"),
+        ({"content": [{"image": "memory://x.jpg"}]}, "must stay in the folder"),
+        ({"content": [{"image": "a\0b"}]}, "must stay in the folder"),
+        ({"content": [{"image": ""}]}, "must stay in the folder"),
+        ({"content": [{"image": "HTTPS://example.org/x.jpg"}]}, "which is not fetched; download it"),
         ({"content": [{"image": "images/gone.jpg"}]}, "gone.jpg"),
-        ({"content": [{"image": "images"}]}, "no regular file"),
+        ({"content": [{"image": "images"}]}, "must be a regular file"),
         ({"content": [{"image": "a.jsonl"}]}, "not an image of a known format"),
     ],
 )
@@ -98,7 +98,10 @@ def test_text_that_is_not_utf8_and_lines_too_long(folder, monkeypatch):
         b'{"content": ["\xff"]}\n' + json.dumps({"content": ["x" * 100]}).encode() + b'\n{"content": ["y"]}\n'
     )
     found = problems_of_lines(InterleavedFiles(str(path)))
-    assert "line 1: the text is not UTF-8" in found[0] and "line 2: the line has 117 bytes" in found[1]
+    assert (
+        "line 1: the text must be UTF-8" in found[0]
+        and "line 2: the line must have at most 100 bytes, got 117" in found[1]
+    )
     assert len(found) == 2
 
 
@@ -133,9 +136,9 @@ def test_images_lie_beside_their_file_at_an_address(folder):
 def test_nothing_to_read(folder):
     with pytest.raises(FileNotFoundError, match="there is no file"):
         InterleavedFiles(str(folder / "gone.jsonl"))
-    with pytest.raises(ValueError, match="there is no line in"):
+    with pytest.raises(ValueError, match="must have at least one line"):
         InterleavedFiles(write(folder, ending=""))
-    with pytest.raises(ValueError, match="is a folder"):
+    with pytest.raises(ValueError, match="must be a regular file"):
         InterleavedFiles(str(folder))
 
 
@@ -146,7 +149,7 @@ def test_blank_lines_are_no_documents(folder, monkeypatch, read_bytes):
     source = InterleavedFiles(str(folder / "a.jsonl"))
     assert [source[i].sample_id for i in range(len(source))] == ["a.jsonl/2", "a.jsonl/5"]
     (folder / "b.jsonl").write_bytes(b"\r\n\r\n")
-    with pytest.raises(ValueError, match="there is no line in"):
+    with pytest.raises(ValueError, match="must have at least one line"):
         InterleavedFiles(str(folder / "b.jsonl"))
 
 

@@ -11,9 +11,9 @@ import yaml
 
 from lmfusion.cli import main
 from lmfusion.data import SourceConfig, load_source
-from lmfusion.data.sources.tar_samples import IMAGE_SUFFIXES
 from lmfusion.data.sources.unused_files import describe_unused
 from lmfusion.data.sources.webdataset import WebDataset
+from lmfusion.images.formats import IMAGE_SUFFIXES
 from tests.lmfusion.data.storage.stored import encoded, equal, pairs, picture, problems, tar_bytes
 
 
@@ -242,10 +242,12 @@ def test_links_to_folders_are_followed_once_and_never_in_circles(tmp_path):
 
 def test_a_folder_without_any_caption_is_an_error(tmp_path):
     fill(tmp_path, ["a.png", "b.png", "c.txt"])
-    with pytest.raises(ValueError, match=r"none of the 2 images in .* has a caption: a.png: no caption; write a .txt"):
+    with pytest.raises(
+        ValueError, match=r"images in .* must have captions, but none of 2 has: a.png: no caption; write it to a .txt"
+    ):
         open_folder(tmp_path)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n[]\n')
-    with pytest.raises(ValueError, match=r"none of the 2 images in .*: metadata.jsonl, line 1: not an object"):
+    with pytest.raises(ValueError, match=r"none of 2 has: metadata.jsonl, line 1: the line must be an object"):
         open_folder(tmp_path)
 
 

@@ -99,7 +99,7 @@ def test_captions_of_text_and_json(tmp_path):
     chosen = open_tar(tmp_path, members, caption="json:long")
     assert [chosen[i].captions for i in range(2)] == [("x", "y"), ("z",)]
     for options in ({"image": ""}, {"caption": ":x"}):
-        with pytest.raises(ValueError, match="cannot be empty"):
+        with pytest.raises(ValueError, match="got an empty text"):
             open_tar(tmp_path, members, **options)
 
 
@@ -185,8 +185,8 @@ def test_incomplete_and_doubled_samples_are_one_damaged_sample_each(tmp_path, mo
         "a.tar/a: no caption (txt, json) in the tar, only jpg",
         "a.tar/b: no image (jpg, jpeg, png, webp) in the tar, only txt",
         "a.tar/c: .txt: the caption is empty",
-        "a.tar/d: .txt: the text is not UTF-8",
-        "a.tar/e: .txt has 5001 bytes; the limit is 5000",
+        "a.tar/d: .txt: the text must be UTF-8",
+        "a.tar/e: .txt must have at most 5000 bytes, got 5001",
         "a.tar/f: a member of the same name is in the tar twice",
         "a.tar/g is not an image of a known format",
         "a.tar/h is not an image of a known format",
@@ -200,12 +200,12 @@ def test_incomplete_and_doubled_samples_are_one_damaged_sample_each(tmp_path, mo
     [
         (b"{", "the JSON is damaged"),
         (b"[" * 100_000, "nested too deeply"),
-        (b"[1]", "has no caption or text"),
-        (b'{"other": "x"}', "has no caption or text"),
-        (b'{"caption": 3}', "caption is 3; a caption must be a text"),
-        (b'{"caption": ["a", 3]}', "a caption must be a text"),
+        (b"[1]", "must have the key caption or text"),
+        (b'{"other": "x"}', "must have the key caption or text"),
+        (b'{"caption": 3}', "caption must be a text or a list of texts, got 3"),
+        (b'{"caption": ["a", 3]}', "caption must be a text or a list of texts"),
         (b'{"caption": []}', "the caption is empty"),
-        (b'{"caption": "\\ud800"}', "no Unicode"),
+        (b'{"caption": "\\ud800"}', "must be valid Unicode"),
         (b'{"caption": ' + b"9" * 5000 + b"}", "the JSON is damaged"),
     ],
 )
@@ -232,7 +232,7 @@ def test_a_cut_off_tar_gives_what_it_has_and_is_one_damaged_sample(tmp_path):
         path.write_bytes(whole[:size])
         num_whole = sum(end <= size for end in ends)
         if num_whole == 0:
-            with pytest.raises(ValueError, match="no captioned image in"):
+            with pytest.raises(ValueError, match="must have captioned images"):
                 WebDataset(str(path))
             continue
         source = WebDataset(str(path))
@@ -297,8 +297,8 @@ def test_foreign_tars_among_good_ones(tmp_path):
     assert source.blocks == [2, 1, 1, 1, 1, 2]
     assert problems(source) == {
         2: "1.tar: the tar ends at byte 0 without an end mark; it is empty or cut off",
-        3: "2.tar: the tar is no tar",
-        4: "3.tar: the tar is compressed, and its members cannot be reached alone; gunzip it",
+        3: "2.tar: the tar is not a tar",
+        4: "3.tar: the tar is compressed, but its members must be readable one by one; gunzip it",
         5: "4.tar: the tar holds no jpg, jpeg, png, webp with captions",
     }
     assert source[7].sample_id == "5.tar/0003"
@@ -306,7 +306,7 @@ def test_foreign_tars_among_good_ones(tmp_path):
 
 def test_a_source_without_a_good_sample_is_refused_with_a_reason(tmp_path):
     with pytest.raises(
-        ValueError, match=r"no captioned image in .*a\.tar: .*no image \(tiff\) in the tar, only jpg, txt"
+        ValueError, match=r"a\.tar must have captioned images, .*no image \(tiff\) in the tar, only jpg, txt"
     ):
         open_tar(tmp_path, pairs(0, 3), image="tiff")
 
@@ -415,20 +415,20 @@ def test_a_stumbling_network_is_asked_again_and_a_broken_one_is_named(memory, mo
     ("path", "error", "message"),
     [
         ("{tmp}/gone.tar", FileNotFoundError, "there is no file .*gone.tar"),
-        ("{tmp}/*.zip", ValueError, "finds no file"),
-        ("{tmp}", ValueError, "is a folder or no regular file"),
+        ("{tmp}/*.zip", ValueError, "must match a file"),
+        ("{tmp}", ValueError, "must be a regular file"),
         ("memory://gone.tar", FileNotFoundError, "there is no file memory://gone.tar"),
-        ("memory://gone-*.tar", ValueError, "finds no file"),
+        ("memory://gone-*.tar", ValueError, "must match a file"),
         ("nowhere://a.tar", ValueError, "cannot read nowhere://a.tar: Protocol not known"),
-        ("{tmp}/{{a,a}}.tar", ValueError, "finds .*a.tar twice"),
+        ("{tmp}/{{a,a}}.tar", ValueError, "matches .*a.tar twice"),
         (
             "{tmp}/{{a,b,c,d,e}}.tar",
             FileNotFoundError,
             r"4 of the 5 files of .* are missing: .*b.tar, .*c.tar, .*d.tar, \.\.\.",
         ),
-        ("{tmp}/{{9..0}}.tar", ValueError, "runs backwards"),
-        ("{tmp}/{{0..99999999}}.tar", ValueError, "more than 1000000 files"),
-        ("{tmp}/{{0..9999}}{{0..9999}}.tar", ValueError, "stands for 100000000 files"),
+        ("{tmp}/{{9..0}}.tar", ValueError, "must have the lower number first"),
+        ("{tmp}/{{0..99999999}}.tar", ValueError, "at most 1000000 files"),
+        ("{tmp}/{{0..9999}}{{0..9999}}.tar", ValueError, "at most 1000000 files, got 100000000"),
     ],
 )
 def test_paths_that_cannot_be_used(tmp_path, path, error, message):
@@ -453,7 +453,7 @@ def test_a_path_with_the_signs_of_a_glob_is_a_path_where_there_is_one(tmp_path):
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.tar")
-    with pytest.raises(ValueError, match="no regular file"):
+    with pytest.raises(ValueError, match="must be a regular file"):
         WebDataset(str(tmp_path / "a.tar"))
 
 

@@ -15,7 +15,7 @@ from lmfusion.data.inspect import by_reason, read_all
 from lmfusion.data.pipeline.loader import LoaderState
 from lmfusion.data.pipeline.skip_log import SkipLog
 from lmfusion.images.preprocessing import load_image
-from tests.lmfusion.data.pipeline.rows import row_loader
+from tests.lmfusion.data.pipeline.loaders import packed_loader
 from tests.lmfusion.data.storage.stored import SUFFIX_OF, encoded, pairs, picture, problems, tar_bytes
 
 THUMBNAIL = encoded("JPEG", picture(9, (8, 8)))
@@ -238,18 +238,18 @@ def test_rows_hold_what_is_whole_and_name_the_rest(sources, number, tokenizer, m
     names = {source[i].sample_id for i in range(len(source))}
     broken = {damage.sample_id for damage in read_all(source, "all", load_images=True, num_workers=1).damaged}
     options = dict(seq_len=512, pack_window=len(CASES), max_damaged=1.0, num_workers=2, sequences_per_step=8)
-    loader = row_loader(tokenizer, sources=[source], monkeypatch=monkeypatch, **options)
+    loader = packed_loader(tokenizer, sources=[source], monkeypatch=monkeypatch, **options)
     read, damaged, steps = [], [], []
     for step in loader.steps(LoaderState(), 1000):
         steps.append(step)
-        read += [name for row in step.rows for name in row.sample_ids]
+        read += [name for row in step.batches for name in row.sample_ids]
         damaged += step.damaged
-        assert all(np.isfinite(row.latents.numpy()).all() for row in step.rows)
+        assert all(np.isfinite(row.latents.numpy()).all() for row in step.batches)
         if step.state.window > 0:
             break
     assert set(read) == names - broken and {d.sample_id for d in damaged} == broken
     log = SkipLog(tmp_path / "damaged.jsonl", max_damaged=0.5)
-    with pytest.raises(ValueError, match=r"more than data.max_damaged, 0.5, allows"):  # noqa: PT012
+    with pytest.raises(ValueError, match=r"at most data.max_damaged, 0.5, got "):  # noqa: PT012
         for number_of_step, step in enumerate(steps):
             log.add(number_of_step, step.num_samples, step.damaged)
 

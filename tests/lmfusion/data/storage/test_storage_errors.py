@@ -1,4 +1,4 @@
-"""Storage that fails for a moment changes no number; storage that goes on failing stops whoever reads."""
+"""Storage that fails for a moment changes no number; storage that goes on failing stops the run."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ from lmfusion.data.storage.files import StorageError, load_image_file
 from lmfusion.model.codec import CodecConfig, load_codec
 from lmfusion.vae.config import AutoencoderConfig, ImageDataConfig
 from lmfusion.vae.images import ImageLoader
-from tests.lmfusion.data.pipeline.rows import contents, read, row_loader
+from tests.lmfusion.data.pipeline.loaders import contents, packed_loader, read
 from tests.lmfusion.data.storage.stored import encoded, tar_bytes
 
 NUM_SAMPLES = 40
@@ -104,7 +104,7 @@ def storage(monkeypatch):
 def make(tokenizer, monkeypatch, stored):
     def make(kind, **options):
         source = load_source(SourceConfig(*stored[kind]), 8)
-        return row_loader(
+        return packed_loader(
             tokenizer, [source], monkeypatch, num_workers=0, cache_megabytes=0, sequences_per_step=2, **options
         )
 
@@ -194,7 +194,7 @@ def test_a_read_that_gives_less_goes_on(stored, monkeypatch):
 def test_files_that_go_or_shrink_while_they_are_used(make, stored, tmp_path):
     loaders = {kind: make(kind) for kind in ("folder", "webdataset")}
     os.truncate(tmp_path / "a.tar", 20_000)
-    with pytest.raises(StorageError, match=r"a\.tar is shorter than it was when it was opened"):
+    with pytest.raises(StorageError, match=r"a\.tar must not become shorter while it is read"):
         read(loaders["webdataset"], NUM_STEPS)
     os.unlink(tmp_path / "set" / "005.txt")
     with pytest.raises(StorageError, match=r"005\.txt is gone"):

@@ -40,8 +40,8 @@ def follow_captions(num_per_skill):
 def test_images_too_small_to_be_read_are_refused_before_any_is_generated(suite, tmp_path):
     painter = Painter(None)
     painter.codec.config.image_size = 8
-    with pytest.raises(ValueError, match="image_size is 8; shapes cannot be told apart below 16 pixels"):
-        suite(suite.config_type(1)).run(painter, tmp_path)
+    with pytest.raises(ValueError, match="image_size must be at least 16 pixels to distinguish shapes, got 8"):
+        run(painter, config(1), tmp_path)
 
 
 def test_captions_are_held_out_and_equally_many_of_each_skill():

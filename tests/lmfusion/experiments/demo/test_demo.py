@@ -15,7 +15,7 @@ from lmfusion.experiments.demo.report import digits_picture, loss_charts, render
 from lmfusion.experiments.demo.run import run_demo
 from lmfusion.model.modeling import LMFusion
 from lmfusion.synthetic.digit_classifier import Judge
-from lmfusion.synthetic.digits import NAMES, PLAIN, SYSTEM_PROMPT, Digits
+from lmfusion.synthetic.digits import NAMES, QUESTIONS, SYSTEM_PROMPT, Digits
 from lmfusion.training.config import load_config
 from tests.lmfusion.conftest import build_tokenizer
 from tests.lmfusion.model.test_modeling import smollm2
@@ -149,9 +149,11 @@ def test_conversations_are_in_the_words_of_the_llm_itself():
     model = LMFusion.from_llm(smollm2(), {"hidden_size": 64, "patch_coder": {"kind": "linear"}}, config)
     model.config.chat_system_prompt = SYSTEM_PROMPT
     assert openings_as_taught(model) >= 0.95
-    answers = model.generate([question for question, _ in PLAIN], chat=True, max_new_tokens=40, batch_size=len(PLAIN))
-    same = [str(answer).startswith(said) for answer, (_, said) in zip(answers, PLAIN, strict=True)]
-    assert sum(same) >= 0.8 * len(PLAIN)  # in another dtype it may choose another word
+    answers = model.generate(
+        [question for question, _ in QUESTIONS], chat=True, max_new_tokens=40, batch_size=len(QUESTIONS)
+    )
+    same = [str(answer).startswith(said) for answer, (_, said) in zip(answers, QUESTIONS, strict=True)]
+    assert sum(same) >= 0.8 * len(QUESTIONS)  # in another dtype it may choose another word
 
 
 def test_there_is_a_chart_for_each_loss():

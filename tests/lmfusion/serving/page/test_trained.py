@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from lmfusion.model.modeling import LMFusion
-from lmfusion.synthetic.digits import NAMES, closing_of, opening_of
+from lmfusion.synthetic.digits import NAMES, answer_closing, answer_opening
 from tests.lmfusion.serving.page.browser import CHROMIUM, DRIVER, MISSING, Browser
 from tests.lmfusion.serving.page.conftest import Page
 
@@ -73,8 +73,8 @@ def test_draws_a_seven_and_says_so(browser):
     browser.set("random-seed", False)
     answers = [draw(browser, 7, seed) for seed in range(SEEDS)]
     for before, after, _ in answers:
-        assert before == opening_of(7), "text comes first"
-        assert after == closing_of(7), "and text after the image"
+        assert before == answer_opening(7), "text comes first"
+        assert after == answer_closing(7), "and text after the picture"
     read = [digit for *_, digit in answers]
     assert read.count(7) >= 0.8 * SEEDS, f"sevens are read as {read}"
     assert browser.complaints() == []

@@ -55,7 +55,7 @@ def captioned(number, load_image=None, caption=None):
     return CaptionedImage(f"s/{number}", load_image or partial(image, number % 256), (caption,))
 
 
-def row_loader(tokenizer, sources=None, monkeypatch=None, **kwargs):
+def packed_loader(tokenizer, sources=None, monkeypatch=None, **kwargs):
     """A loader of the digits, or of `sources`: rows of 256 slots, four a step, windows of 100 samples."""
     configs = [SourceConfig("digits")]
     if sources is not None:
@@ -96,7 +96,7 @@ def contents(steps):
     """All that steps say, comparable."""
     return [
         (
-            [batch_digest(batch) for batch in step.rows],
+            [batch_digest(batch) for batch in step.batches],
             step.state,
             step.epoch,
             step.num_samples,
@@ -109,7 +109,7 @@ def contents(steps):
 
 
 def sample_ids(steps):
-    return list(chain.from_iterable(batch.sample_ids for step in steps for batch in step.rows))
+    return list(chain.from_iterable(batch.sample_ids for step in steps for batch in step.batches))
 
 
 def realistic_captions(num, seed=0):
