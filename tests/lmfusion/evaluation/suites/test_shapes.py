@@ -41,7 +41,7 @@ def test_images_too_small_to_be_read_are_refused_before_any_is_generated(suite, 
     painter = Painter(None)
     painter.codec.config.image_size = 8
     with pytest.raises(ValueError, match="image_size must be at least 16 pixels to distinguish shapes, got 8"):
-        run(painter, config(1), tmp_path)
+        suite(suite.config_type(1)).run(painter, tmp_path)
 
 
 def test_captions_are_held_out_and_equally_many_of_each_skill():

@@ -14,7 +14,7 @@ from lmfusion.experiments.demo.chat_eval import Reply, openings_as_taught
 from lmfusion.experiments.demo.report import digits_picture, loss_charts, render_report
 from lmfusion.experiments.demo.run import run_demo
 from lmfusion.model.modeling import LMFusion
-from lmfusion.synthetic.digit_classifier import Judge
+from lmfusion.synthetic.digit_classifier import DigitClassifier
 from lmfusion.synthetic.digits import NAMES, QUESTIONS, SYSTEM_PROMPT, Digits
 from lmfusion.training.config import load_config
 from tests.lmfusion.conftest import build_tokenizer
@@ -78,10 +78,10 @@ def test_a_finished_demo_does_not_train_again(demo, capsys):
 
 def test_the_classifier_reads_real_digits():
     digits = Digits("test")
-    read = Judge().read([digits[i].load_image() for i in range(100)])
+    read = DigitClassifier().classify([digits[i].load_image() for i in range(100)])
     assert sum(a == b for a, b in zip(read, digits.labels, strict=False)) >= 95
     blank = Image.new("L", (8, 8))
-    assert len(set(Judge().read([blank, blank]))) == 1
+    assert len(set(DigitClassifier().classify([blank, blank]))) == 1
 
 
 def reply(**changed):
