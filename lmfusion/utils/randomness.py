@@ -1,7 +1,7 @@
 """Counter-based random numbers: each is a pure function of seed, epoch, sample and purpose.
 
-No global generator is read or advanced, so the number of workers, the size of micro-batches and a restart do not change
-the random numbers of a sample.
+No global generator is read or advanced, so the number of workers and a restart do not change the random
+numbers of a sample.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from numpy.random.bit_generator import ISeedSequence
 
 
 def generator(seed: int, epoch: int, sample_id: str, purpose: str) -> np.random.Generator:
-    """The private generator of one purpose ("noise", "timestep", ...) of one sample in one epoch."""
+    """The private generator of one purpose ("document", "noise", ...) of one sample in one epoch."""
     key = hashlib.blake2b(repr((seed, epoch, sample_id, purpose)).encode(), digest_size=16).digest()
     # Philox accepts any ISeedSequence, though numpy's annotation does not say so
     return np.random.Generator(np.random.Philox(_Key(np.frombuffer(key, np.uint64))))  # type: ignore[arg-type]
