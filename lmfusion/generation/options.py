@@ -1,7 +1,7 @@
 """The options of an answer: name, type, range, default and help of each, and the limits of a request.
 
-The command line is made from `OPTIONS`; tests compare the server's fields and the table in docs/generation.md with it. The
-module imports nothing heavy, so that `lmfusion --help` answers at once.
+The command line is made from `OPTIONS`; tests compare the server's fields and the table in docs/generation.md with it.
+The module imports nothing heavy, so that `lmfusion --help` answers at once.
 """
 
 from collections.abc import Callable, Mapping

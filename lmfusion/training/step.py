@@ -1,9 +1,8 @@
 """One training step: the gradients of its micro-batches and one update, without waiting for the device.
 
-A micro-batch is one packed sequence. Only `fetch_metrics` waits for the device, and 8-bit AdamW,
-which cannot skip an update there. Until then nobody on the host knows
-whether a loss or gradient is finite, so a step that is not finite sets a flag on the device, and from that step on the
-optimizer and the average change nothing.
+A micro-batch is one packed sequence. Only `fetch_metrics` waits for the device, and 8-bit AdamW, which cannot skip an
+update there. Until then nobody on the host knows whether a loss or gradient is finite, so a step that is not finite
+sets a flag on the device, and from that step on the optimizer and the average change nothing.
 """
 
 import math
