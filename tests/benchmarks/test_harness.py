@@ -99,7 +99,7 @@ def test_a_row_without_ours_is_a_failed_row(quick):
 def test_file_of_another_kind_is_refused(tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps({"benchmarks": []}))
-    with pytest.raises(ValueError, match="not a results file of schema 1"):
+    with pytest.raises(ValueError, match="must be a results file of schema 1"):
         read_results(path)
     path.write_text("no json")
     with pytest.raises(ValueError, match="is no JSON"):

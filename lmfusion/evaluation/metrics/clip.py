@@ -104,7 +104,9 @@ def load_clip(folder: Path, device: torch.device | str = "cpu") -> Clip:
 
     config_file = folder / "config.json"
     if not config_file.is_file():
-        raise FileNotFoundError(f"{folder} holds no config.json; give a folder with a CLIP that transformers can load")
+        raise FileNotFoundError(
+            f"{folder} must hold a config.json, got none; give a folder with a CLIP that transformers can load"
+        )
     settings = read_json_object(config_file, strict=False)
     if settings.get("model_type") != "clip":
         raise ValueError(f"{folder} must hold a model of type 'clip', got {settings.get('model_type')!r}")

@@ -52,7 +52,7 @@ def emulate(capability: int, emulation: Emulation | None = None) -> Iterator[Emu
         _run(emulation, compiled, values, (*grid, 1, 1)[:3])
 
     triton.runtime.driver.set_active(CompileOnlyDriver(capability))
-    from lmfusion_kernels.triton import hybrid_attention
+    from lmfusion_kernels.triton import hybrid_attention, hybrid_attention_arguments
     from lmfusion_kernels.triton.hybrid_attention_configurations import configurations
 
     def configurations_of(q: torch.Tensor) -> Any:
@@ -65,8 +65,8 @@ def emulate(capability: int, emulation: Emulation | None = None) -> Iterator[Emu
         mock.patch("torch.cuda.device_of", return_value=nullcontext()),
         mock.patch("torch.cuda.device", return_value=nullcontext()),
         # The launching code takes tensors on the CPU where the kernels are interpreted; here they are emulated.
-        mock.patch.object(hybrid_attention, "INTERPRETED", True),
-        mock.patch.object(hybrid_attention, "_configurations", configurations_of),
+        mock.patch.object(hybrid_attention_arguments, "INTERPRETED", True),
+        mock.patch.object(hybrid_attention, "default_configurations", configurations_of),
     ):
         yield emulation
 

@@ -212,8 +212,8 @@ def test_a_latent_cache_is_shown_checked_and_counted_like_its_images(recipe, fol
     ("arguments", "message"),
     [
         (["check", "webdataset=gone.tar"], "there is no file gone.tar"),
-        (["check", "webdataset"], "need one"),
-        (["check", "digits=x"], "digits, digit_conversations, openmoji, shapes, shape_edits take no path"),
+        (["check", "webdataset"], "a path is required"),
+        (["check", "digits=x"], "digits, digit_conversations, openmoji, shapes, shape_edits, which take none"),
         (["check", "digits", "x.yaml"], "a source must be kind=path with a kind of"),
         (["check", "gone.yaml"], "no recipe at gone.yaml"),
         (["check", "nokind=a.tar"], "no recipe at nokind=a.tar"),

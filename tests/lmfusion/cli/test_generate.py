@@ -274,7 +274,7 @@ def test_ctrl_c_among_captions(saved, photo, monkeypatch, capsys):
         ("x --count 0", "--count must be at least 1, got 0"),
         ("x --batch-size 0", "--batch-size must be at least 1, got 0"),
         ("x --seed -1", "seed must be at least 0, got -1"),
-        ("x --image-size 9", "does not divide into patches"),
+        ("x --image-size 9", "multiples of the patch size 2, got 9 x 9"),
         ("x --image nowhere.png", "nowhere.png"),
         ("x --image {saved}/config.json", "not an image of a known format"),
         ("x --temperature 0.5", "--temperature needs text in the answer; add --text or --chat"),

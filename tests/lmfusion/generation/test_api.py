@@ -251,7 +251,7 @@ def test_generation_leaves_training_mode_and_gradients_alone(model):
         ({"prompts": ["word " * 60]}, "model's context of 256"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"image_size": 7}, "7 x 7 does not divide"),
+        ({"image_size": 7}, "multiples of the patch size 2, got 7 x 7"),
         ({"image_size": 0}, "image_size must be at least 1, got 0"),
         ({"image_size": "8"}, "image_size .*must be a whole number"),
         ({"preview_every": -1}, "preview_every must be at least 0, got -1"),

@@ -447,7 +447,7 @@ def test_nan_of_one_answer_does_not_reach_the_next(model):
         ({"max_images": 2}, "max_images must be at most 1 here, got 2"),
         ({"max_images": 1, "num_steps": 999}, "num_steps must be at most 100 here, got 999"),
         ({"max_images": 1, "image_size": 4096}, "image_size must be at most 2048 here, got 4096"),
-        ({"max_images": 1, "image_size": 7}, "7 x 7 does not divide"),
+        ({"max_images": 1, "image_size": 7}, "multiples of the patch size 2, got 7 x 7"),
         ({"max_new_tokens": 200}, "must fit the key-value cache of 100 slots, got 256"),
     ],
 )

@@ -115,7 +115,7 @@ def write_digests(folder):
     def steps(self, state, num_steps):
         with open(folder / f"{os.getpid()}.jsonl", "w", encoding="utf-8") as file:
             for step in real(self, state, num_steps):
-                after = [step.state.window, step.state.row]
+                after = [step.state.window, step.state.sequence]
                 file.write(json.dumps([after, [digest(batch) for batch in step.batches]]) + "\n")
                 file.flush()
                 yield step

@@ -253,7 +253,7 @@ def test_a_run_that_another_has_continued_since_it_was_read(config, unbroken):
 def test_a_run_is_not_read_while_another_writes_it(config):
     run = config()
     Trainer(run).run(max_steps=4)
-    with locked(Path(run.output)), pytest.raises(OSError, match="another process is at work"):
+    with locked(Path(run.output)), pytest.raises(OSError, match="in use by another process"):
         Trainer(run)
 
 

@@ -56,7 +56,7 @@ def test_a_run_that_another_has_continued_since_it_was_read(train, tmp_path):
     assert VAETrainer(from_values(VAEConfig, values)).run()
     assert late.run() and late.step == 12
     assert_same_run(tmp_path / "run", tmp_path / "unbroken")
-    with locked(tmp_path / "run"), pytest.raises(OSError, match="another process is at work"):
+    with locked(tmp_path / "run"), pytest.raises(OSError, match="in use by another process"):
         VAETrainer(from_values(VAEConfig, values))
 
 

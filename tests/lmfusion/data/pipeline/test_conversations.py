@@ -121,7 +121,7 @@ def test_long_conversations_are_cut_like_other_documents():
     ("sample", "tokenizer", "reason"),
     [
         (Conversation("a", talk(("user", "hello"))), TOKENIZER, "must have a message of the assistant"),
-        (Conversation("a", ()), TOKENIZER, "give a list of at least one message"),
+        (Conversation("a", ()), TOKENIZER, "must be a list of at least one message"),
         (Conversation("a", DRAWING), build_tokenizer(), "the tokenizer has no chat template"),
     ],
 )

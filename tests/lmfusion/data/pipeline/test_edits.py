@@ -109,15 +109,18 @@ def test_lines_with_edits(triples, tmp_path):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ({"source": "0.png", "target": "1.png"}, "instruction must be a text .*, got None"),
-        ({"source": "0.png", "instruction": " ", "target": "1.png"}, "instruction must be a text .*, got ' '"),
-        ({"source": 3, "instruction": "x", "target": "1.png"}, "source must be a text .*, got 3"),
+        ({"source": "0.png", "target": "1.png"}, "instruction must be a text that is not empty, got None"),
+        (
+            {"source": "0.png", "instruction": " ", "target": "1.png"},
+            "instruction must be a text that is not empty, got ' '",
+        ),
+        ({"source": 3, "instruction": "x", "target": "1.png"}, "source must be a text that is not empty, got 3"),
         (
             {"source": "0.png", "instruction": "x"},
-            'target must be a text .*, got None; an edit is like {"source": "a.png"',
+            'target must be a text that is not empty, got None; an edit is like {"source": "a.png"',
         ),
         ({"source": "../0.png", "instruction": "x", "target": "1.png"}, "must stay in the folder"),
-        ({"source": "0.png", "messages": None}, "instruction must be a text .*, got None"),
+        ({"source": "0.png", "messages": None}, "instruction must be a text that is not empty, got None"),
     ],
 )
 def test_lines_with_half_an_edit(tmp_path, line, message):

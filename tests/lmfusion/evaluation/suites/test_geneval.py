@@ -129,7 +129,7 @@ def test_a_missing_file_is_named_before_anything_is_generated(tmp_path):
     [
         ({"num_images": 0}, r"geneval\.num_images must be at least 1, got 0"),
         ({"num_prompts": 0}, r"geneval\.num_prompts must be at least 1, got 0"),
-        ({"seed": -1}, r"geneval\.seed is -1"),
+        ({"seed": -1}, r"geneval\.seed must be at least 0, got -1"),
         ({"num_steps": 0}, "num_steps"),
         ({"sampler": "fast"}, "sampler"),
     ],

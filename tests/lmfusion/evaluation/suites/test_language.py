@@ -193,7 +193,7 @@ def unreachable(*args, **kwargs):
     [
         ({"tasks": []}, "at least one task"),
         ({"tasks": ["everyday", "everyday"]}, "and each once, got"),
-        ({"limit": 0}, "language.limit is 0"),
+        ({"limit": 0}, "language.limit must be at least 1, got 0"),
         ({"data": {"piqa": "here"}}, "keys of language.data must be in language.tasks .* got 'piqa'"),
     ],
 )

@@ -127,10 +127,16 @@ def test_an_editor_that_loses_the_rest_is_wrong(tmp_path):
     ("make", "message"),
     [
         (lambda: ShapesConfig(sampler="euler"), "shapes.sampler must be one of .* got 'euler'"),
-        (lambda: ShapesConfig(num_steps=0), "shapes.num_steps is 0"),
-        (lambda: ShapesConfig(guidance_scale=float("nan")), "shapes.guidance_scale is nan"),
+        (lambda: ShapesConfig(num_steps=0), "shapes.num_steps must be at least 1, got 0"),
+        (
+            lambda: ShapesConfig(guidance_scale=float("nan")),
+            "shapes.guidance_scale must be between 0 and 1,000, got nan",
+        ),
         (lambda: EditsConfig(sampler="euler"), "edits.sampler must be one of .* got 'euler'"),
-        (lambda: EditsConfig(image_guidance_scale=-1.0), "edits.image_guidance_scale is -1"),
+        (
+            lambda: EditsConfig(image_guidance_scale=-1.0),
+            "edits.image_guidance_scale must be between 0 and 1,000, got -1",
+        ),
     ],
 )
 def test_bad_settings(make, message):

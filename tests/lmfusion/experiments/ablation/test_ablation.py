@@ -220,7 +220,7 @@ def test_accuracy_is_that_of_one_task_and_nothing_else():
             "measure.images.num_images=100000",
             "measure.images.num_images must be at most 1000, the held-out captions, got 100000",
         ),
-        ("base.model.codec.image_size=8", "image_size is 8; shapes cannot be told apart below 16 pixels"),
+        ("base.model.codec.image_size=8", "image_size must be at least 16 pixels"),
         (
             "claims=[{claim: c, metric: text_loss, keeps: [other]}]",
             "must name variants out of none-0, deep-0, none-1, got other",
