@@ -102,7 +102,7 @@ def test_file_of_another_kind_is_refused(tmp_path):
     with pytest.raises(ValueError, match="must be a results file of schema 1"):
         read_results(path)
     path.write_text("no json")
-    with pytest.raises(ValueError, match="is no JSON"):
+    with pytest.raises(ValueError, match="must be a JSON file"):
         read_results(path)
 
 
