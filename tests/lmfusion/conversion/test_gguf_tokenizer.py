@@ -156,7 +156,7 @@ def test_the_chat_template(tmp_path):
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "[hi]"
 
 
-# SkippedSample
+# Damaged files
 
 
 def without(metadata, key):

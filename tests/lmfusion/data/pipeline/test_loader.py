@@ -180,7 +180,7 @@ def test_two_level_order_reads_few_blocks_at_a_time(make):
     assert len(set(touched)) == 10 and len(touched) == 400
 
 
-# SkippedSample
+# Damaged samples
 
 
 def test_a_damaged_image_leaves_a_hole_and_moves_nothing(make):
