@@ -15,7 +15,7 @@ OLDEST := $(VENV)/.oldest-$(OLDEST_TORCH)-$(OLDEST_TRITON)
 .PHONY: help demo test lint bench gpu build clean
 
 help:
-	@echo "make demo      the whole chain on real data: adapt, train, draw, caption; report in runs/demo"
+	@echo "make demo      the whole chain on real data: adapt, train, generate, caption; report in runs/demo"
 	@echo "make test      lint, types, compile checks, tests    (PYTEST_ARGS='tests/lmfusion/text -k chat' for some)"
 	@echo "make lint      ruff, clang-format, mypy, and the words of docs/glossary.md"
 	@echo "make bench     benchmarks on this machine's CPU"

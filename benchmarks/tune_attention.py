@@ -53,7 +53,7 @@ def main() -> None:
     best = {}
     for head_dim in options.head_dim:
         table = configurations(head_dim, dtype.itemsize, capability)
-        case = AttentionProblem.make(head_dim, dtype, options.num_heads, options.num_kv_heads)
+        case = TuningCase.make(head_dim, dtype, options.num_heads, options.num_kv_heads)
         chosen = {}
         for launch in options.launch:
             begin += share
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 @dataclass
-class AttentionProblem:
+class TuningCase:
     """Packed interleaved documents, and few queries of documents in a cache."""
 
     layout: lk.TokenLayout
@@ -76,7 +76,7 @@ class AttentionProblem:
     caches: tuple[torch.Tensor, torch.Tensor]
 
     @classmethod
-    def make(cls, head_dim: int, dtype: torch.dtype, num_heads: int, num_kv_heads: int) -> "AttentionProblem":
+    def make(cls, head_dim: int, dtype: torch.dtype, num_heads: int, num_kv_heads: int) -> "TuningCase":
         document = [("text", 412), ("image", 512), ("text", 612), ("image", 512)]
         layout = lk.TokenLayout.from_spans([document] * (NUM_TOKENS // 2048), frozen_text=False, device="cuda")
 
@@ -118,7 +118,7 @@ class AttentionProblem:
         return lambda: hybrid_attention.backward(*arguments, tiles=tiles), (5 if launch == "keys" else 3) * pairs
 
 
-def tune(case: AttentionProblem, table: Configurations, launch: str, end: float) -> Tile:
+def tune(case: TuningCase, table: Configurations, launch: str, end: float) -> Tile:
     """The fastest tile of one launch. The tile of the table is measured first."""
     best, best_seconds = getattr(table, launch), float("inf")
     tiles = list(candidates(best, launch))

@@ -90,7 +90,7 @@ def recompute(model, prompts):
     return ((model.codec.decode(x)[:, 0] + 1) * 127.5).round()
 
 
-def drawing(model, prompts, batch_size):
+def generate_images(model, prompts, batch_size):
     return Contestant(lambda _: lambda: model.draw(prompts, batch_size=batch_size, **DRAWING), results=pixels)
 
 
@@ -101,7 +101,7 @@ def test_digit(record, device, dtype):
     row = Row("generation", f"1 digit, {NUM_STEPS} guided steps", dtype, "forward", "SmolLM2-135M", 1,
               bars={"prefix read at every step": 0.5}, is_latency=True)  # fmt: skip
     record(row, {
-        "ours": drawing(model, PROMPTS[:1], 1),
+        "ours": generate_images(model, PROMPTS[:1], 1),
         "prefix read at every step": Contestant(lambda _: lambda: recompute(model, PROMPTS[:1])),
     })  # fmt: skip
 
@@ -130,8 +130,8 @@ def test_digits_in_a_batch(record, device, dtype):
     row = Row("generation", f"8 digits, {NUM_STEPS} guided steps", dtype, "forward", "SmolLM2-135M", 8,
               bars={"one after the other": 0.5}, is_latency=True)  # fmt: skip
     record(row, {
-        "ours": drawing(model, PROMPTS, 8),
-        "one after the other": drawing(model, PROMPTS, 1),
+        "ours": generate_images(model, PROMPTS, 8),
+        "one after the other": generate_images(model, PROMPTS, 1),
         "prefix read at every step": Contestant(lambda _: lambda: recompute(model, PROMPTS)),
     })  # fmt: skip
 

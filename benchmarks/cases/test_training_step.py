@@ -63,7 +63,7 @@ def model_config(shape, num_layers):
     return LMFusionConfig(text, {"patch_coder": coder})
 
 
-def make_row():
+def make_sequence():
     """Pairs that fill a packed sequence, on the CPU."""
     tokens = SpecialTokens(VOCABULARY, VOCABULARY + 1, eos_token_id=2)
     num_image = LATENTS[1] * LATENTS[2] // 4
@@ -94,7 +94,7 @@ def layers_that_fit(shape, dtype, device, counts):
 
 @functools.lru_cache(maxsize=1)  # a GPU can hold only one of the largest
 def make_case(shape, dtype, device):
-    batch = make_row()
+    batch = make_sequence()
     config = model_config(shape, layers_that_fit(shape, dtype, device, SequenceCounts.of(batch)))
     torch.manual_seed(0)
     with device:

@@ -129,7 +129,7 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepResult:
     """The results of a step, in the order of its layer."""
 
     order: str
@@ -144,25 +144,25 @@ def contestant(case: LayerCase, make: Callable[[LayerCase], Layer], backward: bo
     gradients of all rows are compared, except constant rows, for which ours computes no gradient.
     """
 
-    def prepare(seed: int) -> Callable[[], Step]:
+    def prepare(seed: int) -> Callable[[], StepResult]:
         layer = make(case)
         rows = _in_order(case, layer.order, case.rows(seed))
         dout = [dy.detach() for dy in _in_order(case, layer.order, case.rows(seed + 1000))]
         if not backward:
 
             @torch.no_grad()
-            def infer() -> Step:
-                return Step(layer.order, _as_tuple(layer.forward(*rows)), ())
+            def infer() -> StepResult:
+                return StepResult(layer.order, _as_tuple(layer.forward(*rows)), ())
 
             return infer
         wanted = [x for x in rows if x.requires_grad]
         leaves = [*wanted, *(weight for weight in layer.weights if weight.requires_grad)]
 
-        def step() -> Step:
+        def step() -> StepResult:
             outputs = _as_tuple(layer.forward(*rows))
             pairs = [(y, dy) for y, dy in zip(outputs, dout, strict=True) if y.requires_grad]
             grads = torch.autograd.grad([y for y, _ in pairs], leaves, [dy for _, dy in pairs], allow_unused=True)
-            return Step(layer.order, outputs, grads[: len(wanted)])
+            return StepResult(layer.order, outputs, grads[: len(wanted)])
 
         return step
 
@@ -181,7 +181,7 @@ def _in_order(case: LayerCase, order: str, rows: tuple[Tensor, Tensor]) -> tuple
     return ((joined if order == "joined" else joined[case.layout.sequence_to_tower.long()]).requires_grad_(),)
 
 
-def _results(case: LayerCase, step: Step) -> list[Tensor]:
+def _results(case: LayerCase, step: StepResult) -> list[Tensor]:
     """The tensors of a step that are compared, in tower order."""
     layout = case.layout
 

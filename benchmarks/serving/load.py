@@ -1,4 +1,4 @@
-"""Load test of `lmfusion serve`: many clients at once, for minutes, some of them rude; every answer is checked.
+"""Load test of `lmfusion serve`: many clients at once, for minutes, some of which misbehave; every answer is checked.
 
     python -m benchmarks.serving.load                                  50 clients for 120 s on a tiny random model
     python -m benchmarks.serving.load --clients 8 --seconds 10

@@ -46,13 +46,13 @@ def run(args: argparse.Namespace) -> int:
     engine = None
     for start in range(0, len(args.images), args.batch_size):  # so that only a batch of images is in memory at a time
         images = args.images[start : start + args.batch_size]
-        asked = [
+        requests = [
             EngineRequest(encode_prompt(model, [Path(image), *([prompt] if prompt else [])]), options, start + i)
             for i, image in enumerate(images)
         ]
-        engine = engine or engine_for(model, asked, args.batch_size)
+        engine = engine or engine_for(model, requests, args.batch_size)
         captions = _Captions(images, prompt)
-        if not run_to_the_end(engine, asked, captions.show):
+        if not run_to_the_end(engine, requests, captions.show):
             print("lmfusion: interrupted", file=sys.stderr)
             return INTERRUPTED
     return 0

@@ -180,10 +180,10 @@ def _print_epoch(epoch: "Epoch", recipe: "RunConfig") -> None:
         ("  of text", f"{epoch.num_text_tokens:,.0f}, with bos, BOI and EOI"),
         ("  of images", f"{epoch.num_image_tokens:,.0f}"),
         ("sequences", f"{epoch.num_sequences:,.0f} of {data.seq_len} tokens"),
-        ("packing", f"{100 * epoch.packing:.2f} % of the slots are used"),
+        ("packing", f"{100 * epoch.packing:.2f} % of the positions hold a token"),
         ("cut", f"{epoch.num_cut:,.0f} documents"),
         ("damaged", f"{epoch.num_damaged:,.0f} samples have no text that can be used"),
-        ("steps", f"{steps:,.1f} of {recipe.train.batch_tokens:,} slots"),
+        ("steps", f"{steps:,.1f} of {recipe.train.batch_tokens:,} tokens"),
     ):
         print(f"  {name:12s}{value}")
 
@@ -236,7 +236,7 @@ def _read_model(recipe: "RunConfig", sources: list["Source"]) -> tuple["LMFusion
 
 
 def _window_reader(recipe: "RunConfig", sources: list["Source"]) -> Any:
-    """What plans the rows of a run, as its loader has it."""
+    """What plans the sequences of a run, as its loader does."""
     import torch
 
     from lmfusion.data.pipeline.packing import WindowReader

@@ -3,7 +3,7 @@
     lmfusion demo
     lmfusion demo path/to/model --port 8080
 
-Without MODEL it is the demo's own model: SmolLM2-135M, taught to generate and to read scikit-learn's handwritten
+Without MODEL it is the demo's own model: SmolLM2-135M, trained to generate and to read scikit-learn's handwritten
 digits. If DIR/run holds no such model yet, it is made first: adapt, train, generate, caption, and check that the text
 side did not change by a bit. This takes minutes on two CPU cores, and writes report.html, summary.json and digits.png
 into DIR. The training run is in DIR/run: an interrupted run continues there; a finished one only generates, captions

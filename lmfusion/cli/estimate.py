@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mfu",
         type=float,
         default=0.4,
-        help="share of the peak that GPUs compute at, all waiting included (default: 0.4)",
+        help="share of the peak that GPUs reach, all waiting included (default: 0.4)",
     )
     parser.add_argument(
         "--tokens",

@@ -55,7 +55,7 @@ _RECORDED: dict[str, Any] = {"prompt": str, "prompt_images": list, "chat": bool,
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
-    prompts = parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to draw, to answer or to continue")
+    prompts = parser.add_argument("prompts", nargs="+", metavar="PROMPT", help="what to generate, answer or continue")
     prompts.required = False  # --settings has a prompt
     parser.set_defaults(seed=None)  # --settings has a seed, too
 
@@ -127,13 +127,13 @@ def run(args: argparse.Namespace) -> int:
         prompt: encode_prompt(model, _prompt_of(request), request.chat, request.options.template_variables)
         for prompt, request in once.items()
     }
-    asked = [EngineRequest(encoded[request.prompt], request.options, request.index) for request in requests]
-    engine = engine_for(model, asked, args.batch_size)
+    engine_requests = [EngineRequest(encoded[r.prompt], r.options, r.index) for r in requests]
+    engine = engine_for(model, engine_requests, args.batch_size)
     if args.verbose:
         print(engine.plan, file=sys.stderr)
     display = ProgressDisplay(requests, folder, keep_previews=args.preview_every is not None, verbose=args.verbose)
     try:
-        is_finished = run_to_the_end(engine, asked, display.show)
+        is_finished = run_to_the_end(engine, engine_requests, display.show)
     finally:
         display.close()
     if not is_finished:
@@ -148,7 +148,7 @@ def _from_arguments(args: argparse.Namespace) -> "list[CommandRequest]":
     from lmfusion.cli.progress import CommandRequest
 
     if not args.prompts:
-        raise ValueError("a PROMPT must be given; write what to draw or to answer, or give --settings")
+        raise ValueError("a PROMPT must be given; write what to generate, answer or continue, or give --settings")
     count = 1 if args.count is None else args.count
     if count < 1:
         raise ValueError(f"--count must be at least 1, got {count}")
@@ -272,5 +272,5 @@ def _prompt_of(request: "CommandRequest") -> "PromptLike":
     parts: list[str | Path] = [*words, *images] if request.is_image_only else [*images, *words]
     if request.chat:
         return [{"role": "user", "content": parts}]
-    # A single text is tokenised as by the base LLM, a list as captions are in training
+    # A single text is tokenized as by the base LLM, a list as captions are in training
     return parts if request.images or request.is_image_only else request.prompt

@@ -6,8 +6,8 @@
     curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
         -d '{"messages": [{"role": "user", "content": "Draw a seven, then say what you drew."}]}'
 
-It listens on this machine only, unless --host says otherwise. If others can reach it, demand a key: it is read from the
-environment variable LMFUSION_API_KEY or from --api-key-file. After Ctrl-C or SIGTERM running answers may finish.
+It listens on this machine only, unless --host says otherwise. If others can reach it, require a key: it is read from
+the environment variable LMFUSION_API_KEY or from --api-key-file. After Ctrl-C or SIGTERM running answers may finish.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 Running the same command again resumes from the newest checkpoint, with the numbers of a run that was never stopped.
 SIGTERM and Ctrl-C stop at the next step, with a checkpoint. Exit code: 0 finished, 75 interrupted, 2 bad input.
-torchrun trains on several GPUs, and ends with 1 if one of its processes did not end with 0.
+Under torchrun it trains on several GPUs; torchrun exits with 1 unless all of its processes exit with 0.
 
     lmfusion train recipes/digits.yaml
     lmfusion train recipes/digits.yaml train.num_steps=2000 output=runs/long

@@ -105,7 +105,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise ValueError("data.sources is empty; name at least one, as {kind: folder, path: my/images}")
+            raise ValueError("data.sources must name at least one source, as {kind: folder, path: my/images}, got none")
         if self.today is not None:
             check_date(self.today, "data.today")
         for name in ("image_first", "caption_drop", "max_damaged"):

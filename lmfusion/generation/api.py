@@ -53,9 +53,9 @@ def stream_answer(model: "LMFusion", prompt: PromptLike, *, chat: bool = False, 
     Raises ValueError for unknown options, values out of range, and what `encode_prompt` and `Engine.submit` refuse.
     """
     given = options_of(options)
-    asked = EngineRequest(encode_prompt(model, prompt, chat, given.template_variables), given)
-    engine = engine_for(model, [asked], batch_size=1)
-    request_id = engine.submit(asked.prompt, asked.options)
+    request = EngineRequest(encode_prompt(model, prompt, chat, given.template_variables), given)
+    engine = engine_for(model, [request], batch_size=1)
+    request_id = engine.submit(request.prompt, request.options)
 
     def events() -> Iterator[Event]:
         with evaluating(model):
@@ -78,10 +78,10 @@ def generate_answers(
 
     Raises what `stream_answer` raises, before anything is computed, and ValueError for an empty list.
     """
-    asked = options_of(options)
+    given = options_of(options)
     check_list(prompts, "prompts", batch_size)
-    read = [encode_prompt(model, prompt, chat, asked.template_variables) for prompt in prompts]
-    return _run(model, read, asked, batch_size)
+    encoded = [encode_prompt(model, prompt, chat, given.template_variables) for prompt in prompts]
+    return _run(model, encoded, given, batch_size)
 
 
 def draw_images(
@@ -97,10 +97,10 @@ def draw_images(
     fixed = ("draw_first", "max_images", "min_images", "max_new_tokens")
     _refuse(options, fixed, "draw generates an image and no text")
     _refuse(options, ("template_variables",), "draw takes captions, not conversations")
-    asked = options_of({"draw_first": True, "max_images": 1, "max_new_tokens": 0, **options})
+    given = options_of({"draw_first": True, "max_images": 1, "max_new_tokens": 0, **options})
     check_list(prompts, "prompts", batch_size)
-    read = [encode_prompt(model, [prompt] if isinstance(prompt, str) else prompt) for prompt in prompts]
-    return [answer.images[0] for answer in _run(model, read, asked, batch_size)]
+    encoded = [encode_prompt(model, [prompt] if isinstance(prompt, str) else prompt) for prompt in prompts]
+    return [answer.images[0] for answer in _run(model, encoded, given, batch_size)]
 
 
 def caption_images(
@@ -123,14 +123,14 @@ def caption_images(
     """
     _refuse(options, ("draw_first", "max_images", "min_images"), "caption generates text and no image")
     _refuse(options, ("template_variables",), "caption takes images, not conversations")
-    asked = options_of({"max_new_tokens": max_new_tokens, **options})
+    given = options_of({"max_new_tokens": max_new_tokens, **options})
     check_list(images, "images", batch_size)
     words = [prompt] if prompt.strip() else []
-    read = [
+    encoded = [
         encode_prompt(model, [image if isinstance(image, (Image.Image, np.ndarray)) else Path(image), *words])
         for image in images
     ]
-    return [answer.text.strip() for answer in _run(model, read, asked, batch_size)]
+    return [answer.text.strip() for answer in _run(model, encoded, given, batch_size)]
 
 
 @dataclass(frozen=True)
@@ -148,10 +148,10 @@ def engine_for(model: "LMFusion", requests: Sequence[EngineRequest], batch_size:
 
     Raises ValueError for a request beyond the limits, or one that the model cannot answer.
     """
-    for asked in requests:  # before memory is allocated for a request beyond them
-        Limits().check(asked.options, asked.prompt.num_images)
-    needs = [sum(Request(model, 0, asked.prompt, asked.options, asked.index).slot_counts()) for asked in requests]
-    return Engine(model, num_slots=sum(sorted(needs, reverse=True)[:batch_size]), max_batch=batch_size)
+    for request in requests:  # before memory is allocated for a request beyond them
+        Limits().check(request.options, request.prompt.num_images)
+    num_slots = [sum(Request(model, 0, r.prompt, r.options, r.index).slot_counts()) for r in requests]
+    return Engine(model, num_slots=sum(sorted(num_slots, reverse=True)[:batch_size]), max_batch=batch_size)
 
 
 def options_of(options: dict[str, Any]) -> GenerationOptions:

@@ -1,4 +1,4 @@
-"""Decoding: samples the next tokens of a batch with unlike parameters, and turns token ids into text as they come."""
+"""Decoding: samples the next token of each document of a batch, and turns token ids into text as they come."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ class SamplingParams(NamedTuple):
     allow_boi: Tensor
     """Above 0 where BOI is allowed"""
     temperature: Tensor
-    """0: the likeliest token"""
+    """0: the most likely token"""
     top_p: Tensor
     top_k: Tensor
     """at least 1"""

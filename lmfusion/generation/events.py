@@ -1,4 +1,4 @@
-"""Events: five kinds of news about an answer, in the order in which they happen.
+"""Events: the five kinds of updates about an answer, in the order in which they happen.
 
 TextDelta* (ImageBegin ImagePreview* ImageEnd TextDelta*)* Done
 """

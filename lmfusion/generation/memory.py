@@ -49,7 +49,7 @@ class MemoryPlan:
             f"key-value cache  {_megabytes(self.cache_bytes)}: {self.num_slots:,} tokens of {self.slot_bytes:,} bytes\n"
             f"weights          {weights}\n"
             f"logits           {_megabytes(self.logit_bytes)}\n"
-            f"together         {_megabytes(self.total_bytes)}, and the working memory of a step"
+            f"total            {_megabytes(self.total_bytes)}, and the working memory of a step"
         )
 
 

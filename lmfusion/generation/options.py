@@ -88,13 +88,13 @@ class GenerationOptions:
     max_new_tokens: int = field(
         default=256,
         metadata=_about(
-            "most text tokens in an answer; images count separately", "text", least=0, request_name="max_tokens"
+            "maximum number of text tokens; images count separately", "text", least=0, request_name="max_tokens"
         ),
     )
     do_sample: bool | None = field(
         default=None,
         metadata=_about(
-            "true: sample, at temperature 1 if none is given; false: take the likeliest token; unset: the temperature "
+            "true: sample, at temperature 1 if none is given; false: take the most likely one; unset: the temperature "
             "decides",
             "text",
             flag=None,
@@ -104,7 +104,7 @@ class GenerationOptions:
     temperature: float = field(
         default=0.0,
         metadata=_about(
-            "randomness of the text; 0: always take the likeliest token",
+            "randomness of the text; 0: always the most likely token",
             "text",
             allowed=f"0 or between {MIN_TEMPERATURE:g} and {MAX_TEMPERATURE:g}",
         ),
@@ -112,12 +112,12 @@ class GenerationOptions:
     top_p: float = field(
         default=1.0,
         metadata=_about(
-            "sample from the likeliest tokens that together have this probability", "text", least=MIN_TOP_P, most=1
+            "sample from the top tokens that together have this probability", "text", least=MIN_TOP_P, most=1
         ),
     )
     top_k: int = field(
         default=0,
-        metadata=_about("sample from this many of the likeliest tokens; 0: from all", "text", least=0, most=MAX_TOP_K),
+        metadata=_about("sample from this number of top tokens; 0: from all", "text", least=0, most=MAX_TOP_K),
     )
     stop_strings: tuple[str, ...] | list[str] = field(
         default=(),
@@ -141,12 +141,12 @@ class GenerationOptions:
 
     max_images: int = field(
         default=0,
-        metadata=_about("most images in an answer; 0: text only, every word the base LLM's", "answer", least=0),
+        metadata=_about("maximum number of images; 0: text only, every word the base LLM's", "answer", least=0),
     )
     min_images: int = field(
         default=0,
         metadata=_about(
-            "fewest images in an answer; text that ends too early is followed by an image", "answer", least=0
+            "minimum number of images; text that ends too early is followed by an image", "answer", least=0
         ),
     )
     draw_first: bool = field(default=False, metadata=_about("begin with an image instead of text", "answer", flag=None))
@@ -195,7 +195,7 @@ class GenerationOptions:
         ),
     )
     preview_every: int = field(
-        default=0, metadata=_about("denoising steps from one preview to the next; 0: no previews", "image", least=0)
+        default=0, metadata=_about("denoising steps between two previews; 0: no previews", "image", least=0)
     )
     callback_on_step_end: StepCallback | None = field(
         default=None,
@@ -318,13 +318,13 @@ class Limits:
 
     def check(self, options: GenerationOptions, num_prompt_images: int = 0) -> None:
         """Raise ValueError, naming value and limit, if `options` or the number of images in a prompt exceed them."""
-        asked = {
+        limits = {
             "max_new_tokens": (options.max_new_tokens, self.max_new_tokens),
             "max_images": (options.max_images, self.max_images),
             "num_steps": (options.num_steps, self.max_num_steps),
             "image_size": (options.image_size or 0, self.max_image_size),
             "the number of images in the prompt": (num_prompt_images, self.max_prompt_images),
         }
-        for name, (value, limit) in asked.items():
+        for name, (value, limit) in limits.items():
             if value > limit:
                 raise ValueError(f"{name} must be at most {limit} here, got {short_repr(value)}")

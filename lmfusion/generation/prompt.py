@@ -69,7 +69,7 @@ def encode_prompt(
 ) -> Prompt:
     """`prompt` in the model's tokens and pixels.
 
-    A single text is tokenised as by the base LLM. In a list, texts are stripped, as captions are in training, and bos
+    A single text is tokenized as by the base LLM. In a list, texts are stripped, as captions are in training, and bos
     comes first; images are cropped to the middle and resized to the codec's size. Messages are written with the
     tokenizer's chat template, as is with `chat` a single text or list, which is then the user's turn. The model's
     system prompt comes first, if it has one and the conversation has none. template_variables: values that the template

@@ -1,7 +1,7 @@
 """Removes everything from an image file except the parts that hold its pixels, before a decoder sees the file.
 
-So damaged or huge texts, colour profiles, EXIF and XMP cannot spoil a picture, and cost neither time nor memory. Damage
-in the parts that are kept is an error. EXIF and XMP are returned separately, for `orientation`.
+So damaged or huge texts, colour profiles, EXIF and XMP cannot make an image unreadable, and cost neither time nor
+memory. Damage in the parts that are kept is an error. EXIF and XMP are returned separately, for `orientation`.
 """
 
 import re

@@ -72,7 +72,7 @@ def scheduler_config(config: DiffusionConfig) -> dict[str, Any]:
 
 
 class Diffusion:
-    """The forward process, for training. It has no weights. `lmfusion.generation.samplers` reverse it."""
+    """The forward process, for training. It has no weights. `lmfusion.generation.samplers` reverses it."""
 
     alphas_cumprod: Tensor
     """The share of signal in the variance of a noised latent, float64 [num_train_timesteps] on the CPU."""

@@ -39,7 +39,7 @@ CPU_MATMUL_SIZE, GPU_MATMUL_SIZE = 1024, 8192
 
 @dataclass(frozen=True)
 class SequenceCounts:
-    """What the FLOPs and memory of a packed sequence depend on. Expected values, too, so not always whole numbers."""
+    """What the FLOPs and memory of a packed sequence depend on. Also expected values, so not always whole numbers."""
 
     num_constant: float
     """Tokens of this class, like num_live and num_image; see `lmfusion_kernels.TokenLayout`."""

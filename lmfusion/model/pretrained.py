@@ -88,7 +88,7 @@ class PreTrainedMethods(PreTrainedModel):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: Any = None, every_n_layers: int = 1, offload: bool = False
     ) -> None:
-        """Keep next to nothing of a layer for its backward, and compute it again: `model.recompute = "layer"`.
+        """Keep almost nothing of a layer for its backward, and recompute it: `model.recompute = "layer"`.
 
         activation_checkpointing_kwargs are for torch's checkpoint, which is not used here. Raises ValueError for
         settings that do not apply: every_n_layers, offload.

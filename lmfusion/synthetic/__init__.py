@@ -1,1 +1,1 @@
-"""Synthetic and bundled data sets, each with a renderer and a reader that checks what was drawn."""
+"""Synthetic and bundled data sets, each with a renderer and a reader that checks generated images."""

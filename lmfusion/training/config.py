@@ -40,11 +40,11 @@ class ModelConfig:
     codec: CodecConfig = field(default_factory=CodecConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
     chat_system_prompt: str | None = None
-    """System message of chats that bring none of their own; train on conversations with the same one. None: that of
+    """System message of chats that have none of their own; train on conversations with the same one. None: that of
     the adapted model, or of the chat template."""
     template_variables: dict[str, Any] = field(default_factory=dict)
     """JSON values that the chat template reads by name, such as {enable_thinking: false}: in training, and in chats
-    that bring no others. They override those of the adapted model."""
+    that give no others. They override those of the adapted model."""
 
     def __post_init__(self) -> None:
         if self.base is None and self.adapted is None:

@@ -18,7 +18,7 @@ class ByteCache(Generic[T]):
     """Values by key, up to `max_bytes`. Threads may use it at the same time.
 
     evicts: True: the least recently used values make room for new ones, and the newest is always kept, however large.
-    False: values are kept only while there is room. For keys that come round again and again in a random order, such
+    False: values are kept only while there is room. For keys that recur in a random order, such
     as the samples of an epoch, this finds as many values as eviction would, and some even where the order repeats.
     """
 

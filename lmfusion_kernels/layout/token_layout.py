@@ -1,6 +1,6 @@
 """TokenLayout: which tower handles each token of a packed batch, and which keys it sees.
 
-Index vectors, built once per batch on the host. Two orders of the same tokens (docs/design.md, section 2):
+Index vectors, built once per batch on the host. Two orders of the same tokens (docs/design.md, "Two orders of tokens"):
 
 * sequence order: documents one after another, spans as they occur. Attention works here.
 * tower order: tokens grouped stably as [constant text | live text | image]. Everything else works here.

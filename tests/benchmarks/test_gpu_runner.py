@@ -134,7 +134,7 @@ def test_commands_run_side_by_side(tmp_path):
     assert set(statuses(runner).values()) == {"passed"}
 
 
-def test_a_command_is_told_its_time(tmp_path):
+def test_a_command_gets_its_time(tmp_path):
     """Benchmarks that know their time limit leave rows out with the reason; an interruption would be a failure."""
     command = python("benchmarks", "import os; print('has', os.environ['SECONDS'])", seconds_in="SECONDS")
     runner = Runner(tmp_path)

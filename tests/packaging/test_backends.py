@@ -52,7 +52,7 @@ def test_dtype_decides(dtype, expected):
 
 
 @pytest.mark.usefixtures("with_library")
-def test_a_wish_and_the_environment(monkeypatch):
+def test_the_argument_and_the_environment(monkeypatch):
     x = torch.ones(2)
     assert choose_backend("reference", x) == "reference"
     monkeypatch.setenv("LMFUSION_KERNELS_BACKEND", "reference")
@@ -63,7 +63,7 @@ def test_a_wish_and_the_environment(monkeypatch):
 
 
 @pytest.mark.usefixtures("with_library")
-def test_an_impossible_wish():
+def test_a_request_that_cannot_be_met():
     with pytest.raises(
         ValueError, match=r"native backend was asked for, but it takes float32 and bfloat16 on cpu, not float64"
     ):
@@ -147,7 +147,7 @@ def test_the_table_tells_of_the_environment(monkeypatch, asked, note):
 
 
 @pytest.mark.usefixtures("without_library")
-def test_the_table_without_the_library_and_a_wish_for_it(monkeypatch):
+def test_the_table_without_the_library_that_was_requested(monkeypatch):
     monkeypatch.setenv("LMFUSION_KERNELS_BACKEND", "native")
     here = lk.backends()
     assert "cannot be had on cpu (the native ops were not built: no compiler; install one) and on cuda (" in here.note

@@ -2,8 +2,8 @@
 
 A process claims a shard by a lock on one byte of the file .lock, which the system frees however the process ends. A
 shard is written under another name, forced onto the disk, renamed, and then gets a record beside it (shard-N.json).
-Once all shards have records, the manifest is written and replaces them. So a killed process costs the shard it was
-working on. The contents of a shard depend only on the source, codec and tokenizer: the cache is always the same to the
+Once all shards have records, the manifest is written and replaces them. So a killed process loses only its current
+shard. The contents of a shard depend only on the source, codec and tokenizer: the cache is always the same to the
 byte.
 """
 

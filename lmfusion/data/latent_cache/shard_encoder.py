@@ -41,7 +41,7 @@ class EncodeOptions:
     """Settings of a cache. Raises ValueError for a value out of range."""
 
     shard_samples: int = 2048
-    """Samples of a shard. They are held in memory, at last twice, until it is written."""
+    """Samples of a shard. They are held in memory until it is written, in the end twice."""
     dtype: str = "float32"
     """Of the latents. float32 keeps every bit; the others take half the space."""
     keep_std: bool = False

@@ -13,7 +13,7 @@ from lmfusion.synthetic.digits import name_with_article
 CURVES = {
     "diffusion_loss": "diffusion loss (images)",
     "lm_loss": "language loss (text after images)",
-    "boi_loss": "loss of the decision to begin an image",
+    "boi_loss": "BOI loss (where an image begins)",
 }
 """Charts of the training run, by key of metrics.jsonl."""
 SMOOTHING = 0.9

@@ -133,10 +133,10 @@ def _address(request: "gr.Request") -> str:
 
 def _title(model: "LMFusion", name: str) -> str:
     size = model.codec.config.image_size
-    facts = [f"generates {size} × {size} pixels", f"on {model.device}"]
+    details = [f"generates {size} × {size} pixels", f"on {model.device}"]
     if model.base is not None:
-        facts.insert(0, Path(model.base.name).name)
-    lines = [f"<h1>{html.escape(name or 'lmfusion')}</h1>", f"<p>{html.escape(' · '.join(facts))}</p>"]
+        details.insert(0, Path(model.base.name).name)
+    lines = [f"<h1>{html.escape(name or 'lmfusion')}</h1>", f"<p>{html.escape(' · '.join(details))}</p>"]
     if not has_chat_template(model):
         lines.append(f'<p class="hint">{PLAIN_HINT}</p>')
     return "".join(lines)

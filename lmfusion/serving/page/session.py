@@ -158,9 +158,9 @@ class Session:
 
 
 class Sessions:
-    """The open tabs, by the name that the page in the browser makes up. Use it in one thread only.
+    """The open tabs, by the name that the page in the browser gives itself. Use it in one thread only.
 
-    Anybody can make up names. So when there are too many sessions, the address with the most sessions loses one: an
+    Anybody can invent names. So when there are too many sessions, the address with the most sessions loses one: an
     empty one, or else the least recently used. A session that waits for an answer is never dropped.
     """
 

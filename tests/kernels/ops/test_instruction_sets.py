@@ -41,7 +41,7 @@ def test_cpu_kernels(isa, files, selected):
 
 @needs_native
 @pytest.mark.parametrize(("isa", "is_told"), [("avx", True), ("baseline", False), ("", False)])
-def test_an_unknown_instruction_set_is_told(isa, is_told):
+def test_an_unknown_instruction_set_is_reported(isa, is_told):
     environment = {**os.environ, "LMFUSION_CPU_ISA": isa}
     command = [sys.executable, "-c", "import lmfusion_kernels"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

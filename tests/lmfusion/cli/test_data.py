@@ -159,7 +159,7 @@ def test_count_without_a_recipe(folder, capsys):
 def test_count_with_a_recipe_agrees_with_hand_counting(recipe, capsys):
     assert main(["data", "count", str(recipe), "data.caption_drop=0", "data.image_first=0"]) == 0
     out = capsys.readouterr().out
-    # Seven samples with a text: bos, 9 bytes of caption, BOI, 16 rows of image, EOI; four of them in 128 tokens
+    # Seven samples with a text: bos, 9 bytes of caption, BOI, 16 tokens of image, EOI; four of them in 128 tokens
     assert "one epoch, of 8 samples, from 8 that were read" in out
     for line in (
         "tokens      196",
@@ -169,7 +169,7 @@ def test_count_with_a_recipe_agrees_with_hand_counting(recipe, capsys):
         f"packing     {100 * 196 / 256:.2f} %",
         "cut         0 documents",
         "damaged     1 samples",
-        "steps       1.0 of 256 slots",
+        "steps       1.0 of 256 tokens",
     ):
         assert line in out, (line, out)
 

@@ -77,7 +77,7 @@ def test_draws_what_the_library_draws(saved, model, here, capsys):
     assert capsys.readouterr().out.splitlines()[3] == "new/out/0003.png\ta three"
 
 
-def test_every_option_of_drawing_arrives(saved, model, photo, here):
+def test_every_option_of_images_arrives(saved, model, photo, here):
     options = ["--guidance-scale", "3", "--image-guidance-scale", "1.5", "--guidance-interval", "0.1", "0.9"]
     options += ["--guidance-rescale", "0.5", "--negative-prompt", "a one", "--image-size", "16", "--num-steps", "4"]
     assert generate(saved, "thinner", "--image", photo, "--image", photo, "--sampler", "dpm-solver", *options) == 0
@@ -168,7 +168,7 @@ def test_a_chat_answers_with_text_and_images(saved, model, here, capsys):
 
 
 def test_text_and_images_are_there_before_the_end(saved, here, monkeypatch, capsys):
-    """Looked at after each step of the engine, nothing that it told before is missing."""
+    """Looked at after each step of the engine, nothing that was printed before is missing."""
     step, seen = Engine.step, []
 
     def watched(self):
@@ -359,7 +359,7 @@ def test_a_model_that_knows_no_chat(saved, model, here, tmp_path_factory, capsys
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("command", [["generate", "x"], ["caption", "x.png"]])
-def test_cuda_asked_for_and_absent(saved, here, capsys, command):
+def test_cuda_requested_and_absent(saved, here, capsys, command):
     assert main([command[0], str(saved), command[1], "--device", "cuda"]) == 2
     assert "finds no GPU" in capsys.readouterr().err
 

@@ -57,7 +57,7 @@ def test_sharded_folder(tmp_path):
     assert_reads_as(tmp_path, llm)
 
 
-def test_checkpoints_keep_their_dtype_unless_told(tmp_path):
+def test_checkpoints_keep_their_dtype_by_default(tmp_path):
     random_llm(LlamaConfig(**SIZES)).to(torch.bfloat16).save_pretrained(tmp_path)
     assert {t.dtype for t in load_base(tmp_path).tensors.values()} == {torch.bfloat16}
     assert {t.dtype for t in load_base(tmp_path, torch.float32).tensors.values()} == {torch.float32}

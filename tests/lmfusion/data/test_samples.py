@@ -71,7 +71,7 @@ def test_bad_source_config(fields, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"sources": []}, r"data\.sources is empty"),
+        ({"sources": []}, r"data\.sources must name at least one source"),
         ({"image_first": 1.5}, r"data\.image_first must be a share between 0 and 1, got 1\.5"),
         ({"caption_drop": -0.1}, r"data\.caption_drop must be .*, got -0\.1"),
         ({"max_damaged": float("nan")}, r"data\.max_damaged must be .*, got nan"),

@@ -28,7 +28,7 @@ def texts(answers):
 # --- images ---
 
 
-def test_drawing_depends_on_prompt_seed_guidance_and_negative_prompt(model):
+def test_images_depend_on_prompt_seed_guidance_and_negative_prompt(model):
     def draw(prompt="a seven", **settings):
         settings = {"num_steps": 3, "sampler": "ddim", "guidance_scale": 3.0, **settings}
         return np.asarray(model.draw([prompt], **settings)[0])
@@ -100,7 +100,7 @@ def test_all_ways_in_bfloat16(tiny_llama):
     assert model.generate(["x"], max_new_tokens=2)[0].num_new_tokens == 2
 
 
-def test_drawing_at_another_size(model):
+def test_images_of_another_size(model):
     image = model.draw(["a seven"], num_steps=2, image_size=12)[0]
     assert image.size == (12, 12) and image.mode == "L"
 
@@ -264,7 +264,7 @@ def test_generation_leaves_training_mode_and_gradients_alone(model):
         ({"scale": 2}, "an option must be one of max_new_tokens, .*, got 'scale'"),
     ],
 )
-def test_wrong_drawing_settings_are_named(model, settings, message):
+def test_wrong_image_settings_are_named(model, settings, message):
     with pytest.raises(ValueError, match=message):
         model.draw(**{"prompts": ["a seven"], **settings})
 
@@ -338,7 +338,7 @@ def test_what_draw_and_caption_decide_is_not_for_others_to_say(model):
 def test_sliding_window_bounds_the_context(model, monkeypatch):
     monkeypatch.setattr(model.config.text_config, "sliding_window", 20, raising=False)
     answer = model.generate(["0123456789"], max_new_tokens=99)[0]  # 11 tokens with bos
-    assert answer.num_new_tokens == 10 and answer.finish_reason == "length"  # the last one takes no row
+    assert answer.num_new_tokens == 10 and answer.finish_reason == "length"  # the last one takes no slot
     with pytest.raises(ValueError, match=r"must fit the model's context of 20 tokens, got 21 and 1 tokens; shorten"):
         model.generate(["0123456789" * 2], max_new_tokens=1)
 

@@ -194,7 +194,7 @@ def draw_apart(model, run, prompt, predict_from, scale, seed=0):
 
 
 @pytest.mark.parametrize("changed_at", [0, 2])
-def test_drawing_goes_on_from_replaced_latents(model, changed_at):
+def test_denoising_continues_from_replaced_latents(model, changed_at):
     table = step_table(model.diffusion, "ddim", 4, clip=1.0)
     other = torch.linspace(-1, 1, 64).view(SHAPE)
 

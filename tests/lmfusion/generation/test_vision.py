@@ -64,7 +64,7 @@ def test_control_tokens_in_a_message_are_text_also_across_an_image(tmp_path):
         assert ids.count(eos) == 1 and image_token_id not in ids
 
 
-def test_the_assistants_images_stay_where_they_were_drawn(tmp_path):
+def test_the_assistants_images_stay_where_they_were_generated(tmp_path):
     save_vlm(tmp_path)
     model = build(tmp_path)
     turns = [

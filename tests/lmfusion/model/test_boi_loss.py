@@ -96,7 +96,7 @@ def test_the_loss_is_the_sum_of_three_means(model):
     torch.testing.assert_close(output.loss, expected)
 
 
-def test_begins_are_learned_and_the_text_side_keeps_every_bit(tmp_path):
+def test_where_images_begin_is_learned_and_the_text_side_keeps_every_bit(tmp_path):
     save_llm(tmp_path, FAMILIES["qwen3"])
     model = LMFusion.from_llm(tmp_path, image=FULL_WIDTH, codec=CODEC, dtype=torch.float64)
     documents = [DOCUMENTS[0], DOCUMENTS[2]]

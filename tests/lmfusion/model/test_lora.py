@@ -159,7 +159,7 @@ def test_on_off_merged_and_several(tiny_llama):
     torch.testing.assert_close(loss_of(adapted.unload()), base, rtol=1e-12, atol=0)
 
 
-def test_drawing_with_the_adapter_on_off_and_merged(tiny_llama):
+def test_images_with_the_adapter_on_off_and_merged(tiny_llama):
     model = build(tiny_llama)
     base, words = draw(model), model(torch.arange(9)[None]).logits
     adapted = add_lora(model)

@@ -148,7 +148,7 @@ def test_arguments_that_cannot_work(folder, arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_a_port_that_is_taken_is_told_before_the_model_is_loaded(tmp_path, capsys):
+def test_a_port_in_use_is_reported_before_the_model_is_loaded(tmp_path, capsys):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         assert main(["serve", str(tmp_path / "no model"), "--port", str(port)]) == 2
@@ -197,7 +197,7 @@ def test_a_model_that_cannot_chat_needs_a_template(tiny_llama, tmp_path, capsys,
     assert run(tmp_path / "base", "--chat-template", str(tmp_path / "chat.jinja")) == 0 and len(served) == 1
 
 
-def test_what_is_missing_is_told_with_the_way_to_get_it(folder, capsys, monkeypatch):
+def test_what_is_missing_is_named_with_the_way_to_get_it(folder, capsys, monkeypatch):
     for module in ("lmfusion.serving.lifecycle", "lmfusion.serving.connections"):
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "uvicorn", None)

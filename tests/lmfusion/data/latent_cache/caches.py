@@ -1,4 +1,4 @@
-"""What the tests of latent caches share: small data sets with damage in them, caches of them, and the rows of both."""
+"""What the tests of latent caches share: small data sets with damage in them, caches of them, and batches of both."""
 
 import json
 from dataclasses import replace

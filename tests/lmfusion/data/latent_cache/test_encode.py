@@ -39,7 +39,7 @@ def autoencoder(tmp_path_factory):
     return save_autoencoder(tmp_path_factory.mktemp("vae"), scaling_factor=0.25, shift_factor=0.5)
 
 
-def test_rows_of_several_epochs_are_those_of_the_images(tmp_path, tokenizer, autoencoder):
+def test_sequences_of_several_epochs_are_those_of_the_images(tmp_path, tokenizer, autoencoder):
     source = write_folder(tmp_path / "images")
     manifest = encode(source, tmp_path / "cache", autoencoder, tokenizer)
     assert manifest["num_damaged"] == 2 and len(manifest["shards"]) == 5
@@ -137,7 +137,7 @@ def test_variance_draws_what_the_images_draw(tmp_path, tokenizer, autoencoder):
     assert not torch.equal(mean[0].batches[0].latents, direct[0].batches[0].latents)
 
 
-def test_without_variance_none_is_drawn(tmp_path, tokenizer, autoencoder):
+def test_without_variance_no_latents_are_sampled(tmp_path, tokenizer, autoencoder):
     encode(write_folder(tmp_path / "images"), tmp_path / "cache", autoencoder, tokenizer)
     with pytest.raises(ValueError, match="--variance"):
         read(loader([encoded(tmp_path / "cache")], autoencoder, tokenizer, sample_latents=True), 1)

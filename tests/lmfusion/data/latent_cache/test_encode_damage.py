@@ -140,7 +140,7 @@ def test_a_shard_of_another_size_is_refused(cache, tmp_path, change):
         LatentShards(tmp_path / "cache")
 
 
-def test_an_unfinished_cache_is_told(cache, tmp_path):
+def test_an_unfinished_cache_is_named(cache, tmp_path):
     with pytest.raises(ValueError, match=r"must be a finished latent cache.*lmfusion encode"):
         LatentShards(tmp_path)
     shutil.copytree(cache, tmp_path / "cache")

@@ -20,7 +20,7 @@ PIXELS = CodecConfig(image_size=SIZE)
 
 @pytest.fixture
 def encode_to(tmp_path, tokenizer):
-    """Encodes 12 samples, two of them damaged, into a folder: 4 shards, unless told otherwise."""
+    """Encodes 12 samples, two of them damaged, into a folder: 4 shards by default."""
     source = write_folder(tmp_path / "images", num=12)
 
     def encode_to(folder, shard_samples=3):
@@ -157,7 +157,7 @@ def test_a_shard_that_lost_its_end_is_encoded_again(tmp_path, encode_to, expecte
     assert contents(tmp_path / "cache") == expected
 
 
-def test_a_file_system_without_locks_is_told(tmp_path, encode_to, expected, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_reported(tmp_path, encode_to, expected, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(38, "Function not implemented")
 
@@ -167,7 +167,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, encode_to, expected, monk
     assert "cannot be locked (Function not implemented): start one process only" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_told_and_overcome(tmp_path, encode_to, expected, monkeypatch):
+def test_a_full_disk_is_reported_and_overcome(tmp_path, encode_to, expected, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 

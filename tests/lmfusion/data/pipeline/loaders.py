@@ -1,4 +1,4 @@
-"""What the tests of rows share: sources made of lists, loaders of them, and what their steps hold."""
+"""What the tests of packed sequences share: sources made of lists, loaders of them, and what their steps hold."""
 
 import hashlib
 from functools import partial
@@ -56,7 +56,7 @@ def captioned(number, load_image=None, caption=None):
 
 
 def packed_loader(tokenizer, sources=None, monkeypatch=None, **kwargs):
-    """A loader of the digits, or of `sources`: rows of 256 slots, four a step, windows of 100 samples."""
+    """A loader of the digits, or of `sources`: sequences of 256 tokens, four a step, windows of 100 samples."""
     configs = [SourceConfig("digits")]
     if sources is not None:
         weights = kwargs.pop("weights", [1.0] * len(sources))

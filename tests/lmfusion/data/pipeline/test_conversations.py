@@ -194,7 +194,7 @@ def test_lines_that_are_no_conversation(folder, line, message):
 # Latent caches
 
 
-def test_a_latent_cache_gives_the_same_rows(folder):
+def test_a_latent_cache_gives_the_same_sequences(folder):
     (folder / "bad.jpg").write_bytes(b"no image")
     bad = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": [{"image": "bad.jpg"}]}]}
     silent = {"messages": [{"role": "user", "content": "hello"}]}
@@ -215,7 +215,7 @@ def test_a_latent_cache_gives_the_same_rows(folder):
 # The digits
 
 
-def test_every_digit_is_asked_for_in_every_way():
+def test_every_digit_is_requested_in_every_way():
     source, digits = load_source(SourceConfig("digit_conversations"), 8), Digits("train")
     of_each = len(REQUESTS) + 1
     assert len(source) == sum(source.blocks) == len(digits) * of_each

@@ -166,7 +166,7 @@ def test_interleaved_documents_are_cut_after_the_last_part_that_fits():
 
 @settings(max_examples=80, deadline=None)
 @given(st.lists(st.one_of(st.just(no_image), st.text("abc ", max_size=30)), max_size=12), st.integers(24, 120))
-def test_no_interleaved_document_outgrows_its_row_or_splits_an_image(parts, seq_len):
+def test_no_interleaved_document_outgrows_its_sequence_or_splits_an_image(parts, seq_len):
     made = plan(Interleaved("a", tuple(parts)), seq_len=seq_len)
     num_tokens = 1 + sum(18 if callable(part) else len(part.strip()) for part in parts)
     if num_tokens == 1:

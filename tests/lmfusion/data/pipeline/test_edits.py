@@ -1,4 +1,4 @@
-"""Edits: the documents they become, with what is dropped, their lines of JSON, their rows and latent caches."""
+"""Edits: the documents they become, with what is dropped, their lines of JSON, sequences and latent caches."""
 
 import json
 from collections import Counter
@@ -141,7 +141,7 @@ def test_commands_that_look_into_data(triples, tmp_path, capsys):
 # Rows and latent caches
 
 
-def test_rows_hold_the_right_images_whatever_was_dropped_before(triples, tokenizer):
+def test_sequences_hold_the_right_images_whatever_was_dropped_before(triples, tokenizer):
     """The same sample comes with and without its source: what is kept of one is not taken for the other."""
     pixels = {level: to_tensor(Image.new("RGB", (SIZE, SIZE), (level,) * 3), SIZE, 3) for level in range(106)}
     num_images = Counter()
@@ -161,7 +161,7 @@ def test_rows_hold_the_right_images_whatever_was_dropped_before(triples, tokeniz
     assert num_images[True] > 10
 
 
-def test_rows_from_a_latent_cache_are_those_of_the_images(triples, tmp_path, tokenizer):
+def test_sequences_from_a_latent_cache_are_those_of_the_images(triples, tmp_path, tokenizer):
     manifest = encode(triples, tmp_path / "cache", PIXELS, tokenizer, shard_samples=4)
     assert (manifest["num_images"], manifest["num_damaged"]) == (12, 0)
     sample = load_source(encoded(tmp_path / "cache"), SIZE)[0]

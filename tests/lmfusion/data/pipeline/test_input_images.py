@@ -1,4 +1,4 @@
-"""Images that a vision-language model sees in its training data: their rows, their place, and the same rows always."""
+"""Input images of a vision-language model in training: their embeddings and their places, always the same."""
 
 import hashlib
 import json
@@ -90,7 +90,7 @@ def digest(step):
 
 
 def test_a_conversation_shows_and_draws(model, monkeypatch):
-    """What the user shows is seen where the template puts it; what the assistant says is drawn and scored."""
+    """The user's images are inputs where the template puts them; the assistant's are targets, its text is scored."""
     sample = conversation(1)
     [step] = make(model, [sample], monkeypatch).steps(LoaderState(), 1)
     [batch] = step.batches
@@ -107,13 +107,13 @@ def test_a_conversation_shows_and_draws(model, monkeypatch):
     assert decode(after) == "\nxx</s>[assistant]So:"
     rest = ids[ids.index(model.boi_token_id) :]
     assert rest[:2] == [model.boi_token_id, model.eoi_token_id] and decode(rest[2:]) == "ok</s>"
-    # Scored: where the assistant goes on with its words or an image, and nothing that is seen
+    # Scored: where the assistant goes on with its words or an image, and no vision token
     decided = batch.token_ids[batch.boi_target_indices]
     assert (decided >= 0).all() and batch.boi_labels.tolist() == [False, False, False, True]
 
 
-def test_rows_of_a_batch_stand_where_they_belong(model):
-    """Constant rows come before live ones in a batch: numbers keep rows of several documents apart."""
+def test_vision_tokens_of_a_batch_are_in_their_places(model):
+    """Constant tokens come before live ones: numbers keep the vision tokens of several documents apart."""
     tokens = SpecialTokens.of(model.tokenizer, model.boi_token_id)
     drawn_first = drawn(tokens).text([5]).input_image(3).text([6])
     seen_first = Document().text([7]).input_image(2).text([8])
@@ -150,7 +150,7 @@ def test_counts_that_do_not_agree_are_refused(model):
         pack([document], latents, latents, torch.tensor([3]), vision_embeds=torch.zeros(2, 32))
 
 
-def test_the_gradient_reaches_the_image_tower_and_no_row_that_is_seen(model, monkeypatch):
+def test_the_gradient_reaches_the_image_tower_and_no_vision_token(model, monkeypatch):
     [step] = make(model, [conversation(0), conversation(3), edit(2)], monkeypatch).steps(LoaderState(), 1)
     [batch] = step.batches
     batch.vision_embeds.requires_grad_()
@@ -166,7 +166,7 @@ def test_the_gradient_reaches_the_image_tower_and_no_row_that_is_seen(model, mon
     model.eval()
 
 
-def test_what_is_seen_changes_what_is_drawn(model, monkeypatch):
+def test_input_images_change_the_generated_image(model, monkeypatch):
     [step] = make(model, [conversation(0)], monkeypatch).steps(LoaderState(), 1)
     [batch] = step.batches
     loss = model(batch=batch).diffusion_loss_sum
@@ -193,7 +193,7 @@ def test_an_edit_sees_its_source(model, monkeypatch):
 
 
 def zip_documents(batch, model):
-    """Of each document its ids, in the order of its rows, and the number of its images."""
+    """Of each document its ids, in the order of its tokens, and the number of its images."""
     ids = torch.full((batch.layout.num_tokens,), model.boi_token_id + 9)
     ids[batch.layout.tower_to_sequence[: batch.layout.num_text].long()] = batch.token_ids
     starts = (batch.layout.position == 0).nonzero().flatten().tolist()
@@ -263,7 +263,7 @@ ASKED = {
 }
 
 
-def test_a_latent_cache_refuses_what_is_seen(recipe, tmp_path, capsys):
+def test_a_latent_cache_refuses_input_images(recipe, tmp_path, capsys):
     drawn = {"content": ["a picture", {"image": "a.png"}]}
     assert main(["encode", recipe(drawn), str(tmp_path / "cache")]) == 0
     edit = {"source": "a.png", "instruction": "smaller", "target": "a.png"}
@@ -272,7 +272,7 @@ def test_a_latent_cache_refuses_what_is_seen(recipe, tmp_path, capsys):
         assert "whose input images keep their own size" in capsys.readouterr().err
 
 
-def test_rows_are_counted_with_what_is_seen(recipe, model, capsys):
+def test_sequences_are_counted_with_input_images(recipe, model, capsys):
     assert main(["data", "count", recipe(ASKED)]) == 0
     told = capsys.readouterr().out
     words = model.tokenizer("[user]\n</s>[assistant]Like this:</s>")["input_ids"]

@@ -1,4 +1,4 @@
-"""The same rows whatever the number of workers and ranks, wherever reading starts, and whatever is damaged."""
+"""The same sequences whatever the number of workers and ranks, wherever reading starts, and whatever is damaged."""
 
 import threading
 import time
@@ -49,7 +49,7 @@ def wait_until(is_so):
 # Workers, ranks, resume
 
 
-def test_rows_do_not_depend_on_workers_or_cache(make):
+def test_sequences_do_not_depend_on_workers_or_cache(make):
     expected = contents(read(make(num_workers=0), 12))
     assert len({digest for step in expected for digest in step[0]}) == 48
     for num_workers, cache_megabytes in ((1, 1024), (2, 0), (5, 1)):
@@ -58,7 +58,7 @@ def test_rows_do_not_depend_on_workers_or_cache(make):
     assert contents(read(make(seed=4), 1)) != expected[:1]
 
 
-def test_ranks_share_out_the_rows_of_one(make):
+def test_ranks_share_out_the_sequences_of_one(make):
     whole = read(make(), 8)
     for world_size in (2, 4):
         parts = [read(make(rank=rank, world_size=world_size), 8) for rank in range(world_size)]
@@ -113,7 +113,7 @@ def test_state_that_the_data_does_not_have_is_refused(make):
 
 
 @pytest.mark.parametrize("world_size", [3, 8])
-def test_rows_that_ranks_cannot_share_are_refused(make, world_size):
+def test_sequences_that_ranks_cannot_share_are_refused(make, world_size):
     with pytest.raises(ValueError, match=f"must be a multiple of the number of ranks, {world_size}, got 4"):
         make(world_size=world_size)
 
@@ -201,7 +201,7 @@ def test_a_damaged_image_leaves_a_hole_and_moves_nothing(make):
     assert len(reported) >= 3
 
 
-def test_a_row_of_nothing_but_damage_is_an_empty_batch(make):
+def test_a_sequence_of_damaged_samples_is_an_empty_batch(make):
     source = Listed([captioned(i, broken) for i in range(20)])
     (step,) = read(make(source, sequences_per_step=2), 1)
     assert [batch.num_images for batch in step.batches] == [0, 0] and [b.num_labels for b in step.batches] == [0, 0]
@@ -261,7 +261,7 @@ def test_latents_of_a_cache_are_taken_as_they_are(make):
     assert contents(read(make(Listed(cached)), 4)) == contents(read(make(Listed(pictures)), 4))
 
 
-def test_latents_are_drawn_from_their_distribution_by_counter(make):
+def test_latents_are_sampled_from_their_distribution_by_counter(make):
     source = Listed([captioned(i, partial(latents, float(i % 3), std=0.5)) for i in range(40)])
     loaders = [make(source, sample_latents=True, num_workers=n, pack_window=40, sequences_per_step=1) for n in (0, 2)]
     steps, again = (read(loader, 12) for loader in loaders)
@@ -364,7 +364,7 @@ def test_closing_while_a_window_is_read_does_not_wait_for_all_of_it(make):
 
 
 def test_little_is_prepared_ahead(make):
-    """Memory is bounded: a step more, or two rows a worker."""
+    """Memory is bounded: a step more, or two sequences a worker."""
     loaded = []
 
     def load(number):
@@ -385,7 +385,7 @@ def test_little_is_prepared_ahead(make):
 
 @pytest.mark.parametrize(("sequences_per_step", "num_windows"), [(1, 2), (40, 14)])
 def test_the_next_windows_are_read_while_one_is_used(make, sequences_per_step, num_windows):
-    """A window has 9 rows. Two steps, one of them ahead, are 80: of 9 windows. Another step takes 5 more."""
+    """A window has 9 sequences. Two steps, one of them ahead, are 80: of 9 windows. Another step takes 5 more."""
     read_indices = []
 
     class Watched(Listed):

@@ -70,7 +70,7 @@ def test_groups_of_blocks_are_shuffled_inside_and_among_each_other():
 
 
 @pytest.mark.parametrize("shuffle_blocks", [None, 2])
-def test_order_of_a_source_begins_anew_each_epoch(shuffle_blocks):
+def test_a_source_is_shuffled_again_each_epoch(shuffle_blocks):
     order = SourceOrder([5, 7, 0, 8, 3], shuffle_blocks, seed=2)
     epochs, indices = order.take(np.arange(69))
     assert epochs.tolist() == sorted([0, 1, 2] * 23)
@@ -136,7 +136,7 @@ def test_a_draw_depends_on_its_position_alone(first, length):
     assert mixed.samples(range(first + middle, first + middle + 1)) == [draws[middle]]
 
 
-def test_sources_of_one_size_are_not_drawn_in_one_order():
+def test_sources_of_one_size_are_not_read_in_one_order():
     draws = mixture([500, 500], [1, 1]).samples(range(PERIOD))
     orders = [[draw.index for draw in draws if draw.source == source] for source in range(2)]
     assert sorted(orders[0]) == sorted(orders[1]) and orders[0] != orders[1]

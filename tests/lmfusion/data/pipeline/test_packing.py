@@ -34,8 +34,8 @@ def ids(window):
     return [plan.sample_id for sequence in window.sequences for plan in sequence.plans]
 
 
-def test_caption_pairs_fill_rows_of_4096_slots():
-    """Images of 256 tokens with captions of 5 to 60: at least 95 % of the slots hold a token."""
+def test_caption_pairs_fill_sequences_of_4096_tokens():
+    """Images of 256 tokens with captions of 5 to 60: at least 95 % of the positions hold a token."""
     captions = realistic_captions(4096)
     source = Listed([CaptionedImage(str(i), image, (caption,)) for i, caption in enumerate(captions)])
     windows = [reader(source, tokens_per_image=256).read(number) for number in range(2)]
@@ -68,7 +68,7 @@ def test_windows_are_the_same_whoever_reads_them_and_in_any_order():
         assert [again.read(number, pool.map) for number in (3, 1, 0, 2)] == [expected[i] for i in (3, 1, 0, 2)]
 
 
-def test_rows_of_a_window_are_shuffled():
+def test_sequences_of_a_window_are_shuffled():
     """So that steps do not differ in kind with their place in a window: the packer fills long documents together."""
     pages = [Interleaved(f"long {i}", ("z" * 200,)) for i in range(100)]
     source = Listed(pages + [captioned(i, caption="short") for i in range(900)])
@@ -88,7 +88,7 @@ def test_unreadable_samples_are_named_and_have_no_place():
     }
 
 
-def test_rows_have_equal_shares_of_what_could_not_be_read():
+def test_sequences_have_equal_shares_of_damaged_samples():
     """Else a window's damage would count before its samples do, and stop a run that has no more of it than it may."""
     samples = [captioned(i) for i in range(400)]
     for i in range(0, 400, 20):
@@ -105,7 +105,7 @@ def test_window_without_a_readable_sample_has_one_empty_row():
     assert [sequence.plans for sequence in window.sequences] == [()] and len(window.damaged) == 5
 
 
-def test_rows_count_what_was_cut():
+def test_sequences_count_cut_documents():
     source = Listed([Interleaved("a", ("q" * 300,)), Interleaved("b", ("q" * 20,))])
     (sequence,) = [
         sequence for sequence in reader(source, seq_len=256, pack_window=2).read(0).sequences if sequence.num_cut

@@ -93,7 +93,7 @@ def test_resume_forgets_later_steps_and_continues_counting(path):
         resumed.add(4, 10, [SkippedSample(str(i), "torn") for i in range(16)])
 
 
-def test_a_run_that_begins_anew_forgets_all(path):
+def test_a_run_that_begins_again_forgets_all(path):
     log = SkipLog(path, 0.01)
     log.add(1, 600, [SkippedSample("a", "torn")])
     log.close()
