@@ -159,7 +159,7 @@ def test_conversations_are_in_the_words_of_the_llm_itself():
 def test_there_is_a_chart_for_each_loss():
     metrics = [{"step": step, "diffusion_loss": 3.0, "lm_loss": 2.0, "boi_loss": 1.0} for step in (0, 5, 10)]
     charts = loss_charts(metrics)
-    assert [chart.title.split()[0] for chart in charts] == ["diffusion", "language", "loss"]
+    assert [chart.title.split()[0] for chart in charts] == ["diffusion", "language", "BOI"]
     svg = base64.b64decode(charts[0].source.removeprefix("data:image/svg+xml;base64,")).decode()
     assert ">diffusion loss (images)<" in svg and ">steps<" in svg and ">10<" in svg
     assert loss_charts(metrics[:1]) == []
