@@ -151,7 +151,7 @@ BREAKAGES = (
         "8 what a sample sees is its own: noise is the same in every epoch",
         "tests/lmfusion/data/pipeline/test_loader.py",
         "lmfusion/data/pipeline/loader.py",
-        'generator(self._seed, plan.draw.epoch, plan.sample_id, "noise")',
+        'generator(self._seed, plan.ref.epoch, plan.sample_id, "noise")',
         'generator(self._seed, 0, plan.sample_id, "noise")',
     ),
     Breakage(
