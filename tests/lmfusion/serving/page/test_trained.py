@@ -59,14 +59,14 @@ def browser(page):
 
 def draw(browser, digit, seed):
     """Ask in a new conversation. Returns the texts before and after the image, and the digit that the judge reads."""
-    from lmfusion.synthetic.digit_classifier import Judge
+    from lmfusion.synthetic.digit_classifier import DigitClassifier
 
     browser.click("#clear")
     browser.wait(lambda: not browser.all("#chat .bot"))
     browser.set("seed", seed)
     browser.ask(f"Draw a {NAMES[digit]}, then say what you drew.")
     [before, after] = browser.driver.execute_script(AROUND_THE_IMAGE)
-    return before, after, Judge().read([Image.open(io.BytesIO(browser.image()))])[0]
+    return before, after, DigitClassifier().classify([Image.open(io.BytesIO(browser.image()))])[0]
 
 
 def test_draws_a_seven_and_says_so(browser):
