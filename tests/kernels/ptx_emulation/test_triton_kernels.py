@@ -1,7 +1,8 @@
 """Triton's kernels, as compiled for sm_90a and sm_80 in bfloat16 and float16, give the right numbers in the emulator.
 
 By the Triton that is installed and by the oldest one that the metadata admits. Errors are at most three times those of
-the reference in the same dtype (`LARGEST_ERROR`). An error of the emulator (an access out of bounds, a missing fence or wait) is a failure.
+the reference in the same dtype (`LARGEST_ERROR`). An error of the emulator (an access out of bounds, a missing fence or
+wait) is a failure.
 """
 
 import json
